@@ -1,0 +1,20 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: test lint clean
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev]'
+	touch $@
+
+test: .venv/installed  ## Every test.
+	$(BIN)/pytest -q
+
+lint: .venv/installed  ## Formatting, lint rules and strict types.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist

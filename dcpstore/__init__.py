@@ -1,0 +1,1 @@
+"""dcpstore: a versioned checkpoint store with a database for a memory."""

@@ -1,0 +1,85 @@
+"""The exception tree: one class for each thing that a handler would do.
+
+Every message says what failed, the value seen and the next step, and every error survives pickling,
+for an error of one rank is raised on all of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+__all__ = [
+    "AlreadyExistsError",
+    "ConflictError",
+    "CorruptionError",
+    "DcpstoreError",
+    "InvalidInputError",
+    "MismatchError",
+    "NotFoundError",
+    "RankFailure",
+    "SchemaError",
+    "UnsafeDataError",
+]
+
+
+class DcpstoreError(Exception):
+    """Any error that dcpstore raises on purpose."""
+
+
+class NotFoundError(DcpstoreError, LookupError):
+    """A version, ref, entry or repository does not exist; the message lists the nearest names."""
+
+    @classmethod
+    def near(cls, kind: str, name: str, known: Iterable[str], next_step: str) -> NotFoundError:
+        """Return the error for an unknown `name` of a `kind`, with its nearest `known` names."""
+        close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+        hint = f" Did you mean {', '.join(repr(n) for n in close)}?" if close else ""
+        return cls(f"no {kind} {name!r}.{hint} {next_step}")
+
+
+class AlreadyExistsError(DcpstoreError):
+    """A name that must be new is taken."""
+
+
+class ConflictError(DcpstoreError):
+    """A ref moved meanwhile; the message says what to do."""
+
+
+class InvalidInputError(DcpstoreError, ValueError):
+    """The caller gave something that cannot be meant."""
+
+
+class MismatchError(DcpstoreError):
+    """The state to fill and the version differ: every missing FQN, shape and dtype at once."""
+
+
+class SchemaError(DcpstoreError):
+    """The database is older, newer or not ours; the message names the command that helps."""
+
+
+class CorruptionError(DcpstoreError):
+    """Stored bytes are missing, short, or not what their digest says."""
+
+
+class UnsafeDataError(DcpstoreError):
+    """A pickle would have to be written or read without leave."""
+
+
+class RankFailure(DcpstoreError):
+    """A step failed on some ranks; raised on every rank.
+
+    Attributes:
+        failures: each failed rank's own error, by rank.
+    """
+
+    def __init__(self, step: str, failures: Mapping[int, BaseException]) -> None:
+        self.step = step
+        self.failures = dict(failures)
+        lines = [f"{step} failed on {len(self.failures)} of the ranks:"]
+        for rank, error in sorted(self.failures.items()):
+            lines.append(f"  rank {rank}: {type(error).__name__}: {error}")
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[type[RankFailure], tuple[str, dict[int, BaseException]]]:
+        return type(self), (self.step, self.failures)

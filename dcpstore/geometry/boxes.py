@@ -1,0 +1,77 @@
+"""Boxes: n-d rectangles of a global tensor, and the question whether some of them tile it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Box", "find_overlap"]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Box:
+    """An n-d rectangle, `offsets` and `sizes` in elements; a 0-d box holds one element."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Box:
+        """Return the box that covers a tensor of `shape`."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The first offset past the box in each dimension."""
+        return tuple(o + s for o, s in zip(self.offsets, self.sizes, strict=True))
+
+    @property
+    def volume(self) -> int:
+        """The number of elements inside."""
+        return math.prod(self.sizes)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The box as an index into the global tensor."""
+        return tuple(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True))
+
+    def intersect(self, other: Box) -> Box | None:
+        """Return the box that both share, or None where they share no element."""
+        starts = tuple(map(max, self.offsets, other.offsets))
+        sizes = tuple(
+            min(mine, theirs) - start
+            for mine, theirs, start in zip(self.stops, other.stops, starts, strict=True)
+        )
+        return Box(starts, sizes) if all(size > 0 for size in sizes) else None
+
+    def relative_to(self, origin: Box) -> Box:
+        """Return this box in coordinates that begin where `origin` does."""
+        return Box(
+            tuple(mine - theirs for mine, theirs in zip(self.offsets, origin.offsets, strict=True)),
+            self.sizes,
+        )
+
+
+def find_overlap(boxes: Sequence[Box]) -> tuple[int, int] | None:
+    """Return the indices of two boxes that share an element, or None where no two do.
+
+    Sweeps along the dimension with the most distinct offsets, so that a grid of n boxes costs
+    about n log n and not n squared.
+    """
+    live = [i for i, box in enumerate(boxes) if box.volume]
+    if len(live) < 2:
+        return None
+    dims = range(len(boxes[live[0]].offsets))
+    sweep = max(dims, key=lambda d: len({boxes[i].offsets[d] for i in live}), default=None)
+    if sweep is None:  # two zero-dimensional boxes are the same element
+        return live[0], live[1]
+    active: list[int] = []
+    for i in sorted(live, key=lambda i: boxes[i].offsets[sweep]):
+        start = boxes[i].offsets[sweep]
+        active = [j for j in active if boxes[j].stops[sweep] > start]
+        for j in active:
+            if boxes[i].intersect(boxes[j]) is not None:
+                return min(i, j), max(i, j)
+        active.append(i)
+    return None

@@ -1,0 +1,87 @@
+"""The grammar of refs: how people write which version they mean.
+
+    ref    := start ("~" digits)? ("@step=" digits)?
+    start  := "v"? digits | name
+    name   := a letter or "_", then letters, digits, ".", "_", "-" or "/"
+
+A name never reads as a version number, so a ref has one meaning. `~n` is n parents up; `@step=n` is
+the newest version with that step on the way up from the start.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from dcpstore.errors import InvalidInputError
+
+__all__ = ["Ref", "check_name", "parse_ref"]
+
+_NAME = r"[A-Za-z_][A-Za-z0-9._/-]*"
+_MAX_NAME = 200
+_MAX_NUMBER = 2**63 - 1
+_REF = re.compile(
+    rf"(?:v?(?P<number>[0-9]+)|(?P<name>{_NAME}))(?:~(?P<up>[0-9]+))?(?:@step=(?P<step>[0-9]+))?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A parsed ref: a version `number` or a `name`, then how far to walk up from there."""
+
+    number: int | None = None
+    name: str | None = None
+    up: int = 0
+    step: int | None = None
+
+    def __str__(self) -> str:
+        start = self.name if self.name is not None else f"v{self.number}"
+        up = f"~{self.up}" if self.up else ""
+        return f"{start}{up}" + (f"@step={self.step}" if self.step is not None else "")
+
+
+def check_name(name: str, *, kind: str) -> str:
+    """Return `name` if a `kind` (tag or branch) may be called so.
+
+    Raises:
+        InvalidInputError: the name breaks the grammar, or reads as a version number.
+    """
+    wrong = None
+    if not isinstance(name, str) or not re.fullmatch(_NAME, name):
+        wrong = "is not a letter or '_' followed by letters, digits, '.', '_', '-' or '/'"
+    elif re.fullmatch(r"v[0-9]+", name):
+        wrong = "reads as a version number"
+    elif len(name) > _MAX_NAME:
+        wrong = f"is longer than {_MAX_NAME} characters"
+    elif ".." in name or "//" in name or name.endswith(("/", ".")):
+        wrong = "contains '..' or '//', or ends in '/' or '.'"
+    if wrong:
+        raise InvalidInputError(f"{kind} name {name!r} {wrong}; choose a name such as 'best-lr3'.")
+    return name
+
+
+def parse_ref(text: str | int) -> Ref:
+    """Return what `text` means: `12`, `v12`, a tag, a branch, `main~3`, `main@step=1000`.
+
+    Raises:
+        InvalidInputError: `text` is not a ref.
+    """
+    match = None if isinstance(text, bool) else _REF.fullmatch(str(text))
+    if match is None:
+        raise InvalidInputError(
+            f"{text!r} is not a ref; write a version (12 or v12), a tag, a branch, "
+            "'main~3' or 'main@step=1000'."
+        )
+    numbers = {key: int(match[key]) for key in ("number", "up", "step") if match[key] is not None}
+    if any(number > _MAX_NUMBER for number in numbers.values()):
+        raise InvalidInputError(
+            f"{text!r} has a number past {_MAX_NUMBER}; no version is that far."
+        )
+    if match["name"] is not None:
+        check_name(match["name"], kind="ref")
+    return Ref(
+        number=numbers.get("number"),
+        name=match["name"],
+        up=numbers.get("up", 0),
+        step=numbers.get("step"),
+    )
