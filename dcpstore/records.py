@@ -1,0 +1,316 @@
+"""The records that cross borders between rooms: frozen, slotted, without behaviour of their own.
+
+What users get (`Version`, `Operation`, `RefRecord`, `Row`) and what the catalog takes and gives
+(`TensorRecord`, `EntryRecord`, `StoredChunk`, `VersionDraft`, `VersionContent` ...). Database rows
+never leave the catalog; torch and zarr objects never enter it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal, NamedTuple, SupportsIndex, overload
+
+from dcpstore.geometry.boxes import Box
+
+__all__ = [
+    "ChunkDefaults",
+    "EntryRecord",
+    "LoadReport",
+    "NewChunk",
+    "NewEntry",
+    "NewTensor",
+    "Operation",
+    "PackRecord",
+    "PartRecord",
+    "PlanRecord",
+    "RefRecord",
+    "RepositoryRecord",
+    "Row",
+    "ShardRecord",
+    "StoredChunk",
+    "TensorRecord",
+    "Version",
+    "VersionContent",
+    "VersionDraft",
+]
+
+EntryKind = Literal["tensor", "value", "blob"]
+ObjectPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDefaults:
+    """How a repository cuts and encodes: target raw bytes of a chunk, and the codec's name."""
+
+    nbytes: int = 8 * 1024 * 1024
+    codec: str = "blosc"
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryRecord:
+    """The one row about a repository; `data_url` is where its packs and manifests lie."""
+
+    uid: str
+    format_version: int
+    data_url: str
+    chunk: ChunkDefaults
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A committed checkpoint.
+
+    `nbytes` are the raw bytes of all its tensors, `nbytes_reused` those of them that the repository
+    already held, `nbytes_written` the encoded bytes that this save added. `seconds` are wall-clock
+    seconds of the slowest rank by phase; `ranks` is the number of ranks that saved.
+    """
+
+    number: int
+    uid: str
+    parent: int | None
+    branch: str
+    step: int | None
+    tags: tuple[str, ...]
+    message: str
+    metrics: Mapping[str, float]
+    labels: Mapping[str, str]
+    author: str
+    created_at: datetime
+    ranks: int
+    nbytes: int
+    nbytes_written: int
+    nbytes_reused: int
+    seconds: Mapping[str, float]
+
+    def __str__(self) -> str:
+        return f"v{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class RefRecord:
+    """A branch or a tag, and the number of the version that it names."""
+
+    name: str
+    kind: Literal["branch", "tag"]
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One mutation of the repository; `old` and `new` are what `target` named before and after."""
+
+    number: int
+    kind: str
+    target: str
+    old: int | None
+    new: int | None
+    author: str
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class PartRecord:
+    """One chunk grid inside a tensor: where it begins, what it covers, its cell (in elements)."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    chunk_shape: tuple[int, ...]
+
+    @property
+    def box(self) -> Box:
+        """The part in global coordinates of its tensor."""
+        return Box(self.offsets, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """The immutable content of one tensor, shared by every version in which it is the same.
+
+    `dtype` is torch's name without the module ("bfloat16"); `digest` is the hex content digest.
+    """
+
+    id: int
+    digest: str
+    dtype: str
+    shape: tuple[int, ...]
+    codec: str
+    nbytes: int
+    parts: tuple[PartRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EntryRecord:
+    """One FQN in one version: its tensor (a blob has one too), or its value as JSON text."""
+
+    fqn: str
+    path: ObjectPath
+    kind: EntryKind
+    tensor: TensorRecord | None = None
+    value: str | None = None
+
+
+class StoredChunk(NamedTuple):
+    """Where one chunk's encoded bytes lie; a tuple, for a load handles very many of them."""
+
+    tensor_id: int
+    part: int
+    ordinal: int
+    digest: bytes
+    pack: str
+    offset: int
+    length: int
+
+
+class NewChunk(NamedTuple):
+    """One chunk of a tensor that a save commits, with the place of its bytes, new or reused."""
+
+    part: int
+    ordinal: int
+    digest: bytes
+    pack: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class NewTensor:
+    """A tensor content that a save commits; `chunks` is empty where the catalog knows `digest`."""
+
+    digest: str
+    dtype: str
+    shape: tuple[int, ...]
+    codec: str
+    nbytes: int
+    parts: tuple[PartRecord, ...]
+    chunks: Sequence[NewChunk] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NewEntry:
+    """An entry to commit; `tensor_digest` names a `NewTensor` of the same save or a known one."""
+
+    fqn: str
+    path: ObjectPath
+    kind: EntryKind
+    tensor_digest: str | None = None
+    value: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """The box of one tensor that one rank wrote."""
+
+    fqn: str
+    rank: int
+    box: Box
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRecord:
+    """A global save plan by digest; versions of an unchanged topology share one."""
+
+    digest: str
+    ranks: int
+    shards: Sequence[ShardRecord]
+
+
+@dataclass(frozen=True, slots=True)
+class PackRecord:
+    """A pack by its key below the data folder, and its length in bytes."""
+
+    key: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class VersionDraft:
+    """What is known of a version when its save begins; it is stored as pending."""
+
+    uid: str
+    branch: str
+    step: int | None = None
+    message: str = ""
+    tags: tuple[str, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    author: str = ""
+    host: str = ""
+    ranks: int = 1
+    parent: int | None = None
+    expect_tip: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VersionContent:
+    """What one transaction makes visible: the entries and tensors of a finished save."""
+
+    entries: Sequence[NewEntry]
+    tensors: Sequence[NewTensor]
+    packs: Sequence[PackRecord]
+    plan: PlanRecord
+    nbytes: int
+    nbytes_written: int
+    nbytes_reused: int
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What a load did.
+
+    `missing` are FQNs that the state asked for and the version lacks (if the planner allows it),
+    `unexpected` those of the version that the state did not ask for. `chunks` and `nbytes_read`
+    (encoded bytes) are sums over the ranks; `seconds` are of the slowest rank by phase.
+    """
+
+    version: Version
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    chunks: int
+    nbytes_read: int
+    seconds: Mapping[str, float]
+
+
+class Row(tuple[Any, ...]):
+    """One row of a query: values by position, by column name, or as an attribute."""
+
+    columns: tuple[str, ...]
+
+    def __new__(cls, columns: Sequence[str], values: Sequence[Any]) -> Row:
+        row = super().__new__(cls, values)
+        row.columns = tuple(columns)
+        return row
+
+    def __reduce__(self) -> tuple[type[Row], tuple[tuple[str, ...], tuple[Any, ...]]]:
+        return type(self), (self.columns, tuple(self))
+
+    @overload
+    def __getitem__(self, key: SupportsIndex | str, /) -> Any: ...
+    @overload
+    def __getitem__(self, key: slice, /) -> tuple[Any, ...]: ...
+    def __getitem__(self, key: SupportsIndex | slice | str, /) -> Any:
+        if isinstance(key, str):
+            try:
+                return super().__getitem__(self.columns.index(key))
+            except ValueError:
+                raise KeyError(f"no column {key!r}; there are {', '.join(self.columns)}") from None
+        return super().__getitem__(key)
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "columns" and name in self.columns:
+            return self[name]
+        raise AttributeError(f"no column {name!r}")
+
+    def keys(self) -> tuple[str, ...]:
+        """Return the column names, so that `dict(row)` works."""
+        return self.columns
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """Yield each column name with its value."""
+        return zip(self.columns, self, strict=True)
+
+    def __repr__(self) -> str:
+        return f"Row({', '.join(f'{k}={v!r}' for k, v in self.items())})"
