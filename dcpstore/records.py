@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any, Literal, NamedTuple, SupportsIndex, overload
 
 from dcpstore.geometry.boxes import Box
+from dcpstore.geometry.grids import Grid
 
 __all__ = [
     "ChunkDefaults",
@@ -38,6 +39,7 @@ __all__ = [
 
 EntryKind = Literal["tensor", "value", "blob"]
 ObjectPath = tuple[str | int, ...]
+PartRecord = Grid  # a part of a tensor is a chunk grid inside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,20 +111,6 @@ class Operation:
     new: int | None
     author: str
     created_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class PartRecord:
-    """One chunk grid inside a tensor: where it begins, what it covers, its cell (in elements)."""
-
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
-    chunk_shape: tuple[int, ...]
-
-    @property
-    def box(self) -> Box:
-        """The part in global coordinates of its tensor."""
-        return Box(self.offsets, self.shape)
 
 
 @dataclass(frozen=True, slots=True)

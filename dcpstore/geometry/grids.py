@@ -1,0 +1,191 @@
+"""Chunk grids: how a tensor is cut, such that every shard boundary lies on a grid line.
+
+Ranks then never share a chunk. Because a grid is regular, the box of a chunk follows from its
+ordinal (row-major, as Zarr counts), and a box becomes a few ranges of ordinals.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from dcpstore.geometry.boxes import Box
+
+__all__ = ["Grid", "lay_grids"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A regular chunk grid over a part of a tensor; all in elements.
+
+    The part begins at `offsets` of the tensor and has `shape`; each cell has `chunk_shape`, even the
+    last one of a dimension, which may reach past the part (its rest is padding, as in Zarr).
+    """
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    chunk_shape: tuple[int, ...]
+
+    @property
+    def box(self) -> Box:
+        """The part in coordinates of its tensor."""
+        return Box(self.offsets, self.shape)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The number of cells in each dimension."""
+        return tuple(-(-n // c) for n, c in zip(self.shape, self.chunk_shape, strict=True))
+
+    def cell(self, ordinal: int) -> Box:
+        """Return the box of a chunk, clipped to the part, in coordinates of the tensor."""
+        index = []
+        for count in reversed(self.counts):
+            ordinal, i = divmod(ordinal, count)
+            index.append(i)
+        starts = tuple(i * c for i, c in zip(reversed(index), self.chunk_shape, strict=True))
+        return Box(
+            tuple(o + s for o, s in zip(self.offsets, starts, strict=True)),
+            tuple(
+                min(c, n - s) for c, n, s in zip(self.chunk_shape, self.shape, starts, strict=True)
+            ),
+        )
+
+    def index(self, ordinal: int) -> tuple[int, ...]:
+        """Return the cell's place in each dimension, as Zarr names chunks."""
+        return tuple(
+            (o - origin) // c
+            for o, origin, c in zip(
+                self.cell(ordinal).offsets, self.offsets, self.chunk_shape, strict=True
+            )
+        )
+
+    def ranges(self, box: Box) -> Iterator[tuple[int, int]]:
+        """Yield the (first, last) ordinals, both included, of the cells that meet `box`.
+
+        Dimensions that `box` spans whole are folded into longer ranges.
+        """
+        shared = self.box.intersect(box)
+        if shared is None:
+            return
+        counts = self.counts
+        firsts = [
+            (o - p) // c
+            for o, p, c in zip(shared.offsets, self.offsets, self.chunk_shape, strict=True)
+        ]
+        lasts = [
+            (s - 1 - p) // c
+            for s, p, c in zip(shared.stops, self.offsets, self.chunk_shape, strict=True)
+        ]
+        split = len(counts)  # dimensions from `split` on are spanned whole
+        while split and lasts[split - 1] - firsts[split - 1] + 1 == counts[split - 1]:
+            split -= 1
+        inner = math.prod(counts[split:])
+        lead = max(split - 1, 0)
+        for prefix in itertools.product(
+            *(range(f, last + 1) for f, last in zip(firsts[:lead], lasts[:lead], strict=True))
+        ):
+            row = 0
+            for i, count in zip(prefix, counts, strict=False):
+                row = row * count + i
+            if split:
+                first = (row * counts[lead] + firsts[lead]) * inner
+                last = (row * counts[lead] + lasts[lead] + 1) * inner - 1
+            else:
+                first, last = 0, inner - 1
+            yield first, last
+
+    def holds_whole_cells(self, box: Box) -> bool:
+        """Tell whether `box`, where it meets the part, begins and ends on grid lines."""
+        shared = self.box.intersect(box)
+        if shared is None:
+            return True
+        inside = shared.relative_to(self.box)
+        return all(
+            start % c == 0 and (stop % c == 0 or stop == n)
+            for start, stop, c, n in zip(
+                inside.offsets, inside.stops, self.chunk_shape, self.shape, strict=True
+            )
+        )
+
+
+def lay_grids(
+    shape: Sequence[int],
+    itemsize: int,
+    boxes: Sequence[Box],
+    *,
+    target: int,
+    parent: Sequence[Grid] = (),
+) -> tuple[Grid, ...]:
+    """Return the grids of a tensor of `shape` that is written as `boxes`, which tile it.
+
+    The parent version's grids are kept where they fit, so unchanged chunks are found again. Else
+    one grid at the origin serves wherever the boundaries are regular; else each box is a part.
+
+    Args:
+        shape: of the tensor, in elements.
+        itemsize: bytes of one element.
+        boxes: what the ranks write, without overlap.
+        target: raw bytes of a chunk, aimed at and not passed but where a dimension does not divide.
+        parent: the grids of the same FQN, shape and dtype in the parent version.
+    """
+    shape = tuple(shape)
+    origin = (0,) * len(shape)
+    if parent and all(grid.holds_whole_cells(box) for box in boxes for grid in parent):
+        return tuple(parent)
+    live = sorted({box for box in boxes if box.volume})
+    if not live:
+        return (Grid(origin, shape, tuple(max(n, 1) for n in shape)),)
+    steps = [_step(n, dim, live) for dim, n in enumerate(shape)]
+    cells = math.prod(-(-n // (step or n)) for n, step in zip(shape, steps, strict=True))
+    if cells <= 2 * len(live):
+        return (Grid(origin, shape, _chunk_shape(shape, steps, itemsize, target)),)
+    return tuple(
+        Grid(box.offsets, box.sizes, _chunk_shape(box.sizes, [None] * len(shape), itemsize, target))
+        for box in live
+    )
+
+
+def _step(n: int, dim: int, boxes: Sequence[Box]) -> int | None:
+    """Return the largest step that meets every boundary inside a dimension; None if it has none."""
+    cuts = {box.offsets[dim] for box in boxes} | {box.stops[dim] for box in boxes}
+    return math.gcd(*(cuts - {0, n})) or None
+
+
+def _chunk_shape(
+    shape: Sequence[int], steps: Sequence[int | None], itemsize: int, target: int
+) -> tuple[int, ...]:
+    """Return the cell: the steps, halved from the first dimension on until it meets `target` bytes.
+
+    Leading dimensions go first, so that a cell of a row-major tensor stays one run of memory.
+    """
+    extents = [step or n for n, step in zip(shape, steps, strict=True)]
+    for dim, step in enumerate(steps):
+        rest = itemsize * math.prod(extents) // extents[dim]
+        if rest * extents[dim] <= target:
+            break
+        most = max(target // rest, 1)
+        if step is None:
+            n = shape[dim]
+            halvings = (-(-n // most) - 1).bit_length()
+            extents[dim] = -(-n // 2**halvings)
+        else:
+            extents[dim] = _divisor(step, most)
+    return tuple(extents)
+
+
+def _divisor(step: int, most: int) -> int:
+    """Return the divisor of `step` to cut by: the largest power-of-two fraction up to `most`.
+
+    Where halving ends too early (an odd step), the largest divisor up to `most`; where even that is
+    under an eighth of it, the whole step: chunks too large serve better than very many small ones.
+    """
+    halved = step
+    while halved > most and halved % 2 == 0:
+        halved //= 2
+    if halved <= most:
+        return halved
+    divisors = {d for i in range(1, math.isqrt(step) + 1) if step % i == 0 for d in (i, step // i)}
+    best = max(d for d in divisors if d <= most)
+    return best if best * 8 >= most else step

@@ -1,0 +1,86 @@
+"""Chunk grids: they tile, follow every shard boundary, and ranges are exactly the cells met."""
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcpstore.geometry.boxes import Box, find_overlap
+from dcpstore.geometry.grids import Grid, lay_grids
+
+
+@st.composite
+def tilings(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
+    """Draw a shape and boxes that tile it, by cutting boxes in two again and again."""
+    shape = tuple(draw(st.lists(st.integers(0, 12), min_size=0, max_size=3)))
+    boxes = [Box.whole(shape)]
+    for _ in range(draw(st.integers(0, 4)) if shape else 0):
+        box = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
+        dim = draw(st.integers(0, len(shape) - 1))
+        at = draw(st.integers(0, box.sizes[dim]))
+        left, right = list(box.sizes), list(box.sizes)
+        left[dim], right[dim] = at, box.sizes[dim] - at
+        moved = list(box.offsets)
+        moved[dim] += at
+        boxes += [Box(box.offsets, tuple(left)), Box(tuple(moved), tuple(right))]
+    return shape, boxes
+
+
+@given(tilings(), st.integers(1, 400))
+def test_grids_tile_the_tensor_and_no_two_boxes_share_a_cell(
+    tiling: tuple[tuple[int, ...], list[Box]], target: int
+) -> None:
+    shape, boxes = tiling
+    grids = lay_grids(shape, 4, boxes, target=target)
+    cells = [grid.cell(i) for grid in grids for i in range(math.prod(grid.counts))]
+    assert sum(cell.volume for cell in cells) == math.prod(shape)
+    assert find_overlap(cells) is None
+    for cell in cells:
+        owners = [box for box in boxes if box.intersect(cell)]
+        assert len(owners) == 1
+    assert lay_grids(shape, 4, boxes, target=1, parent=grids) == grids
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=0, max_size=3).flatmap(
+        lambda shape: st.tuples(
+            st.just(tuple(shape)),
+            st.tuples(*(st.integers(1, n) for n in shape)),
+            st.tuples(*(st.integers(0, n) for n in shape)),
+            st.tuples(*(st.integers(0, n) for n in shape)),
+        )
+    )
+)
+def test_ranges_are_exactly_the_cells_that_a_box_meets(
+    drawn: tuple[tuple[int, ...], ...],
+) -> None:
+    shape, chunk_shape, offsets, sizes = drawn
+    origin = tuple(3 for _ in shape)
+    grid = Grid(origin, shape, chunk_shape)
+    box = Box(tuple(o + 3 for o in offsets), sizes)
+    met = [i for i in range(math.prod(grid.counts)) if grid.cell(i).intersect(box)]
+    found = [i for first, last in grid.ranges(box) for i in range(first, last + 1)]
+    assert found == met
+    index = [grid.index(i) for i in range(math.prod(grid.counts))]
+    assert index == sorted(index)
+
+
+def test_whole_box_is_one_range() -> None:
+    grid = Grid((0, 0), (100, 10), (1, 10))
+    assert list(grid.ranges(Box((0, 0), (100, 10)))) == [(0, 99)]
+    assert list(grid.ranges(Box((5, 0), (3, 10)))) == [(5, 7)]
+
+
+def test_chunks_aim_at_the_target_and_stay_contiguous() -> None:
+    (grid,) = lay_grids((4096, 4096), 4, [Box.whole((4096, 4096))], target=8 << 20)
+    assert grid.chunk_shape == (512, 4096)
+    halves = [Box((0, 0), (2048, 4096)), Box((2048, 0), (2048, 4096))]
+    assert lay_grids((4096, 4096), 4, halves, target=8 << 20) == (grid,)
+    assert lay_grids((4096, 4096), 4, halves, target=1 << 20, parent=(grid,)) == (grid,)
+
+
+def test_a_prime_number_of_rows_is_not_cut_into_single_rows() -> None:
+    halves = [Box((0, 0), (25013, 768)), Box((25013, 0), (25013, 768))]
+    (grid,) = lay_grids((50026, 768), 4, halves, target=8 << 20)
+    assert grid.chunk_shape[0] == 25013
+    assert math.prod(grid.chunk_shape) * 4 <= 8 << 20
