@@ -20,8 +20,8 @@ __all__ = ["Grid", "lay_grids"]
 class Grid:
     """A regular chunk grid over a part of a tensor; all in elements.
 
-    The part begins at `offsets` of the tensor and has `shape`; each cell has `chunk_shape`, even the
-    last one of a dimension, which may reach past the part (its rest is padding, as in Zarr).
+    The part begins at `offsets` of the tensor and has `shape`; each cell has `chunk_shape`, the
+    last one of a dimension too, which may reach past the part (padded, as in Zarr).
     """
 
     offsets: tuple[int, ...]
