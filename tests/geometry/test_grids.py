@@ -2,7 +2,7 @@
 
 import math
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcpstore.geometry.boxes import Box, find_overlap
@@ -26,6 +26,7 @@ def tilings(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
     return shape, boxes
 
 
+@settings(deadline=None)  # time is not a pass mark
 @given(tilings(), st.integers(1, 400))
 def test_grids_tile_the_tensor_and_no_two_boxes_share_a_cell(
     tiling: tuple[tuple[int, ...], list[Box]], target: int
