@@ -17,6 +17,8 @@ from dcpstore.geometry.grids import Grid
 
 __all__ = [
     "ChunkDefaults",
+    "ChunkPlace",
+    "ChunkRange",
     "EntryRecord",
     "LoadReport",
     "NewChunk",
@@ -44,10 +46,13 @@ PartRecord = Grid  # a part of a tensor is a chunk grid inside it
 
 @dataclass(frozen=True, slots=True)
 class ChunkDefaults:
-    """How a repository cuts and encodes: target raw bytes of a chunk, and the codec's name."""
+    """How a repository cuts and encodes: target raw bytes of a chunk, and the codec's name.
+
+    "auto" takes the codec that pays for each dtype.
+    """
 
     nbytes: int = 8 * 1024 * 1024
-    codec: str = "blosc"
+    codec: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +157,23 @@ class StoredChunk(NamedTuple):
     length: int
 
 
+class ChunkRange(NamedTuple):
+    """Consecutive chunks of one part that a load wants; `first` and `last` both included."""
+
+    tensor_id: int
+    part: int
+    first: int
+    last: int
+
+
+class ChunkPlace(NamedTuple):
+    """Where the encoded bytes of a chunk content lie already."""
+
+    pack: str
+    offset: int
+    length: int
+
+
 class NewChunk(NamedTuple):
     """One chunk of a tensor that a save commits, with the place of its bytes, new or reused."""
 
@@ -243,6 +265,7 @@ class VersionContent:
     nbytes_written: int
     nbytes_reused: int
     seconds: Mapping[str, float]
+    created_at: datetime
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Tensors and values to bytes and back: dtypes, codecs, digests, typed JSON."""
