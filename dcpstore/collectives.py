@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
-from dcpstore.errors import DcpstoreError, RankFailure
+from dcpstore.errors import DcpstoreError, MismatchError, RankFailure
 
 __all__ = ["Alone", "Collectives", "RankGroup", "find_collectives", "in_step", "in_turn", "led"]
 
@@ -206,6 +206,9 @@ def _joined(step: str, failures: Mapping[int, BaseException], size: int) -> Base
     alike = {(type(error), str(error)) for error in failures.values()}
     if len(failures) == size and len(alike) == 1:
         return first
+    mismatches = [error for error in failures.values() if isinstance(error, MismatchError)]
+    if len(mismatches) == len(failures):  # one report of what does not fit, whichever rank saw it
+        return MismatchError.listing(line for error in mismatches for line in error.differences)
     return RankFailure(step, failures)
 
 

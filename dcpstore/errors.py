@@ -7,7 +7,7 @@ for an error of one rank is raised on all of them.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = [
     "AlreadyExistsError",
@@ -51,7 +51,29 @@ class InvalidInputError(DcpstoreError, ValueError):
 
 
 class MismatchError(DcpstoreError):
-    """The state to fill and the version differ: every missing FQN, shape and dtype at once."""
+    """The state to fill and the version differ: every missing FQN, shape and dtype at once.
+
+    Attributes:
+        differences: one line for each FQN that does not fit.
+    """
+
+    def __init__(self, message: str, differences: Sequence[str] = ()) -> None:
+        self.differences = tuple(differences)
+        super().__init__(message)
+
+    @classmethod
+    def listing(cls, differences: Iterable[str]) -> MismatchError:
+        """Return the one error about all `differences`, each named once."""
+        lines = tuple(dict.fromkeys(differences))
+        text = "\n  ".join(lines)
+        return cls(
+            f"the state does not fit the version in {len(lines)} places:\n  {text}\n"
+            "Change the state, or load a version that fits ('dcpstore ls' lists what one holds).",
+            lines,
+        )
+
+    def __reduce__(self) -> tuple[type[MismatchError], tuple[str, tuple[str, ...]]]:
+        return type(self), (str(self), self.differences)
 
 
 class SchemaError(DcpstoreError):

@@ -1,0 +1,146 @@
+"""Our save planner: what each rank holds becomes write items, and the coordinator shares them out.
+
+A subclass of torch's default planner, so that the hooks that torch documents (`lookup_object`,
+`transform_object`, plans changed by a subclass) work alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections import ChainMap
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import default_planner as torch_planner
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+
+
+from dcpstore.errors import InvalidInputError
+from dcpstore.planning.balance import share_out
+from dcpstore.planning.checks import check_agreement, check_tiling
+from dcpstore.planning.shards import is_sharded, local_shards
+
+__all__ = ["DefaultSavePlanner"]
+
+
+class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
+    """Plans a save of DTensor, ShardedTensor, plain tensors and values, nested or flat.
+
+    Where it differs from torch's: replicas are spread by the bytes that each rank really writes,
+    strided shards become one item a box, and a plan that does not tile its tensors is refused with
+    the FQN and the ranks. The arguments are torch's.
+    """
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        storage_meta: StorageMeta | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        """Take the state to save.
+
+        Raises:
+            InvalidInputError: two items flatten to the same FQN.
+        """
+        try:
+            super().set_up_planner(state_dict, storage_meta, is_coordinator)
+        except ValueError as error:
+            raise InvalidInputError(
+                f"{error}: two items of the state have the same FQN; rename one of the keys."
+            ) from error
+        self._views: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+
+    def create_local_plan(self) -> SavePlan:
+        """Return one item for each box that this rank holds, and one for each value."""
+        items: list[WriteItem] = []
+        for fqn, value in self.state_dict.items():
+            if isinstance(value, torch.Tensor):
+                items += self._tensor_items(fqn, value)
+            else:
+                items.append(WriteItem(index=MetadataIndex(fqn), type=WriteItemType.BYTE_IO))
+        self.plan = SavePlan(items, planner_data=self.mappings if self.flatten_state_dict else None)
+        return self.plan
+
+    def _tensor_items(self, fqn: str, tensor: torch.Tensor) -> list[WriteItem]:
+        kind = WriteItemType.SHARD if is_sharded(tensor) else WriteItemType.TENSOR
+        items = []
+        for shard in local_shards(fqn, tensor):
+            offsets = torch.Size(shard.box.offsets)
+            self._views[fqn, shard.box.offsets] = shard.data
+            items.append(
+                WriteItem(
+                    index=MetadataIndex(fqn, offsets),
+                    type=kind,
+                    tensor_data=TensorWriteData(
+                        chunk=ChunkStorageMetadata(offsets, torch.Size(shard.box.sizes)),
+                        properties=TensorProperties.create_from_tensor(shard.data),
+                        size=tensor.size(),
+                    ),
+                )
+            )
+        return items
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Return the plans by rank, replicas shared out, with torch's description of the whole.
+
+        Raises:
+            InvalidInputError: ranks disagree about an FQN, or its boxes do not tile its shape.
+        """
+        check_agreement(all_plans)
+        plans = share_out(all_plans, to_lowest_rank=self.dedup_save_to_lowest_rank)
+        check_tiling(plans)
+        described = Metadata(_describe(plans))
+        if self.flatten_state_dict:
+            paths = dict(ChainMap(*(plan.planner_data or {} for plan in plans)))
+            described = dataclasses.replace(described, planner_data=paths)
+        self.global_plan, self.metadata = plans, described
+        return plans, described
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """Keep the plan that this rank carries out."""
+        self.plan = new_plan
+        return new_plan
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """Return the value, or the local view of the box, that `index` names."""
+        view = self._views.get((index.fqn, tuple(index.offset or ())))
+        return self.state_dict[index.fqn] if view is None else view
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        """Return an item's data: a local view without gradient, or torch's bytes of a value."""
+        found = self.transform_object(write_item, self.lookup_object(write_item.index))
+        data: torch.Tensor | io.BytesIO = (
+            found.detach() if isinstance(found, torch.Tensor) else found
+        )
+        return data
+
+
+def _describe(plans: list[SavePlan]) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:
+    described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    for plan in plans:
+        for item in plan.items:
+            data = item.tensor_data
+            if data is None:
+                described[item.index.fqn] = BytesStorageMetadata()
+                continue
+            tensor = described.setdefault(
+                item.index.fqn, TensorStorageMetadata(data.properties, data.size, [])
+            )
+            assert isinstance(tensor, TensorStorageMetadata)
+            tensor.chunks.append(data.chunk)
+    return described

@@ -1,0 +1,102 @@
+"""What one rank holds of a tensor: boxes of the global tensor, with local views of their data.
+
+The one module that knows torch's tensor classes and its private `_StridedShard`; the rooms above
+see only boxes and plain tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from dcpstore.errors import InvalidInputError
+from dcpstore.geometry.boxes import Box
+from dcpstore.geometry.shards import Split, local_boxes
+
+__all__ = ["LocalShard", "is_sharded", "local_shards"]
+
+
+@dataclass(frozen=True, slots=True)
+class LocalShard:
+    """A box of a global tensor, and a view of its data with the sizes of the box."""
+
+    box: Box
+    data: torch.Tensor
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Tell whether `tensor` is one that several ranks hold together."""
+    return isinstance(tensor, DTensor | ShardedTensor) or hasattr(tensor, "__create_chunk_list__")
+
+
+@torch.no_grad()
+def local_shards(fqn: str, tensor: torch.Tensor) -> list[LocalShard]:
+    """Return what this rank holds of `tensor`: no shard where it has none of its elements.
+
+    A tensor without elements is one shard of volume 0, so that it is not forgotten.
+
+    Raises:
+        InvalidInputError: a DTensor with a pending reduction (`Partial`) or an unknown placement.
+    """
+    if isinstance(tensor, DTensor):
+        return _of_dtensor(fqn, tensor)
+    if isinstance(tensor, ShardedTensor):
+        return [
+            LocalShard(
+                Box(tuple(s.metadata.shard_offsets), tuple(s.metadata.shard_sizes)), s.tensor
+            )
+            for s in tensor.local_shards()
+        ]
+    if hasattr(tensor, "__create_chunk_list__"):  # torch's protocol for tensor subclasses
+        return _of_checkpointable(fqn, tensor)
+    return [LocalShard(Box.whole(tensor.shape), tensor)]
+
+
+def _of_dtensor(fqn: str, tensor: DTensor) -> list[LocalShard]:
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:  # this rank is outside the mesh
+        return []
+    local = tensor.to_local()
+    if not tensor.numel():
+        return [LocalShard(Box.whole(tensor.shape), local.new_empty(tensor.shape))]
+    splits = _splits(fqn, tensor.device_mesh.shape, coordinate, tensor.placements)
+    return [
+        LocalShard(box, local[inside.slices]) for box, inside in local_boxes(tensor.shape, splits)
+    ]
+
+
+def _splits(
+    fqn: str,
+    mesh_shape: Sequence[int],
+    coordinate: Sequence[int],
+    placements: Sequence[Placement],
+) -> list[Split]:
+    splits = []
+    for count, index, placement in zip(mesh_shape, coordinate, placements, strict=True):
+        if isinstance(placement, _StridedShard):
+            splits.append(Split(placement.dim, count, index, int(placement.split_factor)))
+        elif isinstance(placement, Shard):
+            splits.append(Split(placement.dim, count, index))
+        elif not isinstance(placement, Replicate):
+            raise InvalidInputError(
+                f"{fqn!r} is a DTensor with placement {placement}, whose values are not whole on "
+                "any rank; redistribute it to Replicate() or Shard(dim) before the save."
+            )
+    return splits
+
+
+def _of_checkpointable(fqn: str, tensor: Any) -> list[LocalShard]:
+    return [
+        LocalShard(
+            Box(tuple(chunk.offsets), tuple(chunk.sizes)),
+            tensor.__get_tensor_shard__(MetadataIndex(fqn, chunk.offsets, i)),
+        )
+        for i, chunk in enumerate(tensor.__create_chunk_list__())
+    ]
