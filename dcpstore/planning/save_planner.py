@@ -29,7 +29,6 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-
 from dcpstore.errors import InvalidInputError
 from dcpstore.planning.balance import share_out
 from dcpstore.planning.checks import check_agreement, check_tiling
