@@ -14,14 +14,33 @@ from dcpstore.errors import InvalidInputError
 
 __all__ = ["as_bytes", "dtype_name", "numpy_dtype", "torch_dtype"]
 
-_NATIVE = (
-    "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 "
-    "float16 float32 float64 complex64 complex128"
-).split()
-_REINTERPRETED = (
-    "bfloat16 complex32 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz "
-    "float8_e8m0fnu float4_e2m1fn_x2"
-).split()
+_NATIVE = [
+    "bool",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "float16",
+    "float32",
+    "float64",
+    "complex64",
+    "complex128",
+]
+# An element of float4_e2m1fn_x2 is a byte that holds two numbers; torch's shapes count bytes too.
+_REINTERPRETED = [
+    "bfloat16",
+    "complex32",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+    "float4_e2m1fn_x2",
+]
 _DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in (*_NATIVE, *_REINTERPRETED)
 }
@@ -67,11 +86,21 @@ def numpy_dtype(name: str) -> np.dtype[np.generic]:
 def as_bytes(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
     """Return a view of a CPU tensor as an array of the stored dtype, of the same shape and strides.
 
-    No byte is copied, except for lazily conjugated or negated tensors, whose bytes are not yet there.
+    No byte is copied but of lazily conjugated or negated tensors, whose bytes do not exist yet. The
+    array writes through to the tensor, except for those.
+
+    Raises:
+        InvalidInputError: a dtype without plain bytes, or a sparse or otherwise special layout.
     """
+    if tensor.layout is not torch.strided:
+        raise InvalidInputError(
+            f"a tensor of layout {tensor.layout} has no plain bytes; store tensor.to_dense(), or "
+            "its indices and values."
+        )
+    name = dtype_name(tensor.dtype)
     tensor = tensor.detach().resolve_conj().resolve_neg()
-    stored = numpy_dtype(dtype_name(tensor.dtype))
-    if stored.name != dtype_name(tensor.dtype):
+    stored = numpy_dtype(name)
+    if stored.name != name:
         tensor = tensor.view(_DTYPES[stored.name])
     array: npt.NDArray[np.generic] = tensor.numpy()
     return array

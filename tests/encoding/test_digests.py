@@ -1,0 +1,44 @@
+"""Digests: known values, no copies of odd layouts, and a content digest that leaves nothing out."""
+
+import numpy as np
+import pytest
+from blake3 import blake3
+
+from dcpstore.encoding.digests import chunk_digest, content_digest, text_digest
+from dcpstore.geometry.grids import Grid
+
+ONE = Grid((0,), (4,), (4,))
+
+
+def test_known_digest_of_nothing() -> None:
+    """The first test vector of the BLAKE3 specification."""
+    empty = "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
+    assert chunk_digest(b"").hex() == empty
+    assert text_digest("") == empty
+
+
+@pytest.mark.parametrize("dtype", ["float16", "complex64", "bool", "int64"])
+def test_arrays_are_hashed_as_their_bytes(dtype: str) -> None:
+    array = np.arange(12).astype(dtype).reshape(3, 4)
+    assert chunk_digest(array) == blake3(array.tobytes()).digest()
+    assert chunk_digest(array[0, 0]) == blake3(array[0, 0].tobytes()).digest()
+
+
+def test_a_strided_array_is_refused_not_hashed_wrong() -> None:
+    with pytest.raises((ValueError, BufferError)):
+        chunk_digest(np.arange(12).reshape(3, 4).T)
+
+
+def test_content_is_dtype_shape_parts_and_chunks() -> None:
+    digests = [bytes([i]) * 32 for i in range(2)]
+    halves = [Grid((0,), (2,), (2,)), Grid((2,), (2,), (2,))]
+    contents = {
+        content_digest("float32", (4,), [ONE], digests[:1]),
+        content_digest("int32", (4,), [ONE], digests[:1]),
+        content_digest("float32", (4, 1), [ONE], digests[:1]),
+        content_digest("float32", (4,), [ONE], digests[1:]),
+        content_digest("float32", (4,), halves, digests),
+        content_digest("float32", (4,), halves, digests[::-1]),
+    }
+    assert len(contents) == 6
+    assert content_digest("float32", [4], (ONE,), iter(digests[:1])) in contents
