@@ -38,6 +38,11 @@ class Grid:
         """The number of cells in each dimension."""
         return tuple(-(-n // c) for n, c in zip(self.shape, self.chunk_shape, strict=True))
 
+    @property
+    def size(self) -> int:
+        """The number of cells."""
+        return math.prod(self.counts)
+
     def cell(self, ordinal: int) -> Box:
         """Return the box of a chunk, clipped to the part, in coordinates of the tensor."""
         index = []

@@ -1,0 +1,184 @@
+"""A load from end to end, as all ranks run it together.
+
+The coordinator resolves the ref and reads the entries; each rank plans against them; all agree that
+everything fits before any rank touches a tensor; then each rank asks the catalog for just its
+chunks and reads them.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+
+from dcpstore.catalog import Catalog
+from dcpstore.collectives import Collectives, in_step, in_turn
+from dcpstore.errors import InvalidInputError
+from dcpstore.geometry.boxes import Box
+from dcpstore.loading.reading import BoxRequest, read_boxes, read_value
+from dcpstore.planning.described import describe_entries
+from dcpstore.planning.load_planner import DefaultLoadPlanner
+from dcpstore.progress import ProgressBar
+from dcpstore.records import EntryRecord, LoadReport, Version
+from dcpstore.storage.interface import Storage
+from dcpstore.storage.packs import PackReader
+
+__all__ = ["LoadSource", "load_version"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSource:
+    """The parts of a repository that a load reads from."""
+
+    catalog: Catalog
+    storage: Storage
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What one rank tells of its load: its plan's missing FQNs and all it asked for, or its reads."""
+
+    missing: tuple[str, ...] = ()
+    asked: frozenset[str] = frozenset()
+    chunks: int = 0
+    nbytes: int = 0
+    plan_seconds: float = 0.0
+    read_seconds: float = 0.0
+
+
+def load_version(
+    state_dict: dict[str, Any],
+    source: LoadSource,
+    version: Version,
+    entries: Sequence[EntryRecord],
+    *,
+    ranks: Collectives,
+    planner: LoadPlanner,
+    verify: bool,
+    allow_pickle: bool,
+) -> LoadReport:
+    """Fill `state_dict`, of which this rank holds its part, from `version` with its `entries`.
+
+    Every rank of `ranks` calls it with its own state, and gets the same report.
+
+    Raises:
+        MismatchError: everything that is missing or differs, on any rank; no tensor was touched.
+        CorruptionError: stored bytes are damaged.
+        UnsafeDataError: a value is a pickle, and pickle is not allowed.
+        RankFailure: some ranks failed.
+    """
+    began = time.perf_counter()
+
+    def local_plan() -> LoadPlan:
+        planner.set_up_planner(state_dict, described, ranks.leads)
+        return planner.create_local_plan()
+
+    def read() -> _Told:
+        plan = planner.finish_plan(mine)
+        planned = time.perf_counter()
+        with ProgressBar("load", shown=ranks.leads) as bar, PackReader(source.storage) as packs:
+            reads = _Reads(plan, planner, {e.fqn: e for e in entries}, described)
+            chunks, nbytes = reads.run(
+                source.catalog,
+                packs,
+                bar,
+                version=version.number,
+                verify=verify,
+                allow_pickle=allow_pickle,
+            )
+        return _Told(
+            missing=tuple(getattr(planner, "missing", ())),
+            asked=frozenset(item.storage_index.fqn for item in plan.items),
+            chunks=chunks,
+            nbytes=nbytes,
+            plan_seconds=planned - began,
+            read_seconds=time.perf_counter() - planned,
+        )
+
+    def report(told: Sequence[_Told]) -> LoadReport:
+        asked = frozenset().union(*(one.asked for one in told))
+        return LoadReport(
+            version=version,
+            missing=tuple(sorted({fqn for one in told for fqn in one.missing})),
+            unexpected=tuple(e.fqn for e in entries if e.fqn not in asked),
+            chunks=sum(one.chunks for one in told),
+            nbytes_read=sum(one.nbytes for one in told),
+            seconds={
+                "plan": max(one.plan_seconds for one in told),
+                "read": max(one.read_seconds for one in told),
+            },
+        )
+
+    described = describe_entries(entries)
+    mine = in_turn(ranks, "plan", local_plan, planner.create_global_plan)
+    return in_step(ranks, "read", read, report)
+
+
+class _Reads:
+    """The read items of one rank, split into boxes of tensors and values."""
+
+    def __init__(
+        self,
+        plan: LoadPlan,
+        planner: LoadPlanner,
+        entries: dict[str, EntryRecord],
+        described: Metadata,
+    ) -> None:
+        self._planner = planner
+        self._tensors: list[tuple[ReadItem, torch.Tensor]] = []
+        self._requests: list[BoxRequest] = []
+        self._values: list[tuple[ReadItem, EntryRecord]] = []
+        for item in plan.items:
+            entry = entries.get(item.storage_index.fqn)
+            if entry is None:
+                raise InvalidInputError(
+                    f"the planner asks for {item.storage_index.fqn!r}, which the version lacks; "
+                    "its plan must name FQNs of the version."
+                )
+            if item.type == LoadItemType.BYTE_IO:
+                self._values.append((item, entry))
+                continue
+            target = planner.resolve_tensor(item).detach()
+            if target.size() != item.lengths:
+                raise InvalidInputError(
+                    f"the planner gives a tensor of {tuple(target.size())} for a box of "
+                    f"{tuple(item.lengths)} of {item.storage_index.fqn!r}; make them agree."
+                )
+            start = item.storage_index.offset or (0,) * len(item.lengths)
+            offsets = tuple(a + b for a, b in zip(start, item.storage_offsets, strict=True))
+            self._tensors.append((item, target))
+            self._requests.append(BoxRequest(entry, Box(offsets, tuple(item.lengths)), target))
+
+    def run(
+        self,
+        catalog: Catalog,
+        packs: PackReader,
+        bar: ProgressBar,
+        *,
+        version: int,
+        verify: bool,
+        allow_pickle: bool,
+    ) -> tuple[int, int]:
+        """Read everything; return the chunks and encoded bytes that it took."""
+        bar.begin("read", sum(r.target.nbytes for r in self._requests))
+        counts = read_boxes(
+            self._requests, catalog, packs, version=version, verify=verify, advance=bar.advance
+        )
+        for item, target in self._tensors:
+            self._planner.commit_tensor(item, target)
+        for item, entry in self._values:
+            value = read_value(entry, catalog, packs, version=version, allow_pickle=allow_pickle)
+            if isinstance(self._planner, DefaultLoadPlanner):
+                self._planner.load_value(item, value)
+            else:
+                data = io.BytesIO()
+                torch.save(value, data)
+                data.seek(0)
+                self._planner.load_bytes(item, data)
+        return counts.chunks, counts.nbytes

@@ -1,0 +1,247 @@
+"""The coordinator's books of one save: which chunks exist, who writes which, what is committed.
+
+Invariant: a version is put together only from results that equal the plan, chunk by chunk (design,
+invariant 4), and a content that the repository holds is never written again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch.distributed.checkpoint.planner import SavePlan
+
+from dcpstore.catalog import Catalog
+from dcpstore.encoding.digests import content_digest
+from dcpstore.errors import InvalidInputError
+from dcpstore.geometry.boxes import Box
+from dcpstore.planning.checks import item_box
+from dcpstore.records import (
+    ChunkDefaults,
+    ChunkPlace,
+    ChunkRange,
+    NewChunk,
+    NewEntry,
+    NewTensor,
+    ObjectPath,
+)
+from dcpstore.saving.chunking import Digested
+from dcpstore.saving.layouts import Layout, blob_layout, planned_chunks
+from dcpstore.saving.writing import Written
+
+__all__ = ["Books"]
+
+_DIGEST = 32  # bytes
+
+
+class _Cell(NamedTuple):
+    """One planned chunk: of which tensor, where in it, and what is inside."""
+
+    fqn: str
+    part: int
+    ordinal: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """One tensor of the save: its layout, its cells in (part, ordinal) order, its digest."""
+
+    layout: Layout
+    cells: Sequence[_Cell]
+    digest: str
+
+
+class Books:
+    """Put together from the plans and every rank's digests; then asked, in the order of a save."""
+
+    def __init__(
+        self,
+        plans: Sequence[SavePlan],
+        layouts: Mapping[str, Layout],
+        told: Sequence[Digested],
+        *,
+        paths: Mapping[str, ObjectPath],
+        chunk: ChunkDefaults,
+    ) -> None:
+        self._paths = paths
+        self._layouts = dict(layouts)
+        self._values: dict[str, str] = {}
+        self._blobs: dict[str, str] = {}
+        for digested in told:
+            self._values.update(digested.values)
+            for fqn, (text, nbytes) in digested.blobs.items():
+                self._blobs[fqn] = text
+                self._layouts[fqn] = blob_layout(nbytes, chunk)
+        self._cells = [
+            self._cells_of(rank, plan, digested)
+            for rank, (plan, digested) in enumerate(zip(plans, told, strict=True))
+        ]
+        planned = {item.index.fqn for plan in plans for item in plan.items}
+        if planned != self._layouts.keys() | self._values.keys():
+            odd = sorted(planned ^ (self._layouts.keys() | self._values.keys()))
+            raise InvalidInputError(
+                f"the plan and what the ranks resolved differ in {odd[:8]}; "
+                "make the planner's plan and its data agree."
+            )
+        self._contents = self._gathered_contents()
+        self._asked: list[list[_Cell]] = []
+
+    def choose_writes(self, catalog: Catalog) -> list[Sequence[int]]:
+        """Return, by rank, the places among its chunks of those that it is to write, ascending."""
+        self._known = catalog.find_tensors({c.digest for c in self._contents.values()})
+        wanted: dict[str, set[bytes]] = {}
+        for content in self._contents.values():
+            if content.digest not in self._known:
+                digests = wanted.setdefault(content.layout.codec, set())
+                digests.update(cell.digest for cell in content.cells)
+        self._places: dict[tuple[str, bytes], ChunkPlace] = {
+            (codec, digest): place
+            for codec, digests in wanted.items()
+            for digest, place in catalog.find_chunks(digests, codec).items()
+        }
+        chosen: set[tuple[str, bytes]] = set()
+        asked: list[Sequence[int]] = []
+        for cells in self._cells:
+            mine = []
+            for i, cell in enumerate(cells):
+                codec = self._layouts[cell.fqn].codec
+                key = codec, cell.digest
+                if cell.digest not in wanted.get(codec, ()) or key in self._places or key in chosen:
+                    continue
+                if self._contents[cell.fqn].digest not in self._known:
+                    chosen.add(key)
+                    mine.append(i)
+            asked.append(mine)
+            self._asked.append([cells[i] for i in mine])
+        return asked
+
+    def take_results(self, results: Sequence[Written]) -> None:
+        """Enter where the ranks wrote their chunks.
+
+        Raises:
+            InvalidInputError: a rank did not write what it was asked to.
+        """
+        for rank, (cells, written) in enumerate(zip(self._asked, results, strict=True)):
+            if len(cells) != len(written.places):
+                raise InvalidInputError(
+                    f"rank {rank} wrote {len(written.places)} chunks of {len(cells)}; save again."
+                )
+            for cell, place in zip(cells, written.places, strict=True):
+                self._places[self._layouts[cell.fqn].codec, cell.digest] = place
+        self.nbytes_written = sum(pack.nbytes for written in results for pack in written.packs)
+
+    def entries(self) -> list[NewEntry]:
+        """Return the entries of the version, by FQN."""
+        fqns = sorted(self._layouts.keys() | self._values.keys())
+        return [self._entry(fqn) for fqn in fqns]
+
+    def tensors(self, catalog: Catalog) -> list[NewTensor]:
+        """Return each distinct tensor content with all its chunks, those of known ones included."""
+        known = self._known_chunks(catalog)
+        tensors = {}
+        for content in self._contents.values():
+            if content.digest not in tensors:
+                tensors[content.digest] = self._tensor(content, known.get(content.digest))
+        return list(tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Raw bytes of all tensors of the version, those of tied ones each time."""
+        return sum(self._nbytes(content) for content in self._contents.values())
+
+    @property
+    def nbytes_reused(self) -> int:
+        """Raw bytes that this save did not write, for the repository or the save had them."""
+        written = sum(self._cell_nbytes(cell) for cells in self._asked for cell in cells)
+        return self.nbytes - written
+
+    def _cells_of(self, rank: int, plan: SavePlan, digested: Digested) -> list[_Cell]:
+        boxes = [
+            (item.index.fqn, item_box(item)) for item in plan.items if item.tensor_data is not None
+        ]
+        boxes += [(fqn, Box.whole(self._layouts[fqn].shape)) for fqn in sorted(digested.blobs)]
+        where = [
+            (fqn, part, ordinal)
+            for fqn, box in boxes
+            for part, ordinal in planned_chunks(self._layouts[fqn], box)
+        ]
+        if len(where) * _DIGEST != len(digested.digests):
+            raise InvalidInputError(
+                f"rank {rank} resolved {len(digested.digests) // _DIGEST} chunks, and its plan has "
+                f"{len(where)}; make the planner's plan and its data agree."
+            )
+        return [
+            _Cell(*place, digested.digests[i * _DIGEST : (i + 1) * _DIGEST])
+            for i, place in enumerate(where)
+        ]
+
+    def _gathered_contents(self) -> dict[str, _Content]:
+        by_fqn: dict[str, list[_Cell]] = {fqn: [] for fqn in self._layouts}
+        for cells in self._cells:
+            for cell in cells:
+                by_fqn[cell.fqn].append(cell)
+        contents = {}
+        for fqn, cells in by_fqn.items():
+            cells.sort()
+            layout = self._layouts[fqn]
+            digest = content_digest(
+                layout.dtype, layout.shape, layout.grids, [cell.digest for cell in cells]
+            )
+            contents[fqn] = _Content(layout, cells, digest)
+        return contents
+
+    def _entry(self, fqn: str) -> NewEntry:
+        path = self._paths.get(fqn, (fqn,))
+        if fqn in self._values:
+            return NewEntry(fqn, path, "value", value=self._values[fqn])
+        digest = self._contents[fqn].digest
+        if fqn in self._blobs:
+            return NewEntry(fqn, path, "blob", tensor_digest=digest, value=self._blobs[fqn])
+        return NewEntry(fqn, path, "tensor", tensor_digest=digest)
+
+    def _known_chunks(self, catalog: Catalog) -> dict[str, list[NewChunk]]:
+        """Return the chunks of the contents that the catalog holds, asked for in one go."""
+        grids = {c.digest: c.layout.grids for c in self._contents.values()}
+        ids = {tensor.id: digest for digest, tensor in self._known.items()}
+        ranges = [
+            ChunkRange(tensor_id, part, 0, grid.size - 1)
+            for tensor_id, digest in ids.items()
+            for part, grid in enumerate(grids[digest])
+            if grid.size
+        ]
+        chunks: dict[str, list[NewChunk]] = {digest: [] for digest in self._known}
+        for chunk in catalog.chunks(ranges):
+            chunks[ids[chunk.tensor_id]].append(NewChunk(*chunk[1:]))
+        return chunks
+
+    def _tensor(self, content: _Content, known: list[NewChunk] | None) -> NewTensor:
+        layout = content.layout
+        codec = self._known[content.digest].codec if known is not None else layout.codec
+        return NewTensor(
+            digest=content.digest,
+            dtype=layout.dtype,
+            shape=layout.shape,
+            codec=codec,
+            nbytes=self._nbytes(content),
+            parts=layout.grids,
+            chunks=sorted(known)
+            if known is not None
+            else [
+                NewChunk(
+                    cell.part,
+                    cell.ordinal,
+                    cell.digest,
+                    *self._places[layout.codec, cell.digest],
+                )
+                for cell in content.cells
+            ],
+        )
+
+    def _nbytes(self, content: _Content) -> int:
+        return Box.whole(content.layout.shape).volume * content.layout.itemsize
+
+    def _cell_nbytes(self, cell: _Cell) -> int:
+        layout = self._layouts[cell.fqn]
+        return layout.grids[cell.part].cell(cell.ordinal).volume * layout.itemsize

@@ -1,0 +1,71 @@
+"""One rank's packs: the chunks that nobody holds yet, encoded on all cores, appended in order.
+
+Invariant: what `write_chunks` returns is durable (design, invariant 2).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+
+from dcpstore.encoding.codecs import encode
+from dcpstore.records import ChunkPlace, PackRecord
+from dcpstore.saving.chunking import RawChunk
+from dcpstore.storage.interface import Storage
+from dcpstore.storage.packs import PackWriter
+
+__all__ = ["Written", "write_chunks"]
+
+_AHEAD = 4  # encoded chunks that may wait for the disk; bounds memory to so many chunks
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Where the chunks that a rank was asked to write lie, in that order, and its packs."""
+
+    places: Sequence[ChunkPlace]
+    packs: Sequence[PackRecord]
+
+
+def write_chunks(
+    chunks: Sequence[RawChunk],
+    storage: Storage,
+    *,
+    uid: str,
+    rank: int,
+    pool: Executor,
+    advance: Callable[[int], None],
+) -> Written:
+    """Encode and write `chunks`; return their places once all is durable.
+
+    Raises:
+        DcpstoreError: the storage refuses; what was written of it is discarded.
+    """
+    writer = PackWriter(storage, uid, rank)
+    places = []
+    try:
+        for chunk, encoded in _encoded(chunks, pool):
+            places.append(writer.append(encoded))
+            advance(chunk.nbytes)
+        return Written(places, writer.finish())
+    except BaseException:
+        writer.discard()
+        raise
+
+
+def _encoded(chunks: Sequence[RawChunk], pool: Executor) -> Iterator[tuple[RawChunk, object]]:
+    """Yield each chunk with its encoded bytes, in order, a few ahead of the writer."""
+    waiting: deque[tuple[RawChunk, Future[object]]] = deque()
+    for chunk in chunks:
+        waiting.append((chunk, pool.submit(_encode, chunk)))
+        if len(waiting) > _AHEAD:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    for first, future in waiting:
+        yield first, future.result()
+
+
+def _encode(chunk: RawChunk) -> object:
+    return encode(chunk.codec, chunk.raw(), chunk.itemsize)
