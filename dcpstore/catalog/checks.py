@@ -1,0 +1,59 @@
+"""What a catalog keeps: the names, numbers and texts that both databases take, checked before any.
+
+Without it each database would refuse other things, and at another time (invariant 9).
+"""
+
+from __future__ import annotations
+
+import math
+
+from dcpstore.errors import AlreadyExistsError, InvalidInputError
+from dcpstore.records import VersionDraft
+from dcpstore.refs import check_name
+
+__all__ = ["check_draft", "check_text"]
+
+_MAX_STEP = 2**63 - 1
+
+
+def check_draft(draft: VersionDraft) -> None:
+    """Raise InvalidInputError for what cannot be kept, the same on both databases."""
+    check_name(draft.branch, kind="branch")
+    for tag in draft.tags:
+        check_name(tag, kind="tag")
+    if len(set(draft.tags)) < len(draft.tags):
+        raise InvalidInputError(f"the tags {list(draft.tags)} name one twice; name each once.")
+    if draft.branch in draft.tags:
+        raise AlreadyExistsError(
+            f"{draft.branch!r} cannot be both the branch and a tag; choose another tag."
+        )
+    step = draft.step
+    if step is not None and (type(step) is not int or not 0 <= step <= _MAX_STEP):
+        raise InvalidInputError(f"step {step!r} is not a whole number from 0 to {_MAX_STEP}.")
+    for name, value in draft.metrics.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or math.isinf(value):
+            raise InvalidInputError(
+                f"metric {name!r} is {value!r}; give a finite float or a NaN (for a tensor, "
+                ".item())."
+            )
+    texts = {"message": draft.message, "author": draft.author, "host": draft.host}
+    texts |= {f"metric name {name!r}": name for name in draft.metrics}
+    for what, text in texts.items():
+        check_text(text, what=what)
+
+
+def check_text(text: str, *, what: str) -> None:
+    """Raise InvalidInputError for text that a database cannot keep."""
+    if not isinstance(text, str) or "\0" in text or not _encodes(text):
+        raise InvalidInputError(
+            f"the {what} {text!r} is not text that a database keeps: it must be a string without "
+            "NUL characters and lone surrogates."
+        )
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

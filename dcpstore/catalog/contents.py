@@ -1,0 +1,234 @@
+"""The rows of a finished save: packs, plan, tensors with parts and chunks, entries.
+
+Runs inside the one transaction that makes a version visible, which the caller has put in line, so
+that what is known stays known. Rows go in by statement, never one query a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from sqlalchemy import Connection, Table, delete, insert, select, update
+
+from dcpstore.catalog import schema
+from dcpstore.catalog.known import known_tensors
+from dcpstore.catalog.wanted import wanted_ids, wanted_names
+from dcpstore.errors import ConflictError
+from dcpstore.records import NewEntry, NewTensor, PackRecord, PlanRecord, VersionContent
+
+__all__ = ["write_content", "write_plan"]
+
+_ROWS = 20_000  # of one statement: bounds the memory, not the meaning
+
+
+def write_content(connection: Connection, version: int, content: VersionContent) -> None:
+    """Write the packs, tensors and entries of the version of id `version`.
+
+    Raises:
+        ConflictError: what the save meant to reuse is condemned or gone.
+    """
+    packs = _write_packs(connection, version, content.packs)
+    tensors = _write_tensors(connection, content.tensors, content.entries, packs)
+    _insert(
+        connection,
+        schema.entry,
+        (
+            {
+                "version": version,
+                "fqn": entry.fqn,
+                "path": entry.path,
+                "kind": entry.kind,
+                "tensor": None if entry.tensor_digest is None else tensors[entry.tensor_digest],
+                "value": entry.value,
+            }
+            for entry in content.entries
+        ),
+    )
+
+
+def write_plan(connection: Connection, plan: PlanRecord) -> int:
+    """Return the id of a plan, writing its shards where its digest is new."""
+    table = schema.plan
+    found = connection.scalar(select(table.c.id).where(table.c.digest == plan.digest))
+    if found is not None:
+        return int(found)
+    new = connection.execute(
+        insert(table).values(digest=plan.digest, ranks=plan.ranks).returning(table.c.id)
+    ).scalar_one()
+    seen: dict[tuple[str, int], int] = {}
+    rows = []
+    for shard in plan.shards:
+        ordinal = seen[shard.fqn, shard.rank] = seen.get((shard.fqn, shard.rank), -1) + 1
+        rows.append(
+            {
+                "plan": new,
+                "fqn": shard.fqn,
+                "rank": shard.rank,
+                "ordinal": ordinal,
+                "offsets": shard.box.offsets,
+                "sizes": shard.box.sizes,
+            }
+        )
+    _insert(connection, schema.shard, rows)
+    return int(new)
+
+
+def _write_packs(
+    connection: Connection, version: int, packs: Sequence[PackRecord]
+) -> dict[str, int]:
+    """Return the ids of new packs by key."""
+    if not packs:
+        return {}
+    table = schema.pack
+    rows = connection.execute(
+        insert(table).returning(table.c.key, table.c.id),
+        [
+            {"key": pack.key, "nbytes": pack.nbytes, "version": version, "status": "live"}
+            for pack in packs
+        ],
+    )
+    return dict(rows.tuples().all())
+
+
+def _write_tensors(
+    connection: Connection,
+    tensors: Sequence[NewTensor],
+    entries: Sequence[NewEntry],
+    packs: Mapping[str, int],
+) -> dict[str, int]:
+    """Return the ids of all tensors that the entries name, by content digest."""
+    given = {tensor.digest: tensor for tensor in tensors}
+    named = {entry.tensor_digest for entry in entries if entry.tensor_digest is not None}
+    known = known_tensors(connection, given.keys() | named)
+    new = [tensor for tensor in given.values() if tensor.digest not in known]
+    moved = {
+        known[tensor.digest][0]: tensor
+        for tensor in given.values()
+        if tensor.digest in known and not known[tensor.digest][1] and tensor.chunks
+    }
+    lost = {digest for digest, (found, live) in known.items() if not live and found not in moved}
+    lost |= {tensor.digest for tensor in new if not tensor.chunks and _chunk_count(tensor)}
+    lost |= named - known.keys() - given.keys()
+    if lost:
+        raise ConflictError(
+            f"{len(lost)} tensors that the save found in the repository are condemned or gone "
+            f"since (content {min(lost)}). Save again."
+        )
+    ids = {digest: found for digest, (found, _) in known.items()}
+    ids |= _insert_tensors(connection, new)
+    _forget_places(connection, moved)
+    placed = new + list(moved.values())
+    packs = {**packs, **_reused_packs(connection, placed, packs)}
+    _insert(
+        connection,
+        schema.chunk,
+        (
+            {
+                "tensor": ids[tensor.digest],
+                "part": chunk.part,
+                "ordinal": chunk.ordinal,
+                "digest": chunk.digest,
+                "pack": packs[chunk.pack],
+                "offset": chunk.offset,
+                "length": chunk.length,
+            }
+            for tensor in placed
+            for chunk in tensor.chunks
+        ),
+    )
+    return ids
+
+
+def _insert_tensors(connection: Connection, tensors: Sequence[NewTensor]) -> dict[str, int]:
+    """Insert tensors and their parts; return their ids by digest."""
+    if not tensors:
+        return {}
+    table = schema.tensor
+    rows = connection.execute(
+        insert(table).returning(table.c.digest, table.c.id),
+        [
+            {
+                "digest": tensor.digest,
+                "dtype": tensor.dtype,
+                "shape": tensor.shape,
+                "codec": tensor.codec,
+                "nbytes": tensor.nbytes,
+            }
+            for tensor in tensors
+        ],
+    )
+    ids: dict[str, int] = dict(rows.tuples().all())
+    _insert(
+        connection,
+        schema.part,
+        (
+            {
+                "tensor": ids[tensor.digest],
+                "part": number,
+                "offsets": part.offsets,
+                "shape": part.shape,
+                "chunk_shape": part.chunk_shape,
+            }
+            for tensor in tensors
+            for number, part in enumerate(tensor.parts)
+        ),
+    )
+    return ids
+
+
+def _forget_places(connection: Connection, moved: Mapping[int, NewTensor]) -> None:
+    """Make way for new places of tensors whose packs are condemned; the content stays the same."""
+    if not moved:
+        return
+    chunk, tensor = schema.chunk, schema.tensor
+    wanted = wanted_ids(connection, moved.keys())
+    connection.execute(delete(chunk).where(chunk.c.tensor.in_(select(wanted.c.id))))
+    codecs: dict[str, list[int]] = {}
+    for tensor_id, content in moved.items():
+        codecs.setdefault(content.codec, []).append(tensor_id)
+    for codec, ids in codecs.items():
+        wanted = wanted_ids(connection, ids)
+        connection.execute(
+            update(tensor).where(tensor.c.id.in_(select(wanted.c.id))).values(codec=codec)
+        )
+
+
+def _reused_packs(
+    connection: Connection, tensors: Sequence[NewTensor], new: Mapping[str, int]
+) -> dict[str, int]:
+    """Return the ids of the older packs in which chunks of `tensors` lie, by key."""
+    keys = {chunk.pack for tensor in tensors for chunk in tensor.chunks} - new.keys()
+    if not keys:
+        return {}
+    pack = schema.pack
+    wanted = wanted_names(connection, keys)
+    rows = connection.execute(
+        select(pack.c.key, pack.c.id)
+        .join(wanted, wanted.c.name == pack.c.key)
+        .where(pack.c.status == "live")
+    )
+    ids: dict[str, int] = dict(rows.tuples().all())
+    if gone := keys - ids.keys():
+        raise ConflictError(
+            f"{len(gone)} packs that the save reuses chunks of are condemned or gone since "
+            f"({min(gone)}). Save again."
+        )
+    return ids
+
+
+def _chunk_count(tensor: NewTensor) -> int:
+    return sum(math.prod(part.counts) for part in tensor.parts)
+
+
+def _insert(connection: Connection, table: Table, rows: Iterable[dict[str, Any]]) -> None:
+    for batch in _batches(rows):
+        connection.execute(insert(table), batch)
+
+
+def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    source = iter(rows)
+    while batch := list(islice(source, _ROWS)):
+        yield batch

@@ -1,0 +1,186 @@
+"""The life of a catalog: created once, refused when its tables are not of today, upgraded.
+
+However many processes open a new database at once, one creates the catalog and all find it whole:
+the look and the creation are one transaction that holds the database's write lock.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+import uuid
+from datetime import UTC, datetime
+from importlib import import_module
+from typing import NamedTuple
+
+from sqlalchemy import Connection, func, insert, inspect, select, text
+
+from dcpstore.catalog import schema
+from dcpstore.catalog.engine import Database
+from dcpstore.errors import InvalidInputError, NotFoundError, SchemaError
+from dcpstore.records import ChunkDefaults, RepositoryRecord
+
+__all__ = ["FORMAT_VERSION", "open_repository", "upgrade_schema"]
+
+FORMAT_VERSION = 1
+_CREATION_LOCK = 0x6463_7073  # any number that is ours: Postgres's key of the advisory lock
+_WAL_SECONDS = 30.0
+
+
+class _Found(NamedTuple):
+    """What lies in a database: nothing, or a catalog at a revision."""
+
+    empty: bool
+    revision: str
+
+
+def open_repository(
+    database: Database, *, create: bool, data_url: str | None, chunk: ChunkDefaults | None
+) -> RepositoryRecord:
+    """Return the repository's record, creating the catalog in an empty database if `create`.
+
+    Raises:
+        NotFoundError: there is no catalog and `create` is False.
+        InvalidInputError: a new catalog lacks `data_url`, or an old one has another.
+        SchemaError: the database is not ours, or its tables are not of today.
+    """
+    record = None
+    if database.file is None or database.file.exists():
+        with database.read() as connection:
+            if not _look(database, connection).empty:
+                record = _read_record(connection)
+    if record is None:
+        if not create:
+            raise NotFoundError(
+                f"no repository at {database.shown}. Check the path or URL, or create one with "
+                "'dcpstore init'."
+            )
+        if data_url is None:
+            raise InvalidInputError(
+                f"the new repository at {database.shown} has no place for its data; pass data=, "
+                "a folder or the URL of an object store."
+            )
+        record = _create(database, data_url, chunk or ChunkDefaults())
+    if data_url is not None and data_url != record.data_url:
+        raise InvalidInputError(
+            f"the repository at {database.shown} keeps its data in {record.data_url!r}, not in "
+            f"{data_url!r}; leave data= out, or give another catalog."
+        )
+    return record
+
+
+def upgrade_schema(database: Database) -> tuple[str, str]:
+    """Bring an older catalog's tables to those of today; return the revisions before and after.
+
+    Raises:
+        NotFoundError: there is no catalog.
+        SchemaError: the database is not ours, or newer than this dcpstore.
+    """
+    if database.file is not None and not database.file.exists():
+        raise NotFoundError(f"no repository at {database.shown}. Check the path or URL.")
+    with database.write() as connection:
+        _lock(database, connection)
+        found = _look(database, connection, older_is_fine=True)
+        if found.empty:
+            raise NotFoundError(f"no repository at {database.shown}. Check the path or URL.")
+        if found.revision != schema.HEAD:
+            _migrate(connection)
+        return found.revision, schema.HEAD
+
+
+def _create(database: Database, data_url: str, chunk: ChunkDefaults) -> RepositoryRecord:
+    database.may_create_file = True
+    if database.is_sqlite:
+        with database.outside() as driver:
+            _enter_wal(driver)
+    with database.write() as connection:
+        _lock(database, connection)
+        if not _look(database, connection).empty:  # another process was faster
+            return _read_record(connection)
+        _migrate(connection)
+        now = datetime.now(UTC)
+        connection.execute(
+            insert(schema.repository).values(
+                id=1,
+                uid=uuid.uuid4().hex,
+                format_version=FORMAT_VERSION,
+                data_url=data_url,
+                chunk_nbytes=chunk.nbytes,
+                chunk_codec=chunk.codec,
+                created_at=now,
+                last_version=0,
+                last_operation=1,
+            )
+        )
+        connection.execute(
+            insert(schema.operation).values(
+                number=1, kind="init", target="", author="", created_at=now
+            )
+        )
+        return _read_record(connection)
+
+
+def _enter_wal(driver: sqlite3.Connection) -> None:
+    """Put the file in WAL mode, which it keeps; SQLite does not wait for others here, so we do."""
+    deadline = time.monotonic() + _WAL_SECONDS
+    while True:
+        try:
+            driver.execute("PRAGMA journal_mode = WAL").fetchone()
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
+
+
+def _lock(database: Database, connection: Connection) -> None:
+    """Wait for everyone who creates or upgrades; on SQLite the transaction has the lock already."""
+    if not database.is_sqlite:
+        connection.execute(select(func.pg_advisory_xact_lock(_CREATION_LOCK)))
+
+
+def _look(database: Database, connection: Connection, *, older_is_fine: bool = False) -> _Found:
+    """Return what lies in the database, or raise SchemaError where we may not use it."""
+    names = set(inspect(connection).get_table_names())
+    if not names:
+        return _Found(True, "")
+    revision = None
+    if {"alembic_version", "repository", "version", "entry"} <= names:
+        revision = connection.scalar(text("SELECT version_num FROM alembic_version"))
+    if revision is None:
+        raise SchemaError(
+            f"{database.shown} is not a dcpstore catalog: it has other tables "
+            f"({', '.join(sorted(names)[:5])}). Give it a database of its own."
+        )
+    if revision == schema.HEAD or (older_is_fine and _is_older(revision)):
+        return _Found(False, revision)
+    if _is_older(revision):
+        raise SchemaError(
+            f"the catalog {database.shown} is of an older dcpstore (schema {revision}, now "
+            f"{schema.HEAD}). Upgrade it with 'dcpstore db-upgrade --repo {database.shown}'."
+        )
+    raise SchemaError(
+        f"the catalog {database.shown} is of a newer dcpstore (schema {revision}, this one knows "
+        f"{schema.HEAD}); update dcpstore."
+    )
+
+
+def _is_older(revision: str) -> bool:
+    """Tell whether a revision comes before ours: their ids are counted, in four digits."""
+    return revision.isdecimal() and len(revision) == len(schema.HEAD) and revision < schema.HEAD
+
+
+def _read_record(connection: Connection) -> RepositoryRecord:
+    row = connection.execute(select(schema.repository)).one()
+    return RepositoryRecord(
+        uid=row.uid,
+        format_version=row.format_version,
+        data_url=row.data_url,
+        chunk=ChunkDefaults(nbytes=row.chunk_nbytes, codec=row.chunk_codec),
+        created_at=row.created_at,
+    )
+
+
+def _migrate(connection: Connection) -> None:
+    """Run the migrations, loading them and Alembic only now: opening needs neither."""
+    import_module("dcpstore.catalog.migrating").migrate(connection)

@@ -1,0 +1,184 @@
+"""What committed versions hold: each question takes the same few queries, whatever their size."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+from operator import itemgetter
+from typing import Any
+
+from sqlalchemy import CTE, Connection, Select, select
+
+from dcpstore.catalog import schema
+from dcpstore.catalog.versions import ancestors, id_of_number, load_versions
+from dcpstore.catalog.wanted import wanted_names, wanted_ranges
+from dcpstore.errors import NotFoundError
+from dcpstore.geometry.boxes import Box
+from dcpstore.records import (
+    ChunkRange,
+    EntryRecord,
+    PartRecord,
+    PlanRecord,
+    ShardRecord,
+    StoredChunk,
+    TensorRecord,
+    Version,
+)
+
+__all__ = ["list_log", "load_chunks", "load_entries", "load_plan"]
+
+_SHOWN = 10  # unknown FQNs that one message names
+
+
+def list_log(connection: Connection, start: int | None, *, limit: int | None) -> list[Version]:
+    """Return versions, newest first: all of them, or `start` and its ancestors."""
+    if limit is not None and limit <= 0:
+        return []
+    if start is None:
+        ids: Select[Any] = select(schema.version.c.id)
+    else:
+        most = None if limit is None else limit - 1
+        ids = select(ancestors(id_of_number(connection, start), most=most).c.id)
+    return load_versions(connection, ids, limit=limit)
+
+
+def load_entries(
+    connection: Connection, version: int, fqns: Collection[str] | None
+) -> list[EntryRecord]:
+    """Return the entries of a version, or those of `fqns`, sorted by FQN.
+
+    Raises:
+        NotFoundError: there is no such version, or it lacks some of `fqns`; names all of them.
+    """
+    version_id = id_of_number(connection, version)
+    entry, tensor = schema.entry, schema.tensor
+    wanted = None if fqns is None else wanted_names(connection, set(fqns))
+    tensors = _tensors_of(connection, version_id, wanted)
+    query = select(entry, tensor.c.id).outerjoin(tensor, tensor.c.id == entry.c.tensor)
+    query = query.where(entry.c.version == version_id).order_by(entry.c.fqn)
+    rows = connection.execute(_narrowed(query, wanted))
+    found = [
+        EntryRecord(
+            fqn=row.fqn,
+            path=tuple(row.path),
+            kind=row.kind,
+            tensor=None if row.tensor is None else tensors[row.tensor],
+            value=row.value,
+        )
+        for row in rows
+    ]
+    if fqns is not None and (missing := set(fqns) - {record.fqn for record in found}):
+        raise _missing(connection, version_id, version, missing)
+    return found
+
+
+def load_chunks(connection: Connection, wanted: Sequence[ChunkRange]) -> list[StoredChunk]:
+    """Return the chunks of these ranges, each once, in the order in which they lie in the packs."""
+    ranges = _merged(wanted)
+    if not ranges:
+        return []
+    chunk, pack = schema.chunk, schema.pack
+    table = wanted_ranges(connection, ranges)
+    rows = connection.execute(
+        select(
+            chunk.c.tensor,
+            chunk.c.part,
+            chunk.c.ordinal,
+            chunk.c.digest,
+            pack.c.key,
+            chunk.c.offset,
+            chunk.c.length,
+        )
+        .select_from(table)
+        .join(
+            chunk,
+            (chunk.c.tensor == table.c.tensor_id)
+            & (chunk.c.part == table.c.part)
+            & chunk.c.ordinal.between(table.c.first, table.c.last),
+        )
+        .join(pack, pack.c.id == chunk.c.pack)
+    )
+    return sorted((StoredChunk(*row) for row in rows), key=itemgetter(4, 5, 0, 1, 2))
+
+
+def load_plan(connection: Connection, version: int) -> PlanRecord:
+    """Return the global plan of a version; its shards sorted by FQN and rank."""
+    plan, shard = schema.plan, schema.shard
+    version_id = id_of_number(connection, version)
+    head = connection.execute(
+        select(plan)
+        .join(schema.version, schema.version.c.plan == plan.c.id)
+        .where(schema.version.c.id == version_id)
+    ).one()
+    rows = connection.execute(
+        select(shard)
+        .where(shard.c.plan == head.id)
+        .order_by(shard.c.fqn, shard.c.rank, shard.c.ordinal)
+    )
+    shards = [ShardRecord(row.fqn, row.rank, Box(row.offsets, row.sizes)) for row in rows]
+    return PlanRecord(digest=head.digest, ranks=head.ranks, shards=shards)
+
+
+def _tensors_of(
+    connection: Connection, version_id: int, wanted: CTE | None
+) -> dict[int, TensorRecord]:
+    """Return the tensors of a version's entries by id, each with its parts."""
+    entry, tensor, part = schema.entry, schema.tensor, schema.part
+    ids = _narrowed(
+        select(entry.c.tensor).where(entry.c.version == version_id, entry.c.tensor.is_not(None)),
+        wanted,
+    )
+    parts: dict[int, list[PartRecord]] = {}
+    for row in connection.execute(
+        select(part).where(part.c.tensor.in_(ids)).order_by(part.c.tensor, part.c.part)
+    ):
+        parts.setdefault(row.tensor, []).append(PartRecord(row.offsets, row.shape, row.chunk_shape))
+    return {
+        row.id: TensorRecord(
+            id=row.id,
+            digest=row.digest,
+            dtype=row.dtype,
+            shape=row.shape,
+            codec=row.codec,
+            nbytes=row.nbytes,
+            parts=tuple(parts.get(row.id, ())),
+        )
+        for row in connection.execute(select(tensor).where(tensor.c.id.in_(ids)))
+    }
+
+
+def _narrowed(query: Select[Any], wanted: CTE | None) -> Select[Any]:
+    """Return a query of entries for the wanted FQNs only."""
+    return query if wanted is None else query.join(wanted, wanted.c.name == schema.entry.c.fqn)
+
+
+def _missing(
+    connection: Connection, version_id: int, version: int, missing: set[str]
+) -> NotFoundError:
+    entry = schema.entry
+    known = connection.scalars(select(entry.c.fqn).where(entry.c.version == version_id)).all()
+    lines = []
+    for fqn in sorted(missing)[:_SHOWN]:
+        close = difflib.get_close_matches(fqn, known, n=3, cutoff=0.5)
+        hint = f" (did you mean {', '.join(repr(name) for name in close)}?)" if close else ""
+        lines.append(f"  {fqn!r}{hint}")
+    more = f"\n  and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+    return NotFoundError(
+        f"v{version} has no entry for {len(missing)} FQNs:\n"
+        + "\n".join(lines)
+        + more
+        + f"\nSee 'dcpstore ls v{version}' for all of them."
+    )
+
+
+def _merged(ranges: Sequence[ChunkRange]) -> list[ChunkRange]:
+    """Return ranges that hold the same chunks, none of them twice."""
+    merged: list[ChunkRange] = []
+    for tensor_id, part, first, last in sorted(ranges):
+        if merged:
+            before = merged[-1]
+            if (before.tensor_id, before.part) == (tensor_id, part) and first <= before.last + 1:
+                merged[-1] = before._replace(last=max(before.last, last))
+                continue
+        merged.append(ChunkRange(tensor_id, part, first, last))
+    return merged

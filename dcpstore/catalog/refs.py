@@ -1,0 +1,160 @@
+"""Branches and tags: one name has one meaning, and a ref resolves to one version.
+
+A tag never moves; a branch moves only in the transaction of a save (here it is only begun).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any, Literal, NamedTuple
+
+from sqlalchemy import Connection, Select, insert, select
+
+from dcpstore.catalog import schema
+from dcpstore.catalog.checks import check_text
+from dcpstore.catalog.operations import Change, append_operations, take_operations
+from dcpstore.catalog.versions import ancestors, id_of_number, load_versions
+from dcpstore.catalog.wanted import wanted_names
+from dcpstore.errors import AlreadyExistsError, NotFoundError
+from dcpstore.records import RefRecord, Version
+from dcpstore.refs import Ref, check_name, parse_ref
+
+__all__ = ["DEFAULT_BRANCH", "RefRow", "find_refs", "list_refs", "make_ref", "resolve", "taken"]
+
+DEFAULT_BRANCH = "main"
+RefKind = Literal["branch", "tag"]
+
+
+class RefRow(NamedTuple):
+    """A ref with the id and the number of its version."""
+
+    name: str
+    kind: RefKind
+    id: int
+    number: int
+
+
+def resolve(connection: Connection, ref: str | int | None) -> Version:
+    """Return the version that `ref` means; None is the tip of the default branch.
+
+    Raises:
+        InvalidInputError: `ref` breaks the grammar.
+        NotFoundError: nothing is called so, or the walk leaves the history.
+    """
+    parsed = Ref(name=DEFAULT_BRANCH) if ref is None else parse_ref(ref)
+    found = _start(connection, parsed)
+    if parsed.up:
+        found = _up(connection, found, parsed)
+    if parsed.step is not None:
+        found = _at_step(connection, found, parsed)
+    (version,) = load_versions(
+        connection, select(schema.version.c.id).where(schema.version.c.id == found), limit=1
+    )
+    return version
+
+
+def find_refs(connection: Connection, names: Iterable[str]) -> dict[str, RefRow]:
+    """Return the branches and tags of these names, by name."""
+    wanted = wanted_names(connection, list(names))
+    rows = connection.execute(_rows().join(wanted, wanted.c.name == schema.ref.c.name))
+    return {row.name: RefRow(*row) for row in rows}
+
+
+def list_refs(connection: Connection, kind: RefKind | None) -> list[RefRecord]:
+    """Return all branches and tags, or those of one kind, sorted by name."""
+    query = _rows().order_by(schema.ref.c.name)
+    if kind is not None:
+        query = query.where(schema.ref.c.kind == kind)
+    rows = connection.execute(query)
+    return [RefRecord(row.name, row.kind, row.number) for row in rows]
+
+
+def make_ref(
+    connection: Connection, name: str, kind: RefKind, *, version: int, author: str
+) -> RefRecord:
+    """Name the version of number `version`; recorded as an operation.
+
+    Raises:
+        InvalidInputError: the name breaks the grammar.
+        AlreadyExistsError: the name is taken.
+        NotFoundError: there is no such version.
+    """
+    check_name(name, kind=kind)
+    check_text(author, what="author")
+    number = take_operations(connection)
+    target = id_of_number(connection, version)
+    if existing := find_refs(connection, [name]).get(name):
+        raise taken(existing)
+    connection.execute(insert(schema.ref).values(name=name, kind=kind, version=target))
+    append_operations(
+        connection,
+        number,
+        [Change(kind, name, None, target)],
+        author=author,
+        at=datetime.now(UTC),
+    )
+    return RefRecord(name, kind, version)
+
+
+def taken(existing: RefRow) -> AlreadyExistsError:
+    """Return the error for a name that has a meaning already."""
+    return AlreadyExistsError(
+        f"the name {existing.name!r} is taken: it is a {existing.kind} of v{existing.number}. "
+        "Choose another name."
+    )
+
+
+def _rows() -> Select[Any]:
+    ref, version = schema.ref, schema.version
+    return select(ref.c.name, ref.c.kind, version.c.id, version.c.number).join(
+        version, version.c.id == ref.c.version
+    )
+
+
+def _start(connection: Connection, ref: Ref) -> int:
+    """Return the id of the version where a ref begins."""
+    if ref.number is not None:
+        return id_of_number(connection, ref.number)
+    assert ref.name is not None
+    if found := find_refs(connection, [ref.name]).get(ref.name):
+        return found.id
+    known = connection.scalars(select(schema.ref.c.name)).all()
+    if not known:
+        raise NotFoundError(
+            f"no branch or tag {ref.name!r}: the repository is empty. Save a version first."
+        )
+    raise NotFoundError.near(
+        "branch or tag", ref.name, known, "See 'dcpstore tag' and 'dcpstore branch' for all names."
+    )
+
+
+def _up(connection: Connection, start: int, ref: Ref) -> int:
+    up = ancestors(start, most=ref.up)
+    depth, found = connection.execute(
+        select(up.c.depth, up.c.id).order_by(up.c.depth.desc()).limit(1)
+    ).one()
+    if depth < ref.up:
+        raise NotFoundError(
+            f"no version {str(ref)!r}: only {depth} versions lie above the start. "
+            "See 'dcpstore log' for the history."
+        )
+    return int(found)
+
+
+def _at_step(connection: Connection, start: int, ref: Ref) -> int:
+    up = ancestors(start)
+    version = schema.version
+    history = select(up.c.id, version.c.step).join(version, version.c.id == up.c.id)
+    found = connection.scalar(
+        history.where(version.c.step == ref.step).order_by(up.c.depth).limit(1)
+    )
+    if found is not None:
+        return int(found)
+    steps = {row.step for row in connection.execute(history) if row.step is not None}
+    near = sorted(steps, key=lambda step: abs(step - (ref.step or 0)))[:3]
+    there = f"The nearest steps are {', '.join(map(str, sorted(near)))}." if near else ""
+    raise NotFoundError(
+        f"no version {str(ref)!r}: none on the way up has step {ref.step}. {there} "
+        "See 'dcpstore log' for the history."
+    )

@@ -1,0 +1,212 @@
+"""The life of a version: begun as pending, then committed in one transaction, or aborted.
+
+A pending version has no number and no ref names it: nobody sees it (invariant 3). Its number, its
+parent, the branch's new tip and its tags are decided while every other mutation waits.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, NoReturn
+
+from sqlalchemy import Connection, Row, insert, select, update
+
+from dcpstore.catalog import schema
+from dcpstore.catalog.checks import check_draft, check_text
+from dcpstore.catalog.contents import write_content, write_plan
+from dcpstore.catalog.operations import (
+    Change,
+    append_operations,
+    take_operations,
+    take_version,
+)
+from dcpstore.catalog.refs import RefRow, find_refs, taken
+from dcpstore.catalog.versions import id_of_number, load_versions
+from dcpstore.errors import ConflictError, NotFoundError
+from dcpstore.records import Version, VersionContent, VersionDraft
+
+__all__ = ["abort_save", "begin_save", "commit_save"]
+
+_version = schema.version
+
+
+def begin_save(connection: Connection, draft: VersionDraft) -> None:
+    """Insert a pending version.
+
+    Raises:
+        InvalidInputError: a name, step, metric or text cannot be kept.
+        AlreadyExistsError: a tag is taken, or the branch's name is a tag.
+        NotFoundError: there is no version `draft.parent`.
+        ConflictError: the branch's tip is not `draft.expect_tip`, or not `draft.parent`.
+    """
+    check_draft(draft)
+    parent = None if draft.parent is None else id_of_number(connection, draft.parent)
+    refs = _free_refs(connection, draft.branch, draft.tags)
+    _check_tip(refs, draft.branch, parent=parent, expect_tip=draft.expect_tip)
+    now = datetime.now(UTC)
+    pending = connection.execute(
+        insert(_version)
+        .values(
+            uid=draft.uid,
+            status="pending",
+            parent=parent,
+            branch=draft.branch,
+            step=draft.step,
+            message=draft.message,
+            labels=draft.labels,
+            author=draft.author,
+            host=draft.host,
+            ranks=draft.ranks,
+            wanted_tags=draft.tags,
+            expect_tip=draft.expect_tip,
+            started_at=now,
+            touched_at=now,
+        )
+        .returning(_version.c.id)
+    ).scalar_one()
+    if draft.metrics:
+        connection.execute(
+            insert(schema.metric),
+            [
+                {"version": pending, "name": name, "value": float(value)}
+                for name, value in draft.metrics.items()
+            ],
+        )
+
+
+def commit_save(connection: Connection, uid: str, content: VersionContent) -> Version:
+    """Make the version of `uid` visible, with all that belongs to it.
+
+    Raises:
+        ConflictError: the branch moved against the save's wish, the save is not pending any more,
+            or what it reuses is condemned or gone.
+        AlreadyExistsError: a tag was taken meanwhile.
+        NotFoundError: no save of this uid was begun.
+    """
+    number = take_version(connection)
+    pending = _pending(connection, uid)
+    tags: list[str] = pending.wanted_tags
+    refs = _free_refs(connection, pending.branch, tags)
+    _check_tip(refs, pending.branch, parent=pending.parent, expect_tip=pending.expect_tip)
+    tip = refs.get(pending.branch)
+    for entry in content.entries:
+        check_text(entry.fqn, what="FQN")
+    connection.execute(
+        update(_version)
+        .where(_version.c.id == pending.id)
+        .values(
+            status="committed",
+            number=number,
+            parent=pending.parent if tip is None else tip.id,
+            plan=write_plan(connection, content.plan),
+            nbytes=content.nbytes,
+            nbytes_written=content.nbytes_written,
+            nbytes_reused=content.nbytes_reused,
+            seconds=content.seconds,
+            touched_at=datetime.now(UTC),
+            created_at=content.created_at,
+        )
+    )
+    write_content(connection, pending.id, content)
+    _name(connection, pending, tip, tags, at=content.created_at)
+    (version,) = load_versions(
+        connection, select(_version.c.id).where(_version.c.id == pending.id), limit=1
+    )
+    return version
+
+
+def abort_save(connection: Connection, uid: str, error: str) -> None:
+    """Give up a pending version and keep why; a second time does nothing.
+
+    Raises:
+        NotFoundError: no save of this uid was begun.
+        ConflictError: it is committed.
+    """
+    row = _lock_save(connection, uid)
+    if row.status == "aborted":
+        return
+    if row.status == "committed":
+        _refuse(row)
+    connection.execute(
+        update(_version)
+        .where(_version.c.id == row.id)
+        .values(
+            status="aborted",
+            error=error.replace("\0", "\N{REPLACEMENT CHARACTER}"),
+            touched_at=datetime.now(UTC),
+        )
+    )
+
+
+def _name(
+    connection: Connection, pending: Row[Any], tip: RefRow | None, tags: list[str], *, at: datetime
+) -> None:
+    """Move the branch to the version, tag it, and record both."""
+    ref = schema.ref
+    rows = [{"name": tag, "kind": "tag", "version": pending.id} for tag in tags]
+    if tip is None:
+        rows.append({"name": pending.branch, "kind": "branch", "version": pending.id})
+    else:
+        connection.execute(
+            update(ref).where(ref.c.name == pending.branch).values(version=pending.id)
+        )
+    if rows:
+        connection.execute(insert(ref), rows)
+    changes = [Change("save", pending.branch, None if tip is None else tip.id, pending.id)]
+    changes += [Change("tag", tag, None, pending.id) for tag in tags]
+    first = take_operations(connection, len(changes))
+    append_operations(connection, first, changes, author=pending.author, at=at)
+
+
+def _lock_save(connection: Connection, uid: str) -> Row[Any]:
+    """Return the row of a save, which nobody else changes until this transaction ends."""
+    row = connection.execute(
+        select(_version).where(_version.c.uid == uid).with_for_update()
+    ).one_or_none()
+    if row is None:
+        raise NotFoundError(f"no save {uid!r} was begun in this repository. Begin it first.")
+    return row
+
+
+def _pending(connection: Connection, uid: str) -> Row[Any]:
+    row = _lock_save(connection, uid)
+    if row.status != "pending":
+        _refuse(row)
+    return row
+
+
+def _refuse(row: Row[Any]) -> NoReturn:
+    what = f"committed as v{row.number}" if row.status == "committed" else "aborted"
+    why = f" ({row.error})" if row.error else ""
+    raise ConflictError(f"the save {row.uid!r} is {what} already{why}. Save again.")
+
+
+def _free_refs(
+    connection: Connection, branch: str, tags: list[str] | tuple[str, ...]
+) -> dict[str, RefRow]:
+    """Return the branch's ref, if it has one; the tags, and the branch as a tag, must be free."""
+    refs = find_refs(connection, [branch, *tags])
+    for tag in tags:
+        if tag in refs:
+            raise taken(refs[tag])
+    if branch in refs and refs[branch].kind != "branch":
+        raise taken(refs[branch])
+    return refs
+
+
+def _check_tip(
+    refs: dict[str, RefRow], branch: str, *, parent: int | None, expect_tip: int | None
+) -> None:
+    """Raise ConflictError where the branch is not where the save wants it."""
+    tip = refs.get(branch)
+    now = "has no version yet" if tip is None else f"is at v{tip.number}"
+    if expect_tip is not None and (tip is None or tip.number != expect_tip):
+        raise ConflictError(
+            f"the branch {branch!r} {now}, not at v{expect_tip} as expect_tip says. "
+            "Look at what came in between, then save with the new tip."
+        )
+    if parent is not None and tip is not None and tip.id != parent:
+        raise ConflictError(
+            f"the branch {branch!r} {now}, which is not the parent that was given. Leave parent= "
+            "out to follow the tip, or save to a new branch."
+        )

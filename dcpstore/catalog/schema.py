@@ -1,0 +1,235 @@
+"""The tables of the catalog, as the newest migration leaves them; a test holds the two together.
+
+Every foreign key has an index that begins with it, so that deletes stay cheap. Rows that a version
+has very many of (entries, parts, chunks, shards) are clustered by their key on SQLite.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    MetaData,
+    Table,
+)
+
+from dcpstore.catalog.types import (
+    Bytes,
+    IntTuple,
+    JsonText,
+    Key,
+    Metric,
+    Number,
+    UtcTime,
+    Words,
+)
+
+__all__ = [
+    "HEAD",
+    "chunk",
+    "entry",
+    "metric",
+    "operation",
+    "pack",
+    "part",
+    "plan",
+    "ref",
+    "repository",
+    "shard",
+    "tables",
+    "tensor",
+    "version",
+]
+
+HEAD = "0001"  # the newest migration; a test holds it against migrations/versions
+
+tables = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+    }
+)
+
+
+def _words(name: str, *, unique: bool = False, null: bool = False) -> Column[Any]:
+    return Column(name, Words, nullable=null, unique=unique or None)
+
+
+def _number(name: str, *, null: bool = False) -> Column[Any]:
+    return Column(name, Number, nullable=null)
+
+
+repository = Table(
+    "repository",
+    tables,
+    Column("id", Key, primary_key=True),
+    _words("uid"),
+    _number("format_version"),
+    _words("data_url"),
+    _number("chunk_nbytes"),
+    _words("chunk_codec"),
+    Column("created_at", UtcTime, nullable=False),
+    # Counters: whoever raises one holds the row until its transaction ends, so that every
+    # mutation waits for the one before it and numbers have no gaps.
+    _number("last_version"),
+    _number("last_operation"),
+    CheckConstraint("id = 1", name="one_row"),
+)
+
+plan = Table(
+    "plan",
+    tables,
+    Column("id", Key, primary_key=True),
+    _words("digest", unique=True),
+    _number("ranks"),
+)
+
+version = Table(
+    "version",
+    tables,
+    Column("id", Key, primary_key=True),
+    _words("uid", unique=True),
+    Column("number", Number, unique=True),  # NULL until it is committed
+    _words("status"),
+    # While pending, the parent that the save asked for; afterwards the true one.
+    Column("parent", Key, ForeignKey("version.id"), index=True),
+    _words("branch"),
+    _number("step", null=True),
+    _words("message"),
+    Column("labels", JsonText, nullable=False),
+    _words("author"),
+    _words("host"),
+    _number("ranks"),
+    Column("plan", Key, ForeignKey("plan.id"), index=True),
+    Column("wanted_tags", JsonText, nullable=False),
+    _number("expect_tip", null=True),
+    _number("nbytes", null=True),
+    _number("nbytes_written", null=True),
+    _number("nbytes_reused", null=True),
+    Column("seconds", JsonText),
+    Column("started_at", UtcTime, nullable=False),
+    Column("touched_at", UtcTime, nullable=False),
+    Column("created_at", UtcTime),
+    _words("error", null=True),
+    CheckConstraint("status IN ('pending', 'committed', 'aborted')", name="status"),
+    CheckConstraint("(status = 'committed') = (number IS NOT NULL)", name="numbered"),
+    Index(None, "branch", "number"),
+    Index(None, "status", "touched_at"),
+)
+
+metric = Table(
+    "metric",
+    tables,
+    Column("version", Key, ForeignKey("version.id"), primary_key=True),
+    Column("name", Words, primary_key=True),
+    Column("value", Metric),
+    Index(None, "name", "value"),
+    sqlite_with_rowid=False,
+)
+
+ref = Table(
+    "ref",
+    tables,
+    Column("name", Words, primary_key=True),
+    _words("kind"),
+    Column("version", Key, ForeignKey("version.id"), nullable=False),
+    CheckConstraint("kind IN ('tag', 'branch')", name="kind"),
+    Index(None, "version", "kind", "name"),
+)
+
+operation = Table(
+    "operation",
+    tables,
+    Column("number", Key, primary_key=True, autoincrement=False),
+    _words("kind"),
+    _words("target"),
+    Column("old", Key, ForeignKey("version.id"), index=True),
+    Column("new", Key, ForeignKey("version.id"), index=True),
+    _words("author"),
+    Column("created_at", UtcTime, nullable=False),
+)
+
+tensor = Table(
+    "tensor",
+    tables,
+    Column("id", Key, primary_key=True),
+    _words("digest", unique=True),
+    _words("dtype"),
+    Column("shape", IntTuple, nullable=False),
+    _words("codec"),
+    _number("nbytes"),
+)
+
+entry = Table(
+    "entry",
+    tables,
+    Column("version", Key, ForeignKey("version.id"), primary_key=True),
+    Column("fqn", Words, primary_key=True),
+    Column("path", JsonText, nullable=False),
+    _words("kind"),
+    Column("tensor", Key, ForeignKey("tensor.id"), index=True),
+    _words("value", null=True),
+    CheckConstraint("kind IN ('tensor', 'value', 'blob')", name="kind"),
+    Index(None, "fqn", "version"),
+    sqlite_with_rowid=False,
+)
+
+part = Table(
+    "part",
+    tables,
+    Column("tensor", Key, ForeignKey("tensor.id"), primary_key=True),
+    Column("part", Key, primary_key=True, autoincrement=False),
+    Column("offsets", IntTuple, nullable=False),
+    Column("shape", IntTuple, nullable=False),
+    Column("chunk_shape", IntTuple, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+pack = Table(
+    "pack",
+    tables,
+    Column("id", Key, primary_key=True),
+    _words("key", unique=True),
+    _number("nbytes"),
+    Column("version", Key, ForeignKey("version.id"), nullable=False, index=True),
+    _words("status"),
+    Column("condemned_at", UtcTime),
+    CheckConstraint("status IN ('live', 'condemned')", name="status"),
+    Index(None, "status"),
+)
+
+chunk = Table(
+    "chunk",
+    tables,
+    Column("tensor", Key, primary_key=True),
+    Column("part", Key, primary_key=True, autoincrement=False),
+    Column("ordinal", Number, primary_key=True, autoincrement=False),
+    Column("digest", Bytes, nullable=False),
+    Column("pack", Key, ForeignKey("pack.id"), nullable=False, index=True),
+    _number("offset"),
+    _number("length"),
+    ForeignKeyConstraint(["tensor", "part"], ["part.tensor", "part.part"]),
+    Index(None, "digest", "tensor"),
+    sqlite_with_rowid=False,
+)
+
+shard = Table(
+    "shard",
+    tables,
+    Column("plan", Key, ForeignKey("plan.id"), primary_key=True),
+    Column("fqn", Words, primary_key=True),
+    Column("rank", Key, primary_key=True, autoincrement=False),
+    # A rank may hold several boxes of one tensor (strided shards); their order is kept.
+    Column("ordinal", Key, primary_key=True, autoincrement=False),
+    Column("offsets", IntTuple, nullable=False),
+    Column("sizes", IntTuple, nullable=False),
+    sqlite_with_rowid=False,
+)

