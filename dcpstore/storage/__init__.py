@@ -1,0 +1,1 @@
+"""Bytes at rest: a small storage interface, local folders, object stores, packs and manifests."""

@@ -1,0 +1,249 @@
+"""Manifests: the self-describing copy of one version, kept beside the packs.
+
+A manifest is a kerchunk reference file, version 1: Zarr documents inline and every chunk as a range
+of a pack, so plain Zarr with fsspec reads the version. Its "dcpstore" member holds what `rebuild`
+needs to restore the catalog: every chunk of every tensor, those of earlier versions too. A digest
+over the rest comes first, so that damage is known before anything is believed.
+Format: https://fsspec.github.io/kerchunk/spec.html
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from blake3 import blake3
+
+from dcpstore.errors import CorruptionError, SchemaError
+from dcpstore.geometry.boxes import Box
+from dcpstore.geometry.grids import Grid
+from dcpstore.records import (
+    ChunkPlace,
+    NewChunk,
+    NewEntry,
+    NewTensor,
+    PackRecord,
+    PlanRecord,
+    ShardRecord,
+    VersionContent,
+    VersionDraft,
+)
+
+__all__ = ["Manifest", "decode_manifest", "encode_manifest", "manifest_key"]
+
+_FORMAT = 1
+_HEAD = '{{"version": 1, "digest": "{}", '
+_HEAD_PATTERN = re.compile(rb'\{"version": 1, "digest": "([0-9a-f]{64})", ')
+
+# JSON as read: what it holds is checked by use, so `Any`.
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One version as its manifest tells it; each tensor of `content` has all its chunks."""
+
+    draft: VersionDraft
+    content: VersionContent
+    data_url: str
+
+
+def manifest_key(uid: str) -> str:
+    """Return the key of a version's manifest."""
+    return f"manifests/{uid}.json"
+
+
+def encode_manifest(
+    draft: VersionDraft,
+    content: VersionContent,
+    *,
+    chunks: Mapping[str, Sequence[NewChunk]],
+    data_url: str,
+    documents: Mapping[str, str],
+    references: Iterable[tuple[str, ChunkPlace]],
+) -> bytes:
+    """Return the manifest of a version.
+
+    Args:
+        draft: what was known when the save began, with the branch and parent as they are now.
+        content: what the save commits; `tensors` names every tensor of the version, known ones too.
+        chunks: all chunks of each tensor by its digest, in order of (part, ordinal). They stand in
+            for `NewTensor.chunks`, which are empty for tensors that the catalog knows.
+        data_url: where "packs/" lies: an absolute path or a URL that fsspec opens.
+        documents: the Zarr documents by key, "zarr.json" of the root among them.
+        references: each chunk's Zarr key with its place.
+    """
+    body = {
+        "templates": {"data": data_url},
+        "refs": dict(documents)
+        | {key: ["{{data}}/" + pack, at, size] for key, (pack, at, size) in references},
+        "dcpstore": _encode_version(draft, content, chunks),
+    }
+    text = json.dumps(body, separators=(",", ":"), allow_nan=False)
+    digest = blake3(text.encode()).hexdigest()
+    return (_HEAD.format(digest) + text[1:]).encode()
+
+
+def decode_manifest(data: bytes) -> Manifest:
+    """Return what a manifest says.
+
+    Raises:
+        CorruptionError: it is damaged or is no manifest.
+        SchemaError: a newer dcpstore wrote it.
+    """
+    head = _HEAD_PATTERN.match(data)
+    if head is None:
+        raise CorruptionError(
+            f"no manifest: it begins with {data[:40]!r}; restore it from a copy, or save the "
+            "version again."
+        )
+    found = blake3(b"{" + data[head.end() :]).hexdigest()
+    if found != head[1].decode():
+        raise CorruptionError(
+            f"a manifest is damaged: its digest is {found}, not {head[1].decode()}; restore it "
+            "from a copy, or take the version from the catalog."
+        )
+    try:
+        body = json.loads(b"{" + data[head.end() :])
+        said = body["dcpstore"]
+        if said["format"] > _FORMAT:
+            raise SchemaError(
+                f"a manifest has format {said['format']}, newer than {_FORMAT}; update dcpstore."
+            )
+        draft, content = _decode_version(said)
+        return Manifest(draft, content, str(body["templates"]["data"]))
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise CorruptionError(
+            f"a manifest does not hold what it must ({type(error).__name__}: {error}); restore it "
+            "from a copy, or take the version from the catalog."
+        ) from error
+
+
+def _encode_version(
+    draft: VersionDraft, content: VersionContent, chunks: Mapping[str, Sequence[NewChunk]]
+) -> Json:
+    places = [(c.pack, c) for tensor in content.tensors for c in chunks[tensor.digest]]
+    packs = list(dict.fromkeys(pack for pack, _ in places))
+    number = {pack: i for i, pack in enumerate(packs)}
+    return {
+        "format": _FORMAT,
+        "uid": draft.uid,
+        "branch": draft.branch,
+        "parent": draft.parent,
+        "step": draft.step,
+        "message": draft.message,
+        "tags": draft.tags,
+        "metrics": {name: _encode_float(value) for name, value in draft.metrics.items()},
+        "labels": dict(draft.labels),
+        "author": draft.author,
+        "host": draft.host,
+        "ranks": draft.ranks,
+        "created_at": content.created_at.isoformat(),
+        "nbytes": content.nbytes,
+        "nbytes_written": content.nbytes_written,
+        "nbytes_reused": content.nbytes_reused,
+        "seconds": dict(content.seconds),
+        "written": [[pack.key, pack.nbytes] for pack in content.packs],
+        "plan": {
+            "digest": content.plan.digest,
+            "ranks": content.plan.ranks,
+            "shards": [[s.fqn, s.rank, s.box.offsets, s.box.sizes] for s in content.plan.shards],
+        },
+        "entries": [[e.fqn, e.path, e.kind, e.tensor_digest, e.value] for e in content.entries],
+        "packs": packs,
+        "tensors": [
+            {
+                "digest": tensor.digest,
+                "dtype": tensor.dtype,
+                "shape": tensor.shape,
+                "codec": tensor.codec,
+                "nbytes": tensor.nbytes,
+                "parts": [[p.offsets, p.shape, p.chunk_shape] for p in tensor.parts],
+                "chunks": _encode_chunks(tensor, chunks[tensor.digest], number),
+            }
+            for tensor in content.tensors
+        ],
+    }
+
+
+def _encode_chunks(
+    tensor: NewTensor, chunks: Sequence[NewChunk], number: Mapping[str, int]
+) -> list[tuple[str, int, int, int]]:
+    """Return each chunk's digest and place; part and ordinal follow from the order."""
+    assert [c[:2] for c in chunks] == _ordinals(tensor.parts), f"chunks of {tensor.digest}"
+    return [(c.digest.hex(), number[c.pack], c.offset, c.length) for c in chunks]
+
+
+def _ordinals(parts: Sequence[Grid]) -> list[tuple[int, int]]:
+    return [(i, j) for i, part in enumerate(parts) for j in range(math.prod(part.counts))]
+
+
+def _decode_version(said: Json) -> tuple[VersionDraft, VersionContent]:
+    draft = VersionDraft(
+        uid=said["uid"],
+        branch=said["branch"],
+        parent=said["parent"],
+        step=said["step"],
+        message=said["message"],
+        tags=tuple(said["tags"]),
+        metrics={name: float(value) for name, value in said["metrics"].items()},
+        labels=dict(said["labels"]),
+        author=said["author"],
+        host=said["host"],
+        ranks=said["ranks"],
+    )
+    plan = said["plan"]
+    content = VersionContent(
+        entries=[
+            NewEntry(fqn, tuple(path), kind, digest, value)
+            for fqn, path, kind, digest, value in said["entries"]
+        ],
+        tensors=[_decode_tensor(tensor, said["packs"]) for tensor in said["tensors"]],
+        packs=[PackRecord(key, nbytes) for key, nbytes in said["written"]],
+        plan=PlanRecord(
+            plan["digest"],
+            plan["ranks"],
+            [
+                ShardRecord(fqn, rank, Box(tuple(offsets), tuple(sizes)))
+                for fqn, rank, offsets, sizes in plan["shards"]
+            ],
+        ),
+        nbytes=said["nbytes"],
+        nbytes_written=said["nbytes_written"],
+        nbytes_reused=said["nbytes_reused"],
+        seconds=dict(said["seconds"]),
+        created_at=datetime.fromisoformat(said["created_at"]),
+    )
+    return draft, content
+
+
+def _decode_tensor(said: Json, packs: Sequence[str]) -> NewTensor:
+    parts = tuple(Grid(*(tuple(numbers) for numbers in part)) for part in said["parts"])
+    count = sum(math.prod(part.counts) for part in parts)
+    if count != len(said["chunks"]):
+        raise ValueError(f"{len(said['chunks'])} chunks for {count} cells of {said['digest']}")
+    chunks = [
+        NewChunk(part, ordinal, bytes.fromhex(digest), packs[pack], offset, length)
+        for (part, ordinal), (digest, pack, offset, length) in zip(
+            _ordinals(parts), said["chunks"], strict=True
+        )
+    ]
+    return NewTensor(
+        said["digest"],
+        said["dtype"],
+        tuple(said["shape"]),
+        said["codec"],
+        said["nbytes"],
+        parts,
+        chunks,
+    )
+
+
+def _encode_float(value: float) -> float | str:
+    """Return a metric as JSON holds it: "nan" and "inf" as text."""
+    return value if math.isfinite(value) else str(value)

@@ -1,0 +1,132 @@
+"""Packs: stored objects that hold many encoded chunks, appended one after another.
+
+Each rank writes its own packs, "packs/<uid>/<rank>-<n>.pack", in one sequential stream, so many
+small tensors cost one file and one fsync. A pack never changes after `finish`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from typing_extensions import Buffer
+
+from dcpstore.errors import CorruptionError, NotFoundError
+from dcpstore.records import ChunkPlace, PackRecord
+from dcpstore.storage.interface import Range, Sink, Source, Storage
+
+__all__ = ["PackReader", "PackWriter", "pack_key"]
+
+
+def pack_key(uid: str, rank: int, number: int) -> str:
+    """Return the key of the `number`th pack that a rank writes for version `uid`."""
+    return f"packs/{uid}/{rank}-{number}.pack"
+
+
+class PackWriter:
+    """The packs of one rank in one save; used by one thread at a time.
+
+    Args:
+        storage: where to write.
+        uid: of the version being saved.
+        rank: of this process in the save.
+        limit: bytes past which the next chunk begins a new pack.
+    """
+
+    def __init__(self, storage: Storage, uid: str, rank: int, *, limit: int = 4 << 30) -> None:
+        self._storage, self._uid, self._rank, self._limit = storage, uid, rank, limit
+        self._sink: Sink | None = None
+        self._key = ""
+        self._size = 0
+        self._done: list[PackRecord] = []
+
+    def append(self, encoded: Buffer) -> ChunkPlace:
+        """Append the encoded bytes of a chunk; their place may be named once `finish` returns."""
+        length = memoryview(encoded).nbytes
+        if self._sink is not None and self._size + length > self._limit:
+            self._complete(self._sink)
+        if self._sink is None:
+            self._key = pack_key(self._uid, self._rank, len(self._done))
+            self._sink = self._storage.create(self._key)
+        self._sink.write(encoded)
+        place = ChunkPlace(self._key, self._size, length)
+        self._size += length
+        return place
+
+    def finish(self) -> list[PackRecord]:
+        """Make every pack durable and return them; there is none where nothing was appended."""
+        if self._sink is not None:
+            self._complete(self._sink)
+        return list(self._done)
+
+    def discard(self) -> None:
+        """Drop every pack of this writer, the finished ones too."""
+        if self._sink is not None:
+            self._sink.discard()
+            self._sink = None
+        while self._done:
+            self._storage.delete(self._done.pop().key)
+
+    def _complete(self, sink: Sink) -> None:
+        sink.commit()
+        self._done.append(PackRecord(self._key, self._size))
+        self._sink, self._size = None, 0
+
+
+class PackReader:
+    """Reads chunks out of packs; safe to share between threads.
+
+    Args:
+        storage: where the packs lie.
+        most_open: packs kept open; the least recently used one is let go.
+    """
+
+    def __init__(self, storage: Storage, *, most_open: int = 64) -> None:
+        self._storage, self._most_open = storage, most_open
+        self._open: OrderedDict[str, Source] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, pack: str, offset: int, length: int) -> memoryview:
+        """Return the encoded bytes of one chunk: in a folder a view of the mapped pack, no copy.
+
+        Raises:
+            CorruptionError: the pack is missing or too short.
+        """
+        return self.read_many(pack, [(offset, length)])[0]
+
+    def read_many(self, pack: str, ranges: Sequence[Range]) -> list[memoryview]:
+        """Return the encoded bytes of many chunks of one pack; near ranges are fetched as one.
+
+        Raises:
+            CorruptionError: the pack is missing or too short.
+        """
+        if not ranges:
+            return []
+        try:
+            return self._source(pack).read(ranges)
+        except NotFoundError as error:
+            offset, length = ranges[0]
+            raise CorruptionError(
+                f"pack {pack!r} is missing in {self._storage.url!r} (wanted {length} bytes at "
+                f"offset {offset}); restore it from a copy, or run 'dcpstore verify' to see what "
+                "is hurt."
+            ) from error
+        except CorruptionError as error:
+            offset, length = max(ranges, key=sum)
+            raise CorruptionError(
+                f"pack {pack!r} is too short for {length} bytes at offset {offset}: {error}"
+            ) from error
+
+    def close(self) -> None:
+        """Let every pack go; bytes that were handed out stay valid."""
+        with self._lock:
+            self._open.clear()
+
+    def _source(self, pack: str) -> Source:
+        with self._lock:
+            source = self._open.pop(pack, None) or self._storage.open(pack)
+            self._open[pack] = source
+            if len(self._open) > self._most_open:
+                self._open.popitem(last=False)
+            return source

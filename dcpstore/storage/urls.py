@@ -1,0 +1,38 @@
+"""Which storage a data URL means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from dcpstore.errors import InvalidInputError
+from dcpstore.storage.folder import LocalFolder
+from dcpstore.storage.interface import Storage
+
+__all__ = ["open_storage"]
+
+
+def open_storage(url: str, *, base: Path | None = None, create: bool = False) -> Storage:
+    """Return the storage at `url`.
+
+    Args:
+        url: a path, or "file:///path", or "s3://bucket/prefix" ("gs://", "az://" alike).
+        base: the folder from which a relative path counts; the current one if not given.
+        create: make a missing local folder, as a new repository does.
+
+    Raises:
+        InvalidInputError: the scheme is not known, or the URL is not well formed.
+        NotFoundError: a local folder that is missing.
+    """
+    if "://" not in url:
+        if not url or "\0" in url:
+            raise InvalidInputError(f"{url!r} is no path; give the data folder, or its URL.")
+        return LocalFolder((base or Path()) / url, create=create)
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost") or not parts.path.strip("/"):
+            raise InvalidInputError(f"{url!r} names no local folder; write file:///absolute/path.")
+        return LocalFolder(Path(unquote(parts.path)), create=create)
+    raise InvalidInputError(
+        f"no storage for {parts.scheme + '://'!r} in {url!r}; give a path or file:// URL."
+    )
