@@ -20,6 +20,7 @@ __all__ = [
     "ChunkPlace",
     "ChunkRange",
     "EntryRecord",
+    "KnownTensor",
     "LoadReport",
     "NewChunk",
     "NewEntry",
@@ -172,6 +173,13 @@ class ChunkPlace(NamedTuple):
     pack: str
     offset: int
     length: int
+
+
+class KnownTensor(NamedTuple):
+    """A tensor content that the catalog holds, and the codec of its stored chunks."""
+
+    id: int
+    codec: str
 
 
 class NewChunk(NamedTuple):

@@ -14,6 +14,7 @@ from dcpstore.records import (
     ChunkPlace,
     ChunkRange,
     EntryRecord,
+    KnownTensor,
     Operation,
     PlanRecord,
     RefRecord,
@@ -126,8 +127,8 @@ class Catalog:
         with self._database.read() as connection:
             return known.find_chunks(connection, digests, codec)
 
-    def find_tensors(self, digests: Collection[str]) -> set[str]:
-        """Return those content digests that the repository holds, whole and in live packs."""
+    def find_tensors(self, digests: Collection[str]) -> dict[str, KnownTensor]:
+        """Return what the repository holds of these contents, whole and in live packs."""
         with self._database.read() as connection:
             return known.find_tensors(connection, digests)
 

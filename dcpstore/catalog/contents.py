@@ -105,11 +105,11 @@ def _write_tensors(
     known = known_tensors(connection, given.keys() | named)
     new = [tensor for tensor in given.values() if tensor.digest not in known]
     moved = {
-        known[tensor.digest][0]: tensor
+        known[tensor.digest][0].id: tensor
         for tensor in given.values()
         if tensor.digest in known and not known[tensor.digest][1] and tensor.chunks
     }
-    lost = {digest for digest, (found, live) in known.items() if not live and found not in moved}
+    lost = {digest for digest, (has, live) in known.items() if not live and has.id not in moved}
     lost |= {tensor.digest for tensor in new if not tensor.chunks and _chunk_count(tensor)}
     lost |= named - known.keys() - given.keys()
     if lost:
@@ -117,7 +117,7 @@ def _write_tensors(
             f"{len(lost)} tensors that the save found in the repository are condemned or gone "
             f"since (content {min(lost)}). Save again."
         )
-    ids = {digest: found for digest, (found, _) in known.items()}
+    ids = {digest: has.id for digest, (has, _) in known.items()}
     ids |= _insert_tensors(connection, new)
     _forget_places(connection, moved)
     placed = new + list(moved.values())

@@ -11,12 +11,9 @@ from sqlalchemy import ColumnElement, Connection, exists, select
 
 from dcpstore.catalog import schema
 from dcpstore.catalog.wanted import wanted_digests, wanted_names
-from dcpstore.records import ChunkPlace
+from dcpstore.records import ChunkPlace, KnownTensor
 
-__all__ = ["KnownTensor", "find_chunks", "find_tensors", "has_condemned_chunk", "known_tensors"]
-
-KnownTensor = tuple[int, bool]  # id, and whether all its chunks lie in live packs
-
+__all__ = ["find_chunks", "find_tensors", "has_condemned_chunk", "known_tensors"]
 
 def find_chunks(
     connection: Connection, digests: Collection[bytes], codec: str
@@ -48,24 +45,26 @@ def find_chunks(
     return {digest: ChunkPlace(key, offset, length) for digest, key, offset, length in rows}
 
 
-def known_tensors(connection: Connection, digests: Collection[str]) -> dict[str, KnownTensor]:
-    """Return the tensors of these content digests that the catalog has, live or not."""
+def known_tensors(
+    connection: Connection, digests: Collection[str]
+) -> dict[str, tuple[KnownTensor, bool]]:
+    """Return the tensors of these content digests, each with whether all its packs are live."""
     if not digests:
         return {}
     tensor = schema.tensor
     wanted = wanted_names(connection, digests)
     rows = connection.execute(
-        select(tensor.c.digest, tensor.c.id, (~has_condemned_chunk()).label("live")).join(
-            wanted, wanted.c.name == tensor.c.digest
-        )
+        select(
+            tensor.c.digest, tensor.c.id, tensor.c.codec, (~has_condemned_chunk()).label("live")
+        ).join(wanted, wanted.c.name == tensor.c.digest)
     )
-    return {row.digest: (row.id, row.live) for row in rows}
+    return {row.digest: (KnownTensor(row.id, row.codec), row.live) for row in rows}
 
 
-def find_tensors(connection: Connection, digests: Collection[str]) -> set[str]:
-    """Return those content digests whose tensors are known, with every chunk in a live pack."""
+def find_tensors(connection: Connection, digests: Collection[str]) -> dict[str, KnownTensor]:
+    """Return the known tensors of these content digests that have every chunk in a live pack."""
     known = known_tensors(connection, digests)
-    return {digest for digest, (_, live) in known.items() if live}
+    return {digest: tensor for digest, (tensor, live) in known.items() if live}
 
 
 def has_condemned_chunk() -> ColumnElement[bool]:
