@@ -1,1 +1,81 @@
-"""dcpstore: a versioned checkpoint store with a database for a memory."""
+"""dcpstore: a versioned checkpoint store with a database for a memory.
+
+Names are loaded when first used, so that tools which only ask the catalog never load torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dcpstore.api import load, save
+    from dcpstore.errors import (
+        AlreadyExistsError,
+        ConflictError,
+        CorruptionError,
+        DcpstoreError,
+        InvalidInputError,
+        MismatchError,
+        NotFoundError,
+        RankFailure,
+        SchemaError,
+        UnsafeDataError,
+    )
+    from dcpstore.planning import DefaultLoadPlanner, DefaultSavePlanner
+    from dcpstore.records import ChunkDefaults, LoadReport, Version
+    from dcpstore.repository import Repository, open
+
+__all__ = [
+    "AlreadyExistsError",
+    "ChunkDefaults",
+    "ConflictError",
+    "CorruptionError",
+    "DcpstoreError",
+    "DefaultLoadPlanner",
+    "DefaultSavePlanner",
+    "InvalidInputError",
+    "LoadReport",
+    "MismatchError",
+    "NotFoundError",
+    "RankFailure",
+    "Repository",
+    "SchemaError",
+    "UnsafeDataError",
+    "Version",
+    "load",
+    "open",
+    "save",
+]
+
+_HOMES = {
+    "dcpstore.api": ("load", "save"),
+    "dcpstore.errors": (
+        "AlreadyExistsError",
+        "ConflictError",
+        "CorruptionError",
+        "DcpstoreError",
+        "InvalidInputError",
+        "MismatchError",
+        "NotFoundError",
+        "RankFailure",
+        "SchemaError",
+        "UnsafeDataError",
+    ),
+    "dcpstore.planning": ("DefaultLoadPlanner", "DefaultSavePlanner"),
+    "dcpstore.records": ("ChunkDefaults", "LoadReport", "Version"),
+    "dcpstore.repository": ("Repository", "open"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'dcpstore' has no attribute {name!r}")
+    found: object = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

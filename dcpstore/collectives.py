@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from dcpstore.errors import DcpstoreError, MismatchError, RankFailure
 
-__all__ = ["Alone", "Collectives", "RankGroup", "find_collectives", "in_step", "in_turn", "led"]
+__all__ = ["Alone", "Collectives", "RankGroup", "find_collectives", "in_step", "in_turn"]
 
 Local = TypeVar("Local")
 Result = TypeVar("Result")
@@ -156,13 +156,6 @@ def in_turn(
         else:
             outcomes = [outcome] * ranks.size
     result: Result = _opened(ranks, mine, ranks.scatter(outcomes))
-    return result
-
-
-def led(ranks: Collectives, lead: Callable[[], Result]) -> Result:
-    """Run `lead` on the coordinator; return its result, or raise its error, on every rank."""
-    outcome = _attempt(ranks, lead) if ranks.leads else None
-    result: Result = _opened(ranks, outcome or _Outcome(), ranks.broadcast(outcome))
     return result
 
 

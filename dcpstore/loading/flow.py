@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,10 @@ from dcpstore.catalog import Catalog
 from dcpstore.collectives import Collectives, in_step, in_turn
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box
-from dcpstore.loading.reading import BoxRequest, read_boxes, read_value
+from dcpstore.loading.reading import BoxRequest, read_boxes, read_values
 from dcpstore.planning.described import describe_entries
 from dcpstore.planning.load_planner import DefaultLoadPlanner
+from dcpstore.planning.stateful import give_state, take_template
 from dcpstore.progress import ProgressBar
 from dcpstore.records import EntryRecord, LoadReport, Version
 from dcpstore.storage.interface import Storage
@@ -42,7 +44,7 @@ class LoadSource:
 
 @dataclass(frozen=True, slots=True)
 class _Told:
-    """What one rank tells of its load: its plan's missing FQNs and all it asked for, or its reads."""
+    """What one rank tells of its load."""
 
     missing: tuple[str, ...] = ()
     asked: frozenset[str] = frozenset()
@@ -54,35 +56,54 @@ class _Told:
 
 def load_version(
     state_dict: dict[str, Any],
-    source: LoadSource,
-    version: Version,
-    entries: Sequence[EntryRecord],
+    open_source: Callable[[], LoadSource],
+    ref: str | int | None,
     *,
     ranks: Collectives,
     planner: LoadPlanner,
     verify: bool,
     allow_pickle: bool,
 ) -> LoadReport:
-    """Fill `state_dict`, of which this rank holds its part, from `version` with its `entries`.
+    """Fill `state_dict`, of which this rank holds its part, from the version that `ref` names.
 
-    Every rank of `ranks` calls it with its own state, and gets the same report.
+    Every rank of `ranks` calls it with its own state, and gets the same report. `open_source` is
+    called inside the first exchange, so that what it raises is raised on all ranks.
 
     Raises:
         MismatchError: everything that is missing or differs, on any rank; no tensor was touched.
+        NotFoundError: no such version.
         CorruptionError: stored bytes are damaged.
         UnsafeDataError: a value is a pickle, and pickle is not allowed.
         RankFailure: some ranks failed.
     """
     began = time.perf_counter()
+    source: LoadSource
+    template: dict[str, Any]
+
+    def begin() -> _Opening:
+        nonlocal source
+        source = open_source()
+        return _Opening(source.catalog.repository.uid, ref, tuple(sorted(state_dict)))
+
+    def resolve(told: Sequence[_Opening]) -> tuple[Version, list[EntryRecord], list[str]]:
+        _check_agreement(told)
+        version = source.catalog.resolve(ref)
+        keys = sorted({key for one in told for key in one.keys})
+        return version, source.catalog.entries(version.number), keys
 
     def local_plan() -> LoadPlan:
-        planner.set_up_planner(state_dict, described, ranks.leads)
+        nonlocal template
+        template = take_template(state_dict, keys, entries)
+        planner.set_up_planner(template, described, ranks.leads)
         return planner.create_local_plan()
 
     def read() -> _Told:
         plan = planner.finish_plan(mine)
         planned = time.perf_counter()
-        with ProgressBar("load", shown=ranks.leads) as bar, PackReader(source.storage) as packs:
+        with (
+            ProgressBar("load", shown=ranks.leads) as bar,
+            closing(PackReader(source.storage)) as packs,
+        ):
             reads = _Reads(plan, planner, {e.fqn: e for e in entries}, described)
             chunks, nbytes = reads.run(
                 source.catalog,
@@ -115,9 +136,31 @@ def load_version(
             },
         )
 
+    version, entries, keys = in_step(ranks, "open", begin, resolve)
     described = describe_entries(entries)
     mine = in_turn(ranks, "plan", local_plan, planner.create_global_plan)
-    return in_step(ranks, "read", read, report)
+    done = in_step(ranks, "read", read, report)
+    give_state(state_dict, template)
+    return done
+
+
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """What each rank brings to the first exchange, and must agree on but for its keys."""
+
+    repository: str
+    ref: str | int | None
+    keys: tuple[str, ...]
+
+
+def _check_agreement(told: Sequence[_Opening]) -> None:
+    asked = [(one.repository, one.ref) for one in told]
+    odd = next((rank for rank, one in enumerate(asked) if one != asked[0]), 0)
+    if odd:
+        raise InvalidInputError(
+            f"rank 0 loads {asked[0][1]!r} of repository {asked[0][0]}, rank {odd} "
+            f"{asked[odd][1]!r} of {asked[odd][0]}; pass the same ref and repository on every rank."
+        )
 
 
 class _Reads:
@@ -172,8 +215,14 @@ class _Reads:
         )
         for item, target in self._tensors:
             self._planner.commit_tensor(item, target)
-        for item, entry in self._values:
-            value = read_value(entry, catalog, packs, version=version, allow_pickle=allow_pickle)
+        values = read_values(
+            [entry for _, entry in self._values],
+            catalog,
+            packs,
+            version=version,
+            allow_pickle=allow_pickle,
+        )
+        for (item, _), value in zip(self._values, values, strict=True):
             if isinstance(self._planner, DefaultLoadPlanner):
                 self._planner.load_value(item, value)
             else:

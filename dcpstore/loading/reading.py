@@ -20,12 +20,12 @@ from dcpstore.encoding.codecs import decode
 from dcpstore.encoding.digests import chunk_digest
 from dcpstore.encoding.dtypes import as_bytes, numpy_dtype, torch_dtype
 from dcpstore.encoding.values import decode_value
-from dcpstore.errors import CorruptionError
+from dcpstore.errors import CorruptionError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
 from dcpstore.records import ChunkRange, EntryRecord, StoredChunk
 from dcpstore.storage.packs import PackReader
 
-__all__ = ["BoxRequest", "ReadCounts", "read_boxes", "read_value"]
+__all__ = ["BoxRequest", "ReadCounts", "read_boxes", "read_values"]
 
 Array = npt.NDArray[np.generic]
 
@@ -144,28 +144,42 @@ class _ChunkReader:
         return memoryview(kept)[:nbytes]
 
 
-def read_value(
-    entry: EntryRecord,
+def read_values(
+    entries: Sequence[EntryRecord],
     catalog: Catalog,
     packs: PackReader,
     *,
     version: int,
     allow_pickle: bool,
-) -> object:
-    """Return the value of an entry that is a value or a blob.
+) -> list[object]:
+    """Return the values of entries that are values or blobs, in their order.
 
     Raises:
-        UnsafeDataError: it is a pickle, and `allow_pickle` is not given.
-        CorruptionError: its text or its bytes are damaged.
+        UnsafeDataError: one is a pickle, and `allow_pickle` is not given.
+        CorruptionError: a text or its bytes are damaged.
     """
-    assert entry.value is not None
-    data = None
-    if entry.tensor is not None:
-        blob = torch.empty(entry.tensor.shape, dtype=torch.uint8)
-        request = BoxRequest(entry, Box.whole(entry.tensor.shape), blob)
-        read_boxes([request], catalog, packs, version=version)
-        data = blob.numpy().tobytes()
-    return decode_value(entry.value, data, allow_pickle=allow_pickle)
+    blobs = {
+        entry.fqn: torch.empty(entry.tensor.shape, dtype=torch.uint8)
+        for entry in entries
+        if entry.tensor is not None
+    }
+    requests = [
+        BoxRequest(entry, Box.whole(blobs[entry.fqn].shape), blobs[entry.fqn])
+        for entry in entries
+        if entry.fqn in blobs
+    ]
+    if requests:
+        read_boxes(requests, catalog, packs, version=version)
+    values = []
+    for entry in entries:
+        assert entry.value is not None
+        blob = blobs.get(entry.fqn)
+        data = None if blob is None else blob.numpy().tobytes()
+        try:
+            values.append(decode_value(entry.value, data, allow_pickle=allow_pickle))
+        except (UnsafeDataError, CorruptionError) as error:
+            raise type(error)(f"v{version}: {entry.fqn!r}: {error}") from error
+    return values
 
 
 def _copy(target: torch.Tensor, array: Array, dtype: torch.dtype) -> None:

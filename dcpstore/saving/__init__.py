@@ -1,5 +1,5 @@
 """The save path: layout, digests, packs, manifest, one transaction."""
 
-from dcpstore.saving.flow import SaveTarget, save_version
+from dcpstore.saving.flow import SaveRequest, SaveTarget, save_version
 
-__all__ = ["SaveTarget", "save_version"]
+__all__ = ["SaveRequest", "SaveTarget", "save_version"]

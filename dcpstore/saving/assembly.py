@@ -21,10 +21,13 @@ from dcpstore.records import (
     ChunkDefaults,
     ChunkPlace,
     ChunkRange,
+    EntryRecord,
     NewChunk,
     NewEntry,
     NewTensor,
     ObjectPath,
+    TensorRecord,
+    VersionContent,
 )
 from dcpstore.saving.chunking import Digested
 from dcpstore.saving.layouts import Layout, blob_layout, planned_chunks
@@ -145,6 +148,31 @@ class Books:
             if content.digest not in tensors:
                 tensors[content.digest] = self._tensor(content, known.get(content.digest))
         return list(tensors.values())
+
+    def records(self, content: VersionContent) -> list[EntryRecord]:
+        """Return the entries of `content` as the catalog gives them, without the tensors' ids."""
+        tensors = {
+            tensor.digest: TensorRecord(
+                id=0,
+                digest=tensor.digest,
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                codec=tensor.codec,
+                nbytes=tensor.nbytes,
+                parts=tuple(tensor.parts),
+            )
+            for tensor in content.tensors
+        }
+        return [
+            EntryRecord(
+                entry.fqn,
+                entry.path,
+                entry.kind,
+                None if entry.tensor_digest is None else tensors[entry.tensor_digest],
+                entry.value,
+            )
+            for entry in content.entries
+        ]
 
     @property
     def nbytes(self) -> int:

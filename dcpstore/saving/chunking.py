@@ -50,7 +50,7 @@ class RawChunk:
         return self.grid.cell(self.ordinal).volume * self.itemsize
 
     def raw(self) -> npt.NDArray[np.uint8]:
-        """Return the raw bytes; a cell that reaches past its part is padded with zeros, as Zarr's."""
+        """Return the raw bytes; past its part a cell is padded with zeros, as in Zarr."""
         array = self.source() if callable(self.source) else self.source
         cell = self.grid.cell(self.ordinal)
         piece = array[cell.relative_to(self.box).slices]

@@ -8,14 +8,13 @@ manifest, are durable; one transaction then makes the version visible (design, i
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import getpass
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,6 +28,7 @@ from dcpstore.encoding.digests import text_digest
 from dcpstore.errors import DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.planning.checks import check_agreement, check_tiling, item_box
 from dcpstore.planning.save_planner import DefaultSavePlanner
+from dcpstore.planning.stateful import take_state
 from dcpstore.progress import ProgressBar
 from dcpstore.records import (
     ChunkDefaults,
@@ -42,13 +42,13 @@ from dcpstore.records import (
 )
 from dcpstore.saving.assembly import Books
 from dcpstore.saving.chunking import Digested, RankData, total_nbytes
-from dcpstore.saving.layouts import Assignment, lay_out
+from dcpstore.saving.layouts import Assignment, Layout, lay_out
 from dcpstore.saving.writing import Written, write_chunks
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.manifests import encode_manifest, manifest_key
-from dcpstore.zarr_view.documents import manifest_references
+from dcpstore.zarr_view.documents import chunk_references, zarr_documents
 
-__all__ = ["SaveTarget", "save_version"]
+__all__ = ["SaveRequest", "SaveTarget", "save_version"]
 
 Seconds = dict[str, float]
 
@@ -59,22 +59,36 @@ class SaveTarget:
 
     catalog: Catalog
     storage: Storage
-    chunk: ChunkDefaults
+
+
+@dataclass(frozen=True, slots=True)
+class SaveRequest:
+    """What the caller says about the version to be; `parent` and `expect_tip` are refs."""
+
+    branch: str = "main"
+    step: int | None = None
+    message: str = ""
+    tags: tuple[str, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    author: str = ""
+    parent: str | int | None = None
+    expect_tip: str | int | None = None
 
 
 def save_version(
-    state_dict: dict[str, Any],
-    target: SaveTarget,
-    draft: VersionDraft,
+    state_dict: Mapping[str, Any],
+    open_target: Callable[[], SaveTarget],
+    request: Callable[[], SaveRequest],
     *,
     ranks: Collectives,
     planner: SavePlanner,
     allow_pickle: bool,
 ) -> Version:
-    """Save `state_dict`, of which this rank holds its part, as the version that `draft` describes.
+    """Save `state_dict`, of which this rank holds its part, as one version.
 
-    Every rank of `ranks` calls it with its own state and the same draft (whose `uid`, `ranks`,
-    `host` and missing `author` are filled in here), and gets the same `Version`.
+    Every rank of `ranks` calls it with its own state, and gets the same `Version`. `open_target`
+    and `request` are called inside the first exchange, so that all ranks raise what they raise.
 
     Raises:
         InvalidInputError: ranks disagree, or the plan does not tile its tensors.
@@ -82,12 +96,19 @@ def save_version(
         ConflictError, AlreadyExistsError, NotFoundError: as the catalog finds the refs.
         RankFailure: some ranks failed; the repository shows nothing of the save.
     """
-    lead = _Lead(target, planner, ranks.size)
+    lead = _Lead(planner, ranks.size)
     seconds: Seconds = {}
+    target: SaveTarget
+    data: RankData
 
-    def local_plan() -> tuple[VersionDraft, SavePlan]:
-        planner.set_up_planner(state_dict=state_dict, is_coordinator=ranks.leads)
-        return draft, planner.create_local_plan()
+    def begin() -> _Opening:
+        nonlocal target
+        target = lead.target = open_target()
+        return _Opening(target.catalog.repository.uid, request(), tuple(sorted(state_dict)))
+
+    def local_plan() -> SavePlan:
+        planner.set_up_planner(take_state(state_dict, keys), is_coordinator=ranks.leads)
+        return planner.create_local_plan()
 
     def digest() -> tuple[Digested, Seconds]:
         nonlocal data
@@ -96,7 +117,7 @@ def save_version(
                 planner.finish_plan(assignment.plan),
                 planner,
                 dict(assignment.layouts),
-                chunk=target.chunk,
+                chunk=target.catalog.repository.chunk,
                 allow_pickle=allow_pickle,
             )
             bar.begin("digest", total_nbytes(data.chunks))
@@ -116,9 +137,9 @@ def save_version(
             )
         return written, seconds
 
-    data: RankData
     try:
         with _timed(seconds, "plan"):
+            keys = in_step(ranks, "open", begin, lead.begin)
             assignment = in_turn(ranks, "plan", local_plan, lead.plan)
         with (
             ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-save") as pool,
@@ -131,46 +152,63 @@ def save_version(
         raise
 
 
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """What each rank brings to the first exchange, and must agree on but for its keys."""
+
+    repository: str
+    request: SaveRequest
+    keys: tuple[str, ...]
+
+
 class _Lead:
     """What the coordinator does with everyone's answers; on the other ranks it is never asked."""
 
-    def __init__(self, target: SaveTarget, planner: SavePlanner, size: int) -> None:
-        self._target = target
+    target: SaveTarget
+
+    def __init__(self, planner: SavePlanner, size: int) -> None:
         self._planner = planner
         self._size = size
         self._open = False  # whether a pending version waits for commit or abort
 
-    def plan(self, told: Sequence[tuple[VersionDraft, SavePlan]]) -> list[Assignment]:
-        """Check that the ranks agree, begin the version, and assign each rank its part."""
-        _check_drafts([draft for draft, _ in told])
-        self.draft = dataclasses.replace(
-            told[0][0],
+    @property
+    def _chunk(self) -> ChunkDefaults:
+        return self.target.catalog.repository.chunk
+
+    def begin(self, told: Sequence[_Opening]) -> list[str]:
+        """Check that the ranks agree and begin the version; return the keys of all ranks."""
+        _check_agreement(told)
+        request, catalog = told[0].request, self.target.catalog
+        self.draft = VersionDraft(
             uid=uuid.uuid4().hex,
-            ranks=self._size,
+            branch=request.branch,
+            step=request.step,
+            message=request.message,
+            tags=request.tags,
+            metrics=request.metrics,
+            labels=request.labels,
+            author=request.author or getpass.getuser(),
             host=socket.gethostname(),
-            author=told[0][0].author or getpass.getuser(),
+            ranks=self._size,
+            parent=_number(catalog, request.parent),
+            expect_tip=_number(catalog, request.expect_tip),
         )
-        all_plans = [plan for _, plan in told]
-        if not isinstance(self._planner, DefaultSavePlanner):
+        catalog.begin(self.draft)
+        self._open = True
+        return sorted({key for one in told for key in one.keys})
+
+    def plan(self, all_plans: list[SavePlan]) -> list[Assignment]:
+        """Make the global plan and assign each rank its part."""
+        checked_by_planner = isinstance(self._planner, DefaultSavePlanner)
+        if not checked_by_planner:
             check_agreement(all_plans)
         self._plans, described = self._planner.create_global_plan(all_plans)
-        if not isinstance(self._planner, DefaultSavePlanner):
+        if not checked_by_planner:
             check_tiling(self._plans)
         self._paths = _paths(described)
-        self._layouts = lay_out(self._plans, chunk=self._target.chunk, parent=self._parent())
-        self._target.catalog.begin(self.draft)
-        self._open = True
+        self._layouts = lay_out(self._plans, chunk=self._chunk, parent=self._parent())
         return [
-            Assignment(
-                self.draft.uid,
-                plan,
-                {
-                    i.index.fqn: self._layouts[i.index.fqn]
-                    for i in plan.items
-                    if i.tensor_data is not None
-                },
-            )
-            for plan in self._plans
+            Assignment(self.draft.uid, plan, _needed(plan, self._layouts)) for plan in self._plans
         ]
 
     def choose(self, told: Sequence[tuple[Digested, Seconds]]) -> list[Sequence[int]]:
@@ -180,16 +218,16 @@ class _Lead:
             self._layouts,
             [digested for digested, _ in told],
             paths=self._paths,
-            chunk=self._target.chunk,
+            chunk=self._chunk,
         )
-        return self._books.choose_writes(self._target.catalog)
+        return self._books.choose_writes(self.target.catalog)
 
     def commit(self, told: Sequence[tuple[Written, Seconds]]) -> Version:
         """Write the manifest and commit the version."""
         began = time.perf_counter()
         books = self._books
         books.take_results([written for written, _ in told])
-        tensors = books.tensors(self._target.catalog)
+        tensors = books.tensors(self.target.catalog)
         seconds = {
             phase: max(one[phase] for _, one in told) for phase in ("plan", "digest", "write")
         }
@@ -204,26 +242,30 @@ class _Lead:
             seconds=seconds,
             created_at=datetime.now(UTC),
         )
-        documents, keys = manifest_references(content.entries, tensors, self.draft)
-        manifest = encode_manifest(
-            self.draft,
-            content,
-            documents=documents,
-            chunk_keys=keys,
-            data_url=self._target.storage.url,
-        )
-        self._target.storage.put(manifest_key(self.draft.uid), manifest)
+        self.target.storage.put(manifest_key(self.draft.uid), self._manifest(content))
         seconds["manifest"] = time.perf_counter() - began
-        version = self._target.catalog.commit(self.draft.uid, content)
+        version = self.target.catalog.commit(self.draft.uid, content)
         self._open = False
         return version
+
+    def _manifest(self, content: VersionContent) -> bytes:
+        entries = self._books.records(content)
+        chunks = {tensor.digest: tensor.chunks for tensor in content.tensors}
+        return encode_manifest(
+            self.draft,
+            content,
+            chunks=chunks,
+            data_url=self.target.storage.url,
+            documents=zarr_documents(entries, {"uid": self.draft.uid, "step": self.draft.step}),
+            references=chunk_references(entries, chunks),
+        )
 
     def give_up(self, error: BaseException) -> None:
         """Record why a begun save ended without a version."""
         if self._open:
             self._open = False
             try:
-                self._target.catalog.abort(self.draft.uid, f"{type(error).__name__}: {error}")
+                self.target.catalog.abort(self.draft.uid, f"{type(error).__name__}: {error}")
             except DcpstoreError as second:
                 error.add_note(f"the catalog could not record that the save failed: {second}")
 
@@ -231,23 +273,42 @@ class _Lead:
         """Return the entries of the version whose grids are to be kept: the parent as it is now."""
         draft = self.draft
         try:
-            parent = self._target.catalog.resolve(draft.branch)
+            parent = self.target.catalog.resolve(draft.branch)
         except NotFoundError:
             if draft.parent is None:
                 return []
-            parent = self._target.catalog.resolve(draft.parent)
-        return self._target.catalog.entries(parent.number)
+            parent = self.target.catalog.resolve(draft.parent)
+        return self.target.catalog.entries(parent.number)
 
 
-def _check_drafts(drafts: Sequence[VersionDraft]) -> None:
-    for field in dataclasses.fields(VersionDraft):
-        values = [getattr(draft, field.name) for draft in drafts]
-        odd = [rank for rank, value in enumerate(values) if value != values[0]]
+def _check_agreement(told: Sequence[_Opening]) -> None:
+    uids = [one.repository for one in told]
+    if len(set(uids)) > 1:
+        odd = next(rank for rank, uid in enumerate(uids) if uid != uids[0])
+        raise InvalidInputError(
+            f"rank 0 saves to repository {uids[0]}, rank {odd} to {uids[odd]}; pass the same "
+            "repository on every rank, on storage that all of them see."
+        )
+    for name in (part.name for part in fields(SaveRequest)):
+        values = [getattr(one.request, name) for one in told]
+        odd = next((rank for rank, value in enumerate(values) if value != values[0]), 0)
         if odd:
             raise InvalidInputError(
-                f"the ranks disagree about {field.name}: rank 0 says {values[0]!r}, rank {odd[0]} "
-                f"says {values[odd[0]]!r}; pass the same {field.name}= on every rank."
+                f"the ranks disagree about {name}: rank 0 says {values[0]!r}, rank {odd} says "
+                f"{values[odd]!r}; pass the same {name}= on every rank."
             )
+
+
+def _number(catalog: Catalog, ref: str | int | None) -> int | None:
+    return None if ref is None else catalog.resolve(ref).number
+
+
+def _needed(plan: SavePlan, layouts: Mapping[str, Layout]) -> dict[str, Layout]:
+    return {
+        item.index.fqn: layouts[item.index.fqn]
+        for item in plan.items
+        if item.tensor_data is not None
+    }
 
 
 def _paths(described: Metadata) -> Mapping[str, ObjectPath]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
+from typing_extensions import Buffer
+
 from dcpstore.encoding.codecs import encode
 from dcpstore.records import ChunkPlace, PackRecord
 from dcpstore.saving.chunking import RawChunk
@@ -55,9 +57,9 @@ def write_chunks(
         raise
 
 
-def _encoded(chunks: Sequence[RawChunk], pool: Executor) -> Iterator[tuple[RawChunk, object]]:
+def _encoded(chunks: Sequence[RawChunk], pool: Executor) -> Iterator[tuple[RawChunk, Buffer]]:
     """Yield each chunk with its encoded bytes, in order, a few ahead of the writer."""
-    waiting: deque[tuple[RawChunk, Future[object]]] = deque()
+    waiting: deque[tuple[RawChunk, Future[Buffer]]] = deque()
     for chunk in chunks:
         waiting.append((chunk, pool.submit(_encode, chunk)))
         if len(waiting) > _AHEAD:
@@ -67,5 +69,5 @@ def _encoded(chunks: Sequence[RawChunk], pool: Executor) -> Iterator[tuple[RawCh
         yield first, future.result()
 
 
-def _encode(chunk: RawChunk) -> object:
-    return encode(chunk.codec, chunk.raw(), chunk.itemsize)
+def _encode(chunk: RawChunk) -> Buffer:
+    return encode(chunk.codec, chunk.raw().data, chunk.itemsize)

@@ -1,0 +1,167 @@
+"""`save` and `load`: one call on every rank, as in torch.distributed.checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
+
+from dcpstore.collectives import Alone, Collectives, find_collectives
+from dcpstore.errors import InvalidInputError
+from dcpstore.loading import LoadSource, load_version
+from dcpstore.planning import DefaultLoadPlanner, DefaultSavePlanner
+from dcpstore.records import LoadReport, Version
+from dcpstore.repository import Repository
+from dcpstore.repository import open as open_repository
+from dcpstore.saving import SaveRequest, SaveTarget, save_version
+
+__all__ = ["load", "save"]
+
+_log = logging.getLogger(__name__)
+
+RepositoryLike = Repository | str | os.PathLike[str]
+
+
+def save(
+    state_dict: dict[str, Any],
+    repo: RepositoryLike,
+    *,
+    branch: str = "main",
+    step: int | None = None,
+    tags: Iterable[str] = (),
+    message: str = "",
+    metrics: Mapping[str, float] | None = None,
+    labels: Mapping[str, str] | None = None,
+    author: str = "",
+    parent: str | int | None = None,
+    expect_tip: str | int | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    allow_pickle: bool = False,
+) -> Version:
+    """Save a state as a new version; every rank of the group calls it and gets the same `Version`.
+
+    Args:
+        state_dict: modules, optimizers and other `Stateful` objects, DTensor, ShardedTensor,
+            tensors on any device, nested dicts and lists, plain values.
+        repo: a `Repository`, or what `open` takes (a new one is made where there is none).
+        branch: moved to this version when it commits; its tip then is the version's parent.
+        step: of the training run.
+        tags: immutable names for this version.
+        message, metrics, labels, author: kept with the version, for `log` and for SQL.
+        parent: where a branch that does not exist begins (a ref).
+        expect_tip: the ref that the branch must still name; else ConflictError.
+        planner: torch's save planner or ours; None is `DefaultSavePlanner()`.
+        process_group: the ranks that take part; None is all.
+        no_dist: save this process alone, though a process group is there.
+        allow_pickle: let values that JSON cannot carry be stored as pickles.
+
+    Raises:
+        InvalidInputError: a name, an item or a plan that cannot be meant; ranks that disagree.
+        UnsafeDataError: an item is neither tensor nor plain value, and pickle is not allowed.
+        AlreadyExistsError: a tag is taken.
+        NotFoundError: `parent` or `expect_tip` names nothing.
+        ConflictError: the branch moved meanwhile.
+        RankFailure: some ranks failed, with each one's error; the repository shows nothing.
+    """
+    ranks = _ranks(process_group, no_dist=no_dist)
+    with ExitStack() as opened:
+
+        def open_target() -> SaveTarget:
+            repository = _opened(repo, opened, create=True)
+            return SaveTarget(repository.catalog, repository.storage)
+
+        def request() -> SaveRequest:
+            if isinstance(tags, str):
+                raise InvalidInputError(f"tags={tags!r} is one text; pass a list: [{tags!r}].")
+            return SaveRequest(
+                branch=branch,
+                step=step,
+                message=message,
+                tags=tuple(tags),
+                metrics=dict(metrics or {}),
+                labels=dict(labels or {}),
+                author=author,
+                parent=parent,
+                expect_tip=expect_tip,
+            )
+
+        return save_version(
+            state_dict,
+            open_target,
+            request,
+            ranks=ranks,
+            planner=planner or DefaultSavePlanner(),
+            allow_pickle=allow_pickle,
+        )
+
+
+def load(
+    state_dict: dict[str, Any],
+    repo: RepositoryLike,
+    ref: str | int | None = None,
+    *,
+    planner: LoadPlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    verify: bool = True,
+    allow_pickle: bool = False,
+) -> LoadReport:
+    """Fill a state in place from a version; every rank of the group calls it with its own part.
+
+    The number of ranks, the mesh and the placements may differ from those of the save. Entries of
+    the version that the state does not ask for are left alone, and named in the report.
+
+    Args:
+        state_dict: as for `save`; its tensors are filled, its values replaced.
+        repo: a `Repository`, or what `open` takes.
+        ref: the version: `12`, `"v12"`, a tag, a branch, `"main~3"`; None is the tip of `main`.
+        planner: torch's load planner or ours; None is `DefaultLoadPlanner()`.
+        process_group: the ranks that take part; None is all.
+        no_dist: load in this process alone, though a process group is there.
+        verify: check every byte read against its digest before it reaches a tensor.
+        allow_pickle: let values that are pickles run their code.
+
+    Raises:
+        MismatchError: everything that is missing or differs, on any rank; no tensor was touched.
+        NotFoundError: no such version or repository.
+        CorruptionError: stored bytes are damaged; tensors before the damage are filled already.
+        UnsafeDataError: a value is a pickle, and pickle is not allowed.
+        RankFailure: some ranks failed, with each one's error.
+    """
+    ranks = _ranks(process_group, no_dist=no_dist)
+    with ExitStack() as opened:
+
+        def open_source() -> LoadSource:
+            repository = _opened(repo, opened, create=False)
+            return LoadSource(repository.catalog, repository.storage)
+
+        return load_version(
+            state_dict,
+            open_source,
+            ref,
+            ranks=ranks,
+            planner=planner or DefaultLoadPlanner(),
+            verify=verify,
+            allow_pickle=allow_pickle,
+        )
+
+
+def _ranks(group: dist.ProcessGroup | None, *, no_dist: bool) -> Collectives:
+    ranks = find_collectives(group, no_dist=no_dist)
+    if isinstance(ranks, Alone) and not no_dist:
+        _log.info("no process group is initialised; working in this process alone")
+    return ranks
+
+
+def _opened(repo: RepositoryLike, opened: ExitStack, *, create: bool) -> Repository:
+    """Return the repository; one that is opened here is closed with `opened`."""
+    if isinstance(repo, Repository):
+        return repo
+    return opened.enter_context(open_repository(repo, create=create))

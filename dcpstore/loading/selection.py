@@ -1,0 +1,92 @@
+"""Entries read without a template: whole tensors, slices of them, and values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import EllipsisType
+from typing import Any
+
+import torch
+
+from dcpstore.catalog import Catalog
+from dcpstore.encoding.dtypes import torch_dtype
+from dcpstore.errors import InvalidInputError
+from dcpstore.geometry.boxes import Box
+from dcpstore.loading.reading import BoxRequest, read_boxes, read_values
+from dcpstore.records import EntryRecord
+from dcpstore.storage.packs import PackReader
+
+__all__ = ["Index", "read_entries"]
+
+Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
+
+
+def read_entries(
+    entries: Sequence[EntryRecord],
+    indices: Mapping[str, Index],
+    catalog: Catalog,
+    packs: PackReader,
+    *,
+    version: int,
+    verify: bool,
+    allow_pickle: bool,
+) -> dict[str, Any]:
+    """Return each entry's tensor, on the CPU, or value; `indices` picks from some tensors.
+
+    Only chunks that an index meets are read.
+
+    Raises:
+        InvalidInputError: an index that a tensor of this shape does not have.
+        CorruptionError, UnsafeDataError: as the reads find the stored bytes.
+    """
+    found: dict[str, Any] = {}
+    requests = []
+    rest: dict[str, tuple[int | slice, ...]] = {}
+    for entry in entries:
+        if entry.kind != "tensor":
+            if entry.fqn in indices:
+                raise InvalidInputError(f"{entry.fqn!r} is a {entry.kind} and takes no index.")
+            continue
+        assert entry.tensor is not None
+        box, rest[entry.fqn] = _boxed(entry.fqn, entry.tensor.shape, indices.get(entry.fqn, ...))
+        target = torch.empty(box.sizes, dtype=torch_dtype(entry.tensor.dtype))
+        found[entry.fqn] = target
+        if box.volume:
+            requests.append(BoxRequest(entry, box, target))
+    read_boxes(requests, catalog, packs, version=version, verify=verify)
+    for fqn, index in rest.items():
+        found[fqn] = found[fqn][index]
+    plain = [entry for entry in entries if entry.kind != "tensor"]
+    values = read_values(plain, catalog, packs, version=version, allow_pickle=allow_pickle)
+    found.update(zip((entry.fqn for entry in plain), values, strict=True))
+    return {entry.fqn: found[entry.fqn] for entry in entries}
+
+
+def _boxed(fqn: str, shape: tuple[int, ...], index: Index) -> tuple[Box, tuple[int | slice, ...]]:
+    """Return the smallest box that holds what `index` picks, and what picks it from the box."""
+    given = index if isinstance(index, tuple) else (index,)
+    dims = sum(part is not ... for part in given)
+    if dims > len(shape) or dims < len(given) - 1:
+        raise InvalidInputError(f"index {index!r} does not fit {fqn!r} of shape {shape}.")
+    fill = [slice(None)] * (len(shape) - dims)
+    at = given.index(...) if ... in given else len(given)
+    full = [*given[:at], *fill, *given[at + 1 :]]
+    offsets: list[int] = []
+    sizes: list[int] = []
+    rest: list[int | slice] = []
+    for part, n in zip(full, shape, strict=True):
+        if isinstance(part, slice) and (part.step is None or part.step > 0):
+            start, stop, step = part.indices(n)
+            offsets.append(start)
+            sizes.append(max(stop - start, 0))
+            rest.append(slice(None, None, step))
+        elif isinstance(part, int) and not isinstance(part, bool) and -n <= part < n:
+            offsets.append(part % n)
+            sizes.append(1)
+            rest.append(0)
+        else:
+            raise InvalidInputError(
+                f"index {part!r} does not fit {fqn!r} of shape {shape}; use integers inside it, "
+                "slices with a positive step, or '...'."
+            )
+    return Box(tuple(offsets), tuple(sizes)), tuple(rest)
