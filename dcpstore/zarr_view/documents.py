@@ -1,0 +1,140 @@
+"""The Zarr v3 documents of a version, and the Zarr key of each of its chunks.
+
+The same documents stand in a manifest and in `VersionStore`. A tensor is an array named by its FQN;
+one of several parts is a group of that name with an array a part. Values are attributes of the
+root. Two FQNs never share a node name, and no node name means something else to Zarr.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from dcpstore.encoding.codecs import zarr_codecs
+from dcpstore.encoding.dtypes import numpy_dtype
+from dcpstore.geometry.grids import Grid
+from dcpstore.records import ChunkPlace, EntryRecord, NewChunk, StoredChunk, TensorRecord
+
+__all__ = ["array_name", "array_names", "chunk_keys", "chunk_references", "zarr_documents"]
+
+# JSON to be written: its values are of every kind, hence `Any`.
+Json = dict[str, Any]
+
+# What Zarr nodes, URLs, globs and templates may take for something else, and lone surrogates.
+_UNSAFE = re.compile(r'[\x00-\x20\x7f-\x9f"#%&*/:<>?\[\\\]{|}\ud800-\udfff]')
+
+
+def array_name(fqn: str) -> str:
+    """Return the name of an FQN's node: percent-escaped where Zarr or fsspec could not hold it."""
+    name = _UNSAFE.sub(lambda match: _escaped(match[0]), fqn)
+    if not name:
+        return "%"  # no other FQN escapes to it
+    if name.startswith("__") or name == "zarr.json" or set(name) == {"."} or name.startswith(".z"):
+        return "".join(f"%{ord(c):02X}" if c in "_." else c for c in name)
+    return name
+
+
+def array_names(entry: EntryRecord) -> list[str]:
+    """Return the path of each part's array; an entry without a tensor has none."""
+    if entry.tensor is None:
+        return []
+    name = array_name(entry.fqn)
+    if _is_whole(entry.tensor):
+        return [name]
+    return [f"{name}/{i}" for i in range(len(entry.tensor.parts))]
+
+
+def chunk_keys(array: str, grid: Grid) -> Iterator[str]:
+    """Yield the Zarr keys of a part's chunks by ordinal; `array` is the path of its array."""
+    for index in itertools.product(*(range(count) for count in grid.counts)):
+        yield "/".join((array, "c", *map(str, index)))
+
+
+def chunk_references(
+    entries: Sequence[EntryRecord], chunks: Mapping[str, Sequence[NewChunk | StoredChunk]]
+) -> Iterator[tuple[str, ChunkPlace]]:
+    """Yield the Zarr key and the place of each chunk of each entry, as a manifest lists them.
+
+    Args:
+        entries: of the version.
+        chunks: all chunks of each tensor by its digest, in order of (part, ordinal).
+    """
+    for entry in entries:
+        if entry.tensor is None:
+            continue
+        parts = zip(array_names(entry), entry.tensor.parts, strict=True)
+        keys = itertools.chain.from_iterable(chunk_keys(array, grid) for array, grid in parts)
+        for key, chunk in zip(keys, chunks[entry.tensor.digest], strict=True):
+            yield key, ChunkPlace(chunk.pack, chunk.offset, chunk.length)
+
+
+def zarr_documents(
+    entries: Sequence[EntryRecord], attributes: Mapping[str, object]
+) -> dict[str, str]:
+    """Return the text of every zarr.json of a version, by key.
+
+    Args:
+        entries: of the version.
+        attributes: JSON values for the root group, such as its uid and step; the values of the
+            version are added as "values", typed JSON by FQN.
+    """
+    nodes: dict[str, Json] = {}
+    for entry in entries:
+        if entry.tensor is None:
+            continue
+        tensor, name = entry.tensor, array_name(entry.fqn)
+        named: Json = {"fqn": entry.fqn, "torch_dtype": tensor.dtype}
+        if entry.kind == "blob" and entry.value:
+            named["blob"] = json.loads(entry.value)
+        if _is_whole(tensor):
+            nodes[name] = _array(tensor, tensor.parts[0], named)
+            continue
+        nodes[name] = _group({**named, "shape": tensor.shape})
+        for array, grid in zip(array_names(entry), tensor.parts, strict=True):
+            placed = {"offsets": grid.offsets, "shape": grid.shape}
+            nodes[array] = _array(tensor, grid, placed)
+    values = {e.fqn: json.loads(e.value) for e in entries if e.kind == "value" and e.value}
+    root = _group({**attributes, "values": values})
+    # The nodes stand in the root too: zarr 3.1 finds no arrays of a split tensor otherwise, for it
+    # lists nested folders of a reference file wrongly.
+    root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": nodes}
+    return {"zarr.json": _text(root)} | {
+        f"{path}/zarr.json": _text(node) for path, node in nodes.items()
+    }
+
+
+def _is_whole(tensor: TensorRecord) -> bool:
+    """Tell whether one part at the origin is the whole tensor."""
+    return len(tensor.parts) == 1 and tensor.parts[0].shape == tensor.shape
+
+
+def _group(attributes: Json) -> Json:
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+def _array(tensor: TensorRecord, grid: Grid, attributes: Json) -> Json:
+    stored = numpy_dtype(tensor.dtype)
+    zero = stored.type(0).item()
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": grid.shape,
+        "data_type": stored.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": grid.chunk_shape}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": [0.0, 0.0] if isinstance(zero, complex) else zero,
+        "codecs": zarr_codecs(tensor.codec, tensor.dtype),
+        "attributes": attributes,
+        "storage_transformers": [],
+    }
+
+
+def _text(document: Json) -> str:
+    return json.dumps(document, separators=(",", ":"), allow_nan=False)
+
+
+def _escaped(text: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in text.encode("utf-8", "surrogatepass"))
