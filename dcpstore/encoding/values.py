@@ -1,0 +1,202 @@
+"""Plain Python values as typed JSON text, and back with their exact types.
+
+What JSON has is written plainly, so that SQL finds 0.001; anything else is an object of one key
+that begins with "$", such as {"$tuple": [1, 2]}. Decoding builds plain values and runs no code:
+text that this module did not write is `CorruptionError`, a pickle is touched with leave only.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+import torch
+
+from dcpstore.encoding.scalars import NotPlainError, decode_scalar, encode_scalar
+from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, UnsafeDataError
+
+__all__ = ["EncodedValue", "decode_value", "encode_value"]
+
+_LONGEST = 64 * 1024  # bytes of typed JSON that a catalog keeps as text
+_DEEPEST = 100  # containers one in another
+_JSON_BLOB, _PICKLE_BLOB = '{"$blob":"json"}', '{"$blob":"pickle"}'
+
+# Containers of items and of pairs; a plain list, and a dict whose keys are plain text, need no tag.
+_ITEMS: dict[str, Callable[[Iterable[Any]], object]] = {
+    "$tuple": tuple,
+    "$size": torch.Size,
+    "$set": set,
+    "$frozenset": frozenset,
+}
+_PAIRS: dict[str, Callable[[Iterable[Any]], object]] = {
+    "$dict": dict,
+    "$ordered_dict": OrderedDict,
+}
+_ITEM_TAGS: dict[type, str] = {
+    tuple: "$tuple",
+    torch.Size: "$size",
+    set: "$set",
+    frozenset: "$frozenset",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedValue:
+    """A value for the catalog: its JSON `text`, or a blob's bytes with their format as `text`."""
+
+    kind: Literal["value", "blob"]
+    text: str
+    data: bytes | None = None
+
+
+def encode_value(obj: object, *, allow_pickle: bool) -> EncodedValue:
+    """Return a value as typed JSON; as a blob where that is long, or where it must be pickled.
+
+    Plain are None, bool, int, float, str, bytes, bytearray, complex, list, tuple, dict, set,
+    frozenset, OrderedDict, datetime, date, timedelta, Decimal, torch's dtype, device and Size,
+    numpy scalars and arrays. Types are taken exactly: a subclass is not plain.
+
+    Raises:
+        UnsafeDataError: the value is not plain, and `allow_pickle` is false.
+        InvalidInputError: it contains itself, is nested too deep, or does not pickle.
+    """
+    try:
+        text = _dump(_encode(obj, ()))
+    except NotPlainError as error:
+        if not allow_pickle:
+            raise UnsafeDataError(
+                f"a value of type {error} is not plain data and would need pickle; convert it to "
+                "tensors, numbers, text, lists or dicts, or save with allow_pickle=True."
+            ) from None
+        return EncodedValue("blob", _PICKLE_BLOB, _pickled(obj))
+    data = text.encode()
+    if len(data) > _LONGEST:
+        return EncodedValue("blob", _JSON_BLOB, data)
+    return EncodedValue("value", text)
+
+
+def decode_value(text: str, data: bytes | None = None, *, allow_pickle: bool) -> object:
+    """Return the value of what `encode_value` made.
+
+    Args:
+        text: of the value.
+        data: the bytes of a blob.
+        allow_pickle: unpickle a pickled blob, which runs whatever code it names.
+
+    Raises:
+        UnsafeDataError: it is a pickle, and `allow_pickle` is false.
+        CorruptionError: it is not what `encode_value` makes.
+        DcpstoreError: a pickle names what cannot be imported or built here.
+    """
+    if text == _PICKLE_BLOB:
+        if not allow_pickle:
+            raise UnsafeDataError(
+                "a value is a pickle, which runs code when it is read; if you trust whoever wrote "
+                "the version, load with allow_pickle=True."
+            )
+        return _unpickled(data)
+    try:
+        source = _present(data).decode() if text == _JSON_BLOB else text
+        return _decode(json.loads(source, parse_constant=_refuse), 0)
+    # What broken text, wrong payloads and hostile nesting lead to, in json and in constructors.
+    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise CorruptionError(
+            f"a value does not decode ({type(error).__name__}: {error}): {text[:80]!r}; run "
+            "'dcpstore verify' to see which versions are hurt."
+        ) from error
+
+
+def _encode(obj: Any, around: tuple[int, ...]) -> object:
+    """Return JSON for a value; `around` are the ids of the containers that it lies in."""
+    kind = type(obj)
+    tag = _ITEM_TAGS.get(kind)
+    if tag is None and kind not in (list, dict, OrderedDict):
+        return encode_scalar(obj)
+    if id(obj) in around:
+        raise InvalidInputError(
+            f"a {kind.__name__} contains itself and cannot be stored; break the loop."
+        )
+    if len(around) == _DEEPEST:
+        raise InvalidInputError(
+            f"a value is nested deeper than {_DEEPEST} containers; flatten it before saving."
+        )
+    inside = (*around, id(obj))
+    if kind is dict and all(map(_is_plain_key, obj)):
+        return {key: _encode(value, inside) for key, value in obj.items()}
+    if kind in (dict, OrderedDict):
+        pairs = [[_encode(key, inside), _encode(value, inside)] for key, value in obj.items()]
+        return {"$dict" if kind is dict else "$ordered_dict": pairs}
+    items = [_encode(item, inside) for item in obj]
+    if kind in (set, frozenset):
+        items.sort(key=_dump)  # equal sets give equal text, whatever order they iterate in
+    return items if tag is None else {tag: items}
+
+
+def _decode(node: Any, depth: int) -> object:
+    if not isinstance(node, list | dict):
+        return node
+    if depth > _DEEPEST:
+        raise ValueError(f"nested deeper than {_DEEPEST}")
+    if isinstance(node, list):
+        return [_decode(item, depth + 1) for item in node]
+    if not any(key.startswith("$") for key in node):
+        return {key: _decode(value, depth + 1) for key, value in node.items()}
+    ((tag, payload),) = node.items()
+    if tag not in _ITEMS and tag not in _PAIRS:
+        return decode_scalar(tag, payload)
+    if not isinstance(payload, list):
+        raise TypeError(f"{tag} of {type(payload).__name__}")
+    if tag in _ITEMS:
+        return _ITEMS[tag](_decode(item, depth + 1) for item in payload)
+    return _PAIRS[tag](
+        (_decode(key, depth + 1), _decode(value, depth + 1)) for key, value in payload
+    )
+
+
+def _is_plain_key(key: object) -> bool:
+    return type(key) is str and not key.startswith("$") and encode_scalar(key) is key
+
+
+def _dump(node: object) -> str:
+    return json.dumps(node, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _present(data: bytes | None) -> bytes:
+    if data is None:
+        raise ValueError("the bytes of a blob are missing")
+    return data
+
+
+def _pickled(obj: object) -> bytes:
+    try:
+        return pickle.dumps(obj, protocol=4)
+    except Exception as error:  # whatever the object's own hooks raise
+        raise InvalidInputError(
+            f"a value of type {type(obj).__qualname__} does not pickle ({error}); leave it out of "
+            "the state, or give it a state_dict."
+        ) from error
+
+
+def _unpickled(data: bytes | None) -> object:
+    if data is None:
+        raise CorruptionError("the bytes of a pickled value are missing; run 'dcpstore verify'.")
+    try:
+        value: object = pickle.loads(data)
+        return value
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise CorruptionError(
+            f"a pickled value of {len(data)} bytes is damaged ({error}); run 'dcpstore verify'."
+        ) from error
+    except Exception as error:  # whatever the named code raises
+        raise DcpstoreError(
+            f"a pickled value cannot be built here ({type(error).__name__}: {error}); make what it "
+            "names importable, in the version that wrote it."
+        ) from error
