@@ -8,6 +8,7 @@ import math
 import pickle
 import time
 from collections import OrderedDict, defaultdict, namedtuple
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -69,17 +70,32 @@ leaves = (
     | st.timedeltas()
     | st.decimals(allow_nan=False)
 )
-hashable = st.recursive(leaves, lambda inner: st.tuples(inner, inner) | st.frozensets(inner))
+hashable = st.recursive(
+    leaves,
+    lambda inner: st.builds(
+        lambda kind, items: kind(items),
+        st.sampled_from([tuple, frozenset]),
+        st.lists(inner, max_size=2),
+    ),
+    max_leaves=4,
+)
+CONTAINERS: list[Callable[[list[tuple[object, object]]], object]] = [
+    lambda pairs: [value for _, value in pairs],
+    lambda pairs: tuple(value for _, value in pairs),
+    lambda pairs: {key for key, _ in pairs},
+    dict,
+    OrderedDict,
+    lambda pairs: {f"${i}": value for i, (_, value) in enumerate(pairs)},
+    lambda pairs: {f"key {i}": value for i, (_, value) in enumerate(pairs)},
+]
 values = st.recursive(
     leaves,
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.tuples(inner, inner)
-        | st.dictionaries(st.text(max_size=3) | st.just("$tuple") | hashable, inner, max_size=3)
-        | st.dictionaries(st.text(max_size=3), inner, max_size=3).map(OrderedDict)
-        | st.sets(hashable, max_size=3)
+    lambda inner: st.builds(
+        lambda kind, pairs: kind(pairs),
+        st.sampled_from(CONTAINERS),
+        st.lists(st.tuples(hashable, inner), max_size=3),
     ),
-    max_leaves=12,
+    max_leaves=10,
 )
 
 
