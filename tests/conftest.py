@@ -1,4 +1,4 @@
-"""The two databases that every suite runs on: a SQLite file, and a real Postgres server."""
+"""What suites share: two databases (SQLite and a real Postgres server), and real gloo ranks."""
 
 import importlib
 import uuid
@@ -11,6 +11,9 @@ import psycopg
 import pytest
 
 from dcpstore.catalog import sqlite_url
+from dcpstore.repository import Repository
+from tests.ranks import RankPool
+from tests.soundness import Place, assert_sound
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +38,35 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
         connection.execute(f'CREATE DATABASE "{name}"')
         yield server.get_uri(name)
         connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    """Two real ranks, shared by the tests of a session."""
+    yield from _ranks(2, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    """Four real ranks, shared by the tests of a session."""
+    yield from _ranks(4, tmp_path_factory)
+
+
+def _ranks(size: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    pool = RankPool(size, tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def place(database_url: str, tmp_path: Path) -> Place:
+    """Where a new repository of this test is, on each database."""
+    return Place(database_url, str(tmp_path / "data"))
+
+
+@pytest.fixture
+def repo(place: Place) -> Iterator[Repository]:
+    """A new repository, on each database; it must be sound when the test ends."""
+    with place.open() as repository:
+        yield repository
+        assert_sound(repository)

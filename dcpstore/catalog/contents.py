@@ -90,7 +90,7 @@ def _write_packs(
             for pack in packs
         ],
     )
-    return dict(rows.tuples().all())
+    return dict(rows.all())
 
 
 def _write_tensors(
@@ -160,7 +160,7 @@ def _insert_tensors(connection: Connection, tensors: Sequence[NewTensor]) -> dic
             for tensor in tensors
         ],
     )
-    ids: dict[str, int] = dict(rows.tuples().all())
+    ids: dict[str, int] = dict(rows.all())
     _insert(
         connection,
         schema.part,
@@ -184,15 +184,15 @@ def _forget_places(connection: Connection, moved: Mapping[int, NewTensor]) -> No
     if not moved:
         return
     chunk, tensor = schema.chunk, schema.tensor
-    wanted = wanted_ids(connection, moved.keys())
-    connection.execute(delete(chunk).where(chunk.c.tensor.in_(select(wanted.c.id))))
+    connection.execute(
+        delete(chunk).where(chunk.c.tensor.in_(wanted_ids(connection, moved.keys())))
+    )
     codecs: dict[str, list[int]] = {}
     for tensor_id, content in moved.items():
         codecs.setdefault(content.codec, []).append(tensor_id)
     for codec, ids in codecs.items():
-        wanted = wanted_ids(connection, ids)
         connection.execute(
-            update(tensor).where(tensor.c.id.in_(select(wanted.c.id))).values(codec=codec)
+            update(tensor).where(tensor.c.id.in_(wanted_ids(connection, ids))).values(codec=codec)
         )
 
 
@@ -204,13 +204,12 @@ def _reused_packs(
     if not keys:
         return {}
     pack = schema.pack
-    wanted = wanted_names(connection, keys)
     rows = connection.execute(
-        select(pack.c.key, pack.c.id)
-        .join(wanted, wanted.c.name == pack.c.key)
-        .where(pack.c.status == "live")
+        select(pack.c.key, pack.c.id).where(
+            pack.c.key.in_(wanted_names(connection, keys)), pack.c.status == "live"
+        )
     )
-    ids: dict[str, int] = dict(rows.tuples().all())
+    ids: dict[str, int] = dict(rows.all())
     if gone := keys - ids.keys():
         raise ConflictError(
             f"{len(gone)} packs that the save reuses chunks of are condemned or gone since "

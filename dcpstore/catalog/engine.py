@@ -58,8 +58,9 @@ class Database:
 
     @property
     def shown(self) -> str:
-        """The URL for people to read: no password, and no options, which may hold one."""
-        return self._url.set(query={}).render_as_string(hide_password=True)
+        """The URL for people to read: no password, and no option that may hold one."""
+        query = {key: self._url.query[key] for key in ("host", "port") if key in self._url.query}
+        return self._url.set(query=query).render_as_string(hide_password=True)
 
     @property
     def file(self) -> Path | None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sqlalchemy import ColumnElement, Connection, exists, select
+from sqlalchemy import ColumnElement, Connection, Text, cast, exists, select
 
 from dcpstore.catalog import schema
 from dcpstore.catalog.wanted import wanted_digests, wanted_names
 from dcpstore.records import ChunkPlace, KnownTensor
 
-__all__ = ["find_chunks", "find_tensors", "has_condemned_chunk", "known_tensors"]
+__all__ = ["find_chunks", "find_tensors", "known_tensors"]
+
 
 def find_chunks(
     connection: Connection, digests: Collection[bytes], codec: str
@@ -23,26 +24,26 @@ def find_chunks(
         return {}
     chunk, tensor, pack = schema.chunk, schema.tensor, schema.pack
     wanted = wanted_digests(connection, digests)
-    # One content may lie in as many tensors as there are versions: take the first that serves,
-    # from the index, and never look at the others.
-    first = (
-        select(chunk.c.tensor)
-        .join(tensor, tensor.c.id == chunk.c.tensor)
-        .join(pack, pack.c.id == chunk.c.pack)
-        .where(chunk.c.digest == wanted.c.digest, tensor.c.codec == codec, pack.c.status == "live")
+    # One content may lie in as many tensors as there are versions: take the first that serves, from
+    # the index, and never look at the others. Nested like this, neither database can turn it round
+    # and begin with every tensor, or every pack; a subquery gives one value, hence the text.
+    has_codec = select(tensor.c.codec).where(tensor.c.id == chunk.c.tensor).scalar_subquery()
+    status = select(pack.c.status).where(pack.c.id == chunk.c.pack).scalar_subquery()
+    key = select(pack.c.key).where(pack.c.id == chunk.c.pack).scalar_subquery()
+    place = (
+        select(cast(chunk.c.offset, Text) + ":" + cast(chunk.c.length, Text) + ":" + key)
+        .where(chunk.c.digest == wanted.c.digest, has_codec == codec, status == "live")
         .order_by(chunk.c.tensor)
         .limit(1)
         .correlate(wanted)
         .scalar_subquery()
     )
-    chosen = select(wanted.c.digest, first.label("tensor")).cte("chosen")
-    rows = connection.execute(
-        select(chunk.c.digest, pack.c.key, chunk.c.offset, chunk.c.length)
-        .select_from(chosen)
-        .join(chunk, (chunk.c.digest == chosen.c.digest) & (chunk.c.tensor == chosen.c.tensor))
-        .join(pack, (pack.c.id == chunk.c.pack) & (pack.c.status == "live"))
-    )
-    return {digest: ChunkPlace(key, offset, length) for digest, key, offset, length in rows}
+    places = {}
+    for digest, text in connection.execute(select(wanted.c.digest, place)):
+        if text is not None:
+            offset, length, key = text.split(":", 2)
+            places[digest] = ChunkPlace(key, int(offset), int(length))
+    return places
 
 
 def known_tensors(
@@ -52,11 +53,10 @@ def known_tensors(
     if not digests:
         return {}
     tensor = schema.tensor
-    wanted = wanted_names(connection, digests)
     rows = connection.execute(
         select(
-            tensor.c.digest, tensor.c.id, tensor.c.codec, (~has_condemned_chunk()).label("live")
-        ).join(wanted, wanted.c.name == tensor.c.digest)
+            tensor.c.digest, tensor.c.id, tensor.c.codec, (~_has_condemned_chunk()).label("live")
+        ).where(tensor.c.digest.in_(wanted_names(connection, digests)))
     )
     return {row.digest: (KnownTensor(row.id, row.codec), row.live) for row in rows}
 
@@ -67,7 +67,7 @@ def find_tensors(connection: Connection, digests: Collection[str]) -> dict[str, 
     return {digest: tensor for digest, (tensor, live) in known.items() if live}
 
 
-def has_condemned_chunk() -> ColumnElement[bool]:
+def _has_condemned_chunk() -> ColumnElement[bool]:
     """Return the condition that a row of `tensor` has a chunk in a condemned pack."""
     chunk, pack = schema.chunk, schema.pack
     return exists().where(

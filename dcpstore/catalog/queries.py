@@ -7,11 +7,11 @@ from collections.abc import Collection, Sequence
 from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import CTE, Connection, Select, select
+from sqlalchemy import Connection, Select, select
 
 from dcpstore.catalog import schema
 from dcpstore.catalog.versions import ancestors, id_of_number, load_versions
-from dcpstore.catalog.wanted import wanted_names, wanted_ranges
+from dcpstore.catalog.wanted import look_up_each, wanted_names, wanted_ranges
 from dcpstore.errors import NotFoundError
 from dcpstore.geometry.boxes import Box
 from dcpstore.records import (
@@ -78,6 +78,7 @@ def load_chunks(connection: Connection, wanted: Sequence[ChunkRange]) -> list[St
     if not ranges:
         return []
     chunk, pack = schema.chunk, schema.pack
+    look_up_each(connection)
     table = wanted_ranges(connection, ranges)
     rows = connection.execute(
         select(
@@ -120,7 +121,7 @@ def load_plan(connection: Connection, version: int) -> PlanRecord:
 
 
 def _tensors_of(
-    connection: Connection, version_id: int, wanted: CTE | None
+    connection: Connection, version_id: int, wanted: Select[Any] | None
 ) -> dict[int, TensorRecord]:
     """Return the tensors of a version's entries by id, each with its parts."""
     entry, tensor, part = schema.entry, schema.tensor, schema.part
@@ -147,9 +148,9 @@ def _tensors_of(
     }
 
 
-def _narrowed(query: Select[Any], wanted: CTE | None) -> Select[Any]:
+def _narrowed(query: Select[Any], wanted: Select[Any] | None) -> Select[Any]:
     """Return a query of entries for the wanted FQNs only."""
-    return query if wanted is None else query.join(wanted, wanted.c.name == schema.entry.c.fqn)
+    return query if wanted is None else query.where(schema.entry.c.fqn.in_(wanted))
 
 
 def _missing(

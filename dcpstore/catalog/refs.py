@@ -57,7 +57,7 @@ def resolve(connection: Connection, ref: str | int | None) -> Version:
 def find_refs(connection: Connection, names: Iterable[str]) -> dict[str, RefRow]:
     """Return the branches and tags of these names, by name."""
     wanted = wanted_names(connection, list(names))
-    rows = connection.execute(_rows().join(wanted, wanted.c.name == schema.ref.c.name))
+    rows = connection.execute(_rows().where(schema.ref.c.name.in_(wanted)))
     return {row.name: RefRow(*row) for row in rows}
 
 

@@ -37,17 +37,14 @@ def load_versions(connection: Connection, ids: Select[Any], *, limit: int | None
     ref = schema.ref
     for tag in connection.execute(
         select(ref.c.version, ref.c.name)
-        .join(wanted, wanted.c.id == ref.c.version)
-        .where(ref.c.kind == "tag")
+        .where(ref.c.version.in_(wanted), ref.c.kind == "tag")
         .order_by(ref.c.name)
     ):
         tags.setdefault(tag.version, []).append(tag.name)
     metrics: dict[int, dict[str, float]] = {}
     metric = schema.metric
     for value in connection.execute(
-        select(metric)
-        .join(wanted, wanted.c.id == metric.c.version)
-        .order_by(metric.c.version, metric.c.name)
+        select(metric).where(metric.c.version.in_(wanted)).order_by(metric.c.version, metric.c.name)
     ):
         metrics.setdefault(value.version, {})[value.name] = value.value
     return [

@@ -1,8 +1,9 @@
-"""Many keys as one bound parameter: a table `wanted` that a query joins.
+"""Many keys as one bound parameter: what a query looks them up by.
 
 A list of keys as so many parameters would meet the databases' limits (32,766 and 65,535) and cost a
 new statement for each length. Here the statement stays the same: SQLite unpacks a JSON array,
-Postgres arrays.
+Postgres arrays. Names and ids are for IN: SQLite then looks each up in an index, where a join would
+let it walk the keys again for each row.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from sqlalchemy import (
     Connection,
     Integer,
     LargeBinary,
+    Select,
+    TableValuedAlias,
     Text,
     cast,
     column,
@@ -29,23 +32,21 @@ from sqlalchemy import (
 
 from dcpstore.records import ChunkRange
 
-__all__ = ["wanted_digests", "wanted_ids", "wanted_names", "wanted_ranges"]
+__all__ = ["look_up_each", "wanted_digests", "wanted_ids", "wanted_names", "wanted_ranges"]
 
 
-def wanted_names(connection: Connection, names: Collection[str]) -> CTE:
-    """Return a table of one column `name`."""
+def wanted_names(connection: Connection, names: Collection[str]) -> Select[Any]:
+    """Return a query of these names."""
     if connection.dialect.name == "sqlite":
-        rows = _json_rows(list(names))
-        return select(rows.c.value.label("name")).cte("wanted")
-    return _unnested({"name": (Text(), list(names))})
+        return select(_json_rows(list(names)).c.value)
+    return select(_unnested({"name": (Text(), list(names))}))
 
 
-def wanted_ids(connection: Connection, ids: Collection[int]) -> CTE:
-    """Return a table of one column `id`."""
+def wanted_ids(connection: Connection, ids: Collection[int]) -> Select[Any]:
+    """Return a query of these ids."""
     if connection.dialect.name == "sqlite":
-        rows = _json_rows(list(ids))
-        return select(cast(rows.c.value, Integer).label("id")).cte("wanted")
-    return _unnested({"id": (BigInteger(), list(ids))})
+        return select(_json_rows(list(ids)).c.value)
+    return select(_unnested({"id": (BigInteger(), list(ids))}))
 
 
 def wanted_digests(connection: Connection, digests: Collection[bytes]) -> CTE:
@@ -53,7 +54,7 @@ def wanted_digests(connection: Connection, digests: Collection[bytes]) -> CTE:
     if connection.dialect.name == "sqlite":
         rows = _json_rows([digest.hex() for digest in digests])
         return select(func.from_hex(rows.c.value, type_=LargeBinary).label("digest")).cte("wanted")
-    return _unnested({"digest": (LargeBinary(), list(digests))})
+    return select(_unnested({"digest": (LargeBinary(), list(digests))})).cte("wanted")
 
 
 def wanted_ranges(connection: Connection, ranges: Sequence[ChunkRange]) -> CTE:
@@ -67,12 +68,22 @@ def wanted_ranges(connection: Connection, ranges: Sequence[ChunkRange]) -> CTE:
             )
         ).cte("wanted")
     columns = zip(*ranges, strict=True)
-    return _unnested(
-        {
-            name: (BigInteger(), list(values))
-            for name, values in zip(ChunkRange._fields, columns, strict=True)
-        }
-    )
+    arrays = {
+        name: (BigInteger(), list(values))
+        for name, values in zip(ChunkRange._fields, columns, strict=True)
+    }
+    return select(_unnested(arrays)).cte("wanted")
+
+
+def look_up_each(connection: Connection) -> None:
+    """Make this transaction look each wanted key up in an index.
+
+    Postgres, before it has statistics of what a save has just written, would rather walk whole
+    tables, and compare each wanted range with each chunk of its tensor.
+    """
+    if connection.dialect.name == "postgresql":
+        off = [func.set_config(f"enable_{way}join", "off", True) for way in ("hash", "merge")]
+        connection.execute(select(*off))
 
 
 def _json_rows(values: list[Any]) -> Any:
@@ -80,11 +91,10 @@ def _json_rows(values: list[Any]) -> Any:
     return func.json_each(literal(json.dumps(values))).table_valued(column("value"), name="each")
 
 
-def _unnested(columns: dict[str, tuple[Any, list[Any]]]) -> CTE:
+def _unnested(columns: dict[str, tuple[Any, list[Any]]]) -> TableValuedAlias:
     """Return Postgres's table of arrays of equal length."""
     arrays: list[ColumnElement[Any]] = [
         literal(values, ARRAY(kind)) for kind, values in columns.values()
     ]
     names = [column(name, kind) for name, (kind, _) in columns.items()]
-    rows = func.unnest(*arrays).table_valued(*names, name="each").render_derived()
-    return select(rows).cte("wanted")
+    return func.unnest(*arrays).table_valued(*names, name="each").render_derived()

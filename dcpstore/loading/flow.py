@@ -115,7 +115,7 @@ def load_version(
             )
         return _Told(
             missing=tuple(getattr(planner, "missing", ())),
-            asked=frozenset(item.storage_index.fqn for item in plan.items),
+            asked=_asked(planner, plan),
             chunks=chunks,
             nbytes=nbytes,
             plan_seconds=planned - began,
@@ -151,6 +151,12 @@ class _Opening:
     repository: str
     ref: str | int | None
     keys: tuple[str, ...]
+
+
+def _asked(planner: LoadPlanner, plan: LoadPlan) -> frozenset[str]:
+    """Return the FQNs that a rank asked for, those without elements (and so without items) too."""
+    asked = frozenset(item.storage_index.fqn for item in plan.items)
+    return asked.union(getattr(planner, "state_dict", ()))
 
 
 def _check_agreement(told: Sequence[_Opening]) -> None:

@@ -1,0 +1,93 @@
+"""Real ranks for tests: processes in one gloo group, started once and asked again and again."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+ROOT = Path(__file__).parent.parent
+PATIENCE = 120.0  # seconds; then the ranks are killed and the test fails
+
+
+class RankPool:
+    """`size` processes, each a rank of one gloo group."""
+
+    def __init__(self, size: int, folder: Path) -> None:
+        self.size = size
+        context = multiprocessing.get_context("spawn")
+        self._pipes = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, size, str(folder / "rendezvous"), theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, call: Callable[..., Any], *args: Any) -> list[Any]:
+        """Return what `call(rank, *args)` returns on each rank; it must be importable by name."""
+        for pipe in self._pipes:
+            pipe.send((call, args))
+        results, errors = [], []
+        deadline = time.monotonic() + PATIENCE
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(max(deadline - time.monotonic(), 0)):
+                self.close()
+                raise TimeoutError(f"rank {rank} did not answer in {PATIENCE} s; all were killed")
+            result, error = pipe.recv()
+            results.append(result)
+            if error:
+                errors.append(f"rank {rank}:\n{error}")
+        if errors:
+            raise AssertionError("\n".join(errors))
+        return results
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _serve(rank: int, size: int, rendezvous: str, pipe: Any) -> None:
+    sys.path.insert(0, str(ROOT))
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
+    while True:
+        try:
+            call, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = (call(rank, *args), None)
+        except Exception:
+            answer = (None, traceback.format_exc())
+        pipe.send(answer)
+
+
+@cache
+def mesh(shape: tuple[int, ...]) -> Any:
+    """Return the device mesh of this shape over the first ranks; every rank calls it."""
+    return DeviceMesh("cpu", torch.arange(math.prod(shape)).reshape(shape))
+
+
+@cache
+def first_ranks(count: int) -> Any:
+    """Return the group of the first `count` ranks; every rank calls it."""
+    return dist.new_group(list(range(count)))

@@ -1,0 +1,83 @@
+"""Where a test's repository is, and what must hold of it when the test ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dcpstore.encoding.codecs import decode
+from dcpstore.encoding.digests import chunk_digest, content_digest
+from dcpstore.encoding.dtypes import numpy_dtype
+from dcpstore.geometry.boxes import find_overlap
+from dcpstore.records import ChunkDefaults, ChunkRange, StoredChunk, TensorRecord
+from dcpstore.repository import Repository
+from dcpstore.repository import open as open_repository
+from dcpstore.storage.manifests import decode_manifest, manifest_key
+from dcpstore.storage.packs import PackReader
+
+
+@dataclass(frozen=True)
+class Place:
+    """A repository's database and data folder; travels to ranks."""
+
+    url: str
+    data: str
+    chunk_nbytes: int = 8 << 20
+
+    def open(self) -> Repository:
+        """Open it, or make it."""
+        return open_repository(
+            self.url, data=self.data, chunk=ChunkDefaults(nbytes=self.chunk_nbytes)
+        )
+
+
+def assert_sound(repo: Repository) -> None:
+    """Check what must always hold of committed versions (design, section 5)."""
+    versions = repo.log()
+    numbers = [version.number for version in versions]
+    assert numbers == list(range(len(numbers), 0, -1))
+    packs = PackReader(repo.storage)
+    checked: set[int] = set()
+    for version in versions:
+        assert version.parent is None or version.parent < version.number
+        entries = repo.entries(version.number)
+        assert version.nbytes == sum(e.tensor.nbytes for e in entries if e.tensor is not None)
+        manifest = decode_manifest(repo.storage.get(manifest_key(version.uid)))
+        assert {e.fqn for e in manifest.content.entries} == {e.fqn for e in entries}
+        for entry in entries:
+            assert (entry.kind == "value") == (entry.tensor is None)
+            if entry.tensor is not None and entry.tensor.id not in checked:
+                checked.add(entry.tensor.id)
+                _assert_whole(repo, packs, entry.tensor)
+    packs.close()
+    for ref in (*repo.tags(), *repo.branches()):
+        assert repo.show(ref.name).number == ref.version
+
+
+def _assert_whole(repo: Repository, packs: PackReader, tensor: TensorRecord) -> None:
+    cells = [grid.cell(i) for grid in tensor.parts for i in range(grid.size)]
+    assert find_overlap(cells) is None
+    assert sum(cell.volume for cell in cells) == np.prod(tensor.shape, dtype=int)
+    chunks = repo.catalog.chunks(
+        [
+            ChunkRange(tensor.id, part, 0, grid.size - 1)
+            for part, grid in enumerate(tensor.parts)
+            if grid.size
+        ]
+    )
+    chunks.sort(key=lambda chunk: (chunk.part, chunk.ordinal))
+    assert [(c.part, c.ordinal) for c in chunks] == [
+        (part, i) for part, grid in enumerate(tensor.parts) for i in range(grid.size)
+    ]
+    for chunk in chunks:
+        assert chunk_digest(_raw(packs, tensor, chunk)) == chunk.digest
+    digest = content_digest(tensor.dtype, tensor.shape, tensor.parts, [c.digest for c in chunks])
+    assert digest == tensor.digest
+
+
+def _raw(packs: PackReader, tensor: TensorRecord, chunk: StoredChunk) -> bytearray:
+    shape = tensor.parts[chunk.part].chunk_shape
+    raw = bytearray(int(np.prod(shape, dtype=int)) * numpy_dtype(tensor.dtype).itemsize)
+    decode(tensor.codec, packs.read(chunk.pack, chunk.offset, chunk.length), raw)
+    return raw
