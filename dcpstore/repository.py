@@ -29,7 +29,7 @@ from dcpstore.storage.packs import PackReader
 from dcpstore.storage.urls import open_storage
 
 if TYPE_CHECKING:
-    from dcpstore.loading import Index
+    from dcpstore.reading.selection import Index
     from dcpstore.zarr_view.store import VersionStore
 
 __all__ = ["Repository", "open"]
@@ -125,7 +125,7 @@ class Repository:
             InvalidInputError: an index that does not fit the tensor's shape.
             CorruptionError: stored bytes are damaged.
         """
-        from dcpstore.loading import read_entries  # noqa: PLC0415 (loads torch)
+        from dcpstore.reading.selection import read_entries  # noqa: PLC0415 (loads torch)
 
         if isinstance(fqns, str):
             raise InvalidInputError(f"fqns={fqns!r} is one text; pass a list: [{fqns!r}].")

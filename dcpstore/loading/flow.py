@@ -22,11 +22,12 @@ from dcpstore.catalog import Catalog
 from dcpstore.collectives import Collectives, in_step, in_turn
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box
-from dcpstore.loading.reading import BoxRequest, read_boxes, read_values
 from dcpstore.planning.described import describe_entries
 from dcpstore.planning.load_planner import DefaultLoadPlanner
 from dcpstore.planning.stateful import give_state, take_template
 from dcpstore.progress import ProgressBar
+from dcpstore.reading.boxes import BoxRequest, read_boxes
+from dcpstore.reading.values import read_values
 from dcpstore.records import EntryRecord, LoadReport, Version
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackReader

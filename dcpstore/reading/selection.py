@@ -12,7 +12,8 @@ from dcpstore.catalog import Catalog
 from dcpstore.encoding.dtypes import torch_dtype
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box
-from dcpstore.loading.reading import BoxRequest, read_boxes, read_values
+from dcpstore.reading.boxes import BoxRequest, read_boxes
+from dcpstore.reading.values import read_values
 from dcpstore.records import EntryRecord
 from dcpstore.storage.packs import PackReader
 
