@@ -1,0 +1,104 @@
+"""The commands by name, and how any of them ends.
+
+A command's module is loaded when the command is used, so that one which needs much costs the others
+nothing. Nothing below this module prints an error or chooses an exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from io import TextIOWrapper
+from typing import NoReturn, TextIO
+
+import click
+
+from dcpstore.cli.failures import BROKEN_PIPE, INTERRUPTED, exit_code, report
+from dcpstore.cli.session import Session
+from dcpstore.errors import DcpstoreError
+
+__all__ = ["commands", "main"]
+
+# In the order in which the help lists them; a module is named where several commands share one.
+_MODULES = {
+    "init": "init",
+    "log": "log",
+    "show": "show",
+    "ls": "ls",
+    "tag": "refs",
+    "branch": "refs",
+    "sql": "sql",
+    "db-upgrade": "db_upgrade",
+}
+
+
+class _Commands(click.Group):
+    """The group of all commands."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names, in the order of the table."""
+        return list(_MODULES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Load one command."""
+        if cmd_name not in _MODULES:
+            return None
+        module = import_module(f"dcpstore.cli.{_MODULES[cmd_name]}")
+        command = getattr(module, cmd_name.replace("-", "_"))
+        assert isinstance(command, click.Command)
+        return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command; every failure becomes a message and an exit code here."""
+        session = ctx.obj = Session(repo=ctx.params["repo"])
+        try:
+            result: object = super().invoke(ctx)
+            sys.stdout.flush()  # here, where a closed pipe is still quiet
+            return result
+        except BrokenPipeError:
+            _leave_pipe(ctx)
+        except KeyboardInterrupt:
+            ctx.exit(INTERRUPTED)
+        except (DcpstoreError, OSError) as error:
+            report(error, as_json=session.json)
+            ctx.exit(exit_code(error))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--repo",
+    metavar="PATH_OR_URL",
+    envvar="DCPSTORE_REPO",
+    show_envvar=True,
+    help="The repository; every command takes it too.",
+)
+@click.version_option(package_name="dcpstore", message="dcpstore %(version)s")
+def commands(repo: str | None) -> None:
+    """Look at and change a repository of model checkpoints.
+
+    A REF is a version (12 or v12), a tag, a branch, main~3 or main@step=1000.
+    """
+
+
+def main() -> None:
+    """Run the command that the process was given, and exit with its code."""
+    _keep_undecodable(sys.stdin, "surrogateescape")
+    _keep_undecodable(sys.stdout, "backslashreplace")
+    _keep_undecodable(sys.stderr, "backslashreplace")
+    try:
+        commands(prog_name="dcpstore")
+    except KeyboardInterrupt:  # before or after the command itself
+        sys.exit(INTERRUPTED)
+
+
+def _keep_undecodable(stream: TextIO, errors: str) -> None:
+    """Let a character that the stream's encoding lacks be no reason to fail."""
+    if isinstance(stream, TextIOWrapper):
+        stream.reconfigure(errors=errors)
+
+
+def _leave_pipe(ctx: click.Context) -> NoReturn:
+    """Exit, after making sure that Python's last flush of what remains finds no closed pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    ctx.exit(BROKEN_PIPE)

@@ -1,0 +1,93 @@
+"""`dcpstore ls`: what a version holds, entry by entry."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import click
+
+from dcpstore.cli.output import Column, human_bytes, note, print_json, print_table
+from dcpstore.cli.session import Session, repo_options
+from dcpstore.errors import NotFoundError
+from dcpstore.records import EntryRecord
+
+__all__ = ["ls"]
+
+_WILD = frozenset("*?[")  # no ref holds one of these
+_COLUMNS = (
+    Column("FQN"),
+    Column("KIND"),
+    Column("DTYPE"),
+    Column("SHAPE"),
+    Column("BYTES OR VALUE", shrinks=True),
+)
+_LONG = (Column("CHUNKS", right=True), Column("CODEC"), Column("DIGEST"))
+
+
+@click.command()
+@click.argument("args", nargs=-1, metavar="[REF] [GLOB]...")
+@click.option("--long", "-l", is_flag=True, help="Add chunks, codec and content digest.")
+@repo_options
+def ls(session: Session, args: tuple[str, ...], long: bool) -> None:
+    """List the entries of the version REF (default: the tip of main) whose FQN a GLOB matches.
+
+    In a GLOB, * stands for any characters, dots too, and ? for one. A first argument with *, ? or [
+    is a GLOB.
+    """
+    named = bool(args) and not _WILD & set(args[0])
+    ref, globs = (args[0], args[1:]) if named else (None, args)
+    with session.open() as repo:
+        version = repo.show(ref)
+        entries = repo.entries(version.number)
+    chosen = _matching(entries, globs, where=str(version))
+    if session.json:
+        print_json([_shape(entry) for entry in chosen])
+    elif chosen:
+        columns = (*_COLUMNS[:-1], *_LONG[:2], _COLUMNS[-1], _LONG[2]) if long else _COLUMNS
+        print_table(columns, [_row(entry, long=long) for entry in chosen])
+    else:
+        note(f"{version} holds no entries.")
+
+
+def _matching(
+    entries: Sequence[EntryRecord], globs: Sequence[str], *, where: str
+) -> list[EntryRecord]:
+    """Return the entries that match any glob; each glob must match one, as in a shell's ls."""
+    found = set()
+    for glob in globs:
+        fqns = {entry.fqn for entry in entries if fnmatchcase(entry.fqn, glob)}
+        if not fqns:
+            raise NotFoundError.near(
+                f"entry of {where} that matches",
+                glob,
+                [entry.fqn for entry in entries],
+                f"See 'dcpstore ls {where}' for all of them.",
+            )
+        found |= fqns
+    return [entry for entry in entries if not globs or entry.fqn in found]
+
+
+def _shape(entry: EntryRecord) -> dict[str, object]:
+    """Return the fields of an entry, its value as JSON instead of JSON in a text."""
+    return {
+        "fqn": entry.fqn,
+        "path": entry.path,
+        "kind": entry.kind,
+        "tensor": entry.tensor,
+        "value": None if entry.value is None else json.loads(entry.value),
+    }
+
+
+def _row(entry: EntryRecord, *, long: bool) -> tuple[str, ...]:
+    tensor = entry.tensor
+    if tensor is None:
+        start, end, extra = ("", ""), entry.value or "", ("", "", "")
+    else:
+        shape = "x".join(map(str, tensor.shape)) or "scalar"
+        start, end = (tensor.dtype, shape), human_bytes(tensor.nbytes)
+        extra = (str(sum(part.size for part in tensor.parts)), tensor.codec, tensor.digest)
+    if not long:
+        return (entry.fqn, entry.kind, *start, end)
+    return (entry.fqn, entry.kind, *start, *extra[:2], end, extra[2])

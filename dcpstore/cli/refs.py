@@ -1,0 +1,59 @@
+"""`dcpstore tag` and `dcpstore branch`: without a name they list, with one they make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from dcpstore.cli.output import Column, note, print_json, print_table
+from dcpstore.cli.session import Session, repo_options
+from dcpstore.records import RefRecord
+
+__all__ = ["branch", "tag"]
+
+_COLUMNS = (Column("NAME"), Column("VERSION"))
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.argument("ref", required=False)
+@repo_options
+def tag(session: Session, name: str | None, ref: str | None) -> None:
+    """List the tags, or call the version REF (default: the tip of main) NAME for good."""
+    with session.open() as repo:
+        if name is None:
+            _print_refs(session, repo.tags(), none="no tags yet; 'dcpstore tag NAME' makes one.")
+        else:
+            _print_made(session, repo.tag(name, ref))
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--at", "at", metavar="REF", help="Where it begins; default: the tip of main.")
+@repo_options
+def branch(session: Session, name: str | None, at: str | None) -> None:
+    """List the branches, or begin the branch NAME."""
+    if name is None and at is not None:
+        raise click.UsageError(f"--at {at} says where, but no branch is named.")
+    with session.open() as repo:
+        if name is None:
+            _print_refs(session, repo.branches(), none="no branches yet; a save begins main.")
+        else:
+            _print_made(session, repo.branch(name, at=at))
+
+
+def _print_refs(session: Session, refs: Sequence[RefRecord], *, none: str) -> None:
+    if session.json:
+        print_json(refs)
+    elif refs:
+        print_table(_COLUMNS, [(ref.name, f"v{ref.version}") for ref in refs])
+    else:
+        note(none)
+
+
+def _print_made(session: Session, ref: RefRecord) -> None:
+    if session.json:
+        print_json(ref)
+    else:
+        click.echo(f"{ref.kind} {ref.name} is v{ref.version}")

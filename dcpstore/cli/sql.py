@@ -1,0 +1,98 @@
+"""`dcpstore sql`: one query, on a connection that cannot write."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+
+import click
+
+from dcpstore.cli.output import Column, note, print_csv, print_json, print_table
+from dcpstore.cli.session import Session, repo_options
+from dcpstore.errors import InvalidInputError
+from dcpstore.records import Row
+
+__all__ = ["sql"]
+
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
+
+
+@click.command()
+@click.argument("query")
+@click.option(
+    "-p",
+    "--param",
+    "params",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help='Stands for :NAME in the query; a number is a number, unless "quoted".',
+)
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+@repo_options
+def sql(session: Session, query: str, params: tuple[str, ...], as_csv: bool) -> None:
+    """Print the rows of a QUERY in SQL; - reads it from standard input.
+
+    The views to ask are history, entries, storage, operations and metrics.
+    """
+    if as_csv and session.json:
+        raise click.UsageError("--csv and --json are two formats; choose one.")
+    values = dict(map(_param, params))
+    with session.open() as repo:
+        text = _utf8(sys.stdin.read() if query == "-" else query)
+        rows = repo.sql(text, **values)
+    if session.json:
+        print_json([_object(row) for row in rows])
+    elif not rows:
+        note("no rows.")
+    elif as_csv:
+        print_csv(rows[0].columns, rows)
+    else:
+        print_table(_columns(rows), [[_text(value) for value in row] for row in rows])
+
+
+def _param(text: str) -> tuple[str, object]:
+    name, equals, value = _utf8(text).partition("=")
+    if not equals or not name.isidentifier():
+        raise click.BadParameter(f"{text!r} is not NAME=VALUE.", param_hint="'-p'")
+    if _NUMBER.fullmatch(value) or _QUOTED.fullmatch(value):
+        try:
+            return name, json.loads(value)
+        except ValueError as error:
+            raise click.BadParameter(f"{text!r}: {error}.", param_hint="'-p'") from error
+    return name, value
+
+
+def _utf8(text: str) -> str:
+    """Return text that a database takes; the shell may have given bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidInputError(f"{text!r} is not UTF-8; write it in UTF-8.") from None
+    return text
+
+
+def _object(row: Row) -> dict[str, object]:
+    found = dict(row.items())
+    if len(found) < len(row.columns):
+        raise InvalidInputError(
+            f"two columns have one name ({', '.join(row.columns)}), which a JSON object cannot "
+            "hold; rename one with AS."
+        )
+    return found
+
+
+def _columns(rows: Sequence[Row]) -> list[Column]:
+    """Return the columns, those of numbers to the right."""
+    return [
+        Column(name, right=all(isinstance(row[i], int | float | None) for row in rows))
+        for i, name in enumerate(rows[0].columns)
+    ]
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return value.hex() if isinstance(value, bytes) else str(value)
