@@ -20,7 +20,6 @@ __all__ = [
     "ChunkPlace",
     "ChunkRange",
     "EntryRecord",
-    "KnownTensor",
     "LoadReport",
     "NewChunk",
     "NewEntry",
@@ -175,13 +174,6 @@ class ChunkPlace(NamedTuple):
     length: int
 
 
-class KnownTensor(NamedTuple):
-    """A tensor content that the catalog holds, and the codec of its stored chunks."""
-
-    id: int
-    codec: str
-
-
 class NewChunk(NamedTuple):
     """One chunk of a tensor that a save commits, with the place of its bytes, new or reused."""
 
@@ -263,7 +255,11 @@ class VersionDraft:
 
 @dataclass(frozen=True, slots=True)
 class VersionContent:
-    """What one transaction makes visible: the entries and tensors of a finished save."""
+    """What one transaction makes visible: the entries and tensors of a finished save.
+
+    `aliases` maps the digest of a content as this save cut it to that of the stored tensor which
+    the save found to be the same, cut otherwise.
+    """
 
     entries: Sequence[NewEntry]
     tensors: Sequence[NewTensor]
@@ -274,6 +270,7 @@ class VersionContent:
     nbytes_reused: int
     seconds: Mapping[str, float]
     created_at: datetime
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,13 @@ from dcpstore.records import (
     ChunkPlace,
     ChunkRange,
     EntryRecord,
-    KnownTensor,
     Operation,
     PlanRecord,
     RefRecord,
     RepositoryRecord,
     Row,
     StoredChunk,
+    TensorRecord,
     Version,
     VersionContent,
     VersionDraft,
@@ -127,7 +127,7 @@ class Catalog:
         with self._database.read() as connection:
             return known.find_chunks(connection, digests, codec)
 
-    def find_tensors(self, digests: Collection[str]) -> dict[str, KnownTensor]:
+    def find_tensors(self, digests: Collection[str]) -> dict[str, TensorRecord]:
         """Return what the repository holds of these contents, whole and in live packs."""
         with self._database.read() as connection:
             return known.find_tensors(connection, digests)

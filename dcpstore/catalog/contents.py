@@ -32,6 +32,7 @@ def write_content(connection: Connection, version: int, content: VersionContent)
     """
     packs = _write_packs(connection, version, content.packs)
     tensors = _write_tensors(connection, content.tensors, content.entries, packs)
+    _write_aliases(connection, content.aliases, tensors)
     _insert(
         connection,
         schema.entry,
@@ -105,11 +106,11 @@ def _write_tensors(
     known = known_tensors(connection, given.keys() | named)
     new = [tensor for tensor in given.values() if tensor.digest not in known]
     moved = {
-        known[tensor.digest][0].id: tensor
+        known[tensor.digest][0]: tensor
         for tensor in given.values()
         if tensor.digest in known and not known[tensor.digest][1] and tensor.chunks
     }
-    lost = {digest for digest, (has, live) in known.items() if not live and has.id not in moved}
+    lost = {digest for digest, (found, live) in known.items() if not live and found not in moved}
     lost |= {tensor.digest for tensor in new if not tensor.chunks and _chunk_count(tensor)}
     lost |= named - known.keys() - given.keys()
     if lost:
@@ -117,7 +118,7 @@ def _write_tensors(
             f"{len(lost)} tensors that the save found in the repository are condemned or gone "
             f"since (content {min(lost)}). Save again."
         )
-    ids = {digest: has.id for digest, (has, _) in known.items()}
+    ids = {digest: found for digest, (found, _) in known.items()}
     ids |= _insert_tensors(connection, new)
     _forget_places(connection, moved)
     placed = new + list(moved.values())
@@ -140,6 +141,30 @@ def _write_tensors(
         ),
     )
     return ids
+
+
+def _write_aliases(
+    connection: Connection, aliases: Mapping[str, str], tensors: Mapping[str, int]
+) -> None:
+    if not aliases:
+        return
+    alias = schema.alias
+    known = set(
+        connection.scalars(
+            select(alias.c.digest).where(
+                alias.c.digest.in_(wanted_names(connection, aliases.keys()))
+            )
+        )
+    )
+    _insert(
+        connection,
+        alias,
+        (
+            {"digest": digest, "tensor": tensors[stored]}
+            for digest, stored in aliases.items()
+            if digest not in known
+        ),
+    )
 
 
 def _insert_tensors(connection: Connection, tensors: Sequence[NewTensor]) -> dict[str, int]:

@@ -10,8 +10,9 @@ from collections.abc import Collection
 from sqlalchemy import ColumnElement, Connection, Text, cast, exists, select
 
 from dcpstore.catalog import schema
-from dcpstore.catalog.wanted import wanted_digests, wanted_names
-from dcpstore.records import ChunkPlace, KnownTensor
+from dcpstore.catalog.tensors import load_tensors
+from dcpstore.catalog.wanted import wanted_digests, wanted_ids, wanted_names
+from dcpstore.records import ChunkPlace, TensorRecord
 
 __all__ = ["find_chunks", "find_tensors", "known_tensors"]
 
@@ -46,25 +47,38 @@ def find_chunks(
     return places
 
 
-def known_tensors(
-    connection: Connection, digests: Collection[str]
-) -> dict[str, tuple[KnownTensor, bool]]:
-    """Return the tensors of these content digests, each with whether all its packs are live."""
+def known_tensors(connection: Connection, digests: Collection[str]) -> dict[str, tuple[int, bool]]:
+    """Return the tensors of these very digests: id, and whether all its packs are live."""
     if not digests:
         return {}
     tensor = schema.tensor
     rows = connection.execute(
-        select(
-            tensor.c.digest, tensor.c.id, tensor.c.codec, (~_has_condemned_chunk()).label("live")
-        ).where(tensor.c.digest.in_(wanted_names(connection, digests)))
+        select(tensor.c.digest, tensor.c.id, (~_has_condemned_chunk()).label("live")).where(
+            tensor.c.digest.in_(wanted_names(connection, digests))
+        )
     )
-    return {row.digest: (KnownTensor(row.id, row.codec), row.live) for row in rows}
+    return {row.digest: (row.id, row.live) for row in rows}
 
 
-def find_tensors(connection: Connection, digests: Collection[str]) -> dict[str, KnownTensor]:
-    """Return the known tensors of these content digests that have every chunk in a live pack."""
-    known = known_tensors(connection, digests)
-    return {digest: tensor for digest, (tensor, live) in known.items() if live}
+def find_tensors(connection: Connection, digests: Collection[str]) -> dict[str, TensorRecord]:
+    """Return the tensors of these contents, cut so or otherwise, that lie whole in live packs."""
+    if not digests:
+        return {}
+    tensor, alias = schema.tensor, schema.alias
+    wanted = wanted_names(connection, digests)
+    live = ~_has_condemned_chunk()
+    own = select(tensor.c.digest, tensor.c.id).where(tensor.c.digest.in_(wanted), live)
+    other = (
+        select(alias.c.digest, tensor.c.id)
+        .join(tensor, tensor.c.id == alias.c.tensor)
+        .where(alias.c.digest.in_(wanted), live)
+    )
+    ids: dict[str, int] = dict(connection.execute(other).all())
+    ids |= dict(connection.execute(own).all())
+    if not ids:
+        return {}
+    tensors = load_tensors(connection, wanted_ids(connection, set(ids.values())))
+    return {digest: tensors[tensor_id] for digest, tensor_id in ids.items()}
 
 
 def _has_condemned_chunk() -> ColumnElement[bool]:

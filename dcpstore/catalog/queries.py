@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, Select, select
 
 from dcpstore.catalog import schema
+from dcpstore.catalog.tensors import load_tensors
 from dcpstore.catalog.versions import ancestors, id_of_number, load_versions
 from dcpstore.catalog.wanted import look_up_each, wanted_names, wanted_ranges
 from dcpstore.errors import NotFoundError
@@ -17,11 +18,9 @@ from dcpstore.geometry.boxes import Box
 from dcpstore.records import (
     ChunkRange,
     EntryRecord,
-    PartRecord,
     PlanRecord,
     ShardRecord,
     StoredChunk,
-    TensorRecord,
     Version,
 )
 
@@ -53,7 +52,8 @@ def load_entries(
     version_id = id_of_number(connection, version)
     entry, tensor = schema.entry, schema.tensor
     wanted = None if fqns is None else wanted_names(connection, set(fqns))
-    tensors = _tensors_of(connection, version_id, wanted)
+    held = select(entry.c.tensor).where(entry.c.version == version_id, entry.c.tensor.is_not(None))
+    tensors = load_tensors(connection, _narrowed(held, wanted))
     query = select(entry, tensor.c.id).outerjoin(tensor, tensor.c.id == entry.c.tensor)
     query = query.where(entry.c.version == version_id).order_by(entry.c.fqn)
     rows = connection.execute(_narrowed(query, wanted))
@@ -118,34 +118,6 @@ def load_plan(connection: Connection, version: int) -> PlanRecord:
     )
     shards = [ShardRecord(row.fqn, row.rank, Box(row.offsets, row.sizes)) for row in rows]
     return PlanRecord(digest=head.digest, ranks=head.ranks, shards=shards)
-
-
-def _tensors_of(
-    connection: Connection, version_id: int, wanted: Select[Any] | None
-) -> dict[int, TensorRecord]:
-    """Return the tensors of a version's entries by id, each with its parts."""
-    entry, tensor, part = schema.entry, schema.tensor, schema.part
-    ids = _narrowed(
-        select(entry.c.tensor).where(entry.c.version == version_id, entry.c.tensor.is_not(None)),
-        wanted,
-    )
-    parts: dict[int, list[PartRecord]] = {}
-    for row in connection.execute(
-        select(part).where(part.c.tensor.in_(ids)).order_by(part.c.tensor, part.c.part)
-    ):
-        parts.setdefault(row.tensor, []).append(PartRecord(row.offsets, row.shape, row.chunk_shape))
-    return {
-        row.id: TensorRecord(
-            id=row.id,
-            digest=row.digest,
-            dtype=row.dtype,
-            shape=row.shape,
-            codec=row.codec,
-            nbytes=row.nbytes,
-            parts=tuple(parts.get(row.id, ())),
-        )
-        for row in connection.execute(select(tensor).where(tensor.c.id.in_(ids)))
-    }
 
 
 def _narrowed(query: Select[Any], wanted: Select[Any] | None) -> Select[Any]:

@@ -91,6 +91,8 @@ def commit_save(connection: Connection, uid: str, content: VersionContent) -> Ve
     tip = refs.get(pending.branch)
     for entry in content.entries:
         check_text(entry.fqn, what="FQN")
+        if entry.value is not None:
+            check_text(entry.value, what=f"value of {entry.fqn!r}")
     connection.execute(
         update(_version)
         .where(_version.c.id == pending.id)

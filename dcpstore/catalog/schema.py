@@ -31,6 +31,7 @@ from dcpstore.catalog.types import (
 
 __all__ = [
     "HEAD",
+    "alias",
     "chunk",
     "entry",
     "metric",
@@ -166,6 +167,14 @@ tensor = Table(
     Column("shape", IntTuple, nullable=False),
     _words("codec"),
     _number("nbytes"),
+)
+
+alias = Table(  # the same content as a tensor's, by its digest when it was cut otherwise
+    "alias",
+    tables,
+    Column("digest", Words, primary_key=True),
+    Column("tensor", Key, ForeignKey("tensor.id"), nullable=False, index=True),
+    sqlite_with_rowid=False,
 )
 
 entry = Table(

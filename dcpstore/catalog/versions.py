@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import CTE, BigInteger, Connection, Select, cast, literal, select
+from sqlalchemy import CTE, BigInteger, Connection, Select, cast, select
 
 from dcpstore.catalog import schema
 from dcpstore.catalog.wanted import wanted_ids
@@ -89,7 +89,7 @@ def id_of_number(connection: Connection, number: int) -> int:
 
 def ancestors(start: int, *, most: int | None = None) -> CTE:
     """Return a table (id, depth) of a version and its ancestors by parent, at `most` levels up."""
-    up = select(cast(start, BigInteger).label("id"), literal(0).label("depth")).cte(
+    up = select(cast(start, BigInteger).label("id"), cast(0, BigInteger).label("depth")).cte(
         "ancestor", recursive=True
     )
     step = select(_version.c.parent, up.c.depth + 1).where(

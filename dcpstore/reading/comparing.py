@@ -72,4 +72,8 @@ def _differs(one: Held, data: Array, reader: ChunkReader, chunk: StoredChunk) ->
         return False
     theirs = reader.read(one.entry, chunk)[shared.relative_to(cell).slices]
     ours = data[shared.relative_to(one.box).slices]
-    return np.ascontiguousarray(ours).tobytes() != np.ascontiguousarray(theirs).tobytes()
+    return not np.array_equal(_bits(ours), _bits(theirs))
+
+
+def _bits(array: Array) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

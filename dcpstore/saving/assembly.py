@@ -6,7 +6,7 @@ invariant 4), and a content that the repository holds is never written again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -90,10 +90,33 @@ class Books:
             )
         self._contents = self._gathered_contents()
         self._asked: list[list[_Cell]] = []
+        self.aliases: dict[str, str] = {}
+
+    def look_up(self, catalog: Catalog, before: Mapping[str, EntryRecord]) -> list[EntryRecord]:
+        """Find the contents that the repository holds.
+
+        Return those entries of `before` whose tensor may be the same as the save's, and is stored
+        under other grids: only its bytes can tell.
+        """
+        self._known = catalog.find_tensors({c.digest for c in self._contents.values()})
+        return [
+            entry
+            for fqn, content in self._contents.items()
+            if content.digest not in self._known
+            and (entry := before.get(fqn)) is not None
+            and _cut_otherwise(content.layout, entry.tensor)
+        ]
+
+    def take_unchanged(self, entries: Iterable[EntryRecord]) -> None:
+        """Enter that these entries hold what the save holds under their FQNs."""
+        for entry in entries:
+            assert entry.tensor is not None
+            digest = self._contents[entry.fqn].digest
+            self._known[digest] = entry.tensor
+            self.aliases[digest] = entry.tensor.digest
 
     def choose_writes(self, catalog: Catalog) -> list[Sequence[int]]:
         """Return, by rank, the places among its chunks of those that it is to write, ascending."""
-        self._known = catalog.find_tensors({c.digest for c in self._contents.values()})
         wanted: dict[str, set[bytes]] = {}
         for content in self._contents.values():
             if content.digest not in self._known:
@@ -142,11 +165,10 @@ class Books:
 
     def tensors(self, catalog: Catalog) -> list[NewTensor]:
         """Return each distinct tensor content with all its chunks, those of known ones included."""
-        known = self._known_chunks(catalog)
-        tensors = {}
+        tensors = self._known_tensors(catalog)
         for content in self._contents.values():
-            if content.digest not in tensors:
-                tensors[content.digest] = self._tensor(content, known.get(content.digest))
+            if self._stored_digest(content) not in tensors:
+                tensors[content.digest] = self._new_tensor(content)
         return list(tensors.values())
 
     def records(self, content: VersionContent) -> list[EntryRecord]:
@@ -224,44 +246,52 @@ class Books:
         path = self._paths.get(fqn, (fqn,))
         if fqn in self._values:
             return NewEntry(fqn, path, "value", value=self._values[fqn])
-        digest = self._contents[fqn].digest
+        digest = self._stored_digest(self._contents[fqn])
         if fqn in self._blobs:
             return NewEntry(fqn, path, "blob", tensor_digest=digest, value=self._blobs[fqn])
         return NewEntry(fqn, path, "tensor", tensor_digest=digest)
 
-    def _known_chunks(self, catalog: Catalog) -> dict[str, list[NewChunk]]:
-        """Return the chunks of the contents that the catalog holds, asked for in one go."""
-        grids = {c.digest: c.layout.grids for c in self._contents.values()}
-        ids = {tensor.id: digest for digest, tensor in self._known.items()}
+    def _stored_digest(self, content: _Content) -> str:
+        known = self._known.get(content.digest)
+        return content.digest if known is None else known.digest
+
+    def _known_tensors(self, catalog: Catalog) -> dict[str, NewTensor]:
+        """Return the contents that the catalog holds, their chunks asked for in one go."""
+        known = {tensor.id: tensor for tensor in self._known.values()}
         ranges = [
-            ChunkRange(tensor_id, part, 0, grid.size - 1)
-            for tensor_id, digest in ids.items()
-            for part, grid in enumerate(grids[digest])
+            ChunkRange(tensor.id, part, 0, grid.size - 1)
+            for tensor in known.values()
+            for part, grid in enumerate(tensor.parts)
             if grid.size
         ]
-        chunks: dict[str, list[NewChunk]] = {digest: [] for digest in self._known}
+        chunks: dict[int, list[NewChunk]] = {tensor_id: [] for tensor_id in known}
         for chunk in catalog.chunks(ranges):
-            chunks[ids[chunk.tensor_id]].append(NewChunk(*chunk[1:]))
-        return chunks
+            chunks[chunk.tensor_id].append(NewChunk(*chunk[1:]))
+        return {
+            tensor.digest: NewTensor(
+                digest=tensor.digest,
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                codec=tensor.codec,
+                nbytes=tensor.nbytes,
+                parts=tensor.parts,
+                chunks=sorted(chunks[tensor.id]),
+            )
+            for tensor in known.values()
+        }
 
-    def _tensor(self, content: _Content, known: list[NewChunk] | None) -> NewTensor:
+    def _new_tensor(self, content: _Content) -> NewTensor:
         layout = content.layout
-        codec = self._known[content.digest].codec if known is not None else layout.codec
         return NewTensor(
             digest=content.digest,
             dtype=layout.dtype,
             shape=layout.shape,
-            codec=codec,
+            codec=layout.codec,
             nbytes=self._nbytes(content),
             parts=layout.grids,
-            chunks=sorted(known)
-            if known is not None
-            else [
+            chunks=[
                 NewChunk(
-                    cell.part,
-                    cell.ordinal,
-                    cell.digest,
-                    *self._places[layout.codec, cell.digest],
+                    cell.part, cell.ordinal, cell.digest, *self._places[layout.codec, cell.digest]
                 )
                 for cell in content.cells
             ],
@@ -273,3 +303,12 @@ class Books:
     def _cell_nbytes(self, cell: _Cell) -> int:
         layout = self._layouts[cell.fqn]
         return layout.grids[cell.part].cell(cell.ordinal).volume * layout.itemsize
+
+
+def _cut_otherwise(layout: Layout, stored: TensorRecord | None) -> bool:
+    """Tell whether a stored tensor differs from a layout in its grids alone."""
+    return (
+        stored is not None
+        and (stored.dtype, stored.shape) == (layout.dtype, layout.shape)
+        and stored.parts != layout.grids
+    )

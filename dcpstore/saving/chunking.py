@@ -10,6 +10,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,19 +26,21 @@ from dcpstore.errors import InvalidInputError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.grids import Grid
 from dcpstore.planning.checks import item_box
-from dcpstore.records import ChunkDefaults
+from dcpstore.reading.comparing import Held
+from dcpstore.records import ChunkDefaults, EntryRecord
 from dcpstore.saving.layouts import Layout, blob_layout, planned_chunks
 
 __all__ = ["Digested", "RankData", "RawChunk"]
 
 Array = npt.NDArray[np.generic]
+Source = Callable[[], Array]  # of a box's elements
 
 
 @dataclass(frozen=True, slots=True)
 class RawChunk:
-    """A chunk before it is encoded; `source` holds the elements of `box`, or fetches them."""
+    """A chunk before it is encoded; `source` gives the elements of `box`."""
 
-    source: Array | Callable[[], Array]
+    source: Source
     box: Box
     grid: Grid
     ordinal: int
@@ -51,7 +54,7 @@ class RawChunk:
 
     def raw(self) -> npt.NDArray[np.uint8]:
         """Return the raw bytes; past its part a cell is padded with zeros, as in Zarr."""
-        array = self.source() if callable(self.source) else self.source
+        array = self.source()
         cell = self.grid.cell(self.ordinal)
         piece = array[cell.relative_to(self.box).slices]
         if cell.sizes != self.grid.chunk_shape:
@@ -87,18 +90,21 @@ class RankData:
     ) -> None:
         self._planner = planner
         self._values: dict[str, EncodedValue] = {}
+        self._boxes: dict[str, list[tuple[Box, Source]]] = {}
         self.chunks: list[RawChunk] = []
         for item in plan.items:
             fqn = item.index.fqn
             if item.tensor_data is None:
                 self._values[fqn] = self._encoded(item, allow_pickle=allow_pickle)
             else:
-                self.chunks += _cut(layouts[fqn], item_box(item), self._source(item))
+                box, source = item_box(item), self._source(item)
+                self._boxes.setdefault(fqn, []).append((box, source))
+                self.chunks += _cut(layouts[fqn], box, source)
         for _, value in sorted(self._values.items()):
             if value.data is not None:
                 layout = blob_layout(len(value.data), chunk)
                 array = np.frombuffer(value.data, np.uint8)
-                self.chunks += _cut(layout, Box.whole(layout.shape), array)
+                self.chunks += _cut(layout, Box.whole(layout.shape), partial(_same, array))
 
     def digest(self, pool: Executor, advance: Callable[[int], None]) -> Digested:
         """Return the digests of all chunks, and the values; `advance` hears of bytes done."""
@@ -114,10 +120,18 @@ class RankData:
             blobs={f: (v.text, len(v.data)) for f, v in self._values.items() if v.data is not None},
         )
 
-    def _source(self, item: WriteItem) -> Array | Callable[[], Array]:
+    def held(self, entries: Sequence[EntryRecord]) -> list[Held]:
+        """Return what this rank holds of stored tensors, to be compared with them."""
+        return [
+            Held(entry, box, source)
+            for entry in entries
+            for box, source in self._boxes.get(entry.fqn, ())
+        ]
+
+    def _source(self, item: WriteItem) -> Source:
         tensor = self._tensor(item)
         if tensor.device.type == "cpu":
-            return as_bytes(tensor)
+            return partial(_same, as_bytes(tensor))
         # device memory is fetched twice rather than held in host memory all at once
         return lambda: as_bytes(self._tensor(item).cpu())
 
@@ -161,7 +175,11 @@ def _plain_value(planner: SavePlanner, item: WriteItem) -> Any:
     return data.getvalue()
 
 
-def _cut(layout: Layout, box: Box, source: Array | Callable[[], Array]) -> Iterator[RawChunk]:
+def _same(array: Array) -> Array:
+    return array
+
+
+def _cut(layout: Layout, box: Box, source: Source) -> Iterator[RawChunk]:
     for part, ordinal in planned_chunks(layout, box):
         yield RawChunk(source, box, layout.grids[part], ordinal, layout.codec, layout.itemsize)
 

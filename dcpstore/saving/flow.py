@@ -1,8 +1,9 @@
 """A save from end to end, as all ranks run it together.
 
-Three exchanges: plans (each rank's write items against its assignment), digests (against the chunks
-that it is to write), results (against the version). Between the last two all packs, then the
-manifest, are durable; one transaction then makes the version visible (design, invariants 2 to 4).
+After an opening, three exchanges: plans (each rank's write items against its assignment), digests
+(against the chunks that it is to write), results (against the version); one more where the parent
+is cut otherwise and only its bytes tell what changed. Packs, then the manifest, are durable before
+one transaction makes the version visible (design, invariants 2 to 4).
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from dcpstore.catalog import Catalog
 from dcpstore.collectives import Collectives, in_step, in_turn
 from dcpstore.encoding.digests import text_digest
-from dcpstore.errors import DcpstoreError, InvalidInputError, NotFoundError
+from dcpstore.errors import DcpstoreError, InvalidInputError
 from dcpstore.planning.checks import check_agreement, check_tiling, item_box
 from dcpstore.planning.save_planner import DefaultSavePlanner
 from dcpstore.planning.stateful import take_state
 from dcpstore.progress import ProgressBar
+from dcpstore.reading.comparing import find_changed
 from dcpstore.records import (
     ChunkDefaults,
     EntryRecord,
@@ -123,9 +125,19 @@ def save_version(
             bar.begin("digest", total_nbytes(data.chunks))
             return data.digest(pool, bar.advance), seconds
 
+    def compare() -> set[str]:
+        with _timed(seconds, "compare"):
+            return find_changed(
+                data.held(duty.compare),
+                target.catalog,
+                target.storage,
+                version=duty.version,
+                pool=pool,
+            )
+
     def write() -> tuple[Written, Seconds]:
         with _timed(seconds, "write"):
-            chunks = [data.chunks[i] for i in asked]
+            chunks = [data.chunks[i] for i in duty.write]
             bar.begin("write", total_nbytes(chunks))
             written = write_chunks(
                 chunks,
@@ -145,7 +157,9 @@ def save_version(
             ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-save") as pool,
             ProgressBar("save", shown=ranks.leads) as bar,
         ):
-            asked = in_turn(ranks, "digest", digest, lead.choose)
+            duty = in_turn(ranks, "digest", digest, lead.look_up)
+            if duty.compare:
+                duty = in_turn(ranks, "compare", compare, lead.take_changed)
             return in_step(ranks, "write", write, lead.commit)
     except BaseException as error:
         lead.give_up(error)
@@ -159,6 +173,18 @@ class _Opening:
     repository: str
     request: SaveRequest
     keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Duty:
+    """What a rank is to do next: compare entries of a version with what it holds, or write.
+
+    `write` are places among its chunks. All ranks are given the same entries to compare.
+    """
+
+    write: Sequence[int] = ()
+    compare: Sequence[EntryRecord] = ()
+    version: int = 0
 
 
 class _Lead:
@@ -206,13 +232,14 @@ class _Lead:
         if not checked_by_planner:
             check_tiling(self._plans)
         self._paths = _paths(described)
-        self._layouts = lay_out(self._plans, chunk=self._chunk, parent=self._parent())
+        self._before_number, self._before = self._parent()
+        self._layouts = lay_out(self._plans, chunk=self._chunk, parent=self._before)
         return [
             Assignment(self.draft.uid, plan, _needed(plan, self._layouts)) for plan in self._plans
         ]
 
-    def choose(self, told: Sequence[tuple[Digested, Seconds]]) -> list[Sequence[int]]:
-        """Return which of its chunks each rank is to write."""
+    def look_up(self, told: Sequence[tuple[Digested, Seconds]]) -> list[_Duty]:
+        """Find what the repository holds; have compared what digests cannot tell."""
         self._books = Books(
             self._plans,
             self._layouts,
@@ -220,7 +247,20 @@ class _Lead:
             paths=self._paths,
             chunk=self._chunk,
         )
-        return self._books.choose_writes(self.target.catalog)
+        before = {entry.fqn: entry for entry in self._before}
+        self._compared = self._books.look_up(self.target.catalog, before)
+        if not self._compared:
+            return self._writes()
+        return [_Duty(compare=self._compared, version=self._before_number)] * self._size
+
+    def take_changed(self, told: Sequence[set[str]]) -> list[_Duty]:
+        """Take what each rank found changed; return which of its chunks each is to write."""
+        changed = set().union(*told)
+        self._books.take_unchanged(e for e in self._compared if e.fqn not in changed)
+        return self._writes()
+
+    def _writes(self) -> list[_Duty]:
+        return [_Duty(write=mine) for mine in self._books.choose_writes(self.target.catalog)]
 
     def commit(self, told: Sequence[tuple[Written, Seconds]]) -> Version:
         """Write the manifest and commit the version."""
@@ -229,7 +269,8 @@ class _Lead:
         books.take_results([written for written, _ in told])
         tensors = books.tensors(self.target.catalog)
         seconds = {
-            phase: max(one[phase] for _, one in told) for phase in ("plan", "digest", "write")
+            phase: max(one.get(phase, 0.0) for _, one in told)
+            for phase in ("plan", "digest", "compare", "write")
         }
         content = VersionContent(
             entries=books.entries(),
@@ -241,6 +282,7 @@ class _Lead:
             nbytes_reused=books.nbytes_reused,
             seconds=seconds,
             created_at=datetime.now(UTC),
+            aliases=books.aliases,
         )
         self.target.storage.put(manifest_key(self.draft.uid), self._manifest(content))
         seconds["manifest"] = time.perf_counter() - began
@@ -269,16 +311,15 @@ class _Lead:
             except DcpstoreError as second:
                 error.add_note(f"the catalog could not record that the save failed: {second}")
 
-    def _parent(self) -> list[EntryRecord]:
-        """Return the entries of the version whose grids are to be kept: the parent as it is now."""
-        draft = self.draft
-        try:
-            parent = self.target.catalog.resolve(draft.branch)
-        except NotFoundError:
-            if draft.parent is None:
-                return []
-            parent = self.target.catalog.resolve(draft.parent)
-        return self.target.catalog.entries(parent.number)
+    def _parent(self) -> tuple[int, list[EntryRecord]]:
+        """Return the parent as it is now, number and entries: its grids are kept where they fit."""
+        ref: str | int | None = self.draft.branch
+        if not any(known.name == ref for known in self.target.catalog.refs("branch")):
+            ref = self.draft.parent
+            if ref is None:
+                return 0, []
+        number = self.target.catalog.resolve(ref).number
+        return number, self.target.catalog.entries(number)
 
 
 def _check_agreement(told: Sequence[_Opening]) -> None:

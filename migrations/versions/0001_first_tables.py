@@ -49,6 +49,16 @@ def upgrade() -> None:
     )
 
     op.create_table(
+        "alias",
+        sa.Column("digest", WORDS, nullable=False),
+        sa.Column("tensor", KEY, nullable=False),
+        sa.ForeignKeyConstraint(["tensor"], ["tensor.id"], name="fk_alias_tensor"),
+        sa.PrimaryKeyConstraint("digest", name="pk_alias"),
+        sqlite_with_rowid=False,
+    )
+    op.create_index("ix_alias_tensor", "alias", ["tensor"])
+
+    op.create_table(
         "part",
         sa.Column("tensor", KEY, nullable=False),
         sa.Column("part", KEY, autoincrement=False, nullable=False),

@@ -119,7 +119,7 @@ def test_version_tells_what_was_saved(repo: Repository) -> None:
     assert version.tags == ("best", "night")
     assert (version.metrics, version.labels) == ({"val_loss": 2.31}, {"lr": "3e-4"})
     assert (version.author, version.message, version.ranks) == ("ada", "after warm-up", 1)
-    assert set(version.seconds) == {"plan", "digest", "write", "manifest"}
+    assert set(version.seconds) == {"plan", "digest", "compare", "write", "manifest"}
     for ref in ("best", "night", "v1", 1, "main", None, "main@step=1000"):
         assert repo.show(ref) == version
     child = dcpstore.save({"w": torch.zeros(3)}, repo)

@@ -1,0 +1,34 @@
+"""Tensor contents as records, each with its parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection, Select, select
+
+from dcpstore.catalog import schema
+from dcpstore.records import PartRecord, TensorRecord
+
+__all__ = ["load_tensors"]
+
+
+def load_tensors(connection: Connection, ids: Select[Any]) -> dict[int, TensorRecord]:
+    """Return the tensors whose ids a query selects, by id; two queries, however many they are."""
+    tensor, part = schema.tensor, schema.part
+    parts: dict[int, list[PartRecord]] = {}
+    for row in connection.execute(
+        select(part).where(part.c.tensor.in_(ids)).order_by(part.c.tensor, part.c.part)
+    ):
+        parts.setdefault(row.tensor, []).append(PartRecord(row.offsets, row.shape, row.chunk_shape))
+    return {
+        row.id: TensorRecord(
+            id=row.id,
+            digest=row.digest,
+            dtype=row.dtype,
+            shape=row.shape,
+            codec=row.codec,
+            nbytes=row.nbytes,
+            parts=tuple(parts.get(row.id, ())),
+        )
+        for row in connection.execute(select(tensor).where(tensor.c.id.in_(ids)))
+    }
