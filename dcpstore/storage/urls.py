@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from dcpstore.errors import InvalidInputError
+from dcpstore.errors import DcpstoreError, InvalidInputError
 from dcpstore.storage.folder import LocalFolder
 from dcpstore.storage.interface import Storage
 
 __all__ = ["open_storage"]
+
+_OBJECT_STORES = ("s3", "gs", "az")
 
 
 def open_storage(url: str, *, base: Path | None = None, create: bool = False) -> Storage:
@@ -33,6 +35,16 @@ def open_storage(url: str, *, base: Path | None = None, create: bool = False) ->
         if parts.netloc not in ("", "localhost") or not parts.path.strip("/"):
             raise InvalidInputError(f"{url!r} names no local folder; write file:///absolute/path.")
         return LocalFolder(Path(unquote(parts.path)), create=create)
+    if parts.scheme in _OBJECT_STORES:
+        try:
+            # Here, for most repositories lie in folders, and obstore is an extra.
+            from dcpstore.storage.objects import open_object_store  # noqa: PLC0415
+        except ModuleNotFoundError as error:
+            raise DcpstoreError(
+                f"{url!r} needs obstore, which is not installed; pip install 'dcpstore[s3]'."
+            ) from error
+        return open_object_store(url)
     raise InvalidInputError(
-        f"no storage for {parts.scheme + '://'!r} in {url!r}; give a path or file:// URL."
+        f"no storage for {parts.scheme + '://'!r} in {url!r}; give a path, or a URL of "
+        f"{', '.join(scheme + '://' for scheme in ('file', *_OBJECT_STORES))}."
     )

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from obstore.store import LocalStore, MemoryStore
 
 from dcpstore.errors import CorruptionError, InvalidInputError, NotFoundError
 from dcpstore.storage.folder import LocalFolder
 from dcpstore.storage.interface import Storage
+from dcpstore.storage.objects import ObjectStore
 
 KEY = "packs/ab12/0-0.pack"
 
@@ -119,3 +121,15 @@ class TestLocalFolder(StorageContract):
     @pytest.fixture
     def storage(self, tmp_path: Path) -> Storage:
         return LocalFolder(tmp_path / "data", create=True)
+
+
+class TestMemoryObjects(StorageContract):
+    @pytest.fixture
+    def storage(self) -> Storage:
+        return ObjectStore("memory://", MemoryStore())
+
+
+class TestLocalObjects(StorageContract):
+    @pytest.fixture
+    def storage(self, tmp_path: Path) -> Storage:
+        return ObjectStore(tmp_path.as_uri(), LocalStore(tmp_path))
