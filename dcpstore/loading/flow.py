@@ -24,7 +24,7 @@ from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box
 from dcpstore.planning.described import describe_entries
 from dcpstore.planning.load_planner import DefaultLoadPlanner
-from dcpstore.planning.stateful import give_state, take_template
+from dcpstore.planning.stateful import check_keys, give_state, take_template
 from dcpstore.progress import ProgressBar
 from dcpstore.reading.boxes import BoxRequest, read_boxes
 from dcpstore.reading.values import read_values
@@ -84,7 +84,7 @@ def load_version(
     def begin() -> _Opening:
         nonlocal source
         source = open_source()
-        return _Opening(source.catalog.repository.uid, ref, tuple(sorted(state_dict)))
+        return _Opening(source.catalog.repository.uid, ref, check_keys(state_dict))
 
     def resolve(told: Sequence[_Opening]) -> tuple[Version, list[EntryRecord], list[str]]:
         _check_agreement(told)

@@ -13,9 +13,26 @@ import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
 from dcpstore.encoding.dtypes import torch_dtype
+from dcpstore.errors import InvalidInputError
 from dcpstore.records import EntryRecord
 
-__all__ = ["give_state", "take_state", "take_template"]
+__all__ = ["check_keys", "give_state", "take_state", "take_template"]
+
+
+def check_keys(state_dict: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the sorted keys of a state dict.
+
+    Raises:
+        InvalidInputError: it is no mapping, or a key is not text.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise InvalidInputError(
+            f"the state is a {type(state_dict).__name__}; pass a dict such as {{'model': model}}."
+        )
+    odd = [key for key in state_dict if not isinstance(key, str)]
+    if odd:
+        raise InvalidInputError(f"the state's keys must be text, and {odd[0]!r} is not; rename it.")
+    return tuple(sorted(state_dict))
 
 
 def take_state(state_dict: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:

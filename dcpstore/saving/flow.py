@@ -29,7 +29,7 @@ from dcpstore.encoding.digests import text_digest
 from dcpstore.errors import DcpstoreError, InvalidInputError
 from dcpstore.planning.checks import check_agreement, check_tiling, item_box
 from dcpstore.planning.save_planner import DefaultSavePlanner
-from dcpstore.planning.stateful import take_state
+from dcpstore.planning.stateful import check_keys, take_state
 from dcpstore.progress import ProgressBar
 from dcpstore.reading.comparing import find_changed
 from dcpstore.records import (
@@ -106,7 +106,7 @@ def save_version(
     def begin() -> _Opening:
         nonlocal target
         target = lead.target = open_target()
-        return _Opening(target.catalog.repository.uid, request(), tuple(sorted(state_dict)))
+        return _Opening(target.catalog.repository.uid, request(), check_keys(state_dict))
 
     def local_plan() -> SavePlan:
         planner.set_up_planner(take_state(state_dict, keys), is_coordinator=ranks.leads)

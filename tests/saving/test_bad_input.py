@@ -1,0 +1,250 @@
+"""What bad input gets: the same error of ours on every rank, and an unchanged repository."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor, Partial, Shard
+
+import dcpstore
+from dcpstore import (
+    AlreadyExistsError,
+    ConflictError,
+    DcpstoreError,
+    InvalidInputError,
+    MismatchError,
+    NotFoundError,
+    RankFailure,
+    Repository,
+    UnsafeDataError,
+)
+from tests.ranks import RankPool, mesh
+from tests.soundness import Place, assert_sound
+
+
+class Opaque:
+    """Neither tensor nor value."""
+
+
+@pytest.fixture
+def kept(repo: Repository) -> Repository:
+    """A repository with one version, which must be all that it holds at the end."""
+    dcpstore.save({"w": torch.ones(3), "lr": 0.1}, repo, tags=["best"])
+    return repo
+
+
+def unchanged(repo: Repository) -> None:
+    assert [v.number for v in repo.log()] == [1]
+    assert [(r.name, r.kind) for r in repo.catalog.refs()] == [("best", "tag"), ("main", "branch")]
+
+
+W = {"w": torch.ones(3)}
+
+
+def _stale_tip(repo: Repository) -> None:
+    dcpstore.save(W, repo, expect_tip="best", branch="new")
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "call"),
+    [
+        (AlreadyExistsError, "best", lambda r: dcpstore.save(W, r, tags=["best"])),
+        (AlreadyExistsError, "best", lambda r: r.tag("best", "v1")),
+        (AlreadyExistsError, "best", lambda r: r.branch("best", at="v1")),
+        (AlreadyExistsError, "best", lambda r: dcpstore.save(W, r, branch="best")),
+        (InvalidInputError, "a b", lambda r: dcpstore.save(W, r, tags=["a b"])),
+        (InvalidInputError, "v3", lambda r: dcpstore.save(W, r, branch="v3")),
+        (InvalidInputError, "one text", lambda r: dcpstore.save(W, r, tags="best2")),
+        (NotFoundError, "side", lambda r: dcpstore.save(W, r, branch="x", parent="side")),
+        (ConflictError, "expect_tip", _stale_tip),
+        (UnsafeDataError, "Opaque", lambda r: dcpstore.save({"o": Opaque()}, r)),
+        (UnsafeDataError, "'deep.o'", lambda r: dcpstore.save({"deep": {"o": Opaque()}}, r)),
+        (InvalidInputError, "same FQN", lambda r: dcpstore.save({"a": {"b": 1}, "a.b": 2}, r)),
+        (InvalidInputError, "keys must be text", lambda r: dcpstore.save({1: torch.ones(3)}, r)),
+        (NotFoundError, "'best'", lambda r: dcpstore.load(dict(W), r, "bets")),
+        (NotFoundError, "v9", lambda r: dcpstore.load(dict(W), r, 9)),
+        (InvalidInputError, "is not a ref", lambda r: dcpstore.load(dict(W), r, "a b")),
+        (NotFoundError, "'w'", lambda r: r.read("best", ["ww"])),
+        (InvalidInputError, "shape", lambda r: r.read("best", {"w": (slice(0, 1), 0)})),
+        (InvalidInputError, "one text", lambda r: r.read("best", "w")),
+        (MismatchError, "'v' is not", lambda r: dcpstore.load({"v": torch.ones(3)}, r)),
+        (MismatchError, "shape", lambda r: dcpstore.load({"w": torch.ones(4)}, r)),
+        (MismatchError, "dtype", lambda r: dcpstore.load({"w": torch.ones(3).int()}, r)),
+        (MismatchError, "is a value", lambda r: dcpstore.load({"lr": torch.ones(3)}, r)),
+        (MismatchError, "is a tensor", lambda r: dcpstore.load({"w": 3}, r)),
+        (InvalidInputError, "INSERT", lambda r: r.sql("INSERT INTO ref VALUES (1)")),
+    ],
+)
+def test_bad_input_leaves_the_repository_as_it_was(
+    kept: Repository, error: type[Exception], match: str, call: Callable[[Repository], Any]
+) -> None:
+    with pytest.raises(error, match=match):
+        call(kept)
+    unchanged(kept)
+
+
+def test_every_difference_is_named_at_once(kept: Repository) -> None:
+    state = {"W": torch.ones(3), "w": torch.ones(2), "lr": torch.ones(1)}
+    before = {fqn: tensor.clone() for fqn, tensor in state.items()}
+    with pytest.raises(MismatchError) as caught:
+        dcpstore.load(state, kept)
+    assert len(caught.value.differences) == 3
+    for fqn, tensor in before.items():
+        assert torch.equal(state[fqn], tensor)
+
+
+def test_a_repository_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="nowhere"):
+        dcpstore.load({"w": torch.ones(3)}, tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(InvalidInputError, match="is a file"):
+        dcpstore.open(tmp_path / "file")
+
+
+def test_a_data_folder_that_is_gone(place: Place) -> None:
+    place.open().close()
+    os.rename(place.data, place.data + "-moved")
+    with pytest.raises(NotFoundError, match="data folder"):
+        dcpstore.open(place.url)
+    assert not os.path.exists(place.data)
+
+
+def test_a_data_folder_that_cannot_be_written(place: Place) -> None:
+    repo = place.open()
+    packs = Path(place.data) / "packs"
+    packs.write_text("a file where the packs should be")
+    with pytest.raises(DcpstoreError, match="packs"):
+        dcpstore.save({"w": torch.ones(3)}, repo)
+    assert repo.log() == []
+    packs.unlink()
+    assert dcpstore.save({"w": torch.ones(3)}, repo).number == 1
+    assert_sound(repo)
+    repo.close()
+
+
+def test_a_pickle_needs_leave_to_be_written_and_read(repo: Repository) -> None:
+    state: dict[str, Any] = {"dtype": torch.float32, "odd": threading.TIMEOUT_MAX, "o": range(3)}
+    with pytest.raises(UnsafeDataError, match="allow_pickle"):
+        dcpstore.save(state, repo)
+    dcpstore.save(state, repo, allow_pickle=True)
+    empty = dict.fromkeys(state)
+    with pytest.raises(UnsafeDataError, match="'o'"):
+        dcpstore.load(empty, repo)
+    dcpstore.load(empty, repo, allow_pickle=True)
+    assert empty == state
+
+
+def caught(call: Callable[[], Any]) -> tuple[str, str, dict[int, str]]:
+    """Return the class and text of what a call raises, and the classes of its ranks' failures."""
+    try:
+        call()
+    except DcpstoreError as error:
+        failures = getattr(error, "failures", {})
+        kinds = {rank: type(failure).__name__ for rank, failure in failures.items()}
+        return type(error).__name__, str(error), kinds
+    return "nothing", "", {}
+
+
+def sharded(rows: int) -> DTensor:
+    return DTensor.from_local(torch.ones(rows, 3), mesh((2,)), [Shard(0)], run_check=False)
+
+
+def partial() -> DTensor:
+    return DTensor.from_local(torch.ones(3), mesh((2,)), [Partial()], run_check=False)
+
+
+# What two ranks do together, of which the second (`odd`) does something else.
+WRONG: dict[str, Callable[[Repository, bool], Any]] = {
+    "branch": lambda r, odd: dcpstore.save(W, r, branch="b" if odd else "main"),
+    "tags": lambda r, odd: dcpstore.save(W, r, tags=["t"] if odd else []),
+    "parent": lambda r, odd: dcpstore.save(W, r, parent=1 if odd else None),
+    "shape": lambda r, odd: dcpstore.save({"w": torch.ones(4 if odd else 3)}, r),
+    "dtype": lambda r, odd: dcpstore.save({"w": W["w"].int() if odd else W["w"]}, r),
+    "kind": lambda r, odd: dcpstore.save({"w": 3 if odd else W["w"]}, r),
+    "shards": lambda r, odd: dcpstore.save({"w": sharded(2) if odd else torch.ones(4, 3)}, r),
+    "half": lambda r, odd: dcpstore.save({} if odd else {"w": sharded(2)}, r),
+    "partial": lambda r, odd: dcpstore.save({"w": partial()}, r),
+    "object": lambda r, odd: dcpstore.save({f"o{odd}": Opaque() if odd else 1}, r),
+    "ref": lambda r, odd: dcpstore.load(dict(W), r, "main" if odd else "best"),
+    "no ref": lambda r, odd: dcpstore.load(dict(W), r, "bets"),
+    "missing": lambda r, odd: dcpstore.load({"v" if odd else "u": torch.ones(3)}, r),
+    "repository": lambda r, odd: dcpstore.save(W, f"{r.storage.url}-other" if odd else r),
+    "no repository": lambda r, odd: dcpstore.load(dict(W), f"{r.storage.url}-none"),
+}
+
+
+def do_wrong(rank: int, place: Place, what: str) -> tuple[str, str, dict[int, str]]:
+    with place.open() as repo:
+        return caught(lambda: WRONG[what](repo, rank == 1))
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("branch", ("InvalidInputError", "disagree about branch")),
+        ("tags", ("InvalidInputError", "disagree about tags")),
+        ("parent", ("InvalidInputError", "disagree about parent")),
+        ("shape", ("InvalidInputError", r"'w' is float32 (3,) on rank 0, float32 (4,) on rank 1")),
+        ("dtype", ("InvalidInputError", r"'w' is float32 (3,) on rank 0, int32 (3,) on rank 1")),
+        ("kind", ("InvalidInputError", r"'w' is float32 (3,) on rank 0, a value on rank 1")),
+        ("shards", ("InvalidInputError", "overlaps")),
+        ("half", ("InvalidInputError", "rank 0 hold 6 of 12 elements")),
+        ("partial", ("InvalidInputError", "redistribute")),
+        ("object", ("RankFailure", "Opaque")),
+        ("ref", ("InvalidInputError", "pass the same ref")),
+        ("no ref", ("NotFoundError", "'best'")),
+        ("missing", ("MismatchError", "'u' is not in the version")),
+        ("repository", ("InvalidInputError", "pass the same repository")),
+        ("no repository", ("NotFoundError", "data-none")),
+    ],
+)
+def test_ranks_that_disagree_all_hear_the_same(
+    kept: Repository, place: Place, two_ranks: RankPool, what: str, expected: tuple[str, str]
+) -> None:
+    first, second = two_ranks.run(do_wrong, place, what)
+    assert first == second
+    assert first[0] == expected[0], first
+    assert expected[1] in first[1]
+    if what == "object":
+        assert first[2] == {1: "UnsafeDataError"}
+    if what == "missing":
+        assert "'v' is not in the version" in first[1]
+    unchanged(kept)
+
+
+def fail_in_write(rank: int, place: Place) -> tuple[str, str, dict[int, str]]:
+    """Let rank 1's tensor vanish between plan and write."""
+    with place.open() as repo:
+
+        class Late(dcpstore.DefaultSavePlanner):
+            def resolve_data(self, write_item: Any) -> Any:
+                if rank == 1:
+                    raise OSError("the device is lost")
+                return super().resolve_data(write_item)
+
+        state = {f"w{rank}": torch.ones(3)}
+        return caught(lambda: dcpstore.save(state, repo, planner=Late()))
+
+
+def test_one_rank_that_fails_makes_all_raise_and_shows_nothing(
+    kept: Repository, place: Place, two_ranks: RankPool
+) -> None:
+    first, second = two_ranks.run(fail_in_write, place)
+    assert first == second
+    assert first[0] == "RankFailure"
+    assert first[2] == {1: "OSError"}
+    unchanged(kept)
+    aborted = kept.catalog.query("SELECT status, error FROM version WHERE number IS NULL", {})
+    assert [(row.status, "device is lost" in row.error) for row in aborted] == [("aborted", True)]
+    assert dcpstore.save(W, kept).number == 2
+
+
+def test_rank_failure_is_one_of_ours() -> None:
+    assert issubclass(RankFailure, DcpstoreError)
