@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test docs lint clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -13,6 +13,9 @@ demo: .venv/installed  ## Train on 2 ranks, go on on 1 and 4, and prove it; unde
 
 test: .venv/installed  ## Every test.
 	$(BIN)/pytest -q
+
+docs: .venv/installed  ## Write the pages that follow from the code.
+	DCPSTORE_WRITE_DOCS=1 $(BIN)/pytest -q tests/test_house.py -k documented
 
 lint: .venv/installed  ## Formatting, lint rules and strict types.
 	$(BIN)/ruff format --check .
