@@ -128,43 +128,36 @@ def test_new_branch_begins_at_the_parent_that_is_given(catalog: Catalog, save: S
     assert save(branch="alone").parent is None
 
 
-@pytest.mark.parametrize(
-    ("fields", "error", "match"),
-    [
-        ({"branch": "v1"}, InvalidInputError, "branch name 'v1' reads as a version"),
-        ({"tags": ("a b",)}, InvalidInputError, "tag name 'a b'"),
-        ({"tags": ("x", "x")}, InvalidInputError, "name one twice"),
-        ({"tags": ("main",)}, AlreadyExistsError, "'main' cannot be both"),
-        ({"tags": ("best",)}, AlreadyExistsError, "'best' is taken: it is a tag of v1"),
-        ({"tags": ("main",), "branch": "b"}, AlreadyExistsError, "'main' is taken: it is a branch"),
-        ({"branch": "best"}, AlreadyExistsError, "'best' is taken"),
-        ({"parent": 9}, NotFoundError, "no version v9; the newest is v2"),
-        ({"parent": 1}, ConflictError, "is at v2, which is not the parent"),
-        ({"expect_tip": 1}, ConflictError, "is at v2, not at v1 as expect_tip"),
-        ({"expect_tip": 1, "branch": "new"}, ConflictError, "has no version yet, not at v1"),
-        ({"metrics": {"loss": math.inf}}, InvalidInputError, "metric 'loss' is inf"),
-        ({"metrics": {"loss": "2"}}, InvalidInputError, "metric 'loss' is '2'"),
-        ({"metrics": {"a\0": 1.0}}, InvalidInputError, "NUL"),
-        ({"message": "a\0b"}, InvalidInputError, "message 'a.x00b'"),
-        ({"author": "\ud800"}, InvalidInputError, "lone surrogates"),
-        ({"step": -1}, InvalidInputError, "step -1"),
-        ({"step": 2**63}, InvalidInputError, "step"),
-        ({"step": 1.5}, InvalidInputError, "step 1.5"),
-    ],
-)
-def test_begin_refuses_what_commit_could_not_keep(
-    catalog: Catalog,
-    save: Save,
-    fields: dict[str, Any],
-    error: type[DcpstoreError],
-    match: str,
-) -> None:
+REFUSED: list[tuple[dict[str, Any], type[DcpstoreError], str]] = [
+    ({"branch": "v1"}, InvalidInputError, "branch name 'v1' reads as a version"),
+    ({"tags": ("a b",)}, InvalidInputError, "tag name 'a b'"),
+    ({"tags": ("x", "x")}, InvalidInputError, "name one twice"),
+    ({"tags": ("main",)}, AlreadyExistsError, "'main' cannot be both"),
+    ({"tags": ("best",)}, AlreadyExistsError, "'best' is taken: it is a tag of v1"),
+    ({"tags": ("main",), "branch": "b"}, AlreadyExistsError, "'main' is taken: it is a branch"),
+    ({"branch": "best"}, AlreadyExistsError, "'best' is taken"),
+    ({"parent": 9}, NotFoundError, "no version v9; the newest is v2"),
+    ({"parent": 1}, ConflictError, "is at v2, which is not the parent"),
+    ({"expect_tip": 1}, ConflictError, "is at v2, not at v1 as expect_tip"),
+    ({"expect_tip": 1, "branch": "new"}, ConflictError, "has no version yet, not at v1"),
+    ({"metrics": {"loss": math.inf}}, InvalidInputError, "metric 'loss' is inf"),
+    ({"metrics": {"loss": "2"}}, InvalidInputError, "metric 'loss' is '2'"),
+    ({"metrics": {"a\0": 1.0}}, InvalidInputError, "NUL"),
+    ({"message": "a\0b"}, InvalidInputError, "message 'a.x00b'"),
+    ({"author": "\ud800"}, InvalidInputError, "lone surrogates"),
+    ({"step": -1}, InvalidInputError, "step -1"),
+    ({"step": 2**63}, InvalidInputError, "step"),
+    ({"step": 1.5}, InvalidInputError, "step 1.5"),
+]
+
+
+def test_begin_refuses_what_commit_could_not_keep(catalog: Catalog, save: Save) -> None:
     save(tags=("best",))
     save()
-    before = catalog.query("SELECT count(*) AS n FROM version", {})
-    with pytest.raises(error, match=match):
-        catalog.begin(make_draft("new", **fields))
-    assert catalog.query("SELECT count(*) AS n FROM version", {}) == before
+    for fields, error, match in REFUSED:
+        with pytest.raises(error, match=match):
+            catalog.begin(make_draft("new", **fields))
+    assert catalog.query("SELECT count(*) AS n FROM version", {})[0].n == 2
 
 
 @pytest.mark.parametrize(
