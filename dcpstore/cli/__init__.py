@@ -6,6 +6,17 @@ the way out, `failures` what a failure is to the shell. No command loads torch.
 
 from __future__ import annotations
 
-from dcpstore.cli.commands import main
+import sys
+from importlib import import_module
 
-__all__ = ["main"]
+__all__ = ["INTERRUPTED", "main"]
+
+INTERRUPTED = 130  # as a shell shows death by SIGINT
+
+
+def main() -> None:
+    """Run the command line; Ctrl-C ends it quietly from its first import on."""
+    try:
+        import_module("dcpstore.cli.commands").run()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

@@ -14,11 +14,12 @@ from typing import NoReturn, TextIO
 
 import click
 
-from dcpstore.cli.failures import BROKEN_PIPE, INTERRUPTED, exit_code, report
+from dcpstore.cli import INTERRUPTED
+from dcpstore.cli.failures import BROKEN_PIPE, exit_code, report
 from dcpstore.cli.session import Session
 from dcpstore.errors import DcpstoreError
 
-__all__ = ["commands", "main"]
+__all__ = ["commands", "run"]
 
 # In the order in which the help lists them; a module is named where several commands share one.
 _MODULES = {
@@ -81,15 +82,12 @@ def commands(repo: str | None) -> None:
     """
 
 
-def main() -> None:
+def run() -> None:
     """Run the command that the process was given, and exit with its code."""
     _keep_undecodable(sys.stdin, "surrogateescape")
     _keep_undecodable(sys.stdout, "backslashreplace")
     _keep_undecodable(sys.stderr, "backslashreplace")
-    try:
-        commands(prog_name="dcpstore")
-    except KeyboardInterrupt:  # before or after the command itself
-        sys.exit(INTERRUPTED)
+    commands(prog_name="dcpstore")
 
 
 def _keep_undecodable(stream: TextIO, errors: str) -> None:

@@ -16,10 +16,9 @@ from dcpstore.errors import (
     SchemaError,
 )
 
-__all__ = ["BROKEN_PIPE", "INTERRUPTED", "NoRepositoryError", "exit_code", "report"]
+__all__ = ["BROKEN_PIPE", "NoRepositoryError", "exit_code", "report"]
 
-INTERRUPTED = 130  # as a shell shows death by SIGINT, and by SIGPIPE below
-BROKEN_PIPE = 141
+BROKEN_PIPE = 141  # as a shell shows death by SIGPIPE
 
 
 class NoRepositoryError(NotFoundError):

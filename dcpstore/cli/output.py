@@ -122,7 +122,7 @@ def print_csv(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     shown = text.getvalue()
     if sys.stdout.isatty():  # a file gets the bytes as they are, a terminal never
         shown = "".join(visible(line.rstrip("\n")) + "\n" for line in shown.split("\n")[:-1])
-    click.echo(shown, nl=False)
+    click.echo(shown, nl=False, color=True)  # or it would drop what looks like a colour
 
 
 def _plain(value: object) -> object:

@@ -1,0 +1,38 @@
+"""`db-upgrade` says what it did; other commands say when it is needed."""
+
+import json
+
+import pytest
+
+from dcpstore.catalog import Catalog
+from tests.cli.conftest import Run, ask_database
+
+
+def test_a_catalog_of_today_stays(run: Run, target: str) -> None:
+    result = run("db-upgrade", repo=target)
+    assert (result.exit_code, result.stdout) == (0, "the schema is 0001 already\n")
+    assert json.loads(run("db-upgrade", "--json", repo=target).stdout) == {
+        "before": "0001",
+        "after": "0001",
+    }
+
+
+def test_an_upgrade_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Catalog, "upgrade", lambda url: ("0001", url[-10:]))
+    assert run("db-upgrade", repo="some/where").stdout == "upgraded the schema 0001 -> catalog.db\n"
+
+
+def test_an_older_catalog_is_refused_with_the_cure(run: Run, target: str) -> None:
+    ask_database(target, "UPDATE alembic_version SET version_num = '0000'")
+    result = run("log", repo=target)
+    assert (result.exit_code, result.stdout) == (12, "")
+    assert "'dcpstore db-upgrade --repo " in result.stderr
+
+
+def test_a_newer_catalog_is_left_alone(run: Run, target: str) -> None:
+    ask_database(target, "UPDATE alembic_version SET version_num = '9999'")
+    for command in ("log", "db-upgrade"):
+        result = run(command, repo=target)
+        assert (result.exit_code, result.stdout) == (12, "")
+        assert "update dcpstore" in result.stderr
+    assert ask_database(target, "SELECT version_num FROM alembic_version") == [("9999",)]

@@ -1,0 +1,177 @@
+"""How commands end: exit codes, one message, quiet ends; never a traceback."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dcpstore import errors
+from dcpstore.cli.failures import NoRepositoryError, exit_code
+from dcpstore.repository import Repository
+from tests.cli.conftest import Run, ask_database, process_environment, run_process
+
+CODES = {
+    "DcpstoreError": 1,
+    "NotFoundError": 1,
+    "MismatchError": 1,
+    "UnsafeDataError": 1,
+    "InvalidInputError": 2,
+    "CorruptionError": 3,
+    "ConflictError": 11,
+    "AlreadyExistsError": 11,
+    "SchemaError": 12,
+}
+
+
+def test_every_error_has_its_code() -> None:
+    assert {name: exit_code(getattr(errors, name)("")) for name in CODES} == CODES
+    assert set(errors.__all__) - set(CODES) == {"RankFailure"}
+    assert exit_code(errors.RankFailure("save", {})) == 1
+    assert exit_code(NoRepositoryError("")) == 10
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        (("show", "best"), 0),
+        (("show", "worst"), 1),
+        (("show", "main~9"), 1),
+        (("ls", "best", "nothing.*"), 1),
+        (("show", "no ref"), 2),
+        (("log", "--no-such-option"), 2),
+        (("no-such-command",), 2),
+        (("tag", "best"), 11),
+    ],
+)
+def test_codes_and_messages_of_a_process(target: str, args: tuple[str, ...], code: int) -> None:
+    result = run_process(*args, repo=target)
+    assert result.returncode == code, result.stderr
+    assert bool(result.stdout) == (code == 0)
+    assert "Traceback" not in result.stderr
+    if code not in (0, 2):
+        assert result.stderr.startswith("dcpstore: ")
+
+
+def test_a_json_error_follows_the_message(run: Run, target: str) -> None:
+    result = run("show", "bset", "--json", repo=target)
+    message, shape = result.stderr.splitlines()
+    assert json.loads(shape) == {
+        "error": {"kind": "NotFoundError", "message": message.removeprefix("dcpstore: ")}
+    }
+    assert "'best'" in message
+    absent = run("log", "--json", repo=f"{target}/no")
+    assert json.loads(absent.stderr.splitlines()[-1])["error"]["kind"] == "NoRepositoryError"
+
+
+def test_no_repository_named(run: Run) -> None:
+    for args in (("log",), ("db-upgrade",), ("--repo", "", "log")):
+        result = run(*args)
+        assert result.exit_code == 2
+        assert "--repo" in result.stderr
+        assert "DCPSTORE_REPO" in result.stderr
+
+
+def test_the_repository_is_named_in_three_ways(run: Run, target: str) -> None:
+    for args in (("--repo", target, "tag"), ("tag", "--repo", target)):
+        assert "best" in run(*args).stdout
+        assert "best" in run(*args, repo="/no/repository").stdout
+    assert "best" in run("tag", repo=target).stdout
+    assert run("--repo", target, "tag", "--repo", "/no/repository").exit_code == 10
+
+
+def test_no_server_is_no_repository_and_no_password_is_shown(run: Run) -> None:
+    result = run("log", repo="postgresql://ada:s3cret@127.0.0.1:1/db")
+    assert (result.exit_code, result.stdout) == (10, "")
+    assert "s3cret" not in result.output
+
+
+def test_a_database_that_is_not_ours(run: Run, database_url: str) -> None:
+    ask_database(database_url, "CREATE TABLE cats (name text)")
+    for args in (("log",), ("db-upgrade",)):
+        assert run(*args, repo=database_url).exit_code == 12
+    assert run("init", database_url, "--data", "unused").exit_code == 12
+    assert not Path("unused").exists()
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_damaged_catalog(run: Run, target: str, tmp_path: Path) -> None:
+    ask_database(target, "PRAGMA wal_checkpoint(TRUNCATE)")
+    path = tmp_path / "catalog.db"
+    size = path.stat().st_size
+    with path.open("r+b") as file:  # all but the page of the schema
+        file.seek(4096)
+        file.write(b"\xff" * (size - 4096))
+    result = run("log", repo=target)
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert "is damaged" in result.stderr
+
+
+def test_a_missing_data_folder(run: Run, target: str, tmp_path: Path) -> None:
+    (tmp_path / "data").rename(tmp_path / "moved")
+    result = run("log", repo=target)
+    assert result.exit_code == 10
+    assert str(tmp_path / "data") in result.stderr
+
+
+def test_an_error_of_the_system_is_a_message(
+    run: Run, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied", "catalog\x1b.db")
+
+    monkeypatch.setattr(Repository, "log", fail)
+    result = run("log", repo=target)
+    assert result.exit_code == 1
+    assert result.stderr == "dcpstore: [Errno 13] Permission denied: 'catalog\\x1b.db'\n"
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_closed_pipe_is_quiet(target: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = run_process(
+        "log", repo=target, capture_output=False, stdout=writer, stderr=subprocess.PIPE
+    )
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("moment", ["import", "command"])
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_an_interrupt_is_quiet(target: str, moment: str) -> None:
+    interrupt = "os.kill(os.getpid(), signal.SIGINT); time.sleep(30)"
+    script = {
+        "import": f"""
+class Slow:
+    def find_spec(self, *args):
+        {interrupt}
+sys.meta_path.insert(0, Slow())
+main()
+""",
+        "command": f"""
+class Keyboard:
+    def read(self):
+        {interrupt}
+sys.stdin = Keyboard()
+sys.argv = ["dcpstore", "sql", "-"]
+main()
+""",
+    }[moment]
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import os, signal, sys, time\nfrom dcpstore.cli import main\n{script}",
+        ],
+        env=process_environment(target),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")

@@ -1,0 +1,69 @@
+"""`init` makes repositories, and nothing else does."""
+
+import json
+from pathlib import Path
+
+import click
+import pytest
+
+from dcpstore import repository
+from dcpstore.cli.commands import commands
+from dcpstore.cli.init import init
+from dcpstore.encoding.codecs import CODECS
+from tests.cli.conftest import Run
+
+
+def test_makes_a_folder(run: Run, tmp_path: Path) -> None:
+    target = str(tmp_path / "new" / "ckpts")
+    result = run("init", target)
+    assert result.exit_code == 0, result.output
+    with repository.open(target, create=False) as repo:
+        assert repo.about.uid in result.stdout
+        assert (repo.about.chunk.nbytes, repo.about.chunk.codec) == (8 << 20, "auto")
+    assert run("log", "--repo", target).exit_code == 0
+
+
+def test_takes_where_and_how(run: Run, database_url: str, tmp_path: Path) -> None:
+    args = ("--data", str(tmp_path / "bytes"), "--chunk-mib", "2", "--codec", "zstd", "--json")
+    about = json.loads(run("init", database_url, *args).stdout)
+    assert list(about) == ["uid", "format_version", "data_url", "chunk", "created_at"]
+    assert about["chunk"] == {"nbytes": 2 << 20, "codec": "zstd"}
+    assert about["data_url"] == str(tmp_path / "bytes")
+    with repository.open(database_url, create=False) as repo:
+        assert repo.about.uid == about["uid"]
+
+
+def test_refuses_an_existing_repository(run: Run, target: str, tmp_path: Path) -> None:
+    for more in ((), ("--data", str(tmp_path / "data")), ("--data", str(tmp_path / "other"))):
+        result = run("init", target, *more)
+        assert (result.exit_code, result.stdout) == (11, "")
+        assert "is already a repository" in result.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_url_needs_a_place_for_the_data(run: Run, database_url: str) -> None:
+    result = run("init", database_url)
+    assert result.exit_code == 2
+    assert "--data" in result.stderr
+    assert run("log", repo=database_url).exit_code == 10
+
+
+@pytest.mark.parametrize("args", [("--chunk-mib", "0"), ("--codec", "gzip"), ()])
+def test_what_it_refuses_leaves_nothing(run: Run, tmp_path: Path, args: tuple[str, ...]) -> None:
+    target = (str(tmp_path / "new"),) if args else ()
+    assert run("init", *target, *args).exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_codecs_are_those_that_there_are() -> None:
+    (option,) = (param for param in init.params if param.name == "codec")
+    assert isinstance(option.type, click.Choice)
+    assert tuple(option.type.choices) == ("auto", *CODECS)
+
+
+def test_no_other_command_makes_one(run: Run, tmp_path: Path) -> None:
+    for name in commands.list_commands(click.Context(commands)):
+        if name != "init":
+            result = run(name, *(["SELECT 1"] if name == "sql" else []), repo=str(tmp_path / "no"))
+            assert (name, result.exit_code) == (name, 10)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,92 @@
+"""`log` shows what the view `history` has, at any size, on any terminal."""
+
+import json
+import re
+from datetime import datetime
+
+import pytest
+
+from dcpstore.catalog import Catalog
+from tests.cli.conftest import Run, ask_database, run_process
+from tests.cli.history import save_version
+
+HISTORY = "SELECT version, branch, step, tags, message FROM history ORDER BY version DESC"
+
+
+def shown(output: str) -> list[tuple[str, ...]]:
+    """Return version, branch, step, tags and message of each line."""
+    lines = [re.split(r" {2,}", line.rstrip()) for line in output.splitlines()]
+    assert lines[0] == ["VERSION", "BRANCH", "STEP", "TAGS", "WHEN", "BYTES", "MESSAGE"]
+    return [(*cells[:4], cells[6] if len(cells) == 7 else "") for cells in lines[1:]]
+
+
+def test_shows_what_the_history_view_has(run: Run, catalog: Catalog, target: str) -> None:
+    save_version(catalog, 4, branch="try-lr", tags=("b", "a.1"), message="größer, 更大")
+    rows = ask_database(target, HISTORY)
+    assert len(rows) == 4
+    assert shown(run("log", repo=target).stdout) == [
+        (f"v{number}", branch, "-" if step is None else str(step), tags or "-", message)
+        for number, branch, step, tags, message in rows
+    ]
+    records = json.loads(run("log", "--json", repo=target).stdout)
+    assert rows == [
+        (r["number"], r["branch"], r["step"], ",".join(r["tags"]), r["message"]) for r in records
+    ]
+
+
+def test_a_ref_shows_its_ancestors_and_a_limit_the_newest(
+    run: Run, catalog: Catalog, target: str
+) -> None:
+    save_version(catalog, 4, branch="other")
+    assert [row[0] for row in shown(run("log", "best", repo=target).stdout)] == ["v2", "v1"]
+    assert [row[0] for row in shown(run("log", "main", "-n", "2", repo=target).stdout)] == [
+        "v3",
+        "v2",
+    ]
+    assert [row[0] for row in shown(run("log", "--limit", "1", repo=target).stdout)] == ["v4"]
+
+
+def test_json_has_the_fields_of_a_version(run: Run, target: str) -> None:
+    newest, tagged, _ = json.loads(run("log", "--json", repo=target).stdout)
+    assert list(tagged) == [
+        *("number", "uid", "parent", "branch", "step", "tags", "message", "metrics", "labels"),
+        *("author", "created_at", "ranks", "nbytes", "nbytes_written", "nbytes_reused", "seconds"),
+    ]
+    assert tagged["metrics"] == {"train_loss": 1.72, "val_loss": 1.87}
+    assert tagged["created_at"] == "2026-03-01T10:04:00.000000+00:00"
+    assert datetime.fromisoformat(newest["created_at"]).utcoffset() is not None
+
+
+def test_an_empty_repository_has_an_empty_log(run: Run, empty: str) -> None:
+    result = run("log", repo=empty)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == "no versions yet; dcpstore.save makes the first.\n"
+    assert json.loads(run("log", "--json", repo=empty).stdout) == []
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_thousand_versions(catalog: Catalog, empty: str) -> None:
+    for i in range(1, 1001):
+        save_version(catalog, i, step=10 * i, message=f"number {i}", metrics={"loss": 1 / i})
+    result = run_process("log", repo=empty)
+    assert shown(result.stdout) == [
+        (f"v{i}", "main", str(10 * i), "-", f"number {i}") for i in range(1000, 0, -1)
+    ]
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_message_cannot_reach_the_terminal(run: Run, catalog: Catalog, target: str) -> None:
+    message = "red \x1b[31m title \x1b]0;x\x07 \x9b2J back \r two\nlines \u202eolleh"
+    save_version(catalog, 4, message=message)
+    result = run("log", "-n", "1", repo=target)
+    assert all(line.isprintable() for line in result.stdout.splitlines())
+    assert r"red \x1b[31m title \x1b]0;x\x07 \x9b2J back \r two\nlines \u202eolleh" in result.stdout
+    as_json = run("log", "-n", "1", "--json", repo=target).stdout
+    assert as_json.isascii()
+    assert "\x1b" not in as_json
+    assert json.loads(as_json)[0]["message"] == message
+
+
+def test_not_a_number_is_null_in_json(run: Run, catalog: Catalog, target: str) -> None:
+    save_version(catalog, 4, metrics={"loss": float("nan")})
+    assert json.loads(run("show", "--json", repo=target).stdout)["metrics"] == {"loss": None}

@@ -1,0 +1,78 @@
+"""`sql` prints rows of a query as a table, as JSON or as CSV, and never writes."""
+
+import json
+
+import pytest
+
+from dcpstore.catalog import Catalog
+from tests.cli.conftest import Run, ask_database
+from tests.cli.history import save_version
+
+QUERY = "SELECT version, step, tags, message FROM history WHERE step >= :low ORDER BY version"
+
+
+def test_prints_rows(run: Run, target: str) -> None:
+    assert run("sql", QUERY, "-p", "low=1000", repo=target).stdout == (
+        "version  step  tags  message\n      2  1000  best\n      3  1500        loss rises again\n"
+    )
+    assert run("sql", QUERY, "--param", "low=1000", "--csv", repo=target).stdout == (
+        "version,step,tags,message\n2,1000,best,\n3,1500,,loss rises again\n"
+    )
+    assert json.loads(run("sql", QUERY, "-p", "low=1500", "--json", repo=target).stdout) == [
+        {"version": 3, "step": 1500, "tags": "", "message": "loss rises again"}
+    ]
+
+
+def test_reads_the_query_from_standard_input(run: Run, target: str) -> None:
+    query = "SELECT count(*) AS n FROM history\n"
+    assert run("sql", "-", "--csv", repo=target, stdin=query).stdout == "n\n3\n"
+    assert run("sql", "-", repo=target, stdin="").exit_code == 2
+
+
+def test_numbers_and_texts_are_told_apart(run: Run, target: str) -> None:
+    """A count compared with a text is silently wrong on SQLite, and an error on Postgres."""
+    query = "SELECT branch FROM history GROUP BY branch HAVING count(*) >= :n"
+    assert run("sql", query, "-p", "n=3", "--csv", repo=target).stdout == "branch\nmain\n"
+    assert run("sql", query, "-p", "n=4", "--csv", repo=target).stdout == ""
+    query = "SELECT version FROM history WHERE message || :end = :whole ORDER BY 1"
+    args = ("-p", 'end="7"', "-p", "whole=after warm-up7")
+    assert run("sql", query, *args, "--csv", repo=target).stdout == "version\n1\n"
+    query = "SELECT version FROM metrics WHERE name = :name AND value < :most ORDER BY 1"
+    args = ("-p", "name=val_loss", "-p", "most=1.9e0")
+    assert run("sql", query, *args, "--csv", repo=target).stdout == "version\n2\n"
+
+
+def test_no_rows(run: Run, target: str) -> None:
+    result = run("sql", QUERY, "-p", "low=9999", repo=target)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "no rows.\n")
+    assert json.loads(run("sql", QUERY, "-p", "low=9999", "--json", repo=target).stdout) == []
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("DELETE FROM metric",),
+        ("SELECT * FROM nothing",),
+        ("SELECT 1; SELECT 2",),
+        (QUERY,),
+        (QUERY, "-p", "low"),
+        (QUERY, "-p", "1=2"),
+        (QUERY, "-p", r'low="\x"'),
+        (QUERY, "-p", "low=1", "--csv", "--json"),
+        ("SELECT '\udcff'",),
+        (QUERY, "-p", "low=\udcff"),
+        ("SELECT version, version FROM history", "--json"),
+    ],
+)
+def test_what_is_no_query_is_refused(run: Run, target: str, args: tuple[str, ...]) -> None:
+    result = run("sql", *args, repo=target)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr
+    assert ask_database(target, "SELECT count(*) FROM metric") == [(4,)]
+
+
+def test_control_characters_are_visible(run: Run, catalog: Catalog, target: str) -> None:
+    save_version(catalog, 4, message="\x1b[31mred")
+    query = "SELECT message FROM history WHERE version = 4"
+    assert run("sql", query, repo=target).stdout == "message\n\\x1b[31mred\n"
+    assert run("sql", query, "--csv", repo=target).stdout == "message\n\x1b[31mred\n"
