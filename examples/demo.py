@@ -114,8 +114,8 @@ def prove_resumed(repo: dcpstore.Repository, branch: str, *, exact: bool) -> Non
     """
     start = repo.show("best")
     straight = {version.step: version for version in repo.log(STRAIGHT)}
-    resumed = [version for version in repo.log(branch) if version.number > start.number]
-    expect(bool(resumed), f"branch {branch} has no version after {start}")
+    resumed = [version for version in repo.log(branch) if version.branch == branch]
+    expect(bool(resumed), f"branch {branch} has no version of its own")
     expect(
         resumed[-1].parent == start.number,
         f"branch {branch} begins at v{resumed[-1].parent}, not at {start}",

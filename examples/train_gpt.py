@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -179,8 +180,8 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Return the arguments of the command line."""
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of the command line, or of `words`."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repo", required=True, help="a folder or a database URL")
     parser.add_argument("--branch", default="main", help="the branch that the versions extend")
@@ -196,7 +197,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--heads", type=int, default=4)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def main() -> None:

@@ -1,0 +1,198 @@
+"""The example and the proofs of the demo: runs that resume equal a run that never stopped."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import dcpstore
+from dcpstore import Repository
+from tests.ranks import ROOT, RankPool
+
+EXAMPLES = str(ROOT / "examples")
+SMALL = ["--width=16", "--layers=1", "--heads=2", "--context=8", "--batch=4", "--save-every=1"]
+
+
+def _example(name: str) -> Any:
+    """Import a module of the examples as they import each other."""
+    if EXAMPLES not in sys.path:
+        sys.path.append(EXAMPLES)
+    return importlib.import_module(name)
+
+
+def _train(rank: int, words: list[str]) -> None:
+    """Train as one rank of a pool."""
+    example = _example("train_gpt")
+    args = example.parse_arguments(words)
+    with dcpstore.open(args.repo) as repo:
+        example.train(args, repo)
+
+
+@pytest.fixture(scope="module")
+def trained(
+    two_ranks: RankPool, four_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Repository]:
+    """A repository as the demo makes it, small: two of its runs under torchrun, for they are slow.
+
+    The run stops after 2 of 4 steps.
+    """
+    target = str(tmp_path_factory.mktemp("examples") / "ckpts")
+    small = [*SMALL, "--steps=4"]
+    demo = _example("demo")
+    demo.train(2, target, *small, "--stop-after=2", "--tag-best=best")
+    demo.train(1, target, *small, "--resume=best", "--branch=one-rank")
+    runs = [
+        (two_ranks, ["--branch=never-stopped"]),
+        (two_ranks, ["--branch=two-ranks", "--resume=best"]),
+        (four_ranks, ["--branch=four-ranks", "--resume=best"]),
+    ]
+    for pool, options in runs:
+        pool.run(_train, [f"--repo={target}", *small, *options])
+    with dcpstore.open(target, create=False) as repo:
+        yield repo
+
+
+def test_versions_carry_step_losses_and_labels(trained: Repository) -> None:
+    versions = trained.log("main")
+    assert [version.step for version in versions] == [2, 1]
+    for version in versions:
+        assert version.metrics.keys() == {"train_loss", "val_loss"}
+        assert version.labels.keys() == {"lr", "seed", "sha256"}
+        assert version.ranks == 2
+
+
+def test_best_is_the_version_of_least_validation_loss(trained: Repository) -> None:
+    best = min(trained.log("main"), key=lambda version: version.metrics["val_loss"])
+    assert trained.show("best") == best
+    assert best.tags == ("best",)
+
+
+def test_every_version_reads_as_the_ranks_held_it(trained: Repository) -> None:
+    _example("demo").prove_versions(trained)
+
+
+def test_the_same_run_writes_nothing_twice(trained: Repository) -> None:
+    demo = _example("demo")
+    twins = {version.step: version for version in trained.log("never-stopped")}
+    for version in trained.log("main"):
+        twin = twins[version.step]
+        assert demo.contents(trained, twin) == demo.contents(trained, version)
+        assert twin.nbytes_written == 0
+
+
+@pytest.mark.parametrize(
+    ("branch", "ranks"), [("one-rank", 1), ("two-ranks", 2), ("four-ranks", 4)]
+)
+def test_a_resumed_run_equals_the_one_that_never_stopped(
+    trained: Repository, branch: str, ranks: int
+) -> None:
+    versions = [version for version in trained.log(branch) if version.branch == branch]
+    assert versions[0].step == 4
+    assert {version.ranks for version in versions} == {ranks}
+    assert versions[-1].parent == trained.show("best").number
+    _example("demo").prove_resumed(trained, branch, exact=ranks == 2)
+
+
+def test_the_global_batch_does_not_depend_on_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = _example("train_gpt")
+    data = example.Data(example.parse_arguments(["--repo=unused", "--context=8", "--batch=8"]))
+
+    def whole(ranks: int, step: int) -> torch.Tensor:
+        monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
+        shares = []
+        for rank in range(ranks):
+            monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+            shares.append(data.share(data.training, step)[0])
+        return torch.cat(shares)
+
+    assert torch.equal(whole(1, 3), whole(2, 3))
+    assert torch.equal(whole(1, 3), whole(4, 3))
+    assert not torch.equal(whole(1, 3), whole(1, 4))
+
+
+@pytest.fixture
+def small_repo(tmp_path: Path) -> Iterator[Repository]:
+    """A run that never stopped, of two versions, and "best" after its first step."""
+    with dcpstore.open(tmp_path / "ckpts") as repo:
+        _save(repo, "main", step=1, value=1.0, loss=3.0, tags=["best"])
+        _save(repo, "never-stopped", step=2, value=2.0, loss=2.0)
+        yield repo
+
+
+def _save(
+    repo: Repository,
+    branch: str,
+    *,
+    step: int,
+    value: float,
+    loss: float,
+    tags: list[str] | None = None,
+    parent: str | None = None,
+    sha256: str | None = None,
+) -> dcpstore.Version:
+    state = {"w": torch.full((3,), value)}
+    return dcpstore.save(
+        state,
+        repo,
+        branch=branch,
+        parent=parent,
+        step=step,
+        tags=tags or [],
+        metrics={"val_loss": loss},
+        labels={"sha256": sha256 or _example("fingerprint").fingerprint(state)},
+    )
+
+
+def test_a_version_that_reads_otherwise_fails_the_demo(small_repo: Repository) -> None:
+    _example("demo").prove_versions(small_repo)
+    _save(small_repo, "main", step=2, value=2.0, loss=2.0, sha256="00" * 32)
+    with pytest.raises(SystemExit, match="v3 was saved as 0000"):
+        _example("demo").prove_versions(small_repo)
+
+
+def test_loading_another_state_than_was_saved_ends_the_example(small_repo: Repository) -> None:
+    _save(small_repo, "main", step=2, value=2.0, loss=2.0, sha256="00" * 32)
+    with pytest.raises(SystemExit, match="v3 was saved as 0000"):
+        _example("train_gpt").resume({"w": torch.zeros(3)}, small_repo, "main")
+
+
+@pytest.mark.parametrize(
+    ("value", "loss", "exact", "failure"),
+    [
+        (2.0, 2.0, True, None),
+        (9.0, 2.0, True, "v3 and v2 do not hold the same"),
+        (2.0, 2.0 + 1e-7, True, "val_loss is 2.0000001 on again"),
+        (9.0, 2.0 + 1e-7, False, None),
+        (9.0, 2.001, False, "val_loss is 2.001 on again"),
+    ],
+)
+def test_a_resumed_run_that_differs_fails_the_demo(
+    small_repo: Repository, value: float, loss: float, exact: bool, failure: str | None
+) -> None:
+    _save(small_repo, "again", step=2, value=value, loss=loss, parent="best")
+    prove = _example("demo").prove_resumed
+    if failure is None:
+        prove(small_repo, "again", exact=exact)
+    else:
+        with pytest.raises(SystemExit, match=failure):
+            prove(small_repo, "again", exact=exact)
+
+
+def test_a_resumed_run_from_elsewhere_fails_the_demo(small_repo: Repository) -> None:
+    _save(small_repo, "again", step=2, value=2.0, loss=2.0, parent="never-stopped")
+    with pytest.raises(SystemExit, match="begins at v2, not at v1"):
+        _example("demo").prove_resumed(small_repo, "again", exact=True)
+
+
+def test_a_command_that_fails_or_hangs_ends_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = _example("demo")
+    with pytest.raises(SystemExit, match="exit code 3"):
+        demo.run([sys.executable, "-c", "raise SystemExit(3)"], shown="python")
+    monkeypatch.setattr(demo, "PATIENCE", 0.2)
+    with pytest.raises(SystemExit, match=r"did not end in 0\.2 s"):
+        demo.run([sys.executable, "-c", "import time; time.sleep(60)"], shown="python")
