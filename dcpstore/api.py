@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
@@ -35,8 +35,8 @@ def save(
     step: int | None = None,
     tags: Iterable[str] = (),
     message: str = "",
-    metrics: Mapping[str, float] | None = None,
-    labels: Mapping[str, str] | None = None,
+    metrics: Mapping[str, SupportsFloat] | None = None,
+    labels: Mapping[str, object] | None = None,
     author: str = "",
     parent: str | int | None = None,
     expect_tip: str | int | None = None,
@@ -54,7 +54,8 @@ def save(
         branch: moved to this version when it commits; its tip then is the version's parent.
         step: of the training run.
         tags: immutable names for this version.
-        message, metrics, labels, author: kept with the version, for `log` and for SQL.
+        message, metrics, labels, author: kept with the version, for `log` and for SQL; a metric is
+            a number (a tensor of one element too), a label any value, kept as its text.
         parent: where a branch that does not exist begins (a ref).
         expect_tip: the ref that the branch must still name; else ConflictError.
         planner: torch's save planner or ours; None is `DefaultSavePlanner()`.
@@ -85,8 +86,8 @@ def save(
                 step=step,
                 message=message,
                 tags=tuple(tags),
-                metrics=dict(metrics or {}),
-                labels=dict(labels or {}),
+                metrics={name: _number(name, value) for name, value in (metrics or {}).items()},
+                labels={name: str(value) for name, value in (labels or {}).items()},
                 author=author,
                 parent=parent,
                 expect_tip=expect_tip,
@@ -158,6 +159,13 @@ def _ranks(group: dist.ProcessGroup | None, *, no_dist: bool) -> Collectives:
     if isinstance(ranks, Alone) and not no_dist:
         _log.info("no process group is initialised; working in this process alone")
     return ranks
+
+
+def _number(name: str, value: SupportsFloat) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(f"metric {name!r} is {value!r}; give a number.") from error
 
 
 def _opened(repo: RepositoryLike, opened: ExitStack, *, create: bool) -> Repository:

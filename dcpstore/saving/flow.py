@@ -332,7 +332,8 @@ def _check_agreement(told: Sequence[_Opening]) -> None:
         )
     for name in (part.name for part in fields(SaveRequest)):
         values = [getattr(one.request, name) for one in told]
-        odd = next((rank for rank, value in enumerate(values) if value != values[0]), 0)
+        texts = [repr(value) for value in values]  # a NaN does not equal itself
+        odd = next((rank for rank, text in enumerate(texts) if text != texts[0]), 0)
         if odd:
             raise InvalidInputError(
                 f"the ranks disagree about {name}: rank 0 says {values[0]!r}, rank {odd} says "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -169,6 +170,20 @@ def test_manifest_says_what_the_catalog_says(repo: Repository) -> None:
     chunks = {t.digest: list(t.chunks) for t in manifest.content.tensors}
     assert sum(map(len, chunks.values())) == 2  # the chunk of the first version is listed too
     assert manifest.content.plan == repo.catalog.plan(version.number)
+
+
+def save_with_metrics(rank: int, place: Place) -> dict[str, float]:
+    with place.open() as repo:
+        metrics = {"loss": torch.tensor(float("nan")), "best": 1, "worst": float("inf")}
+        return dict(dcpstore.save({}, repo, metrics=metrics, labels={"lr": 3e-4}).metrics)
+
+
+def test_a_diverged_loss_does_not_stop_a_save(place: Place, two_ranks: RankPool) -> None:
+    for metrics in two_ranks.run(save_with_metrics, place):
+        assert math.isnan(metrics.pop("loss"))
+        assert metrics == {"best": 1.0, "worst": math.inf}
+    with place.open() as repo:
+        assert repo.show().labels == {"lr": "0.0003"}
 
 
 def save_on_two(rank: int, place: Place, shape: tuple[int, ...], scale: float) -> tuple[int, int]:
