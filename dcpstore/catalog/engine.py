@@ -38,11 +38,19 @@ def sqlite_url(path: str | os.PathLike[str]) -> str:
 
 
 class Database:
-    """One database, by URL; connects when it is first used."""
+    """One database, by URL; connects when it is first used.
+
+    Attributes:
+        is_sqlite: whether it is a file of SQLite; else it is on a Postgres server.
+        file: the SQLite file, or None.
+        may_create_file: whether connecting may begin a new SQLite file.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = _parse(url)
         self.is_sqlite = self._url.get_backend_name() == "sqlite"
+        # Absolute from now on: the process may change its folder while connections come and go.
+        self.file = Path(os.path.abspath(self._url.database or "")) if self.is_sqlite else None
         self.may_create_file = False
         if self.is_sqlite:
             self._engine = create_engine(
@@ -61,11 +69,6 @@ class Database:
         """The URL for people to read: no password, and no option that may hold one."""
         query = {key: self._url.query[key] for key in ("host", "port") if key in self._url.query}
         return self._url.set(query=query).render_as_string(hide_password=True)
-
-    @property
-    def file(self) -> Path | None:
-        """The SQLite file, or None on Postgres."""
-        return Path(os.path.abspath(self._url.database or "")) if self.is_sqlite else None
 
     def close(self) -> None:
         """Close every connection; the next use connects again."""

@@ -1,0 +1,149 @@
+"""The way to the database: our settings on our engine, query plans, and no password in an error."""
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, event
+
+from dcpstore.catalog import Catalog, sqlite_url
+from dcpstore.catalog import engine as engine_module
+from dcpstore.catalog.engine import Database
+from dcpstore.errors import ConflictError, CorruptionError, InvalidInputError, NotFoundError
+from dcpstore.records import ChunkRange
+
+from .conftest import Save, chunk_digest, make_content, make_draft
+
+SECRET = "hunter2"
+
+
+@pytest.fixture
+def sqlite_catalog(tmp_path: Path) -> Any:
+    with Catalog.open(sqlite_url(tmp_path / "catalog.db"), create=True, data_url="d") as catalog:
+        yield catalog
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"postgresql://ada:{SECRET}@127.0.0.1:1/db",
+        f"postgresql+psycopg://ada:{SECRET}@127.0.0.1:1/db?connect_timeout=2",
+        f"postgresql://127.0.0.1:1/db?user=ada&password={SECRET}",
+        f"postgresql://127.0.0.1:1/db?password={SECRET}&nonsense=1",
+        f"postgresql://ada:{SECRET}@127.0.0.1:port/db",
+        f"mysql://ada:{SECRET}@127.0.0.1/db",
+        f"sqlite://ada:{SECRET}@host/file.db",
+        f"sqlite:///file.db?password={SECRET}",
+        f"ada:{SECRET}@somewhere",
+    ],
+)
+def test_no_password_in_an_error(url: str) -> None:
+    with pytest.raises((NotFoundError, InvalidInputError)) as caught:
+        Catalog.open(url, create=True, data_url="d")
+    error: BaseException | None = caught.value
+    while error is not None:
+        assert SECRET not in f"{error!r} {error}"
+        error = error.__cause__
+
+
+def test_no_password_where_a_catalog_is_shown() -> None:
+    for url in (
+        f"postgresql://ada:{SECRET}@h:5/db?sslpassword={SECRET}&host=/run",
+        f"postgresql://h/db?password={SECRET}",
+    ):
+        assert SECRET not in repr(Database(url))
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:///", "nonsense", ""])
+def test_urls_that_name_no_database(url: str) -> None:
+    with pytest.raises(InvalidInputError, match=r"sqlite:///folder/catalog\.db"):
+        Catalog.open(url, create=True, data_url="d")
+
+
+def test_settings_are_ours_alone(sqlite_catalog: Catalog, tmp_path: Path) -> None:
+    expected = {
+        "journal_mode": "wal",
+        "synchronous": 2,
+        "foreign_keys": 1,
+        "busy_timeout": 60_000,
+    }
+    with sqlite_catalog._database.outside() as driver:
+        for name, value in expected.items():
+            assert driver.execute(f"PRAGMA {name}").fetchone() == (value,)
+    other = create_engine(sqlite_url(tmp_path / "other.db"))
+    with other.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 0
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "delete"
+    other.dispose()
+
+
+def test_foreign_keys_hold(catalog: Catalog, save: Save) -> None:
+    save()
+    for table in ("version", "tensor", "pack", "plan"):
+        with pytest.raises(ConflictError), catalog._database.write() as connection:
+            connection.exec_driver_sql(f"DELETE FROM {table}")
+
+
+def test_locked_database_is_a_conflict(
+    sqlite_catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "_BUSY_SECONDS", 0.1)
+    other = sqlite3.connect(tmp_path / "catalog.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with (
+        Catalog.open(sqlite_url(tmp_path / "catalog.db"), create=False) as impatient,
+        pytest.raises(ConflictError, match="locked by another process for more than 0 seconds"),
+    ):
+        impatient.begin(make_draft("u"))
+    other.execute("ROLLBACK")
+    other.close()
+
+
+def test_damaged_file_is_corruption(sqlite_catalog: Catalog, tmp_path: Path) -> None:
+    sqlite_catalog.close()
+    path = tmp_path / "catalog.db"
+    data = bytearray(path.read_bytes())
+    data[4096:] = b"\xff" * (len(data) - 4096)
+    path.write_bytes(data)
+    with pytest.raises(CorruptionError, match=r"is damaged .*malformed"):
+        Catalog.open(sqlite_url(path), create=False)
+
+
+def test_no_query_walks_a_whole_table(sqlite_catalog: Catalog) -> None:
+    """Reads SQLite's plan of each statement; few rows here, but its plans do not depend on them."""
+    catalog = sqlite_catalog
+    catalog.begin(make_draft("u", step=1, tags=("t",), metrics={"m": 1.0}))
+    catalog.commit("u", make_content("u", {"w": "W"}))
+    (entry,) = catalog.entries(1, ["w"])
+    assert entry.tensor is not None
+    plans: dict[str, list[str]] = {}
+
+    def explain(connection: Any, cursor: Any, statement: str, params: Any, *_: Any) -> None:
+        if statement.startswith(("SELECT", "WITH", "UPDATE", "DELETE")):
+            driver = connection.connection.driver_connection
+            rows = driver.execute(f"EXPLAIN QUERY PLAN {statement}", params).fetchall()
+            plans[statement] = [row[3] for row in rows]
+
+    event.listen(catalog._database._engine, "before_cursor_execute", explain)
+    for ref in (None, "v1", "t", "main~0@step=1"):
+        catalog.resolve(ref)
+    catalog.log(1)
+    catalog.entries(1)
+    catalog.entries(1, ["w"])
+    catalog.chunks([ChunkRange(entry.tensor.id, 0, 0, 2)])
+    catalog.find_chunks([chunk_digest("W", 0, 0)], "none")
+    catalog.find_tensors(["digest of W"])
+    catalog.plan(1)
+    catalog.begin(make_draft("u2"))
+    catalog.commit("u2", make_content("u2", {"w": "W", "v": "V"}))
+    event.remove(catalog._database._engine, "before_cursor_execute", explain)
+    assert len(plans) > 15
+    fine = {"SCAN each VIRTUAL TABLE INDEX 1:", "SCAN ancestor", "SCAN CONSTANT ROW"}
+    for statement, steps in plans.items():
+        scans = {s for s in steps if s.startswith("SCAN")} - fine - {"SCAN repository"}
+        assert not scans, f"{scans} in {statement}"
+        # A chunk or an entry is found by its whole key, never by walking what shares half of it.
+        for step in steps:
+            if step.startswith("SEARCH chunk"):
+                assert "(tensor=?" in step or "(digest=?" in step, f"{step} in {statement}"

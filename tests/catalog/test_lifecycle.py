@@ -1,0 +1,228 @@
+"""The life of a catalog: created whole or not at all, refused with the cure, upgraded."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import CheckConstraint, Connection, inspect, text
+
+from dcpstore.catalog import Catalog, schema, sqlite_url
+from dcpstore.catalog import migrating as migrating_module
+from dcpstore.catalog.engine import Database
+from dcpstore.catalog.migrating import migrations_folder
+from dcpstore.catalog.views import VIEWS
+from dcpstore.errors import InvalidInputError, NotFoundError, SchemaError
+from dcpstore.records import ChunkDefaults
+
+
+@contextmanager
+def writing(url: str) -> Iterator[Connection]:
+    """Yield a connection that does to the database what dcpstore would not."""
+    database = Database(url)
+    database.may_create_file = True
+    with database.write() as connection:
+        yield connection
+    database.close()
+
+
+def test_created_once_and_found_again(database_url: str) -> None:
+    chunk = ChunkDefaults(nbytes=1 << 20, codec="zstd")
+    with Catalog.open(database_url, create=True, data_url="file:///d", chunk=chunk) as made:
+        record = made.repository
+    assert (record.data_url, record.format_version, record.chunk) == ("file:///d", 1, chunk)
+    for create in (True, False):
+        with Catalog.open(database_url, create=create) as found:
+            assert found.repository == record
+    with Catalog.open(database_url, create=True, data_url="file:///d", chunk=ChunkDefaults()) as c:
+        assert c.repository.chunk == chunk  # the repository's own
+        assert [operation.kind for operation in c.operations()] == ["init"]
+    with pytest.raises(InvalidInputError, match="keeps its data in 'file:///d', not in 's3://x'"):
+        Catalog.open(database_url, create=True, data_url="s3://x")
+
+
+def test_looking_for_a_repository_leaves_nothing(database_url: str, tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"no repository at .*'dcpstore init'"):
+        Catalog.open(database_url, create=False)
+    with pytest.raises(NotFoundError, match="no repository at"):
+        Catalog.upgrade(database_url)
+    with pytest.raises(InvalidInputError, match="pass data="):
+        Catalog.open(database_url, create=True)
+    assert list(tmp_path.iterdir()) == []
+    with Catalog.open(database_url, create=True, data_url="d"):
+        pass
+
+
+def test_an_empty_file_is_an_empty_database(tmp_path: Path) -> None:
+    (tmp_path / "catalog.db").touch()
+    url = sqlite_url(tmp_path / "catalog.db")
+    with pytest.raises(NotFoundError, match="no repository at"):
+        Catalog.open(url, create=False)
+    Catalog.open(url, create=True, data_url="d").close()
+    Catalog.open(url, create=False).close()
+
+
+@pytest.mark.parametrize("name", ["a b.db", "what?x=1.db", "a#b.db", "100%25.db", "ä:@.db", "a'b"])
+def test_sqlite_files_of_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Catalog.open(sqlite_url(name), create=True, data_url="d").close()
+    assert (tmp_path / name).is_file()
+    with Catalog.open(sqlite_url(tmp_path / name), create=False) as catalog:
+        assert catalog.query("SELECT count(*) AS n FROM history", {})[0].n == 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_relative_path_stays_where_it_was_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Catalog.open("sqlite:///catalog.db", create=True, data_url="d") as catalog:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert catalog.query("SELECT count(*) AS n FROM history", {})[0].n == 0
+
+
+def test_other_peoples_tables_are_refused(database_url: str) -> None:
+    with writing(database_url) as connection:
+        connection.execute(text("CREATE TABLE users (id int)"))
+    for create in (True, False):
+        with pytest.raises(SchemaError, match=r"is not a dcpstore catalog: .*users"):
+            Catalog.open(database_url, create=create, data_url="d")
+    with writing(database_url) as connection:
+        connection.execute(text("CREATE TABLE alembic_version (version_num text)"))
+        connection.execute(text("INSERT INTO alembic_version VALUES ('0001')"))
+    with pytest.raises(SchemaError, match="is not a dcpstore catalog"):
+        Catalog.upgrade(database_url)
+
+
+def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.db"
+    path.write_bytes(b"this is a text, and long enough to be looked at" * 100)
+    for create in (True, False):
+        with pytest.raises(SchemaError, match="is not a dcpstore catalog"):
+            Catalog.open(sqlite_url(path), create=create, data_url="d")
+    with pytest.raises(NotFoundError, match=r"cannot open the catalog .* its folder exists"):
+        Catalog.open(sqlite_url(tmp_path / "no" / "catalog.db"), create=True, data_url="d")
+    with pytest.raises(NotFoundError, match="cannot open the catalog"):
+        Catalog.open(sqlite_url(tmp_path), create=False)
+
+
+def set_revision(url: str, revision: str) -> None:
+    with writing(url) as connection:
+        connection.execute(
+            text("UPDATE alembic_version SET version_num = :revision"), {"revision": revision}
+        )
+
+
+def test_older_and_newer_schemas_name_the_cure(database_url: str) -> None:
+    Catalog.open(database_url, create=True, data_url="d").close()
+    set_revision(database_url, "0000")
+    with pytest.raises(SchemaError, match=r"older dcpstore.*'dcpstore db-upgrade --repo "):
+        Catalog.open(database_url, create=True, data_url="d")
+    for newer in ("9999", "f00ba4"):
+        set_revision(database_url, newer)
+        with pytest.raises(SchemaError, match=r"newer dcpstore.*update dcpstore"):
+            Catalog.open(database_url, create=False)
+        with pytest.raises(SchemaError, match=r"newer dcpstore.*update dcpstore"):
+            Catalog.upgrade(database_url)
+
+
+def test_upgrade_runs_what_is_missing_and_is_idempotent(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Catalog.open(database_url, create=True, data_url="d").close()
+    assert Catalog.upgrade(database_url) == (schema.HEAD, schema.HEAD)
+    # A dcpstore of tomorrow, with one migration more.
+    folder = tmp_path / "migrations"
+    folder.mkdir()
+    for path in migrations_folder().rglob("*"):
+        if path.suffix in {".py", ".mako"}:
+            copy = folder / path.relative_to(migrations_folder())
+            copy.parent.mkdir(exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    (folder / "versions" / "0002_mood.py").write_text(
+        "import sqlalchemy as sa\nfrom alembic import op\n\n"
+        "revision = '0002'\ndown_revision = '0001'\n\n\n"
+        "def upgrade():\n    op.add_column('version', sa.Column('mood', sa.Text()))\n"
+    )
+    monkeypatch.setattr(migrating_module, "migrations_folder", lambda: folder)
+    monkeypatch.setattr(schema, "HEAD", "0002")
+    with pytest.raises(SchemaError, match="older dcpstore"):
+        Catalog.open(database_url, create=False)
+    assert Catalog.upgrade(database_url) == ("0001", "0002")
+    assert Catalog.upgrade(database_url) == ("0002", "0002")
+    with Catalog.open(database_url, create=False) as catalog:
+        assert catalog.query("SELECT mood FROM version", {}) == []
+        assert catalog.query("SELECT * FROM history", {}) == []
+
+
+def test_failed_creation_leaves_nothing(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The views come last: all tables are there when this fails.
+    monkeypatch.setitem(VIEWS, "history", "SELECT nothing FROM version")
+    with pytest.raises(Exception, match="nothing"):
+        Catalog.open(database_url, create=True, data_url="d")
+    database = Database(database_url)
+    with database.read() as connection:
+        assert inspect(connection).get_table_names() == []
+    database.close()
+    monkeypatch.undo()
+    Catalog.open(database_url, create=True, data_url="d").close()
+
+
+def test_migrations_make_what_the_schema_says(database_url: str) -> None:
+    Catalog.open(database_url, create=True, data_url="d").close()
+    database = Database(database_url)
+    with database.read() as connection:
+        context = MigrationContext.configure(
+            connection, opts={"compare_type": True, "compare_server_default": True}
+        )
+        assert compare_metadata(context, schema.tables) == []
+        found = inspect(connection)
+        for table in schema.tables.tables.values():
+            checks = {check["name"] for check in found.get_check_constraints(table.name)}
+            named = {c.name for c in table.constraints if isinstance(c, CheckConstraint)}
+            assert checks == named
+    database.close()
+
+
+def test_every_foreign_key_has_an_index_that_begins_with_it() -> None:
+    for table in schema.tables.tables.values():
+        keys = [[c.name for c in table.primary_key.columns]]
+        keys += [[c.name for c in index.columns] for index in table.indexes]
+        for foreign in table.foreign_key_constraints:
+            names = list(foreign.column_keys)
+            assert any(key[: len(names)] == names for key in keys), (table.name, names)
+
+
+def test_head_is_the_newest_migration_and_ids_are_counted() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(migrations_folder()))
+    scripts = list(ScriptDirectory.from_config(config).walk_revisions())
+    assert scripts[0].revision == schema.HEAD
+    assert [s.revision for s in reversed(scripts)] == [
+        f"{i:04}" for i in range(1, len(scripts) + 1)
+    ]
+
+
+def test_opening_loads_neither_alembic_nor_torch(tmp_path: Path) -> None:
+    url = sqlite_url(tmp_path / "catalog.db")
+    Catalog.open(url, create=True, data_url="d").close()
+    code = (
+        "import sys; from dcpstore.catalog import Catalog\n"
+        "with Catalog.open(sys.argv[1], create=False) as c: c.log()\n"
+        "print(sorted({'alembic', 'torch', 'zarr', 'numpy', 'psycopg'} & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, url], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

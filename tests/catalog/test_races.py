@@ -1,0 +1,107 @@
+"""Races: whoever comes second waits, sees what the first did, or is told."""
+
+import multiprocessing
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from dcpstore.catalog import Catalog
+from dcpstore.errors import AlreadyExistsError, ConflictError, DcpstoreError
+
+from .conftest import Save, make_content, make_draft
+
+MANY = 6
+
+
+def open_repository(url: str) -> str:
+    with Catalog.open(url, create=True, data_url="file:///d") as catalog:
+        assert catalog.log() == []
+        return catalog.repository.uid
+
+
+def at_once(work: Callable[[int], object]) -> list[object]:
+    """Return what `work` returned or raised in each of many threads that begin together."""
+    barrier = threading.Barrier(MANY)
+
+    def run(i: int) -> object:
+        barrier.wait()
+        try:
+            return work(i)
+        except DcpstoreError as error:
+            return error
+
+    with ThreadPoolExecutor(MANY) as threads:
+        return list(threads.map(run, range(MANY)))
+
+
+def test_many_processes_create_one_repository(database_url: str) -> None:
+    with multiprocessing.get_context("spawn").Pool(4) as processes:
+        uids = processes.map(open_repository, [database_url] * 8, chunksize=1)
+    assert len(set(uids)) == 1
+
+
+def test_many_threads_create_one_repository(database_url: str) -> None:
+    uids = at_once(lambda _: open_repository(database_url))
+    assert len(set(uids)) == 1, uids
+
+
+def test_commits_on_one_branch_line_up(catalog: Catalog) -> None:
+    def work(i: int) -> int:
+        catalog.begin(make_draft(f"u{i}", tags=(f"t{i}",)))
+        return catalog.commit(f"u{i}", make_content(f"u{i}", {"w": "same", "v": f"{i}"})).number
+
+    assert sorted(map(str, at_once(work))) == [str(i + 1) for i in range(MANY)]
+    log = catalog.log()
+    assert [version.parent for version in log] == [*range(MANY - 1, 0, -1), None]
+    assert catalog.log(MANY) == log
+    operations = catalog.operations()
+    assert [o.number for o in operations] == list(range(1 + 2 * MANY, 0, -1))
+    assert catalog.query("SELECT count(*) AS n FROM tensor", {})[0].n == MANY + 1
+
+
+def test_compare_and_swap_lets_one_through(catalog: Catalog, save: Save) -> None:
+    save()
+
+    def work(i: int) -> int:
+        catalog.begin(make_draft(f"u{i}", expect_tip=1))
+        return catalog.commit(f"u{i}", make_content(f"u{i}", {"w": "same"})).number
+
+    ends = at_once(work)
+    assert [end for end in ends if isinstance(end, int)] == [2]
+    assert sum(isinstance(end, ConflictError) for end in ends) == MANY - 1
+
+
+@pytest.mark.parametrize("kind", ["tag", "branch"])
+def test_a_name_is_given_once(catalog: Catalog, save: Save, kind: str) -> None:
+    save()
+    ends = at_once(lambda i: getattr(catalog, kind)("best", 1, author=f"{i}"))
+    assert sum(isinstance(end, AlreadyExistsError) for end in ends) == MANY - 1
+    assert [o.target for o in catalog.operations(limit=2)] == ["best", "main"]
+
+
+def test_commit_and_abort_exclude_each_other(catalog: Catalog) -> None:
+    for i in range(MANY):
+        catalog.begin(make_draft(f"u{i}"))
+
+        def work(thread: int, uid: str = f"u{i}") -> object:
+            if thread % 2:
+                return catalog.abort(uid, "given up")
+            return catalog.commit(uid, make_content(uid, {"w": uid}))
+
+        ends = at_once(work)
+        committed = [v for v in catalog.log() if v.uid == f"u{i}"]
+        assert sum(end == committed[0] for end in ends) == 1 if committed else not committed
+        status = catalog.query("SELECT status FROM version WHERE uid = :u", {"u": f"u{i}"})
+        assert status == [("committed" if committed else "aborted",)]
+
+
+def test_readers_do_not_wait_for_a_writer(catalog: Catalog, save: Save) -> None:
+    save()
+    with catalog._database.write() as connection:
+        connection.exec_driver_sql("UPDATE repository SET last_version = 7")
+        with ThreadPoolExecutor(1) as other:
+            assert len(other.submit(catalog.log).result(timeout=20)) == 1
+            assert other.submit(catalog.query, "SELECT 1 AS x", {}).result(timeout=20) == [(1,)]
+        connection.exec_driver_sql("UPDATE repository SET last_version = 1")
