@@ -17,6 +17,7 @@ from dcpstore.records import Version
 
 __all__ = ["log"]
 
+_MOST = 1_000_000_000  # more would not fit the number types of every database
 _COLUMNS = (
     Column("VERSION"),
     Column("BRANCH", shrinks=True),
@@ -30,7 +31,7 @@ _COLUMNS = (
 
 @click.command()
 @click.argument("ref", required=False)
-@click.option("-n", "--limit", type=click.IntRange(min=1), help="Print so many at most.")
+@click.option("-n", "--limit", type=click.IntRange(1, _MOST), help="Print so many at most.")
 @repo_options
 def log(session: Session, ref: str | None, limit: int | None) -> None:
     """List versions, newest first: all of them, or REF and its ancestors."""

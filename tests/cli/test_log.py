@@ -90,3 +90,8 @@ def test_a_message_cannot_reach_the_terminal(run: Run, catalog: Catalog, target:
 def test_not_a_number_is_null_in_json(run: Run, catalog: Catalog, target: str) -> None:
     save_version(catalog, 4, metrics={"loss": float("nan")})
     assert json.loads(run("show", "--json", repo=target).stdout)["metrics"] == {"loss": None}
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "x", "99999999999999999999"])
+def test_a_limit_that_cannot_be_meant(run: Run, empty: str, limit: str) -> None:
+    assert run("log", "-n", limit, repo=empty).exit_code == 2
