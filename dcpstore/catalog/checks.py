@@ -5,11 +5,13 @@ Without it each database would refuse other things, and at another time (invaria
 
 from __future__ import annotations
 
+import sys
+
 from dcpstore.errors import AlreadyExistsError, InvalidInputError
 from dcpstore.records import VersionDraft
 from dcpstore.refs import check_name
 
-__all__ = ["check_draft", "check_text"]
+__all__ = ["can_be_kept", "check_draft", "check_text"]
 
 _MAX_STEP = 2**63 - 1
 
@@ -29,8 +31,9 @@ def check_draft(draft: VersionDraft) -> None:
     if step is not None and (type(step) is not int or not 0 <= step <= _MAX_STEP):
         raise InvalidInputError(f"step {step!r} is not a whole number from 0 to {_MAX_STEP}.")
     for name, value in draft.metrics.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InvalidInputError(f"metric {name!r} is {value!r}; give a number.")
+        fits = isinstance(value, float) or (type(value) is int and abs(value) <= sys.float_info.max)
+        if not fits:
+            raise InvalidInputError(f"metric {name!r} is {value!r}; give a number that is a float.")
     texts = {"message": draft.message, "author": draft.author, "host": draft.host}
     texts |= {f"metric name {name!r}": name for name in draft.metrics}
     for what, text in texts.items():
@@ -39,16 +42,17 @@ def check_draft(draft: VersionDraft) -> None:
 
 def check_text(text: str, *, what: str) -> None:
     """Raise InvalidInputError for text that a database cannot keep."""
-    if not isinstance(text, str) or "\0" in text or not _encodes(text):
+    if not isinstance(text, str) or not can_be_kept(text):
         raise InvalidInputError(
             f"the {what} {text!r} is not text that a database keeps: it must be a string without "
             "NUL characters and lone surrogates."
         )
 
 
-def _encodes(text: str) -> bool:
+def can_be_kept(text: str) -> bool:
+    """Tell whether both databases can keep a text, and so whether they may hold it."""
     try:
         text.encode()
     except UnicodeEncodeError:
         return False
-    return True
+    return "\0" not in text

@@ -54,7 +54,10 @@ class Database:
         self.may_create_file = False
         if self.is_sqlite:
             self._engine = create_engine(
-                "sqlite://", creator=self._connect_sqlite, poolclass=QueuePool
+                "sqlite://",
+                creator=self._connect_sqlite,
+                poolclass=QueuePool,
+                max_overflow=-1,  # threads wait for the database's lock, never for a connection
             )
             event.listen(self._engine, "begin", _begin_sqlite)
         else:

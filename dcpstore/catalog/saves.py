@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from sqlalchemy import Connection, Row, insert, select, update
 
 from dcpstore.catalog import schema
-from dcpstore.catalog.checks import check_draft, check_text
+from dcpstore.catalog.checks import can_be_kept, check_draft, check_text
 from dcpstore.catalog.contents import write_content, write_plan
 from dcpstore.catalog.operations import (
     Change,
@@ -134,7 +134,7 @@ def abort_save(connection: Connection, uid: str, error: str) -> None:
         .where(_version.c.id == row.id)
         .values(
             status="aborted",
-            error=error.replace("\0", "\N{REPLACEMENT CHARACTER}"),
+            error=error if can_be_kept(error) else ascii(error),
             touched_at=datetime.now(UTC),
         )
     )

@@ -30,16 +30,18 @@ from sqlalchemy import (
     select,
 )
 
+from dcpstore.catalog.checks import can_be_kept
 from dcpstore.records import ChunkRange
 
 __all__ = ["look_up_each", "wanted_digests", "wanted_ids", "wanted_names", "wanted_ranges"]
 
 
 def wanted_names(connection: Connection, names: Collection[str]) -> Select[Any]:
-    """Return a query of these names."""
+    """Return a query of these names, less those that no database can hold, nor even take."""
+    names = [name for name in names if can_be_kept(name)]
     if connection.dialect.name == "sqlite":
-        return select(_json_rows(list(names)).c.value)
-    return select(_unnested({"name": (Text(), list(names))}))
+        return select(_json_rows(names).c.value)
+    return select(_unnested({"name": (Text(), names)}))
 
 
 def wanted_ids(connection: Connection, ids: Collection[int]) -> Select[Any]:
