@@ -176,6 +176,11 @@ class Catalog:
         with self._database.read() as connection:
             return queries.load_plan(connection, version)
 
+    def planner_data(self, version: int) -> str | None:
+        """Return what a custom planner kept with a version, as typed JSON."""
+        with self._database.read() as connection:
+            return queries.load_planner_data(connection, version)
+
     def operations(self, *, limit: int | None = None) -> list[Operation]:
         """Return what was done to the repository, newest first."""
         with self._database.read() as connection:

@@ -110,6 +110,7 @@ def _create(database: Database, data_url: str, chunk: ChunkDefaults) -> Reposito
                 created_at=now,
                 last_version=0,
                 last_operation=1,
+                last_journaled=0,
             )
         )
         connection.execute(

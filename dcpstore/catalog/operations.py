@@ -7,9 +7,9 @@ SQLite, and numbers have no gaps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, insert, select, update
 
@@ -20,12 +20,16 @@ __all__ = ["Change", "append_operations", "list_operations", "take_operations", 
 
 
 class Change(NamedTuple):
-    """What one operation did to one ref; versions by id."""
+    """What one operation did to one ref; versions by id.
+
+    `detail` is JSON: what a rebuild must know of an operation that changed more than a ref.
+    """
 
     kind: str
     target: str
     old: int | None
     new: int | None
+    detail: Mapping[str, Any] | None = None
 
 
 def take_version(connection: Connection) -> int:

@@ -24,7 +24,7 @@ from dcpstore.records import (
     Version,
 )
 
-__all__ = ["list_log", "load_chunks", "load_entries", "load_plan"]
+__all__ = ["list_log", "load_chunks", "load_entries", "load_plan", "load_planner_data"]
 
 _SHOWN = 10  # unknown FQNs that one message names
 
@@ -36,8 +36,13 @@ def list_log(connection: Connection, start: int | None, *, limit: int | None) ->
     if start is None:
         ids: Select[Any] = select(schema.version.c.id)
     else:
+        first = id_of_number(connection, start)
         most = None if limit is None else limit - 1
-        ids = select(ancestors(id_of_number(connection, start), most=most).c.id)
+        ids = select(ancestors(first, most=most).c.id)
+        found = load_versions(connection, ids, limit=limit)
+        if limit is None or len(found) == limit:
+            return found
+        ids = select(ancestors(first).c.id)  # some of so few were expired, or there are no more
     return load_versions(connection, ids, limit=limit)
 
 
@@ -100,6 +105,16 @@ def load_chunks(connection: Connection, wanted: Sequence[ChunkRange]) -> list[St
         .join(pack, pack.c.id == chunk.c.pack)
     )
     return sorted((StoredChunk(*row) for row in rows), key=itemgetter(4, 5, 0, 1, 2))
+
+
+def load_planner_data(connection: Connection, version: int) -> str | None:
+    """Return what a custom planner kept with a version, as typed JSON."""
+    text = connection.scalar(
+        select(schema.version.c.planner_data).where(
+            schema.version.c.id == id_of_number(connection, version)
+        )
+    )
+    return None if text is None else str(text)
 
 
 def load_plan(connection: Connection, version: int) -> PlanRecord:

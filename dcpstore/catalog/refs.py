@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Select, insert, select
 from dcpstore.catalog import schema
 from dcpstore.catalog.checks import check_text
 from dcpstore.catalog.operations import Change, append_operations, take_operations
-from dcpstore.catalog.versions import ancestors, id_of_number, load_versions
+from dcpstore.catalog.versions import ancestors, gone, id_of_number, is_visible, load_versions
 from dcpstore.catalog.wanted import wanted_names
 from dcpstore.errors import AlreadyExistsError, NotFoundError
 from dcpstore.records import RefRecord, Version
@@ -48,10 +48,17 @@ def resolve(connection: Connection, ref: str | int | None) -> Version:
         found = _up(connection, found, parsed)
     if parsed.step is not None:
         found = _at_step(connection, found, parsed)
-    (version,) = load_versions(
+    versions = load_versions(
         connection, select(schema.version.c.id).where(schema.version.c.id == found), limit=1
     )
-    return version
+    if not versions:  # the walk up ended at one whose row alone is kept
+        version = schema.version
+        raise gone(
+            *connection.execute(
+                select(version.c.number, version.c.expired_at).where(version.c.id == found)
+            ).one()
+        )
+    return versions[0]
 
 
 def find_refs(connection: Connection, names: Iterable[str]) -> dict[str, RefRow]:
@@ -145,7 +152,9 @@ def _up(connection: Connection, start: int, ref: Ref) -> int:
 def _at_step(connection: Connection, start: int, ref: Ref) -> int:
     up = ancestors(start)
     version = schema.version
-    history = select(up.c.id, version.c.step).join(version, version.c.id == up.c.id)
+    history = (
+        select(up.c.id, version.c.step).join(version, version.c.id == up.c.id).where(is_visible())
+    )
     found = connection.scalar(
         history.where(version.c.step == ref.step).order_by(up.c.depth).limit(1)
     )

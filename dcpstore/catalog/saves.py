@@ -101,6 +101,7 @@ def commit_save(connection: Connection, uid: str, content: VersionContent) -> Ve
             number=number,
             parent=pending.parent if tip is None else tip.id,
             plan=write_plan(connection, content.plan),
+            planner_data=content.planner_data,
             nbytes=content.nbytes,
             nbytes_written=content.nbytes_written,
             nbytes_reused=content.nbytes_reused,

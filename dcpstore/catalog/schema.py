@@ -82,6 +82,8 @@ repository = Table(
     # mutation waits for the one before it and numbers have no gaps.
     _number("last_version"),
     _number("last_operation"),
+    _number("last_journaled"),  # operations up to here are durable in the data folder too
+    Column("verify_began_at", UtcTime),  # of a deep verify that is not finished
     CheckConstraint("id = 1", name="one_row"),
 )
 
@@ -110,6 +112,7 @@ version = Table(
     _words("host"),
     _number("ranks"),
     Column("plan", Key, ForeignKey("plan.id"), index=True),
+    _words("planner_data", null=True),
     Column("wanted_tags", JsonText, nullable=False),
     _number("expect_tip", null=True),
     _number("nbytes", null=True),
@@ -119,9 +122,12 @@ version = Table(
     Column("started_at", UtcTime, nullable=False),
     Column("touched_at", UtcTime, nullable=False),
     Column("created_at", UtcTime),
+    Column("expired_at", UtcTime),
+    # Set, to another text each time, when chunks of the version moved: its manifest must follow.
+    _words("stale", null=True),
     _words("error", null=True),
-    CheckConstraint("status IN ('pending', 'committed', 'aborted')", name="status"),
-    CheckConstraint("(status = 'committed') = (number IS NOT NULL)", name="numbered"),
+    CheckConstraint("status IN ('pending', 'committed', 'aborted', 'expired')", name="status"),
+    CheckConstraint("(status IN ('committed', 'expired')) = (number IS NOT NULL)", name="numbered"),
     Index(None, "branch", "number"),
     Index(None, "status", "touched_at"),
 )
@@ -156,6 +162,7 @@ operation = Table(
     Column("new", Key, ForeignKey("version.id"), index=True),
     _words("author"),
     Column("created_at", UtcTime, nullable=False),
+    Column("detail", JsonText),  # what else a rebuild must know of it
 )
 
 tensor = Table(
@@ -210,8 +217,11 @@ pack = Table(
     _number("nbytes"),
     Column("version", Key, ForeignKey("version.id"), nullable=False, index=True),
     _words("status"),
+    Column("planned_at", UtcTime),
     Column("condemned_at", UtcTime),
-    CheckConstraint("status IN ('live', 'condemned')", name="status"),
+    Column("verified_at", UtcTime),  # every digest was right then
+    _words("damage", null=True),  # what verify found; no save reuses what lies here
+    CheckConstraint("status IN ('planned', 'live', 'condemned')", name="status"),
     Index(None, "status"),
 )
 

@@ -6,16 +6,26 @@ that it commits; only numbers leave the catalog.
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import CTE, BigInteger, Connection, Select, cast, select
+from sqlalchemy import (
+    CTE,
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Select,
+    and_,
+    cast,
+    select,
+)
 
 from dcpstore.catalog import schema
 from dcpstore.catalog.wanted import wanted_ids
 from dcpstore.errors import NotFoundError
 from dcpstore.records import Version
 
-__all__ = ["ancestors", "id_of_number", "load_versions"]
+__all__ = ["ancestors", "gone", "id_of_number", "is_visible", "load_versions"]
 
 _version = schema.version
 _parent = schema.version.alias("parent_version")
@@ -26,7 +36,7 @@ def load_versions(connection: Connection, ids: Select[Any], *, limit: int | None
     rows = connection.execute(
         select(_version, _parent.c.number.label("parent_number"))
         .outerjoin(_parent, _parent.c.id == _version.c.parent)
-        .where(_version.c.number.is_not(None), _version.c.id.in_(ids))
+        .where(is_visible(), _version.c.id.in_(ids))
         .order_by(_version.c.number.desc())
         .limit(limit)
     ).all()
@@ -74,16 +84,39 @@ def id_of_number(connection: Connection, number: int) -> int:
     """Return the id of a committed version.
 
     Raises:
-        NotFoundError: no version has that number.
+        NotFoundError: no version has that number, or it was expired.
     """
-    found = connection.scalar(select(_version.c.id).where(_version.c.number == number))
+    found = connection.execute(
+        select(_version.c.id, _version.c.number, _version.c.expired_at).where(
+            _version.c.number == number
+        )
+    ).one_or_none()
     if found is not None:
-        return int(found)
+        if found.expired_at is not None:
+            raise gone(found.number, found.expired_at)
+        return int(found.id)
     newest = connection.scalar(select(schema.repository.c.last_version))
     if not newest:
         raise NotFoundError(f"no version v{number}: the repository is empty. Save a version first.")
     raise NotFoundError(
         f"no version v{number}; the newest is v{newest}. See 'dcpstore log' for all of them."
+    )
+
+
+def is_visible() -> ColumnElement[bool]:
+    """Return the condition that a row of `version` is committed and not expired.
+
+    Said by columns that the index of numbers helps with, where `status` would lead a database to
+    another index and a sort.
+    """
+    return and_(_version.c.number.is_not(None), _version.c.expired_at.is_(None))
+
+
+def gone(number: int, expired_at: datetime) -> NotFoundError:
+    """Return the error for a version that was expired: its row stays, its entries went."""
+    return NotFoundError(
+        f"no version v{number} any more: it was expired on {expired_at:%Y-%m-%d at %H:%M} UTC. "
+        "See 'dcpstore log' for those that are kept."
     )
 
 

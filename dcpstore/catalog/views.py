@@ -29,15 +29,16 @@ VIEWS = {
                v.author AS author, v.created_at AS created_at, v.ranks AS ranks,
                v.nbytes AS nbytes, v.nbytes_written AS nbytes_written
         FROM version v LEFT JOIN version p ON p.id = v.parent
-        WHERE v.number IS NOT NULL""",
+        WHERE v.number IS NOT NULL AND v.expired_at IS NULL""",
     "entries": """
         SELECT v.number AS version, e.fqn AS fqn, e.kind AS kind, t.dtype AS dtype,
                t.shape AS shape, t.nbytes AS nbytes, e.value AS value, t.digest AS digest
         FROM entry e JOIN version v ON v.id = e.version LEFT JOIN tensor t ON t.id = e.tensor
-        WHERE v.number IS NOT NULL""",
+        WHERE v.number IS NOT NULL AND v.expired_at IS NULL""",
     "storage": """
         SELECT p.key AS pack, v.number AS version, p.nbytes AS nbytes, p.status AS status
-        FROM pack p JOIN version v ON v.id = p.version""",
+        FROM pack p JOIN version v ON v.id = p.version
+        WHERE p.status <> 'planned'""",
     "operations": """
         SELECT o.number AS number, o.kind AS kind, o.target AS target, b.number AS old,
                a.number AS new, o.author AS author, o.created_at AS created_at
@@ -45,7 +46,7 @@ VIEWS = {
     "metrics": """
         SELECT v.number AS version, m.name AS name, m.value AS value
         FROM metric m JOIN version v ON v.id = m.version
-        WHERE v.number IS NOT NULL""",
+        WHERE v.number IS NOT NULL AND v.expired_at IS NULL""",
 }
 
 

@@ -32,6 +32,8 @@ def upgrade() -> None:
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("last_version", sa.BigInteger(), nullable=False),
         sa.Column("last_operation", sa.BigInteger(), nullable=False),
+        sa.Column("last_journaled", sa.BigInteger(), nullable=False),
+        sa.Column("verify_began_at", sa.DateTime(timezone=True), nullable=True),
         sa.CheckConstraint("id = 1", name=op.f("ck_repository_one_row")),
         sa.PrimaryKeyConstraint("id", name="pk_repository"),
     )
@@ -98,6 +100,7 @@ def upgrade() -> None:
         sa.Column("host", WORDS, nullable=False),
         sa.Column("ranks", sa.BigInteger(), nullable=False),
         sa.Column("plan", KEY, nullable=True),
+        sa.Column("planner_data", WORDS, nullable=True),
         sa.Column("wanted_tags", WORDS, nullable=False),
         sa.Column("expect_tip", sa.BigInteger(), nullable=True),
         sa.Column("nbytes", sa.BigInteger(), nullable=True),
@@ -107,12 +110,16 @@ def upgrade() -> None:
         sa.Column("started_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("touched_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("expired_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("stale", WORDS, nullable=True),
         sa.Column("error", WORDS, nullable=True),
         sa.CheckConstraint(
-            "(status = 'committed') = (number IS NOT NULL)", name=op.f("ck_version_numbered")
+            "(status IN ('committed', 'expired')) = (number IS NOT NULL)",
+            name=op.f("ck_version_numbered"),
         ),
         sa.CheckConstraint(
-            "status IN ('pending', 'committed', 'aborted')", name=op.f("ck_version_status")
+            "status IN ('pending', 'committed', 'aborted', 'expired')",
+            name=op.f("ck_version_status"),
         ),
         sa.ForeignKeyConstraint(["parent"], ["version.id"], name="fk_version_parent"),
         sa.ForeignKeyConstraint(["plan"], ["plan.id"], name="fk_version_plan"),
@@ -162,6 +169,7 @@ def upgrade() -> None:
         sa.Column("new", KEY, nullable=True),
         sa.Column("author", WORDS, nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("detail", WORDS, nullable=True),
         sa.ForeignKeyConstraint(["new"], ["version.id"], name="fk_operation_new"),
         sa.ForeignKeyConstraint(["old"], ["version.id"], name="fk_operation_old"),
         sa.PrimaryKeyConstraint("number", name="pk_operation"),
@@ -176,8 +184,13 @@ def upgrade() -> None:
         sa.Column("nbytes", sa.BigInteger(), nullable=False),
         sa.Column("version", KEY, nullable=False),
         sa.Column("status", WORDS, nullable=False),
+        sa.Column("planned_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("condemned_at", sa.DateTime(timezone=True), nullable=True),
-        sa.CheckConstraint("status IN ('live', 'condemned')", name=op.f("ck_pack_status")),
+        sa.Column("verified_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("damage", WORDS, nullable=True),
+        sa.CheckConstraint(
+            "status IN ('planned', 'live', 'condemned')", name=op.f("ck_pack_status")
+        ),
         sa.ForeignKeyConstraint(["version"], ["version.id"], name="fk_pack_version"),
         sa.PrimaryKeyConstraint("id", name="pk_pack"),
         sa.UniqueConstraint("key", name="uq_pack_key"),
