@@ -258,7 +258,8 @@ class VersionContent:
     """What one transaction makes visible: the entries and tensors of a finished save.
 
     `aliases` maps the digest of a content as this save cut it to that of the stored tensor which
-    the save found to be the same, cut otherwise.
+    the save found to be the same, cut otherwise. `planner_data` is what a custom planner keeps with
+    the version, as typed JSON.
     """
 
     entries: Sequence[NewEntry]
@@ -271,6 +272,7 @@ class VersionContent:
     seconds: Mapping[str, float]
     created_at: datetime
     aliases: Mapping[str, str] = field(default_factory=dict)
+    planner_data: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ FLOORS = {
     "errors": 0,
     "records": 0,
     "refs": 0,
+    "uids": 0,
     "geometry": 0,
     "encoding": 1,
     "storage": 1,

@@ -1,5 +1,6 @@
 """The save path: layout, digests, packs, manifest, one transaction."""
 
-from dcpstore.saving.flow import SaveRequest, SaveTarget, save_version
+from dcpstore.saving.flow import save_version
+from dcpstore.saving.publishing import SaveRequest, SaveTarget
 
 __all__ = ["SaveRequest", "SaveTarget", "save_version"]

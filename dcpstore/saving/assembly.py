@@ -6,14 +6,14 @@ invariant 4), and a content that the repository holds is never written again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch.distributed.checkpoint.planner import SavePlan
 
 from dcpstore.catalog import Catalog
-from dcpstore.encoding.digests import content_digest
+from dcpstore.encoding.digests import content_digest, text_digest
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box
 from dcpstore.planning.checks import item_box
@@ -26,6 +26,8 @@ from dcpstore.records import (
     NewEntry,
     NewTensor,
     ObjectPath,
+    PlanRecord,
+    ShardRecord,
     TensorRecord,
     VersionContent,
 )
@@ -33,9 +35,25 @@ from dcpstore.saving.chunking import Digested
 from dcpstore.saving.layouts import Layout, blob_layout, planned_chunks
 from dcpstore.saving.writing import Written
 
-__all__ = ["Books"]
+__all__ = ["Books", "Planned"]
 
 _DIGEST = 32  # bytes
+
+
+class Planned(NamedTuple):
+    """What one rank is to write: boxes of tensors, in order, and the FQNs of values."""
+
+    boxes: Sequence[tuple[str, Box]]
+    values: Sequence[str]
+
+    @classmethod
+    def by(cls, plan: SavePlan) -> Planned:
+        """Return what `plan` says."""
+        tensors = [item for item in plan.items if item.tensor_data is not None]
+        return cls(
+            [(item.index.fqn, item_box(item)) for item in tensors],
+            [item.index.fqn for item in plan.items if item.tensor_data is None],
+        )
 
 
 class _Cell(NamedTuple):
@@ -61,13 +79,14 @@ class Books:
 
     def __init__(
         self,
-        plans: Sequence[SavePlan],
+        planned: Sequence[Planned],
         layouts: Mapping[str, Layout],
         told: Sequence[Digested],
         *,
         paths: Mapping[str, ObjectPath],
         chunk: ChunkDefaults,
     ) -> None:
+        self._planned = planned
         self._paths = paths
         self._layouts = dict(layouts)
         self._values: dict[str, str] = {}
@@ -78,14 +97,14 @@ class Books:
                 self._blobs[fqn] = text
                 self._layouts[fqn] = blob_layout(nbytes, chunk)
         self._cells = [
-            self._cells_of(rank, plan, digested)
-            for rank, (plan, digested) in enumerate(zip(plans, told, strict=True))
+            self._cells_of(rank, boxes, digested)
+            for rank, ((boxes, _), digested) in enumerate(zip(planned, told, strict=True))
         ]
-        planned = {item.index.fqn for plan in plans for item in plan.items}
-        if planned != self._layouts.keys() | self._values.keys():
-            odd = sorted(planned ^ (self._layouts.keys() | self._values.keys()))
+        names = {fqn for boxes, values in planned for fqn in (*(f for f, _ in boxes), *values)}
+        held = self._layouts.keys() | self._values.keys()
+        if names != held:
             raise InvalidInputError(
-                f"the plan and what the ranks resolved differ in {odd[:8]}; "
+                f"the plan and what the ranks resolved differ in {sorted(names ^ held)[:8]}; "
                 "make the planner's plan and its data agree."
             )
         self._contents = self._gathered_contents()
@@ -156,7 +175,18 @@ class Books:
                 )
             for cell, place in zip(cells, written.places, strict=True):
                 self._places[self._layouts[cell.fqn].codec, cell.digest] = place
-        self.nbytes_written = sum(pack.nbytes for written in results for pack in written.packs)
+
+    def plan_record(self) -> PlanRecord:
+        """Return the shard index: which rank wrote which box, with its digest."""
+        shards = [
+            ShardRecord(fqn, rank, box)
+            for rank, (boxes, _) in enumerate(self._planned)
+            for fqn, box in boxes
+        ]
+        shards.sort(key=lambda shard: (shard.fqn, shard.rank, shard.box))
+        text = "\n".join(f"{s.fqn}\t{s.rank}\t{s.box.offsets}\t{s.box.sizes}" for s in shards)
+        ranks = len(self._planned)
+        return PlanRecord(text_digest(f"{ranks}\n{text}"), ranks, shards)
 
     def entries(self) -> list[NewEntry]:
         """Return the entries of the version, by FQN."""
@@ -207,14 +237,13 @@ class Books:
         written = sum(self._cell_nbytes(cell) for cells in self._asked for cell in cells)
         return self.nbytes - written
 
-    def _cells_of(self, rank: int, plan: SavePlan, digested: Digested) -> list[_Cell]:
-        boxes = [
-            (item.index.fqn, item_box(item)) for item in plan.items if item.tensor_data is not None
-        ]
-        boxes += [(fqn, Box.whole(self._layouts[fqn].shape)) for fqn in sorted(digested.blobs)]
+    def _cells_of(
+        self, rank: int, boxes: Sequence[tuple[str, Box]], digested: Digested
+    ) -> list[_Cell]:
+        blobs = [(fqn, Box.whole(self._layouts[fqn].shape)) for fqn in sorted(digested.blobs)]
         where = [
             (fqn, part, ordinal)
-            for fqn, box in boxes
+            for fqn, box in (*boxes, *blobs)
             for part, ordinal in planned_chunks(self._layouts[fqn], box)
         ]
         if len(where) * _DIGEST != len(digested.digests):
@@ -236,6 +265,12 @@ class Books:
         for fqn, cells in by_fqn.items():
             cells.sort()
             layout = self._layouts[fqn]
+            if [cell[1:3] for cell in cells] != list(_every_cell(layout)):
+                raise InvalidInputError(
+                    f"{fqn!r}: the ranks wrote {len(cells)} chunks, not each of the "
+                    f"{sum(grid.size for grid in layout.grids)} once; make every planned item be "
+                    "written by one rank."
+                )
             digest = content_digest(
                 layout.dtype, layout.shape, layout.grids, [cell.digest for cell in cells]
             )
@@ -303,6 +338,12 @@ class Books:
     def _cell_nbytes(self, cell: _Cell) -> int:
         layout = self._layouts[cell.fqn]
         return layout.grids[cell.part].cell(cell.ordinal).volume * layout.itemsize
+
+
+def _every_cell(layout: Layout) -> Iterator[tuple[int, int]]:
+    for part, grid in enumerate(layout.grids):
+        for ordinal in range(grid.size):
+            yield part, ordinal
 
 
 def _cut_otherwise(layout: Layout, stored: TensorRecord | None) -> bool:

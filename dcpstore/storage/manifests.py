@@ -148,6 +148,8 @@ def _encode_version(
         "nbytes_written": content.nbytes_written,
         "nbytes_reused": content.nbytes_reused,
         "seconds": dict(content.seconds),
+        "aliases": dict(content.aliases),
+        "planner_data": content.planner_data,
         "written": [[pack.key, pack.nbytes] for pack in content.packs],
         "plan": {
             "digest": content.plan.digest,
@@ -218,6 +220,8 @@ def _decode_version(said: Json) -> tuple[VersionDraft, VersionContent]:
         nbytes_reused=said["nbytes_reused"],
         seconds=dict(said["seconds"]),
         created_at=datetime.fromisoformat(said["created_at"]),
+        aliases=dict(said["aliases"]),
+        planner_data=said["planner_data"],
     )
     return draft, content
 

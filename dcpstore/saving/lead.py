@@ -1,0 +1,169 @@
+"""What the coordinator of a save does with every rank's answers.
+
+Invariant: it alone asks the catalog and changes it, and it never leaves a begun version pending
+when it knows that the save has failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+
+from dcpstore.errors import DcpstoreError, InvalidInputError
+from dcpstore.planning.checks import check_agreement, check_tiling
+from dcpstore.planning.save_planner import DefaultSavePlanner
+from dcpstore.records import ChunkDefaults, EntryRecord, Version
+from dcpstore.saving.assembly import Books, Planned
+from dcpstore.saving.chunking import Digested
+from dcpstore.saving.layouts import Assignment, Layout, lay_out
+from dcpstore.saving.publishing import (
+    SaveRequest,
+    SaveTarget,
+    draft_version,
+    entries_before,
+    kept_planner_data,
+    publish,
+)
+from dcpstore.saving.writing import Written
+
+__all__ = ["Duty", "Lead", "Opening", "Seconds"]
+
+Seconds = dict[str, float]  # by phase
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What each rank brings to the first exchange, and must agree on but for its keys."""
+
+    repository: str
+    request: SaveRequest
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Duty:
+    """What a rank is to do next: compare entries of a version with what it holds, or write.
+
+    `write` are places among its chunks. All ranks are given the same entries to compare.
+    """
+
+    write: Sequence[int] = ()
+    compare: Sequence[EntryRecord] = ()
+    version: int = 0
+
+
+class Lead:
+    """What the coordinator does with everyone's answers; on the other ranks it is never asked."""
+
+    target: SaveTarget
+
+    def __init__(self, planner: SavePlanner, size: int) -> None:
+        self._planner = planner
+        self._size = size
+        self._open = False  # whether a pending version waits for commit or abort
+
+    @property
+    def _chunk(self) -> ChunkDefaults:
+        return self.target.catalog.repository.chunk
+
+    def begin(self, told: Sequence[Opening]) -> list[str]:
+        """Check that the ranks agree and begin the version; return the keys of all ranks."""
+        _check_agreement(told)
+        self.draft = draft_version(self.target.catalog, told[0].request, ranks=self._size)
+        self.target.catalog.begin(self.draft)
+        self._open = True
+        return sorted({key for one in told for key in one.keys})
+
+    def plan(self, all_plans: list[SavePlan]) -> list[Assignment]:
+        """Make the global plan and assign each rank its part."""
+        checked_by_planner = isinstance(self._planner, DefaultSavePlanner)
+        if not checked_by_planner:
+            check_agreement(all_plans)
+        self._plans, described = self._planner.create_global_plan(all_plans)
+        if not checked_by_planner:
+            check_tiling(self._plans)
+        self._paths, self._planner_data = kept_planner_data(described.planner_data)
+        self._before_number, self._before = entries_before(self.target.catalog, self.draft)
+        self._layouts = lay_out(self._plans, chunk=self._chunk, parent=self._before)
+        return [
+            Assignment(self.draft.uid, plan, _needed(plan, self._layouts)) for plan in self._plans
+        ]
+
+    def look_up(self, told: Sequence[tuple[Digested, Seconds]]) -> list[Duty]:
+        """Find what the repository holds; have compared what digests cannot tell."""
+        self._books = Books(
+            [Planned.by(plan) for plan in self._plans],
+            self._layouts,
+            [digested for digested, _ in told],
+            paths=self._paths,
+            chunk=self._chunk,
+        )
+        before = {entry.fqn: entry for entry in self._before}
+        self._compared = self._books.look_up(self.target.catalog, before)
+        if not self._compared:
+            return self._writes()
+        return [Duty(compare=self._compared, version=self._before_number)] * self._size
+
+    def take_changed(self, told: Sequence[set[str]]) -> list[Duty]:
+        """Take what each rank found changed; return which of its chunks each is to write."""
+        changed = set().union(*told)
+        self._books.take_unchanged(e for e in self._compared if e.fqn not in changed)
+        return self._writes()
+
+    def _writes(self) -> list[Duty]:
+        return [Duty(write=mine) for mine in self._books.choose_writes(self.target.catalog)]
+
+    def commit(self, told: Sequence[tuple[Written, Seconds]]) -> Version:
+        """Write the manifest and commit the version."""
+        self._books.take_results([written for written, _ in told])
+        version = publish(
+            self.target,
+            self.draft,
+            self._books,
+            packs=[pack for written, _ in told for pack in written.packs],
+            seconds={
+                phase: max(one.get(phase, 0.0) for _, one in told)
+                for phase in ("plan", "digest", "compare", "write")
+            },
+            planner_data=self._planner_data,
+        )
+        self._open = False
+        return version
+
+    def give_up(self, error: BaseException) -> None:
+        """Record why a begun save ended without a version."""
+        if self._open:
+            self._open = False
+            try:
+                self.target.catalog.abort(self.draft.uid, f"{type(error).__name__}: {error}")
+            except DcpstoreError as second:
+                error.add_note(f"the catalog could not record that the save failed: {second}")
+
+
+def _check_agreement(told: Sequence[Opening]) -> None:
+    uids = [one.repository for one in told]
+    if len(set(uids)) > 1:
+        odd = next(rank for rank, uid in enumerate(uids) if uid != uids[0])
+        raise InvalidInputError(
+            f"rank 0 saves to repository {uids[0]}, rank {odd} to {uids[odd]}; pass the same "
+            "repository on every rank, on storage that all of them see."
+        )
+    for name in (part.name for part in fields(SaveRequest)):
+        values = [getattr(one.request, name) for one in told]
+        texts = [repr(value) for value in values]  # a NaN does not equal itself
+        odd = next((rank for rank, text in enumerate(texts) if text != texts[0]), 0)
+        if odd:
+            raise InvalidInputError(
+                f"the ranks disagree about {name}: rank 0 says {values[0]!r}, rank {odd} says "
+                f"{values[odd]!r}; pass the same {name}= on every rank."
+            )
+
+
+def _needed(plan: SavePlan, layouts: Mapping[str, Layout]) -> dict[str, Layout]:
+    return {
+        item.index.fqn: layouts[item.index.fqn]
+        for item in plan.items
+        if item.tensor_data is not None
+    }

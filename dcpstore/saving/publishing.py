@@ -1,0 +1,158 @@
+"""From a request to a draft, and from finished books to a version that all can see.
+
+Invariant: the manifest is durable before the one transaction that makes the version visible
+(design, invariants 2 and 3).
+"""
+
+from __future__ import annotations
+
+import getpass
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from dcpstore.catalog import Catalog
+from dcpstore.encoding.values import encode_value
+from dcpstore.records import (
+    EntryRecord,
+    ObjectPath,
+    PackRecord,
+    Version,
+    VersionContent,
+    VersionDraft,
+)
+from dcpstore.saving.assembly import Books
+from dcpstore.storage.interface import Storage
+from dcpstore.storage.manifests import encode_manifest, manifest_key
+from dcpstore.uids import new_uid
+from dcpstore.zarr_view.documents import chunk_references, zarr_documents
+
+__all__ = [
+    "SaveRequest",
+    "SaveTarget",
+    "draft_version",
+    "entries_before",
+    "kept_planner_data",
+    "publish",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class SaveTarget:
+    """The parts of a repository that a save writes to."""
+
+    catalog: Catalog
+    storage: Storage
+
+
+@dataclass(frozen=True, slots=True)
+class SaveRequest:
+    """What the caller says about the version to be; `parent` and `expect_tip` are refs."""
+
+    branch: str = "main"
+    step: int | None = None
+    message: str = ""
+    tags: tuple[str, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    author: str = ""
+    parent: str | int | None = None
+    expect_tip: str | int | None = None
+
+
+def draft_version(
+    catalog: Catalog, request: SaveRequest, *, ranks: int, uid: str | None = None
+) -> VersionDraft:
+    """Return the draft of a version; its refs resolved, its author and host filled in.
+
+    Raises:
+        NotFoundError: `parent` or `expect_tip` names nothing.
+    """
+    return VersionDraft(
+        uid=uid or new_uid(),
+        branch=request.branch,
+        step=request.step,
+        message=request.message,
+        tags=request.tags,
+        metrics=request.metrics,
+        labels=request.labels,
+        author=request.author or getpass.getuser(),
+        host=socket.gethostname(),
+        ranks=ranks,
+        parent=_number(catalog, request.parent),
+        expect_tip=_number(catalog, request.expect_tip),
+    )
+
+
+def entries_before(catalog: Catalog, draft: VersionDraft) -> tuple[int, list[EntryRecord]]:
+    """Return the parent as it is now, number and entries: its grids are kept where they fit."""
+    ref: str | int | None = draft.branch
+    if not any(known.name == ref for known in catalog.refs("branch")):
+        ref = draft.parent
+        if ref is None:
+            return 0, []
+    number = catalog.resolve(ref).number
+    return number, catalog.entries(number)
+
+
+def kept_planner_data(given: object) -> tuple[Mapping[str, ObjectPath], str | None]:
+    """Return the object paths that a planner gives, or else what it gives as typed JSON.
+
+    Raises:
+        UnsafeDataError: it gives what only a pickle could keep.
+    """
+    if given is None:
+        return {}, None
+    if isinstance(given, Mapping) and all(isinstance(path, tuple) for path in given.values()):
+        return given, None
+    return {}, encode_value(given, allow_pickle=False).text
+
+
+def publish(
+    target: SaveTarget,
+    draft: VersionDraft,
+    books: Books,
+    *,
+    packs: Sequence[PackRecord],
+    seconds: dict[str, float],
+    planner_data: str | None,
+) -> Version:
+    """Write the manifest of a begun version and commit it; its packs are durable.
+
+    Raises:
+        ConflictError: the branch moved, or what the save reuses is gone; save again.
+        AlreadyExistsError: a tag was taken meanwhile.
+    """
+    began = time.perf_counter()
+    content = VersionContent(
+        entries=books.entries(),
+        tensors=books.tensors(target.catalog),
+        packs=packs,
+        plan=books.plan_record(),
+        nbytes=books.nbytes,
+        nbytes_written=sum(pack.nbytes for pack in packs),
+        nbytes_reused=books.nbytes_reused,
+        seconds=seconds,
+        created_at=datetime.now(UTC),
+        aliases=books.aliases,
+        planner_data=planner_data,
+    )
+    entries = books.records(content)
+    chunks = {tensor.digest: tensor.chunks for tensor in content.tensors}
+    manifest = encode_manifest(
+        draft,
+        content,
+        chunks=chunks,
+        data_url=target.storage.url,
+        documents=zarr_documents(entries, {"uid": draft.uid, "step": draft.step}),
+        references=chunk_references(entries, chunks),
+    )
+    target.storage.put(manifest_key(draft.uid), manifest)
+    seconds["manifest"] = time.perf_counter() - began
+    return target.catalog.commit(draft.uid, content)
+
+
+def _number(catalog: Catalog, ref: str | int | None) -> int | None:
+    return None if ref is None else catalog.resolve(ref).number
