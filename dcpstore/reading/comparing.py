@@ -29,11 +29,11 @@ Array = npt.NDArray[np.generic]
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A box of a stored tensor, and what this process holds there, in the stored dtype."""
+    """A box of a stored tensor; `data` gives what this process holds in any box inside it."""
 
     entry: EntryRecord
     box: Box
-    data: Callable[[], Array]
+    data: Callable[[Box], Array]
 
 
 def find_changed(
@@ -52,10 +52,7 @@ def find_changed(
 
         def changed(one: Held) -> bool:
             assert one.entry.tensor is not None
-            data = one.data()
-            return any(
-                _differs(one, data, reader, chunk) for chunk in by_tensor[one.entry.tensor.id]
-            )
+            return any(_differs(one, reader, chunk) for chunk in by_tensor[one.entry.tensor.id])
 
         return {
             one.entry.fqn
@@ -64,15 +61,14 @@ def find_changed(
         }
 
 
-def _differs(one: Held, data: Array, reader: ChunkReader, chunk: StoredChunk) -> bool:
+def _differs(one: Held, reader: ChunkReader, chunk: StoredChunk) -> bool:
     assert one.entry.tensor is not None
     cell = one.entry.tensor.parts[chunk.part].cell(chunk.ordinal)
     shared = cell.intersect(one.box)
     if shared is None:
         return False
     theirs = reader.read(one.entry, chunk)[shared.relative_to(cell).slices]
-    ours = data[shared.relative_to(one.box).slices]
-    return not np.array_equal(_bits(ours), _bits(theirs))
+    return not np.array_equal(_bits(one.data(shared)), _bits(theirs))
 
 
 def _bits(array: Array) -> npt.NDArray[np.uint8]:

@@ -25,6 +25,7 @@ from dcpstore.encoding.values import EncodedValue, encode_value
 from dcpstore.errors import InvalidInputError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.grids import Grid
+from dcpstore.planning.boxed import BoxResolver
 from dcpstore.planning.checks import item_box
 from dcpstore.reading.comparing import Held
 from dcpstore.records import ChunkDefaults, EntryRecord
@@ -33,15 +34,14 @@ from dcpstore.saving.layouts import Layout, blob_layout, planned_chunks
 __all__ = ["Digested", "RankData", "RawChunk"]
 
 Array = npt.NDArray[np.generic]
-Source = Callable[[], Array]  # of a box's elements
+Source = Callable[[Box], Array]  # of the elements of any box inside a planned one
 
 
 @dataclass(frozen=True, slots=True)
 class RawChunk:
-    """A chunk before it is encoded; `source` gives the elements of `box`."""
+    """A chunk before it is encoded; `source` gives its elements."""
 
     source: Source
-    box: Box
     grid: Grid
     ordinal: int
     codec: str
@@ -54,11 +54,10 @@ class RawChunk:
 
     def raw(self) -> npt.NDArray[np.uint8]:
         """Return the raw bytes; past its part a cell is padded with zeros, as in Zarr."""
-        array = self.source()
         cell = self.grid.cell(self.ordinal)
-        piece = array[cell.relative_to(self.box).slices]
+        piece = self.source(cell)
         if cell.sizes != self.grid.chunk_shape:
-            padded = np.zeros(self.grid.chunk_shape, array.dtype)
+            padded = np.zeros(self.grid.chunk_shape, piece.dtype)
             padded[tuple(map(slice, cell.sizes))] = piece
             piece = padded
         return np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
@@ -77,7 +76,7 @@ class Digested:
 
 
 class RankData:
-    """The data of one rank's plan: resolved once where it lies in memory, else on demand."""
+    """The data of one rank's plan: resolved once where it lies in memory, else chunk by chunk."""
 
     def __init__(
         self,
@@ -97,14 +96,16 @@ class RankData:
             if item.tensor_data is None:
                 self._values[fqn] = self._encoded(item, allow_pickle=allow_pickle)
             else:
-                box, source = item_box(item), self._source(item)
+                box = item_box(item)
+                source = self._source(item, box)
                 self._boxes.setdefault(fqn, []).append((box, source))
                 self.chunks += _cut(layouts[fqn], box, source)
         for _, value in sorted(self._values.items()):
             if value.data is not None:
                 layout = blob_layout(len(value.data), chunk)
                 array = np.frombuffer(value.data, np.uint8)
-                self.chunks += _cut(layout, Box.whole(layout.shape), partial(_same, array))
+                whole = Box.whole(layout.shape)
+                self.chunks += _cut(layout, whole, partial(_part, array, whole))
 
     def digest(self, pool: Executor, advance: Callable[[int], None]) -> Digested:
         """Return the digests of all chunks, and the values; `advance` hears of bytes done."""
@@ -128,35 +129,43 @@ class RankData:
             for box, source in self._boxes.get(entry.fqn, ())
         ]
 
-    def _source(self, item: WriteItem) -> Source:
+    def _source(self, item: WriteItem, box: Box) -> Source:
+        if isinstance(self._planner, BoxResolver):
+            return partial(self._resolved_box, self._planner, item)
         tensor = self._tensor(item)
         if tensor.device.type == "cpu":
-            return partial(_same, as_bytes(tensor))
+            return partial(_part, as_bytes(tensor), box)
         # device memory is fetched twice rather than held in host memory all at once
-        return lambda: as_bytes(self._tensor(item).cpu())
+        return lambda part: as_bytes(self._tensor(item)[part.relative_to(box).slices].cpu())
+
+    def _resolved_box(self, planner: BoxResolver, item: WriteItem, part: Box) -> Array:
+        return as_bytes(_checked(item, planner.resolve_box(item, part), part.sizes))
 
     def _tensor(self, item: WriteItem) -> torch.Tensor:
-        tensor = self._planner.resolve_data(item)
-        data = item.tensor_data
-        assert data is not None
-        if not isinstance(tensor, torch.Tensor):
-            raise InvalidInputError(
-                f"the planner gives {type(tensor).__name__} for tensor {item.index.fqn!r}; its "
-                "resolve_data must return what its plan says."
-            )
-        if tensor.dtype != data.properties.dtype or tensor.size() != data.chunk.sizes:
-            raise InvalidInputError(
-                f"the planner gives {tensor.dtype} {tuple(tensor.size())} for {item.index.fqn!r}, "
-                f"and its plan says {data.properties.dtype} {tuple(data.chunk.sizes)}; "
-                "make its plan and its resolve_data agree."
-            )
-        return tensor.detach()
+        return _checked(item, self._planner.resolve_data(item), item_box(item).sizes)
 
     def _encoded(self, item: WriteItem, *, allow_pickle: bool) -> EncodedValue:
         try:
             return encode_value(_plain_value(self._planner, item), allow_pickle=allow_pickle)
         except UnsafeDataError as error:
             raise UnsafeDataError(f"{item.index.fqn!r}: {error}") from error
+
+
+def _checked(item: WriteItem, tensor: object, sizes: tuple[int, ...]) -> torch.Tensor:
+    """Return what a planner gave for a tensor item, if it is what its plan says."""
+    assert item.tensor_data is not None
+    dtype = item.tensor_data.properties.dtype
+    if not isinstance(tensor, torch.Tensor):
+        raise InvalidInputError(
+            f"the planner gives {type(tensor).__name__} for tensor {item.index.fqn!r}; its "
+            "resolve_data must return what its plan says."
+        )
+    if tensor.dtype != dtype or tuple(tensor.size()) != sizes:
+        raise InvalidInputError(
+            f"the planner gives {tensor.dtype} {tuple(tensor.size())} for {item.index.fqn!r}, "
+            f"and its plan says {dtype} {sizes}; make its plan and its resolve_data agree."
+        )
+    return tensor.detach()
 
 
 def _plain_value(planner: SavePlanner, item: WriteItem) -> Any:
@@ -175,13 +184,14 @@ def _plain_value(planner: SavePlanner, item: WriteItem) -> Any:
     return data.getvalue()
 
 
-def _same(array: Array) -> Array:
-    return array
+def _part(array: Array, box: Box, part: Box) -> Array:
+    """Return the elements of `part` out of an array of those of `box`."""
+    return array[part.relative_to(box).slices]
 
 
 def _cut(layout: Layout, box: Box, source: Source) -> Iterator[RawChunk]:
     for part, ordinal in planned_chunks(layout, box):
-        yield RawChunk(source, box, layout.grids[part], ordinal, layout.codec, layout.itemsize)
+        yield RawChunk(source, layout.grids[part], ordinal, layout.codec, layout.itemsize)
 
 
 def total_nbytes(chunks: Sequence[RawChunk]) -> int:
