@@ -10,6 +10,23 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dcpstore.api import load, save
+    from dcpstore.dcp import (
+        FileSystemReader,
+        FileSystemWriter,
+        LoadPlan,
+        LoadPlanner,
+        ReadItem,
+        RepositoryReader,
+        RepositoryWriter,
+        SavePlan,
+        SavePlanner,
+        Stateful,
+        StorageReader,
+        StorageWriter,
+        WriteItem,
+        load_state_dict,
+        save_state_dict,
+    )
     from dcpstore.errors import (
         AlreadyExistsError,
         ConflictError,
@@ -34,22 +51,55 @@ __all__ = [
     "DcpstoreError",
     "DefaultLoadPlanner",
     "DefaultSavePlanner",
+    "FileSystemReader",
+    "FileSystemWriter",
     "InvalidInputError",
+    "LoadPlan",
+    "LoadPlanner",
     "LoadReport",
     "MismatchError",
     "NotFoundError",
     "RankFailure",
+    "ReadItem",
     "Repository",
+    "RepositoryReader",
+    "RepositoryWriter",
+    "SavePlan",
+    "SavePlanner",
     "SchemaError",
+    "Stateful",
+    "StorageReader",
+    "StorageWriter",
     "UnsafeDataError",
     "Version",
+    "WriteItem",
     "load",
+    "load_state_dict",
     "open",
     "save",
+    "save_state_dict",
+    "state_dict",
 ]
 
 _HOMES = {
     "dcpstore.api": ("load", "save"),
+    "dcpstore.dcp": (
+        "FileSystemReader",
+        "FileSystemWriter",
+        "LoadPlan",
+        "LoadPlanner",
+        "ReadItem",
+        "RepositoryReader",
+        "RepositoryWriter",
+        "SavePlan",
+        "SavePlanner",
+        "Stateful",
+        "StorageReader",
+        "StorageWriter",
+        "WriteItem",
+        "load_state_dict",
+        "save_state_dict",
+    ),
     "dcpstore.errors": (
         "AlreadyExistsError",
         "ConflictError",
@@ -70,6 +120,8 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> object:
+    if name == "state_dict":
+        return importlib.import_module("dcpstore.state_dict")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'dcpstore' has no attribute {name!r}")
     found: object = getattr(importlib.import_module(_HOME_OF[name]), name)

@@ -6,18 +6,21 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from typing import Any, SupportsFloat
+from typing import Any, SupportsFloat, overload
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load as torch_load
+from torch.distributed.checkpoint.state_dict_saver import save as torch_save
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from dcpstore.collectives import Alone, Collectives, find_collectives
 from dcpstore.errors import InvalidInputError
 from dcpstore.loading import LoadSource, load_version
 from dcpstore.planning import DefaultLoadPlanner, DefaultSavePlanner
 from dcpstore.records import LoadReport, Version
-from dcpstore.repository import Repository
-from dcpstore.repository import open as open_repository
+from dcpstore.repository import Repository, opened
 from dcpstore.saving import SaveRequest, SaveTarget, save_version
 
 __all__ = ["load", "save"]
@@ -27,9 +30,23 @@ _log = logging.getLogger(__name__)
 RepositoryLike = Repository | str | os.PathLike[str]
 
 
+@overload
 def save(
     state_dict: dict[str, Any],
-    repo: RepositoryLike,
+    *,
+    storage_writer: StorageWriter,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+) -> Metadata: ...
+
+
+@overload
+def save(
+    state_dict: dict[str, Any],
+    repo: RepositoryLike | None = None,
     *,
     branch: str = "main",
     step: int | None = None,
@@ -44,7 +61,31 @@ def save(
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
     allow_pickle: bool = False,
-) -> Version:
+    checkpoint_id: str | os.PathLike[str] | None = None,
+) -> Version: ...
+
+
+def save(
+    state_dict: dict[str, Any],
+    repo: RepositoryLike | None = None,
+    *,
+    branch: str = "main",
+    step: int | None = None,
+    tags: Iterable[str] = (),
+    message: str = "",
+    metrics: Mapping[str, SupportsFloat] | None = None,
+    labels: Mapping[str, object] | None = None,
+    author: str = "",
+    parent: str | int | None = None,
+    expect_tip: str | int | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    allow_pickle: bool = False,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_writer: StorageWriter | None = None,
+    use_collectives: bool = True,
+) -> Version | Metadata:
     """Save a state as a new version; every rank of the group calls it and gets the same `Version`.
 
     Args:
@@ -62,6 +103,10 @@ def save(
         process_group: the ranks that take part; None is all.
         no_dist: save this process alone, though a process group is there.
         allow_pickle: let values that JSON cannot carry be stored as pickles.
+        checkpoint_id: another name for `repo`, for code written for torch.
+        storage_writer: any storage of torch's instead of `repo`; the save is then torch's own, with
+            our planner, and returns torch's Metadata.
+        use_collectives: as torch's, for a `storage_writer`.
 
     Raises:
         InvalidInputError: a name, an item or a plan that cannot be meant; ranks that disagree.
@@ -71,11 +116,23 @@ def save(
         ConflictError: the branch moved meanwhile.
         RankFailure: some ranks failed, with each one's error; the repository shows nothing.
     """
+    if storage_writer is not None:
+        described: Metadata = torch_save(
+            state_dict,
+            checkpoint_id=checkpoint_id,
+            storage_writer=storage_writer,
+            planner=planner or DefaultSavePlanner(),
+            process_group=process_group,
+            no_dist=no_dist,
+            use_collectives=use_collectives,
+        )
+        return described
     ranks = _ranks(process_group, no_dist=no_dist)
-    with ExitStack() as opened:
+    with ExitStack() as stack:
 
         def open_target() -> SaveTarget:
-            repository = _opened(repo, opened, create=True)
+            where = _where(repo, checkpoint_id)
+            repository = stack.enter_context(opened(where, create=True))
             return SaveTarget(repository.catalog, repository.storage)
 
         def request() -> SaveRequest:
@@ -103,9 +160,22 @@ def save(
         )
 
 
+@overload
 def load(
     state_dict: dict[str, Any],
-    repo: RepositoryLike,
+    *,
+    storage_reader: StorageReader,
+    planner: LoadPlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+) -> None: ...
+
+
+@overload
+def load(
+    state_dict: dict[str, Any],
+    repo: RepositoryLike | None = None,
     ref: str | int | None = None,
     *,
     planner: LoadPlanner | None = None,
@@ -113,7 +183,23 @@ def load(
     no_dist: bool = False,
     verify: bool = True,
     allow_pickle: bool = False,
-) -> LoadReport:
+    checkpoint_id: str | os.PathLike[str] | None = None,
+) -> LoadReport: ...
+
+
+def load(
+    state_dict: dict[str, Any],
+    repo: RepositoryLike | None = None,
+    ref: str | int | None = None,
+    *,
+    planner: LoadPlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    verify: bool = True,
+    allow_pickle: bool = False,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_reader: StorageReader | None = None,
+) -> LoadReport | None:
     """Fill a state in place from a version; every rank of the group calls it with its own part.
 
     The number of ranks, the mesh and the placements may differ from those of the save. Entries of
@@ -128,6 +214,9 @@ def load(
         no_dist: load in this process alone, though a process group is there.
         verify: check every byte read against its digest before it reaches a tensor.
         allow_pickle: let values that are pickles run their code.
+        checkpoint_id: another name for `repo`, for code written for torch.
+        storage_reader: any storage of torch's instead of `repo`; the load is then torch's own, with
+            our planner, and returns nothing.
 
     Raises:
         MismatchError: everything that is missing or differs, on any rank; no tensor was touched.
@@ -136,11 +225,22 @@ def load(
         UnsafeDataError: a value is a pickle, and pickle is not allowed.
         RankFailure: some ranks failed, with each one's error.
     """
+    if storage_reader is not None:
+        torch_load(
+            state_dict,
+            checkpoint_id=checkpoint_id,
+            storage_reader=storage_reader,
+            planner=planner or DefaultLoadPlanner(),
+            process_group=process_group,
+            no_dist=no_dist,
+        )
+        return None
     ranks = _ranks(process_group, no_dist=no_dist)
-    with ExitStack() as opened:
+    with ExitStack() as stack:
 
         def open_source() -> LoadSource:
-            repository = _opened(repo, opened, create=False)
+            where = _where(repo, checkpoint_id)
+            repository = stack.enter_context(opened(where, create=False))
             return LoadSource(repository.catalog, repository.storage)
 
         return load_version(
@@ -152,6 +252,17 @@ def load(
             verify=verify,
             allow_pickle=allow_pickle,
         )
+
+
+def _where(
+    repo: RepositoryLike | None, checkpoint_id: str | os.PathLike[str] | None
+) -> RepositoryLike:
+    if (repo is None) == (checkpoint_id is None):
+        raise InvalidInputError(
+            f"repo is {repo!r} and checkpoint_id is {checkpoint_id!r}; pass one of them: a "
+            "Repository, a folder or a database URL."
+        )
+    return repo if repo is not None else os.fspath(checkpoint_id or "")
 
 
 def _ranks(group: dist.ProcessGroup | None, *, no_dist: bool) -> Collectives:
@@ -166,10 +277,3 @@ def _number(name: str, value: SupportsFloat) -> float:
         return float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInputError(f"metric {name!r} is {value!r}; give a number.") from error
-
-
-def _opened(repo: RepositoryLike, opened: ExitStack, *, create: bool) -> Repository:
-    """Return the repository; one that is opened here is closed with `opened`."""
-    if isinstance(repo, Repository):
-        return repo
-    return opened.enter_context(open_repository(repo, create=create))

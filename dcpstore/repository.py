@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import getpass
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from dcpstore.reading.selection import Index
     from dcpstore.zarr_view.store import VersionStore
 
-__all__ = ["Repository", "open"]
+__all__ = ["Repository", "open", "opened"]
 
 _CATALOG_FILE = "catalog.db"
 
@@ -184,6 +184,9 @@ class Repository:
     ) -> None:
         self.close()
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _reopen, (self._target,)
+
     def __repr__(self) -> str:
         return f"Repository({self.catalog!r}, data={self.storage.url!r})"
 
@@ -224,6 +227,21 @@ def open(
         catalog.close()
         raise
     return Repository(os.fspath(target), catalog, storage)
+
+
+def _reopen(target: str) -> Repository:
+    """Open what another process had open."""
+    return open(target, create=False)
+
+
+@contextmanager
+def opened(repo: Repository | str | os.PathLike[str], *, create: bool) -> Iterator[Repository]:
+    """Yield a repository, given open or by what `open` takes; only the latter is closed after."""
+    if isinstance(repo, Repository):
+        yield repo
+    else:
+        with open(repo, create=create) as made:
+            yield made
 
 
 def _make(

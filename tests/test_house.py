@@ -25,6 +25,7 @@ FLOORS = {
     "storage": 1,
     "catalog": 1,
     "progress": 1,
+    "journal": 2,
     "zarr_view": 2,
     "planning": 2,
     "collectives": 2,
@@ -33,6 +34,9 @@ FLOORS = {
     "loading": 3,
     "repository": 4,
     "api": 4,
+    "dcp": 5,
+    "state_dict": 5,
+    "convert": 5,
     "cli": 5,
     "__main__": 6,
     "__init__": 6,
@@ -99,6 +103,11 @@ def described(name: str) -> str:
     """Return the section of docs/api.md for a public name, as its code says it."""
     thing = getattr(dcpstore, name)
     text = inspect.cleandoc(thing.__doc__)
+    module = getattr(thing, "__module__", thing.__name__)
+    if module.startswith("torch."):
+        return f"## `{name}`\n\nTorch's own: `{module}.{name}`.\n"
+    if inspect.ismodule(thing):
+        return f"## `{name}`\n\n{text}\n"
     if inspect.isclass(thing) and issubclass(thing, BaseException):
         text = text.split("\n\n")[0]
         return f"## `{name}`\n\nAn error ({thing.__mro__[1].__name__}). {text}\n"
@@ -109,6 +118,7 @@ def described(name: str) -> str:
     ]
     listed = "\n".join(members) + "\n" if members else ""
     head = f"## `{name}`\n\n```python\n{name}{_signature(thing)}\n```\n\n"
+    text = text.replace("```", "")
     return f"{head}```text\n{text}\n```\n" + (f"\n{listed}" if listed else "")
 
 

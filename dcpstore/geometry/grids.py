@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from dcpstore.geometry.boxes import Box
 
-__all__ = ["Grid", "lay_grids"]
+__all__ = ["Grid", "lay_grids", "lay_parts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +146,19 @@ def lay_grids(
     cells = math.prod(-(-n // (step or n)) for n, step in zip(shape, steps, strict=True))
     if cells <= 2 * len(live):
         return (Grid(origin, shape, _chunk_shape(shape, steps, itemsize, target)),)
+    return lay_parts(itemsize, live, target=target)
+
+
+def lay_parts(itemsize: int, boxes: Sequence[Box], *, target: int) -> tuple[Grid, ...]:
+    """Return a grid of its own for each box that holds an element, in their order."""
     return tuple(
-        Grid(box.offsets, box.sizes, _chunk_shape(box.sizes, [None] * len(shape), itemsize, target))
-        for box in live
+        Grid(
+            box.offsets,
+            box.sizes,
+            _chunk_shape(box.sizes, [None] * len(box.sizes), itemsize, target),
+        )
+        for box in sorted(set(boxes))
+        if box.volume
     )
 
 

@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from dcpstore.encoding.dtypes import torch_dtype
-from dcpstore.records import EntryRecord
+from dcpstore.geometry.boxes import Box
+from dcpstore.records import EntryRecord, TensorRecord
 
 __all__ = ["describe_entries"]
 
@@ -35,8 +36,18 @@ def describe_entries(entries: Iterable[EntryRecord]) -> Metadata:
             described[entry.fqn] = TensorStorageMetadata(
                 TensorProperties(dtype=torch_dtype(entry.tensor.dtype)),
                 shape,
-                [ChunkStorageMetadata(torch.Size((0,) * len(shape)), shape)],
+                [
+                    ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
+                    for box in _stored_boxes(entry.tensor)
+                ],
             )
         else:
             described[entry.fqn] = BytesStorageMetadata()
     return Metadata(described, planner_data=paths)
+
+
+def _stored_boxes(tensor: TensorRecord) -> list[Box]:
+    """Return one box for a whole tensor; the boxes of its parts where one rank saved for itself."""
+    whole = Box.whole(tensor.shape)
+    parts = [part.box for part in tensor.parts]
+    return parts if sum(box.volume for box in parts) < whole.volume else [whole]

@@ -109,6 +109,7 @@ class Books:
             )
         self._contents = self._gathered_contents()
         self._asked: list[list[_Cell]] = []
+        self._places: dict[tuple[str, bytes], ChunkPlace] = {}
         self.aliases: dict[str, str] = {}
 
     def look_up(self, catalog: Catalog, before: Mapping[str, EntryRecord]) -> list[EntryRecord]:
@@ -141,11 +142,9 @@ class Books:
             if content.digest not in self._known:
                 digests = wanted.setdefault(content.layout.codec, set())
                 digests.update(cell.digest for cell in content.cells)
-        self._places: dict[tuple[str, bytes], ChunkPlace] = {
-            (codec, digest): place
-            for codec, digests in wanted.items()
-            for digest, place in catalog.find_chunks(digests, codec).items()
-        }
+        for codec, digests in wanted.items():
+            for digest, place in catalog.find_chunks(digests, codec).items():
+                self._places[codec, digest] = place
         chosen: set[tuple[str, bytes]] = set()
         asked: list[Sequence[int]] = []
         for cells in self._cells:
@@ -175,6 +174,11 @@ class Books:
                 )
             for cell, place in zip(cells, written.places, strict=True):
                 self._places[self._layouts[cell.fqn].codec, cell.digest] = place
+
+    def take_places(self, places: Mapping[tuple[str, bytes], ChunkPlace]) -> None:
+        """Enter where chunks lie, by codec and digest, that ranks found or wrote by themselves."""
+        for key, place in places.items():
+            self._places.setdefault(key, place)
 
     def plan_record(self) -> PlanRecord:
         """Return the shard index: which rank wrote which box, with its digest."""
@@ -333,7 +337,8 @@ class Books:
         )
 
     def _nbytes(self, content: _Content) -> int:
-        return Box.whole(content.layout.shape).volume * content.layout.itemsize
+        volume = sum(grid.box.volume for grid in content.layout.grids)
+        return volume * content.layout.itemsize
 
     def _cell_nbytes(self, cell: _Cell) -> int:
         layout = self._layouts[cell.fqn]

@@ -24,6 +24,7 @@ from dcpstore.reading.comparing import find_changed
 from dcpstore.records import Version
 from dcpstore.saving.chunking import Digested, RankData, total_nbytes
 from dcpstore.saving.lead import Lead, Opening, Seconds
+from dcpstore.saving.lease import kept_lease
 from dcpstore.saving.publishing import SaveRequest, SaveTarget
 from dcpstore.saving.writing import Written, write_chunks
 
@@ -102,13 +103,15 @@ def save_version(
         return written, seconds
 
     try:
-        with _timed(seconds, "plan"):
-            keys = in_step(ranks, "open", begin, lead.begin)
-            assignment = in_turn(ranks, "plan", local_plan, lead.plan)
+        began = time.perf_counter()
+        keys = in_step(ranks, "open", begin, lead.begin)
         with (
+            kept_lease(target.catalog, lead.draft.uid) if ranks.leads else contextlib.nullcontext(),
             ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-save") as pool,
             ProgressBar("save", shown=ranks.leads) as bar,
         ):
+            assignment = in_turn(ranks, "plan", local_plan, lead.plan)
+            seconds["plan"] = time.perf_counter() - began
             duty = in_turn(ranks, "digest", digest, lead.look_up)
             if duty.compare:
                 duty = in_turn(ranks, "compare", compare, lead.take_changed)

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from dcpstore.encoding.codecs import choose_codec
 from dcpstore.encoding.dtypes import dtype_name, torch_dtype
 from dcpstore.geometry.boxes import Box
-from dcpstore.geometry.grids import Grid, lay_grids
+from dcpstore.geometry.grids import Grid, lay_grids, lay_parts
 from dcpstore.planning.checks import item_box
 from dcpstore.records import ChunkDefaults, EntryRecord, TensorRecord
 
@@ -46,11 +46,16 @@ class Assignment:
 
 
 def lay_out(
-    plans: Sequence[SavePlan], *, chunk: ChunkDefaults, parent: Iterable[EntryRecord]
+    plans: Sequence[SavePlan],
+    *,
+    chunk: ChunkDefaults,
+    parent: Iterable[EntryRecord],
+    are_whole: bool = True,
 ) -> dict[str, Layout]:
     """Return the layout of each tensor that `plans` write, by FQN.
 
     The grids of the `parent` version's entries are kept where dtype and shape are still the same.
+    Of tensors that are not whole, for the plans are not those of all ranks, each box is a part.
     """
     written: dict[str, list[WriteItem]] = {}
     for plan in plans:
@@ -63,18 +68,14 @@ def lay_out(
         data = items[0].tensor_data
         assert data is not None
         dtype, shape = dtype_name(data.properties.dtype), tuple(data.size)
-        layouts[fqn] = Layout(
-            dtype=dtype,
-            shape=shape,
-            codec=choose_codec(chunk.codec, dtype),
-            grids=lay_grids(
-                shape,
-                data.properties.dtype.itemsize,
-                [item_box(item) for item in items],
-                target=chunk.nbytes,
-                parent=_kept_grids(before.get(fqn), dtype, shape),
-            ),
-        )
+        boxes = [item_box(item) for item in items]
+        itemsize = data.properties.dtype.itemsize
+        if are_whole:
+            kept = _kept_grids(before.get(fqn), dtype, shape)
+            grids = lay_grids(shape, itemsize, boxes, target=chunk.nbytes, parent=kept)
+        else:
+            grids = lay_parts(itemsize, boxes, target=chunk.nbytes)
+        layouts[fqn] = Layout(dtype, shape, choose_codec(chunk.codec, dtype), grids)
     return layouts
 
 

@@ -81,14 +81,18 @@ class Lead:
         checked_by_planner = isinstance(self._planner, DefaultSavePlanner)
         if not checked_by_planner:
             check_agreement(all_plans)
-        self._plans, described = self._planner.create_global_plan(all_plans)
+        told, described = self._planner.create_global_plan(all_plans)
+        # torch's plan cache: a rank whose plan is as before is told so, with an empty plan
+        is_cached = not all(plan.usable for plan in told)
+        self._plans = getattr(self._planner, "global_plan", told) if is_cached else told
         if not checked_by_planner:
             check_tiling(self._plans)
         self._paths, self._planner_data = kept_planner_data(described.planner_data)
         self._before_number, self._before = entries_before(self.target.catalog, self.draft)
         self._layouts = lay_out(self._plans, chunk=self._chunk, parent=self._before)
         return [
-            Assignment(self.draft.uid, plan, _needed(plan, self._layouts)) for plan in self._plans
+            Assignment(self.draft.uid, plan, _needed(whole, self._layouts))
+            for plan, whole in zip(told, self._plans, strict=True)
         ]
 
     def look_up(self, told: Sequence[tuple[Digested, Seconds]]) -> list[Duty]:

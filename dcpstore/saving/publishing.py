@@ -15,8 +15,11 @@ from datetime import UTC, datetime
 
 from dcpstore.catalog import Catalog
 from dcpstore.encoding.values import encode_value
+from dcpstore.errors import ConflictError
+from dcpstore.journal import write_journal
 from dcpstore.records import (
     EntryRecord,
+    NewTensor,
     ObjectPath,
     PackRecord,
     Version,
@@ -121,14 +124,39 @@ def publish(
 ) -> Version:
     """Write the manifest of a begun version and commit it; its packs are durable.
 
+    Where chunks that the save reuses have moved meanwhile (gc repacks), both are done once more.
+
     Raises:
         ConflictError: the branch moved, or what the save reuses is gone; save again.
         AlreadyExistsError: a tag was taken meanwhile.
     """
+    try:
+        version = _published(
+            target, draft, books, packs=packs, seconds=seconds, planner_data=planner_data
+        )
+    except ConflictError:
+        version = _published(
+            target, draft, books, packs=packs, seconds=seconds, planner_data=planner_data
+        )
+    write_journal(target.catalog, target.storage)
+    return version
+
+
+def _published(
+    target: SaveTarget,
+    draft: VersionDraft,
+    books: Books,
+    *,
+    packs: Sequence[PackRecord],
+    seconds: dict[str, float],
+    planner_data: str | None,
+) -> Version:
     began = time.perf_counter()
+    tensors = books.tensors(target.catalog)
+    _check_whole(tensors)
     content = VersionContent(
         entries=books.entries(),
-        tensors=books.tensors(target.catalog),
+        tensors=tensors,
         packs=packs,
         plan=books.plan_record(),
         nbytes=books.nbytes,
@@ -152,6 +180,15 @@ def publish(
     target.storage.put(manifest_key(draft.uid), manifest)
     seconds["manifest"] = time.perf_counter() - began
     return target.catalog.commit(draft.uid, content)
+
+
+def _check_whole(tensors: Sequence[NewTensor]) -> None:
+    for tensor in tensors:
+        if len(tensor.chunks) != sum(grid.size for grid in tensor.parts):
+            raise ConflictError(
+                f"the tensor {tensor.digest}, which the save found in the repository, was "
+                "collected as garbage meanwhile. Save again."
+            )
 
 
 def _number(catalog: Catalog, ref: str | int | None) -> int | None:

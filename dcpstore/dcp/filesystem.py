@@ -1,0 +1,141 @@
+"""`FileSystemWriter` and `FileSystemReader`: torch's, by name and arguments, on a folder.
+
+The folder holds an embedded repository, so that a save over an earlier one makes a new version and
+overwrites nothing. Arguments that say how torch lays out its files have nothing to lay out here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from torch.distributed.checkpoint.filesystem import SerializationFormat
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan
+
+from dcpstore.dcp.reader import RepositoryReader
+from dcpstore.dcp.writer import RepositoryWriter
+from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError
+from dcpstore.repository import open as open_repository
+
+__all__ = ["FileSystemReader", "FileSystemWriter"]
+
+
+class FileSystemWriter(RepositoryWriter):
+    """Torch's FileSystemWriter on an embedded repository in the folder `path`.
+
+    A `checkpoint_id` given to torch's call is another folder.
+
+    Args:
+        path: the folder; made where it is missing.
+        single_file_per_rank, sync_files, thread_count, per_thread_copy_ahead,
+            cache_staged_state_dict, serialization_format: taken for torch's sake; packs are always
+            durable, threads and files are chosen here.
+        overwrite: False refuses a folder that holds a version already; True adds one.
+        allow_pickle: let values that JSON cannot carry be stored as pickles.
+
+    Raises:
+        InvalidInputError: extensions, which would change the stored bytes.
+    """
+
+    def __init__(  # noqa: PLR0917 (torch's order)
+        self,
+        path: str | os.PathLike[str],
+        single_file_per_rank: bool = True,
+        sync_files: bool = True,
+        thread_count: int = 1,
+        per_thread_copy_ahead: int = 10_000_000,
+        cache_staged_state_dict: bool = False,
+        overwrite: bool = True,
+        _extensions: Sequence[Any] | None = None,
+        serialization_format: SerializationFormat = SerializationFormat.TORCH_SAVE,
+        *,
+        allow_pickle: bool = False,
+    ) -> None:
+        if _extensions:
+            raise InvalidInputError("stream extensions are not taken: packs are read by range.")
+        super().__init__(path, allow_pickle=allow_pickle)
+        self.path = os.fspath(path)
+        self._overwrite = overwrite
+
+    @property
+    def checkpoint_id(self) -> str | os.PathLike[str]:
+        """The folder."""
+        return self.path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Tell whether this can be a folder's path."""
+        return _is_path(checkpoint_id)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin a new save, into another folder if one is given."""
+        if checkpoint_id is not None:
+            self._repo = self.path = os.fspath(checkpoint_id)
+        self._renew()
+
+    def storage_meta(self) -> StorageMeta:
+        """Return what torch tells the planner of this save."""
+        meta = super().storage_meta()
+        meta.checkpoint_id = self.path
+        return meta
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Return the plan as it is.
+
+        Raises:
+            AlreadyExistsError: `overwrite=False`, and the folder holds a version.
+        """
+        if not self._overwrite and _holds_version(self.path):
+            raise AlreadyExistsError(
+                f"Checkpoint already exists in {self.path!r} and overwrite=False; choose another "
+                "folder, or let overwrite=True add a version (nothing is lost)."
+            )
+        return plan
+
+
+class FileSystemReader(RepositoryReader):
+    """Torch's FileSystemReader on an embedded repository: the tip of `main` in the folder `path`.
+
+    A `checkpoint_id` given to torch's call is another folder.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        _extension_registry: Any = None,
+        *,
+        verify: bool = True,
+        allow_pickle: bool = False,
+    ) -> None:
+        super().__init__(path, verify=verify, allow_pickle=allow_pickle)
+        self.path = os.fspath(path)
+
+    @property
+    def checkpoint_id(self) -> str | os.PathLike[str]:
+        """The folder."""
+        return self.path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Tell whether this can be a folder's path."""
+        return _is_path(checkpoint_id)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin a new load, of another folder if one is given."""
+        if checkpoint_id is not None:
+            self._repo = self.path = os.fspath(checkpoint_id)
+        super().reset()
+
+
+def _is_path(checkpoint_id: str | os.PathLike[str]) -> bool:
+    return "://" not in os.fspath(checkpoint_id)
+
+
+def _holds_version(path: str) -> bool:
+    try:
+        with open_repository(path, create=False) as repo:
+            return bool(repo.log(limit=1))
+    except NotFoundError:
+        return False

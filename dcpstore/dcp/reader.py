@@ -1,0 +1,140 @@
+"""`RepositoryReader`: torch's StorageReader on a version of a repository."""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from typing import Any
+
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from dcpstore.encoding.values import decode_value
+from dcpstore.loading.items import ItemReads
+from dcpstore.planning.described import describe_entries
+from dcpstore.progress import ProgressBar
+from dcpstore.records import EntryRecord, Version
+from dcpstore.repository import Repository, opened
+from dcpstore.storage.packs import PackReader
+from dcpstore.uids import new_uid
+
+__all__ = ["RepositoryReader"]
+
+
+class RepositoryReader(StorageReader):
+    """Loads versions of a repository through `torch.distributed.checkpoint`.
+
+    Args:
+        repo: a `Repository`, or what `open` takes.
+        ref: the version; None is the tip of `main`. A `checkpoint_id` given to torch's call is a
+            ref, and stands in for it.
+        verify: check every byte read against its digest.
+        allow_pickle: let values that are pickles run their code.
+    """
+
+    def __init__(
+        self,
+        repo: Repository | str | os.PathLike[str],
+        ref: str | int | None = None,
+        *,
+        verify: bool = True,
+        allow_pickle: bool = False,
+    ) -> None:
+        self._repo = repo
+        self._ref = ref
+        self._verify = verify
+        self._allow_pickle = allow_pickle
+        self._checkpoint_id: str | os.PathLike[str] | None = None
+        self._read: tuple[Version, list[EntryRecord]] | None = None
+        self.load_id = new_uid()
+
+    @property
+    def checkpoint_id(self) -> str | os.PathLike[str] | None:
+        """What torch calls this load."""
+        return self._checkpoint_id
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Tell whether torch may make a reader of an id alone: of a database URL it may."""
+        return "sql" in os.fspath(checkpoint_id).partition("://")[0]
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin a new load."""
+        if checkpoint_id is not None:
+            self._checkpoint_id = checkpoint_id
+        self._read = None
+        self.load_id = new_uid()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return torch's description of the version.
+
+        Args:
+            rank: of one that saved for itself (torch's `use_collectives=False`): its own version.
+
+        Raises:
+            NotFoundError: there is no such version.
+        """
+        ref = self._wanted_ref()
+        if "rank" in kwargs:
+            ref = f"{ref or 'main'}/rank-{kwargs['rank']}"
+        with opened(self._repo, create=False) as repo:
+            version = repo.show(ref)
+            entries = repo.catalog.entries(version.number)
+            planner_data = repo.catalog.planner_data(version.number)
+        self._read = version, entries
+        described = describe_entries(entries)
+        if planner_data is not None:
+            described.planner_data = decode_value(planner_data, allow_pickle=self._allow_pickle)
+        described.storage_data = {}
+        described.storage_meta = StorageMeta(self._checkpoint_id, version.uid, self.load_id)
+        described.version = CURRENT_DCP_VERSION
+        return described
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Make ready to read what `metadata` describes."""
+        if self._read is None:
+            self.read_metadata()
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Return the plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Return the plans as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what the plan asks for into the planner's tensors.
+
+        Raises:
+            CorruptionError: stored bytes are damaged.
+            UnsafeDataError: a value is a pickle, and pickle is not allowed.
+        """
+        if self._read is None:
+            self.read_metadata()
+        assert self._read is not None
+        version, entries = self._read
+        with (
+            opened(self._repo, create=False) as repo,
+            closing(PackReader(repo.storage)) as packs,
+            ProgressBar("load", shown=False) as bar,
+        ):
+            ItemReads(plan, planner, {entry.fqn: entry for entry in entries}).run(
+                repo.catalog,
+                packs,
+                bar,
+                version=version.number,
+                verify=self._verify,
+                allow_pickle=self._allow_pickle,
+            )
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _wanted_ref(self) -> str | int | None:
+        return self._ref if self._checkpoint_id is None else os.fspath(self._checkpoint_id)

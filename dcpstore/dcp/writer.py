@@ -1,0 +1,331 @@
+"""`RepositoryWriter`: torch's StorageWriter on a repository.
+
+Torch moves plans to the ranks and results to the coordinator, and nothing else. So each rank asks
+the catalog itself which of its chunks are known, and what it found and wrote travels in its
+results. Invariant: nothing that belongs to one save (a uid, a path) is put into a plan, for torch
+may use the plan of an earlier save again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from dcpstore.catalog import Catalog
+from dcpstore.errors import InvalidInputError
+from dcpstore.planning.balance import item_nbytes
+from dcpstore.planning.checks import check_tiling
+from dcpstore.records import ChunkPlace, PackRecord, Version
+from dcpstore.repository import Repository, opened
+from dcpstore.saving.assembly import Books, Planned
+from dcpstore.saving.chunking import Digested, RankData, RawChunk
+from dcpstore.saving.layouts import Layout, lay_out
+from dcpstore.saving.publishing import (
+    SaveRequest,
+    SaveTarget,
+    draft_version,
+    entries_before,
+    kept_planner_data,
+    publish,
+)
+from dcpstore.saving.writing import write_chunks
+from dcpstore.uids import new_uid
+
+__all__ = ["RepositoryWriter"]
+
+_DIGEST = 32  # bytes
+
+
+class _Layouts(NamedTuple):
+    """What the coordinator adds to a rank's plan: how its tensors are cut."""
+
+    by_fqn: Mapping[str, Layout]
+
+
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """What one rank did: it travels with the first of its results."""
+
+    planned: Planned
+    layouts: Mapping[str, Layout]
+    digested: Digested
+    places: Mapping[tuple[str, bytes], ChunkPlace]
+    packs: Sequence[PackRecord]
+
+
+class RepositoryWriter(StorageWriter):
+    """Saves through `torch.distributed.checkpoint` as versions of a repository.
+
+    Each save makes one version; one writer may be used again and again. After a save, `version` is
+    the new version on the coordinator.
+
+    Args:
+        repo: a `Repository`, or what `open` takes. The writer can be sent to another process.
+        branch, step, message, tags, metrics, labels, author, parent, expect_tip: as for `save`.
+        allow_pickle: let values that JSON cannot carry be stored as pickles.
+
+    A `checkpoint_id` given to torch's call becomes a tag of the version.
+    """
+
+    def __init__(
+        self,
+        repo: Repository | str | os.PathLike[str],
+        *,
+        branch: str = "main",
+        step: int | None = None,
+        message: str = "",
+        tags: Sequence[str] = (),
+        metrics: Mapping[str, float] | None = None,
+        labels: Mapping[str, str] | None = None,
+        author: str = "",
+        parent: str | int | None = None,
+        expect_tip: str | int | None = None,
+        allow_pickle: bool = False,
+    ) -> None:
+        self._repo = repo
+        self._request = SaveRequest(
+            branch=branch,
+            step=step,
+            message=message,
+            tags=tuple(tags),
+            metrics=dict(metrics or {}),
+            labels=dict(labels or {}),
+            author=author,
+            parent=parent,
+            expect_tip=expect_tip,
+        )
+        self._allow_pickle = allow_pickle
+        self._checkpoint_id: str | os.PathLike[str] | None = None
+        self._rank = 0
+        self._is_alone = False  # torch was told to use no collectives: each rank its own version
+        self._is_spent = False  # `save_id` belongs to a save that was begun
+        self.save_id = new_uid()
+        self.version: Version | None = None
+
+    @property
+    def checkpoint_id(self) -> str | os.PathLike[str] | None:
+        """What torch calls this save."""
+        return self._checkpoint_id
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Tell whether torch may make a writer of an id alone: of a database URL it may."""
+        return "sql" in os.fspath(checkpoint_id).partition("://")[0]
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin a new save."""
+        if checkpoint_id is not None:
+            self._checkpoint_id = checkpoint_id
+        self._renew()
+
+    def storage_meta(self) -> StorageMeta:
+        """Return what torch tells the planner of this save."""
+        if self._is_spent:
+            self._renew()
+        return StorageMeta(checkpoint_id=self._checkpoint_id, save_id=self.save_id)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Learn this process's part of the save."""
+        if self._is_spent:
+            self._renew()
+        self._rank = kwargs.get("rank", 0)
+        self._is_alone = not kwargs.get("use_collectives", True)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Return the plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Return the plans with the layouts of their tensors.
+
+        Raises:
+            InvalidInputError: the plans do not tile their tensors.
+        """
+        if not any(plan.usable for plan in plans):  # torch's plan cache: every rank has its plan
+            return plans
+        if not self._is_alone:
+            check_tiling(plans)
+        with self._opened() as target:
+            draft = draft_version(target.catalog, self._versioned(), ranks=len(plans))
+            _, before = entries_before(target.catalog, draft)
+            layouts = lay_out(
+                plans,
+                chunk=target.catalog.repository.chunk,
+                parent=before,
+                are_whole=not self._is_alone,
+            )
+        return [
+            dataclasses.replace(
+                plan,
+                storage_data=_Layouts(
+                    {i.index.fqn: layouts[i.index.fqn] for i in plan.items if i.tensor_data}
+                ),
+            )
+            for plan in plans
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write what the plan says and the repository does not hold; durable on return.
+
+        Raises:
+            InvalidInputError: the plan lost its layouts, or the planner's data do not match it.
+            UnsafeDataError: an item is neither tensor nor value, and pickle is not allowed.
+        """
+        self._is_spent = True
+        if plan.items and not isinstance(plan.storage_data, _Layouts):
+            raise InvalidInputError(
+                "the plan has lost its storage_data on the way; a planner must keep what the "
+                "writer's prepare_global_plan put there."
+            )
+        layouts = plan.storage_data.by_fqn if plan.items else {}
+        with (
+            self._opened() as target,
+            ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-save") as pool,
+        ):
+            data = RankData(
+                plan,
+                planner,
+                dict(layouts),
+                chunk=target.catalog.repository.chunk,
+                allow_pickle=self._allow_pickle,
+            )
+            digested = data.digest(pool, lambda nbytes: None)
+            places, todo = _look_up(target.catalog, data.chunks, digested)
+            written = write_chunks(
+                [chunk for _, chunk in todo],
+                target.storage,
+                uid=new_uid() if self._rank else self.save_id,
+                rank=self._rank,
+                pool=pool,
+                advance=lambda nbytes: None,
+            )
+        places.update(zip((key for key, _ in todo), written.places, strict=True))
+        report = _Report(Planned.by(plan), layouts, digested, places, written.packs)
+        results = [
+            WriteResult(item.index, item_nbytes(item), report if first else None)
+            for first, item in zip((True, *(False,) * len(plan.items)), plan.items, strict=False)
+        ]
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Commit the version.
+
+        Raises:
+            InvalidInputError: the results are not those of the plan.
+            ConflictError, AlreadyExistsError, NotFoundError: as the catalog finds the refs.
+        """
+        reports = [_report_of(rank, given) for rank, given in enumerate(results)]
+        _check_results(metadata, results, reports)
+        paths, planner_data = kept_planner_data(metadata.planner_data)
+        with self._opened() as target:
+            books = Books(
+                [report.planned for report in reports],
+                {fqn: layout for report in reports for fqn, layout in report.layouts.items()},
+                [report.digested for report in reports],
+                paths=paths,
+                chunk=target.catalog.repository.chunk,
+            )
+            books.look_up(target.catalog, {})
+            for report in reports:
+                books.take_places(report.places)
+            draft = draft_version(
+                target.catalog, self._versioned(), ranks=len(reports), uid=self.save_id
+            )
+            target.catalog.begin(draft)
+            try:
+                self.version = publish(
+                    target,
+                    draft,
+                    books,
+                    packs=[pack for report in reports for pack in report.packs],
+                    seconds={},
+                    planner_data=planner_data,
+                )
+            except BaseException as error:
+                target.catalog.abort(draft.uid, f"{type(error).__name__}: {error}")
+                raise
+        metadata.storage_data = {r.index: r.size_in_bytes for given in results for r in given}
+        metadata.storage_meta = StorageMeta(self._checkpoint_id, self.save_id)
+        metadata.version = CURRENT_DCP_VERSION
+
+    def _renew(self) -> None:
+        self.save_id = new_uid()
+        self._is_spent = False
+        self.version = None
+
+    def _versioned(self) -> SaveRequest:
+        """Return the request, with what this save adds: a tag, or a branch of the rank's own."""
+        request = self._request
+        if self._checkpoint_id is not None:
+            tags = (*request.tags, os.fspath(self._checkpoint_id))
+            request = dataclasses.replace(request, tags=tags)
+        if self._is_alone:
+            own = f"{request.branch}/rank-{self._rank}"
+            request = dataclasses.replace(request, branch=own)
+        return request
+
+    @contextmanager
+    def _opened(self) -> Iterator[SaveTarget]:
+        with opened(self._repo, create=True) as repo:
+            yield SaveTarget(repo.catalog, repo.storage)
+
+
+def _look_up(
+    catalog: Catalog, chunks: Sequence[RawChunk], digested: Digested
+) -> tuple[dict[tuple[str, bytes], ChunkPlace], list[tuple[tuple[str, bytes], RawChunk]]]:
+    """Return the places of the chunks that the repository holds, and the others, each once."""
+    distinct: dict[tuple[str, bytes], RawChunk] = {}
+    for i, chunk in enumerate(chunks):
+        digest = digested.digests[i * _DIGEST : (i + 1) * _DIGEST]
+        distinct.setdefault((chunk.codec, digest), chunk)
+    places = {}
+    for codec in {codec for codec, _ in distinct}:
+        known = catalog.find_chunks([d for c, d in distinct if c == codec], codec)
+        places.update({(codec, digest): place for digest, place in known.items()})
+    return places, [(key, chunk) for key, chunk in distinct.items() if key not in places]
+
+
+def _report_of(rank: int, results: Sequence[WriteResult]) -> _Report:
+    if not results:
+        return _Report(Planned((), ()), {}, Digested(b""), {}, ())
+    report = results[0].storage_data
+    if not isinstance(report, _Report):
+        raise InvalidInputError(
+            f"the results of rank {rank} are not what this writer returned (storage_data is "
+            f"{type(report).__name__}); pass them on unchanged."
+        )
+    return report
+
+
+def _check_results(
+    metadata: Metadata, results: Sequence[Sequence[WriteResult]], reports: Sequence[_Report]
+) -> None:
+    """Check that every item of the plan was written, and nothing else (design, invariant 4)."""
+    for rank, (given, report) in enumerate(zip(results, reports, strict=True)):
+        planned = sorted((*(fqn for fqn, _ in report.planned.boxes), *report.planned.values))
+        if sorted(result.index.fqn for result in given) != planned:
+            raise InvalidInputError(
+                f"rank {rank} returned {len(given)} results for {len(planned)} planned items; the "
+                "results must be those of the plan, item by item."
+            )
+    written = {result.index.fqn for given in results for result in given}
+    missing = sorted(metadata.state_dict_metadata.keys() - written)
+    if missing:
+        raise InvalidInputError(
+            f"nobody wrote {missing[:8]} ({len(missing)} in all), which the plan names; every "
+            "planned item must be written by one rank."
+        )

@@ -1,0 +1,89 @@
+"""The read items of one rank's plan, carried out: boxes into its tensors, values into its state."""
+
+from __future__ import annotations
+
+import io
+
+import torch
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+
+from dcpstore.catalog import Catalog
+from dcpstore.errors import InvalidInputError
+from dcpstore.geometry.boxes import Box
+from dcpstore.planning.load_planner import DefaultLoadPlanner
+from dcpstore.progress import ProgressBar
+from dcpstore.reading.boxes import BoxRequest, read_boxes
+from dcpstore.reading.values import read_values
+from dcpstore.records import EntryRecord
+from dcpstore.storage.packs import PackReader
+
+__all__ = ["ItemReads"]
+
+
+class ItemReads:
+    """The read items of one rank, split into boxes of tensors and values."""
+
+    def __init__(
+        self,
+        plan: LoadPlan,
+        planner: LoadPlanner,
+        entries: dict[str, EntryRecord],
+    ) -> None:
+        self._planner = planner
+        self._tensors: list[tuple[ReadItem, torch.Tensor]] = []
+        self._requests: list[BoxRequest] = []
+        self._values: list[tuple[ReadItem, EntryRecord]] = []
+        for item in plan.items:
+            entry = entries.get(item.storage_index.fqn)
+            if entry is None:
+                raise InvalidInputError(
+                    f"the planner asks for {item.storage_index.fqn!r}, which the version lacks; "
+                    "its plan must name FQNs of the version."
+                )
+            if item.type == LoadItemType.BYTE_IO:
+                self._values.append((item, entry))
+                continue
+            target = planner.resolve_tensor(item).detach()
+            if target.size() != item.lengths:
+                raise InvalidInputError(
+                    f"the planner gives a tensor of {tuple(target.size())} for a box of "
+                    f"{tuple(item.lengths)} of {item.storage_index.fqn!r}; make them agree."
+                )
+            start = item.storage_index.offset or (0,) * len(item.lengths)
+            offsets = tuple(a + b for a, b in zip(start, item.storage_offsets, strict=True))
+            self._tensors.append((item, target))
+            self._requests.append(BoxRequest(entry, Box(offsets, tuple(item.lengths)), target))
+
+    def run(
+        self,
+        catalog: Catalog,
+        packs: PackReader,
+        bar: ProgressBar,
+        *,
+        version: int,
+        verify: bool,
+        allow_pickle: bool,
+    ) -> tuple[int, int]:
+        """Read everything; return the chunks and encoded bytes that it took."""
+        bar.begin("read", sum(r.target.nbytes for r in self._requests))
+        counts = read_boxes(
+            self._requests, catalog, packs, version=version, verify=verify, advance=bar.advance
+        )
+        for item, target in self._tensors:
+            self._planner.commit_tensor(item, target)
+        values = read_values(
+            [entry for _, entry in self._values],
+            catalog,
+            packs,
+            version=version,
+            allow_pickle=allow_pickle,
+        )
+        for (item, _), value in zip(self._values, values, strict=True):
+            if isinstance(self._planner, DefaultLoadPlanner):
+                self._planner.load_value(item, value)
+            else:
+                data = io.BytesIO()
+                torch.save(value, data)
+                data.seek(0)
+                self._planner.load_bytes(item, data)
+        return counts.chunks, counts.nbytes
