@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
-from dcpstore.catalog import known, operations, queries, refs, saves, sql
+from dcpstore.catalog import journal, known, operations, queries, refs, saves, sql
 from dcpstore.catalog.engine import Database
+from dcpstore.catalog.history import History
 from dcpstore.catalog.lifecycle import open_repository, upgrade_schema
+from dcpstore.catalog.upkeep import Upkeep
 from dcpstore.records import (
     ChunkDefaults,
     ChunkPlace,
@@ -122,6 +124,11 @@ class Catalog:
         with self._database.write() as connection:
             saves.abort_save(connection, uid, error)
 
+    def touch(self, uid: str) -> None:
+        """Renew the lease of a pending version, by which gc tells a running save from a crash."""
+        with self._database.write() as connection:
+            saves.touch_save(connection, uid)
+
     def find_chunks(self, digests: Collection[bytes], codec: str) -> dict[bytes, ChunkPlace]:
         """Return where chunks with these digests lie in live packs, encoded with `codec`."""
         with self._database.read() as connection:
@@ -185,6 +192,26 @@ class Catalog:
         """Return what was done to the repository, newest first."""
         with self._database.read() as connection:
             return operations.list_operations(connection, limit=limit)
+
+    def history(self) -> History:
+        """Return the statements that diff, rollback and undo are made of."""
+        return History(self._database)
+
+    # Upkeep
+
+    def unjournaled(self) -> list[dict[str, Any]]:
+        """Return the oldest operations that the data folder may lack, as the journal says them."""
+        with self._database.read() as connection:
+            return journal.unjournaled(connection)
+
+    def mark_journaled(self, number: int) -> None:
+        """Note that all operations up to `number` are durable in the data folder."""
+        with self._database.write() as connection:
+            journal.mark_journaled(connection, number)
+
+    def upkeep(self) -> Upkeep:
+        """Return the statements that expire, gc, verify and copy are made of."""
+        return Upkeep(self._database)
 
     def query(self, sql_text: str, params: Mapping[str, object]) -> list[Row]:
         """Return the rows of one SQL query, on a connection that cannot write."""

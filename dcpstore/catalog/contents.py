@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, Table, delete, insert, select, update
 
 from dcpstore.catalog import schema
+from dcpstore.catalog.garbage import mark_stale
 from dcpstore.catalog.known import known_tensors
 from dcpstore.catalog.wanted import wanted_ids, wanted_names
 from dcpstore.errors import ConflictError
@@ -122,7 +123,8 @@ def _write_tensors(
     ids |= _insert_tensors(connection, new)
     _forget_places(connection, moved)
     placed = new + list(moved.values())
-    packs = {**packs, **_reused_packs(connection, placed, packs)}
+    # Those of tensors that are known too: the manifest, written before this, names their places.
+    packs = {**packs, **_reused_packs(connection, list(given.values()), packs)}
     _insert(
         connection,
         schema.chunk,
@@ -205,9 +207,10 @@ def _insert_tensors(connection: Connection, tensors: Sequence[NewTensor]) -> dic
 
 
 def _forget_places(connection: Connection, moved: Mapping[int, NewTensor]) -> None:
-    """Make way for new places of tensors whose packs are condemned; the content stays the same."""
+    """Make way for new places of tensors whose packs are condemned or damaged."""
     if not moved:
         return
+    mark_stale(connection, moved.keys())
     chunk, tensor = schema.chunk, schema.tensor
     connection.execute(
         delete(chunk).where(chunk.c.tensor.in_(wanted_ids(connection, moved.keys())))
@@ -231,7 +234,9 @@ def _reused_packs(
     pack = schema.pack
     rows = connection.execute(
         select(pack.c.key, pack.c.id).where(
-            pack.c.key.in_(wanted_names(connection, keys)), pack.c.status == "live"
+            pack.c.key.in_(wanted_names(connection, keys)),
+            pack.c.status == "live",
+            pack.c.damage.is_(None),
         )
     )
     ids: dict[str, int] = dict(rows.all())

@@ -1,13 +1,14 @@
 """What the repository holds already, for a save to reuse.
 
-Never names anything in a condemned pack, for its bytes may be gone tomorrow (invariant 5).
+Never names anything in a condemned pack, for its bytes may be gone tomorrow (invariant 5), nor in a
+damaged one, so that saving a content again heals it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-from sqlalchemy import ColumnElement, Connection, Text, cast, exists, select
+from sqlalchemy import ColumnElement, Connection, Text, cast, exists, or_, select
 
 from dcpstore.catalog import schema
 from dcpstore.catalog.tensors import load_tensors
@@ -29,7 +30,11 @@ def find_chunks(
     # the index, and never look at the others. Nested like this, neither database can turn it round
     # and begin with every tensor, or every pack; a subquery gives one value, hence the text.
     has_codec = select(tensor.c.codec).where(tensor.c.id == chunk.c.tensor).scalar_subquery()
-    status = select(pack.c.status).where(pack.c.id == chunk.c.pack).scalar_subquery()
+    status = (
+        select(pack.c.status)
+        .where(pack.c.id == chunk.c.pack, pack.c.damage.is_(None))
+        .scalar_subquery()
+    )
     key = select(pack.c.key).where(pack.c.id == chunk.c.pack).scalar_subquery()
     place = (
         select(cast(chunk.c.offset, Text) + ":" + cast(chunk.c.length, Text) + ":" + key)
@@ -82,10 +87,10 @@ def find_tensors(connection: Connection, digests: Collection[str]) -> dict[str, 
 
 
 def _has_condemned_chunk() -> ColumnElement[bool]:
-    """Return the condition that a row of `tensor` has a chunk in a condemned pack."""
+    """Return the condition that a row of `tensor` has a chunk in a condemned or damaged pack."""
     chunk, pack = schema.chunk, schema.pack
     return exists().where(
         chunk.c.tensor == schema.tensor.c.id,
         pack.c.id == chunk.c.pack,
-        pack.c.status == "condemned",
+        or_(pack.c.status == "condemned", pack.c.damage.is_not(None)),
     )

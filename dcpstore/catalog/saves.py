@@ -25,7 +25,7 @@ from dcpstore.catalog.versions import id_of_number, load_versions
 from dcpstore.errors import ConflictError, NotFoundError
 from dcpstore.records import Version, VersionContent, VersionDraft
 
-__all__ = ["abort_save", "begin_save", "commit_save"]
+__all__ = ["abort_save", "begin_save", "commit_save", "touch_save"]
 
 _version = schema.version
 
@@ -128,7 +128,7 @@ def abort_save(connection: Connection, uid: str, error: str) -> None:
     row = _lock_save(connection, uid)
     if row.status == "aborted":
         return
-    if row.status == "committed":
+    if row.number is not None:
         _refuse(row)
     connection.execute(
         update(_version)
@@ -138,6 +138,15 @@ def abort_save(connection: Connection, uid: str, error: str) -> None:
             error=error if can_be_kept(error) else ascii(error),
             touched_at=datetime.now(UTC),
         )
+    )
+
+
+def touch_save(connection: Connection, uid: str) -> None:
+    """Note that a pending save is still at work."""
+    connection.execute(
+        update(_version)
+        .where(_version.c.uid == uid, _version.c.status == "pending")
+        .values(touched_at=datetime.now(UTC))
     )
 
 
@@ -156,8 +165,9 @@ def _name(
     if rows:
         connection.execute(insert(ref), rows)
     changes = [Change("save", pending.branch, None if tip is None else tip.id, pending.id)]
-    changes += [Change("tag", tag, None, pending.id) for tag in tags]
-    first = take_operations(connection, len(changes))
+    first = take_operations(connection, 1 + len(tags))
+    # An undo of the save takes its tags along.
+    changes += [Change("tag", tag, None, pending.id, {"save": first}) for tag in tags]
     append_operations(connection, first, changes, author=pending.author, at=at)
 
 
@@ -179,7 +189,7 @@ def _pending(connection: Connection, uid: str) -> Row[Any]:
 
 
 def _refuse(row: Row[Any]) -> NoReturn:
-    what = f"committed as v{row.number}" if row.status == "committed" else "aborted"
+    what = "aborted" if row.number is None else f"committed as v{row.number}"
     why = f" ({row.error})" if row.error else ""
     raise ConflictError(f"the save {row.uid!r} is {what} already{why}. Save again.")
 

@@ -174,6 +174,8 @@ tensor = Table(
     Column("shape", IntTuple, nullable=False),
     _words("codec"),
     _number("nbytes"),
+    # gc removes rows, and an id that came back would give a running load another tensor's chunks.
+    sqlite_autoincrement=True,
 )
 
 alias = Table(  # the same content as a tensor's, by its digest when it was cut otherwise

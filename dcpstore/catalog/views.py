@@ -38,7 +38,7 @@ VIEWS = {
     "storage": """
         SELECT p.key AS pack, v.number AS version, p.nbytes AS nbytes, p.status AS status
         FROM pack p JOIN version v ON v.id = p.version
-        WHERE p.status <> 'planned'""",
+        WHERE p.planned_at IS NULL""",
     "operations": """
         SELECT o.number AS number, o.kind AS kind, o.target AS target, b.number AS old,
                a.number AS new, o.author AS author, o.created_at AS created_at

@@ -48,6 +48,7 @@ def upgrade() -> None:
         sa.Column("nbytes", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_tensor"),
         sa.UniqueConstraint("digest", name="uq_tensor_digest"),
+        sqlite_autoincrement=True,
     )
 
     op.create_table(

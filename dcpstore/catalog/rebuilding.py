@@ -1,0 +1,287 @@
+"""A catalog restored from what the data folder says, in one transaction.
+
+The operations are replayed in order: versions and what is known of them, refs, packs. What a
+committed version holds comes from its manifest. A version without a sound manifest keeps its row,
+as an expired one does, so that parents and operations still resolve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, insert, select, update
+
+from dcpstore.catalog import schema
+from dcpstore.catalog.contents import write_content, write_plan
+from dcpstore.catalog.operations import Change, append_operations, take_operations
+from dcpstore.catalog.wanted import wanted_names
+from dcpstore.errors import ConflictError
+from dcpstore.records import VersionContent
+
+__all__ = ["Contents", "Restored", "restore"]
+
+# JSON as read: what it holds is checked by use, so `Any`.
+Json = Mapping[str, Any]
+# Returns what a version holds, or None where its manifest is missing or damaged.
+Contents = Callable[[str], VersionContent | None]
+
+_version, _pack = schema.version, schema.pack
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What came back, and what did not; versions by number."""
+
+    versions: list[int]
+    lost: list[int]
+    dropped_refs: list[str]
+
+
+@dataclass(slots=True)
+class _State:
+    """The repository after the last operation that was replayed."""
+
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    expired: dict[str, datetime] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+    packs: dict[str, tuple[int, str]] = field(default_factory=dict)
+    condemned: dict[str, datetime] = field(default_factory=dict)
+
+
+def restore(connection: Connection, operations: Iterable[Json], contents: Contents) -> Restored:
+    """Fill the empty tables of a new catalog, whose repository row is there."""
+    told = list(operations)
+    state = _replay(told)
+    ids = _write_versions(connection, state)
+    _write_operations(connection, told, ids)
+    _write_packs(connection, state, ids)
+    lost = [
+        uid
+        for uid in state.facts
+        if uid not in state.expired and not _fill(connection, ids[uid], contents(uid), state)
+    ]
+    dropped = _write_refs(connection, state, ids, lost)
+    numbers = {uid: state.facts[uid]["number"] for uid in state.facts}
+    if lost:
+        _record_loss(connection, [ids[uid] for uid in lost], [numbers[uid] for uid in lost])
+    return Restored(
+        versions=sorted(n for uid, n in numbers.items() if uid not in {*state.expired, *lost}),
+        lost=sorted(numbers[uid] for uid in lost),
+        dropped_refs=dropped,
+    )
+
+
+def _replay(operations: Iterable[Json]) -> _State:
+    state = _State()
+    for said in operations:
+        at = datetime.fromisoformat(said["created_at"])
+        if fact := said.get("version"):
+            _learn(state, fact)
+        detail = said["detail"] or {}
+        if said["kind"] == "expire":
+            state.expired.update(dict.fromkeys(detail["versions"], at))
+        elif said["kind"] == "gc":
+            _replay_gc(state, detail, at)
+        elif said["target"]:
+            _replay_ref(state, said)
+    return state
+
+
+def _learn(state: _State, fact: Json) -> None:
+    """Take what is said of a version; later words win, metrics and labels add up."""
+    before = state.facts.get(fact["uid"], {"metrics": {}, "labels": {}})
+    joined = {key: {**before[key], **fact[key]} for key in ("metrics", "labels")}
+    state.facts[fact["uid"]] = {**fact, **joined}
+    if fact["uid"] not in before:
+        for key, nbytes in fact["packs"]:
+            state.packs.setdefault(key, (nbytes, fact["uid"]))
+
+
+def _replay_gc(state: _State, detail: Json, at: datetime) -> None:
+    for key, nbytes, uid in detail.get("added", ()):
+        state.packs[key] = nbytes, uid
+    state.condemned.update((key, at) for key in detail.get("condemned", ()) if key in state.packs)
+    for key in detail.get("deleted", ()):
+        state.packs.pop(key, None)
+        state.condemned.pop(key, None)
+
+
+def _replay_ref(state: _State, said: Json) -> None:
+    name, new = said["target"], said["new"]
+    if said["kind"] in ("tag", "branch"):
+        state.kinds[name] = said["kind"]
+    elif said["kind"] == "save":
+        state.kinds[name] = "branch"
+    if new is None:
+        state.refs.pop(name, None)
+    else:
+        state.refs[name] = new["uid"]
+
+
+def _write_versions(connection: Connection, state: _State) -> dict[str, int]:
+    """Insert the rows of all versions, as expired until their entries are there; return the ids."""
+    facts = sorted(state.facts.values(), key=lambda fact: int(fact["number"]))
+    now = datetime.now(UTC)
+    ids: dict[str, int] = {}
+    for fact in facts:
+        ids[fact["uid"]] = connection.execute(
+            insert(_version)
+            .values(
+                uid=fact["uid"],
+                number=fact["number"],
+                status="expired",
+                parent=ids.get(fact["parent"]),
+                branch=fact["branch"],
+                step=fact["step"],
+                message=fact["message"],
+                labels=fact["labels"],
+                author=fact["author"],
+                host=fact["host"],
+                ranks=fact["ranks"],
+                wanted_tags=[],
+                nbytes=fact["nbytes"],
+                nbytes_written=fact["nbytes_written"],
+                nbytes_reused=fact["nbytes_reused"],
+                seconds=fact["seconds"],
+                started_at=datetime.fromisoformat(fact["started_at"]),
+                touched_at=datetime.fromisoformat(fact["created_at"]),
+                created_at=datetime.fromisoformat(fact["created_at"]),
+                expired_at=state.expired.get(fact["uid"], now),
+            )
+            .returning(_version.c.id)
+        ).scalar_one()
+        metrics = [
+            {"version": ids[fact["uid"]], "name": name, "value": float(value)}
+            for name, value in fact["metrics"].items()
+        ]
+        if metrics:
+            connection.execute(insert(schema.metric), metrics)
+    last = max((int(fact["number"]) for fact in facts), default=0)
+    connection.execute(update(schema.repository).values(last_version=last))
+    return ids
+
+
+def _write_operations(
+    connection: Connection, operations: list[Json], ids: Mapping[str, int]
+) -> None:
+    def named(version: Json | None) -> int | None:
+        return None if version is None else ids.get(version["uid"])
+
+    rows = [
+        {
+            "number": said["operation"],
+            "kind": said["kind"],
+            "target": said["target"],
+            "old": named(said["old"]),
+            "new": named(said["new"]),
+            "author": said["author"],
+            "created_at": datetime.fromisoformat(said["created_at"]),
+            "detail": said["detail"],
+        }
+        for said in operations
+    ]
+    if rows:
+        connection.execute(insert(schema.operation), rows)
+    last = max((int(row["number"]) for row in rows), default=0)
+    connection.execute(update(schema.repository).values(last_operation=last, last_journaled=last))
+
+
+def _write_packs(connection: Connection, state: _State, ids: Mapping[str, int]) -> None:
+    rows = [
+        {
+            "key": key,
+            "nbytes": nbytes,
+            "version": ids[uid],
+            "status": "condemned" if key in state.condemned else "live",
+            "condemned_at": state.condemned.get(key),
+        }
+        for key, (nbytes, uid) in state.packs.items()
+        if uid in ids
+    ]
+    if rows:
+        connection.execute(insert(_pack), rows)
+
+
+def _fill(
+    connection: Connection, version: int, content: VersionContent | None, state: _State
+) -> bool:
+    """Give a version its entries and chunks, and tell whether that was possible."""
+    if content is None:
+        return False
+    named = {chunk.pack for tensor in content.tensors for chunk in tensor.chunks}
+    if not named <= state.packs.keys():
+        return False
+    if named & state.condemned.keys():  # the chunks moved, and the crash came before the manifest
+        connection.execute(
+            update(_pack)
+            .where(_pack.c.key.in_(wanted_names(connection, named)))
+            .values(status="live", condemned_at=None)
+        )
+    try:
+        with connection.begin_nested():
+            # The packs are there already, those of expired versions too.
+            write_content(connection, version, _without_packs(content))
+            connection.execute(
+                update(_version)
+                .where(_version.c.id == version)
+                .values(
+                    status="committed",
+                    expired_at=None,
+                    plan=write_plan(connection, content.plan),
+                    planner_data=content.planner_data,
+                )
+            )
+    except ConflictError:
+        return False
+    return True
+
+
+def _without_packs(content: VersionContent) -> VersionContent:
+    return VersionContent(
+        entries=content.entries,
+        tensors=content.tensors,
+        packs=(),
+        plan=content.plan,
+        nbytes=content.nbytes,
+        nbytes_written=content.nbytes_written,
+        nbytes_reused=content.nbytes_reused,
+        seconds=content.seconds,
+        created_at=content.created_at,
+        aliases=content.aliases,
+        planner_data=content.planner_data,
+    )
+
+
+def _write_refs(
+    connection: Connection, state: _State, ids: Mapping[str, int], lost: list[str]
+) -> list[str]:
+    """Insert the refs; a branch whose tip is lost goes back to the nearest version that is not."""
+    dropped = []
+    for name, uid in sorted(state.refs.items()):
+        kind = state.kinds.get(name, "branch")
+        found: str | None = uid
+        while found is not None and (found in lost or found in state.expired):
+            found = state.facts[found]["parent"] if kind == "branch" else None
+        if found is None or found not in ids:
+            dropped.append(name)
+            continue
+        if found != uid:
+            dropped.append(name)
+        connection.execute(insert(schema.ref).values(name=name, kind=kind, version=ids[found]))
+    return dropped
+
+
+def _record_loss(connection: Connection, ids: list[int], numbers: list[int]) -> None:
+    """Record that versions were left out, so that the next rebuild leaves them out too."""
+    uids = connection.scalars(
+        select(_version.c.uid).where(_version.c.id.in_(ids)).order_by(_version.c.number)
+    ).all()
+    target = ",".join(f"v{number}" for number in sorted(numbers))
+    change = Change("expire", target, None, None, {"versions": list(uids), "rules": {"lost": True}})
+    append_operations(
+        connection, take_operations(connection), [change], author="", at=datetime.now(UTC)
+    )

@@ -1,0 +1,172 @@
+"""`Upkeep`: the catalog's side of expire, gc, verify and copy; each method is one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from dcpstore.catalog import checking, copying, exporting, garbage, retention
+from dcpstore.catalog.checking import Fault, PackedChunk, PackState, Reached
+from dcpstore.catalog.engine import Database
+from dcpstore.catalog.garbage import Condemned
+from dcpstore.catalog.retention import Choose
+from dcpstore.records import PackRecord, Version, VersionContent, VersionDraft
+
+__all__ = ["Upkeep"]
+
+
+class Upkeep:
+    """Made by `Catalog.upkeep`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    # Expire
+
+    def expire(self, choose: Choose, *, author: str, rules: Mapping[str, Any]) -> None:
+        """Expire the versions that `choose` chooses among all."""
+        with self._database.write() as connection:
+            retention.expire_versions(connection, choose, author=author, rules=rules)
+
+    # Gc
+
+    def condemn(
+        self,
+        *,
+        now: datetime,
+        grace: timedelta,
+        lease: timedelta,
+        live_share: float,
+        author: str,
+        dry_run: bool,
+    ) -> Condemned:
+        """Condemn what nothing reaches, or tell with `dry_run` what would be.
+
+        Raises:
+            InvalidInputError: a save is running that is older than `grace`.
+        """
+        with self._database.write() as connection, connection.begin_nested() as step:
+            found = garbage.condemn(
+                connection,
+                now=now,
+                grace=grace,
+                lease=lease,
+                live_share=live_share,
+                author=author,
+            )
+            if dry_run:
+                step.rollback()
+            return found
+
+    def plan_pack(self, old: str, new: str, *, now: datetime) -> bool:
+        """Announce a pack that takes over the live chunks of another; False: that one is gone."""
+        with self._database.write() as connection:
+            return garbage.plan_pack(connection, old, new, now=now)
+
+    def switch_pack(
+        self, old: str, new: PackRecord, moves: Mapping[int, int], *, now: datetime, author: str
+    ) -> bool:
+        """Let the chunks of `old` lie in `new`, by offsets old to new; False: nothing changed."""
+        with self._database.write() as connection:
+            return garbage.switch_pack(connection, old, new, moves, now=now, author=author)
+
+    def find_doomed(self, *, before: datetime) -> list[PackRecord]:
+        """Return packs condemned before a time, whose bytes may go."""
+        with self._database.read() as connection:
+            return garbage.find_doomed(connection, before=before)
+
+    def forget_packs(self, keys: Sequence[str], *, now: datetime, author: str) -> None:
+        """Remove the rows of condemned packs whose bytes are gone."""
+        with self._database.write() as connection:
+            garbage.forget_packs(connection, keys, now=now, author=author)
+
+    def find_leftovers(
+        self,
+        keys: Iterable[tuple[str, str]],
+        *,
+        now: datetime,
+        grace: timedelta,
+        lease: timedelta,
+    ) -> tuple[list[str], list[str]]:
+        """Sort stored objects, each with the uid in its name: may go, and unknown."""
+        with self._database.read() as connection:
+            return garbage.find_leftovers(connection, keys, now=now, grace=grace, lease=lease)
+
+    # Manifests written anew
+
+    def content(self, number: int) -> tuple[VersionDraft, VersionContent]:
+        """Return a version whole, as its chunks lie now."""
+        with self._database.read() as connection:
+            return exporting.load_content(connection, number)
+
+    def stale_versions(self) -> dict[int, str]:
+        """Return the versions whose manifest names places of the past, each with a mark."""
+        with self._database.read() as connection:
+            return exporting.stale_versions(connection)
+
+    def clear_stale(self, number: int, mark: str) -> bool:
+        """Note that a manifest was written anew; False if chunks moved since `mark` was read."""
+        with self._database.write() as connection:
+            return exporting.clear_stale(connection, number, mark)
+
+    # Verify
+
+    def inspect(self) -> list[Fault]:
+        """Return what breaks the catalog's own rules."""
+        with self._database.read() as connection:
+            return checking.inspect(connection)
+
+    def packs(self) -> list[PackState]:
+        """Return every pack that chunks of committed versions lie in."""
+        with self._database.read() as connection:
+            return checking.list_packs(connection)
+
+    def packed_chunks(self, key: str) -> list[PackedChunk]:
+        """Return the chunks that lie in a pack, each place once, by offset."""
+        with self._database.read() as connection:
+            return checking.packed_chunks(connection, key)
+
+    def reached(self, key: str, offsets: Sequence[int] | None) -> list[Reached]:
+        """Return the entries whose chunks lie in a pack, at `offsets` or anywhere."""
+        with self._database.read() as connection:
+            return checking.reached(connection, key, offsets)
+
+    def reached_by_tensor(self, tensor: int) -> list[Reached]:
+        """Return the entries that have a tensor."""
+        with self._database.read() as connection:
+            return checking.reached_by_tensor(connection, tensor)
+
+    def mark_pack(self, key: str, *, damage: str | None, verified_at: datetime | None) -> None:
+        """Note what a look at a pack found; `verified_at` after every digest was looked at."""
+        with self._database.write() as connection:
+            checking.mark_pack(connection, key, damage=damage, verified_at=verified_at)
+
+    def begin_verify(self, *, resume: bool, now: datetime) -> datetime:
+        """Return when the deep verify began that is running, or that `resume` goes on with."""
+        with self._database.write() as connection:
+            return checking.begin_verify(connection, resume=resume, now=now)
+
+    def end_verify(self) -> None:
+        """Note that a deep verify came to its end."""
+        with self._database.write() as connection:
+            checking.end_verify(connection)
+
+    # Copy
+
+    def known_uids(self, uids: Iterable[str]) -> dict[str, tuple[int, str]]:
+        """Return the number and status of numbered versions by uid."""
+        with self._database.read() as connection:
+            return copying.known_uids(connection, uids)
+
+    def commit_copy(
+        self, uid: str, draft: VersionDraft, content: VersionContent, *, parent: str | None
+    ) -> Version:
+        """Make the pending version `uid` visible as a copy of the one that `draft` describes."""
+        with self._database.write() as connection:
+            return copying.commit_copy(connection, uid, draft, content, parent=parent)
+
+    def advance_branch(self, name: str, number: int, *, author: str) -> bool:
+        """Move a branch on to a version below its tip; False where it does not lie below it."""
+        with self._database.write() as connection:
+            return copying.advance_branch(connection, name, number, author=author)
