@@ -33,11 +33,13 @@ FLOORS = {
     "saving": 3,
     "loading": 3,
     "repository": 4,
+    "async_saving": 4,
     "api": 4,
     "dcp": 5,
     "state_dict": 5,
     "convert": 5,
     "cli": 5,
+    "convert": 5,
     "__main__": 6,
     "__init__": 6,
 }

@@ -1,0 +1,174 @@
+"""The `.metadata` of a DCP folder: a pickle, of which only torch's plain description is let in.
+
+Invariant: nothing but the classes named here is built from it, and what it says of the files is
+held against them before a byte is believed.
+"""
+
+from __future__ import annotations
+
+import collections
+import pathlib
+import pickle
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint import filesystem as torch_files
+from torch.distributed.checkpoint import metadata as torch_metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+
+from dcpstore.errors import CorruptionError, NotFoundError, UnsafeDataError
+
+__all__ = ["DESCRIPTION", "read_description", "stored_at"]
+
+DESCRIPTION = ".metadata"
+
+_LET_IN: dict[tuple[str, str], Any] = {  # classes and one function: their kinds differ, hence `Any`
+    **{
+        (torch_metadata.__name__, name): getattr(torch_metadata, name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    },
+    (torch_files.__name__, "_StorageInfo"): _StorageInfo,
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    # where the folder lay when it was saved; only its text is of interest, on any system
+    **{
+        (module, name): pathlib.PurePosixPath if "Posix" in name else pathlib.PureWindowsPath
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
+    },
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds what torch's Metadata is made of."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _LET_IN:
+            return _LET_IN[module, name]
+        found = getattr(torch, name, None) if module == "torch" and "." not in name else None
+        if isinstance(found, torch.dtype):
+            return found
+        raise UnsafeDataError(
+            f"it names {module}.{name}, which is no part of torch's description of a checkpoint"
+        )
+
+
+def read_description(folder: Path) -> Metadata:
+    """Return what a DCP folder says of itself.
+
+    Raises:
+        NotFoundError: it is no DCP folder.
+        UnsafeDataError: the description is a pickle that names code.
+        CorruptionError: it is damaged, or no description.
+    """
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        alone = (folder / f"__0{DESCRIPTION}").is_file()
+        raise NotFoundError(
+            f"{str(folder)!r} has no {DESCRIPTION!r}; "
+            + (
+                "it was saved with use_collectives=False, each rank for itself: load it with torch "
+                "and save it as a whole."
+                if alone
+                else "give the folder that torch.distributed.checkpoint.save wrote."
+            )
+        )
+    with path.open("rb") as file:
+        described = _unpickled(file, path)
+    problem = _problem(described)
+    if problem:
+        raise CorruptionError(
+            f"{str(path)!r} is no description of a checkpoint: {problem}; copy the folder again "
+            "from its source."
+        )
+    assert isinstance(described, Metadata)
+    return described
+
+
+def stored_at(folder: Path, described: Metadata, index: MetadataIndex) -> tuple[Path, int, int]:
+    """Return the file, offset and length in bytes of what an index names.
+
+    Raises:
+        CorruptionError: the description lacks it, or the file is missing or too short.
+        UnsafeDataError: it leads out of the folder, or is encoded by code of a stranger.
+    """
+    info = described.storage_data.get(index)
+    fqn = index.fqn
+    if info is None:
+        raise CorruptionError(
+            f"{str(folder)!r} does not say where {fqn!r} at {tuple(index.offset or ())} lies; the "
+            "checkpoint is incomplete: copy it again from its source."
+        )
+    name, offset, length = info.relative_path, info.offset, info.length
+    if info.transform_descriptors:
+        raise UnsafeDataError(
+            f"{fqn!r} is stored through the extensions {list(info.transform_descriptors)!r}, which "
+            "only the code that saved it can undo; load it with torch and save it plainly."
+        )
+    if not isinstance(name, str) or not isinstance(offset, int) or not isinstance(length, int):
+        raise CorruptionError(f"{str(folder)!r} says no place of {fqn!r}: {info!r}; copy it again.")
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UnsafeDataError(
+            f"{fqn!r} is said to lie in {name!r}, outside of {str(folder)!r}; do not trust this "
+            "checkpoint."
+        )
+    size = path.stat().st_size if path.is_file() else -1
+    if offset < 0 or length < 0 or offset + length > size:
+        state = "is missing" if size < 0 else f"has {size} bytes"
+        raise CorruptionError(
+            f"{fqn!r} lies in {str(path)!r} at {offset} to {offset + length}, and the file "
+            f"{state}; copy it again from its source."
+        )
+    return path, offset, length
+
+
+def _unpickled(file: IO[bytes], path: Path) -> object:
+    try:
+        found: object = _Unpickler(file).load()
+        return found
+    except UnsafeDataError as error:
+        raise UnsafeDataError(
+            f"{str(path)!r} would run code: {error}. Load it with torch, if you trust its "
+            "writer, and save it again."
+        ) from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise CorruptionError(
+            f"{str(path)!r} does not unpickle ({type(error).__name__}: {error}); copy the folder "
+            "again from its source."
+        ) from error
+
+
+def _problem(described: object) -> str | None:
+    """Return what is wrong with the types of a description, which a pickle does not check."""
+    if not isinstance(described, Metadata):
+        return f"it holds {type(described).__name__}"
+    parts = (
+        getattr(described, "state_dict_metadata", None),
+        getattr(described, "storage_data", None),
+    )
+    if not all(isinstance(part, dict) for part in parts):
+        return "it lists no items, or no places"
+    for fqn, kind in described.state_dict_metadata.items():
+        if not isinstance(fqn, str) or not isinstance(
+            kind, TensorStorageMetadata | BytesStorageMetadata
+        ):
+            return f"{fqn!r} is a {type(kind).__name__}"
+    return None

@@ -1,0 +1,154 @@
+"""The archives that `torch.save` writes, without their tensors' bytes: where those lie.
+
+Invariant: no code of an archive runs without leave, and what torch cannot read is an error of ours.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from dcpstore.convert.file_tensors import FileBox, FileTensor
+from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, UnsafeDataError
+from dcpstore.geometry.boxes import Box
+
+__all__ = ["load_archive", "locate_tensor", "open_source"]
+
+_MAGIC = b"PK\x03\x04"
+
+
+def load_archive(file: IO[bytes], name: str, *, device: str, allow_pickle: bool) -> Any:
+    """Return the object in an archive.
+
+    Args:
+        file: at its beginning.
+        name: for messages.
+        device: "meta" leaves the bytes of its tensors where they are.
+        allow_pickle: let it run the code that it names.
+
+    Raises:
+        UnsafeDataError: it names code, and that is not allowed.
+        CorruptionError: it is damaged.
+        DcpstoreError: it names what cannot be built here.
+    """
+    if file.read(4) != _MAGIC:
+        raise InvalidInputError(
+            f"{name} is not an archive of torch.save (torch 1.6 or later); if torch.load reads it, "
+            "save it again with torch.save, and import that."
+        )
+    file.seek(0)
+    try:
+        return torch.load(file, map_location=device, weights_only=not allow_pickle)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error):
+            raise UnsafeDataError(
+                f"{name} names code that would run ({_first_line(error)}); if you trust whoever "
+                "wrote it, import it with allow_pickle (--allow-pickle)."
+            ) from error
+        raise _damaged(name, error) from error
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, OSError) as error:
+        raise _damaged(name, error) from error
+    except Exception as error:  # whatever the code that an allowed pickle names raises
+        raise DcpstoreError(
+            f"{name} cannot be built here ({type(error).__name__}: {error}); make what it names "
+            "importable, in the version that wrote it."
+        ) from error
+
+
+def locate_tensor(
+    tensor: torch.Tensor, path: Path, *, fqn: str, start: int = 0, box: Box | None = None
+) -> FileBox:
+    """Return where a tensor that was loaded on "meta" lies.
+
+    Args:
+        tensor: of an archive.
+        path: the file that holds the archive.
+        fqn: for messages.
+        start: where the archive begins in the file, in bytes.
+        box: which box of a global tensor it is; None is all of it.
+
+    Raises:
+        InvalidInputError: a sparse, quantized or otherwise special tensor.
+        CorruptionError: the tensor reaches past its storage, or that past the file.
+    """
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or (
+        tensor.layout is not torch.strided or tensor.is_quantized
+    ):
+        raise InvalidInputError(
+            f"{fqn!r} is a {type(tensor).__name__} of layout {tensor.layout}, which has no plain "
+            "bytes in the file; save a plain dense tensor (to_dense, dequantize, full_tensor)."
+        )
+    storage = tensor.untyped_storage()
+    # torch's documented-in-code attribute of storages loaded on "meta": their place in the file
+    offset: int | None = getattr(storage, "_checkpoint_offset", None)
+    if offset is None:
+        raise InvalidInputError(
+            f"{fqn!r} was saved on the meta device and has no data; save a real tensor."
+        )
+    first = offset + tensor.storage_offset() * tensor.itemsize
+    found = FileBox(
+        path, box or Box.whole(tensor.shape), start + first, tuple(map(int, tensor.stride()))
+    )
+    found.check(tensor.dtype, start + offset + storage.nbytes())
+    found.check(tensor.dtype, path.stat().st_size)
+    return found
+
+
+def whole_tensor(tensor: torch.Tensor, path: Path, *, fqn: str) -> FileTensor:
+    """Return a tensor of the archive that is the file `path`."""
+    return FileTensor(tensor.dtype, tuple(tensor.shape), (locate_tensor(tensor, path, fqn=fqn),))
+
+
+def check_stored(path: Path) -> None:
+    """Check that an archive's records lie in the file as they are, each once.
+
+    Raises:
+        CorruptionError: it is truncated, or no archive.
+        InvalidInputError: records are compressed, which torch.save never does.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise _damaged(repr(str(path)), error) from error
+    names = [record.filename for record in records]
+    if len(set(names)) < len(names):
+        raise _damaged(repr(str(path)), ValueError("two records have the same name"))
+    packed = [r.filename for r in records if r.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise InvalidInputError(
+            f"{str(path)!r} holds compressed records ({packed[0]!r}), which torch.save never "
+            "writes; save it again with torch.save."
+        )
+
+
+def open_source(path: Path) -> io.BufferedReader:
+    """Open a file to read.
+
+    Raises:
+        DcpstoreError: the system refuses.
+    """
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DcpstoreError(
+            f"cannot read {str(path)!r}: {error.strerror}; check the path and this user's rights."
+        ) from error
+
+
+def _damaged(name: str, error: Exception) -> CorruptionError:
+    return CorruptionError(
+        f"{name} is damaged, truncated or no archive of torch.save ({_first_line(error)}); copy it "
+        "again from its source."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "Unsupported" in line]
+    return f"{type(error).__name__}: {(telling or lines or [''])[0][:200]}"

@@ -1,0 +1,96 @@
+"""Files of `torch.save`: in, and out again.
+
+In: the file's pickle is read, its tensors' bytes stay where they lie until a chunk wants them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dcpstore.api import RepositoryLike
+from dcpstore.convert.importing import Foreign, Naming, flattened, save_foreign
+from dcpstore.convert.torch_archive import (
+    check_stored,
+    load_archive,
+    open_source,
+    whole_tensor,
+)
+from dcpstore.encoding.values import encode_value
+from dcpstore.errors import InvalidInputError, NotFoundError, UnsafeDataError
+from dcpstore.records import Version
+
+__all__ = ["import_torch"]
+
+
+def import_torch(
+    path: str | os.PathLike[str],
+    repo: RepositoryLike,
+    *,
+    branch: str = "main",
+    step: int | None = None,
+    tags: Iterable[str] = (),
+    message: str = "",
+    dtype: str | torch.dtype | None = None,
+    allow_pickle: bool = False,
+) -> Version:
+    """Save what a `torch.save` file holds as a version, in the memory of a few chunks.
+
+    Args:
+        path: the file; it holds a dict, nested or flat.
+        repo: a `Repository`, or what `dcpstore.open` takes.
+        branch, step, tags, message: as for `dcpstore.save`.
+        dtype: what floating tensors are converted to, such as "bf16".
+        allow_pickle: let the file run the code that it names, and store pickles.
+
+    Raises:
+        NotFoundError: there is no such file.
+        CorruptionError: it is damaged or truncated.
+        InvalidInputError: it holds no dict, or was written before torch 1.6.
+        UnsafeDataError: it would run code; and as for `dcpstore.save`.
+    """
+    foreign = _read(Path(path), allow_pickle=allow_pickle)
+    naming = Naming(branch, step, tuple(tags), message)
+    return save_foreign(foreign, repo, naming, dtype=dtype, allow_pickle=allow_pickle)
+
+
+def _read(path: Path, *, allow_pickle: bool) -> Foreign:
+    if not path.is_file():
+        raise NotFoundError(f"no file {str(path)!r}; give a file that torch.save wrote.")
+    items, paths = flattened(_loaded(path, device="meta", allow_pickle=allow_pickle))
+    if any(_needs_pickle(item) for item in items.values()):
+        # What such a value holds inside is unknown, and may be tensors: it is loaded with data.
+        whole, _ = flattened(_loaded(path, device="cpu", allow_pickle=allow_pickle))
+        items |= {fqn: whole[fqn] for fqn, item in items.items() if _needs_pickle(item)}
+    foreign = Foreign()
+    for fqn, item in items.items():
+        if isinstance(item, torch.Tensor):
+            foreign.add_tensor(fqn, paths[fqn], whole_tensor(item, path, fqn=fqn))
+        else:
+            foreign.add_value(fqn, paths[fqn], item)
+    return foreign
+
+
+def _loaded(path: Path, *, device: str, allow_pickle: bool) -> Mapping[str, Any]:
+    with open_source(path) as file:
+        found = load_archive(file, repr(str(path)), device=device, allow_pickle=allow_pickle)
+    check_stored(path)
+    if not isinstance(found, Mapping):
+        raise InvalidInputError(
+            f"{str(path)!r} holds a {type(found).__name__}; save a dict, such as a state_dict()."
+        )
+    return found
+
+
+def _needs_pickle(item: object) -> bool:
+    if isinstance(item, torch.Tensor):
+        return False
+    try:
+        encode_value(item, allow_pickle=False)
+    except UnsafeDataError:
+        return True
+    return False
