@@ -32,6 +32,7 @@ FLOORS = {
     "reading": 2,
     "saving": 3,
     "loading": 3,
+    "history": 3,
     "repository": 4,
     "async_saving": 4,
     "api": 4,
@@ -49,6 +50,7 @@ LADDERS = [
     ("errors", "refs"),
     ("geometry", "records"),
     ("repository", "api"),
+    ("async_saving", "api"),
 ]
 
 # A library, and the only rooms that may import it.

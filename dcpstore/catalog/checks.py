@@ -6,12 +6,13 @@ Without it each database would refuse other things, and at another time (invaria
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
 from dcpstore.errors import AlreadyExistsError, InvalidInputError
 from dcpstore.records import VersionDraft
 from dcpstore.refs import check_name
 
-__all__ = ["can_be_kept", "check_draft", "check_text"]
+__all__ = ["can_be_kept", "check_draft", "check_labels", "check_metrics", "check_text"]
 
 _MAX_STEP = 2**63 - 1
 
@@ -30,14 +31,27 @@ def check_draft(draft: VersionDraft) -> None:
     step = draft.step
     if step is not None and (type(step) is not int or not 0 <= step <= _MAX_STEP):
         raise InvalidInputError(f"step {step!r} is not a whole number from 0 to {_MAX_STEP}.")
-    for name, value in draft.metrics.items():
+    check_metrics(draft.metrics)
+    check_labels(draft.labels)
+    texts = {"message": draft.message, "author": draft.author, "host": draft.host}
+    for what, text in texts.items():
+        check_text(text, what=what)
+
+
+def check_metrics(metrics: Mapping[str, float]) -> None:
+    """Raise InvalidInputError for a metric whose name or value cannot be kept."""
+    for name, value in metrics.items():
+        check_text(name, what="metric name")
         fits = isinstance(value, float) or (type(value) is int and abs(value) <= sys.float_info.max)
         if not fits:
             raise InvalidInputError(f"metric {name!r} is {value!r}; give a number that is a float.")
-    texts = {"message": draft.message, "author": draft.author, "host": draft.host}
-    texts |= {f"metric name {name!r}": name for name in draft.metrics}
-    for what, text in texts.items():
-        check_text(text, what=what)
+
+
+def check_labels(labels: Mapping[str, str]) -> None:
+    """Raise InvalidInputError for a label whose name or text cannot be kept."""
+    for name, text in labels.items():
+        check_text(name, what="label name")
+        check_text(text, what=f"label {name!r}")
 
 
 def check_text(text: str, *, what: str) -> None:

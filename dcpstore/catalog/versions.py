@@ -120,8 +120,11 @@ def gone(number: int, expired_at: datetime) -> NotFoundError:
     )
 
 
-def ancestors(start: int, *, most: int | None = None) -> CTE:
-    """Return a table (id, depth) of a version and its ancestors by parent, at `most` levels up."""
+def ancestors(start: int, *, most: int | None = None, down_to: int | None = None) -> CTE:
+    """Return a table (id, depth) of a version and its ancestors by parent, at `most` levels up.
+
+    `down_to` ends the walk at versions of that number or a smaller one: a parent's is smaller.
+    """
     up = select(cast(start, BigInteger).label("id"), cast(0, BigInteger).label("depth")).cte(
         "ancestor", recursive=True
     )
@@ -130,4 +133,6 @@ def ancestors(start: int, *, most: int | None = None) -> CTE:
     )
     if most is not None:
         step = step.where(up.c.depth < most)
+    if down_to is not None:
+        step = step.where(_version.c.number > down_to)
     return up.union_all(step)

@@ -33,7 +33,14 @@ from sqlalchemy import (
 from dcpstore.catalog.checks import can_be_kept
 from dcpstore.records import ChunkRange
 
-__all__ = ["look_up_each", "wanted_digests", "wanted_ids", "wanted_names", "wanted_ranges"]
+__all__ = [
+    "look_up_each",
+    "wanted_digests",
+    "wanted_ids",
+    "wanted_names",
+    "wanted_pairs",
+    "wanted_ranges",
+]
 
 
 def wanted_names(connection: Connection, names: Collection[str]) -> Select[Any]:
@@ -61,18 +68,29 @@ def wanted_digests(connection: Connection, digests: Collection[bytes]) -> CTE:
 
 def wanted_ranges(connection: Connection, ranges: Sequence[ChunkRange]) -> CTE:
     """Return a table of the columns of `ChunkRange`."""
+    return _wanted_rows(connection, ChunkRange._fields, ranges)
+
+
+def wanted_pairs(connection: Connection, pairs: Sequence[tuple[int, int]]) -> CTE:
+    """Return a table of the columns `old` and `new`, of ids; `pairs` holds one at least."""
+    return _wanted_rows(connection, ("old", "new"), pairs)
+
+
+def _wanted_rows(
+    connection: Connection, names: Sequence[str], rows: Sequence[tuple[int, ...]]
+) -> CTE:
+    """Return a table of integers with columns of these names."""
     if connection.dialect.name == "sqlite":
-        rows = _json_rows(list(ranges))
+        given = _json_rows(list(rows))
         return select(
             *(
-                cast(func.json_extract(rows.c.value, f"$[{i}]"), Integer).label(name)
-                for i, name in enumerate(ChunkRange._fields)
+                cast(func.json_extract(given.c.value, f"$[{i}]"), Integer).label(name)
+                for i, name in enumerate(names)
             )
         ).cte("wanted")
-    columns = zip(*ranges, strict=True)
+    columns = zip(*rows, strict=True)
     arrays = {
-        name: (BigInteger(), list(values))
-        for name, values in zip(ChunkRange._fields, columns, strict=True)
+        name: (BigInteger(), list(values)) for name, values in zip(names, columns, strict=True)
     }
     return select(_unnested(arrays)).cte("wanted")
 

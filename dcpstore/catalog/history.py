@@ -1,0 +1,69 @@
+"""`History`: the catalog's side of diff, rollback and undo; each method is one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from dcpstore.catalog import additions, differences, moves, undoing
+from dcpstore.catalog.differences import Pair, SharedChunk
+from dcpstore.catalog.engine import Database
+from dcpstore.catalog.refs import RefKind
+from dcpstore.records import EntryRecord, Operation, RefRecord, Version
+
+__all__ = ["History"]
+
+
+class History:
+    """Made by `Catalog.history`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    # Diff
+
+    def both(self, old: int, new: int) -> tuple[list[EntryRecord], list[EntryRecord]]:
+        """Return the entries of two versions."""
+        with self._database.read() as connection:
+            return differences.load_both(connection, old, new)
+
+    def shared_chunks(self, pairs: Sequence[Pair]) -> list[SharedChunk]:
+        """Return the chunks that pairs of tensors of the same grids have in common."""
+        with self._database.read() as connection:
+            return differences.shared_chunks(connection, pairs)
+
+    # Refs
+
+    def delete_ref(self, name: str, kind: RefKind, *, expect: int | None, author: str) -> RefRecord:
+        """Remove a tag or branch; return what it was."""
+        with self._database.write() as connection:
+            return moves.delete_ref(connection, name, kind, expect=expect, author=author)
+
+    def roll_back(
+        self, branch: str, ref: str | int, *, force: bool, expect_tip: int | None, author: str
+    ) -> RefRecord:
+        """Move a branch to an earlier version, or to any with `force`."""
+        with self._database.write() as connection:
+            return moves.roll_back(
+                connection, branch, ref, force=force, expect_tip=expect_tip, author=author
+            )
+
+    def undo(self, *, expect: int | None, author: str) -> Operation:
+        """Take back the last operation that is not undone."""
+        with self._database.write() as connection:
+            return undoing.undo_last(connection, expect=expect, author=author)
+
+    # Additions
+
+    def add_metrics(
+        self, ref: str | int | None, metrics: Mapping[str, float], *, author: str
+    ) -> Version:
+        """Add metrics to a version."""
+        with self._database.write() as connection:
+            return additions.add_metrics(connection, ref, metrics, author=author)
+
+    def add_labels(
+        self, ref: str | int | None, labels: Mapping[str, str], *, author: str
+    ) -> Version:
+        """Add labels to a version."""
+        with self._database.write() as connection:
+            return additions.add_labels(connection, ref, labels, author=author)

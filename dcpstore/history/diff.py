@@ -1,0 +1,225 @@
+"""Two versions compared by digest: what came, went, changed, and how much they share.
+
+Reads the catalog alone: a tensor that is the same is the same row there, however it was cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from dcpstore.catalog import Catalog
+from dcpstore.catalog.differences import SharedChunk
+from dcpstore.history.stats import TensorStats
+from dcpstore.records import EntryRecord, TensorRecord, Version
+
+__all__ = ["Change", "Diff", "EntryDiff", "ModuleDiff", "diff_versions"]
+
+Change = Literal["added", "removed", "changed", "retyped", "reshaped", "unchanged"]
+
+
+@dataclass(frozen=True, slots=True)
+class EntryDiff:
+    """One FQN in two versions; `old` or `new` is None where that version lacks it.
+
+    `nbytes_shared` are the raw bytes of the new tensor that the old one holds too. `stats`, where
+    they were asked for, are those of tensors of one shape whose content or dtype changed.
+    """
+
+    fqn: str
+    change: Change
+    old: EntryRecord | None
+    new: EntryRecord | None
+    nbytes_shared: int = 0
+    stats: TensorStats | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Raw bytes of the new tensor, or of the old one where that went."""
+        entry = self.new or self.old
+        return 0 if entry is None or entry.tensor is None else entry.tensor.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleDiff:
+    """The entries below one module, counted by how they changed; `stats` are of all together."""
+
+    name: str
+    added: int
+    removed: int
+    changed: int
+    retyped: int
+    reshaped: int
+    unchanged: int
+    nbytes: int
+    nbytes_shared: int
+    stats: TensorStats | None
+
+
+@dataclass(frozen=True, slots=True)
+class Diff:
+    """What changed from version `old` to version `new`; entries sorted by FQN.
+
+    `nbytes` are the raw bytes of the tensors of `new`, `nbytes_shared` those of them that `old`
+    holds too, each tensor counted once. A diff is true where anything differs.
+    """
+
+    old: Version
+    new: Version
+    entries: tuple[EntryDiff, ...]
+    nbytes: int
+    nbytes_shared: int
+
+    @property
+    def added(self) -> tuple[EntryDiff, ...]:
+        """Entries that only `new` has."""
+        return self._all("added")
+
+    @property
+    def removed(self) -> tuple[EntryDiff, ...]:
+        """Entries that only `old` has."""
+        return self._all("removed")
+
+    @property
+    def changed(self) -> tuple[EntryDiff, ...]:
+        """Entries of other content; tensors of the same dtype and shape."""
+        return self._all("changed")
+
+    @property
+    def retyped(self) -> tuple[EntryDiff, ...]:
+        """Entries of another dtype, or that turned from tensor to value or back."""
+        return self._all("retyped")
+
+    @property
+    def reshaped(self) -> tuple[EntryDiff, ...]:
+        """Tensors of another shape and the same dtype."""
+        return self._all("reshaped")
+
+    @property
+    def unchanged(self) -> tuple[EntryDiff, ...]:
+        """Entries that are the same."""
+        return self._all("unchanged")
+
+    def by_module(self, depth: int) -> tuple[ModuleDiff, ...]:
+        """Return the entries rolled up by the first `depth` names of their FQN."""
+        modules: dict[str, list[EntryDiff]] = {}
+        for entry in self.entries:
+            modules.setdefault(".".join(entry.fqn.split(".")[:depth]), []).append(entry)
+        return tuple(_roll_up(name, entries) for name, entries in modules.items())
+
+    def __bool__(self) -> bool:
+        return any(entry.change != "unchanged" for entry in self.entries)
+
+    def _all(self, change: Change) -> tuple[EntryDiff, ...]:
+        return tuple(entry for entry in self.entries if entry.change == change)
+
+
+def diff_versions(catalog: Catalog, old: Version, new: Version) -> Diff:
+    """Return what changed between two versions; the number of queries does not depend on them."""
+    history = catalog.history()
+    before, after = history.both(old.number, new.number)
+    pairs = list(_paired(before, after))
+    shared = _shared_bytes(catalog, pairs)
+    entries = tuple(EntryDiff(fqn, _change(a, b), a, b, _kept(a, b, shared)) for fqn, a, b in pairs)
+    held = {entry.tensor.id for entry in before if entry.tensor is not None}
+    total = common = 0
+    counted: set[int] = set()
+    for entry in entries:
+        tensor = None if entry.new is None else entry.new.tensor
+        if tensor is not None and tensor.id not in counted:
+            counted.add(tensor.id)
+            total += tensor.nbytes
+            common += tensor.nbytes if tensor.id in held else entry.nbytes_shared
+    return Diff(old, new, entries, total, common)
+
+
+def same_grids(old: TensorRecord, new: TensorRecord) -> bool:
+    """Tell whether two tensors are cut alike, so that their chunks compare one by one."""
+    return (old.dtype, old.shape, old.parts) == (new.dtype, new.shape, new.parts)
+
+
+Pairing = tuple[str, EntryRecord | None, EntryRecord | None]
+
+
+def _paired(before: list[EntryRecord], after: list[EntryRecord]) -> Iterator[Pairing]:
+    old = {entry.fqn: entry for entry in before}
+    new = {entry.fqn: entry for entry in after}
+    for fqn in sorted(old.keys() | new.keys()):
+        yield fqn, old.get(fqn), new.get(fqn)
+
+
+def _change(old: EntryRecord | None, new: EntryRecord | None) -> Change:
+    if old is None:
+        return "added"
+    if new is None:
+        return "removed"
+    a, b = old.tensor, new.tensor
+    if old.kind == new.kind == "tensor":
+        assert a is not None
+        assert b is not None
+        return _tensor_change(a, b)
+    if "tensor" in (old.kind, new.kind):
+        return "retyped"
+    same = (old.kind, old.value, a and a.id) == (new.kind, new.value, b and b.id)
+    return "unchanged" if same else "changed"
+
+
+def _tensor_change(old: TensorRecord, new: TensorRecord) -> Change:
+    if old.dtype != new.dtype:
+        return "retyped"
+    if old.shape != new.shape:
+        return "reshaped"
+    return "unchanged" if old.id == new.id else "changed"
+
+
+def _shared_bytes(catalog: Catalog, pairs: list[Pairing]) -> dict[tuple[int, int], int]:
+    """Return the raw bytes that changed tensors have in common with the old ones, by their ids."""
+    tensors: dict[tuple[int, int], TensorRecord] = {}
+    for _, old, new in pairs:
+        if old is None or new is None or old.tensor is None or new.tensor is None:
+            continue
+        if old.tensor.id != new.tensor.id and same_grids(old.tensor, new.tensor):
+            tensors[old.tensor.id, new.tensor.id] = new.tensor
+    shared: dict[tuple[int, int], int] = {}
+    for chunk in catalog.history().shared_chunks(list(tensors)):
+        tensor = tensors[chunk.old, chunk.new]
+        nbytes = _cell_bytes(tensor, chunk)
+        shared[chunk.old, chunk.new] = shared.get((chunk.old, chunk.new), 0) + nbytes
+    return shared
+
+
+def _cell_bytes(tensor: TensorRecord, chunk: SharedChunk) -> int:
+    elements = math.prod(tensor.shape)
+    cell = tensor.parts[chunk.part].cell(chunk.ordinal)
+    return cell.volume * tensor.nbytes // elements if elements else 0
+
+
+def _kept(
+    old: EntryRecord | None, new: EntryRecord | None, shared: dict[tuple[int, int], int]
+) -> int:
+    if old is None or new is None or old.tensor is None or new.tensor is None:
+        return 0
+    if old.tensor.id == new.tensor.id:
+        return new.tensor.nbytes
+    return shared.get((old.tensor.id, new.tensor.id), 0)
+
+
+def _roll_up(name: str, entries: list[EntryDiff]) -> ModuleDiff:
+    counts: dict[Change, int] = {}
+    for entry in entries:
+        counts[entry.change] = counts.get(entry.change, 0) + 1
+    known = [entry.stats for entry in entries if entry.stats is not None]
+    return ModuleDiff(
+        name=name,
+        added=counts.get("added", 0),
+        removed=counts.get("removed", 0),
+        changed=counts.get("changed", 0),
+        retyped=counts.get("retyped", 0),
+        reshaped=counts.get("reshaped", 0),
+        unchanged=counts.get("unchanged", 0),
+        nbytes=sum(entry.nbytes for entry in entries),
+        nbytes_shared=sum(entry.nbytes_shared for entry in entries),
+        stats=sum(known, TensorStats()) if known else None,
+    )
