@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dcpstore.api import load, save
+    from dcpstore.api import async_save, load, save
+    from dcpstore.async_saving import PendingSave
     from dcpstore.dcp import (
         FileSystemReader,
         FileSystemWriter,
@@ -59,6 +60,7 @@ __all__ = [
     "LoadReport",
     "MismatchError",
     "NotFoundError",
+    "PendingSave",
     "RankFailure",
     "ReadItem",
     "Repository",
@@ -73,6 +75,7 @@ __all__ = [
     "UnsafeDataError",
     "Version",
     "WriteItem",
+    "async_save",
     "load",
     "load_state_dict",
     "open",
@@ -82,7 +85,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "dcpstore.api": ("load", "save"),
+    "dcpstore.api": ("async_save", "load", "save"),
+    "dcpstore.async_saving": ("PendingSave",),
     "dcpstore.dcp": (
         "FileSystemReader",
         "FileSystemWriter",

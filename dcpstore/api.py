@@ -1,4 +1,4 @@
-"""`save` and `load`: one call on every rank, as in torch.distributed.checkpoint."""
+"""`save`, `async_save` and `load`: one call on every rank, as in torch.distributed.checkpoint."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
+from dcpstore.async_saving import IfBusy, PendingSave, find_saver, raise_unseen
 from dcpstore.collectives import Alone, Collectives, find_collectives
 from dcpstore.errors import InvalidInputError
 from dcpstore.loading import LoadSource, load_version
 from dcpstore.planning import DefaultLoadPlanner, DefaultSavePlanner
 from dcpstore.records import LoadReport, Version
 from dcpstore.repository import Repository, opened
-from dcpstore.saving import SaveRequest, SaveTarget, save_version
+from dcpstore.saving import SaveRequest, SaveTarget, make_request, save_version
 
-__all__ = ["load", "save"]
+__all__ = ["async_save", "load", "save"]
 
 _log = logging.getLogger(__name__)
 
@@ -128,36 +129,104 @@ def save(
         )
         return described
     ranks = _ranks(process_group, no_dist=no_dist)
+
+    def request() -> SaveRequest:
+        raise_unseen()
+        return make_request(
+            branch=branch,
+            step=step,
+            message=message,
+            tags=tags,
+            metrics=metrics,
+            labels=labels,
+            author=author,
+            parent=parent,
+            expect_tip=expect_tip,
+        )
+
     with ExitStack() as stack:
-
-        def open_target() -> SaveTarget:
-            where = _where(repo, checkpoint_id)
-            repository = stack.enter_context(opened(where, create=True))
-            return SaveTarget(repository.catalog, repository.storage)
-
-        def request() -> SaveRequest:
-            if isinstance(tags, str):
-                raise InvalidInputError(f"tags={tags!r} is one text; pass a list: [{tags!r}].")
-            return SaveRequest(
-                branch=branch,
-                step=step,
-                message=message,
-                tags=tuple(tags),
-                metrics={name: _number(name, value) for name, value in (metrics or {}).items()},
-                labels={name: str(value) for name, value in (labels or {}).items()},
-                author=author,
-                parent=parent,
-                expect_tip=expect_tip,
-            )
-
         return save_version(
             state_dict,
-            open_target,
+            lambda: _target(repo, checkpoint_id, stack),
             request,
             ranks=ranks,
             planner=planner or DefaultSavePlanner(),
             allow_pickle=allow_pickle,
         )
+
+
+def async_save(
+    state_dict: dict[str, Any],
+    repo: RepositoryLike | None = None,
+    *,
+    branch: str = "main",
+    step: int | None = None,
+    tags: Iterable[str] = (),
+    message: str = "",
+    metrics: Mapping[str, SupportsFloat] | None = None,
+    labels: Mapping[str, object] | None = None,
+    author: str = "",
+    parent: str | int | None = None,
+    expect_tip: str | int | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    allow_pickle: bool = False,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    if_busy: IfBusy = "wait",
+    staging_limit: int | None = None,
+) -> PendingSave:
+    """Save as `save` does, but return as soon as the state may be changed again.
+
+    The state is copied into CPU memory that later saves use again (pinned where there is CUDA), and
+    saved from there by a thread with a gloo group of its own, made at the first call. All ranks
+    call it. A failure raises at `result()`; if nobody asks, at the next save, at `Repository.close`
+    and at exit. It is kept in the catalog too.
+
+    Args:
+        state_dict, repo, branch, step, tags, message, metrics, labels, author, parent, expect_tip,
+            planner, process_group, no_dist, allow_pickle, checkpoint_id: as for `save`.
+        if_busy: whether to wait for a save that still runs, or to raise ConflictError.
+        staging_limit: bytes of a rank's state that may be copied; a rank with more saves before it
+            returns, without a copy.
+
+    Returns:
+        The pending save: `staged` is done, `result()` waits for the version.
+
+    Raises:
+        ConflictError: a save still runs and `if_busy` is "refuse".
+        DcpstoreError: a failure of the save before that nobody has heard of.
+    """
+
+    def request() -> SaveRequest:
+        return make_request(
+            branch=branch,
+            step=step,
+            message=message,
+            tags=tags,
+            metrics=metrics,
+            labels=labels,
+            author=author,
+            parent=parent,
+            expect_tip=expect_tip,
+        )
+
+    def save_staged(staged: dict[str, Any], ranks: Collectives) -> Version:
+        with ExitStack() as stack:
+            return save_version(
+                staged,
+                lambda: _target(repo, checkpoint_id, stack),
+                request,
+                ranks=ranks,
+                planner=planner or DefaultSavePlanner(),
+                allow_pickle=allow_pickle,
+            )
+
+    saver = find_saver(process_group, no_dist=no_dist)
+    pending = saver.begin(state_dict, save_staged, if_busy=if_busy, staging_limit=staging_limit)
+    if isinstance(repo, Repository):
+        repo.finish_before_close(raise_unseen)
+    return pending
 
 
 @overload
@@ -272,8 +341,8 @@ def _ranks(group: dist.ProcessGroup | None, *, no_dist: bool) -> Collectives:
     return ranks
 
 
-def _number(name: str, value: SupportsFloat) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidInputError(f"metric {name!r} is {value!r}; give a number.") from error
+def _target(
+    repo: RepositoryLike | None, checkpoint_id: str | os.PathLike[str] | None, stack: ExitStack
+) -> SaveTarget:
+    repository = stack.enter_context(opened(_where(repo, checkpoint_id), create=True))
+    return SaveTarget(repository.catalog, repository.storage)

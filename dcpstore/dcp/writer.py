@@ -38,6 +38,7 @@ from dcpstore.saving.publishing import (
     draft_version,
     entries_before,
     kept_planner_data,
+    make_request,
     publish,
 )
 from dcpstore.saving.writing import write_chunks
@@ -95,13 +96,13 @@ class RepositoryWriter(StorageWriter):
         allow_pickle: bool = False,
     ) -> None:
         self._repo = repo
-        self._request = SaveRequest(
+        self._request = make_request(
             branch=branch,
             step=step,
             message=message,
-            tags=tuple(tags),
-            metrics=dict(metrics or {}),
-            labels=dict(labels or {}),
+            tags=tags,
+            metrics=metrics,
+            labels=labels,
             author=author,
             parent=parent,
             expect_tip=expect_tip,

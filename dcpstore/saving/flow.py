@@ -18,13 +18,13 @@ import torch
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from dcpstore.collectives import Collectives, in_step, in_turn
+from dcpstore.leases import kept_lease
 from dcpstore.planning.stateful import check_keys, take_state
 from dcpstore.progress import ProgressBar
 from dcpstore.reading.comparing import find_changed
 from dcpstore.records import Version
 from dcpstore.saving.chunking import Digested, RankData, total_nbytes
 from dcpstore.saving.lead import Lead, Opening, Seconds
-from dcpstore.saving.lease import kept_lease
 from dcpstore.saving.publishing import SaveRequest, SaveTarget
 from dcpstore.saving.writing import Written, write_chunks
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import getpass
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import SupportsFloat
 
 from dcpstore.catalog import Catalog
 from dcpstore.encoding.values import encode_value
-from dcpstore.errors import ConflictError
+from dcpstore.errors import ConflictError, InvalidInputError
 from dcpstore.journal import write_journal
 from dcpstore.records import (
     EntryRecord,
@@ -38,6 +39,7 @@ __all__ = [
     "draft_version",
     "entries_before",
     "kept_planner_data",
+    "make_request",
     "publish",
 ]
 
@@ -63,6 +65,38 @@ class SaveRequest:
     author: str = ""
     parent: str | int | None = None
     expect_tip: str | int | None = None
+
+
+def make_request(
+    *,
+    branch: str,
+    step: int | None,
+    message: str,
+    tags: Iterable[str],
+    metrics: Mapping[str, SupportsFloat] | None,
+    labels: Mapping[str, object] | None,
+    author: str,
+    parent: str | int | None,
+    expect_tip: str | int | None,
+) -> SaveRequest:
+    """Return the request that a caller's arguments mean: metrics as floats, labels as text.
+
+    Raises:
+        InvalidInputError: `tags` is one text, or a metric is no number.
+    """
+    if isinstance(tags, str):
+        raise InvalidInputError(f"tags={tags!r} is one text; pass a list: [{tags!r}].")
+    return SaveRequest(
+        branch=branch,
+        step=step,
+        message=message,
+        tags=tuple(tags),
+        metrics={name: _as_float(name, value) for name, value in (metrics or {}).items()},
+        labels={name: str(value) for name, value in (labels or {}).items()},
+        author=author,
+        parent=parent,
+        expect_tip=expect_tip,
+    )
 
 
 def draft_version(
@@ -193,3 +227,10 @@ def _check_whole(tensors: Sequence[NewTensor]) -> None:
 
 def _number(catalog: Catalog, ref: str | int | None) -> int | None:
     return None if ref is None else catalog.resolve(ref).number
+
+
+def _as_float(name: str, value: SupportsFloat) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(f"metric {name!r} is {value!r}; give a number.") from error

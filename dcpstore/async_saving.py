@@ -1,0 +1,200 @@
+"""Saving while training goes on: stage, then save in a thread with a process group of its own.
+
+Invariants: what is saved is what the state was when `async_save` returned; and no failure stays
+silent, for it is raised at `result()`, or else at the next save, at `close()`, or at exit.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from dcpstore.collectives import Alone, Collectives, RankGroup, in_step
+from dcpstore.errors import ConflictError, InvalidInputError
+from dcpstore.planning.stateful import check_keys, take_state
+from dcpstore.records import Version
+
+__all__ = ["IfBusy", "PendingSave", "find_saver", "raise_unseen"]
+
+_log = logging.getLogger(__name__)
+
+IfBusy = Literal["wait", "refuse"]
+Background = Callable[[dict[str, Any], Collectives], Version]
+
+
+class PendingSave:
+    """An asynchronous save that was begun.
+
+    Attributes:
+        staged: done when the state may be changed again, which it is when `async_save` returns.
+    """
+
+    def __init__(self, saved: Future[Version]) -> None:
+        self.staged: Future[None] = Future()
+        self.staged.set_result(None)
+        self._saved = saved
+        self._is_seen = False
+
+    def done(self) -> bool:
+        """Tell whether the save has ended, well or not."""
+        return self._saved.done()
+
+    def result(self, timeout: float | None = None) -> Version:
+        """Wait for the save to end, `timeout` seconds at most, and return the version.
+
+        Raises:
+            DcpstoreError: whatever made the save fail, as `save` raises it.
+            TimeoutError: it has not ended yet.
+        """
+        self._saved.exception(timeout)  # until it ends, nothing has been heard of it
+        self._is_seen = True
+        return self._saved.result()
+
+    def wait(self) -> None:
+        """Wait for the save to end, well or not; its failure stays unheard of."""
+        self._saved.exception()
+
+    def take_unseen(self) -> BaseException | None:
+        """Return the failure of an ended save that nobody has heard of, once."""
+        if self._is_seen or not self._saved.done():
+            return None
+        self._is_seen = True
+        return self._saved.exception()
+
+
+class _Saver:
+    """The thread, the process group and the buffers of the asynchronous saves of one group."""
+
+    def __init__(self, group: dist.ProcessGroup | None, *, no_dist: bool) -> None:
+        is_alone = no_dist or not dist.is_available() or not dist.is_initialized()
+        # torch's calls on one group must not overlap, so the thread has a group of its own
+        self._asking: Collectives = Alone() if is_alone else RankGroup(group)
+        self._saving: Collectives = Alone() if is_alone else RankGroup(_twin(group))
+        self._thread = ThreadPoolExecutor(1, "dcpstore-async-save")
+        on_device = torch.accelerator.is_available()
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=torch.cuda.is_available(),
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=on_device,
+            )
+        )
+        self._last: PendingSave | None = None
+
+    def begin(
+        self,
+        state_dict: Mapping[str, Any],
+        save: Background,
+        *,
+        if_busy: IfBusy,
+        staging_limit: int | None,
+    ) -> PendingSave:
+        """Stage the state and hand it to the thread, once the save before has ended."""
+
+        def ask() -> tuple[bool, BaseException | None, tuple[str, ...]]:
+            if if_busy not in ("wait", "refuse"):
+                raise InvalidInputError(f"if_busy={if_busy!r}; write 'wait' or 'refuse'.")
+            is_busy = self._last is not None and not self._last.done()
+            if is_busy and if_busy == "wait":
+                self.wait()
+                is_busy = False
+            return is_busy, self.take_unseen(), check_keys(state_dict)
+
+        def agree(told: list[tuple[bool, BaseException | None, tuple[str, ...]]]) -> list[str]:
+            failure = next((error for _, error, _ in told if error is not None), None)
+            if failure is not None:
+                raise failure
+            if any(is_busy for is_busy, _, _ in told):
+                raise ConflictError(
+                    "the asynchronous save before is still running and if_busy='refuse'; wait for "
+                    "its result(), or pass if_busy='wait'."
+                )
+            return sorted({key for _, _, keys in told for key in keys})
+
+        def stage() -> tuple[dict[str, Any], bool]:
+            taken = take_state(state_dict, keys)
+            fits = staging_limit is None or _nbytes(taken) <= staging_limit
+            staged: Any = self._stager.stage(taken) if fits else taken
+            return staged, fits
+
+        keys = in_step(self._asking, "begin an asynchronous save", ask, agree)
+        kept: list[tuple[dict[str, Any], bool]] = []
+        in_step(self._asking, "stage", lambda: kept.append(stage()), lambda told: None)
+        (staged, fits) = kept.pop()
+        pending = PendingSave(self._thread.submit(save, staged, self._saving))
+        self._last = pending
+        if not fits:
+            _log.info("the state exceeds staging_limit=%s; saving before returning", staging_limit)
+            self.wait()
+        return pending
+
+    def wait(self) -> None:
+        """Wait for the running save to end; its failure stays for `take_unseen`."""
+        if self._last is not None:
+            self._last.wait()
+
+    def take_unseen(self) -> BaseException | None:
+        """Return the failure of the last save, if nobody has heard of it."""
+        return None if self._last is None else self._last.take_unseen()
+
+
+# One saver a process group, for as long as the process lives: its group and buffers are made once.
+_savers: dict[tuple[dist.ProcessGroup | None, bool], _Saver] = {}
+
+
+def find_saver(group: dist.ProcessGroup | None, *, no_dist: bool) -> _Saver:
+    """Return the saver of a group; the first call makes it, on all ranks of the group together."""
+    key = (group, no_dist or not dist.is_available() or not dist.is_initialized())
+    if key not in _savers:
+        if not _savers:
+            # not atexit: by then no thread pool of Python's takes work, and a save needs one
+            threading._register_atexit(_finish)  # type: ignore[attr-defined]
+        _savers[key] = _Saver(group, no_dist=no_dist)
+    return _savers[key]
+
+
+def raise_unseen() -> None:
+    """Wait for running saves and raise a failure that nobody has heard of."""
+    for saver in _savers.values():
+        saver.wait()
+        failure = saver.take_unseen()
+        if failure is not None:
+            raise failure
+
+
+def _finish() -> None:
+    """At exit: let running saves end, and say what failed; raising would reach nobody."""
+    for saver in _savers.values():
+        saver.wait()
+        failure = saver.take_unseen()
+        if failure is not None:
+            _log.error("an asynchronous save failed: %s", failure)
+
+
+def _twin(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """Return a new gloo group of the same ranks."""
+    ranks = None if group is None else dist.get_process_group_ranks(group)
+    twin: dist.ProcessGroup = dist.new_group(
+        ranks, backend="gloo", use_local_synchronization=ranks is not None
+    )
+    return twin
+
+
+def _nbytes(value: Any) -> int:
+    """Return the bytes that this process holds of all tensors in a state."""
+    if isinstance(value, torch.Tensor):
+        local = value.to_local() if hasattr(value, "to_local") else value
+        return int(local.nbytes)
+    if isinstance(value, Mapping):
+        return sum(map(_nbytes, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_nbytes, value))
+    return 0

@@ -1,0 +1,202 @@
+"""Asynchronous saves: what is saved is what was staged, and no failure stays silent."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import dcpstore
+from dcpstore import ConflictError, DcpstoreError, Repository
+from tests.ranks import RankPool, mesh
+from tests.soundness import Place
+
+
+def test_what_is_saved_is_what_was_staged(repo: Repository) -> None:
+    state = {"w": torch.ones(1000), "l": [1, 2]}
+    pending = dcpstore.async_save(state, repo, step=1, tags=["t"])
+    assert pending.staged.done()
+    state["w"].zero_()
+    state["l"].append(3)
+    version = pending.result()
+    assert (version.step, version.tags) == (1, ("t",))
+    assert torch.equal(repo.read()["w"], torch.ones(1000))
+    assert repo.read()["l"] == [1, 2]
+
+
+def test_a_second_save_waits(repo: Repository) -> None:
+    state = {"w": torch.zeros(1000)}
+    pendings = []
+    for step in range(5):
+        state["w"].fill_(step)
+        pendings.append(dcpstore.async_save(state, repo, step=step))
+    assert [p.result().step for p in pendings] == list(range(5))
+    for step in range(5):
+        assert torch.equal(repo.read(f"main@step={step}")["w"], torch.full((1000,), float(step)))
+
+
+class Slow(dcpstore.DefaultSavePlanner):
+    """Does not go on before it is let."""
+
+    def __init__(self, go: threading.Event) -> None:
+        super().__init__()
+        self.go = go
+
+    def create_local_plan(self) -> dcpstore.SavePlan:
+        assert self.go.wait(30)
+        return super().create_local_plan()
+
+
+def test_a_second_save_is_refused_where_the_caller_says_so(repo: Repository) -> None:
+    go = threading.Event()
+    pending = dcpstore.async_save({"w": torch.ones(3)}, repo, planner=Slow(go))
+    assert not pending.done()
+    with pytest.raises(ConflictError, match="still running"):
+        dcpstore.async_save({"w": torch.ones(3)}, repo, if_busy="refuse")
+    with pytest.raises(TimeoutError):
+        pending.result(timeout=0.01)
+    go.set()
+    assert pending.result().number == 1
+    assert dcpstore.async_save({"w": torch.ones(3)}, repo, if_busy="refuse").result().number == 2
+
+
+def test_a_state_past_the_limit_is_saved_before_the_call_returns(repo: Repository) -> None:
+    state = {"w": torch.ones(1000)}
+    pending = dcpstore.async_save(state, repo, staging_limit=3999)
+    assert pending.done()
+    state["w"].zero_()
+    assert pending.result().nbytes_written == 4000
+    assert torch.equal(repo.read()["w"], torch.ones(1000))
+
+
+def break_storage(repo: Repository) -> Path:
+    packs = Path(repo.storage.url) / "packs"
+    packs.write_text("in the way")
+    return packs
+
+
+@pytest.mark.parametrize("heard", ["result", "next async", "next", "close"])
+def test_a_failure_is_raised_once_and_kept(place: Place, heard: str) -> None:
+    repo = place.open()
+    packs = break_storage(repo)
+    pending = dcpstore.async_save({"w": torch.ones(3)}, repo)
+    hear: dict[str, Callable[[], object]] = {
+        "result": pending.result,
+        "next async": lambda: dcpstore.async_save({"w": torch.ones(3)}, repo),
+        "next": lambda: dcpstore.save({"w": torch.ones(3)}, repo),
+        "close": repo.close,
+    }
+    with pytest.raises(DcpstoreError, match="packs"):
+        hear[heard]()
+    packs.unlink()
+    with place.open() as again:
+        (row,) = again.catalog.query("SELECT status, error FROM version", {})
+        assert row.status == "aborted"
+        assert "packs" in row.error
+        assert dcpstore.async_save({"w": torch.ones(3)}, again).result().number == 1
+    repo.close()
+
+
+def test_a_failure_at_exit_is_not_silent(tmp_path: Path) -> None:
+    code = f"""
+import torch, dcpstore, pathlib
+repo = dcpstore.open({str(tmp_path / "r")!r})
+(pathlib.Path(repo.storage.url) / "packs").write_text("in the way")
+dcpstore.async_save({{"w": torch.ones(3)}}, repo)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "an asynchronous save failed" in done.stderr
+    assert "packs" in done.stderr
+
+
+def test_a_save_that_runs_at_exit_is_finished(tmp_path: Path) -> None:
+    code = f"""
+import torch, dcpstore
+dcpstore.async_save({{"w": torch.ones(1_000_000)}}, {str(tmp_path / "r")!r}, tags=["last"])
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with dcpstore.open(tmp_path / "r") as repo:
+        assert torch.equal(repo.read("last")["w"], torch.ones(1_000_000))
+
+
+def mutate_on_ranks(rank: int, place: Place) -> list[int]:
+    whole = torch.arange(64.0).reshape(8, 8)
+    with place.open() as repo:
+        pendings = []
+        for step in range(3):
+            tensor = distribute_tensor(whole + step, mesh((2,)), [Shard(0)])
+            own = torch.full((5,), float(step))
+            state = {"w": tensor, "own": own, "step": step}
+            pendings.append(dcpstore.async_save(state, repo, step=step))
+            tensor.to_local().fill_(-1)
+            own.fill_(-1)
+            state["step"] = -1
+        return [pending.result().number for pending in pendings]
+
+
+def test_changing_tensors_after_staging_never_changes_what_is_saved(
+    place: Place, two_ranks: RankPool
+) -> None:
+    place.open().close()
+    assert two_ranks.run(mutate_on_ranks, place) == [[1, 2, 3]] * 2
+    with place.open() as repo:
+        for step in range(3):
+            read = repo.read(f"main@step={step}")
+            assert torch.equal(read["w"], torch.arange(64.0).reshape(8, 8) + step)
+            assert torch.equal(read["own"], torch.full((5,), float(step)))
+            assert read["step"] == step
+
+
+def fail_on_one_rank(rank: int, place: Place) -> tuple[str, dict[int, str]]:
+    class Failing(dcpstore.DefaultSavePlanner):
+        def create_local_plan(self) -> dcpstore.SavePlan:
+            if rank == 1:
+                raise OSError("no luck")
+            return super().create_local_plan()
+
+    with place.open() as repo:
+        pending = dcpstore.async_save({"w": torch.ones(3)}, repo, planner=Failing())
+        try:
+            pending.result()
+        except dcpstore.RankFailure as error:
+            return str(error), {r: type(e).__name__ for r, e in error.failures.items()}
+    return "saved", {}
+
+
+def test_one_rank_that_fails_makes_every_result_raise(place: Place, two_ranks: RankPool) -> None:
+    place.open().close()
+    first, second = two_ranks.run(fail_on_one_rank, place)
+    assert first == second
+    assert first[1] == {1: "OSError"}
+
+
+def resources() -> tuple[int, int]:
+    process = psutil.Process(os.getpid())
+    return process.num_fds(), threading.active_count()
+
+
+def save_twenty_times(rank: int, place: Place) -> tuple[tuple[int, int], tuple[int, int]]:
+    with place.open() as repo:
+        state = {"w": torch.zeros(100)}
+        dcpstore.async_save(state, repo).result()
+        first = resources()
+        for step in range(20):
+            state["w"].fill_(step)
+            dcpstore.async_save(state, repo, step=step).result()
+        return first, resources()
+
+
+def test_twenty_saves_leave_descriptors_and_threads_as_they_were(
+    place: Place, two_ranks: RankPool
+) -> None:
+    place.open().close()
+    for first, last in two_ranks.run(save_twenty_times, place):
+        assert last == first
