@@ -1,0 +1,85 @@
+"""The two halves of a case, as each rank runs them: train and save, load and train on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+import dcpstore
+from tests.parallel.layouts import Layout, build
+from tests.parallel.states import bits, give, scramble, take, whole
+
+STEPS = 2  # trained before the save
+
+# How a state travels: by torch's own storage, and by every way of ours.
+SAVES: dict[str, Callable[[dict[str, Any], Path], Any]] = {
+    "torch": lambda s, to: dcp.save(s, storage_writer=dcp.FileSystemWriter(to)),
+    "torch's save": lambda s, to: dcp.save(s, storage_writer=dcpstore.FileSystemWriter(to)),
+    "save": lambda s, to: dcpstore.save(s, to),
+}
+LOADS: dict[str, Callable[[dict[str, Any], Path], Any]] = {
+    "torch": lambda s, at: dcp.load(s, storage_reader=dcp.FileSystemReader(at)),
+    "torch's save": lambda s, at: dcp.load(s, storage_reader=dcpstore.FileSystemReader(at)),
+    "save": lambda s, at: dcpstore.load(s, at),
+}
+
+
+@dataclass(frozen=True)
+class Half:
+    """One side of a case."""
+
+    layout: Layout
+    optimizer: str
+    moe: bool  # the model with experts
+    flat: bool  # the optimizer's state by parameter alone, as disjoint modules need it
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job holds, all ranks together, and the losses of its next steps."""
+
+    whole: dict[str, Any]
+    losses: tuple[float, float]
+
+
+def save(rank: int, half: Half, folder: Path) -> Outcome:
+    """Train, save in every way, and train on."""
+    with warnings.catch_warnings():
+        _ignore_torchs()
+        job = build(half.layout, half.optimizer, seed=1, moe=half.moe, flat=half.flat)
+        for step in range(STEPS):
+            job.train(step)
+        state = take(job)
+        for way, run in SAVES.items():
+            run(state, folder / way)
+        return Outcome(whole(job), (job.train(STEPS), job.train(STEPS + 1)))
+
+
+def load(rank: int, half: Half, folder: Path) -> Outcome:
+    """Load another job in every way, each of which must give the same bits, and train it on."""
+    with warnings.catch_warnings():
+        _ignore_torchs()
+        job = build(half.layout, half.optimizer, seed=2, moe=half.moe, flat=half.flat)
+        found: dict[str, dict[str, Any]] = {}
+        for way, run in LOADS.items():
+            state = take(job)
+            scramble(state)
+            run(state, folder / way)
+            found[way] = bits(state)
+        for way, given in found.items():
+            odd = sorted(fqn for fqn, value in found["save"].items() if given[fqn] != value)
+            assert not odd, f"rank {rank}: {way} and save differ in {odd}"
+        give(job, state)
+        return Outcome(whole(job), (job.train(STEPS), job.train(STEPS + 1)))
+
+
+def _ignore_torchs() -> None:
+    """Let pass what torch says of itself: no process group here, and its own deprecations."""
+    warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
