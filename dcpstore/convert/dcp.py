@@ -21,14 +21,18 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from dcpstore.api import RepositoryLike
 from dcpstore.convert.dcp_metadata import read_description, stored_at
+from dcpstore.convert.dcp_writing import ExportPlanner, write_folder
+from dcpstore.convert.exporting import Exported, ExportedVersion
 from dcpstore.convert.file_tensors import FileBox, FileTensor
 from dcpstore.convert.importing import Foreign, Naming, save_foreign
+from dcpstore.convert.targets import new_folder
 from dcpstore.convert.torch_archive import load_archive, locate_tensor, open_source
 from dcpstore.errors import CorruptionError
 from dcpstore.geometry.boxes import Box
 from dcpstore.records import ObjectPath, Version
+from dcpstore.repository import opened
 
-__all__ = ["import_dcp"]
+__all__ = ["export_dcp", "import_dcp"]
 
 
 def import_dcp(
@@ -59,6 +63,41 @@ def import_dcp(
     foreign = _described(Path(path), allow_pickle=allow_pickle)
     naming = Naming(branch, step, tuple(tags), message)
     return save_foreign(foreign, repo, naming, dtype=dtype, allow_pickle=allow_pickle)
+
+
+def export_dcp(
+    repo: RepositoryLike,
+    ref: str | int | None,
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = None,
+    tensors_only: bool = False,
+    allow_pickle: bool = False,
+) -> Exported:
+    """Write a version as a folder that `torch.distributed.checkpoint.load` reads on any ranks.
+
+    Args:
+        repo: a `Repository`, or what `dcpstore.open` takes.
+        ref: the version; None is the tip of `main`.
+        path: the new folder.
+        dtype: what floating tensors are converted to, such as "bf16".
+        tensors_only: leave the values out.
+        allow_pickle: let values that are pickles run their code, and be pickled again.
+
+    Raises:
+        AlreadyExistsError: the folder exists.
+        NotFoundError: no such version, or no folder to put it in.
+        UnsafeDataError: a value is a pickle, and that is not allowed.
+        CorruptionError: stored bytes are damaged; nothing is there then.
+    """
+    target = Path(path)
+    with opened(repo, create=False) as repository:
+        version = ExportedVersion(repository, ref, dtype=dtype, tensors_only=tensors_only)
+        values = version.values(version.plain, allow_pickle=allow_pickle)
+        named = {e.fqn: value for e, value in zip(version.plain, values, strict=True)}
+        with new_folder(target) as folder:
+            files = write_folder(folder, ExportPlanner(version, named))
+        return version.report(target, "dcp", files=files, tensors=version.tensors)
 
 
 def _described(folder: Path, *, allow_pickle: bool) -> Foreign:

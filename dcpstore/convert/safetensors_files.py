@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 
 from dcpstore.api import RepositoryLike
+from dcpstore.convert.exporting import Exported, ExportedTensor, ExportedVersion
 from dcpstore.convert.file_tensors import FileBox, FileTensor, row_major
 from dcpstore.convert.importing import Foreign, Naming, save_foreign
-from dcpstore.convert.safetensors_header import Header, read_header
-from dcpstore.convert.safetensors_notes import aliases, paths_of, values_of
+from dcpstore.convert.safetensors_header import (
+    DTYPES,
+    NOTES,
+    Header,
+    encode_header,
+    read_header,
+)
+from dcpstore.convert.safetensors_notes import aliases, notes, paths_of, plain_text, values_of
+from dcpstore.convert.safetensors_shards import parse_size, shard_names, shards_of
+from dcpstore.convert.targets import new_file, new_folder
+from dcpstore.convert.ties import find_ties
 from dcpstore.errors import CorruptionError, InvalidInputError, NotFoundError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
 from dcpstore.records import Version
+from dcpstore.repository import opened
 
-__all__ = ["INDEX", "import_safetensors"]
+__all__ = ["INDEX", "export_safetensors", "import_safetensors"]
 
 INDEX = "model.safetensors.index.json"
 _LARGEST_INDEX = 1 << 30
+_SHOWN = 8  # FQNs that one message names
 _SHARDING = "DCP_SHARDING_INFO"  # torch's note in files that hold pieces of tensors
 
 
@@ -52,6 +66,128 @@ def import_safetensors(
     foreign = _read([Path(one) for one in given])
     naming = Naming(branch, step, tuple(tags), message)
     return save_foreign(foreign, repo, naming, dtype=dtype, allow_pickle=False)
+
+
+def export_safetensors(
+    repo: RepositoryLike,
+    ref: str | int | None,
+    path: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "5GB",
+    dtype: str | torch.dtype | None = None,
+    tensors_only: bool = False,
+) -> Exported:
+    """Write a version as safetensors, in the memory of a box of a tensor.
+
+    Values and nested paths go into the notes of the first file. A tied tensor is written once, with
+    the note by which safetensors ties it again.
+
+    Args:
+        repo: a `Repository`, or what `dcpstore.open` takes.
+        ref: the version; None is the tip of `main`.
+        path: one new file, where it ends in ".safetensors"; else a new folder, with as many files
+            and the index that Hugging Face's libraries read.
+        max_shard_size: of a file in a folder, in bytes or such as "5GB"; a larger tensor has a file
+            to itself.
+        dtype: what floating tensors are converted to, such as "bf16".
+        tensors_only: leave the values out.
+
+    Raises:
+        AlreadyExistsError: the file or folder exists.
+        NotFoundError: no such version, or no folder to put it in.
+        InvalidInputError: safetensors has no such dtype, or cannot hold a value; names the FQNs.
+        CorruptionError: stored bytes are damaged; nothing is there then.
+    """
+    target, most = Path(path), parse_size(max_shard_size)
+    with opened(repo, create=False) as repository:
+        version = ExportedVersion(repository, ref, dtype=dtype, tensors_only=tensors_only)
+        _refuse_unfit(version)
+        ties = find_ties(version)
+        written = [tensor for tensor in version.tensors if tensor.fqn not in ties]
+        values = _value_texts(version)
+        if target.suffix == ".safetensors":
+            with new_file(target) as file:
+                (whole,) = shards_of(written, sys.maxsize)
+                _write(file, version, whole, ties, values)
+            return version.report(target, "safetensors", files=1, tensors=written)
+        shards = shards_of(written, most)
+        names = shard_names(len(shards))
+        with new_folder(target) as folder:
+            for name, shard in zip(names, shards, strict=True):
+                with (folder / name).open("xb") as file:
+                    _write(file, version, shard, ties, values if name == names[0] else {})
+            if len(shards) > 1:
+                (folder / INDEX).write_text(_index(names, shards))
+        files = len(shards) + (len(shards) > 1)
+        return version.report(target, "safetensors", files=files, tensors=written)
+
+
+def _refuse_unfit(version: ExportedVersion) -> None:
+    """Refuse what the format has no place for."""
+    unfit = [t.fqn for t in version.tensors if t.dtype not in DTYPES.values()]
+    if unfit:
+        kinds = sorted({str(t.dtype) for t in version.tensors if t.fqn in unfit})
+        raise InvalidInputError(
+            f"safetensors has no dtype {', '.join(kinds)}, which {_some(unfit)} have; export as "
+            "torch, dcp or zarr."
+        )
+    reserved = [t.fqn for t in version.tensors if t.fqn == NOTES]
+    if reserved:
+        raise InvalidInputError(
+            f"safetensors keeps the name {NOTES!r} for itself; export as torch, dcp or zarr."
+        )
+
+
+def _value_texts(version: ExportedVersion) -> dict[str, str]:
+    """Return the values as typed JSON; a long one is a blob, and read for it.
+
+    Raises:
+        InvalidInputError: some can only be pickled.
+    """
+    texts = {e.fqn: e.value for e in version.plain if e.kind == "value" and e.value is not None}
+    pickled = []
+    for entry in version.plain:
+        if entry.kind == "blob":
+            try:
+                (value,) = version.values([entry], allow_pickle=False)
+                texts[entry.fqn] = plain_text(value)
+            except UnsafeDataError:
+                pickled.append(entry.fqn)
+    if pickled:
+        raise InvalidInputError(
+            f"safetensors cannot hold pickles, which {_some(pickled)} are; leave the values out "
+            "(tensors_only, --tensors-only), or export as torch or dcp."
+        )
+    return texts
+
+
+def _write(
+    file: IO[bytes],
+    version: ExportedVersion,
+    shard: Sequence[ExportedTensor],
+    ties: Mapping[str, str],
+    values: Mapping[str, str],
+) -> None:
+    held = {tensor.fqn for tensor in shard}
+    tied = {fqn: kept for fqn, kept in ties.items() if kept in held}
+    paths = {fqn: version.paths[fqn] for fqn in sorted({*held, *tied, *values})}
+    described = {tensor.fqn: (tensor.dtype, tensor.shape) for tensor in shard}
+    file.write(encode_header(described, notes(values, paths, tied)))
+    for tensor in shard:
+        for part in version.raw(tensor):
+            file.write(part)
+
+
+def _index(names: Sequence[str], shards: Sequence[Sequence[ExportedTensor]]) -> str:
+    total = sum(tensor.nbytes for shard in shards for tensor in shard)
+    held = {t.fqn: name for name, shard in zip(names, shards, strict=True) for t in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(held.items()))}
+    return json.dumps(index, indent=2) + "\n"
+
+
+def _some(fqns: Sequence[str]) -> str:
+    more = f" and {len(fqns) - _SHOWN} more" if len(fqns) > _SHOWN else ""
+    return ", ".join(map(repr, fqns[:_SHOWN])) + more
 
 
 def _read(given: Sequence[Path]) -> Foreign:

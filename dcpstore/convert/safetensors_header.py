@@ -18,7 +18,15 @@ import torch
 
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError
 
-__all__ = ["DTYPES", "LARGEST_HEADER", "Header", "HeaderTensor", "encode_header", "read_header"]
+__all__ = [
+    "DTYPES",
+    "LARGEST_HEADER",
+    "NOTES",
+    "Header",
+    "HeaderTensor",
+    "encode_header",
+    "read_header",
+]
 
 LARGEST_HEADER = 100_000_000  # bytes, the format's own limit
 DTYPES = {
@@ -43,7 +51,7 @@ DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_NOTES = "__metadata__"
+NOTES = "__metadata__"
 _ALIGNMENT = 8
 
 
@@ -88,9 +96,9 @@ def read_header(path: Path) -> Header:
         _refuse(path, f"its header is no JSON object of unique names ({error})")
     if not isinstance(parsed, dict):
         _refuse(path, f"its header is a {type(parsed).__name__}")
-    notes = parsed.pop(_NOTES, {})
+    notes = parsed.pop(NOTES, {})
     if not isinstance(notes, dict) or not all(isinstance(v, str) for v in notes.values()):
-        _refuse(path, f"its {_NOTES} is no mapping of texts")
+        _refuse(path, f"its {NOTES} is no mapping of texts")
     places = {name: _placed(path, name, entry) for name, entry in parsed.items()}
     end = 0
     for name, (_, (first, last)) in sorted(places.items(), key=lambda item: item[1][1]):
@@ -116,7 +124,7 @@ def encode_header(
     Raises:
         InvalidInputError: it would be longer than the format allows.
     """
-    header: dict[str, Any] = {_NOTES: dict(notes)} if notes else {}
+    header: dict[str, Any] = {NOTES: dict(notes)} if notes else {}
     end = 0
     for name, (dtype, shape) in tensors.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dcpstore.convert.safetensors_header import Header
-from dcpstore.encoding.values import decode_value
+from dcpstore.encoding.values import decode_value, encode_value
 from dcpstore.errors import CorruptionError
 from dcpstore.records import ObjectPath
 
-__all__ = ["aliases", "notes", "paths_of", "values_of"]
+__all__ = ["aliases", "notes", "paths_of", "plain_text", "values_of"]
 
 _VALUES, _PATHS = "dcpstore.values", "dcpstore.paths"
 
@@ -39,6 +39,12 @@ def notes(
     if nested:
         found[_PATHS] = json.dumps(nested)
     return found
+
+
+def plain_text(value: object) -> str:
+    """Return the typed JSON of a value, however long it is."""
+    encoded = encode_value(value, allow_pickle=False)
+    return encoded.text if encoded.data is None else encoded.data.decode()
 
 
 def aliases(header: Header) -> dict[str, str]:

@@ -90,7 +90,7 @@ def locate_tensor(
         raise InvalidInputError(
             f"{fqn!r} was saved on the meta device and has no data; save a real tensor."
         )
-    first = offset + tensor.storage_offset() * tensor.itemsize
+    first = offset + int(tensor.storage_offset()) * tensor.itemsize
     found = FileBox(
         path, box or Box.whole(tensor.shape), start + first, tuple(map(int, tensor.stride()))
     )

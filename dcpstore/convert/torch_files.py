@@ -7,24 +7,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dcpstore.api import RepositoryLike
+from dcpstore.convert.exporting import Exported, ExportedVersion
 from dcpstore.convert.importing import Foreign, Naming, flattened, save_foreign
-from dcpstore.convert.torch_archive import (
-    check_stored,
-    load_archive,
-    open_source,
-    whole_tensor,
-)
+from dcpstore.convert.nesting import nested_state
+from dcpstore.convert.targets import new_file
+from dcpstore.convert.ties import find_ties
+from dcpstore.convert.torch_archive import check_stored, load_archive, open_source, whole_tensor
+from dcpstore.convert.torch_writing import PlannedTensor, write_archive
 from dcpstore.encoding.values import encode_value
 from dcpstore.errors import InvalidInputError, NotFoundError, UnsafeDataError
 from dcpstore.records import Version
+from dcpstore.repository import opened
 
-__all__ = ["import_torch"]
+__all__ = ["export_torch", "import_torch"]
 
 
 def import_torch(
@@ -56,6 +58,55 @@ def import_torch(
     foreign = _read(Path(path), allow_pickle=allow_pickle)
     naming = Naming(branch, step, tuple(tags), message)
     return save_foreign(foreign, repo, naming, dtype=dtype, allow_pickle=allow_pickle)
+
+
+def export_torch(
+    repo: RepositoryLike,
+    ref: str | int | None,
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = None,
+    tensors_only: bool = False,
+    allow_pickle: bool = False,
+) -> Exported:
+    """Write a version as a file that `torch.load` reads, in the memory of a box of a tensor.
+
+    The nested state comes back: dicts, lists, an optimizer's numbered parameters, tied tensors.
+
+    Args:
+        repo: a `Repository`, or what `dcpstore.open` takes.
+        ref: the version; None is the tip of `main`.
+        path: the new file.
+        dtype: what floating tensors are converted to, such as "bf16".
+        tensors_only: leave the values out.
+        allow_pickle: let values that are pickles run their code, and be pickled again.
+
+    Raises:
+        AlreadyExistsError: the file exists.
+        NotFoundError: no such version, or no folder for the file.
+        UnsafeDataError: a value is a pickle, and that is not allowed.
+        CorruptionError: stored bytes are damaged; there is no file then.
+    """
+    target = Path(path)
+    with opened(repo, create=False) as repository, new_file(target) as file:
+        version = ExportedVersion(repository, ref, dtype=dtype, tensors_only=tensors_only)
+        ties = find_ties(version)
+        planned = {
+            tensor.fqn: PlannedTensor(
+                tensor.dtype, tensor.shape, tensor.nbytes, partial(version.raw, tensor)
+            )
+            for tensor in version.tensors
+            if tensor.fqn not in ties
+        }
+        values = version.values(version.plain, allow_pickle=allow_pickle)
+        items: dict[str, Any] = {
+            **planned,
+            **{fqn: planned[kept] for fqn, kept in ties.items()},
+            **{entry.fqn: value for entry, value in zip(version.plain, values, strict=True)},
+        }
+        write_archive(file, nested_state(items, version.paths))
+        written = [tensor for tensor in version.tensors if tensor.fqn in planned]
+        return version.report(target, "torch", files=1, tensors=written)
 
 
 def _read(path: Path, *, allow_pickle: bool) -> Foreign:

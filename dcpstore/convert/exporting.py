@@ -1,0 +1,176 @@
+"""A version on its way out of a repository: its tensors box after box, its values, its ties.
+
+Invariant: every byte is verified as a load verifies it, and no more than one box of a tensor is in
+memory; packs are let go after each box, so that mapped ones do not add up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+
+from dcpstore.convert.dtype_option import converted, wanted_dtype
+from dcpstore.encoding.dtypes import as_bytes, torch_dtype
+from dcpstore.geometry.boxes import Box
+from dcpstore.reading.boxes import BoxRequest, read_boxes
+from dcpstore.reading.values import read_values
+from dcpstore.records import EntryRecord, ObjectPath, TensorRecord, Version
+from dcpstore.repository import Repository
+from dcpstore.storage.packs import PackReader
+
+__all__ = ["Exported", "ExportedTensor", "ExportedVersion"]
+
+_BOX = 64 << 20  # bytes of a tensor that are read at a time, where its chunks allow it
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What an export did.
+
+    `tensors`, `values` and `nbytes` (raw bytes of tensors, tied ones once) are those written;
+    `files` is their number.
+    """
+
+    version: Version
+    path: str
+    format: str
+    files: int
+    tensors: int
+    values: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedTensor:
+    """A tensor of a version, in the dtype that it is exported in."""
+
+    entry: EntryRecord
+    dtype: torch.dtype
+
+    @property
+    def fqn(self) -> str:
+        """Its FQN."""
+        return self.entry.fqn
+
+    @property
+    def stored(self) -> TensorRecord:
+        """Its stored content."""
+        assert self.entry.tensor is not None
+        return self.entry.tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In elements."""
+        return self.stored.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Of its elements, in the dtype of the export."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def boxes(self) -> list[Box]:
+        """Return boxes of about 64 MiB that follow one another as its elements do in a file.
+
+        They end where chunks end, so that a chunk is read once, wherever chunks are regular.
+        """
+        if not math.prod(self.shape):
+            return []
+        dim = next((i for i, n in enumerate(self.shape) if n > 1), None)
+        if dim is None:
+            return [Box.whole(self.shape)]
+        n = self.shape[dim]
+        row = math.prod(self.shape[dim + 1 :]) * torch_dtype(self.stored.dtype).itemsize
+        cells = {min(part.chunk_shape[dim], part.shape[dim]) for part in self.stored.parts}
+        step = math.lcm(*cells)
+        if step * row > _BOX:
+            step = max(cells)
+        rows = max(_BOX // row // step, 1) * step
+        return [
+            Box(
+                tuple(first if i == dim else 0 for i in range(len(self.shape))),
+                tuple(min(rows, n - first) if i == dim else m for i, m in enumerate(self.shape)),
+            )
+            for first in range(0, n, rows)
+        ]
+
+
+class ExportedVersion:
+    """What a version exports.
+
+    Args:
+        repo: where it is.
+        ref: which it is.
+        dtype: what floating tensors are converted to; None for nothing.
+        tensors_only: leave the values out.
+
+    Raises:
+        NotFoundError: no such version.
+        InvalidInputError: no such dtype.
+    """
+
+    def __init__(
+        self,
+        repo: Repository,
+        ref: str | int | None,
+        *,
+        dtype: str | torch.dtype | None,
+        tensors_only: bool,
+    ) -> None:
+        wanted = wanted_dtype(dtype)
+        self._repo = repo
+        self.version = repo.show(ref)
+        entries = repo.entries(self.version.number)
+        self.tensors = [
+            ExportedTensor(entry, converted(torch_dtype(entry.tensor.dtype), wanted))
+            for entry in entries
+            if entry.kind == "tensor" and entry.tensor is not None
+        ]
+        self.plain = [e for e in entries if e.kind != "tensor" and not tensors_only]
+        self.paths: dict[str, ObjectPath] = {entry.fqn: entry.path for entry in entries}
+
+    def read(self, tensor: ExportedTensor, box: Box) -> torch.Tensor:
+        """Return the elements of a box, verified, in the dtype of the export."""
+        target = torch.empty(box.sizes, dtype=tensor.dtype)
+        if box.volume:
+            with closing(PackReader(self._repo.storage)) as packs:
+                request = BoxRequest(tensor.entry, box, target)
+                read_boxes([request], self._repo.catalog, packs, version=self.version.number)
+        return target
+
+    def raw(self, tensor: ExportedTensor) -> Iterator[memoryview]:
+        """Yield the row-major bytes of a tensor, box after box."""
+        for box in tensor.boxes():
+            yield as_bytes(self.read(tensor, box)).reshape(-1).view("uint8").data
+
+    def values(self, entries: Sequence[EntryRecord], *, allow_pickle: bool) -> list[object]:
+        """Return the values of entries.
+
+        Raises:
+            UnsafeDataError: one is a pickle, and that is not allowed.
+        """
+        with closing(PackReader(self._repo.storage)) as packs:
+            return read_values(
+                entries,
+                self._repo.catalog,
+                packs,
+                version=self.version.number,
+                allow_pickle=allow_pickle,
+            )
+
+    def report(
+        self, path: object, form: str, *, files: int, tensors: Sequence[ExportedTensor]
+    ) -> Exported:
+        """Return the report of an export that wrote the bytes of `tensors`."""
+        return Exported(
+            version=self.version,
+            path=str(path),
+            format=form,
+            files=files,
+            tensors=len(self.tensors),
+            values=len(self.plain),
+            nbytes=sum(tensor.nbytes for tensor in tensors),
+        )

@@ -1,0 +1,112 @@
+"""Files and folders that appear whole or not at all.
+
+Written under an unguessable temporary name beside the target, made durable, then renamed; an
+existing target is never touched (invariant of every export).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from dcpstore.errors import AlreadyExistsError, DcpstoreError, NotFoundError
+
+__all__ = ["new_file", "new_folder"]
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[IO[bytes]]:
+    """Yield a file to write; it gets its name when the block ends without an error.
+
+    Raises:
+        AlreadyExistsError: the target is there.
+        NotFoundError: the folder of the target is not.
+        DcpstoreError: the system refuses.
+    """
+    temporary = _begin(target)
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        _name_file(temporary, target)
+        _sync(target.parent)
+    except OSError as error:
+        raise _refused(target, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder to fill; it gets its name when the block ends without an error.
+
+    Raises:
+        AlreadyExistsError: the target is there.
+        NotFoundError: the folder of the target is not.
+        DcpstoreError: the system refuses.
+    """
+    temporary = _begin(target)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for folder, _, names in os.walk(temporary, topdown=False):
+            for name in names:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        _refuse_existing(target)  # a rename would replace an empty folder that came meanwhile
+        temporary.rename(target)
+        _sync(target.parent)
+    except OSError as error:
+        raise _refused(target, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _begin(target: Path) -> Path:
+    """Return the temporary name for a target that can be made."""
+    _refuse_existing(target)
+    if not target.parent.is_dir():
+        raise NotFoundError(
+            f"the folder {str(target.parent)!r} for the export is missing; make it first."
+        )
+    return target.with_name(f"{target.name}.{secrets.token_hex(8)}.tmp")
+
+
+def _name_file(temporary: Path, target: Path) -> None:
+    try:
+        os.link(temporary, target)  # a rename would replace a file that came meanwhile
+    except FileExistsError:
+        _refuse_existing(target)
+        raise
+    except OSError:  # a filesystem without hard links
+        _refuse_existing(target)
+        temporary.rename(target)
+
+
+def _refuse_existing(target: Path) -> None:
+    if os.path.lexists(target):
+        raise AlreadyExistsError(
+            f"{str(target)!r} exists, and an export replaces nothing; give another place, or "
+            "remove it first."
+        )
+
+
+def _refused(target: Path, error: OSError) -> DcpstoreError:
+    return DcpstoreError(
+        f"cannot write {str(target)!r}: {error.strerror or error}; see that this user may write "
+        "there and that there is space, then export again."
+    )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
