@@ -8,15 +8,41 @@ the same.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from dcpstore.catalog import Catalog
 from dcpstore.errors import DcpstoreError
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.operations import encode_operation, operation_key
 
-__all__ = ["write_journal"]
+__all__ = ["Journaled", "journaled", "write_journal"]
+
+P = ParamSpec("P")
+R = TypeVar("R", bound="Journaled")
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
+
+
+class Journaled(Protocol):
+    """What has a journal: a catalog, and the storage of its data."""
+
+    catalog: Catalog
+    storage: Storage
+
+
+def journaled(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R, P], T]:
+    """Have a method that changes its repository write the journal before it returns."""
+
+    @wraps(method)
+    def run(self: R, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        result = method(self, *args, **kwargs)
+        write_journal(self.catalog, self.storage)
+        return result
+
+    return run
 
 
 def write_journal(catalog: Catalog, storage: Storage) -> None:

@@ -13,9 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from dcpstore.catalog import Catalog, sqlite_url
+from dcpstore.catalog import Catalog
 from dcpstore.errors import InvalidInputError, NotFoundError
 from dcpstore.history import Diff, diff_versions
+from dcpstore.journal import journaled
+from dcpstore.places import absolute_data, locate
 from dcpstore.records import (
     ChunkDefaults,
     EntryRecord,
@@ -28,6 +30,7 @@ from dcpstore.records import (
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackReader
 from dcpstore.storage.urls import open_storage
+from dcpstore.upkeep.upkept import Upkept
 
 if TYPE_CHECKING:
     from dcpstore.reading.selection import Index
@@ -35,10 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Repository", "open", "opened"]
 
-_CATALOG_FILE = "catalog.db"
 
-
-class Repository:
+class Repository(Upkept):
     """A repository, opened; `dcpstore.open` makes one. Threads may share it.
 
     A `ref` is a version number (`12`, `"v12"`), a tag, a branch, `"main~3"`, `"main@step=1000"`, or
@@ -77,6 +78,7 @@ class Repository:
         wanted = None if fqns is None else list(fqns)
         return self.catalog.entries(self.show(ref).number, wanted)
 
+    @journaled
     def tag(self, name: str, ref: str | int | None = None) -> RefRecord:
         """Name a version for good.
 
@@ -85,6 +87,7 @@ class Repository:
         """
         return self.catalog.tag(name, self.show(ref).number, author=getpass.getuser())
 
+    @journaled
     def branch(self, name: str, *, at: str | int | None = None) -> RefRecord:
         """Begin a branch at a version.
 
@@ -93,6 +96,7 @@ class Repository:
         """
         return self.catalog.branch(name, self.show(at).number, author=getpass.getuser())
 
+    @journaled
     def delete_tag(self, name: str, *, expect: str | int | None = None) -> RefRecord:
         """Remove a tag; return what it was. `undo` brings it back.
 
@@ -101,6 +105,7 @@ class Repository:
         """
         return self._delete(name, "tag", expect)
 
+    @journaled
     def delete_branch(self, name: str, *, expect: str | int | None = None) -> RefRecord:
         """Remove a branch, and none of its versions; return what it was. `undo` brings it back.
 
@@ -109,6 +114,7 @@ class Repository:
         """
         return self._delete(name, "branch", expect)
 
+    @journaled
     def rollback(
         self,
         ref: str | int,
@@ -136,6 +142,7 @@ class Repository:
             branch, ref, force=force, expect_tip=expected, author=getpass.getuser()
         )
 
+    @journaled
     def undo(self, *, expect: int | None = None) -> Operation:
         """Take back the last operation on refs, metrics or labels that is not undone yet.
 
@@ -155,6 +162,7 @@ class Repository:
         """
         return self.catalog.history().undo(expect=expect, author=getpass.getuser())
 
+    @journaled
     def add_metrics(self, ref: str | int | None, metrics: Mapping[str, float]) -> Version:
         """Add metrics to a version, such as those of a later evaluation.
 
@@ -163,6 +171,7 @@ class Repository:
         """
         return self.catalog.history().add_metrics(ref, metrics, author=getpass.getuser())
 
+    @journaled
     def add_labels(self, ref: str | int | None, labels: Mapping[str, str]) -> Version:
         """Add labels to a version.
 
@@ -328,8 +337,8 @@ def open(
         InvalidInputError: `data` is missing, or not what the repository keeps.
         SchemaError: a database that is not ours, older or newer; the message names the cure.
     """
-    url, folder = _located(os.fspath(target))
-    data_url = None if data is None else _absolute(os.fspath(data))
+    url, folder = locate(os.fspath(target))
+    data_url = None if data is None else absolute_data(os.fspath(data))
     try:
         catalog = Catalog.open(url, create=False, data_url=data_url)
     except NotFoundError:
@@ -367,21 +376,3 @@ def _make(
     if data_url is not None:
         open_storage(data_url, base=folder, create=True)
     return Catalog.open(url, create=True, data_url=data_url, chunk=chunk)
-
-
-def _located(target: str) -> tuple[str, Path | None]:
-    """Return the database URL, and the folder of an embedded repository."""
-    if "://" in target:
-        return target, None
-    if not target:
-        raise InvalidInputError("the repository's path is empty; pass a folder or a database URL.")
-    folder = Path(target).absolute()
-    if folder.is_file():
-        raise InvalidInputError(
-            f"{target!r} is a file; pass its folder, or 'sqlite:///{target}' with data=."
-        )
-    return sqlite_url(folder / _CATALOG_FILE), folder
-
-
-def _absolute(data: str) -> str:
-    return data if "://" in data else str(Path(data).absolute())

@@ -28,6 +28,7 @@ FLOORS = {
     "progress": 1,
     "journal": 2,
     "leases": 2,
+    "places": 2,
     "zarr_view": 2,
     "planning": 2,
     "collectives": 2,
@@ -51,8 +52,10 @@ FLOORS = {
 LADDERS = [
     ("errors", "records"),
     ("errors", "refs"),
+    ("errors", "durations"),
     ("geometry", "records"),
     ("repository", "api"),
+    ("convert", "cli"),
     ("async_saving", "api"),
 ]
 
@@ -120,13 +123,19 @@ def described(name: str) -> str:
         return f"## `{name}`\n\nAn error ({thing.__mro__[1].__name__}). {text}\n"
     members = [
         f"- `{member}{_signature(value)}`: {inspect.cleandoc(value.__doc__).splitlines()[0]}"
-        for member, value in vars(thing).items()
+        for member, value in _members(thing).items()
         if inspect.isclass(thing) and inspect.isfunction(value) and not member.startswith("_")
     ]
     listed = "\n".join(members) + "\n" if members else ""
     head = f"## `{name}`\n\n```python\n{name}{_signature(thing)}\n```\n\n"
     text = text.replace("```", "")
     return f"{head}```text\n{text}\n```\n" + (f"\n{listed}" if listed else "")
+
+
+def _members(thing: type) -> dict[str, object]:
+    """Return what a class of ours holds, its bases first."""
+    ours = [base for base in reversed(thing.__mro__) if base.__module__.startswith("dcpstore")]
+    return {name: value for base in ours for name, value in vars(base).items()}
 
 
 def _signature(thing: object) -> str:

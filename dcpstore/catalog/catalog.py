@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
 from dcpstore.catalog import journal, known, operations, queries, refs, saves, sql
 from dcpstore.catalog.engine import Database
 from dcpstore.catalog.history import History
-from dcpstore.catalog.lifecycle import open_repository, upgrade_schema
+from dcpstore.catalog.lifecycle import open_repository, restore_repository, upgrade_schema
+from dcpstore.catalog.rebuilding import Contents, Restored, restore
 from dcpstore.catalog.upkeep import Upkeep
 from dcpstore.records import (
     ChunkDefaults,
@@ -83,6 +84,26 @@ class Catalog:
         database = Database(url)
         try:
             return upgrade_schema(database)
+        finally:
+            database.close()
+
+    @staticmethod
+    def rebuild(
+        url: str,
+        repository: RepositoryRecord,
+        operations: Iterable[Mapping[str, Any]],
+        contents: Contents,
+    ) -> Restored:
+        """Make a catalog from the operations of a journal and what the manifests hold.
+
+        Raises:
+            AlreadyExistsError: the database is not empty.
+        """
+        database = Database(url)
+        try:
+            return restore_repository(
+                database, repository, lambda connection: restore(connection, operations, contents)
+            )
         finally:
             database.close()
 

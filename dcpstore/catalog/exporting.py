@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable
 
 from sqlalchemy import Connection, select, update
 
 from dcpstore.catalog import schema
 from dcpstore.catalog.queries import load_entries, load_plan
-from dcpstore.catalog.versions import id_of_number, load_versions
+from dcpstore.catalog.versions import ancestors, id_of_number, load_versions
 from dcpstore.catalog.wanted import wanted_ids
-from dcpstore.errors import NotFoundError
+from dcpstore.errors import CorruptionError
 from dcpstore.records import (
     NewChunk,
     NewEntry,
@@ -21,7 +22,7 @@ from dcpstore.records import (
     VersionDraft,
 )
 
-__all__ = ["clear_stale", "load_content", "stale_versions"]
+__all__ = ["clear_stale", "lineage", "load_content", "mark_version_stale", "stale_versions"]
 
 _version = schema.version
 
@@ -31,6 +32,7 @@ def load_content(connection: Connection, number: int) -> tuple[VersionDraft, Ver
 
     Raises:
         NotFoundError: there is no such version, or it was expired.
+        CorruptionError: the catalog lacks some of its chunks.
     """
     version_id = id_of_number(connection, number)
     row = connection.execute(select(_version).where(_version.c.id == version_id)).one()
@@ -95,19 +97,45 @@ def stale_versions(connection: Connection) -> dict[int, str]:
 
 
 def clear_stale(connection: Connection, number: int, mark: str) -> bool:
-    """Note that a manifest was written anew; False if chunks moved again since `mark` was read."""
+    """Note that a manifest was written anew; False if chunks moved again since `mark` was read.
+
+    It is stale then, whoever wrote it since: what was written here may have come last.
+    """
     done = connection.execute(
         update(_version)
         .where(_version.c.number == number, _version.c.stale == mark)
         .values(stale=None)
         .returning(_version.c.id)
     ).all()
+    if not done:
+        mark_version_stale(connection, number)
     return bool(done)
+
+
+def mark_version_stale(connection: Connection, number: int) -> None:
+    """Note that the manifest of a version is to be written anew."""
+    connection.execute(
+        update(_version)
+        .where(_version.c.number == number, _version.c.status == "committed")
+        .values(stale=secrets.token_hex(8))
+    )
+
+
+def lineage(connection: Connection, number: int) -> list[str]:
+    """Return the uids of the ancestors of a version, the parent first, expired ones included."""
+    up = ancestors(id_of_number(connection, number))
+    rows = connection.scalars(
+        select(_version.c.uid)
+        .join(up, up.c.id == _version.c.id)
+        .where(up.c.depth > 0)
+        .order_by(up.c.depth)
+    )
+    return list(rows)
 
 
 def _new(tensor: TensorRecord, chunks: list[NewChunk]) -> NewTensor:
     if len(chunks) != sum(part.size for part in tensor.parts):
-        raise NotFoundError(
+        raise CorruptionError(
             f"the catalog lacks chunks of the tensor {tensor.digest}; run 'dcpstore verify'."
         )
     return NewTensor(

@@ -9,18 +9,21 @@ from __future__ import annotations
 import sqlite3
 import time
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import import_module
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from sqlalchemy import Connection, func, insert, inspect, select, text
 
 from dcpstore.catalog import schema
 from dcpstore.catalog.engine import Database
-from dcpstore.errors import InvalidInputError, NotFoundError, SchemaError
+from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError, SchemaError
 from dcpstore.records import ChunkDefaults, RepositoryRecord
 
-__all__ = ["FORMAT_VERSION", "open_repository", "upgrade_schema"]
+__all__ = ["FORMAT_VERSION", "open_repository", "restore_repository", "upgrade_schema"]
+
+T = TypeVar("T")
 
 FORMAT_VERSION = 1
 _CREATION_LOCK = 0x6463_7073  # any number that is ours: Postgres's key of the advisory lock
@@ -69,6 +72,32 @@ def open_repository(
     return record
 
 
+def restore_repository(
+    database: Database, record: RepositoryRecord, fill: Callable[[Connection], T]
+) -> T:
+    """Create the catalog of a repository that was lost and fill it, in one transaction.
+
+    Raises:
+        AlreadyExistsError: the database is not empty.
+    """
+    if database.file is not None:
+        database.file.parent.mkdir(parents=True, exist_ok=True)
+    database.may_create_file = True
+    if database.is_sqlite:
+        with database.outside() as driver:
+            _enter_wal(driver)
+    with database.write() as connection:
+        _lock(database, connection)
+        if inspect(connection).get_table_names():
+            raise AlreadyExistsError(
+                f"the database {database.shown} is not empty, and a rebuild never changes what is "
+                "there. Give it an empty database, or move this one away first."
+            )
+        _migrate(connection)
+        _insert_record(connection, record)
+        return fill(connection)
+
+
 def upgrade_schema(database: Database) -> tuple[str, str]:
     """Bring an older catalog's tables to those of today; return the revisions before and after.
 
@@ -99,26 +128,32 @@ def _create(database: Database, data_url: str, chunk: ChunkDefaults) -> Reposito
             return _read_record(connection)
         _migrate(connection)
         now = datetime.now(UTC)
-        connection.execute(
-            insert(schema.repository).values(
-                id=1,
-                uid=uuid.uuid4().hex,
-                format_version=FORMAT_VERSION,
-                data_url=data_url,
-                chunk_nbytes=chunk.nbytes,
-                chunk_codec=chunk.codec,
-                created_at=now,
-                last_version=0,
-                last_operation=1,
-                last_journaled=0,
-            )
-        )
+        uid = uuid.uuid4().hex
+        record = RepositoryRecord(uid, FORMAT_VERSION, data_url, chunk, created_at=now)
+        _insert_record(connection, record)
         connection.execute(
             insert(schema.operation).values(
                 number=1, kind="init", target="", author="", created_at=now
             )
         )
         return _read_record(connection)
+
+
+def _insert_record(connection: Connection, record: RepositoryRecord) -> None:
+    connection.execute(
+        insert(schema.repository).values(
+            id=1,
+            uid=record.uid,
+            format_version=record.format_version,
+            data_url=record.data_url,
+            chunk_nbytes=record.chunk.nbytes,
+            chunk_codec=record.chunk.codec,
+            created_at=record.created_at,
+            last_version=0,
+            last_operation=1,
+            last_journaled=0,
+        )
+    )
 
 
 def _enter_wal(driver: sqlite3.Connection) -> None:

@@ -92,13 +92,11 @@ def _replay(operations: Iterable[Json]) -> _State:
 
 
 def _learn(state: _State, fact: Json) -> None:
-    """Take what is said of a version; later words win, metrics and labels add up."""
-    before = state.facts.get(fact["uid"], {"metrics": {}, "labels": {}})
-    joined = {key: {**before[key], **fact[key]} for key in ("metrics", "labels")}
-    state.facts[fact["uid"]] = {**fact, **joined}
-    if fact["uid"] not in before:
+    """Take what is said of a version; later words win."""
+    if fact["uid"] not in state.facts:  # later on, packs come and go by gc
         for key, nbytes in fact["packs"]:
             state.packs.setdefault(key, (nbytes, fact["uid"]))
+    state.facts[fact["uid"]] = dict(fact)
 
 
 def _replay_gc(state: _State, detail: Json, at: datetime) -> None:

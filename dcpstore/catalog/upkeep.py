@@ -110,6 +110,16 @@ class Upkeep:
         with self._database.write() as connection:
             return exporting.clear_stale(connection, number, mark)
 
+    def mark_stale(self, number: int) -> None:
+        """Note that the manifest of a version is to be written anew."""
+        with self._database.write() as connection:
+            exporting.mark_version_stale(connection, number)
+
+    def lineage(self, number: int) -> list[str]:
+        """Return the uids of the ancestors of a version, the parent first."""
+        with self._database.read() as connection:
+            return exporting.lineage(connection, number)
+
     # Verify
 
     def inspect(self) -> list[Fault]:

@@ -1,0 +1,34 @@
+"""Spans of time as people write them: `90s`, `30m`, `24h`, `7d`, `2w`."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+
+from dcpstore.errors import InvalidInputError
+
+__all__ = ["Duration", "as_duration"]
+
+Duration = timedelta | str
+_TEXT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([smhdw])")
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+def as_duration(given: Duration, *, what: str) -> timedelta:
+    """Return a span of time that is not negative.
+
+    Raises:
+        InvalidInputError: `given` is none; the message calls it `what`.
+    """
+    span = given
+    if isinstance(given, str) and (match := _TEXT.fullmatch(given.strip())):
+        try:
+            span = timedelta(**{_UNITS[match[2]]: float(match[1])})
+        except OverflowError:
+            span = given
+    if not isinstance(span, timedelta) or span < timedelta(0):
+        raise InvalidInputError(
+            f"{what} {given!r} is no span of time; write '90s', '30m', '24h', '7d' or '2w', or "
+            "give a timedelta."
+        )
+    return span

@@ -1,0 +1,1 @@
+"""Upkeep: what may go, what is damaged, and how a lost catalog comes back."""

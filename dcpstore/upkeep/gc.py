@@ -1,0 +1,191 @@
+"""Garbage collection: bytes that nothing reaches are condemned, and deleted after a grace time.
+
+Everything is decided in catalog transactions, which wait for those of saves; a file is deleted only
+after its row was condemned for the grace time, so running saves, loads and other collections on any
+host are safe, and a collection that is killed is finished by the next (design, invariant 5).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from dcpstore.catalog import Catalog
+from dcpstore.durations import Duration, as_duration
+from dcpstore.errors import CorruptionError, DcpstoreError, NotFoundError
+from dcpstore.journal import write_journal
+from dcpstore.records import PackRecord
+from dcpstore.storage.interface import Storage
+from dcpstore.storage.operations import decode_operation, operation_key
+from dcpstore.uids import uid_time
+
+__all__ = ["GcReport", "collect"]
+
+_LIVE_SHARE = 0.5  # a pack of which less is reached is worth copying
+
+
+@dataclass(frozen=True, slots=True)
+class GcReport:
+    """What a collection did, or would do with `dry_run`.
+
+    `condemned` packs wait for their grace time, `deleted` ones are gone; `repacked` pairs an old
+    pack with the one that took over its live chunks. `cleared` are the keys of other objects that
+    were deleted: of crashed saves and of expired versions. `unknown` keys are of no version that
+    the catalog knows, and were left alone. `nbytes_freed` counts `deleted` and `cleared`.
+    """
+
+    condemned: tuple[PackRecord, ...]
+    repacked: tuple[tuple[PackRecord, PackRecord | None], ...]
+    deleted: tuple[PackRecord, ...]
+    cleared: tuple[str, ...]
+    unknown: tuple[str, ...]
+    crashed: tuple[str, ...]
+    nbytes_freed: int
+    dry_run: bool
+
+    @property
+    def nbytes_condemned(self) -> int:
+        """The bytes of the packs that were condemned now."""
+        return sum(pack.nbytes for pack in self.condemned)
+
+
+def collect(
+    catalog: Catalog,
+    storage: Storage,
+    *,
+    grace: Duration,
+    lease: Duration,
+    author: str,
+    dry_run: bool,
+) -> GcReport:
+    """Condemn, repack and delete; with `dry_run`, tell what would be.
+
+    Args:
+        catalog: of the repository.
+        storage: of the repository.
+        grace: how long what is condemned stays readable.
+        lease: how long a save may be silent before it counts as crashed.
+        author: of the operations that are recorded.
+        dry_run: change nothing.
+
+    Raises:
+        InvalidInputError: a save is running that is older than `grace`.
+        DcpstoreError: the data folder is another repository's.
+    """
+    grace, lease = as_duration(grace, what="grace"), as_duration(lease, what="lease")
+    upkeep = catalog.upkeep()
+    if not dry_run:
+        write_journal(catalog, storage)
+    _check_owner(catalog, storage)
+    found = upkeep.condemn(
+        now=datetime.now(UTC),
+        grace=grace,
+        lease=lease,
+        live_share=_LIVE_SHARE,
+        author=author,
+        dry_run=dry_run,
+    )
+    repacked: list[tuple[PackRecord, PackRecord | None]] = [(pack, None) for pack in found.sparse]
+    if not dry_run:
+        if found.sparse:
+            from dcpstore.upkeep.repacking import repack  # noqa: PLC0415 (loads torch)
+
+            repacked = list(repack(catalog, storage, found.sparse, author=author))
+        if upkeep.stale_versions():
+            from dcpstore.upkeep.manifests import renew_manifests  # noqa: PLC0415 (loads torch)
+
+            renew_manifests(catalog, storage)
+        write_journal(catalog, storage)
+    deleted = _delete_packs(catalog, storage, grace=grace, author=author, dry_run=dry_run)
+    if dry_run and not grace:
+        deleted += found.condemned
+    cleared, unknown, nbytes = _clear_leftovers(
+        catalog, storage, grace=grace, lease=lease, dry_run=dry_run
+    )
+    return GcReport(
+        condemned=tuple(found.condemned) + tuple(old for old, new in repacked if new is not None),
+        repacked=tuple(repacked),
+        deleted=tuple(deleted),
+        cleared=tuple(cleared),
+        unknown=tuple(unknown),
+        crashed=tuple(found.crashed),
+        nbytes_freed=nbytes + sum(pack.nbytes for pack in deleted),
+        dry_run=dry_run,
+    )
+
+
+def _check_owner(catalog: Catalog, storage: Storage) -> None:
+    """Refuse to work in a data folder that another repository's catalog describes too."""
+    try:
+        owner = decode_operation(storage.get(operation_key(1)))["repository"]["uid"]
+    except NotFoundError:
+        return  # nothing was journaled yet
+    except (CorruptionError, LookupError) as error:
+        raise DcpstoreError(
+            f"cannot tell whose data {storage.url!r} is: its first operation is damaged ({error}). "
+            "Restore operations/000000000001.json from a copy before anything is deleted."
+        ) from error
+    if owner != catalog.repository.uid:
+        raise DcpstoreError(
+            f"the data in {storage.url!r} belongs to repository {owner}, and this one is "
+            f"{catalog.repository.uid}; nothing was deleted. Give each its own data folder, or "
+            "restore the first's catalog with 'dcpstore rebuild'."
+        )
+
+
+def _delete_packs(
+    catalog: Catalog, storage: Storage, *, grace: timedelta, author: str, dry_run: bool
+) -> list[PackRecord]:
+    upkeep = catalog.upkeep()
+    doomed = upkeep.find_doomed(before=datetime.now(UTC) - grace)
+    if doomed and not dry_run:
+        for pack in doomed:
+            storage.delete(pack.key)
+        # Only now: a crash in between leaves rows by which the next collection tries again.
+        upkeep.forget_packs([p.key for p in doomed], now=datetime.now(UTC), author=author)
+        write_journal(catalog, storage)
+    return doomed
+
+
+def _clear_leftovers(
+    catalog: Catalog, storage: Storage, *, grace: timedelta, lease: timedelta, dry_run: bool
+) -> tuple[list[str], list[str], int]:
+    """Delete what crashed saves and expired versions left; return it, the unknown, and bytes."""
+    # Listed before the catalog is asked: what appears later may belong to a save that it misses.
+    keys = [(key, key.split("/")[1].split(".")[0]) for key in _listed(storage)]
+    now = datetime.now(UTC)
+    leftovers, strange = catalog.upkeep().find_leftovers(keys, now=now, grace=grace, lease=lease)
+    uids = dict(keys)
+    described = {uid for key, uid in keys if key.startswith("manifests/")}
+    unknown = []
+    for key in strange:
+        # Of a save that died before it began, or a repacking that did: without a manifest, and old.
+        if uids[key] not in described and _is_older(uids[key], now - max(grace, lease)):
+            leftovers.append(key)
+        else:
+            unknown.append(key)
+    nbytes = 0
+    for key in leftovers:
+        try:
+            nbytes += storage.size(key)
+        except NotFoundError:
+            continue  # another collection was faster
+        if not dry_run:
+            storage.delete(key)
+    return leftovers, unknown, nbytes
+
+
+def _listed(storage: Storage) -> list[str]:
+    return [
+        key
+        for folder in ("packs", "manifests")
+        for key in storage.list(folder)
+        if key.count("/") == (2 if folder == "packs" else 1)
+    ]
+
+
+def _is_older(uid: str, time: datetime) -> bool:
+    try:
+        return uid_time(uid) <= time
+    except (ValueError, OverflowError):
+        return False

@@ -1,0 +1,64 @@
+"""Packs that are mostly dead: their live chunks are copied to a new one, then they are condemned.
+
+Committed versions stay readable throughout: the new pack is durable before one transaction lets the
+chunks lie there, and who still holds the old places finds the old pack until its grace time ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from datetime import UTC, datetime
+
+from dcpstore.catalog import Catalog
+from dcpstore.errors import CorruptionError
+from dcpstore.records import PackRecord
+from dcpstore.storage.interface import Storage
+from dcpstore.storage.packs import PackReader, PackWriter, pack_key
+from dcpstore.uids import new_uid
+from dcpstore.upkeep.chunks import check_chunk
+
+__all__ = ["repack"]
+
+_WHOLE = 1 << 62  # bytes: what comes from one pack goes into one
+
+
+def repack(
+    catalog: Catalog, storage: Storage, packs: Sequence[PackRecord], *, author: str
+) -> list[tuple[PackRecord, PackRecord]]:
+    """Copy the live chunks of each pack to a new one; return the pairs, old and new.
+
+    A pack that turns out damaged stays as it is, for verify to report.
+    """
+    upkeep, uid = catalog.upkeep(), new_uid()
+    done = []
+    for rank, old in enumerate(packs):
+        if not upkeep.plan_pack(old.key, pack_key(uid, rank, 0), now=datetime.now(UTC)):
+            continue
+        writer = PackWriter(storage, uid, rank, limit=_WHOLE)
+        try:
+            moves = _copy(catalog, storage, old, writer)
+            (new,) = writer.finish()
+        except CorruptionError:
+            writer.discard()
+            continue
+        except BaseException:
+            writer.discard()
+            raise
+        if upkeep.switch_pack(old.key, new, moves, now=datetime.now(UTC), author=author):
+            done.append((old, new))
+    return done
+
+
+def _copy(
+    catalog: Catalog, storage: Storage, old: PackRecord, writer: PackWriter
+) -> dict[int, int]:
+    """Append every chunk of `old` that is reached; return the new offsets by the old ones."""
+    moves: dict[int, int] = {}
+    with closing(PackReader(storage)) as packs:
+        for chunk in catalog.upkeep().packed_chunks(old.key):
+            encoded = packs.read(old.key, chunk.offset, chunk.length)
+            check_chunk(chunk, encoded)
+            if chunk.offset not in moves:
+                moves[chunk.offset] = writer.append(encoded).offset
+    return moves

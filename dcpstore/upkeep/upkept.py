@@ -1,0 +1,138 @@
+"""`Upkept`: the methods of a repository that keep it in order."""
+
+from __future__ import annotations
+
+import getpass
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+from dcpstore.catalog import Catalog
+from dcpstore.durations import Duration
+from dcpstore.errors import InvalidInputError
+from dcpstore.journal import journaled
+from dcpstore.storage.interface import Storage
+from dcpstore.upkeep.gc import GcReport, collect
+from dcpstore.upkeep.retention import Best, ExpireReport, Retention, expire
+from dcpstore.upkeep.verify import VerifyReport, verify
+
+if TYPE_CHECKING:
+    from dcpstore.upkeep.copying import CopyReport
+
+__all__ = ["Upkept"]
+
+
+class Upkept:
+    """The part of `Repository` that forgets, collects, verifies and copies."""
+
+    catalog: Catalog
+    storage: Storage
+
+    @journaled
+    def expire(
+        self,
+        *,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        keep_best: Best | None = None,
+        keep_tagged: bool = False,
+        keep_since: datetime | timedelta | str | None = None,
+        branch: str | None = None,
+        dry_run: bool = False,
+    ) -> ExpireReport:
+        """Forget the versions that no rule keeps; `gc` then frees their bytes.
+
+        A branch tip, a tagged version and the newest version stay whatever the rules say. Of an
+        expired version the row stays, so that parents and operations still resolve; its entries go.
+
+        Args:
+            keep_last: keep so many newest versions of each branch that versions were saved to.
+            keep_every: keep versions whose step is a multiple of this.
+            keep_best: `("val_loss", 3)` keeps the three with the smallest val_loss;
+                `("accuracy", 3, "max")` those with the largest.
+            keep_tagged: no rule but that tagged versions stay, as they always do.
+            keep_since: keep versions made since a time, or within a span such as `"7d"`.
+            branch: look only at versions that were saved to this branch.
+            dry_run: change nothing, and tell what would expire.
+
+        Raises:
+            InvalidInputError: there is no rule, or one that cannot be meant.
+            NotFoundError: no version has that metric, or was saved to that branch.
+        """
+        rules = Retention(keep_last, keep_every, keep_best, keep_tagged, keep_since)
+        return expire(self.catalog, rules, author=getpass.getuser(), branch=branch, dry_run=dry_run)
+
+    @journaled
+    def gc(
+        self, *, grace: Duration = "24h", dry_run: bool = False, lease: Duration = "1h"
+    ) -> GcReport:
+        """Free the bytes that nothing reaches.
+
+        Packs are condemned first, and deleted by the first gc after `grace`; until then loads that
+        began earlier find them. Packs that are mostly dead are copied to smaller ones. What crashed
+        saves left is cleared once they were silent for `lease`.
+
+        Args:
+            grace: a span of time, such as `"24h"` or a timedelta.
+            dry_run: change nothing, and tell what would be freed.
+            lease: a running save renews its lease every 30 seconds.
+
+        Raises:
+            InvalidInputError: a save has been running for longer than `grace`.
+        """
+        return collect(
+            self.catalog,
+            self.storage,
+            grace=grace,
+            lease=lease,
+            author=getpass.getuser(),
+            dry_run=dry_run,
+        )
+
+    def verify(
+        self, *, deep: bool = False, resume: bool = False, limit: float | None = None
+    ) -> VerifyReport:
+        """Look for damage; the report's `.damaged` is empty where all is well.
+
+        What is damaged is marked: no save reuses it, so saving the same content again heals it.
+
+        Args:
+            deep: read every chunk and check its digest; else only what needs no reading.
+            resume: go on with a deep look that was broken off.
+            limit: most bytes a second to read.
+
+        Raises:
+            InvalidInputError: `limit` is not positive, or `resume` is given without `deep`.
+        """
+        if limit is not None and not limit > 0:
+            raise InvalidInputError(f"limit is {limit!r}; give bytes a second, more than 0.")
+        if resume and not deep:
+            raise InvalidInputError("only a deep look is resumed; give deep=True (--deep) too.")
+        return verify(self.catalog, self.storage, deep=deep, resume=resume, limit=limit)
+
+    def copy_to(self, other: Upkept, refs: Sequence[str | int] | None = None) -> CopyReport:
+        """Copy versions to another repository, without writing chunks that it holds.
+
+        A version keeps its uid and gets a new number; one that is there already is left alone.
+
+        Args:
+            other: the repository to copy to.
+            refs: the versions, each alone; those that are tags or branches are made there too.
+                None is every version, tag and branch.
+
+        Raises:
+            NotFoundError: a ref names nothing.
+            CorruptionError: a stored chunk is damaged.
+        """
+        from dcpstore.upkeep.copying import copy_versions  # noqa: PLC0415 (loads torch)
+
+        if isinstance(refs, str):
+            raise InvalidInputError(f"refs={refs!r} is one text; pass a list: [{refs!r}].")
+        if other.catalog.repository.uid == self.catalog.repository.uid:
+            raise InvalidInputError("source and target are the same repository.")
+        return copy_versions(
+            (self.catalog, self.storage),
+            (other.catalog, other.storage),
+            refs,
+            author=getpass.getuser(),
+        )

@@ -1,0 +1,236 @@
+"""Is it intact: what the catalog and the data folder tell of damage, and whom it touches.
+
+A quick look reads no chunks: the catalog's rules, packs present and of the right size, manifests
+sound. A deep look reads every chunk that a version reaches. What is damaged is marked: no save
+reuses it, so saving the content again heals it, and gc writes a damaged manifest anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from dcpstore.catalog import Catalog
+from dcpstore.catalog.checking import PackState, Reached
+from dcpstore.errors import CorruptionError, NotFoundError
+from dcpstore.records import Version
+from dcpstore.storage.interface import Storage
+from dcpstore.storage.manifests import decode_manifest, manifest_key
+
+__all__ = ["ChunkDamage", "Damage", "DamagedVersion", "VerifyReport", "verify"]
+
+_QUICK = ("missing: ", "size: ")  # how damage begins that a look without reading finds
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDamage:
+    """One chunk that is not what its digest says; `fqns` are of any version that has it."""
+
+    pack: str
+    offset: int
+    length: int
+    part: int
+    ordinal: int
+    reason: str
+    fqns: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One thing that is damaged: a "pack" or "manifest" by its key, or the "catalog".
+
+    `versions` and `fqns` are those that it touches.
+    """
+
+    kind: str
+    key: str
+    reason: str
+    versions: tuple[int, ...] = ()
+    fqns: tuple[str, ...] = ()
+    chunks: tuple[ChunkDamage, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedVersion:
+    """A version that does not load whole, and the nearest one that does: an ancestor, if any."""
+
+    version: int
+    nearest_intact: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What was looked at, and everything that was found damaged."""
+
+    damaged: tuple[Damage, ...]
+    versions: tuple[DamagedVersion, ...]
+    packs: int
+    manifests: int
+    chunks: int
+    nbytes_read: int
+    deep: bool
+
+
+def verify(
+    catalog: Catalog,
+    storage: Storage,
+    *,
+    deep: bool,
+    resume: bool,
+    limit: float | None,
+) -> VerifyReport:
+    """Look at everything; with `deep`, read every chunk.
+
+    Args:
+        catalog: of the repository.
+        storage: of the repository.
+        deep: check the digest of every chunk that a version reaches.
+        resume: go on with a deep look that did not come to its end.
+        limit: most bytes a second to read.
+    """
+    look = _Look(catalog, storage)
+    look.at_catalog()
+    packs = look.at_packs()
+    manifests = look.at_manifests()
+    chunks = nbytes = 0
+    if deep:
+        from dcpstore.upkeep.digests import check_packs  # noqa: PLC0415 (loads torch)
+
+        chunks, nbytes = check_packs(
+            catalog, storage, packs, resume=resume, limit=limit, found=look.found_in_pack
+        )
+    damaged = look.damage()
+    hurt = {n for one in damaged if one.kind != "manifest" for n in one.versions}
+    return VerifyReport(
+        damaged=damaged,
+        versions=_with_nearest(catalog.log(), hurt),
+        packs=len(packs),
+        manifests=manifests,
+        chunks=chunks,
+        nbytes_read=nbytes,
+        deep=deep,
+    )
+
+
+class _Look:
+    """Collects what is found; one entry for each thing that is damaged."""
+
+    def __init__(self, catalog: Catalog, storage: Storage) -> None:
+        self._catalog, self._storage = catalog, storage
+        self._upkeep = catalog.upkeep()
+        self._found: dict[tuple[str, str], Damage] = {}
+
+    def damage(self) -> tuple[Damage, ...]:
+        """Return all that was found."""
+        return tuple(self._found.values())
+
+    def at_catalog(self) -> None:
+        """Look at the catalog's own rules."""
+        for i, fault in enumerate(self._upkeep.inspect()):
+            held = [] if fault.tensor is None else self._upkeep.reached_by_tensor(fault.tensor)
+            self._enter("catalog", str(i), fault.text, held)
+
+    def at_packs(self) -> list[PackState]:
+        """Look whether every pack is there whole; return those that were looked at."""
+        packs = self._upkeep.packs()
+        for pack in packs:
+            reason = self._quick_look(pack)
+            if reason is None and pack.damage is not None and pack.damage.startswith(_QUICK):
+                self._upkeep.mark_pack(pack.key, damage=None, verified_at=None)
+            elif reason is not None or pack.damage is not None:
+                self._enter_pack(pack, reason or str(pack.damage))
+                if reason is not None and reason != pack.damage:
+                    self._upkeep.mark_pack(pack.key, damage=reason, verified_at=None)
+        return packs
+
+    def at_manifests(self) -> int:
+        """Look whether the manifest of every version is sound; return how many there are."""
+        versions = self._catalog.log()
+        for version in versions:
+            key = manifest_key(version.uid)
+            try:
+                uid = decode_manifest(self._storage.get(key)).draft.uid
+                reason = None if uid == version.uid else f"it is of version {uid}"
+            except NotFoundError:
+                reason = "it is missing"
+            except CorruptionError as error:
+                reason = str(error)
+            if reason is not None and self._is_there(version):
+                self._found["manifest", key] = Damage("manifest", key, reason, (version.number,))
+                self._upkeep.mark_stale(version.number)
+        return len(versions)
+
+    def found_in_pack(self, pack: PackState, bad: Sequence[ChunkDamage]) -> None:
+        """Take what a deep look found in one pack; nothing, where all is well."""
+        if not bad:
+            self._found.pop(("pack", pack.key), None)
+            return
+        held = self._upkeep.reached(pack.key, [chunk.offset for chunk in bad])
+        if not held and not self._is_live(pack.key):  # collected while it was looked at
+            return
+        known = self._found.get(("pack", pack.key))
+        if known is not None and known.reason.startswith(_QUICK):
+            return  # it is missing or short as a whole: told already
+        count = f"{len(bad)} chunk{'s' if len(bad) > 1 else ''}"
+        self._enter("pack", pack.key, f"{count} damaged: {bad[0].reason}", held, bad)
+
+    def _quick_look(self, pack: PackState) -> str | None:
+        try:
+            size = self._storage.size(pack.key)
+        except NotFoundError:
+            return (
+                f"{_QUICK[0]}the data folder does not hold it" if self._is_live(pack.key) else None
+            )
+        if size != pack.nbytes and self._is_live(pack.key):
+            return f"{_QUICK[1]}{size} bytes instead of {pack.nbytes}"
+        return None
+
+    def _enter_pack(self, pack: PackState, reason: str) -> None:
+        self._enter("pack", pack.key, reason, self._upkeep.reached(pack.key, None))
+
+    def _enter(
+        self,
+        kind: str,
+        key: str,
+        reason: str,
+        held: Iterable[Reached],
+        chunks: Sequence[ChunkDamage] = (),
+    ) -> None:
+        held = list(held)
+        self._found[kind, key] = Damage(
+            kind,
+            key,
+            reason,
+            versions=tuple(sorted({one.version for one in held})),
+            fqns=tuple(sorted({one.fqn for one in held})),
+            chunks=tuple(chunks),
+        )
+
+    def _is_live(self, key: str) -> bool:
+        """Tell whether a pack is one still: a collection may have been faster."""
+        return any(pack.key == key for pack in self._upkeep.packs())
+
+    def _is_there(self, version: Version) -> bool:
+        """Tell whether a version is one still: it may have expired."""
+        try:
+            return self._catalog.resolve(version.number).uid == version.uid
+        except NotFoundError:
+            return False
+
+
+def _with_nearest(versions: Sequence[Version], hurt: set[int]) -> tuple[DamagedVersion, ...]:
+    parents = {version.number: version.parent for version in versions}
+    intact = sorted(parents.keys() - hurt)
+    found = []
+    for number in sorted(hurt & parents.keys()):
+        nearest = parents[number]
+        while nearest is not None and nearest not in intact:
+            nearest = parents.get(nearest)
+        if nearest is None and intact:
+            nearest = min(intact, key=_distance_from(number))
+        found.append(DamagedVersion(number, nearest))
+    return tuple(found)
+
+
+def _distance_from(number: int) -> Callable[[int], int]:
+    return lambda other: abs(other - number)
