@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         SchemaError,
         UnsafeDataError,
     )
-    from dcpstore.planning import DefaultLoadPlanner, DefaultSavePlanner
+    from dcpstore.planning import DefaultLoadPlanner, DefaultSavePlanner, LoadOptions, PerRank
     from dcpstore.records import ChunkDefaults, LoadReport, Version
     from dcpstore.repository import Repository, open
 
@@ -55,12 +55,14 @@ __all__ = [
     "FileSystemReader",
     "FileSystemWriter",
     "InvalidInputError",
+    "LoadOptions",
     "LoadPlan",
     "LoadPlanner",
     "LoadReport",
     "MismatchError",
     "NotFoundError",
     "PendingSave",
+    "PerRank",
     "RankFailure",
     "ReadItem",
     "Repository",
@@ -116,7 +118,7 @@ _HOMES = {
         "SchemaError",
         "UnsafeDataError",
     ),
-    "dcpstore.planning": ("DefaultLoadPlanner", "DefaultSavePlanner"),
+    "dcpstore.planning": ("DefaultLoadPlanner", "DefaultSavePlanner", "LoadOptions", "PerRank"),
     "dcpstore.records": ("ChunkDefaults", "LoadReport", "Version"),
     "dcpstore.repository": ("Repository", "open"),
 }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, SupportsFloat, overload
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
@@ -20,6 +22,8 @@ from dcpstore.collectives import Alone, Collectives, find_collectives
 from dcpstore.errors import InvalidInputError
 from dcpstore.loading import LoadSource, load_version
 from dcpstore.planning import DefaultLoadPlanner, DefaultSavePlanner
+from dcpstore.planning.load_options import LoadOptions, OnDtype, Rename
+from dcpstore.planning.stateful import optimizer_names, own_names
 from dcpstore.records import LoadReport, Version
 from dcpstore.repository import Repository, opened
 from dcpstore.saving import SaveRequest, SaveTarget, make_request, save_version
@@ -250,6 +254,13 @@ def load(
     planner: LoadPlanner | None = None,
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    rename: Rename | None = None,
+    strict: bool = True,
+    on_dtype: OnDtype = "error",
+    init_missing: Callable[[str, torch.Tensor], object] | None = None,
+    dry_run: bool = False,
     verify: bool = True,
     allow_pickle: bool = False,
     checkpoint_id: str | os.PathLike[str] | None = None,
@@ -264,6 +275,13 @@ def load(
     planner: LoadPlanner | None = None,
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    rename: Rename | None = None,
+    strict: bool = True,
+    on_dtype: OnDtype = "error",
+    init_missing: Callable[[str, torch.Tensor], object] | None = None,
+    dry_run: bool = False,
     verify: bool = True,
     allow_pickle: bool = False,
     checkpoint_id: str | os.PathLike[str] | None = None,
@@ -281,6 +299,16 @@ def load(
         planner: torch's load planner or ours; None is `DefaultLoadPlanner()`.
         process_group: the ranks that take part; None is all.
         no_dist: load in this process alone, though a process group is there.
+        include, exclude: globs of FQNs of the state ("model.*"); the rest is left as it is.
+        rename: the FQN in the version of an FQN in the state, as a mapping or a function.
+        strict: False leaves what the version lacks as it is, and reports it as missing. The state
+            of optimizers is always restored by presence: a parameter that was frozen at the save,
+            or was added since, keeps what it has.
+        on_dtype: "cast" converts values whose dtype differs, "error" refuses them.
+        init_missing: called with the FQN and the tensor of each that the version lacks, after all
+            others are filled.
+        dry_run: return the report without touching the state; its `differences` say what would
+            make the load fail.
         verify: check every byte read against its digest before it reaches a tensor.
         allow_pickle: let values that are pickles run their code.
         checkpoint_id: another name for `repo`, for code written for torch.
@@ -312,14 +340,34 @@ def load(
             repository = stack.enter_context(opened(where, create=False))
             return LoadSource(repository.catalog, repository.storage)
 
+        def make_planner() -> LoadPlanner:
+            options = LoadOptions(
+                include=include,
+                exclude=exclude,
+                rename=rename,
+                strict=strict and init_missing is None,
+                on_dtype=on_dtype,
+            )
+            if planner is None:
+                optional = [*own_names(state_dict, rank=ranks.rank), *optimizer_names(state_dict)]
+                return DefaultLoadPlanner(options=replace(options, optional=optional))
+            if options != LoadOptions():
+                raise InvalidInputError(
+                    "include, exclude, rename, strict, on_dtype and init_missing are for our own "
+                    "planner; leave out planner=, or give that one the options."
+                )
+            return planner
+
         return load_version(
             state_dict,
             open_source,
             ref,
             ranks=ranks,
-            planner=planner or DefaultLoadPlanner(),
+            make_planner=make_planner,
             verify=verify,
             allow_pickle=allow_pickle,
+            dry_run=dry_run,
+            init_missing=init_missing,
         )
 
 

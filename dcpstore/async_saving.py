@@ -120,7 +120,7 @@ class _Saver:
             return sorted({key for _, _, keys in told for key in keys})
 
         def stage() -> tuple[dict[str, Any], bool]:
-            taken = take_state(state_dict, keys)
+            taken = take_state(state_dict, keys, rank=self._asking.rank)
             fits = staging_limit is None or _nbytes(taken) <= staging_limit
             staged: Any = self._stager.stage(taken) if fits else taken
             return staged, fits

@@ -277,11 +277,13 @@ class VersionContent:
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What a load did.
+    """What a load did, or with `dry_run` would do.
 
-    `missing` are FQNs that the state asked for and the version lacks (if the planner allows it),
-    `unexpected` those of the version that the state did not ask for. `chunks` and `nbytes_read`
-    (encoded bytes) are sums over the ranks; `seconds` are of the slowest rank by phase.
+    `missing` are FQNs that the state asked for and the version lacks (where that is allowed),
+    `unexpected` those of the version that the state did not ask for, `cast` those whose values were
+    converted to the state's dtype. `differences` say, for a dry run, what would make the load fail.
+    `chunks` and `nbytes_read` (encoded bytes) are sums over the ranks; `seconds` are of the slowest
+    rank by phase.
     """
 
     version: Version
@@ -290,6 +292,8 @@ class LoadReport:
     chunks: int
     nbytes_read: int
     seconds: Mapping[str, float]
+    cast: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
 
 
 class Row(tuple[Any, ...]):

@@ -8,18 +8,20 @@ chunks and reads them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from dcpstore.catalog import Catalog
 from dcpstore.collectives import Collectives, in_step, in_turn
-from dcpstore.errors import InvalidInputError
+from dcpstore.errors import InvalidInputError, MismatchError
 from dcpstore.loading.items import ItemReads
 from dcpstore.planning.described import describe_entries
+from dcpstore.planning.load_planner import DefaultLoadPlanner
 from dcpstore.planning.stateful import check_keys, give_state, take_template
 from dcpstore.progress import ProgressBar
 from dcpstore.records import EntryRecord, LoadReport, Version
@@ -43,10 +45,11 @@ class _Told:
 
     missing: tuple[str, ...] = ()
     asked: frozenset[str] = frozenset()
+    cast: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
     chunks: int = 0
     nbytes: int = 0
-    plan_seconds: float = 0.0
-    read_seconds: float = 0.0
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def load_version(
@@ -55,14 +58,16 @@ def load_version(
     ref: str | int | None,
     *,
     ranks: Collectives,
-    planner: LoadPlanner,
+    make_planner: Callable[[], LoadPlanner],
     verify: bool,
     allow_pickle: bool,
+    dry_run: bool = False,
+    init_missing: Callable[[str, torch.Tensor], object] | None = None,
 ) -> LoadReport:
     """Fill `state_dict`, of which this rank holds its part, from the version that `ref` names.
 
-    Every rank of `ranks` calls it with its own state, and gets the same report. `open_source` is
-    called inside the first exchange, so that what it raises is raised on all ranks.
+    Every rank of `ranks` calls it with its own state, and gets the same report. `open_source`
+    and `make_planner` are called inside the first exchange, so that all ranks raise their errors.
 
     Raises:
         MismatchError: everything that is missing or differs, on any rank; no tensor was touched.
@@ -73,12 +78,15 @@ def load_version(
     """
     began = time.perf_counter()
     source: LoadSource
+    planner: LoadPlanner
     template: dict[str, Any]
 
     def begin() -> _Opening:
-        nonlocal source
+        nonlocal source, planner
         source = open_source()
-        return _Opening(source.catalog.repository.uid, ref, check_keys(state_dict))
+        keys = check_keys(state_dict)
+        planner = make_planner()
+        return _Opening(source.catalog.repository.uid, ref, dry_run, keys)
 
     def resolve(told: Sequence[_Opening]) -> tuple[Version, list[EntryRecord], list[str]]:
         _check_agreement(told)
@@ -88,9 +96,18 @@ def load_version(
 
     def local_plan() -> LoadPlan:
         nonlocal template
-        template = take_template(state_dict, keys, entries)
+        template = take_template(state_dict, keys, entries, rank=ranks.rank)
         planner.set_up_planner(template, described, ranks.leads)
         return planner.create_local_plan()
+
+    def foretell() -> _Told:
+        try:
+            plan = local_plan()
+        except MismatchError as error:
+            return _Told(asked=_asked(planner, None), differences=error.differences)
+        reads = ItemReads(plan, planner, {e.fqn: e for e in entries})
+        chunks, nbytes = reads.measure(source.catalog, version=version.number)
+        return _told(planner, plan, chunks, nbytes)
 
     def read() -> _Told:
         plan = planner.finish_plan(mine)
@@ -108,34 +125,31 @@ def load_version(
                 verify=verify,
                 allow_pickle=allow_pickle,
             )
-        return _Told(
-            missing=tuple(getattr(planner, "missing", ())),
-            asked=_asked(planner, plan),
-            chunks=chunks,
-            nbytes=nbytes,
-            plan_seconds=planned - began,
-            read_seconds=time.perf_counter() - planned,
-        )
+        if init_missing is not None:
+            _initialise(planner, init_missing)
+        seconds = {"plan": planned - began, "read": time.perf_counter() - planned}
+        return _told(planner, plan, chunks, nbytes, seconds)
 
     def report(told: Sequence[_Told]) -> LoadReport:
         asked = frozenset().union(*(one.asked for one in told))
         return LoadReport(
             version=version,
-            missing=tuple(sorted({fqn for one in told for fqn in one.missing})),
+            missing=_joined(one.missing for one in told),
             unexpected=tuple(e.fqn for e in entries if e.fqn not in asked),
             chunks=sum(one.chunks for one in told),
             nbytes_read=sum(one.nbytes for one in told),
-            seconds={
-                "plan": max(one.plan_seconds for one in told),
-                "read": max(one.read_seconds for one in told),
-            },
+            seconds={phase: max(one.seconds[phase] for one in told) for phase in told[0].seconds},
+            cast=_joined(one.cast for one in told),
+            differences=_joined(one.differences for one in told),
         )
 
     version, entries, keys = in_step(ranks, "open", begin, resolve)
     described = describe_entries(entries)
-    mine = in_turn(ranks, "plan", local_plan, planner.create_global_plan)
+    if dry_run:
+        return in_step(ranks, "plan", foretell, report)
+    mine: LoadPlan = in_turn(ranks, "plan", local_plan, planner.create_global_plan)
     done = in_step(ranks, "read", read, report)
-    give_state(state_dict, template)
+    give_state(state_dict, template, rank=ranks.rank)
     return done
 
 
@@ -145,20 +159,54 @@ class _Opening:
 
     repository: str
     ref: str | int | None
+    dry_run: bool
     keys: tuple[str, ...]
 
 
-def _asked(planner: LoadPlanner, plan: LoadPlan) -> frozenset[str]:
-    """Return the FQNs that a rank asked for, those without elements (and so without items) too."""
-    asked = frozenset(item.storage_index.fqn for item in plan.items)
+def _told(
+    planner: LoadPlanner,
+    plan: LoadPlan,
+    chunks: int,
+    nbytes: int,
+    seconds: Mapping[str, float] | None = None,
+) -> _Told:
+    return _Told(
+        missing=tuple(getattr(planner, "missing", ())),
+        asked=_asked(planner, plan),
+        cast=tuple(getattr(planner, "cast", ())),
+        chunks=chunks,
+        nbytes=nbytes,
+        seconds=seconds or {},
+    )
+
+
+def _asked(planner: LoadPlanner, plan: LoadPlan | None) -> frozenset[str]:
+    """Return the FQNs of the version that a rank asked for, those without elements too."""
+    asked = frozenset(item.storage_index.fqn for item in plan.items) if plan else frozenset()
+    if isinstance(planner, DefaultLoadPlanner):
+        return asked | planner.stored
     return asked.union(getattr(planner, "state_dict", ()))
 
 
+def _joined(told: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    return tuple(sorted({text for texts in told for text in texts}))
+
+
+@torch.no_grad()
+def _initialise(planner: LoadPlanner, init_missing: Callable[[str, torch.Tensor], object]) -> None:
+    assert isinstance(planner, DefaultLoadPlanner)
+    for fqn in planner.missing:
+        tensor = planner.state_dict[fqn]
+        if isinstance(tensor, torch.Tensor):
+            init_missing(fqn, tensor)
+
+
 def _check_agreement(told: Sequence[_Opening]) -> None:
-    asked = [(one.repository, one.ref) for one in told]
+    asked = [(one.repository, one.ref, one.dry_run) for one in told]
     odd = next((rank for rank, one in enumerate(asked) if one != asked[0]), 0)
     if odd:
         raise InvalidInputError(
-            f"rank 0 loads {asked[0][1]!r} of repository {asked[0][0]}, rank {odd} "
-            f"{asked[odd][1]!r} of {asked[odd][0]}; pass the same ref and repository on every rank."
+            f"rank 0 loads {asked[0][1]!r} of repository {asked[0][0]} (dry_run={asked[0][2]}), "
+            f"rank {odd} {asked[odd][1]!r} of {asked[odd][0]} (dry_run={asked[odd][2]}); pass the "
+            "same ref, repository and dry_run on every rank."
         )

@@ -12,7 +12,7 @@ from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box
 from dcpstore.planning.load_planner import DefaultLoadPlanner
 from dcpstore.progress import ProgressBar
-from dcpstore.reading.boxes import BoxRequest, read_boxes
+from dcpstore.reading.boxes import BoxRequest, find_chunks, read_boxes
 from dcpstore.reading.values import read_values
 from dcpstore.records import EntryRecord
 from dcpstore.storage.packs import PackReader
@@ -53,6 +53,12 @@ class ItemReads:
             offsets = tuple(a + b for a, b in zip(start, item.storage_offsets, strict=True))
             self._tensors.append((item, target))
             self._requests.append(BoxRequest(entry, Box(offsets, tuple(item.lengths)), target))
+
+    def measure(self, catalog: Catalog, *, version: int) -> tuple[int, int]:
+        """Return the chunks and encoded bytes that `run` would read."""
+        boxes = ((request.entry, request.box) for request in self._requests)
+        chunks = find_chunks(boxes, catalog, version=version)
+        return len(chunks), sum(chunk.length for chunk in chunks)
 
     def run(
         self,

@@ -1,6 +1,8 @@
 """Planners: what each rank writes and reads, in torch's classes."""
 
+from dcpstore.planning.load_options import LoadOptions
 from dcpstore.planning.load_planner import DefaultLoadPlanner
 from dcpstore.planning.save_planner import DefaultSavePlanner
+from dcpstore.planning.stateful import PerRank
 
-__all__ = ["DefaultLoadPlanner", "DefaultSavePlanner"]
+__all__ = ["DefaultLoadPlanner", "DefaultSavePlanner", "LoadOptions", "PerRank"]

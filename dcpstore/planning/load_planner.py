@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 
 from dcpstore.errors import InvalidInputError, MismatchError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
+from dcpstore.planning.load_options import LoadOptions
 from dcpstore.planning.shards import local_shards
 
 __all__ = ["DefaultLoadPlanner"]
@@ -31,9 +32,28 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
     """Plans a load into DTensor, ShardedTensor, plain tensors and values, nested or flat.
 
     Where it differs from torch's: everything that does not fit is named at once, a dtype that
-    differs is an error, strided shards are several boxes, and no pickle is run. The arguments are
-    torch's; `allow_partial_load` lets FQNs be missing.
+    differs is an error, strided shards are several boxes, and no pickle is run. The first arguments
+    are torch's; `allow_partial_load` lets FQNs be missing, as `LoadOptions(strict=False)` does.
+
+    Attributes:
+        missing: FQNs of the state that the version lacks, after `create_local_plan`.
+        cast: FQNs whose values are converted to the dtype of the state.
+        stored: FQNs of the version that the state asks for.
     """
+
+    def __init__(
+        self,
+        flatten_state_dict: bool = True,
+        flatten_sharded_tensors: bool = True,
+        allow_partial_load: bool = False,
+        *,
+        options: LoadOptions | None = None,
+    ) -> None:
+        super().__init__(flatten_state_dict, flatten_sharded_tensors, allow_partial_load)
+        self.options = options or LoadOptions()
+        self.missing: list[str] = []
+        self.cast: list[str] = []
+        self.stored: set[str] = set()
 
     def set_up_planner(
         self,
@@ -53,7 +73,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
                 f"{error}: two items of the state have the same FQN; rename one of the keys."
             ) from error
         self._views: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
-        self.missing: list[str] = []
+        self.missing, self.cast, self.stored = [], [], set()
 
     def create_local_plan(self) -> LoadPlan:
         """Return the read items of this rank.
@@ -66,25 +86,43 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         differences: list[str] = []
         items: list[ReadItem] = []
         for fqn, wanted in self.state_dict.items():
-            kept = stored.get(fqn)
+            if not self.options.asks_for(fqn):
+                continue
+            name = self.options.stored_name(fqn)
+            self.stored.add(name)
+            kept = stored.get(name)
             if kept is None:
                 self.missing.append(fqn)
+                if not (self.allow_partial_load or self.options.may_lack(fqn)):
+                    differences.append(_absent(fqn, name, stored))
                 continue
-            difference = _difference(fqn, wanted, kept)
+            difference = self._difference(fqn, wanted, kept)
             if difference is not None:
                 differences.append(difference)
             elif isinstance(kept, TensorStorageMetadata):
-                items += self._tensor_items(fqn, wanted, kept)
+                items += self._tensor_items(fqn, name, wanted, kept)
             else:
-                items.append(_value_item(fqn))
-        if self.missing and not self.allow_partial_load:
-            differences = [*(_absent(fqn, stored) for fqn in self.missing), *differences]
+                items.append(_value_item(fqn, name))
         if differences:
             raise MismatchError.listing(differences)
         return LoadPlan(items)
 
+    def _difference(self, fqn: str, wanted: object, kept: object) -> str | None:
+        """Return how what the state holds differs from what is stored, or None where it fits."""
+        difference = _kind_difference(fqn, wanted, kept)
+        if difference is not None or not isinstance(kept, TensorStorageMetadata):
+            return difference
+        assert isinstance(wanted, torch.Tensor)
+        dtype = kept.properties.dtype
+        if wanted.dtype == dtype:
+            return None
+        if self.options.on_dtype == "cast":
+            self.cast.append(fqn)
+            return None
+        return f"{fqn!r} has dtype {dtype} in the version, and {wanted.dtype} in the state"
+
     def _tensor_items(
-        self, fqn: str, wanted: torch.Tensor, kept: TensorStorageMetadata
+        self, fqn: str, name: str, wanted: torch.Tensor, kept: TensorStorageMetadata
     ) -> Iterator[ReadItem]:
         stored = [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in kept.chunks]
         for shard in local_shards(fqn, wanted):
@@ -96,7 +134,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
                         type=LoadItemType.TENSOR,
                         dest_index=MetadataIndex(fqn, shard.box.offsets),
                         dest_offsets=torch.Size(shared.relative_to(shard.box).offsets),
-                        storage_index=MetadataIndex(fqn, box.offsets, i),
+                        storage_index=MetadataIndex(name, box.offsets, i),
                         storage_offsets=torch.Size(shared.relative_to(box).offsets),
                         lengths=torch.Size(shared.sizes),
                     )
@@ -141,40 +179,35 @@ def _own_key(container: Any, part: str | int) -> Any:
     return next(key for key in container if str(key) == part)
 
 
-def _value_item(fqn: str) -> ReadItem:
+def _value_item(fqn: str, name: str) -> ReadItem:
     return ReadItem(
         type=LoadItemType.BYTE_IO,
         dest_index=MetadataIndex(fqn),
         dest_offsets=_NO_OFFSET,
-        storage_index=MetadataIndex(fqn),
+        storage_index=MetadataIndex(name),
         storage_offsets=_NO_OFFSET,
         lengths=_NO_OFFSET,
     )
 
 
-def _difference(fqn: str, wanted: object, kept: object) -> str | None:
-    """Return how what the state holds differs from what is stored, or None where it fits."""
+def _kind_difference(fqn: str, wanted: object, kept: object) -> str | None:
     if not isinstance(kept, TensorStorageMetadata):
         if isinstance(wanted, torch.Tensor):
             return f"{fqn!r} is a value in the version, and a tensor in the state"
         return None
-    dtype = kept.properties.dtype
+    shape = tuple(kept.size)
     if not isinstance(wanted, torch.Tensor):
         return (
-            f"{fqn!r} is a tensor ({dtype}, {tuple(kept.size)}) in the version, "
+            f"{fqn!r} is a tensor ({kept.properties.dtype}, {shape}) in the version, "
             f"and {type(wanted).__name__} in the state"
         )
     if wanted.size() != kept.size:
-        return (
-            f"{fqn!r} has shape {tuple(kept.size)} in the version, "
-            f"and {tuple(wanted.size())} in the state"
-        )
-    if wanted.dtype != dtype:
-        return f"{fqn!r} has dtype {dtype} in the version, and {wanted.dtype} in the state"
+        return f"{fqn!r} has shape {shape} in the version, and {tuple(wanted.size())} in the state"
     return None
 
 
-def _absent(fqn: str, stored: dict[str, Any]) -> str:
-    near = difflib.get_close_matches(fqn, stored, n=2, cutoff=0.8)
+def _absent(fqn: str, name: str, stored: dict[str, Any]) -> str:
+    near = difflib.get_close_matches(name, stored, n=2, cutoff=0.8)
     hint = f" (near: {', '.join(map(repr, near))})" if near else ""
-    return f"{fqn!r} is not in the version{hint}"
+    renamed = f", renamed {name!r}," if name != fqn else ""
+    return f"{fqn!r}{renamed} is not in the version{hint}"

@@ -6,7 +6,7 @@ collective call (FSDP's is).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,15 @@ from dcpstore.encoding.dtypes import torch_dtype
 from dcpstore.errors import InvalidInputError
 from dcpstore.records import EntryRecord
 
-__all__ = ["check_keys", "give_state", "take_state", "take_template"]
+__all__ = [
+    "PerRank",
+    "check_keys",
+    "give_state",
+    "optimizer_names",
+    "own_names",
+    "take_state",
+    "take_template",
+]
 
 
 def check_keys(state_dict: Mapping[str, Any]) -> tuple[str, ...]:
@@ -35,38 +43,116 @@ def check_keys(state_dict: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(sorted(state_dict))
 
 
-def take_state(state_dict: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+class PerRank:
+    """A value or tensor of which each rank keeps its own, such as its random state.
+
+    It stands anywhere in a state, and is stored as one entry a rank ("rng.rank-3"). A load gives
+    each rank its own again. Where the number of ranks has grown, the ranks that saved none keep
+    what they have, and the report names their entries as missing; where it has shrunk, the entries
+    of the ranks that are gone are named as unexpected.
+
+    Attributes:
+        value: what this rank saves, or has loaded.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"PerRank({self.value!r})"
+
+
+def take_state(state_dict: Mapping[str, Any], keys: Iterable[str], *, rank: int) -> dict[str, Any]:
     """Return the plain state of `state_dict`; `keys` are those of all ranks, in one order."""
     return {
-        key: value.state_dict() if isinstance(value, Stateful) else value
+        key: _with_own(value.state_dict() if isinstance(value, Stateful) else value, rank)
         for key, value in ((key, state_dict[key]) for key in keys if key in state_dict)
     }
 
 
-def give_state(state_dict: dict[str, Any], filled: Mapping[str, Any]) -> None:
+def give_state(state_dict: dict[str, Any], filled: Mapping[str, Any], *, rank: int) -> None:
     """Hand the `filled` plain state back to the objects that it came from."""
     for key, value in filled.items():
         owner = state_dict[key]
         if isinstance(owner, Stateful):
             owner.load_state_dict(value)
         else:
-            state_dict[key] = value
+            state_dict[key] = _given_back(owner, value, rank)
+
+
+def own_names(state_dict: Mapping[str, Any], *, rank: int) -> list[str]:
+    """Return the FQNs below which a version may lack entries: those of `PerRank` values."""
+    return [".".join((*path, _own_name(rank))) for path in _own_paths(state_dict, ())]
+
+
+def _own_name(rank: int) -> str:
+    return f"rank-{rank}"
+
+
+def _own_paths(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    if isinstance(value, PerRank):
+        yield path
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _own_paths(inner, (*path, str(key)))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from _own_paths(inner, (*path, str(i)))
+
+
+def _with_own(value: Any, rank: int) -> Any:
+    """Return a state with each `PerRank` as a dict of this rank's value alone."""
+    if isinstance(value, PerRank):
+        return {_own_name(rank): value.value}
+    if not any(True for _ in _own_paths(value, ())):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _with_own(inner, rank) for key, inner in value.items()}
+    return [_with_own(inner, rank) for inner in value]
+
+
+def _given_back(owner: Any, filled: Any, rank: int) -> Any:
+    """Return the filled state for `owner`'s place, with `PerRank` values in their objects."""
+    if isinstance(owner, PerRank):
+        owner.value = filled[_own_name(rank)]
+        return owner
+    if owner is filled or not any(True for _ in _own_paths(owner, ())):
+        return filled
+    if isinstance(owner, Mapping):
+        return {key: _given_back(owner.get(key), inner, rank) for key, inner in filled.items()}
+    return [_given_back(mine, inner, rank) for mine, inner in zip(owner, filled, strict=True)]
 
 
 def take_template(
-    state_dict: Mapping[str, Any], keys: Iterable[str], entries: Iterable[EntryRecord]
+    state_dict: Mapping[str, Any],
+    keys: Iterable[str],
+    entries: Iterable[EntryRecord],
+    *,
+    rank: int,
 ) -> dict[str, Any]:
     """Return the plain state of `state_dict` as something to load into.
 
     An optimizer that has taken no step yet has no state to fill. It gets what the version holds for
     its parameters, each laid out like its parameter where it has the same shape.
     """
-    template = take_state(state_dict, keys)
+    template = take_state(state_dict, keys, rank=rank)
     for key, value in template.items():
         owner = state_dict[key]
         if isinstance(owner, torch.optim.Optimizer) and not value.get("state"):
             value["state"] = _optimizer_state(owner, key, entries)
     return template
+
+
+def optimizer_names(state_dict: Mapping[str, Any]) -> list[str]:
+    """Return the FQNs below which optimizers keep their state: a version may lack some of it.
+
+    A parameter that was frozen at the save has none there, and one that was added neither.
+    """
+    return [
+        f"{key}.state"
+        for key, value in state_dict.items()
+        if isinstance(value, torch.optim.Optimizer)
+    ]
 
 
 def _optimizer_state(

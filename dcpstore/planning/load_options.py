@@ -1,0 +1,72 @@
+"""What a caller wants of a load: which entries, under which names, and how strictly."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dcpstore.errors import InvalidInputError
+
+__all__ = ["LoadOptions", "OnDtype", "Rename"]
+
+OnDtype = Literal["error", "cast"]
+Rename = Mapping[str, str] | Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """Options of `DefaultLoadPlanner`; FQNs are those of the state.
+
+    Attributes:
+        include, exclude: globs; an FQN is asked for if one of `include` matches (None: any does)
+            and none of `exclude` does.
+        rename: the FQN in the version of an FQN in the state, as a mapping or a function.
+        strict: whether an FQN that the version lacks is an error, or is left as it is.
+        on_dtype: whether a dtype that differs is an error, or values are converted.
+        optional: FQNs below these may be missing even if `strict`.
+
+    Raises:
+        InvalidInputError: an option that cannot be meant.
+    """
+
+    include: Sequence[str] | None = None
+    exclude: Sequence[str] = ()
+    rename: Rename | None = None
+    strict: bool = True
+    on_dtype: OnDtype = "error"
+    optional: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name, globs in (("include", self.include), ("exclude", self.exclude)):
+            if isinstance(globs, str):
+                raise InvalidInputError(f"{name}={globs!r} is one text; pass a list: [{globs!r}].")
+        if self.on_dtype not in ("error", "cast"):
+            raise InvalidInputError(f"on_dtype={self.on_dtype!r}; write 'error' or 'cast'.")
+
+    def asks_for(self, fqn: str) -> bool:
+        """Tell whether the load is to fill an FQN of the state."""
+        is_in = self.include is None or any(fnmatch.fnmatchcase(fqn, g) for g in self.include)
+        return is_in and not any(fnmatch.fnmatchcase(fqn, g) for g in self.exclude)
+
+    def stored_name(self, fqn: str) -> str:
+        """Return the FQN in the version of an FQN in the state.
+
+        Raises:
+            InvalidInputError: `rename` gives no text.
+        """
+        if self.rename is None:
+            return fqn
+        is_map = isinstance(self.rename, Mapping)
+        name = self.rename.get(fqn, fqn) if isinstance(self.rename, Mapping) else self.rename(fqn)
+        if not isinstance(name, str):
+            how = "maps" if is_map else "makes"
+            raise InvalidInputError(f"rename {how} {fqn!r} to {name!r}, which is not an FQN.")
+        return name
+
+    def may_lack(self, fqn: str) -> bool:
+        """Tell whether the version may lack an FQN of the state."""
+        return not self.strict or any(
+            fqn == below or fqn.startswith(f"{below}.") for below in self.optional
+        )

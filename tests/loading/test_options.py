@@ -1,0 +1,205 @@
+"""Loads that people need: parts, other names and dtypes, grown models, each rank's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import dcpstore
+from dcpstore import InvalidInputError, MismatchError, PerRank, Repository
+from tests.ranks import RankPool, first_ranks
+from tests.soundness import Place
+
+
+@pytest.fixture
+def kept(repo: Repository) -> Repository:
+    state = {
+        "model": {"embed": torch.ones(4, 2), "head": torch.full((2,), 2.0)},
+        "optim": {"lr": 0.1, "m": torch.full((3,), 3.0)},
+    }
+    dcpstore.save(state, repo)
+    return repo
+
+
+def zeros() -> dict[str, Any]:
+    return {
+        "model": {"embed": torch.zeros(4, 2), "head": torch.zeros(2)},
+        "optim": {"lr": 0.0, "m": torch.zeros(3)},
+    }
+
+
+def test_include_and_exclude_choose_by_glob(kept: Repository) -> None:
+    state = zeros()
+    report = dcpstore.load(state, kept, include=["model.*", "optim.lr"], exclude=["*.head"])
+    assert torch.equal(state["model"]["embed"], torch.ones(4, 2))
+    assert torch.equal(state["model"]["head"], torch.zeros(2))
+    assert state["optim"]["lr"] == 0.1
+    assert torch.equal(state["optim"]["m"], torch.zeros(3))
+    assert report.unexpected == ("model.head", "optim.m")
+    assert report.missing == ()
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        {"net.w": "model.embed", "net.b": "model.head"},
+        lambda fqn: {"net.w": "model.embed", "net.b": "model.head"}[fqn],
+    ],
+    ids=["mapping", "function"],
+)
+def test_rename_finds_other_names(kept: Repository, rename: Any) -> None:
+    state = {"net": {"w": torch.zeros(4, 2), "b": torch.zeros(2)}}
+    dcpstore.load(state, kept, rename=rename)
+    assert torch.equal(state["net"]["w"], torch.ones(4, 2))
+    assert torch.equal(state["net"]["b"], torch.full((2,), 2.0))
+
+
+def test_without_strict_what_is_missing_is_left_and_reported(kept: Repository) -> None:
+    state = {"model": {"embed": torch.zeros(4, 2), "hed": torch.full((1,), 9.0)}, "new": 5}
+    report = dcpstore.load(state, kept, strict=False)
+    assert report.missing == ("model.hed", "new")
+    assert torch.equal(state["model"]["hed"], torch.full((1,), 9.0))
+    assert state["new"] == 5
+    with pytest.raises(MismatchError, match=r"'model.hed' is not in the version \(near"):
+        dcpstore.load(state, kept)
+
+
+def test_a_dtype_is_converted_only_when_asked(kept: Repository) -> None:
+    state = {"model": {"head": torch.zeros(2, dtype=torch.bfloat16)}}
+    with pytest.raises(MismatchError, match="dtype"):
+        dcpstore.load(state, kept)
+    report = dcpstore.load(state, kept, on_dtype="cast")
+    assert report.cast == ("model.head",)
+    assert torch.equal(state["model"]["head"], torch.full((2,), 2.0, dtype=torch.bfloat16))
+
+
+def test_new_parameters_are_initialised(kept: Repository) -> None:
+    state = {"model": {"head": torch.zeros(2), "extra": torch.zeros(3)}}
+    seen = []
+
+    def start(fqn: str, tensor: torch.Tensor) -> None:
+        seen.append(fqn)
+        tensor.fill_(7)
+
+    report = dcpstore.load(state, kept, init_missing=start)
+    assert seen == list(report.missing) == ["model.extra"]
+    assert torch.equal(state["model"]["extra"], torch.full((3,), 7.0))
+    assert torch.equal(state["model"]["head"], torch.full((2,), 2.0))
+
+
+def test_a_dry_run_tells_everything_and_touches_nothing(kept: Repository) -> None:
+    state = zeros()
+    report = dcpstore.load(state, kept, dry_run=True)
+    assert (report.differences, report.missing, report.unexpected) == ((), (), ())
+    assert (report.chunks, report.nbytes_read) == (3, 32 + 8 + 12)
+    assert torch.equal(state["model"]["embed"], torch.zeros(4, 2))
+    state["model"] = {"embed": torch.zeros(5), "haed": torch.zeros(2), "head": torch.zeros(2).int()}
+    report = dcpstore.load(state, kept, dry_run=True)
+    assert len(report.differences) == 3
+    assert any(
+        "'model.haed' is not in the version (near: 'model.head'" in d for d in report.differences
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"include": "model.*"},
+        {"on_dtype": "round"},
+        {"rename": lambda fqn: 3},
+        {"strict": False, "planner": dcpstore.DefaultLoadPlanner()},
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_meant(kept: Repository, options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInputError):
+        dcpstore.load(zeros(), kept, **options)
+
+
+def stepped(names: list[str], frozen: str | None = None) -> tuple[torch.nn.Module, Any]:
+    torch.manual_seed(1)
+    model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.ones(3)) for name in names})
+    if frozen:
+        model[frozen].requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    sum((p * p).sum() for p in model.values() if p.requires_grad).backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_optimizer_state_is_restored_by_presence(repo: Repository) -> None:
+    model, optimizer = stepped(["a", "b"], frozen="b")
+    dcpstore.save({"model": model, "optim": optimizer}, repo)
+    thawed, fresh = stepped(["a", "b"])
+    fresh.param_groups[0]["lr"] = 0.1
+    own = fresh.state[thawed["b"]]["exp_avg"].clone()
+    report = dcpstore.load({"model": thawed, "optim": fresh}, repo)
+    assert report.missing == tuple(f"optim.state.1.{k}" for k in ("exp_avg", "exp_avg_sq", "step"))
+    assert torch.equal(fresh.state[thawed["a"]]["exp_avg"], optimizer.state[model["a"]]["exp_avg"])
+    assert torch.equal(fresh.state[thawed["b"]]["exp_avg"], own)
+    assert fresh.param_groups[0]["lr"] == 0.5
+    assert fresh.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def keep_own(rank: int, place: Place, ranks: int, call: str) -> Any:
+    group = first_ranks(ranks)
+    if rank >= ranks:
+        return None
+    own = PerRank({"seed": rank if call == "save" else -1, "t": torch.full((2,), float(rank))})
+    state: dict[str, Any] = {"w": torch.zeros(2), "rng": own, "deep": [{"n": PerRank(rank * 10)}]}
+    with place.open() as repo:
+        if call == "save":
+            dcpstore.save(state, repo, process_group=group)
+            return None
+        own.value["t"].fill_(-1)
+        report = dcpstore.load(state, repo, process_group=group)
+    assert state["rng"] is own
+    return own.value["seed"], own.value["t"].tolist(), report.missing, report.unexpected
+
+
+def test_each_rank_gets_its_own_again(place: Place, four_ranks: RankPool) -> None:
+    place.open().close()
+    four_ranks.run(keep_own, place, 2, "save")
+    same = four_ranks.run(keep_own, place, 2, "load")
+    assert [answer[:2] for answer in same[:2]] == [(0, [0.0, 0.0]), (1, [1.0, 1.0])]
+    fewer = four_ranks.run(keep_own, place, 1, "load")
+    gone = ("deep.0.n.rank-1", "rng.rank-1.seed", "rng.rank-1.t")
+    assert fewer[0] == (0, [0.0, 0.0], (), gone)
+    more = four_ranks.run(keep_own, place, 4, "load")
+    assert [answer[0] for answer in more] == [0, 1, -1, -1]
+    assert more[3][2] == tuple(
+        sorted(f"{name.replace('rank-1', f'rank-{r}')}" for name in gone for r in (2, 3))
+    )
+
+
+def disagree(rank: int, place: Place) -> str:
+    with place.open() as repo:
+        try:
+            dcpstore.load({"w": torch.zeros(1)}, repo, dry_run=rank == 1)
+        except InvalidInputError as error:
+            return str(error)
+    return "loaded"
+
+
+def test_ranks_must_agree_on_a_dry_run(place: Place, two_ranks: RankPool) -> None:
+    with place.open() as repo:
+        dcpstore.save({"w": torch.ones(1)}, repo)
+    first, second = two_ranks.run(disagree, place)
+    assert first == second
+    assert "dry_run" in first
+
+
+def test_options_can_be_given_to_a_planner_of_ones_own(kept: Repository) -> None:
+    class Mine(dcpstore.DefaultLoadPlanner):
+        """Counts what it commits."""
+
+        committed = 0
+
+        def commit_tensor(self, read_item: Any, tensor: torch.Tensor) -> None:
+            self.committed += 1
+
+    planner = Mine(options=dcpstore.LoadOptions(include=["model.*"]))
+    dcpstore.load(zeros(), kept, planner=planner)
+    assert planner.committed == 2
