@@ -123,8 +123,8 @@ def described(name: str) -> str:
         return f"## `{name}`\n\nAn error ({thing.__mro__[1].__name__}). {text}\n"
     members = [
         f"- `{member}{_signature(value)}`: {inspect.cleandoc(value.__doc__).splitlines()[0]}"
-        for member, value in _members(thing).items()
-        if inspect.isclass(thing) and inspect.isfunction(value) and not member.startswith("_")
+        for member, value in (_members(thing) if inspect.isclass(thing) else {}).items()
+        if inspect.isfunction(value) and not member.startswith("_")
     ]
     listed = "\n".join(members) + "\n" if members else ""
     head = f"## `{name}`\n\n```python\n{name}{_signature(thing)}\n```\n\n"
