@@ -1,10 +1,12 @@
 """The grammar of refs: how people write which version they mean.
 
     ref    := start ("~" digits)? ("@step=" digits)?
-    start  := "v"? digits | name
+    start  := "v"? digits | name | uid
     name   := a letter or "_", then letters, digits, ".", "_", "-" or "/"
+    uid    := the first 6 or more of the 32 hex digits of a version's uid
 
-A name never reads as a version number, so a ref has one meaning. `~n` is n parents up; `@step=n` is
+A name never reads as a version number, so a ref has one meaning. What could be both is a number or
+a name if there is such a version, tag or branch, and else a uid. `~n` is n parents up; `@step=n` is
 the newest version with that step on the way up from the start.
 """
 
@@ -20,22 +22,29 @@ __all__ = ["Ref", "check_name", "parse_ref"]
 _NAME = r"[A-Za-z_][A-Za-z0-9._/-]*"
 _MAX_NAME = 200
 _MAX_NUMBER = 2**63 - 1
+_UID = r"[0-9a-fA-F]{6,32}"
 _REF = re.compile(
-    rf"(?:v?(?P<number>[0-9]+)|(?P<name>{_NAME}))(?:~(?P<up>[0-9]+))?(?:@step=(?P<step>[0-9]+))?"
+    rf"(?P<start>v?(?P<number>[0-9]+)|(?P<name>{_NAME})|{_UID})"
+    r"(?:~(?P<up>[0-9]+))?(?:@step=(?P<step>[0-9]+))?"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """A parsed ref: a version `number` or a `name`, then how far to walk up from there."""
+    """A parsed ref: a version `number`, a `name` or a `uid`, then how far to walk up from there.
+
+    `uid` holds the first digits of a uid, also where the text reads as a number or a name too.
+    """
 
     number: int | None = None
     name: str | None = None
+    uid: str | None = None
     up: int = 0
     step: int | None = None
 
     def __str__(self) -> str:
-        start = self.name if self.name is not None else f"v{self.number}"
+        start = self.uid if self.number is None else f"v{self.number}"
+        start = start if self.name is None else self.name
         up = f"~{self.up}" if self.up else ""
         return f"{start}{up}" + (f"@step={self.step}" if self.step is not None else "")
 
@@ -70,8 +79,9 @@ def parse_ref(text: str | int) -> Ref:
     if match is None:
         raise InvalidInputError(
             f"{text!r} is not a ref; write a version (12 or v12), a tag, a branch, "
-            "'main~3' or 'main@step=1000'."
+            "'main~3', 'main@step=1000' or the first 6 or more digits of a uid."
         )
+    could_be_uid = re.fullmatch(_UID, match["start"]) is not None
     numbers = {key: int(match[key]) for key in ("number", "up", "step") if match[key] is not None}
     if any(number > _MAX_NUMBER for number in numbers.values()):
         raise InvalidInputError(
@@ -82,6 +92,7 @@ def parse_ref(text: str | int) -> Ref:
     return Ref(
         number=numbers.get("number"),
         name=match["name"],
+        uid=match["start"].lower() if could_be_uid else None,
         up=numbers.get("up", 0),
         step=numbers.get("step"),
     )

@@ -11,17 +11,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from dcpstore.catalog import Catalog
 from dcpstore.errors import InvalidInputError, NotFoundError
-from dcpstore.history import Diff, diff_versions
+from dcpstore.history.recorded import Recorded
 from dcpstore.journal import journaled
 from dcpstore.places import absolute_data, locate
 from dcpstore.records import (
     ChunkDefaults,
     EntryRecord,
-    Operation,
     RefRecord,
     RepositoryRecord,
     Row,
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Repository", "open", "opened"]
 
 
-class Repository(Upkept):
+class Repository(Recorded, Upkept):
     """A repository, opened; `dcpstore.open` makes one. Threads may share it.
 
     A `ref` is a version number (`12`, `"v12"`), a tag, a branch, `"main~3"`, `"main@step=1000"`, or
@@ -57,11 +56,6 @@ class Repository(Upkept):
     def about(self) -> RepositoryRecord:
         """What was settled when the repository was made."""
         return self.catalog.repository
-
-    def log(self, ref: str | int | None = None, *, limit: int | None = None) -> list[Version]:
-        """Return versions, newest first: all of them, or `ref` and its ancestors."""
-        start = None if ref is None else self.show(ref).number
-        return self.catalog.log(start, limit=limit)
 
     def show(self, ref: str | int | None = None) -> Version:
         """Return the version that `ref` names."""
@@ -96,106 +90,6 @@ class Repository(Upkept):
         """
         return self.catalog.branch(name, self.show(at).number, author=getpass.getuser())
 
-    @journaled
-    def delete_tag(self, name: str, *, expect: str | int | None = None) -> RefRecord:
-        """Remove a tag; return what it was. `undo` brings it back.
-
-        Raises:
-            ConflictError: it does not name the version `expect`.
-        """
-        return self._delete(name, "tag", expect)
-
-    @journaled
-    def delete_branch(self, name: str, *, expect: str | int | None = None) -> RefRecord:
-        """Remove a branch, and none of its versions; return what it was. `undo` brings it back.
-
-        Raises:
-            ConflictError: its tip is not the version `expect`.
-        """
-        return self._delete(name, "branch", expect)
-
-    @journaled
-    def rollback(
-        self,
-        ref: str | int,
-        *,
-        branch: str = "main",
-        force: bool = False,
-        expect_tip: str | int | None = None,
-    ) -> RefRecord:
-        """Move a branch to an earlier version, so that the next save goes on from there.
-
-        No version is deleted: `undo` moves the branch back.
-
-        Args:
-            ref: where to; an ancestor of the branch's tip, or any version with `force`.
-            branch: what is moved.
-            force: move it to a version that is no ancestor, such as one of another branch.
-            expect_tip: the ref that the branch must still name.
-
-        Raises:
-            InvalidInputError: the version is no ancestor, and `force` is not given.
-            ConflictError: the branch is not at `expect_tip`.
-        """
-        expected = None if expect_tip is None else self.show(expect_tip).number
-        return self.catalog.history().roll_back(
-            branch, ref, force=force, expect_tip=expected, author=getpass.getuser()
-        )
-
-    @journaled
-    def undo(self, *, expect: int | None = None) -> Operation:
-        """Take back the last operation on refs, metrics or labels that is not undone yet.
-
-        Deleted tags and branches come back, moved branches go back. After a save the branch goes
-        back and the tags go; the version stays. Called again, it goes further back.
-
-        Args:
-            expect: the number of the operation that is to be undone.
-
-        Returns:
-            The operation that this is.
-
-        Raises:
-            InvalidInputError: nothing is left to undo.
-            NotFoundError: a ref would go back to a version that was expired.
-            ConflictError: another operation came in; it is not number `expect`.
-        """
-        return self.catalog.history().undo(expect=expect, author=getpass.getuser())
-
-    @journaled
-    def add_metrics(self, ref: str | int | None, metrics: Mapping[str, float]) -> Version:
-        """Add metrics to a version, such as those of a later evaluation.
-
-        Raises:
-            AlreadyExistsError: a metric is there with another value.
-        """
-        return self.catalog.history().add_metrics(ref, metrics, author=getpass.getuser())
-
-    @journaled
-    def add_labels(self, ref: str | int | None, labels: Mapping[str, str]) -> Version:
-        """Add labels to a version.
-
-        Raises:
-            AlreadyExistsError: a label is there with another text.
-        """
-        return self.catalog.history().add_labels(ref, labels, author=getpass.getuser())
-
-    def diff(self, old: str | int, new: str | int | None = None, *, stats: bool = False) -> Diff:
-        """Return what changed from one version to another.
-
-        Without `stats` it reads the catalog alone: contents are compared by digest. With it, each
-        changed tensor is told in numbers, out of the chunks that differ.
-
-        Raises:
-            CorruptionError: with `stats`, stored bytes are damaged.
-        """
-        diff = diff_versions(self.catalog, self.show(old), self.show(new))
-        if not stats:
-            return diff
-        from dcpstore.history.measuring import with_stats  # noqa: PLC0415 (loads torch)
-
-        return with_stats(diff, self.catalog, self.storage)
-
     def tags(self) -> list[RefRecord]:
         """Return all tags, by name."""
         return self.catalog.refs("tag")
@@ -203,10 +97,6 @@ class Repository(Upkept):
     def branches(self) -> list[RefRecord]:
         """Return all branches, by name."""
         return self.catalog.refs("branch")
-
-    def operations(self, *, limit: int | None = None) -> list[Operation]:
-        """Return what was done to the repository, newest first."""
-        return self.catalog.operations(limit=limit)
 
     def read(
         self,
@@ -288,14 +178,6 @@ class Repository(Upkept):
             self._finish()
         finally:
             self.catalog.close()
-
-    def _delete(
-        self, name: str, kind: Literal["tag", "branch"], expect: str | int | None
-    ) -> RefRecord:
-        expected = None if expect is None else self.show(expect).number
-        return self.catalog.history().delete_ref(
-            name, kind, expect=expected, author=getpass.getuser()
-        )
 
     def __enter__(self) -> Repository:
         return self

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
-from dcpstore.catalog import additions, differences, moves, undoing
+from dcpstore.catalog import additions, differences, filters, moves, queries, undoing
 from dcpstore.catalog.differences import Pair, SharedChunk
 from dcpstore.catalog.engine import Database
+from dcpstore.catalog.filters import LogFilter
 from dcpstore.catalog.refs import RefKind
 from dcpstore.records import EntryRecord, Operation, RefRecord, Version
 
@@ -18,6 +20,18 @@ class History:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+
+    # Log
+
+    def log(self, start: int | None, *, limit: int | None, wanted: LogFilter) -> list[Version]:
+        """Return the versions that are `wanted`, newest first: of all, or of `start` and above."""
+        with self._database.read() as connection:
+            return queries.list_log(connection, start, limit=limit, wanted=wanted)
+
+    def best(self, metric: str, *, mode: Literal["min", "max"], branch: str | None) -> Version:
+        """Return the version with the least or the greatest value of a metric."""
+        with self._database.read() as connection:
+            return filters.best_version(connection, metric, mode=mode, branch=branch)
 
     # Diff
 

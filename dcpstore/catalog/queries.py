@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, Select, select
 
 from dcpstore.catalog import schema
+from dcpstore.catalog.filters import LogFilter, filtered
 from dcpstore.catalog.tensors import load_tensors
 from dcpstore.catalog.versions import ancestors, id_of_number, load_versions
 from dcpstore.catalog.wanted import look_up_each, wanted_names, wanted_ranges
@@ -29,20 +30,29 @@ __all__ = ["list_log", "load_chunks", "load_entries", "load_plan", "load_planner
 _SHOWN = 10  # unknown FQNs that one message names
 
 
-def list_log(connection: Connection, start: int | None, *, limit: int | None) -> list[Version]:
-    """Return versions, newest first: all of them, or `start` and its ancestors."""
+def list_log(
+    connection: Connection,
+    start: int | None,
+    *,
+    limit: int | None,
+    wanted: LogFilter | None = None,
+) -> list[Version]:
+    """Return versions, newest first: all, or `start` and its ancestors; those `wanted` only."""
     if limit is not None and limit <= 0:
         return []
     if start is None:
         ids: Select[Any] = select(schema.version.c.id)
     else:
         first = id_of_number(connection, start)
-        most = None if limit is None else limit - 1
-        ids = select(ancestors(first, most=most).c.id)
-        found = load_versions(connection, ids, limit=limit)
-        if limit is None or len(found) == limit:
-            return found
-        ids = select(ancestors(first).c.id)  # some of so few were expired, or there are no more
+        if limit is not None and wanted is None:
+            near = select(ancestors(first, most=limit - 1).c.id)
+            found = load_versions(connection, near, limit=limit)
+            if len(found) == limit:
+                return found
+            # Some of so few were expired, or there are no more.
+        ids = select(ancestors(first).c.id)
+    if wanted is not None:
+        ids = filtered(connection, ids, wanted)
     return load_versions(connection, ids, limit=limit)
 
 

@@ -1,6 +1,6 @@
 """Branches and tags: one name has one meaning, and a ref resolves to one version.
 
-A tag never moves; a branch moves only in the transaction of a save (here it is only begun).
+A tag never moves; a branch moves in the transaction of a save, or back (`moves`, `undoing`).
 """
 
 from __future__ import annotations
@@ -9,20 +9,21 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import Connection, Select, insert, select
+from sqlalchemy import Connection, Select, exists, insert, select
 
 from dcpstore.catalog import schema
 from dcpstore.catalog.checks import check_text
 from dcpstore.catalog.operations import Change, append_operations, take_operations
 from dcpstore.catalog.versions import ancestors, gone, id_of_number, is_visible, load_versions
 from dcpstore.catalog.wanted import wanted_names
-from dcpstore.errors import AlreadyExistsError, NotFoundError
+from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from dcpstore.records import RefRecord, Version
 from dcpstore.refs import Ref, check_name, parse_ref
 
 __all__ = ["DEFAULT_BRANCH", "RefRow", "find_refs", "list_refs", "make_ref", "resolve", "taken"]
 
 DEFAULT_BRANCH = "main"
+_SHOWN = 10  # versions that one message names
 RefKind = Literal["branch", "tag"]
 
 
@@ -112,6 +113,32 @@ def taken(existing: RefRow) -> AlreadyExistsError:
     )
 
 
+def _find_uid(connection: Connection, prefix: str) -> int | None:
+    """Return the id of the version whose uid begins with these lower-case hex digits, if one does.
+
+    Raises:
+        InvalidInputError: several do; lists them.
+        NotFoundError: it was expired.
+    """
+    version = schema.version
+    rows = connection.execute(
+        select(version.c.id, version.c.uid, version.c.number, version.c.expired_at)
+        .where(version.c.uid >= prefix, version.c.uid < prefix + "g", version.c.number.is_not(None))
+        .order_by(version.c.uid)
+        .limit(_SHOWN + 1)
+    ).all()
+    if len(rows) > 1:
+        listed = ", ".join(f"{row.uid} (v{row.number})" for row in rows[:_SHOWN])
+        more = " and more" if len(rows) > _SHOWN else ""
+        raise InvalidInputError(
+            f"several versions have a uid that begins with {prefix!r}: {listed}{more}. "
+            "Write more of its digits."
+        )
+    if rows and rows[0].expired_at is not None:
+        raise gone(rows[0].number, rows[0].expired_at)
+    return rows[0].id if rows else None
+
+
 def _rows() -> Select[Any]:
     ref, version = schema.ref, schema.version
     return select(ref.c.name, ref.c.kind, version.c.id, version.c.number).join(
@@ -121,11 +148,19 @@ def _rows() -> Select[Any]:
 
 def _start(connection: Connection, ref: Ref) -> int:
     """Return the id of the version where a ref begins."""
+    by_uid = None
+    if ref.name is not None and (found := find_refs(connection, [ref.name]).get(ref.name)):
+        return found.id
+    if ref.uid is not None and not _is_number(connection, ref.number):
+        by_uid = _find_uid(connection, ref.uid)
+    if by_uid is not None:
+        return by_uid
     if ref.number is not None:
         return id_of_number(connection, ref.number)
-    assert ref.name is not None
-    if found := find_refs(connection, [ref.name]).get(ref.name):
-        return found.id
+    if ref.name is None:
+        raise NotFoundError(
+            f"no version has a uid that begins with {ref.uid!r}. See 'dcpstore log --json'."
+        )
     known = connection.scalars(select(schema.ref.c.name)).all()
     if not known:
         raise NotFoundError(
@@ -133,6 +168,13 @@ def _start(connection: Connection, ref: Ref) -> int:
         )
     raise NotFoundError.near(
         "branch or tag", ref.name, known, "See 'dcpstore tag' and 'dcpstore branch' for all names."
+    )
+
+
+def _is_number(connection: Connection, number: int | None) -> bool:
+    version = schema.version
+    return number is not None and bool(
+        connection.scalar(select(exists().where(version.c.number == number)))
     )
 
 

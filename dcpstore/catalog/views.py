@@ -22,6 +22,12 @@ _TAGS = {
     ),
 }
 
+# Labels are one JSON object a version.
+_LABELS = {
+    "sqlite": "json_each(v.labels)",
+    "postgresql": "json_each_text(CAST(v.labels AS json))",
+}
+
 VIEWS = {
     "history": """
         SELECT v.number AS version, v.uid AS uid, p.number AS parent, v.branch AS branch,
@@ -47,14 +53,58 @@ VIEWS = {
         SELECT v.number AS version, m.name AS name, m.value AS value
         FROM metric m JOIN version v ON v.id = m.version
         WHERE v.number IS NOT NULL AND v.expired_at IS NULL""",
+    "labels": """
+        SELECT v.number AS version, l.key AS name, l.value AS value
+        FROM version v, {labels} l
+        WHERE v.number IS NOT NULL AND v.expired_at IS NULL""",
+    "tensor_history": """
+        SELECT e.fqn AS fqn, v.number AS version, p.number AS parent, v.branch AS branch,
+               v.step AS step, t.dtype AS dtype, t.shape AS shape, t.nbytes AS nbytes,
+               t.digest AS digest,
+               CASE WHEN v.parent IS NULL THEN 'added'
+                    WHEN p.expired_at IS NOT NULL THEN 'unknown'
+                    WHEN b.tensor IS NULL THEN 'added'
+                    WHEN b.tensor = e.tensor THEN 'unchanged'
+                    ELSE 'changed' END AS change
+        FROM entry e JOIN version v ON v.id = e.version JOIN tensor t ON t.id = e.tensor
+             LEFT JOIN version p ON p.id = v.parent
+             LEFT JOIN entry b ON b.version = v.parent AND b.fqn = e.fqn AND b.kind = 'tensor'
+        WHERE v.number IS NOT NULL AND v.expired_at IS NULL AND e.kind = 'tensor'""",
+    "unique_bytes": """
+        SELECT v.number AS version, COALESCE(r.nbytes, 0) AS nbytes,
+               COALESCE(s.nbytes, 0) AS nbytes_stored
+        FROM version v
+             LEFT JOIN (
+                 SELECT h.version AS version, SUM(t.nbytes) AS nbytes
+                 FROM ({holders}) h JOIN tensor t ON t.id = h.tensor
+                 WHERE h.version = h.last GROUP BY h.version
+             ) r ON r.version = v.id
+             LEFT JOIN (
+                 SELECT c.version AS version, SUM(c.length) AS nbytes
+                 FROM (
+                     SELECT MIN(h.version) AS version, MAX(h.last) AS last,
+                            MAX(k.length) AS length
+                     FROM ({holders}) h JOIN chunk k ON k.tensor = h.tensor
+                     GROUP BY k.pack, k."offset"
+                 ) c
+                 WHERE c.version = c.last GROUP BY c.version
+             ) s ON s.version = v.id
+        WHERE v.number IS NOT NULL AND v.expired_at IS NULL""",
 }
+
+# The first and the last version that has each tensor; only versions that are kept have entries.
+_HOLDERS = (
+    "SELECT tensor, MIN(version) AS version, MAX(version) AS last FROM entry"
+    " WHERE tensor IS NOT NULL GROUP BY tensor"
+)
 
 
 def create_views(connection: Connection) -> None:
     """Create every view."""
-    tags = _TAGS[connection.dialect.name]
+    dialect = connection.dialect.name
+    parts = {"tags": _TAGS[dialect], "labels": _LABELS[dialect], "holders": _HOLDERS}
     for name, select in VIEWS.items():
-        connection.exec_driver_sql(f"CREATE VIEW {name} AS {select.format(tags=tags)}")
+        connection.exec_driver_sql(f"CREATE VIEW {name} AS {select.format(**parts)}")
 
 
 def drop_views(connection: Connection) -> None:
