@@ -10,6 +10,7 @@ import os
 import sys
 from importlib import import_module
 from io import TextIOWrapper
+from keyword import iskeyword
 from typing import NoReturn, TextIO
 
 import click
@@ -31,6 +32,8 @@ _MODULES = {
     "branch": "refs",
     "sql": "sql",
     "db-upgrade": "db_upgrade",
+    "import": "bridges",
+    "export": "bridges",
 }
 
 
@@ -46,7 +49,8 @@ class _Commands(click.Group):
         if cmd_name not in _MODULES:
             return None
         module = import_module(f"dcpstore.cli.{_MODULES[cmd_name]}")
-        command = getattr(module, cmd_name.replace("-", "_"))
+        name = cmd_name.replace("-", "_")
+        command = getattr(module, f"{name}_" if iskeyword(name) else name)
         assert isinstance(command, click.Command)
         return command
 

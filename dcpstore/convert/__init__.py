@@ -6,6 +6,7 @@ Invariant: no bridge holds more than a few chunks, or some boxes of a tensor, at
 """
 
 from dcpstore.convert.dcp import export_dcp, import_dcp
+from dcpstore.convert.detecting import import_any
 from dcpstore.convert.exporting import Exported
 from dcpstore.convert.safetensors_files import export_safetensors, import_safetensors
 from dcpstore.convert.torch_files import export_torch, import_torch
@@ -17,6 +18,7 @@ __all__ = [
     "export_safetensors",
     "export_torch",
     "export_zarr",
+    "import_any",
     "import_dcp",
     "import_safetensors",
     "import_torch",

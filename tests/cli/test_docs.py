@@ -8,10 +8,12 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 
 from dcpstore import repository
 from dcpstore.cli.commands import commands
+from dcpstore.convert.safetensors_header import encode_header
 from tests.cli.history import save_example
 from tests.cli.test_failures import CODES
 
@@ -53,7 +55,15 @@ def _rerun_line(line: str) -> str:
     if args[0] == "init":
         with repository.open(args[1], create=False) as repo:
             save_example(repo.catalog)
+        _write_tiny(Path("tiny.safetensors"))
     return result.output
+
+
+def _write_tiny(path: Path) -> None:
+    """Write the foreign checkpoint of the examples: two tensors of 8 KiB."""
+    tensors = {"embed.weight": (torch.float32, (64, 32)), "head.weight": (torch.float32, (64, 32))}
+    data = bytes(range(256)) * 32
+    path.write_bytes(encode_header(tensors, {}) + data + data[::-1])
 
 
 def _settled(page: str) -> str:

@@ -21,6 +21,7 @@ ARGS = {
     "sql": ("SELECT * FROM history",),
     "db-upgrade": (),
 }
+MOVES_TENSORS = ("import", "export")  # torch is loaded once they run, not to name or explain them
 
 
 def loaded(*args: str, repo: str, folder: Path) -> set[str]:
@@ -44,7 +45,7 @@ def loaded(*args: str, repo: str, folder: Path) -> set[str]:
 
 
 def test_every_command_is_tried() -> None:
-    assert list(ARGS) == commands.list_commands(click.Context(commands))
+    assert {*ARGS, *MOVES_TENSORS} == set(commands.list_commands(click.Context(commands)))
 
 
 @pytest.mark.parametrize("name", ARGS)
@@ -52,6 +53,12 @@ def test_every_command_is_tried() -> None:
 def test_no_command_loads_torch(target: str, name: str, tmp_path: Path) -> None:
     migrates = {"alembic"} if name == "init" else set()
     assert loaded(name, *ARGS[name], repo=target, folder=tmp_path) == migrates
+
+
+@pytest.mark.parametrize("args", [("--help",), *((name, "--help") for name in MOVES_TENSORS)])
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_help_loads_no_torch(target: str, args: tuple[str, ...], tmp_path: Path) -> None:
+    assert loaded(*args, repo=target, folder=tmp_path) == set()
 
 
 @pytest.mark.parametrize("database_url", ["postgres"], indirect=True)

@@ -1,0 +1,124 @@
+"""`dcpstore import` and `dcpstore export`: the only commands that load torch, once they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import click
+
+from dcpstore.cli.output import human_bytes, print_json, visible
+from dcpstore.cli.session import Session, repo_options
+
+__all__ = ["export", "import_"]
+
+_DTYPE = click.option(
+    "--dtype", metavar="DTYPE", help="Convert floating tensors, as in bf16, fp16 or fp32."
+)
+_PICKLE = click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Let pickles run the code that they name; only if you trust who wrote them.",
+)
+
+
+@click.command("import")
+@click.argument("source", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--branch", metavar="NAME", default="main", show_default=True, help="Save it there.")
+@click.option("--tag", "tags", metavar="NAME", multiple=True, help="Tag it; may be repeated.")
+@click.option("--step", type=int, help="Its step in the training run.")
+@click.option("--message", "-m", default="", help="Keep a message with it.")
+@_DTYPE
+@_PICKLE
+@repo_options
+def import_(
+    session: Session,
+    *,
+    source: tuple[Path, ...],
+    branch: str,
+    tags: tuple[str, ...],
+    step: int | None,
+    message: str,
+    dtype: str | None,
+    allow_pickle: bool,
+) -> None:
+    """Save a checkpoint of another format as a new version.
+
+    SOURCE is a DCP folder, a file of torch.save, or safetensors files, their index or folder.
+    """
+    with session.open() as repo:
+        from dcpstore.convert import import_any  # noqa: PLC0415 (loads torch)
+
+        version = import_any(
+            source,
+            repo,
+            branch=branch,
+            tags=tags,
+            step=step,
+            message=message,
+            dtype=dtype,
+            allow_pickle=allow_pickle,
+        )
+    if session.json:
+        print_json(version)
+    else:
+        sizes = f"{human_bytes(version.nbytes)}, {human_bytes(version.nbytes_reused)} reused"
+        click.echo(f"imported {version} on branch {visible(version.branch)}: {sizes}")
+
+
+@click.command()
+@click.argument("ref")
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("dcp", "torch", "safetensors", "zarr")),
+    required=True,
+    help="What to write.",
+)
+@click.option(
+    "--max-shard-size",
+    metavar="SIZE",
+    help="Of a safetensors file in a folder, as in 500MB or 2GiB; default: 5GB.",
+)
+@_DTYPE
+@click.option("--tensors-only", is_flag=True, help="Leave the values out.")
+@_PICKLE
+@repo_options
+def export(
+    session: Session,
+    *,
+    ref: str,
+    dest: Path,
+    form: str,
+    max_shard_size: str | None,
+    dtype: str | None,
+    tensors_only: bool,
+    allow_pickle: bool,
+) -> None:
+    """Write the version REF in another format to DEST, which must be new."""
+    if max_shard_size is not None and form != "safetensors":
+        raise click.UsageError(f"--max-shard-size is for safetensors, not for {form}.")
+    if allow_pickle and form not in ("dcp", "torch"):
+        raise click.UsageError(f"--allow-pickle is for dcp and torch; {form} holds no pickles.")
+    with session.open() as repo:
+        from dcpstore import convert  # noqa: PLC0415 (loads torch)
+
+        writers: dict[str, Callable[..., convert.Exported]] = {
+            "dcp": partial(convert.export_dcp, allow_pickle=allow_pickle),
+            "torch": partial(convert.export_torch, allow_pickle=allow_pickle),
+            "safetensors": partial(
+                convert.export_safetensors, max_shard_size=max_shard_size or "5GB"
+            ),
+            "zarr": convert.export_zarr,
+        }
+        done = writers[form](repo, ref, dest, dtype=dtype, tensors_only=tensors_only)
+    if session.json:
+        print_json(done)
+    else:
+        files = "1 file" if done.files == 1 else f"{done.files} files"
+        click.echo(
+            f"exported {done.version} to {visible(done.path)}: {done.tensors} tensors and "
+            f"{done.values} values, {human_bytes(done.nbytes)} in {files}"
+        )
