@@ -16,8 +16,9 @@ from dcpstore.errors import (
     SchemaError,
 )
 
-__all__ = ["BROKEN_PIPE", "NoRepositoryError", "exit_code", "report"]
+__all__ = ["BROKEN_PIPE", "DAMAGE", "NoRepositoryError", "exit_code", "report"]
 
+DAMAGE = 3
 BROKEN_PIPE = 141  # as a shell shows death by SIGPIPE
 
 
@@ -28,7 +29,7 @@ class NoRepositoryError(NotFoundError):
 _CODES: dict[type[Exception], int] = {
     NoRepositoryError: 10,
     InvalidInputError: 2,
-    CorruptionError: 3,
+    CorruptionError: DAMAGE,
     ConflictError: 11,
     AlreadyExistsError: 11,
     SchemaError: 12,

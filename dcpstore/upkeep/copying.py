@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from dcpstore.catalog import Catalog
 from dcpstore.catalog.checking import PackedChunk
-from dcpstore.errors import AlreadyExistsError, ConflictError, NotFoundError
+from dcpstore.errors import AlreadyExistsError, ConflictError, CorruptionError, NotFoundError
 from dcpstore.journal import write_journal
 from dcpstore.leases import kept_lease
 from dcpstore.records import (
@@ -171,7 +171,13 @@ def _write_missing(
             if (tensor.codec, chunk.digest) in places:
                 continue
             encoded = packs.read(pack, offset, chunk.length)
-            check_chunk(_described(tensor, chunk), encoded)
+            try:
+                check_chunk(_described(tensor, chunk), encoded)
+            except CorruptionError as error:
+                raise CorruptionError(
+                    f"pack {pack} at offset {offset}, length {chunk.length}: {error}. 'dcpstore "
+                    "verify --deep' tells what it touches; copy other versions by their refs."
+                ) from error
             places[tensor.codec, chunk.digest] = writer.append(encoded)
     return places, writer.finish()
 
