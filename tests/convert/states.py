@@ -1,0 +1,100 @@
+"""Foreign checkpoints for the tests of bridges: states with all that a format may have to carry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dcpstore import Repository
+from dcpstore.encoding.dtypes import as_bytes
+
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.complex64,
+    torch.complex128,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.bool,
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+    torch.float8_e8m0fnu,
+]
+NOT_IN_SAFETENSORS = (torch.complex128,)
+
+
+def raw(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """Return a tensor of random bits: NaNs of every kind among them."""
+    if dtype is torch.bool:
+        return torch.randint(0, 2, shape).bool()
+    return torch.randint(0, 256, (*shape, dtype.itemsize)).to(torch.uint8).view(dtype)[..., 0]
+
+
+def every_dtype() -> dict[str, torch.Tensor]:
+    """Return tensors of every dtype: some large, one empty, one without dimensions."""
+    state = {str(dtype).removeprefix("torch."): raw(dtype, 37, 5) for dtype in DTYPES}
+    return {**state, "empty": torch.empty(0, 3), "scalar": raw(torch.float32)}
+
+
+def trained() -> dict[str, Any]:
+    """Return a nested training state: a model with tied weights, its optimizer, values."""
+    model = torch.nn.ModuleDict(
+        {
+            "embed": torch.nn.Linear(6, 6),
+            "head": torch.nn.Linear(6, 6),
+            "twin": torch.nn.Linear(3, 3),
+        }
+    )
+    model["head"].weight = model["embed"].weight
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model["twin"](torch.ones(3)).sum().backward()
+    model["head"](model["embed"](torch.ones(6))).sum().backward()
+    optimizer.step()
+    return {
+        "model": model.state_dict(),
+        "optim": optimizer.state_dict(),
+        "step": 1,
+        "names": ["a", "b"],
+        "mixed": [torch.ones(2), {"lr": 0.5, "at": [torch.zeros(1), 3]}],
+    }
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Tell whether two tensors are equal in dtype, shape and every bit."""
+    return (
+        a.dtype == b.dtype and a.shape == b.shape and as_bytes(a).tobytes() == as_bytes(b).tobytes()
+    )
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Tell whether two nested states are equal, with every bit of their tensors."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and same(a, b)
+    if isinstance(a, Mapping):
+        return (
+            isinstance(b, Mapping)
+            and list(a) == list(b)
+            and all(equal(a[key], b[key]) for key in a)
+        )
+    if isinstance(a, list):
+        return isinstance(b, list) and len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and a == b
+
+
+def assert_holds(repo: Repository, ref: str | int, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Check that a version holds exactly these tensors, bit by bit."""
+    held = repo.read(ref)
+    assert {fqn for fqn, item in held.items() if isinstance(item, torch.Tensor)} == set(tensors)
+    assert [fqn for fqn, tensor in tensors.items() if not same(held[fqn], tensor)] == []
