@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from dcpstore.planning import DefaultLoadPlanner, DefaultSavePlanner, LoadOptions, PerRank
     from dcpstore.records import ChunkDefaults, LoadReport, Version
     from dcpstore.repository import Repository, open
+    from dcpstore.retention import Retention
 
 __all__ = [
     "AlreadyExistsError",
@@ -68,6 +69,7 @@ __all__ = [
     "Repository",
     "RepositoryReader",
     "RepositoryWriter",
+    "Retention",
     "SavePlan",
     "SavePlanner",
     "SchemaError",
@@ -121,6 +123,7 @@ _HOMES = {
     "dcpstore.planning": ("DefaultLoadPlanner", "DefaultSavePlanner", "LoadOptions", "PerRank"),
     "dcpstore.records": ("ChunkDefaults", "LoadReport", "Version"),
     "dcpstore.repository": ("Repository", "open"),
+    "dcpstore.retention": ("Retention",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from dcpstore.async_saving import IfBusy, PendingSave, find_saver, raise_unseen
-from dcpstore.collectives import Alone, Collectives, find_collectives
+from dcpstore.collectives import Collectives, find_collectives
 from dcpstore.errors import InvalidInputError
 from dcpstore.loading import LoadSource, load_version
 from dcpstore.planning import DefaultLoadPlanner, DefaultSavePlanner
@@ -26,11 +25,10 @@ from dcpstore.planning.load_options import LoadOptions, OnDtype, Rename
 from dcpstore.planning.stateful import optimizer_names, own_names
 from dcpstore.records import LoadReport, Version
 from dcpstore.repository import Repository, opened
+from dcpstore.retention import Retention
 from dcpstore.saving import SaveRequest, SaveTarget, make_request, save_version
 
 __all__ = ["async_save", "load", "save"]
-
-_log = logging.getLogger(__name__)
 
 RepositoryLike = Repository | str | os.PathLike[str]
 
@@ -62,6 +60,7 @@ def save(
     author: str = "",
     parent: str | int | None = None,
     expect_tip: str | int | None = None,
+    retention: Retention | None = None,
     planner: SavePlanner | None = None,
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
@@ -83,6 +82,7 @@ def save(
     author: str = "",
     parent: str | int | None = None,
     expect_tip: str | int | None = None,
+    retention: Retention | None = None,
     planner: SavePlanner | None = None,
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
@@ -104,6 +104,8 @@ def save(
             a number (a tensor of one element too), a label any value, kept as its text.
         parent: where a branch that does not exist begins (a ref).
         expect_tip: the ref that the branch must still name; else ConflictError.
+        retention: rules by which older versions of the branch then expire, as by
+            `Repository.expire`; a failure of that is logged, for the save is done.
         planner: torch's save planner or ours; None is `DefaultSavePlanner()`.
         process_group: the ranks that take part; None is all.
         no_dist: save this process alone, though a process group is there.
@@ -132,7 +134,7 @@ def save(
             use_collectives=use_collectives,
         )
         return described
-    ranks = _ranks(process_group, no_dist=no_dist)
+    ranks = find_collectives(process_group, no_dist=no_dist)
 
     def request() -> SaveRequest:
         raise_unseen()
@@ -146,6 +148,7 @@ def save(
             author=author,
             parent=parent,
             expect_tip=expect_tip,
+            retention=retention,
         )
 
     with ExitStack() as stack:
@@ -172,6 +175,7 @@ def async_save(
     author: str = "",
     parent: str | int | None = None,
     expect_tip: str | int | None = None,
+    retention: Retention | None = None,
     planner: SavePlanner | None = None,
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
@@ -189,7 +193,7 @@ def async_save(
 
     Args:
         state_dict, repo, branch, step, tags, message, metrics, labels, author, parent, expect_tip,
-            planner, process_group, no_dist, allow_pickle, checkpoint_id: as for `save`.
+            retention, planner, process_group, no_dist, allow_pickle, checkpoint_id: as for `save`.
         if_busy: whether to wait for a save that still runs, or to raise ConflictError.
         staging_limit: bytes of a rank's state that may be copied; a rank with more saves before it
             returns, without a copy.
@@ -213,6 +217,7 @@ def async_save(
             author=author,
             parent=parent,
             expect_tip=expect_tip,
+            retention=retention,
         )
 
     def save_staged(staged: dict[str, Any], ranks: Collectives) -> Version:
@@ -332,7 +337,7 @@ def load(
             no_dist=no_dist,
         )
         return None
-    ranks = _ranks(process_group, no_dist=no_dist)
+    ranks = find_collectives(process_group, no_dist=no_dist)
     with ExitStack() as stack:
 
         def open_source() -> LoadSource:
@@ -380,13 +385,6 @@ def _where(
             "Repository, a folder or a database URL."
         )
     return repo if repo is not None else os.fspath(checkpoint_id or "")
-
-
-def _ranks(group: dist.ProcessGroup | None, *, no_dist: bool) -> Collectives:
-    ranks = find_collectives(group, no_dist=no_dist)
-    if isinstance(ranks, Alone) and not no_dist:
-        _log.info("no process group is initialised; working in this process alone")
-    return ranks
 
 
 def _target(

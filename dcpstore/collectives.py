@@ -6,6 +6,7 @@ carries either a result or an error, so that no rank waits for one that has alre
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from dcpstore.errors import DcpstoreError, MismatchError, RankFailure
 
 __all__ = ["Alone", "Collectives", "RankGroup", "find_collectives", "in_step", "in_turn"]
+
+_log = logging.getLogger(__name__)
 
 Local = TypeVar("Local")
 Result = TypeVar("Result")
@@ -104,7 +107,10 @@ class RankGroup:
 
 def find_collectives(group: dist.ProcessGroup | None, *, no_dist: bool) -> Collectives:
     """Return the ranks of `group` (None: all), or this process alone where torch runs no group."""
-    if no_dist or not dist.is_available() or not dist.is_initialized():
+    if no_dist:
+        return Alone()
+    if not dist.is_available() or not dist.is_initialized():
+        _log.info("no process group is initialised; working in this process alone")
         return Alone()
     return RankGroup(group)
 

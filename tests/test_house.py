@@ -29,6 +29,7 @@ FLOORS = {
     "journal": 2,
     "leases": 2,
     "places": 2,
+    "retention": 2,
     "zarr_view": 2,
     "planning": 2,
     "collectives": 2,

@@ -81,6 +81,7 @@ def _replay(operations: Iterable[Json]) -> _State:
         at = datetime.fromisoformat(said["created_at"])
         if fact := said.get("version"):
             _learn(state, fact)
+            _unlearn(state, fact["uid"], (said["detail"] or {}).get("removed", {}))
         detail = said["detail"] or {}
         if said["kind"] == "expire":
             state.expired.update(dict.fromkeys(detail["versions"], at))
@@ -97,6 +98,13 @@ def _learn(state: _State, fact: Json) -> None:
         for key, nbytes in fact["packs"]:
             state.packs.setdefault(key, (nbytes, fact["uid"]))
     state.facts[fact["uid"]] = dict(fact)
+
+
+def _unlearn(state: _State, uid: str, removed: Json) -> None:
+    """Take back the metrics and labels that an undo removed."""
+    for what, names in removed.items():
+        for name in names:
+            state.facts[uid][what].pop(name, None)
 
 
 def _replay_gc(state: _State, detail: Json, at: datetime) -> None:

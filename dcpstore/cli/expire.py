@@ -8,7 +8,7 @@ import click
 
 from dcpstore.cli.output import Column, human_time, print_json, print_table
 from dcpstore.cli.session import Session, repo_options
-from dcpstore.upkeep.retention import Best, Verdict
+from dcpstore.retention import Best, Verdict
 
 __all__ = ["expire"]
 

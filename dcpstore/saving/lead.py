@@ -12,9 +12,11 @@ from dataclasses import dataclass, fields
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from dcpstore.errors import DcpstoreError, InvalidInputError
+from dcpstore.journal import write_journal
 from dcpstore.planning.checks import check_agreement, check_tiling
 from dcpstore.planning.save_planner import DefaultSavePlanner
 from dcpstore.records import ChunkDefaults, EntryRecord, Version
+from dcpstore.retention import retain
 from dcpstore.saving.assembly import Books, Planned
 from dcpstore.saving.chunking import Digested
 from dcpstore.saving.layouts import Assignment, Layout, lay_out
@@ -71,6 +73,7 @@ class Lead:
     def begin(self, told: Sequence[Opening]) -> list[str]:
         """Check that the ranks agree and begin the version; return the keys of all ranks."""
         _check_agreement(told)
+        self._retention = told[0].request.retention
         self.draft = draft_version(self.target.catalog, told[0].request, ranks=self._size)
         self.target.catalog.begin(self.draft)
         self._open = True
@@ -134,6 +137,11 @@ class Lead:
             planner_data=self._planner_data,
         )
         self._open = False
+        if self._retention is not None:
+            retain(
+                self.target.catalog, self._retention, branch=version.branch, author=version.author
+            )
+            write_journal(self.target.catalog, self.target.storage)
         return version
 
     def give_up(self, error: BaseException) -> None:

@@ -27,6 +27,7 @@ from dcpstore.records import (
     VersionContent,
     VersionDraft,
 )
+from dcpstore.retention import Retention
 from dcpstore.saving.assembly import Books
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.manifests import encode_manifest, manifest_key
@@ -54,7 +55,10 @@ class SaveTarget:
 
 @dataclass(frozen=True, slots=True)
 class SaveRequest:
-    """What the caller says about the version to be; `parent` and `expect_tip` are refs."""
+    """What the caller says about the version to be; `parent` and `expect_tip` are refs.
+
+    `retention` says which versions of the branch stay once this one is there.
+    """
 
     branch: str = "main"
     step: int | None = None
@@ -65,6 +69,7 @@ class SaveRequest:
     author: str = ""
     parent: str | int | None = None
     expect_tip: str | int | None = None
+    retention: Retention | None = None
 
 
 def make_request(
@@ -78,6 +83,7 @@ def make_request(
     author: str,
     parent: str | int | None,
     expect_tip: str | int | None,
+    retention: Retention | None = None,
 ) -> SaveRequest:
     """Return the request that a caller's arguments mean: metrics as floats, labels as text.
 
@@ -96,6 +102,7 @@ def make_request(
         author=author,
         parent=parent,
         expect_tip=expect_tip,
+        retention=retention,
     )
 
 

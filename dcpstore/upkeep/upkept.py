@@ -11,9 +11,9 @@ from dcpstore.catalog import Catalog
 from dcpstore.durations import Duration
 from dcpstore.errors import InvalidInputError
 from dcpstore.journal import journaled
+from dcpstore.retention import Best, ExpireReport, Retention, expire
 from dcpstore.storage.interface import Storage
 from dcpstore.upkeep.gc import GcReport, collect
-from dcpstore.upkeep.retention import Best, ExpireReport, Retention, expire
 from dcpstore.upkeep.verify import VerifyReport, verify
 
 if TYPE_CHECKING:

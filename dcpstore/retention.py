@@ -5,6 +5,7 @@ Invariant: a branch tip, a tagged version and the newest version never expire.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -12,10 +13,12 @@ from datetime import UTC, datetime, timedelta
 
 from dcpstore.catalog import Catalog
 from dcpstore.durations import as_duration
-from dcpstore.errors import InvalidInputError, NotFoundError
+from dcpstore.errors import DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.records import RefRecord, Version
 
-__all__ = ["ExpireReport", "Retention", "Verdict", "expire"]
+__all__ = ["ExpireReport", "Retention", "Verdict", "expire", "retain"]
+
+_log = logging.getLogger(__name__)
 
 Best = tuple[str, int] | tuple[str, int, str]
 
@@ -119,6 +122,14 @@ def expire(
 
     catalog.upkeep().expire(choose, author=author, rules=_told(rules))
     return ExpireReport(verdicts, dry_run)
+
+
+def retain(catalog: Catalog, rules: Retention, *, branch: str, author: str) -> None:
+    """Expire after a save to `branch`; a failure is logged, for the save itself is done."""
+    try:
+        expire(catalog, rules, author=author, branch=branch)
+    except DcpstoreError as error:
+        _log.warning("nothing expired after the save to %r: %s", branch, error)
 
 
 def _judge(
