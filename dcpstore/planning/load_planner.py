@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import default_planner as torch_planner
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from dcpstore.errors import InvalidInputError, MismatchError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
 from dcpstore.planning.load_options import LoadOptions
+from dcpstore.planning.room import make_room
 from dcpstore.planning.shards import local_shards
 
 __all__ = ["DefaultLoadPlanner"]
@@ -66,12 +69,20 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         Raises:
             InvalidInputError: two items flatten to the same FQN.
         """
+        make_room(state_dict)
+        self.original_state_dict = state_dict
+        self.metadata = metadata
+        self.is_coordinator = is_coordinator
+        if self.flatten_sharded_tensors:
+            state_dict = _flatten_sharded_tensors(state_dict)
         try:
-            super().set_up_planner(state_dict, metadata, is_coordinator)
+            if self.flatten_state_dict:
+                state_dict, self.mappings = flatten_state_dict(state_dict)
         except ValueError as error:
             raise InvalidInputError(
                 f"{error}: two items of the state have the same FQN; rename one of the keys."
             ) from error
+        self.state_dict = state_dict
         self._views: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self.missing, self.cast, self.stored = [], [], set()
 

@@ -74,10 +74,21 @@ def give_state(state_dict: dict[str, Any], filled: Mapping[str, Any], *, rank: i
     """Hand the `filled` plain state back to the objects that it came from."""
     for key, value in filled.items():
         owner = state_dict[key]
-        if isinstance(owner, Stateful):
+        if isinstance(owner, torch.nn.Module) and _is_on_meta(owner, value):
+            owner.load_state_dict(value, assign=True)  # there is nothing to copy into
+        elif isinstance(owner, Stateful):
             owner.load_state_dict(value)
         else:
             state_dict[key] = _given_back(owner, value, rank)
+
+
+def _is_on_meta(module: torch.nn.Module, names: Iterable[str]) -> bool:
+    """Tell whether any of the tensors that a module's state names is on the meta device."""
+    tensors = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    return any(tensors[name].is_meta for name in names if name in tensors)
 
 
 def own_names(state_dict: Mapping[str, Any], *, rank: int) -> list[str]:
@@ -134,13 +145,28 @@ def take_template(
 
     An optimizer that has taken no step yet has no state to fill. It gets what the version holds for
     its parameters, each laid out like its parameter where it has the same shape.
+
+    Raises:
+        InvalidInputError: an optimizer's parameters are on the meta device.
     """
     template = take_state(state_dict, keys, rank=rank)
     for key, value in template.items():
         owner = state_dict[key]
-        if isinstance(owner, torch.optim.Optimizer) and not value.get("state"):
-            value["state"] = _optimizer_state(owner, key, entries)
+        if isinstance(owner, torch.optim.Optimizer):
+            _check_parameters(owner, key)
+            if not value.get("state"):
+                value["state"] = _optimizer_state(owner, key, entries)
     return template
+
+
+def _check_parameters(optimizer: torch.optim.Optimizer, key: str) -> None:
+    """Refuse an optimizer of tensors that the load of its model is about to replace."""
+    if any(p.is_meta for group in optimizer.param_groups for p in group["params"]):
+        raise InvalidInputError(
+            f"the parameters of optimizer {key!r} are on the meta device, and would not be those "
+            "that the load gives to the model; call model.to_empty(device=...) before the "
+            "optimizer is made, or load the model first."
+        )
 
 
 def optimizer_names(state_dict: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -192,32 +191,33 @@ def _loss(given: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def _train_pipeline(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> float:
     """Train one step, stage after stage: each hands what it gives to the next, and grads back."""
     rank, last = dist.get_rank(), dist.get_world_size() - 1
-    x, targets = batch(step)
+    tokens, targets = batch(step)
+    entered = handed = tokens
+    given = loss = torch.zeros(())
     for stage in range(last + 1):
         if stage == rank:
-            entered = x.requires_grad_() if x.is_floating_point() else x
+            entered = handed.requires_grad_(handed.is_floating_point())
             given = model(entered)
         if stage < last:
-            shape = [None]
-            if stage == rank:
-                shape = [given.shape]
-            dist.broadcast_object_list(shape, src=stage)
-            x = given.detach().clone() if stage == rank else torch.zeros(shape[0])
-            dist.broadcast(x, src=stage)
-    loss = _loss(given, targets) if rank == last else torch.zeros(())
-    for stage in range(last, -1, -1):
-        if stage == rank:
-            given.backward(grad) if rank < last else loss.backward()
-        if stage:
-            shape = [entered.shape] if stage == rank else [None]
-            dist.broadcast_object_list(shape, src=stage)
-            grad = entered.grad if stage == rank else torch.zeros(shape[0])
-            dist.broadcast(grad, src=stage)
+            handed = _handed(given if stage == rank else None, stage)
+    if rank == last:
+        loss = _loss(given, targets)
+        loss.backward()
+    for stage in range(last, 0, -1):
+        grad = _handed(entered.grad if stage == rank else None, stage)
+        if stage == rank + 1:
+            given.backward(grad)
     optimizer.step()
     optimizer.zero_grad()
-    loss = loss.detach()
-    dist.broadcast(loss, src=last)
-    return loss.item()
+    return float(_handed(loss if rank == last else None, last))
+
+
+def _handed(tensor: torch.Tensor | None, source: int) -> torch.Tensor:
+    """Return on every rank the tensor of rank `source`, without its graph."""
+    box = [None if tensor is None else tensor.detach()]
+    dist.broadcast_object_list(box, src=source)
+    assert box[0] is not None
+    return box[0].clone()
 
 
 def _train_experts(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> float:

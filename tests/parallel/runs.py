@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 
 import dcpstore
@@ -21,12 +20,12 @@ STEPS = 2  # trained before the save
 SAVES: dict[str, Callable[[dict[str, Any], Path], Any]] = {
     "torch": lambda s, to: dcp.save(s, storage_writer=dcp.FileSystemWriter(to)),
     "torch's save": lambda s, to: dcp.save(s, storage_writer=dcpstore.FileSystemWriter(to)),
-    "save": lambda s, to: dcpstore.save(s, to),
+    "save": dcpstore.save,
 }
 LOADS: dict[str, Callable[[dict[str, Any], Path], Any]] = {
     "torch": lambda s, at: dcp.load(s, storage_reader=dcp.FileSystemReader(at)),
     "torch's save": lambda s, at: dcp.load(s, storage_reader=dcpstore.FileSystemReader(at)),
-    "save": lambda s, at: dcpstore.load(s, at),
+    "save": dcpstore.load,
 }
 
 
