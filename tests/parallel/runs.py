@@ -82,3 +82,24 @@ def _ignore_torchs() -> None:
     """Let pass what torch says of itself: no process group here, and its own deprecations."""
     warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+
+
+def save_raw(rank: int, half: Half, folder: Path) -> Outcome:
+    """Train, save the model and the optimizer as they are, and train on."""
+    with warnings.catch_warnings():
+        _ignore_torchs()
+        job = build(half.layout, half.optimizer, seed=1)
+        for step in range(STEPS):
+            job.train(step)
+        SAVES["save"]({"model": job.model, "optim": job.optimizer}, folder / "save")
+        SAVES["torch"]({"model": job.model, "optim": job.optimizer}, folder / "torch")
+        return Outcome(whole(job), (job.train(STEPS), job.train(STEPS + 1)))
+
+
+def load_raw(rank: int, half: Half, folder: Path, way: str) -> Outcome:
+    """Load into a new model and an optimizer that has taken no step, and train on."""
+    with warnings.catch_warnings():
+        _ignore_torchs()
+        job = build(half.layout, half.optimizer, seed=2)
+        LOADS[way]({"model": job.model, "optim": job.optimizer}, folder / way)
+        return Outcome(whole(job), (job.train(STEPS), job.train(STEPS + 1)))
