@@ -23,7 +23,9 @@ def test_a_model_on_the_meta_device_is_filled(tmp_path: Path) -> None:
     with torch.device("meta"):
         empty = Net(2)
     dcpstore.load({"model": empty}, tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), empty.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), empty.parameters(), strict=True)
+    )
     assert empty(torch.arange(3)).device.type == "cpu"
     assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in empty.parameters())
 
