@@ -13,11 +13,11 @@ from functools import wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from dcpstore.catalog import Catalog
-from dcpstore.errors import DcpstoreError
+from dcpstore.errors import CorruptionError, DcpstoreError, NotFoundError
 from dcpstore.storage.interface import Storage
-from dcpstore.storage.operations import encode_operation, operation_key
+from dcpstore.storage.operations import decode_operation, encode_operation, operation_key
 
-__all__ = ["Journaled", "journaled", "write_journal"]
+__all__ = ["Journaled", "check_owner", "journaled", "write_journal"]
 
 P = ParamSpec("P")
 R = TypeVar("R", bound="Journaled")
@@ -45,6 +45,29 @@ def journaled(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R,
     return run
 
 
+def check_owner(catalog: Catalog, storage: Storage) -> None:
+    """Refuse a data folder that another repository's journal lies in.
+
+    Raises:
+        DcpstoreError: it is another's, or cannot be told.
+    """
+    try:
+        owner = decode_operation(storage.get(operation_key(1)))["repository"]["uid"]
+    except NotFoundError:
+        return  # nothing was journaled yet
+    except (CorruptionError, LookupError) as error:
+        raise DcpstoreError(
+            f"cannot tell whose data {storage.url!r} is: its first operation is damaged ({error}). "
+            "Restore operations/000000000001.json from a copy."
+        ) from error
+    if owner != catalog.repository.uid:
+        raise DcpstoreError(
+            f"the data in {storage.url!r} belongs to repository {owner}, and this one is "
+            f"{catalog.repository.uid}; nothing was changed. Give each its own data folder, or "
+            "restore the first's catalog with 'dcpstore rebuild'."
+        )
+
+
 def write_journal(catalog: Catalog, storage: Storage) -> None:
     """Write the operations that the data folder lacks.
 
@@ -53,6 +76,8 @@ def write_journal(catalog: Catalog, storage: Storage) -> None:
     """
     try:
         while operations := catalog.unjournaled():
+            if operations[0]["kind"] == "init":
+                check_owner(catalog, storage)
             for said in operations:
                 storage.put(operation_key(said["operation"]), encode_operation(said))
             catalog.mark_journaled(operations[-1]["operation"])

@@ -36,7 +36,11 @@ def assert_sound(repo: Repository) -> None:
     """Check what must always hold of committed versions (design, section 5)."""
     versions = repo.log()
     numbers = [version.number for version in versions]
-    assert numbers == list(range(len(numbers), 0, -1))
+    expired = [
+        row[0] for row in repo.sql("SELECT number FROM version WHERE expired_at IS NOT NULL")
+    ]
+    assert numbers == sorted(numbers, reverse=True)
+    assert sorted(numbers + expired) == list(range(1, len(numbers + expired) + 1))
     packs = PackReader(repo.storage)
     checked: set[int] = set()
     for version in versions:
@@ -53,6 +57,26 @@ def assert_sound(repo: Repository) -> None:
     packs.close()
     for ref in (*repo.tags(), *repo.branches()):
         assert repo.show(ref.name).number == ref.version
+    _assert_kept(repo)
+
+
+def _assert_kept(repo: Repository) -> None:
+    """Check that nothing is damaged, that gc takes nothing reached, and that the journal is whole."""
+    assert repo.verify().damaged == ()
+    reached = {pack.key for pack in repo.catalog.upkeep().packs()}
+    reached |= {manifest_key(version.uid) for version in repo.log()}
+    report = repo.gc(grace="100w", dry_run=True)
+    going = {pack.key for pack in report.condemned} | set(report.cleared)
+    rows = repo.sql(
+        "SELECT DISTINCT p.key FROM pack p JOIN chunk c ON c.pack = p.id "
+        "JOIN entry e ON e.tensor = c.tensor"
+    )
+    named = {row.key for row in rows}
+    assert named <= reached
+    assert not going & named
+    assert not going & {manifest_key(version.uid) for version in repo.log()}
+    (journaled,) = repo.sql("SELECT last_journaled FROM repository")[0]
+    assert len(list(repo.storage.list("operations"))) == journaled
 
 
 def _assert_whole(

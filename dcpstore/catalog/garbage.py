@@ -63,6 +63,7 @@ def condemn(
     crashed = _give_up_crashed(connection, now=now, lease=lease)
     _check_running(connection, now=now, grace=grace)
     _forget_tensors(connection)
+    _forget_plans(connection)
     unreached = ~exists().where(_chunk.c.pack == _pack.c.id)
     lapsed = (_pack.c.status == "planned") & (_pack.c.planned_at <= now - lease)
     rows = connection.execute(
@@ -291,6 +292,14 @@ def _forget_tensors(connection: Connection) -> None:
         return
     for column in (schema.alias.c.tensor, _chunk.c.tensor, schema.part.c.tensor, tensor.c.id):
         connection.execute(delete(column.table).where(column.in_(wanted_ids(connection, dead))))
+
+
+def _forget_plans(connection: Connection) -> None:
+    """Remove plans that no version was saved by any more."""
+    plan, shard = schema.plan, schema.shard
+    unused = select(plan.c.id).where(~exists().where(_version.c.plan == plan.c.id))
+    connection.execute(delete(shard).where(shard.c.plan.in_(unused)))
+    connection.execute(delete(plan).where(plan.c.id.in_(unused)))
 
 
 def _sparse(connection: Connection, live_share: float) -> list[PackRecord]:

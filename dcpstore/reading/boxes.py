@@ -44,6 +44,7 @@ def find_chunks(
     """Return the chunks that boxes of stored tensors meet, each once, as they lie in the packs.
 
     Raises:
+        NotFoundError: the version expired meanwhile.
         CorruptionError: the catalog lacks some of them.
     """
     ranges: list[ChunkRange] = []
@@ -53,6 +54,7 @@ def find_chunks(
             ranges += [ChunkRange(entry.tensor.id, part, *ends) for ends in grid.ranges(box)]
     stored = catalog.chunks(ranges)
     if len(stored) != sum(last - first + 1 for _, _, first, last in ranges):
+        catalog.resolve(version)  # says so if it expired while it was being read
         _check_complete(ranges, stored, version)
     return stored
 

@@ -12,11 +12,10 @@ from datetime import UTC, datetime, timedelta
 
 from dcpstore.catalog import Catalog
 from dcpstore.durations import Duration, as_duration
-from dcpstore.errors import CorruptionError, DcpstoreError, NotFoundError
-from dcpstore.journal import write_journal
+from dcpstore.errors import NotFoundError
+from dcpstore.journal import check_owner, write_journal
 from dcpstore.records import PackRecord
 from dcpstore.storage.interface import Storage
-from dcpstore.storage.operations import decode_operation, operation_key
 from dcpstore.uids import uid_time
 
 __all__ = ["GcReport", "collect"]
@@ -28,10 +27,11 @@ _LIVE_SHARE = 0.5  # a pack of which less is reached is worth copying
 class GcReport:
     """What a collection did, or would do with `dry_run`.
 
-    `condemned` packs wait for their grace time, `deleted` ones are gone; `repacked` pairs an old
-    pack with the one that took over its live chunks. `cleared` are the keys of other objects that
-    were deleted: of crashed saves and of expired versions. `unknown` keys are of no version that
-    the catalog knows, and were left alone. `nbytes_freed` counts `deleted` and `cleared`.
+    `condemned` packs, which nothing reaches, wait for their grace time; so do those of `repacked`,
+    each with the pack that took over its live chunks. `deleted` packs are gone. `cleared` are the
+    keys of other objects that were deleted: of crashed saves and of expired versions. `unknown`
+    keys are of no version that the catalog knows, and were left alone. `nbytes_freed` counts
+    `deleted` and `cleared`.
     """
 
     condemned: tuple[PackRecord, ...]
@@ -45,8 +45,8 @@ class GcReport:
 
     @property
     def nbytes_condemned(self) -> int:
-        """The bytes of the packs that were condemned now."""
-        return sum(pack.nbytes for pack in self.condemned)
+        """The bytes of the packs that were condemned now, as nothing reaches them or repacked."""
+        return sum(pack.nbytes for pack in (*self.condemned, *(old for old, _ in self.repacked)))
 
 
 def collect(
@@ -74,9 +74,9 @@ def collect(
     """
     grace, lease = as_duration(grace, what="grace"), as_duration(lease, what="lease")
     upkeep = catalog.upkeep()
+    check_owner(catalog, storage)
     if not dry_run:
         write_journal(catalog, storage)
-    _check_owner(catalog, storage)
     found = upkeep.condemn(
         now=datetime.now(UTC),
         grace=grace,
@@ -103,7 +103,7 @@ def collect(
         catalog, storage, grace=grace, lease=lease, dry_run=dry_run
     )
     return GcReport(
-        condemned=tuple(found.condemned) + tuple(old for old, new in repacked if new is not None),
+        condemned=tuple(found.condemned),
         repacked=tuple(repacked),
         deleted=tuple(deleted),
         cleared=tuple(cleared),
@@ -112,25 +112,6 @@ def collect(
         nbytes_freed=nbytes + sum(pack.nbytes for pack in deleted),
         dry_run=dry_run,
     )
-
-
-def _check_owner(catalog: Catalog, storage: Storage) -> None:
-    """Refuse to work in a data folder that another repository's catalog describes too."""
-    try:
-        owner = decode_operation(storage.get(operation_key(1)))["repository"]["uid"]
-    except NotFoundError:
-        return  # nothing was journaled yet
-    except (CorruptionError, LookupError) as error:
-        raise DcpstoreError(
-            f"cannot tell whose data {storage.url!r} is: its first operation is damaged ({error}). "
-            "Restore operations/000000000001.json from a copy before anything is deleted."
-        ) from error
-    if owner != catalog.repository.uid:
-        raise DcpstoreError(
-            f"the data in {storage.url!r} belongs to repository {owner}, and this one is "
-            f"{catalog.repository.uid}; nothing was deleted. Give each its own data folder, or "
-            "restore the first's catalog with 'dcpstore rebuild'."
-        )
 
 
 def _delete_packs(

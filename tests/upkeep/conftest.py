@@ -1,0 +1,50 @@
+"""Small versions of plain tensors, saved alone, and a second repository on the same kind."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dcpstore
+from dcpstore import Repository, Version
+from dcpstore.catalog.views import VIEWS
+from dcpstore.repository import open as open_repository
+
+Save = Callable[..., Version]
+
+
+@pytest.fixture
+def save(repo: Repository) -> Save:
+    """Save a version: what its number makes new, and what never changes."""
+    return saver(repo)
+
+
+def saver(repo: Repository) -> Save:
+    count = itertools.count(1)
+
+    def save(state: dict[str, Any] | None = None, **said: Any) -> Version:
+        new = torch.full((100,), float(next(count)))
+        kept = torch.arange(50)
+        return dcpstore.save(state or {"new": new, "kept": kept, "lr": 0.1}, repo, **said)
+
+    return save
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[Repository]:
+    """Another repository, embedded in a folder."""
+    with open_repository(tmp_path / "other") as opened:
+        yield opened
+
+
+def packs_of(repo: Repository) -> set[str]:
+    """Return the keys of the stored packs."""
+    return set(repo.storage.list("packs"))
+
+
+def views(repo: Repository) -> dict[str, list[tuple[Any, ...]]]:
+    """Return the rows of every view, in an order that they have in any catalog."""
+    return {name: sorted(map(tuple, repo.sql(f"SELECT * FROM {name}")), key=repr) for name in VIEWS}

@@ -1,0 +1,347 @@
+"""What gc condemns, repacks, deletes and clears, and what it must never touch."""
+
+import math
+import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dcpstore
+from dcpstore import ConflictError, DcpstoreError, InvalidInputError, NotFoundError, Repository
+from dcpstore.leases import kept_lease
+from dcpstore.records import VersionDraft
+from dcpstore.repository import open as open_repository
+from dcpstore.storage.manifests import decode_manifest, manifest_key
+from dcpstore.storage.packs import PackReader, PackWriter
+from dcpstore.uids import new_uid
+from tests.soundness import Place
+from tests.upkeep.conftest import Save, packs_of
+
+NOW = "0s"
+
+
+def begin(repo: Repository, **said: Any) -> VersionDraft:
+    """Begin a save that goes no further."""
+    draft = VersionDraft(uid=new_uid(), branch="main", author="ada", host="node1", **said)
+    repo.catalog.begin(draft)
+    return draft
+
+
+def test_condemned_first_deleted_after_the_grace_time(repo: Repository, save: Save) -> None:
+    versions = [save() for _ in range(3)]
+    repo.expire(keep_last=1)
+    stored = packs_of(repo)
+    told = repo.gc(dry_run=True)
+    report = repo.gc()
+    lost = versions[1].nbytes_written
+    assert told.condemned == report.condemned
+    assert [pack.key for pack in report.condemned] == [f"packs/{versions[1].uid}/0-0.pack"]
+    assert len(report.repacked) == 1  # v1's holds the kept tensor too
+    assert report.nbytes_condemned == lost + versions[0].nbytes_written
+    assert (report.nbytes_freed, report.deleted) == (0, ())
+    assert packs_of(repo) >= stored - {f"packs/{versions[0].uid}/0-0.pack"}
+    assert repo.gc().condemned == ()
+    final = repo.gc(grace=NOW)
+    assert {pack.key for pack in final.deleted} >= {f"packs/{versions[1].uid}/0-0.pack"}
+    assert final.nbytes_freed > lost
+    assert manifest_key(versions[1].uid) not in set(repo.storage.list("manifests"))
+    assert repo.verify(deep=True).damaged == ()
+    assert repo.gc(grace=NOW).nbytes_freed == 0
+    assert torch.equal(repo.read()["kept"], torch.arange(50))
+
+
+def test_a_dry_run_changes_nothing(repo: Repository, save: Save) -> None:
+    for _ in range(3):
+        save()
+    repo.expire(keep_last=1)
+    before = (repo.operations(), list(repo.storage.list()), repo.sql("SELECT * FROM storage"))
+    report = repo.gc(grace=NOW, dry_run=True)
+    assert report.deleted
+    assert (repo.operations(), list(repo.storage.list()), repo.sql("SELECT * FROM storage")) == (
+        before
+    )
+    real = repo.gc(grace=NOW)
+    assert set(report.condemned) <= set(real.condemned)
+    assert report.cleared == real.cleared
+
+
+def test_a_pack_mostly_dead_is_repacked_and_versions_stay_readable(repo: Repository) -> None:
+    big, small = torch.randn(1000), torch.randn(10)
+    first = dcpstore.save({"big": big, "small": small}, repo)
+    second = dcpstore.save({"big": big + 1, "small": small}, repo)
+    repo.expire(keep_last=1)
+    report = repo.gc()
+    ((old, new),) = report.repacked
+    assert old.key == f"packs/{first.uid}/0-0.pack"
+    assert new is not None
+    assert new.nbytes == small.nbytes
+    assert old.key in packs_of(repo)  # who holds the old place still finds it
+    assert torch.equal(repo.read()["small"], small)
+    manifest = decode_manifest(repo.storage.get(manifest_key(second.uid)))
+    named = {chunk.pack for tensor in manifest.content.tensors for chunk in tensor.chunks}
+    assert named == {new.key, f"packs/{second.uid}/0-0.pack"}
+    repo.gc(grace=NOW)
+    assert packs_of(repo) == named
+    assert torch.equal(repo.read()["small"], small)
+    assert repo.verify(deep=True).damaged == ()
+    third = dcpstore.save({"big": big + 1, "small": small}, repo)
+    assert third.nbytes_written == 0
+
+
+def test_a_load_that_holds_old_places_goes_on_until_the_grace_ends(repo: Repository) -> None:
+    big, small = torch.randn(1000), torch.randn(10)
+    dcpstore.save({"big": big, "small": small}, repo)
+    dcpstore.save({"small": small}, repo)
+    entry = repo.entries(2, ["small"])[0]
+    assert entry.tensor is not None
+    places = repo.catalog.chunks([dcpstore.records.ChunkRange(entry.tensor.id, 0, 0, 0)])
+    repo.expire(keep_last=1)
+    assert repo.gc().repacked
+    reader = PackReader(repo.storage)
+    data = reader.read(places[0].pack, places[0].offset, places[0].length)
+    assert len(data) == small.nbytes
+
+
+def test_a_save_does_not_reuse_what_is_condemned(repo: Repository) -> None:
+    old = torch.randn(100)
+    dcpstore.save({"w": old}, repo)
+    dcpstore.save({"w": old + 1}, repo)
+    repo.expire(keep_last=1)
+    repo.gc()
+    version = dcpstore.save({"w": old}, repo)
+    assert version.nbytes_written == old.nbytes
+    repo.gc(grace=NOW)
+    assert torch.equal(repo.read()["w"], old)
+
+
+def test_a_save_that_meant_to_reuse_collected_bytes_fails_and_shows_nothing(
+    repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = torch.randn(100)
+    dcpstore.save({"w": old}, repo)
+    dcpstore.save({"w": old + 1}, repo)
+    found = repo.catalog.find_tensors
+
+    def find_and_collect(digests: Any) -> Any:
+        known = found(digests)
+        monkeypatch.setattr(repo.catalog, "find_tensors", found)
+        assert known
+        repo.expire(keep_last=1)
+        repo.gc(grace="1h")
+        return known
+
+    monkeypatch.setattr(repo.catalog, "find_tensors", find_and_collect)
+    with pytest.raises(ConflictError, match="again"):
+        dcpstore.save({"w": old}, repo)
+    assert [v.number for v in repo.log()] == [2]
+
+
+def test_a_save_goes_through_while_what_it_reuses_is_repacked(
+    repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    big, small = torch.randn(1000), torch.randn(10)
+    dcpstore.save({"big": big, "small": small}, repo)
+    dcpstore.save({"small": small}, repo)
+    put = repo.storage.put
+
+    def put_and_repack(key: str, data: Any) -> None:
+        put(key, data)
+        if key.startswith("manifests/"):  # of the save: what it names moves now
+            monkeypatch.setattr(repo.storage, "put", put)
+            repo.expire(keep_last=1)
+            assert repo.gc(grace="1h").repacked
+
+    monkeypatch.setattr(repo.storage, "put", put_and_repack)
+    version = dcpstore.save({"small": small, "more": big + 1}, repo)
+    manifest = decode_manifest(repo.storage.get(manifest_key(version.uid)))
+    repo.gc(grace=NOW)
+    named = {chunk.pack for tensor in manifest.content.tensors for chunk in tensor.chunks}
+    assert named <= packs_of(repo)
+    assert torch.equal(repo.read()["small"], small)
+
+
+def test_what_crashed_saves_left_is_cleared_after_their_lease(repo: Repository, save: Save) -> None:
+    save()
+    draft = begin(repo)
+    writer = PackWriter(repo.storage, draft.uid, 0)
+    writer.append(b"x" * 1000)
+    writer.finish()
+    killed = repo.storage.create(f"packs/{draft.uid}/1-0.pack")
+    killed.write(b"y" * 10_000)
+    repo.storage.put(manifest_key(draft.uid), b"{}")
+    assert repo.gc().cleared == ()
+    report = repo.gc(lease=NOW, grace=NOW)
+    assert report.crashed == (draft.uid,)
+    assert len(report.cleared) in (2, 3)  # what was buffered of the third may not be a file yet
+    assert not [key for key in repo.storage.list() if draft.uid in key]
+    killed.discard()
+    with pytest.raises(ConflictError, match="aborted"):
+        repo.catalog.commit(draft.uid, None)  # type: ignore[arg-type]
+    assert repo.gc(lease=NOW, grace=NOW).cleared == ()
+
+
+def test_a_grace_shorter_than_a_running_save_is_refused(repo: Repository, save: Save) -> None:
+    save()
+    save()
+    repo.expire(keep_last=1)
+    draft = begin(repo)
+    before = repo.operations()
+    with pytest.raises(InvalidInputError, match="'ada' on 'node1'"):
+        repo.gc(grace=NOW)
+    assert repo.operations() == before
+    assert repo.gc(grace="1h").repacked
+    repo.catalog.abort(draft.uid, "given up")
+    assert repo.gc(grace=NOW).deleted
+
+
+def test_a_running_save_renews_its_lease(repo: Repository) -> None:
+    draft = begin(repo)
+
+    def touched() -> datetime:
+        (row,) = repo.sql("SELECT touched_at FROM version WHERE uid = :uid", uid=draft.uid)
+        at = row.touched_at
+        return datetime.fromisoformat(at) if isinstance(at, str) else at.replace(tzinfo=None)
+
+    before = touched()
+    renewed = threading.Event()
+    touch = repo.catalog.touch
+
+    def touch_and_tell(uid: str) -> None:
+        touch(uid)
+        renewed.set()
+
+    repo.catalog.touch = touch_and_tell  # type: ignore[method-assign]
+    with kept_lease(repo.catalog, draft.uid, seconds=0.01):
+        assert renewed.wait(10)
+    assert touched() > before
+    repo.catalog.abort(draft.uid, "done")
+
+
+def test_unknown_objects_are_left_alone_until_they_are_old(
+    repo: Repository, save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save()
+    uid = new_uid()
+    repo.storage.put(f"packs/{uid}/0-0.pack", b"of someone who is about to begin")
+    repo.storage.put("packs/restored by hand".replace(" ", "-") + "/0-0.pack", b"of no uid of ours")
+    report = repo.gc()
+    assert len(report.unknown) == 2
+    assert report.cleared == ()
+    report = repo.gc(grace=NOW, lease=NOW)
+    assert report.cleared == (f"packs/{uid}/0-0.pack",)
+    assert len(report.unknown) == 1
+
+
+def test_a_data_folder_of_another_repository_is_left_alone(
+    place: Place, repo: Repository, tmp_path: Path
+) -> None:
+    dcpstore.save({"w": torch.ones(3)}, repo)
+    journal = [repo.storage.get(key) for key in repo.storage.list("operations")]
+    (tmp_path / "second").mkdir()
+    with open_repository(tmp_path / "second", data=place.data) as second:
+        dcpstore.save({"w": torch.zeros(3)}, second)
+        second.tag("mine")
+        with pytest.raises(DcpstoreError, match="belongs to repository"):
+            second.gc(grace=NOW, lease=NOW)
+    assert [repo.storage.get(key) for key in repo.storage.list("operations")] == journal
+    assert repo.gc(grace=NOW, lease=NOW).cleared == ()
+
+
+def test_two_collections_at_once_do_no_harm(place: Place, repo: Repository, save: Save) -> None:
+    for _ in range(6):
+        save()
+    repo.expire(keep_last=1)
+    failures: list[BaseException] = []
+
+    def collect() -> None:
+        try:
+            with place.open() as mine:
+                for _ in range(3):
+                    mine.gc(grace=NOW)
+        except BaseException as error:  # told by the test
+            failures.append(error)
+
+    threads = [threading.Thread(target=collect) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert repo.verify(deep=True).damaged == ()
+
+
+@pytest.mark.parametrize("step", ["copied", "switched", "renewed", "deleted"])
+def test_a_collection_that_is_killed_is_finished_by_the_next(
+    repo: Repository, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    big, small = torch.randn(1000), torch.randn(10)
+    dcpstore.save({"big": big, "small": small}, repo)
+    dcpstore.save({"small": small}, repo)
+    repo.expire(keep_last=1)
+    upkeep = type(repo.catalog.upkeep())
+    targets: dict[str, tuple[object, str]] = {
+        "copied": (upkeep, "switch_pack"),
+        "switched": (upkeep, "stale_versions"),
+        "renewed": (upkeep, "clear_stale"),
+        "deleted": (upkeep, "forget_packs"),
+    }
+    with monkeypatch.context() as broken:
+        broken.setattr(*targets[step], _killed)
+        with pytest.raises(KeyboardInterrupt):
+            repo.gc(grace=NOW)
+    assert torch.equal(repo.read()["small"], small)
+    repo.gc(grace=NOW, lease=NOW)
+    repo.gc(grace=NOW, lease=NOW)
+    assert torch.equal(repo.read()["small"], small)
+    assert repo.verify(deep=True).damaged == ()
+    assert sum(repo.storage.size(key) for key in packs_of(repo)) == small.nbytes
+
+
+def _killed(*args: object, **said: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_version_that_expires_while_it_is_read_is_said_to(
+    repo: Repository, save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save()
+    save()
+    entries = repo.catalog.entries
+
+    def entries_and_collect(*args: Any) -> Any:
+        found = entries(*args)
+        repo.expire(keep_last=1)
+        repo.gc()
+        return found
+
+    monkeypatch.setattr(repo.catalog, "entries", entries_and_collect)
+    with pytest.raises(NotFoundError, match="expired"):
+        repo.read(1)
+    monkeypatch.undo()
+
+
+def test_grace_is_a_span_of_time(repo: Repository) -> None:
+    for wrong in ("soon", "-1h", timedelta(seconds=-1), 5):
+        with pytest.raises(InvalidInputError, match="span of time"):
+            repo.gc(grace=wrong)  # type: ignore[arg-type]
+    for right in ("1.5h", "2w", "30 m", timedelta(days=1)):
+        assert repo.gc(grace=right).nbytes_freed == 0
+
+
+def test_dead_plans_and_tensors_leave_no_rows(repo: Repository) -> None:
+    for i in range(4):
+        dcpstore.save({f"w{i}": torch.randn(5 + i)}, repo)
+    repo.expire(keep_last=1)
+    repo.gc(grace=NOW)
+
+    def count(table: str) -> int:
+        return int(repo.sql(f"SELECT count(*) AS n FROM {table}")[0].n)
+
+    assert {t: count(t) for t in ("tensor", "part", "chunk", "pack", "plan")} == dict.fromkeys(
+        ("tensor", "part", "chunk", "pack", "plan"), 1
+    )
+    assert datetime.now(UTC) > repo.show().created_at
+    assert math.prod(repo.read()["w3"].shape) == 8
