@@ -17,7 +17,14 @@ from dcpstore.convert.file_tensors import FileBox, FileTensor
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
 
-__all__ = ["load_archive", "locate_tensor", "open_source"]
+__all__ = [
+    "check_stored",
+    "is_archive",
+    "load_archive",
+    "locate_tensor",
+    "open_source",
+    "whole_tensor",
+]
 
 _MAGIC = b"PK\x03\x04"
 
@@ -36,12 +43,8 @@ def load_archive(file: IO[bytes], name: str, *, device: str, allow_pickle: bool)
         CorruptionError: it is damaged.
         DcpstoreError: it names what cannot be built here.
     """
-    if file.read(4) != _MAGIC:
-        raise InvalidInputError(
-            f"{name} is not an archive of torch.save (torch 1.6 or later); if torch.load reads it, "
-            "save it again with torch.save, and import that."
-        )
-    file.seek(0)
+    if not is_archive(file):
+        raise _damaged(name, ValueError("it does not begin as one"))
     try:
         return torch.load(file, map_location=device, weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
@@ -58,6 +61,13 @@ def load_archive(file: IO[bytes], name: str, *, device: str, allow_pickle: bool)
             f"{name} cannot be built here ({type(error).__name__}: {error}); make what it names "
             "importable, in the version that wrote it."
         ) from error
+
+
+def is_archive(file: IO[bytes]) -> bool:
+    """Tell whether a file, at its beginning, begins as archives do."""
+    begins = file.read(len(_MAGIC)) == _MAGIC
+    file.seek(0)
+    return begins
 
 
 def locate_tensor(

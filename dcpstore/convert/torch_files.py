@@ -19,7 +19,13 @@ from dcpstore.convert.importing import Foreign, Naming, flattened, save_foreign
 from dcpstore.convert.nesting import nested_state
 from dcpstore.convert.targets import new_file
 from dcpstore.convert.ties import find_ties
-from dcpstore.convert.torch_archive import check_stored, load_archive, open_source, whole_tensor
+from dcpstore.convert.torch_archive import (
+    check_stored,
+    is_archive,
+    load_archive,
+    open_source,
+    whole_tensor,
+)
 from dcpstore.convert.torch_writing import PlannedTensor, write_archive
 from dcpstore.encoding.values import encode_value
 from dcpstore.errors import InvalidInputError, NotFoundError, UnsafeDataError
@@ -128,6 +134,11 @@ def _read(path: Path, *, allow_pickle: bool) -> Foreign:
 
 def _loaded(path: Path, *, device: str, allow_pickle: bool) -> Mapping[str, Any]:
     with open_source(path) as file:
+        if not is_archive(file):
+            raise InvalidInputError(
+                f"{str(path)!r} is not an archive of torch.save (torch 1.6 or later); if "
+                "torch.load reads it, save it again with torch.save, and import that."
+            )
         found = load_archive(file, repr(str(path)), device=device, allow_pickle=allow_pickle)
     check_stored(path)
     if not isinstance(found, Mapping):
