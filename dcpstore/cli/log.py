@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from datetime import datetime
+
 import click
 
+from dcpstore.cli.graph import draw_graph
 from dcpstore.cli.output import (
     Column,
     human_bytes,
@@ -29,20 +33,88 @@ _COLUMNS = (
 )
 
 
+_GRAPH = (Column(""), *_COLUMNS)
+
+
 @click.command()
 @click.argument("ref", required=False)
 @click.option("-n", "--limit", type=click.IntRange(1, _MOST), help="Print so many at most.")
+@click.option("--graph", is_flag=True, help="Draw which version came from which.")
+@click.option("--where", multiple=True, metavar="METRIC<NUMBER", help="Only if a metric is so.")
+@click.option("--steps", metavar="FIRST:LAST", help="Only these steps; either end may be left out.")
+@click.option("--since", metavar="TIME", help="Only saved then or later (ISO, the clock here).")
+@click.option("--until", metavar="TIME", help="Only saved then or before.")
+@click.option("--label", multiple=True, metavar="NAME=TEXT", help="Only with this label.")
+@click.option("--tag", metavar="GLOB", help="Only with such a tag; * and ? are wild.")
+@click.option("--branch", metavar="NAME", help="Only saved on this branch.")
 @repo_options
-def log(session: Session, ref: str | None, limit: int | None) -> None:
+def log(
+    session: Session,
+    *,
+    ref: str | None,
+    limit: int | None,
+    graph: bool,
+    where: tuple[str, ...],
+    steps: str | None,
+    since: str | None,
+    until: str | None,
+    label: tuple[str, ...],
+    tag: str | None,
+    branch: str | None,
+) -> None:
     """List versions, newest first: all of them, or REF and its ancestors."""
     with session.open() as repo:
-        versions = repo.log(ref, limit=limit)
+        versions = repo.log(
+            ref,
+            limit=limit,
+            where=where,
+            steps=(None, None) if steps is None else _steps(steps),
+            since=None if since is None else _time(since, "--since"),
+            until=None if until is None else _time(until, "--until"),
+            labels=dict(map(_label, label)),
+            tag=tag,
+            branch=branch,
+        )
+    filters = (where, steps, since, until, label, tag, branch)
     if session.json:
         print_json(versions)
+    elif versions and graph:
+        print_table(_GRAPH, map(_graph_row, draw_graph(versions)))
     elif versions:
         print_table(_COLUMNS, map(_row, versions))
+    elif any(filters):
+        note("no such versions.")
     else:
         note("no versions yet; dcpstore.save makes the first.")
+
+
+def _steps(text: str) -> tuple[int | None, int | None]:
+    match = re.fullmatch(r"([0-9]{1,18})?:([0-9]{1,18})?", text)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is not FIRST:LAST.", param_hint="'--steps'")
+    first, last = (None if end is None else int(end) for end in match.groups())
+    return first, last
+
+
+def _time(text: str, option: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError as error:
+        raise click.BadParameter(
+            f"{text!r} is no time; write 2026-03-01 or 2026-03-01T10:04.", param_hint=f"'{option}'"
+        ) from error
+
+
+def _label(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise click.BadParameter(f"{text!r} is not NAME=TEXT.", param_hint="'--label'")
+    return name, value
+
+
+def _graph_row(line: tuple[str, Version | None]) -> tuple[str, ...]:
+    graph, version = line
+    return (graph, *(("",) * len(_COLUMNS) if version is None else _row(version)))
 
 
 def _row(version: Version) -> tuple[str, ...]:

@@ -16,8 +16,12 @@ ARGS = {
     "log": (),
     "show": ("best",),
     "ls": ("best", "--long"),
+    "diff": ("best", "main"),
     "tag": ("new",),
     "branch": ("next", "--at", "best"),
+    "rollback": ("best",),
+    "undo": (),
+    "ops": (),
     "sql": ("SELECT * FROM history",),
     "db-upgrade": (),
 }

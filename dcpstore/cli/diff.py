@@ -1,0 +1,270 @@
+"""`dcpstore diff`: what changed between two versions, or along a branch from each to the next."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+import click
+
+from dcpstore.cli.output import Column, human_bytes, note, print_json, print_table
+from dcpstore.cli.session import Session, repo_options
+from dcpstore.errors import InvalidInputError
+from dcpstore.history import Diff, EntryDiff, ModuleDiff, TensorStats
+from dcpstore.records import EntryRecord
+from dcpstore.repository import Repository
+
+__all__ = ["diff"]
+
+DIFFERENT = 1  # as diff(1) exits
+_COUNTS = ("added", "removed", "changed", "retyped", "reshaped", "unchanged")
+_STATS: dict[str, Callable[[TensorStats], float]] = {
+    "l2": lambda stats: stats.l2,
+    "relative": lambda stats: stats.relative,
+    "max": lambda stats: stats.max_abs,
+    "cosine": lambda stats: stats.cosine,
+    "share": lambda stats: stats.share_changed,
+    "nan": lambda stats: stats.nan_new,
+    "inf": lambda stats: stats.inf_new,
+}
+_ENTRY = ("change", "fqn", "old", "new", "bytes", "shared")
+_MODULE = ("module", *_COUNTS, "bytes", "shared")
+_SORTS = (*_ENTRY, "module", *_COUNTS, *_STATS)
+_TEXTS = ("change", "fqn", "old", "new", "module")
+
+Cells = dict[str, object]  # a row by column, before it is printed
+
+
+@click.command()
+@click.argument("refs", nargs=-1, metavar="[A] [B]")
+@click.option("--stats", is_flag=True, help="Tell in numbers how each changed tensor changed.")
+@click.option("--depth", type=click.IntRange(1, 1000), help="Roll up by so many names of the FQN.")
+@click.option("--sort", type=click.Choice(_SORTS), metavar="COLUMN", help="Sort by a column.")
+@click.option("--all", "show_all", is_flag=True, help="List what is unchanged too.")
+@click.option("--along", metavar="BRANCH", help="Compare each version of BRANCH with its parent.")
+@click.option("--plot", metavar="PATH", help="Draw the relative change, to a .png or .svg file.")
+@repo_options
+def diff(
+    session: Session,
+    *,
+    refs: tuple[str, ...],
+    stats: bool,
+    depth: int | None,
+    sort: str | None,
+    show_all: bool,
+    along: str | None,
+    plot: str | None,
+) -> None:
+    """Tell what changed from version A to B (default: the tip of main).
+
+    Exits with 1 if anything did.
+
+    With --along, A and B are the first and the last version to look at, and may be left out.
+    """
+    if len(refs) > 2 or (not refs and along is None):
+        raise click.UsageError("name the versions A and B to compare, or --along a branch.")
+    stats = stats or plot is not None
+    with session.open() as repo:
+        if along is None:
+            diffs = [repo.diff(refs[0], refs[1] if len(refs) > 1 else None, stats=stats)]
+        else:
+            diffs = _diffs_along(repo, along, refs, stats=stats)
+    if plot is not None:
+        from dcpstore.history.plots import plot_along, plot_diff  # noqa: PLC0415 (loads matplotlib)
+
+        if along is None:
+            plot_diff(diffs[0], plot, depth=depth)
+        else:
+            plot_along(diffs, plot, depth=depth)
+    if session.json:
+        shapes = [_shape(one, depth) for one in diffs]
+        print_json(shapes[0] if along is None else shapes)
+    elif along is None:
+        _print_diff(diffs[0], depth=depth, sort=sort, stats=stats, show_all=show_all)
+    else:
+        _print_along(diffs, sort=sort, stats=stats)
+    sys.stdout.flush()  # here, where a closed pipe is still quiet
+    if any(diffs):
+        click.get_current_context().exit(DIFFERENT)
+
+
+def _diffs_along(repo: Repository, branch: str, refs: Sequence[str], *, stats: bool) -> list[Diff]:
+    """Return the diffs of the versions of a branch, each from its parent on."""
+    last = repo.show(refs[1]) if len(refs) > 1 else repo.show(branch)
+    line = {version.number: version for version in repo.log(branch)}
+    first = repo.show(refs[0]) if refs else line[min(line)]
+    for end in (first, last):
+        if end.number not in line:
+            raise InvalidInputError(
+                f"{end} is no ancestor of {branch!r}. See 'dcpstore log {branch}' for all of them."
+            )
+    return [
+        repo.diff(version.parent, number, stats=stats)
+        for number, version in sorted(line.items())
+        if first.number < number <= last.number and version.parent in line
+    ]
+
+
+def _print_diff(
+    diff: Diff, *, depth: int | None, sort: str | None, stats: bool, show_all: bool
+) -> None:
+    if depth is None:
+        entries = [entry for entry in diff.entries if show_all or entry.change != "unchanged"]
+        rows = [_entry_cells(entry) | _stats_cells(entry.stats, stats) for entry in entries]
+        columns: tuple[str, ...] = _ENTRY
+    else:
+        modules = [
+            module
+            for module in diff.by_module(depth)
+            if show_all or any(getattr(module, count) for count in _COUNTS[:-1])
+        ]
+        rows = [_module_cells(module) | _stats_cells(module.stats, stats) for module in modules]
+        columns = _MODULE
+    _print_rows(rows, (*columns, *(_STATS if stats else ())), sort)
+    counts = [f"{len(getattr(diff, count))} {count}" for count in _COUNTS]
+    shared = f"{human_bytes(diff.nbytes_shared)} of {human_bytes(diff.nbytes)} shared"
+    click.echo(f"{diff.old} -> {diff.new}: {', '.join(c for c in counts if c[0] != '0')}; {shared}")
+
+
+def _print_along(diffs: Sequence[Diff], *, sort: str | None, stats: bool) -> None:
+    rows = []
+    for diff in diffs:
+        (whole,) = diff.by_module(0) or (None,)
+        if whole is not None:
+            cells = _module_cells(whole) | _stats_cells(whole.stats, stats)
+            rows.append(cells | {"module": f"{diff.old} -> {diff.new}"})
+    if rows:
+        _print_rows(
+            rows, (*_MODULE, *(_STATS if stats else ())), sort, titles={"module": "VERSIONS"}
+        )
+    else:
+        note("one version alone; there is nothing to compare.")
+
+
+def _print_rows(
+    rows: list[Cells],
+    columns: Sequence[str],
+    sort: str | None,
+    titles: dict[str, str] | None = None,
+) -> None:
+    if sort is not None:
+        if sort not in columns:
+            raise click.UsageError(
+                f"there is no column {sort!r} here; sort by one of {', '.join(columns)}."
+            )
+        rows = sorted(rows, key=lambda row: _rank(row[sort]))
+    if not rows:
+        return
+    named = {column: column.upper() for column in columns} | (titles or {})
+    print_table(
+        [
+            Column(named[c], right=c not in _TEXTS, shrinks=c in ("fqn", "module", "old", "new"))
+            for c in columns
+        ],
+        [[_text(column, row[column]) for column in columns] for row in rows],
+    )
+
+
+def _rank(value: object) -> tuple[int, object]:
+    """Return what sorts texts by the alphabet, numbers the largest first, and nothing last."""
+    if isinstance(value, int | float) and not math.isnan(value):
+        return 0, -value
+    return (1, value) if isinstance(value, str) else (2, 0)
+
+
+def _text(column: str, value: object) -> str:
+    if value is None:
+        return "-"
+    if column in ("bytes", "shared") and isinstance(value, int):
+        return human_bytes(value)
+    if column == "share" and isinstance(value, float):
+        return f"{value:.2%}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _entry_cells(entry: EntryDiff) -> Cells:
+    return {
+        "change": entry.change,
+        "fqn": entry.fqn,
+        "old": _described(entry.old),
+        "new": _described(entry.new),
+        "bytes": entry.nbytes,
+        "shared": entry.nbytes_shared,
+    }
+
+
+def _module_cells(module: ModuleDiff) -> Cells:
+    counts: Cells = {count: getattr(module, count) for count in _COUNTS}
+    sizes = {"bytes": module.nbytes, "shared": module.nbytes_shared}
+    return {"module": module.name} | counts | sizes
+
+
+def _stats_cells(stats: TensorStats | None, asked: bool) -> Cells:
+    if not asked:
+        return {}
+    return {name: None if stats is None else read(stats) for name, read in _STATS.items()}
+
+
+def _described(entry: EntryRecord | None) -> str | None:
+    if entry is None:
+        return None
+    if entry.tensor is None:
+        return entry.value
+    return f"{entry.tensor.dtype} {'x'.join(map(str, entry.tensor.shape)) or 'scalar'}"
+
+
+def _shape(diff: Diff, depth: int | None) -> dict[str, object]:
+    """Return a diff as JSON shows it: entries, or modules where a depth is given."""
+    head: dict[str, object] = {
+        "old": diff.old.number,
+        "new": diff.new.number,
+        "nbytes": diff.nbytes,
+        "nbytes_shared": diff.nbytes_shared,
+    }
+    if depth is None:
+        return head | {"entries": list(map(_entry_shape, diff.entries))}
+    return head | {
+        "modules": [
+            {"module": module.name}
+            | {count: getattr(module, count) for count in _COUNTS}
+            | {"nbytes": module.nbytes, "nbytes_shared": module.nbytes_shared}
+            | {"stats": _stats_shape(module.stats)}
+            for module in diff.by_module(depth)
+        ]
+    }
+
+
+def _entry_shape(entry: EntryDiff) -> dict[str, object]:
+    return {
+        "fqn": entry.fqn,
+        "change": entry.change,
+        "old": _side_shape(entry.old),
+        "new": _side_shape(entry.new),
+        "nbytes_shared": entry.nbytes_shared,
+        "stats": _stats_shape(entry.stats),
+    }
+
+
+def _side_shape(entry: EntryRecord | None) -> dict[str, object] | None:
+    if entry is None:
+        return None
+    tensor = entry.tensor
+    return {
+        "kind": entry.kind,
+        "dtype": None if tensor is None else tensor.dtype,
+        "shape": None if tensor is None else tensor.shape,
+        "digest": None if tensor is None else tensor.digest,
+        "value": None if entry.value is None else json.loads(entry.value),
+    }
+
+
+def _stats_shape(stats: TensorStats | None) -> dict[str, object] | None:
+    if stats is None:
+        return None
+    derived = {name: read(stats) for name, read in _STATS.items() if name not in ("nan", "inf")}
+    counted = asdict(stats)
+    kept = ("elements", "compared", "changed", "nan_old", "nan_new", "inf_old", "inf_new")
+    return derived | {name: counted[name] for name in kept}
