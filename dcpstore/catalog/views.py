@@ -71,8 +71,8 @@ VIEWS = {
              LEFT JOIN entry b ON b.version = v.parent AND b.fqn = e.fqn AND b.kind = 'tensor'
         WHERE v.number IS NOT NULL AND v.expired_at IS NULL AND e.kind = 'tensor'""",
     "unique_bytes": """
-        SELECT v.number AS version, COALESCE(r.nbytes, 0) AS nbytes,
-               COALESCE(s.nbytes, 0) AS nbytes_stored
+        SELECT v.number AS version, CAST(COALESCE(r.nbytes, 0) AS BIGINT) AS nbytes,
+               CAST(COALESCE(s.nbytes, 0) AS BIGINT) AS nbytes_stored
         FROM version v
              LEFT JOIN (
                  SELECT h.version AS version, SUM(t.nbytes) AS nbytes
