@@ -61,7 +61,7 @@ def assert_sound(repo: Repository) -> None:
 
 
 def _assert_kept(repo: Repository) -> None:
-    """Check that nothing is damaged, that gc takes nothing reached, and that the journal is whole."""
+    """Check that nothing is damaged, gc takes nothing that is reached, the journal is whole."""
     assert repo.verify().damaged == ()
     reached = {pack.key for pack in repo.catalog.upkeep().packs()}
     reached |= {manifest_key(version.uid) for version in repo.log()}
