@@ -1,0 +1,242 @@
+"""A repository driven at random against a plain dict, on both databases; sound after every step."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psycopg
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+import dcpstore
+from dcpstore import InvalidInputError, NotFoundError, Repository
+from dcpstore.catalog.views import VIEWS
+from dcpstore.upkeep.rebuild import rebuild
+from tests.soundness import Place, assert_sound
+
+Refs = dict[str, tuple[str, int]]  # kind and version, by name
+BRANCHES = st.sampled_from(["main", "side"])
+TAGS = st.sampled_from(["a", "b", "c"])
+PICK = st.integers(0, 99)  # one of however many there are
+
+
+@dataclass
+class Saved:
+    """What the model knows of a version."""
+
+    branch: str
+    parent: int | None
+    state: dict[str, int]
+    expired: bool = False
+
+
+@dataclass
+class Model:
+    """The repository as a plain dict; `before` are the refs before each operation to undo."""
+
+    versions: dict[int, Saved] = field(default_factory=dict)
+    refs: Refs = field(default_factory=dict)
+    before: list[Refs] = field(default_factory=list)
+
+    @property
+    def live(self) -> list[int]:
+        return [number for number, saved in self.versions.items() if not saved.expired]
+
+    def of(self, kind: str) -> list[str]:
+        return sorted(name for name, (found, _) in self.refs.items() if found == kind)
+
+    def keep(self, count: int) -> set[int]:
+        """Return what stays where so many newest of each branch are kept."""
+        kept = {number for _, number in self.refs.values()} | {max(self.live)}
+        for branch in ("main", "side"):
+            kept |= set([n for n in self.live if self.versions[n].branch == branch][-count:])
+        return kept
+
+
+class Machine(RuleBasedStateMachine):
+    """Every rule does the same to the repository and to the model."""
+
+    def __init__(self, place: Place, forget: Callable[[], None]) -> None:
+        super().__init__()
+        self.place, self.forget = place, forget
+        self.model = Model()
+        self.repo: Repository = place.open()
+
+    def teardown(self) -> None:
+        self.repo.close()
+
+    def remember(self) -> None:
+        self.model.before.append(dict(self.model.refs))
+
+    def pick(self, index: int) -> int:
+        return self.model.live[index % len(self.model.live)]
+
+    @initialize()
+    def first(self) -> None:
+        self.save("main", [0, 0], None)
+
+    @rule(
+        branch=BRANCHES,
+        values=st.lists(st.integers(0, 3), min_size=1, max_size=3),
+        tag=st.none() | TAGS,
+    )
+    def save(self, branch: str, values: list[int], tag: str | None) -> None:
+        state = {f"w{i}": value for i, value in enumerate(values)}
+        tensors = {fqn: torch.full((20 * i + 5,), v) for i, (fqn, v) in enumerate(state.items())}
+        tags = [tag] if tag is not None and tag not in self.model.refs else []
+        version = dcpstore.save(tensors, self.repo, branch=branch, tags=tags)
+        assert version.number == len(self.model.versions) + 1
+        self.remember()
+        tip = self.model.refs.get(branch)
+        self.model.versions[version.number] = Saved(branch, tip[1] if tip else None, state)
+        self.model.refs[branch] = "branch", version.number
+        self.model.refs.update(dict.fromkeys(tags, ("tag", version.number)))
+
+    @rule(name=TAGS, index=PICK)
+    def tag(self, name: str, index: int) -> None:
+        if name in self.model.refs:
+            with pytest.raises(dcpstore.AlreadyExistsError):
+                self.repo.tag(name, self.pick(index))
+            return
+        self.repo.tag(name, self.pick(index))
+        self.remember()
+        self.model.refs[name] = "tag", self.pick(index)
+
+    @precondition(lambda self: self.model.of("tag"))
+    @rule(index=PICK)
+    def delete_tag(self, index: int) -> None:
+        names = self.model.of("tag")
+        name = names[index % len(names)]
+        self.repo.delete_tag(name)
+        self.remember()
+        del self.model.refs[name]
+
+    @precondition(lambda self: "side" not in self.model.refs)
+    @rule(index=PICK)
+    def branch(self, index: int) -> None:
+        self.repo.branch("side", at=self.pick(index))
+        self.remember()
+        self.model.refs["side"] = "branch", self.pick(index)
+
+    @precondition(lambda self: "side" in self.model.refs)
+    @rule()
+    def delete_branch(self) -> None:
+        self.repo.delete_branch("side")
+        self.remember()
+        del self.model.refs["side"]
+
+    @precondition(lambda self: "main" in self.model.refs)
+    @rule(index=PICK)
+    def rollback(self, index: int) -> None:
+        target = self.pick(index)
+        self.repo.rollback(target, branch="main", force=True)
+        if self.model.refs["main"][1] != target:
+            self.remember()
+            self.model.refs["main"] = "branch", target
+
+    @rule()
+    def undo(self) -> None:
+        if not self.model.before:
+            with pytest.raises(InvalidInputError, match="nothing is left"):
+                self.repo.undo()
+            return
+        before = self.model.before[-1]
+        changed = [ref for name, ref in before.items() if self.model.refs.get(name) != ref]
+        if any(self.model.versions[number].expired for _, number in changed):
+            with pytest.raises(NotFoundError, match="expired"):
+                self.repo.undo()
+            return
+        self.repo.undo()
+        self.model.refs = self.model.before.pop()
+
+    @rule(count=st.integers(1, 3), dry_run=st.booleans())
+    def expire(self, count: int, dry_run: bool) -> None:
+        kept = self.model.keep(count)
+        report = self.repo.expire(keep_last=count, dry_run=dry_run)
+        assert set(report.kept) == kept
+        assert set(report.expired) == set(self.model.live) - kept
+        if not dry_run:
+            for number in report.expired:
+                self.model.versions[number].expired = True
+
+    @rule(grace=st.sampled_from(["0s", "1h"]), dry_run=st.booleans())
+    def gc(self, grace: str, dry_run: bool) -> None:
+        self.repo.gc(grace=grace, dry_run=dry_run)
+
+    @rule()
+    def verify(self) -> None:
+        assert self.repo.verify(deep=True).damaged == ()
+
+    @rule()
+    def reopen(self) -> None:
+        self.repo.close()
+        self.repo = self.place.open()
+
+    @rule()
+    def lose_the_catalog(self) -> None:
+        before = {name: self.repo.sql(f"SELECT * FROM {name}") for name in VIEWS}
+        self.repo.close()
+        self.forget()
+        report = rebuild(self.place.data, self.place.url)
+        assert (report.lost, report.problems) == ((), ())
+        self.repo = self.place.open()
+        for name, rows in before.items():
+            found = self.repo.sql(f"SELECT * FROM {name}")
+            assert sorted(map(repr, found)) == sorted(map(repr, rows)), name
+
+    @invariant()
+    def the_repository_is_as_the_model_says(self) -> None:
+        refs = {r.name: (r.kind, r.version) for r in (*self.repo.tags(), *self.repo.branches())}
+        assert refs == self.model.refs
+        versions = {v.number: v for v in self.repo.log()}
+        assert sorted(versions) == self.model.live
+        for number, version in versions.items():
+            saved = self.model.versions[number]
+            assert (version.branch, version.parent) == (saved.branch, saved.parent)
+            read = self.repo.read(number)
+            assert {fqn: int(tensor[0]) for fqn, tensor in read.items()} == saved.state
+
+    @invariant()
+    def it_is_sound(self) -> None:
+        assert_sound(self.repo)
+
+
+def test_a_repository_behaves_as_a_dict(database_url: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+
+    def forget() -> None:
+        if database_url.startswith("sqlite"):
+            for file in tmp_path.glob("catalog.db*"):
+                file.unlink()
+            return
+        with psycopg.connect(database_url, autocommit=True) as connection:
+            connection.execute("DROP SCHEMA public CASCADE")
+            connection.execute("CREATE SCHEMA public")
+
+    def machine() -> Machine:
+        forget()
+        shutil.rmtree(data, ignore_errors=True)
+        return Machine(Place(database_url, str(data)), forget)
+
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=8,
+            stateful_step_count=15,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
