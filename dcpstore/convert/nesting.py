@@ -29,10 +29,12 @@ def nested_state(items: Mapping[str, Any], paths: Mapping[str, ObjectPath]) -> d
         path = paths[fqn]
         node = root
         for key in path[:-1]:
-            node = node.setdefault(key, {})
-            if not isinstance(node, dict) or (node and id(node) not in made):
+            if key not in node:
+                node[key] = {}
+                made.add(id(node[key]))
+            elif id(node[key]) not in made:
                 raise _contradiction(fqn, path)
-            made.add(id(node))
+            node = node[key]
         if path[-1] in node:
             raise _contradiction(fqn, path)
         node[path[-1]] = item
