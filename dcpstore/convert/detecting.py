@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ __all__ = ["import_any"]
 
 
 def import_any(
-    paths: Sequence[Path],
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     repo: RepositoryLike,
     *,
     branch: str = "main",
@@ -32,7 +33,8 @@ def import_any(
     """Save a checkpoint of whichever format as a version.
 
     Args:
-        paths: a DCP folder, a file of `torch.save`, or safetensors files, their index or folder.
+        path: a DCP folder, a file of `torch.save`, a safetensors file, index or folder; or several
+            safetensors files.
         repo: a `Repository`, or what `dcpstore.open` takes.
         branch, step, tags, message: as for `dcpstore.save`.
         dtype: what floating tensors are converted to, such as "bf16".
@@ -42,17 +44,21 @@ def import_any(
         NotFoundError: nothing is there, or nothing that this can import.
         InvalidInputError: several paths that are not all safetensors; and as the bridges do.
     """
+    given = [path] if isinstance(path, str | os.PathLike) else list(path)
+    paths = [Path(one) for one in given]
     naming = {"branch": branch, "message": message}
     if _is_safetensors(paths):
         return import_safetensors(paths, repo, step=step, tags=tags, dtype=dtype, **naming)
-    (path,) = paths
-    bridge = import_dcp if path.is_dir() else import_torch
+    (only,) = paths
+    bridge = import_dcp if only.is_dir() else import_torch
     return bridge(
-        path, repo, step=step, tags=tags, dtype=dtype, allow_pickle=allow_pickle, **naming
+        only, repo, step=step, tags=tags, dtype=dtype, allow_pickle=allow_pickle, **naming
     )
 
 
 def _is_safetensors(paths: Sequence[Path]) -> bool:
+    if not paths:
+        raise InvalidInputError("no path is given; give that of a checkpoint.")
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
         raise NotFoundError(f"nothing is at {missing[0]!r}; give the path of a checkpoint.")

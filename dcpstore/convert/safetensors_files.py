@@ -191,6 +191,8 @@ def _some(fqns: Sequence[str]) -> str:
 
 
 def _read(given: Sequence[Path]) -> Foreign:
+    if not given:
+        raise InvalidInputError("no path is given; give that of a safetensors file.")
     files = [(file, read_header(file)) for path in given for file in _files(path)]
     foreign = Foreign()
     paths = {fqn: at for _, header in files for fqn, at in paths_of(header).items()}

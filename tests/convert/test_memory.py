@@ -1,4 +1,4 @@
-"""The memory of a bridge: a process that moves 768 MiB needs a fraction of it, both ways.
+"""The memory of a bridge: a process that moves 384 MiB needs a fraction of it, both ways.
 
 What is asked is one shard and 512 MiB; held to is less, so that less data can show it.
 """
@@ -27,9 +27,9 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-TENSORS = 8
-TENSOR = 96 << 20  # bytes
-BOUND = TENSOR + (192 << 20)  # of 768 MiB
+TENSORS = 6
+TENSOR = 64 << 20  # bytes
+BOUND = TENSOR + (192 << 20)  # of 384 MiB
 
 SCRIPT = """
 import json, sys
@@ -73,7 +73,7 @@ def peaks_of(folder: Path, *calls: tuple[str, ...]) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a repository of 768 MiB; gone after these tests, for it is large."""
+    """A folder with a repository of 384 MiB; gone after these tests, for it is large."""
     folder = tmp_path_factory.mktemp("large")
     torch.save(large_state(), folder / "in.pt")
     import_torch(folder / "in.pt", folder / "repo")
