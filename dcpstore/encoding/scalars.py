@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["NotPlainError", "decode_scalar", "encode_scalar"]
+__all__ = ["NotPlainError", "PlannerBytes", "decode_scalar", "encode_scalar"]
 
 # A value of any type on one side, JSON of any shape on the other: hence `Any` in this module.
 
@@ -32,6 +32,10 @@ _TORCH_DTYPES: dict[str, torch.dtype] = {
 
 class NotPlainError(Exception):
     """A value that typed JSON does not carry; the argument names its type."""
+
+
+class PlannerBytes(bytes):
+    """What a planner made of a value in a form of its own; only a planner can read it again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +163,7 @@ _CODECS: dict[str, _Codec] = {
         lambda payload: _from_text(payload).decode("utf-8", "surrogatepass"),
     ),
     "$bytes": _Codec(_to_text, _from_text),
+    "$planner": _Codec(_to_text, lambda payload: PlannerBytes(_from_text(payload))),
     "$bytearray": _Codec(_to_text, lambda payload: bytearray(_from_text(payload))),
     "$complex": _Codec(
         lambda obj: [repr(obj.real), repr(obj.imag)],
@@ -180,6 +185,7 @@ _TAGS: dict[type, str] = {
     float: "$float",
     str: "$str",
     bytes: "$bytes",
+    PlannerBytes: "$planner",
     bytearray: "$bytearray",
     complex: "$complex",
     datetime: "$datetime",

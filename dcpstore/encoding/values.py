@@ -16,10 +16,10 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
-from dcpstore.encoding.scalars import NotPlainError, decode_scalar, encode_scalar
+from dcpstore.encoding.scalars import NotPlainError, PlannerBytes, decode_scalar, encode_scalar
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, UnsafeDataError
 
-__all__ = ["EncodedValue", "decode_value", "encode_value"]
+__all__ = ["EncodedValue", "PlannerBytes", "decode_value", "encode_value"]
 
 _LONGEST = 64 * 1024  # bytes of typed JSON that a catalog keeps as text
 _DEEPEST = 100  # containers one in another

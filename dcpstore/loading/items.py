@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from typing import TypeGuard
 
 import torch
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 from dcpstore.catalog import Catalog
+from dcpstore.encoding.values import PlannerBytes
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box
 from dcpstore.planning.load_planner import DefaultLoadPlanner
@@ -85,11 +87,25 @@ class ItemReads:
             allow_pickle=allow_pickle,
         )
         for (item, _), value in zip(self._values, values, strict=True):
-            if isinstance(self._planner, DefaultLoadPlanner):
+            if _takes_values(self._planner) and not isinstance(value, PlannerBytes):
                 self._planner.load_value(item, value)
             else:
-                data = io.BytesIO()
-                torch.save(value, data)
-                data.seek(0)
-                self._planner.load_bytes(item, data)
+                self._planner.load_bytes(item, _as_file(value))
         return counts.chunks, counts.nbytes
+
+
+def _takes_values(planner: LoadPlanner) -> TypeGuard[DefaultLoadPlanner]:
+    """Tell whether a planner takes values themselves: a subclass may want torch's bytes of them."""
+    return (
+        isinstance(planner, DefaultLoadPlanner)
+        and type(planner).load_bytes is DefaultLoadPlanner.load_bytes
+    )
+
+
+def _as_file(value: object) -> io.BytesIO:
+    if isinstance(value, PlannerBytes):
+        return io.BytesIO(value)
+    data = io.BytesIO()
+    torch.save(value, data)
+    data.seek(0)
+    return data

@@ -57,6 +57,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         self.missing: list[str] = []
         self.cast: list[str] = []
         self.stored: set[str] = set()
+        self._views: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 
     def set_up_planner(
         self,
@@ -83,7 +84,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
                 f"{error}: two items of the state have the same FQN; rename one of the keys."
             ) from error
         self.state_dict = state_dict
-        self._views: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+        self._views = {}
         self.missing, self.cast, self.stored = [], [], set()
 
     def create_local_plan(self) -> LoadPlan:
@@ -152,7 +153,8 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         """Return the local view of the box that `index` names."""
-        return self._views[index.fqn, tuple(index.offset or ())]
+        view = self._views.get((index.fqn, tuple(index.offset or ())))
+        return super().lookup_tensor(index) if view is None else view
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Set a value from torch's bytes of it.
@@ -164,8 +166,9 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
             loaded = torch.load(value, weights_only=True)
         except pickle.UnpicklingError as error:
             raise UnsafeDataError(
-                f"value {read_item.dest_index.fqn!r} is a pickle that could run code; save it as "
-                "plain values, or load it with torch's own planner if you trust it."
+                f"value {read_item.dest_index.fqn!r} is a pickle that could run code, or in a form "
+                "that only its planner reads; save plain values, or load it with a planner that "
+                "knows it, if you trust it."
             ) from error
         self.load_value(read_item, loaded)
 

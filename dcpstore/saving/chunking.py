@@ -7,11 +7,12 @@ the coordinator counts them too; so only digests travel.
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -21,17 +22,24 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 
 from dcpstore.encoding.digests import chunk_digest
 from dcpstore.encoding.dtypes import as_bytes
-from dcpstore.encoding.values import EncodedValue, encode_value
+from dcpstore.encoding.values import EncodedValue, PlannerBytes, encode_value
 from dcpstore.errors import InvalidInputError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.grids import Grid
 from dcpstore.planning.boxed import BoxResolver
 from dcpstore.planning.checks import item_box
+from dcpstore.planning.save_planner import DefaultSavePlanner
 from dcpstore.reading.comparing import Held
 from dcpstore.records import ChunkDefaults, EntryRecord
 from dcpstore.saving.layouts import Layout, blob_layout, planned_chunks
 
 __all__ = ["Digested", "RankData", "RawChunk"]
+
+_ARCHIVE = b"PK\x03\x04"  # how torch.save's bytes begin
+_PLAIN_RESOLVERS = (
+    torch_planner.DefaultSavePlanner.resolve_data,
+    DefaultSavePlanner.resolve_data,
+)
 
 Array = npt.NDArray[np.generic]
 Source = Callable[[Box], Array]  # of the elements of any box inside a planned one
@@ -145,8 +153,11 @@ class RankData:
         return _checked(item, self._planner.resolve_data(item), item_box(item).sizes)
 
     def _encoded(self, item: WriteItem, *, allow_pickle: bool) -> EncodedValue:
+        planner = self._planner
         try:
-            return encode_value(_plain_value(self._planner, item), allow_pickle=allow_pickle)
+            if _keeps_values(planner):
+                return encode_value(planner.lookup_object(item.index), allow_pickle=allow_pickle)
+            return _encoded_bytes(_planners_bytes(planner, item), allow_pickle=allow_pickle)
         except UnsafeDataError as error:
             raise UnsafeDataError(f"{item.index.fqn!r}: {error}") from error
 
@@ -168,13 +179,16 @@ def _checked(item: WriteItem, tensor: object, sizes: tuple[int, ...]) -> torch.T
     return tensor.detach()
 
 
-def _plain_value(planner: SavePlanner, item: WriteItem) -> Any:
-    """Return the value itself, not torch's pickled bytes of it."""
-    if (
+def _keeps_values(planner: SavePlanner) -> TypeGuard[torch_planner.DefaultSavePlanner]:
+    """Tell whether the planner's bytes of a value are just torch's, so that the value will do."""
+    return (
         isinstance(planner, torch_planner.DefaultSavePlanner)
         and type(planner).transform_object is torch_planner.DefaultSavePlanner.transform_object
-    ):
-        return planner.lookup_object(item.index)
+        and type(planner).resolve_data in _PLAIN_RESOLVERS
+    )
+
+
+def _planners_bytes(planner: SavePlanner, item: WriteItem) -> bytes:
     data = planner.resolve_data(item)
     if not isinstance(data, io.BytesIO):
         raise InvalidInputError(
@@ -182,6 +196,24 @@ def _plain_value(planner: SavePlanner, item: WriteItem) -> Any:
             "resolve_data must return io.BytesIO for a BYTE_IO item."
         )
     return data.getvalue()
+
+
+def _encoded_bytes(data: bytes, *, allow_pickle: bool) -> EncodedValue:
+    """Encode what a planner made of a value: the value again, where these are torch's bytes of it.
+
+    Other bytes are kept as they are, for the load planner that knows them.
+    """
+    if data.startswith(_ARCHIVE):
+        try:
+            value = torch.load(io.BytesIO(data), weights_only=True)
+            return encode_value(value, allow_pickle=False)
+        except (UnsafeDataError, pickle.UnpicklingError) as error:
+            if not allow_pickle:
+                raise UnsafeDataError(
+                    "the planner's bytes hold a pickle; give plain values, or save with "
+                    "allow_pickle=True."
+                ) from error
+    return encode_value(PlannerBytes(data), allow_pickle=False)
 
 
 def _part(array: Array, box: Box, part: Box) -> Array:

@@ -1,0 +1,85 @@
+"""Values that a planner turns into bytes of its own before they are stored, and after."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+import dcpstore
+
+
+class Odd:
+    """What no planner of ours may unpickle."""
+
+
+class Changed(dcpstore.DefaultSavePlanner):
+    """Changes values on their way, in torch's own bytes."""
+
+    def resolve_data(self, write_item: Any) -> Any:
+        data = io.BytesIO()
+        torch.save({"was": self.lookup_object(write_item.index)}, data)
+        return data
+
+
+class Own(dcpstore.DefaultSavePlanner):
+    """Writes values in a form of its own."""
+
+    def resolve_data(self, write_item: Any) -> Any:
+        return io.BytesIO(b"own %d" % self.lookup_object(write_item.index))
+
+
+class OwnAgain(dcpstore.DefaultLoadPlanner):
+    """Reads that form."""
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        self.load_value(read_item, int(value.getvalue().removeprefix(b"own ")))
+
+
+class Pickled(Changed):
+    """Gives bytes that only pickle reads."""
+
+    def resolve_data(self, write_item: Any) -> Any:
+        data = io.BytesIO()
+        torch.save(Odd(), data)
+        return data
+
+
+def test_torchs_bytes_of_a_value_are_stored_as_the_value(tmp_path: Path) -> None:
+    dcpstore.save({"step": 7}, tmp_path, planner=Changed())
+    with dcpstore.open(tmp_path) as repo:
+        assert repo.read() == {"step": {"was": 7}}
+    found = {"step": None}
+    dcpstore.load(found, tmp_path)
+    assert found == {"step": {"was": 7}}
+
+
+def test_a_form_of_its_own_comes_back_to_the_load_planner_as_it_was(tmp_path: Path) -> None:
+    dcpstore.save({"step": 7, "nest": {"n": 8}}, tmp_path, planner=Own())
+    found: dict[str, Any] = {"step": 0, "nest": {"n": 0}}
+    dcpstore.load(found, tmp_path, planner=OwnAgain())
+    assert found == {"step": 7, "nest": {"n": 8}}
+    with dcpstore.open(tmp_path) as repo:
+        assert repo.read()["step"] == b"own 7"
+    with pytest.raises(dcpstore.UnsafeDataError, match="only its planner reads"):
+        dcpstore.load(found, tmp_path)
+
+
+def test_bytes_are_bytes_whoever_loads_them(tmp_path: Path) -> None:
+    dcpstore.save({"raw": b"own 7"}, tmp_path)
+    for planner in (dcp.DefaultLoadPlanner(), dcpstore.DefaultLoadPlanner()):
+        found = {"raw": b""}
+        dcpstore.load(found, tmp_path, planner=planner)
+        assert found == {"raw": b"own 7"}
+
+
+def test_a_planners_pickle_needs_leave(tmp_path: Path) -> None:
+    with pytest.raises(dcpstore.UnsafeDataError, match="'step': the planner's bytes hold a pickle"):
+        dcpstore.save({"step": 7}, tmp_path, planner=Pickled())
+    dcpstore.save({"step": 7}, tmp_path, planner=Pickled(), allow_pickle=True)
+    with pytest.raises(dcpstore.UnsafeDataError, match="could run code"):
+        dcpstore.load({"step": 0}, tmp_path)
