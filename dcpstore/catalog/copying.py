@@ -9,9 +9,10 @@ from sqlalchemy import Connection, select, update
 
 from dcpstore.catalog import schema
 from dcpstore.catalog.contents import write_content, write_plan
+from dcpstore.catalog.lineage import is_ancestor, lineage_below
 from dcpstore.catalog.operations import Change, append_operations, take_operations, take_version
 from dcpstore.catalog.refs import find_refs
-from dcpstore.catalog.versions import ancestors, id_of_number, load_versions
+from dcpstore.catalog.versions import id_of_number, load_versions
 from dcpstore.catalog.wanted import wanted_names
 from dcpstore.errors import ConflictError
 from dcpstore.records import Version, VersionContent, VersionDraft
@@ -54,6 +55,9 @@ def commit_copy(
     )
     if pending is None:
         raise ConflictError(f"the copy {uid} is not pending any more; copy again.")
+    parent_id = connection.scalar(
+        select(_version.c.id).where(_version.c.uid == parent, _version.c.number.is_not(None))
+    )
     connection.execute(
         update(_version)
         .where(_version.c.id == pending)
@@ -61,9 +65,8 @@ def commit_copy(
             uid=draft.uid,
             status="committed",
             number=number,
-            parent=select(_version.c.id)
-            .where(_version.c.uid == parent, _version.c.number.is_not(None))
-            .scalar_subquery(),
+            parent=parent_id,
+            **lineage_below(connection, parent_id),
             plan=write_plan(connection, content.plan),
             planner_data=content.planner_data,
             nbytes=content.nbytes,
@@ -94,8 +97,7 @@ def advance_branch(connection: Connection, name: str, number: int, *, author: st
     first = take_operations(connection, 0)
     tip = find_refs(connection, [name])[name]
     target = id_of_number(connection, number)
-    up = ancestors(target)
-    if tip.id == target or not connection.scalar(select(up.c.id).where(up.c.id == tip.id)):
+    if tip.id == target or not is_ancestor(connection, tip.id, of=target):
         return tip.id == target
     connection.execute(update(schema.ref).where(schema.ref.c.name == name).values(version=target))
     assert take_operations(connection) == first

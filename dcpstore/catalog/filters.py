@@ -66,14 +66,15 @@ class LogFilter:
     branch: str | None = None
 
 
-def filtered(connection: Connection, ids: Select[Any], wanted: LogFilter) -> Select[Any]:
-    """Return a query of those of `ids`, a query of version ids, that are `wanted`.
+def filtered(connection: Connection, ids: Select[Any] | None, wanted: LogFilter) -> Select[Any]:
+    """Return a query of the ids of those versions that are `wanted`, of all or of `ids`.
 
     Raises:
         InvalidInputError: a comparison, name or pattern that cannot be meant.
         NotFoundError: no version has such a metric, or was saved on such a branch.
     """
-    return select(_version.c.id).where(_version.c.id.in_(ids), *_conditions(connection, wanted))
+    query = select(_version.c.id).where(*_conditions(connection, wanted))
+    return query if ids is None else query.where(_version.c.id.in_(ids))
 
 
 def best_version(

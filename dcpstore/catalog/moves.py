@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from sqlalchemy import Connection, delete, exists, select, update
+from sqlalchemy import Connection, delete, select, update
 
 from dcpstore.catalog import schema
 from dcpstore.catalog.checks import check_text
+from dcpstore.catalog.lineage import is_ancestor
 from dcpstore.catalog.operations import Change, append_operations, take_operations
 from dcpstore.catalog.refs import RefKind, RefRow, find_refs, resolve
-from dcpstore.catalog.versions import ancestors, id_of_number
+from dcpstore.catalog.versions import id_of_number
 from dcpstore.errors import ConflictError, InvalidInputError, NotFoundError
 from dcpstore.records import RefRecord
 
@@ -66,7 +67,7 @@ def roll_back(
     target_id = id_of_number(connection, target.number)
     if target_id == tip.id:
         return RefRecord(branch, "branch", tip.number)
-    if not force and not _is_ancestor(connection, target_id, target.number, of=tip.id):
+    if not force and not is_ancestor(connection, target_id, of=tip.id):
         raise InvalidInputError(
             f"v{target.number} (of branch {target.branch!r}) is no ancestor of {branch!r}, "
             f"which is at v{tip.number}. See 'dcpstore log {branch}' for those that are, or move "
@@ -104,8 +105,3 @@ def _check_expected(found: RefRow, expect: int | None) -> None:
             f"the {found.kind} {found.name!r} is at v{found.number}, not at v{expect} as was "
             "expected. Look at what came in between, then decide anew."
         )
-
-
-def _is_ancestor(connection: Connection, version: int, number: int, *, of: int) -> bool:
-    up = ancestors(of, down_to=number)
-    return bool(connection.scalar(select(exists().where(up.c.id == version))))

@@ -40,9 +40,8 @@ def list_log(
     """Return versions, newest first: all, or `start` and its ancestors; those `wanted` only."""
     if limit is not None and limit <= 0:
         return []
-    if start is None:
-        ids: Select[Any] = select(schema.version.c.id)
-    else:
+    ids: Select[Any] | None = None
+    if start is not None:
         first = id_of_number(connection, start)
         if limit is not None and wanted is None:
             near = select(ancestors(first, most=limit - 1).c.id)

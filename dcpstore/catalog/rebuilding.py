@@ -16,6 +16,7 @@ from sqlalchemy import Connection, insert, select, update
 
 from dcpstore.catalog import schema
 from dcpstore.catalog.contents import write_content, write_plan
+from dcpstore.catalog.lineage import lineage_below
 from dcpstore.catalog.operations import Change, append_operations, take_operations
 from dcpstore.catalog.wanted import wanted_names
 from dcpstore.errors import ConflictError
@@ -141,6 +142,7 @@ def _write_versions(connection: Connection, state: _State) -> dict[str, int]:
                 number=fact["number"],
                 status="expired",
                 parent=ids.get(fact["parent"]),
+                **lineage_below(connection, ids.get(fact["parent"])),
                 branch=fact["branch"],
                 step=fact["step"],
                 message=fact["message"],

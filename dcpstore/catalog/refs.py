@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Select, exists, insert, select
 
 from dcpstore.catalog import schema
 from dcpstore.catalog.checks import check_text
+from dcpstore.catalog.lineage import ancestor_at, depth_of, is_ancestor
 from dcpstore.catalog.operations import Change, append_operations, take_operations
 from dcpstore.catalog.versions import ancestors, gone, id_of_number, is_visible, load_versions
 from dcpstore.catalog.wanted import wanted_names
@@ -179,30 +180,34 @@ def _is_number(connection: Connection, number: int | None) -> bool:
 
 
 def _up(connection: Connection, start: int, ref: Ref) -> int:
-    up = ancestors(start, most=ref.up)
-    depth, found = connection.execute(
-        select(up.c.depth, up.c.id).order_by(up.c.depth.desc()).limit(1)
-    ).one()
+    depth = depth_of(connection, start)
     if depth < ref.up:
         raise NotFoundError(
             f"no version {str(ref)!r}: only {depth} versions lie above the start. "
             "See 'dcpstore log' for the history."
         )
-    return int(found)
+    return ancestor_at(connection, start, depth - ref.up)
 
 
 def _at_step(connection: Connection, start: int, ref: Ref) -> int:
-    up = ancestors(start)
     version = schema.version
-    history = (
-        select(up.c.id, version.c.step).join(version, version.c.id == up.c.id).where(is_visible())
+    # Of one line of history, the newest has the greatest number; most steps are there once.
+    candidates = connection.scalars(
+        select(version.c.id)
+        .where(version.c.step == ref.step, is_visible())
+        .order_by(version.c.number.desc())
     )
-    found = connection.scalar(
-        history.where(version.c.step == ref.step).order_by(up.c.depth).limit(1)
-    )
-    if found is not None:
-        return int(found)
-    steps = {row.step for row in connection.execute(history) if row.step is not None}
+    for candidate in candidates:
+        if is_ancestor(connection, candidate, of=start):
+            return int(candidate)
+    up = ancestors(start)
+    steps = {
+        step
+        for step in connection.scalars(
+            select(version.c.step).join(up, up.c.id == version.c.id).where(is_visible())
+        )
+        if step is not None
+    }
     near = sorted(steps, key=lambda step: abs(step - (ref.step or 0)))[:3]
     there = f"The nearest steps are {', '.join(map(str, sorted(near)))}." if near else ""
     raise NotFoundError(

@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Row, insert, select, update
 from dcpstore.catalog import schema
 from dcpstore.catalog.checks import can_be_kept, check_draft, check_text
 from dcpstore.catalog.contents import write_content, write_plan
+from dcpstore.catalog.lineage import lineage_below
 from dcpstore.catalog.operations import (
     Change,
     append_operations,
@@ -93,13 +94,15 @@ def commit_save(connection: Connection, uid: str, content: VersionContent) -> Ve
         check_text(entry.fqn, what="FQN")
         if entry.value is not None:
             check_text(entry.value, what=f"value of {entry.fqn!r}")
+    parent = pending.parent if tip is None else tip.id
     connection.execute(
         update(_version)
         .where(_version.c.id == pending.id)
         .values(
             status="committed",
             number=number,
-            parent=pending.parent if tip is None else tip.id,
+            parent=parent,
+            **lineage_below(connection, parent),
             plan=write_plan(connection, content.plan),
             planner_data=content.planner_data,
             nbytes=content.nbytes,

@@ -104,6 +104,9 @@ version = Table(
     _words("status"),
     # While pending, the parent that the save asked for; afterwards the true one.
     Column("parent", Key, ForeignKey("version.id"), index=True),
+    # How many ancestors it has, and one of them further up (`lineage`); NULL until it is committed.
+    _number("depth", null=True),
+    Column("jump", Key, ForeignKey("version.id"), index=True),
     _words("branch"),
     _number("step", null=True),
     _words("message"),
@@ -129,6 +132,7 @@ version = Table(
     CheckConstraint("status IN ('pending', 'committed', 'aborted', 'expired')", name="status"),
     CheckConstraint("(status IN ('committed', 'expired')) = (number IS NOT NULL)", name="numbered"),
     Index(None, "branch", "number"),
+    Index(None, "step", "number"),
     Index(None, "status", "touched_at"),
 )
 

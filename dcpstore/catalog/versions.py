@@ -31,15 +31,18 @@ _version = schema.version
 _parent = schema.version.alias("parent_version")
 
 
-def load_versions(connection: Connection, ids: Select[Any], *, limit: int | None) -> list[Version]:
-    """Return the committed versions whose ids a query of one column yields, newest first."""
-    rows = connection.execute(
+def load_versions(
+    connection: Connection, ids: Select[Any] | None, *, limit: int | None
+) -> list[Version]:
+    """Return the committed versions, newest first: all, or those whose ids a query yields."""
+    query = (
         select(_version, _parent.c.number.label("parent_number"))
         .outerjoin(_parent, _parent.c.id == _version.c.parent)
-        .where(is_visible(), _version.c.id.in_(ids))
+        .where(is_visible())
         .order_by(_version.c.number.desc())
         .limit(limit)
-    ).all()
+    )
+    rows = connection.execute(query if ids is None else query.where(_version.c.id.in_(ids))).all()
     if not rows:
         return []
     wanted = wanted_ids(connection, [row.id for row in rows])
@@ -120,11 +123,8 @@ def gone(number: int, expired_at: datetime) -> NotFoundError:
     )
 
 
-def ancestors(start: int, *, most: int | None = None, down_to: int | None = None) -> CTE:
-    """Return a table (id, depth) of a version and its ancestors by parent, at `most` levels up.
-
-    `down_to` ends the walk at versions of that number or a smaller one: a parent's is smaller.
-    """
+def ancestors(start: int, *, most: int | None = None) -> CTE:
+    """Return a table (id, depth) of a version and its ancestors by parent, at `most` levels up."""
     up = select(cast(start, BigInteger).label("id"), cast(0, BigInteger).label("depth")).cte(
         "ancestor", recursive=True
     )
@@ -133,6 +133,4 @@ def ancestors(start: int, *, most: int | None = None, down_to: int | None = None
     )
     if most is not None:
         step = step.where(up.c.depth < most)
-    if down_to is not None:
-        step = step.where(_version.c.number > down_to)
     return up.union_all(step)

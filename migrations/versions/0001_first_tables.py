@@ -93,6 +93,8 @@ def upgrade() -> None:
         sa.Column("number", sa.BigInteger(), nullable=True),
         sa.Column("status", WORDS, nullable=False),
         sa.Column("parent", KEY, nullable=True),
+        sa.Column("depth", sa.BigInteger(), nullable=True),
+        sa.Column("jump", KEY, nullable=True),
         sa.Column("branch", WORDS, nullable=False),
         sa.Column("step", sa.BigInteger(), nullable=True),
         sa.Column("message", WORDS, nullable=False),
@@ -122,6 +124,7 @@ def upgrade() -> None:
             "status IN ('pending', 'committed', 'aborted', 'expired')",
             name=op.f("ck_version_status"),
         ),
+        sa.ForeignKeyConstraint(["jump"], ["version.id"], name="fk_version_jump"),
         sa.ForeignKeyConstraint(["parent"], ["version.id"], name="fk_version_parent"),
         sa.ForeignKeyConstraint(["plan"], ["plan.id"], name="fk_version_plan"),
         sa.PrimaryKeyConstraint("id", name="pk_version"),
@@ -129,8 +132,10 @@ def upgrade() -> None:
         sa.UniqueConstraint("uid", name="uq_version_uid"),
     )
     op.create_index("ix_version_branch_number", "version", ["branch", "number"])
+    op.create_index("ix_version_jump", "version", ["jump"])
     op.create_index("ix_version_parent", "version", ["parent"])
     op.create_index("ix_version_plan", "version", ["plan"])
+    op.create_index("ix_version_step_number", "version", ["step", "number"])
     op.create_index("ix_version_status_touched_at", "version", ["status", "touched_at"])
 
     op.create_table(
