@@ -35,14 +35,14 @@ _MODULES = {
     "undo": "undoing",
     "ops": "undoing",
     "sql": "sql",
+    "db-upgrade": "db_upgrade",
+    "import": "bridges",
+    "export": "bridges",
     "expire": "expire",
     "gc": "gc",
     "verify": "verify",
     "rebuild": "rebuild",
     "copy": "copy",
-    "db-upgrade": "db_upgrade",
-    "import": "bridges",
-    "export": "bridges",
 }
 
 

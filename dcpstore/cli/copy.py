@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from dcpstore import repository
-from dcpstore.cli.output import human_bytes, note, print_json
+from dcpstore.cli.output import counted, human_bytes, note, print_json
 from dcpstore.cli.session import Session, json_option, looking_for_repository
 
 __all__ = ["copy"]
@@ -34,10 +34,10 @@ def copy(session: Session, source: str, target: str, refs: tuple[str, ...]) -> N
     for old, new in report.copied:
         click.echo(f"v{old} is v{new} there")
     if report.present:
-        note(f"{len(report.present)} versions were there already")
+        note(f"there already: {counted(len(report.present), 'version')}")
     if report.refused:
         note(f"expired there, and not copied: {', '.join(f'v{n}' for n in report.refused)}")
     if report.left:
         note(f"refs that mean something else there, and stayed: {', '.join(report.left)}")
     written = human_bytes(report.nbytes_written)
-    click.echo(f"copied {len(report.copied)} versions, {written} written")
+    click.echo(f"copied {counted(len(report.copied), 'version')}, {written} written")

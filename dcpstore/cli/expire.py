@@ -6,7 +6,7 @@ from datetime import datetime
 
 import click
 
-from dcpstore.cli.output import Column, human_time, print_json, print_table
+from dcpstore.cli.output import Column, counted, human_time, print_json, print_table
 from dcpstore.cli.session import Session, repo_options
 from dcpstore.retention import Best, Verdict
 
@@ -70,8 +70,7 @@ def expire(
         return
     if explain and report.verdicts:
         print_table(_COLUMNS, map(_row, report.verdicts))
-    count = len(report.expired)
-    what = f"{count} version{'' if count == 1 else 's'}"
+    what = counted(len(report.expired), "version")
     click.echo(f"{what} would expire" if dry_run else f"{what} expired")
 
 

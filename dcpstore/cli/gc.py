@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from dcpstore.cli.output import human_bytes, print_json, print_pairs
+from dcpstore.cli.output import counted, human_bytes, print_json, print_pairs
 from dcpstore.cli.session import Session, repo_options
 
 __all__ = ["gc"]
@@ -27,12 +27,14 @@ def gc(session: Session, grace: str, lease: str, dry_run: bool) -> None:
         print_json(report)
         return
     shown = [("would free" if dry_run else "freed", human_bytes(report.nbytes_freed))]
-    shown.append(("deleted", f"{len(report.deleted)} packs, {len(report.cleared)} other objects"))
-    condemned = f"{len(report.condemned)} packs, {human_bytes(report.nbytes_condemned)}"
+    shown.append(
+        ("deleted", f"{counted(len(report.deleted), 'pack')}, {len(report.cleared)} other objects")
+    )
+    condemned = f"{counted(len(report.condemned), 'pack')}, {human_bytes(report.nbytes_condemned)}"
     shown.append(("condemned", condemned))
-    shown.append(("repacked", f"{len(report.repacked)} packs"))
+    shown.append(("repacked", counted(len(report.repacked), "pack")))
     if report.crashed:
-        shown.append(("crashed", f"{len(report.crashed)} saves given up"))
+        shown.append(("crashed", f"{counted(len(report.crashed), 'save')} given up"))
     if report.unknown:
         shown.append(("unknown", f"{len(report.unknown)} objects left alone"))
     print_pairs(shown)

@@ -21,6 +21,7 @@ import click
 
 __all__ = [
     "Column",
+    "counted",
     "human_bytes",
     "human_time",
     "note",
@@ -65,6 +66,11 @@ def human_bytes(count: int) -> str:
         if size < 1023.95 or unit == _UNITS[-1]:  # what rounds to 1024.0 belongs to the next
             break
     return f"{size:.1f} {unit}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return `1 pack`, `2 packs`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def human_time(time: datetime, *, zone: bool = False) -> str:

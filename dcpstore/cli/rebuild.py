@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from dcpstore.cli.failures import DAMAGE
-from dcpstore.cli.output import note, print_json, visible
+from dcpstore.cli.output import counted, note, print_json, visible
 from dcpstore.cli.session import Session, json_option, looking_for_repository
 from dcpstore.upkeep.rebuild import rebuild as rebuild_catalog
 
@@ -40,6 +40,7 @@ def rebuild(ctx: click.Context, session: Session, data: str, into: str) -> None:
             note(f"lost versions: {', '.join(f'v{number}' for number in report.lost)}")
         if report.moved_refs:
             note(f"refs that named them: {visible(', '.join(report.moved_refs))}")
-        click.echo(f"rebuilt {len(report.versions)} versions from {report.operations} operations")
+        count = counted(len(report.versions), "version")
+        click.echo(f"rebuilt {count} from {counted(report.operations, 'operation')}")
     if report.problems:
         ctx.exit(DAMAGE)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import click
 
 from dcpstore.cli.failures import DAMAGE
-from dcpstore.cli.output import human_bytes, print_json, visible
+from dcpstore.cli.output import counted, human_bytes, print_json, visible
 from dcpstore.cli.session import Session, repo_options
 from dcpstore.upkeep.verify import Damage, VerifyReport
 
@@ -52,9 +52,13 @@ def _lines(report: VerifyReport) -> Iterator[str]:
         if hurt.nearest_intact is not None:
             nearest = f"the nearest intact version is v{hurt.nearest_intact}"
         yield f"v{hurt.version} is damaged; {nearest}"
-    read = f", {report.chunks} chunks ({human_bytes(report.nbytes_read)})" if report.deep else ""
+    read = (
+        f", {counted(report.chunks, 'chunk')} ({human_bytes(report.nbytes_read)})"
+        if report.deep
+        else ""
+    )
     found = f"{len(report.damaged)} damaged" if report.damaged else "all intact"
-    yield f"{report.packs} packs, {report.manifests} manifests{read}: {found}"
+    yield f"{counted(report.packs, 'pack')}, {counted(report.manifests, 'manifest')}{read}: {found}"
 
 
 def _described(damage: Damage) -> Iterator[str]:

@@ -97,7 +97,10 @@ def _read_journal(storage: Storage, problems: list[str]) -> list[Json]:
         key = operation_key(number)
         try:
             said = decode_operation(storage.get(key))
-        except (NotFoundError, CorruptionError) as error:
+        except NotFoundError:
+            problems.append(f"{key}: it is missing")
+            continue
+        except CorruptionError as error:
             problems.append(f"{key}: {error}")
             continue
         if said.get("operation") != number:
@@ -111,7 +114,10 @@ def _read_content(storage: Storage, uid: str, problems: list[str]) -> VersionCon
     key = manifest_key(uid)
     try:
         manifest = decode_manifest(storage.get(key))
-    except (NotFoundError, CorruptionError) as error:
+    except NotFoundError:
+        problems.append(f"{key}: it is missing")
+        return None
+    except CorruptionError as error:
         problems.append(f"{key}: {error}")
         return None
     if manifest.draft.uid != uid:

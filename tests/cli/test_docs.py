@@ -69,7 +69,7 @@ def _write_tiny(path: Path) -> None:
 def _settled(page: str) -> str:
     """Return the page without what differs at each run: a new repository's uid, this folder."""
     page = re.sub(r"made repository [0-9a-f]{32}", "made repository UID", page)
-    page = re.sub(r"data in \S+/ckpts;", "data in FOLDER/ckpts;", page)
+    page = re.sub(r"data in \S+/(\w+);", r"data in FOLDER/\1;", page)
     # Operations: when, and by whom, which decides how wide the table is.
     page = re.sub(r"^ *OP  WHEN .*$", lambda m: " ".join(m[0].split()), page, flags=re.MULTILINE)
     return re.sub(
