@@ -1,4 +1,4 @@
-"""Torch's state-dict functions, which give a model's state one set of names in every parallelism."""
+"""Torch's state-dict functions: one set of names for a model's state in every parallelism."""
 
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,

@@ -45,7 +45,6 @@ FLOORS = {
     "state_dict": 5,
     "convert": 5,
     "cli": 5,
-    "convert": 5,
     "__main__": 6,
     "__init__": 6,
 }

@@ -62,7 +62,9 @@ def save_version(
         return Opening(target.catalog.repository.uid, request(), check_keys(state_dict))
 
     def local_plan() -> SavePlan:
-        planner.set_up_planner(take_state(state_dict, keys, rank=ranks.rank), is_coordinator=ranks.leads)
+        planner.set_up_planner(
+            take_state(state_dict, keys, rank=ranks.rank), is_coordinator=ranks.leads
+        )
         return planner.create_local_plan()
 
     def digest() -> tuple[Digested, Seconds]:
