@@ -1,0 +1,131 @@
+"""expire, gc, verify, rebuild and copy, as a shell sees them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import dcpstore
+from dcpstore.repository import open as open_repository
+from tests.cli.conftest import Run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """A repository in a folder with four versions."""
+    with open_repository(tmp_path / "ckpts") as repo:
+        for step in range(4):
+            dcpstore.save(
+                {"w": torch.full((100,), float(step))},
+                repo,
+                step=step,
+                metrics={"loss": float(step)},
+            )
+    return str(tmp_path / "ckpts")
+
+
+def test_expire_explains_and_then_forgets(run: Run, folder: str) -> None:
+    args = ("expire", "--keep-best", "loss:1", "--keep-every", "2")
+    told = run(*args, "--dry-run", "--explain", repo=folder)
+    assert told.exit_code == 0
+    assert [line.split()[0] for line in told.output.splitlines()] == [
+        "VERSION",
+        "v1",
+        "v2",
+        "v3",
+        "v4",
+        "1",
+    ]
+    assert "best 1 by loss" in told.output
+    assert "1 version would expire" in told.output
+    said = json.loads(run(*args, "--json", repo=folder).output)
+    assert [one["version"] for one in said if one["expired"]] == [2]
+    shown = run("show", "v2", repo=folder)
+    assert (shown.exit_code, "expired on" in shown.output) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (),
+        ("--keep-best", "loss"),
+        ("--keep-best", "loss:few"),
+        ("--keep-since", "soon"),
+        ("--keep-last", "0"),
+    ],
+    ids=str,
+)
+def test_rules_that_cannot_be_meant_are_usage_errors(
+    run: Run, folder: str, args: tuple[str, ...]
+) -> None:
+    result = run("expire", *args, repo=folder)
+    assert (result.exit_code, result.exception is None) != (0, True)
+    assert result.exit_code == 2
+    assert "v4" in run("log", repo=folder).output
+
+
+def test_a_best_may_be_the_largest_of_a_metric_with_colons(run: Run, tmp_path: Path) -> None:
+    with open_repository(tmp_path / "r") as repo:
+        for value in (3.0, 1.0, 2.0):
+            dcpstore.save({"w": torch.ones(3)}, repo, metrics={"eval:acc": value})
+    result = run("expire", "--keep-best", "eval:acc:1:max", "--json", repo=str(tmp_path / "r"))
+    assert [one["expired"] for one in json.loads(result.output)] == [False, True, False]
+
+
+def test_gc_frees_what_expired(run: Run, folder: str) -> None:
+    run("expire", "--keep-last", "1", repo=folder)
+    would = json.loads(run("gc", "--grace", "0s", "--dry-run", "--json", repo=folder).output)
+    result = run("gc", "--grace", "0s", repo=folder)
+    assert result.exit_code == 0
+    assert "deleted    3 packs" in result.output
+    assert would["dry_run"] is True
+    assert len(would["deleted"]) == 3
+    assert run("gc", "--grace", "soon", repo=folder).exit_code == 2
+
+
+def test_verify_exits_with_3_and_names_the_damage(run: Run, folder: str) -> None:
+    assert run("verify", "--deep", "--limit-mib", "500", repo=folder).exit_code == 0
+    (first, *_) = sorted(Path(folder).glob("packs/*/0-0.pack"))
+    first.write_bytes(b"\1" * first.stat().st_size)
+    result = run("verify", "--deep", repo=folder)
+    assert result.exit_code == 3
+    assert "entries: w" in result.output
+    assert "nearest intact version" in result.output
+    said = run("verify", "--json", repo=folder)
+    assert said.exit_code == 3
+    assert json.loads(said.output)["damaged"][0]["kind"] == "pack"
+    assert run("verify", "--resume", repo=folder).exit_code == 2
+
+
+def test_rebuild_restores_a_lost_catalog(run: Run, folder: str) -> None:
+    before = run("log", "--json", repo=folder).output
+    assert run("rebuild", folder, "--into", folder).exit_code == 11
+    for file in Path(folder).glob("catalog.db*"):
+        file.unlink()
+    result = run("rebuild", folder, "--into", folder)
+    assert (result.exit_code, result.output) == (0, "rebuilt 4 versions from 5 operations\n")
+    assert run("log", "--json", repo=folder).output == before
+    assert run("rebuild", folder + "-nowhere", "--into", folder).exit_code == 10
+
+
+def test_rebuild_exits_with_3_where_something_is_lost(run: Run, folder: str) -> None:
+    (first, *_) = sorted(Path(folder).glob("manifests/*.json"))
+    first.unlink()
+    for file in Path(folder).glob("catalog.db*"):
+        file.unlink()
+    result = run("rebuild", folder, "--into", folder)
+    assert result.exit_code == 3
+    assert f"manifests/{first.name}: it is missing" in result.output
+    assert "rebuilt 3 versions" in result.output
+
+
+def test_copy_moves_versions(run: Run, folder: str, empty: str) -> None:
+    result = run("copy", folder, empty, "v2", "main")
+    assert result.exit_code == 0
+    assert result.output.startswith("v2 is v1 there\nv4 is v2 there\n")
+    assert run("show", "main", "--json", repo=empty).exit_code == 0
+    assert "there already: 2 versions" in run("copy", folder, empty, "v2", "v4").output
+    assert json.loads(run("copy", folder, empty, "--json").output)["copied"] == [[1, 3], [3, 4]]
+    assert run("copy", folder, folder + "-nowhere").exit_code == 10
+    assert run("copy", folder, empty, "v99").exit_code == 1
