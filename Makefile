@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test docs lint clean
+.PHONY: demo test slow docs lint clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -11,8 +11,11 @@ BIN := .venv/bin
 demo: .venv/installed  ## Train on 2 ranks, go on on 1 and 4, and prove it; under two minutes.
 	$(BIN)/python examples/demo.py demo
 
-test: .venv/installed  ## Every test.
-	$(BIN)/pytest -q
+test: .venv/installed  ## Every test but the slow ones.
+	$(BIN)/pytest -q -m 'not slow'
+
+slow: .venv/installed  ## The tests that take a minute or gigabytes each.
+	$(BIN)/pytest -q -m slow
 
 docs: .venv/installed  ## Write the pages that follow from the code.
 	DCPSTORE_WRITE_DOCS=1 $(BIN)/pytest -q tests/test_house.py tests/test_docs.py tests/history/test_sql_page.py tests/parallel/test_page.py tests/dcp/test_page.py -k 'documented or page'
