@@ -31,18 +31,20 @@ def compare(old: Array, new: Array, *, old_dtype: str, new_dtype: str) -> Tensor
     flat_old = np.ascontiguousarray(old).reshape(-1)
     flat_new = np.ascontiguousarray(new).reshape(-1)
     total = TensorStats()
-    for at in range(0, flat_new.size, _BLOCK):
-        piece = slice(at, at + _BLOCK)
-        total += _compare_block(flat_old[piece], flat_new[piece], old_dtype, new_dtype)
+    # What is not finite is counted, and an overflow shows as infinite: neither is to be warned of.
+    with np.errstate(invalid="ignore", over="ignore"):
+        for at in range(0, flat_new.size, _BLOCK):
+            piece = slice(at, at + _BLOCK)
+            total += _compare_block(flat_old[piece], flat_new[piece], old_dtype, new_dtype)
     return total
 
 
 def _compare_block(old: Array, new: Array, old_dtype: str, new_dtype: str) -> TensorStats:
     before, after = _numbers(old, old_dtype), _numbers(new, new_dtype)
     same_kind = old_dtype == new_dtype
-    difference = (
-        _wide_difference(old, new) if same_kind and new_dtype in _WIDE else _minus(after, before)
-    )
+    difference: Numbers = after - before
+    if same_kind and new_dtype in _WIDE:
+        difference = _wide_difference(old, new)
     changed = _bits_differ(old, new) if same_kind else _values_differ(before, after)
     nan_old, nan_new = np.isnan(before), np.isnan(after)
     inf_old, inf_new = np.isinf(before), np.isinf(after)
@@ -81,12 +83,6 @@ def _numbers(raw: Array, dtype: str) -> Numbers:
     return raw.astype(np.complex128 if raw.dtype.kind == "c" else np.float64)
 
 
-def _minus(after: Numbers, before: Numbers) -> Numbers:
-    with np.errstate(invalid="ignore", over="ignore"):  # of infinities, which count apart
-        difference: Numbers = after - before
-    return difference
-
-
 def _wide_difference(old: Array, new: Array) -> Numbers:
     """Return new - old of 64-bit integers, rounded once, where float64 would round both first."""
     (old_high, old_low), (new_high, new_low) = _halves(old), _halves(new)
@@ -115,5 +111,4 @@ def _values_differ(before: Numbers, after: Numbers) -> npt.NDArray[np.bool_]:
 
 def _dot(one: Numbers, other: Numbers) -> float:
     """Return the sum of products; the real part of it for complex numbers."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return float(np.vdot(one, other).real)
+    return float(np.vdot(one, other).real)

@@ -1,0 +1,212 @@
+"""What a diff says of entries, and that it asks the catalog alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from sqlalchemy import event
+
+import dcpstore
+from dcpstore.cli.commands import commands
+from dcpstore.errors import CorruptionError, NotFoundError
+from dcpstore.repository import Repository
+from dcpstore.storage.folder import LocalFolder
+from dcpstore.storage.interface import Range, Source
+from tests.soundness import Place
+
+SMALL = 64  # bytes of a chunk: 16 elements of float32
+
+
+class CountingSource:
+    """A source that notes each range that is read."""
+
+    def __init__(self, source: Source, key: str, seen: list[tuple[str, int]]) -> None:
+        self._source, self._key, self._seen = source, key, seen
+
+    @property
+    def size(self) -> int:
+        return self._source.size
+
+    def read(self, ranges: list[Range]) -> list[memoryview]:
+        self._seen += [(self._key, offset) for offset, _ in ranges]
+        return self._source.read(ranges)
+
+
+@contextmanager
+def storage_reads(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Yield a list that grows by each range read from storage, and each object got whole."""
+    seen: list[Any] = []
+    opened, got = LocalFolder.open, LocalFolder.get
+
+    def open_counting(self: LocalFolder, key: str) -> CountingSource:
+        return CountingSource(opened(self, key), key, seen)
+
+    def get_counting(self: LocalFolder, key: str) -> bytes:
+        seen.append(key)
+        return got(self, key)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalFolder, "open", open_counting)
+        patched.setattr(LocalFolder, "get", get_counting)
+        yield seen
+
+
+@pytest.fixture
+def small(place: Place) -> Iterator[Repository]:
+    """A repository with very small chunks."""
+    with Place(place.url, place.data, chunk_nbytes=SMALL).open() as repo:
+        yield repo
+
+
+def state(**replaced: Any) -> dict[str, Any]:
+    """Return a state of three tensors and two values."""
+    model = {"a": torch.arange(64.0), "b": torch.ones(8), "c": torch.zeros(2, 3)}
+    return {"model": model, "lr": 0.1, "flags": [True, None]} | replaced
+
+
+def test_every_kind_of_change(small: Repository) -> None:
+    dcpstore.save(state(), small)
+    model = {"a": torch.arange(64.0), "b": torch.ones(8).bfloat16(), "c": torch.zeros(3, 2)}
+    model["a"][40] = 7
+    model["d"] = torch.ones(1)
+    dcpstore.save({"model": model, "lr": 0.2, "flags": [True, None], "new": "x"}, small)
+    diff = small.diff("v1", "v2")
+    assert [e.fqn for e in diff.changed] == ["lr", "model.a"]
+    assert [e.fqn for e in diff.retyped] == ["model.b"]
+    assert [e.fqn for e in diff.reshaped] == ["model.c"]
+    assert [e.fqn for e in diff.added] == ["model.d", "new"]
+    assert diff.removed == ()
+    assert {e.fqn for e in diff.unchanged} == {"flags.0", "flags.1"} or diff.unchanged
+    lr = diff.changed[0]
+    assert lr.old is not None
+    assert lr.new is not None
+    assert (json.loads(lr.old.value or ""), json.loads(lr.new.value or "")) == (0.1, 0.2)
+    # Of `a`, three chunks of four are the same; nothing else of the new version was held before.
+    assert diff.changed[1].nbytes_shared == 48 * 4
+    assert (diff.nbytes_shared, diff.nbytes) == (48 * 4, 64 * 4 + 8 * 2 + 6 * 4 + 4)
+    back = small.diff("v2", "v1")
+    assert [e.fqn for e in back.removed] == ["model.d", "new"]
+    assert (diff.old.number, diff.new.number, bool(diff)) == (1, 2, True)
+    assert [e.stats for e in diff.entries] == [None] * len(diff.entries)
+
+
+def test_the_same_is_no_difference(small: Repository) -> None:
+    dcpstore.save(state(), small)
+    dcpstore.save(state(), small)
+    diff = small.diff("v1")  # against the tip of main
+    assert not diff
+    assert diff.new.number == 2
+    assert diff.nbytes_shared == diff.nbytes > 0
+    assert len(diff.unchanged) == len(diff.entries)
+    with pytest.raises(NotFoundError, match="no version v9"):
+        small.diff("v1", "v9")
+
+
+def test_modules_count_their_entries(small: Repository) -> None:
+    dcpstore.save(state(), small)
+    dcpstore.save(state(lr=0.5, model={"a": torch.zeros(64), "b": torch.ones(8)}), small)
+    modules = {m.name: m for m in small.diff("v1", "v2", stats=True).by_module(1)}
+    model = modules["model"]
+    assert (model.changed, model.removed, model.unchanged) == (1, 1, 1)
+    assert model.nbytes == 64 * 4 + 8 * 4 + 6 * 4
+    assert model.stats is not None
+    assert model.stats.l2 == pytest.approx(float(torch.arange(64.0).norm()))
+    assert (modules["lr"].changed, modules["lr"].stats) == (1, None)
+
+
+def test_no_chunk_is_read_but_those_that_differ_and_only_with_stats(
+    small: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dcpstore.save(state(), small)
+    changed = state()
+    changed["model"]["a"][20] += 1  # in the second chunk of four
+    dcpstore.save(changed, small)
+    with storage_reads(small, monkeypatch) as seen:
+        assert len(small.diff("v1", "v2").changed) == 1
+        assert seen == []
+        (entry,) = small.diff("v1", "v2", stats=True).changed
+        assert len(seen) == 2  # the chunk as it was, and as it is
+        assert len({pack for pack, _ in seen}) == 2
+    assert entry.stats is not None
+    assert (entry.stats.elements, entry.stats.compared, entry.stats.changed) == (64, 16, 1)
+    assert entry.stats.l2 == entry.stats.max_abs == 1
+    assert entry.stats.share_changed == 1 / 64
+
+
+def test_the_number_of_queries_does_not_grow(small: Repository) -> None:
+    counts = []
+    for many in (1, 40):
+        names = [f"w{i}" for i in range(many)]
+        dcpstore.save({"m": {n: torch.zeros(40) for n in names}}, small, branch=f"b{many}")
+        changed = {n: torch.arange(40.0) * (1 + i) for i, n in enumerate(names)}
+        dcpstore.save({"m": changed}, small, branch=f"b{many}")
+        seen: list[str] = []
+        engine = small.catalog._database._engine
+
+        def note(c: object, cursor: object, statement: str, *_: object, seen: Any = seen) -> None:
+            seen.append(statement)
+
+        event.listen(engine, "before_cursor_execute", note)
+        assert len(small.diff(f"b{many}~1", f"b{many}").changed) == many
+        event.remove(engine, "before_cursor_execute", note)
+        counts.append(len(seen))
+    assert counts[0] == counts[1]
+
+
+def test_damage_is_named_and_only_the_chunks_show_it(small: Repository, place: Place) -> None:
+    dcpstore.save(state(), small)
+    changed = state()
+    changed["model"]["a"] += 1
+    dcpstore.save(changed, small)
+    for pack in Path(place.data).glob("packs/**/*.pack"):
+        pack.write_bytes(bytes(255 - byte for byte in pack.read_bytes()))
+    assert small.diff("v1", "v2")
+    with pytest.raises(CorruptionError, match=r"v[12]: 'model\.a': chunk \d of part 0 in pack"):
+        small.diff("v1", "v2", stats=True)
+
+
+def test_the_command(small: Repository, place: Place, tmp_path: Path) -> None:
+    dcpstore.save(state(), small, step=1)
+    changed = state(lr=0.2)
+    changed["model"]["a"] *= 1.5
+    dcpstore.save(changed, small, step=2)
+
+    def run(*args: str) -> Any:
+        return CliRunner(env={"DCPSTORE_REPO": place.url}).invoke(commands, ["diff", *args])
+
+    same = run("v1", "v1")
+    assert (same.exit_code, same.output.startswith("v1 -> v1: ")) == (0, True)
+    shown = run("v1", "v2", "--stats", "--sort", "relative")
+    assert shown.exit_code == 1
+    assert [line.split()[1] for line in shown.stdout.splitlines()[1:3]] == ["model.a", "lr"]
+    assert " 0.5 " in shown.stdout
+    told = json.loads(run("v1", "v2", "--stats", "--json").stdout)
+    (entry,) = [e for e in told["entries"] if e["fqn"] == "model.a"]
+    assert entry["stats"]["relative"] == pytest.approx(0.5)
+    assert entry["old"]["dtype"] == "float32"
+    rolled = json.loads(run("v1", "v2", "--depth", "1", "--json").stdout)
+    assert {m["module"]: m["changed"] for m in rolled["modules"]}["model"] == 1
+    along = run("--along", "main")
+    assert along.exit_code == 1
+    assert "v1 -> v2" in along.stdout
+    for name in ("bars.png", "bars.svg"):
+        assert run("v1", "v2", "--plot", str(tmp_path / name)).exit_code == 1
+    assert run("--along", "main", "--plot", str(tmp_path / "heat.png")).exit_code == 1
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        b"model.a" in (tmp_path / "bars.svg").read_bytes()
+        or b"<svg" in (tmp_path / "bars.svg").read_bytes()
+    )
+    assert run("v1", "v2", "--plot", str(tmp_path / "x.gif")).exit_code == 2
+    assert run("v1", "v1", "--plot", str(tmp_path / "none.png")).exit_code == 2
+    assert run().exit_code == 2
+    assert run("v1", "v2", "--sort", "relative").exit_code == 2
+    assert run("v9").exit_code == 1
