@@ -20,7 +20,6 @@ from dcpstore.convert.dtype_option import converted, wanted_dtype
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box
 from dcpstore.planning import DefaultSavePlanner
-from dcpstore.planning.checks import item_box
 from dcpstore.records import ObjectPath, Version
 
 __all__ = ["Foreign", "ForeignTensor", "ImportPlanner", "Naming", "save_foreign"]
@@ -146,18 +145,17 @@ class ImportPlanner(DefaultSavePlanner):
         self.mappings = dict(self._foreign.paths)
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """Return a value; tensors are asked for by `resolve_box`."""
-        return self._foreign.values[index.fqn]
-
-    def resolve_data(self, write_item: WriteItem) -> Any:
-        """Return the whole of what an item writes."""
-        if write_item.tensor_data is None:
-            return super().resolve_data(write_item)
-        return self.resolve_box(write_item, item_box(write_item))
+        """Return a value, or the whole of a tensor, which a save asks for by `resolve_box`."""
+        if index.fqn in self._foreign.values:
+            return self._foreign.values[index.fqn]
+        return self._read(index.fqn, Box.whole(self._foreign.tensors[index.fqn].shape))
 
     def resolve_box(self, write_item: WriteItem, box: Box) -> torch.Tensor:
         """Return the elements of a box, converted where that was asked."""
-        tensor = self._foreign.tensors[write_item.index.fqn]
+        return self._read(write_item.index.fqn, box)
+
+    def _read(self, fqn: str, box: Box) -> torch.Tensor:
+        tensor = self._foreign.tensors[fqn]
         return tensor.read(box).to(converted(tensor.dtype, self._wanted))
 
 
