@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from dcpstore.convert.exporting import ExportedTensor, ExportedVersion
+from dcpstore.encoding.values import PlannerBytes
 from dcpstore.geometry.boxes import Box
 from dcpstore.planning import DefaultSavePlanner
 from dcpstore.planning.balance import item_nbytes
@@ -78,6 +79,9 @@ class ExportPlanner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         """Return the box of a tensor, read and verified now, or torch's bytes of a value."""
         if write_item.tensor_data is None:
+            value = self._values[write_item.index.fqn]
+            if isinstance(value, PlannerBytes):  # what a planner of its own made of a value
+                return io.BytesIO(value)
             return super().resolve_data(write_item)
         return self._version.read(self._tensors[write_item.index.fqn], item_box(write_item))
 

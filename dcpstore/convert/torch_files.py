@@ -27,7 +27,7 @@ from dcpstore.convert.torch_archive import (
     whole_tensor,
 )
 from dcpstore.convert.torch_writing import PlannedTensor, write_archive
-from dcpstore.encoding.values import encode_value
+from dcpstore.encoding.values import PlannerBytes, encode_value
 from dcpstore.errors import InvalidInputError, NotFoundError, UnsafeDataError
 from dcpstore.records import Version
 from dcpstore.repository import opened
@@ -108,11 +108,18 @@ def export_torch(
         items: dict[str, Any] = {
             **planned,
             **{fqn: planned[kept] for fqn, kept in ties.items()},
-            **{entry.fqn: value for entry, value in zip(version.plain, values, strict=True)},
+            **{
+                entry.fqn: _plain(value) for entry, value in zip(version.plain, values, strict=True)
+            },
         }
         write_archive(file, nested_state(items, version.paths))
         written = [tensor for tensor in version.tensors if tensor.fqn in planned]
         return version.report(target, "torch", files=1, tensors=written)
+
+
+def _plain(value: object) -> object:
+    """Return a value that torch.load needs no class of ours for."""
+    return bytes(value) if isinstance(value, PlannerBytes) else value
 
 
 def _read(path: Path, *, allow_pickle: bool) -> Foreign:

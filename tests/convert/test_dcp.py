@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import io
 import os
 import pickle
 import warnings
@@ -16,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import dcpstore
@@ -23,11 +25,19 @@ from dcpstore import (
     AlreadyExistsError,
     CorruptionError,
     DcpstoreError,
+    DefaultSavePlanner,
     NotFoundError,
     Repository,
     UnsafeDataError,
 )
-from dcpstore.convert import dcp_writing, export_dcp, exporting, import_dcp, import_torch
+from dcpstore.convert import (
+    dcp_writing,
+    export_dcp,
+    export_torch,
+    exporting,
+    import_dcp,
+    import_torch,
+)
 from tests.convert.states import assert_holds, equal, every_dtype, same, trained
 from tests.ranks import RankPool, mesh
 
@@ -175,6 +185,23 @@ def test_a_value_that_is_a_pickle_needs_leave(repo: Repository, tmp_path: Path) 
     assert repo.log() == []
     version = import_dcp(folder, repo, allow_pickle=True)
     assert repo.read(version.number)["when"] == state["when"]
+
+
+class OwnBytes(DefaultSavePlanner):
+    """Writes values its own way."""
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        if write_item.index.fqn == "x":
+            return io.BytesIO(b"own")
+        return super().resolve_data(write_item)
+
+
+def test_a_planners_own_bytes_go_out_as_they_are(repo: Repository, tmp_path: Path) -> None:
+    dcpstore.save({"w": torch.ones(2), "x": 1}, repo, planner=OwnBytes())
+    export_dcp(repo, None, tmp_path / "out")
+    assert b"own" in b"".join(path.read_bytes() for path in (tmp_path / "out").glob("*.distcp"))
+    export_torch(repo, None, tmp_path / "out.pt")
+    assert torch.load(tmp_path / "out.pt", weights_only=True)["x"] == b"own"
 
 
 class Evil:
