@@ -9,8 +9,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dcpstore.api import async_save, load, save
+    from dcpstore.api import load, save
     from dcpstore.async_saving import PendingSave
+    from dcpstore.background import async_save
     from dcpstore.dcp import (
         FileSystemReader,
         FileSystemWriter,
@@ -89,7 +90,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "dcpstore.api": ("async_save", "load", "save"),
+    "dcpstore.api": ("load", "save"),
+    "dcpstore.background": ("async_save",),
     "dcpstore.async_saving": ("PendingSave",),
     "dcpstore.dcp": (
         "FileSystemReader",

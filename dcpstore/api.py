@@ -1,4 +1,4 @@
-"""`save`, `async_save` and `load`: one call on every rank, as in torch.distributed.checkpoint."""
+"""`save` and `load`: one call on every rank, as in torch.distributed.checkpoint."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
-from dcpstore.async_saving import IfBusy, PendingSave, find_saver, raise_unseen
-from dcpstore.collectives import Collectives, find_collectives
+from dcpstore.async_saving import raise_unseen
+from dcpstore.collectives import find_collectives
 from dcpstore.errors import InvalidInputError
 from dcpstore.loading import LoadSource, load_version
 from dcpstore.planning import DefaultLoadPlanner, DefaultSavePlanner
@@ -28,7 +28,7 @@ from dcpstore.repository import Repository, opened
 from dcpstore.retention import Retention
 from dcpstore.saving import SaveRequest, SaveTarget, make_request, save_version
 
-__all__ = ["async_save", "load", "save"]
+__all__ = ["RepositoryLike", "load", "save", "target_of"]
 
 RepositoryLike = Repository | str | os.PathLike[str]
 
@@ -154,88 +154,12 @@ def save(
     with ExitStack() as stack:
         return save_version(
             state_dict,
-            lambda: _target(repo, checkpoint_id, stack),
+            lambda: target_of(repo, checkpoint_id, stack),
             request,
             ranks=ranks,
             planner=planner or DefaultSavePlanner(),
             allow_pickle=allow_pickle,
         )
-
-
-def async_save(
-    state_dict: dict[str, Any],
-    repo: RepositoryLike | None = None,
-    *,
-    branch: str = "main",
-    step: int | None = None,
-    tags: Iterable[str] = (),
-    message: str = "",
-    metrics: Mapping[str, SupportsFloat] | None = None,
-    labels: Mapping[str, object] | None = None,
-    author: str = "",
-    parent: str | int | None = None,
-    expect_tip: str | int | None = None,
-    retention: Retention | None = None,
-    planner: SavePlanner | None = None,
-    process_group: dist.ProcessGroup | None = None,
-    no_dist: bool = False,
-    allow_pickle: bool = False,
-    checkpoint_id: str | os.PathLike[str] | None = None,
-    if_busy: IfBusy = "wait",
-    staging_limit: int | None = None,
-) -> PendingSave:
-    """Save as `save` does, but return as soon as the state may be changed again.
-
-    The state is copied into CPU memory that later saves use again (pinned where there is CUDA), and
-    saved from there by a thread with a gloo group of its own, made at the first call. All ranks
-    call it. A failure raises at `result()`; if nobody asks, at the next save, at `Repository.close`
-    and at exit. It is kept in the catalog too.
-
-    Args:
-        state_dict, repo, branch, step, tags, message, metrics, labels, author, parent, expect_tip,
-            retention, planner, process_group, no_dist, allow_pickle, checkpoint_id: as for `save`.
-        if_busy: whether to wait for a save that still runs, or to raise ConflictError.
-        staging_limit: bytes of a rank's state that may be copied; a rank with more saves before it
-            returns, without a copy.
-
-    Returns:
-        The pending save: `staged` is done, `result()` waits for the version.
-
-    Raises:
-        ConflictError: a save still runs and `if_busy` is "refuse".
-        DcpstoreError: a failure of the save before that nobody has heard of.
-    """
-
-    def request() -> SaveRequest:
-        return make_request(
-            branch=branch,
-            step=step,
-            message=message,
-            tags=tags,
-            metrics=metrics,
-            labels=labels,
-            author=author,
-            parent=parent,
-            expect_tip=expect_tip,
-            retention=retention,
-        )
-
-    def save_staged(staged: dict[str, Any], ranks: Collectives) -> Version:
-        with ExitStack() as stack:
-            return save_version(
-                staged,
-                lambda: _target(repo, checkpoint_id, stack),
-                request,
-                ranks=ranks,
-                planner=planner or DefaultSavePlanner(),
-                allow_pickle=allow_pickle,
-            )
-
-    saver = find_saver(process_group, no_dist=no_dist)
-    pending = saver.begin(state_dict, save_staged, if_busy=if_busy, staging_limit=staging_limit)
-    if isinstance(repo, Repository):
-        repo.finish_before_close(raise_unseen)
-    return pending
 
 
 @overload
@@ -387,8 +311,9 @@ def _where(
     return repo if repo is not None else os.fspath(checkpoint_id or "")
 
 
-def _target(
+def target_of(
     repo: RepositoryLike | None, checkpoint_id: str | os.PathLike[str] | None, stack: ExitStack
 ) -> SaveTarget:
+    """Return the parts of the repository to save to, open until `stack` closes."""
     repository = stack.enter_context(opened(_where(repo, checkpoint_id), create=True))
     return SaveTarget(repository.catalog, repository.storage)

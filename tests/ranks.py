@@ -66,6 +66,8 @@ class RankPool:
 
 def _serve(rank: int, size: int, rendezvous: str, pipe: Any) -> None:
     sys.path.insert(0, str(ROOT))
+    # a rank may start processes of its own, as torch's asynchronous save does
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)

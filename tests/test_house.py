@@ -41,6 +41,7 @@ FLOORS = {
     "repository": 4,
     "async_saving": 4,
     "api": 4,
+    "background": 4,
     "dcp": 5,
     "state_dict": 5,
     "convert": 5,
@@ -57,6 +58,9 @@ LADDERS = [
     ("repository", "api"),
     ("convert", "cli"),
     ("async_saving", "api"),
+    ("async_saving", "background"),
+    ("api", "background"),
+    ("repository", "background"),
 ]
 
 # A library, and the only rooms that may import it.

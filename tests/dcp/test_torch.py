@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import (
     _load_state_dict,
     _load_state_dict_from_keys,
 )
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import dcpstore
@@ -282,6 +283,7 @@ def torch_on_ranks(rank: int, place: Place, how: dict[str, Any]) -> None:
         {"use_collectives": False},
         {"planner": dcpstore.DefaultSavePlanner()},
         {"asynchronous": True},
+        {"asynchronous": True, "async_checkpointer_type": AsyncCheckpointerType.PROCESS},
     ],
     ids=str,
 )

@@ -1,0 +1,167 @@
+"""`async_save`: the call, on every rank, that saves while training goes on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack
+from typing import Any, SupportsFloat, overload
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.state_dict_saver import (
+    AsyncCheckpointerType,
+    AsyncSaveResponse,
+)
+from torch.distributed.checkpoint.state_dict_saver import async_save as torch_async_save
+from torch.distributed.checkpoint.storage import StorageWriter
+
+from dcpstore.api import RepositoryLike, target_of
+from dcpstore.async_saving import IfBusy, PendingSave, find_saver, raise_unseen
+from dcpstore.collectives import Collectives
+from dcpstore.planning import DefaultSavePlanner
+from dcpstore.records import Version
+from dcpstore.repository import Repository
+from dcpstore.retention import Retention
+from dcpstore.saving import SaveRequest, make_request, save_version
+
+__all__ = ["async_save"]
+
+
+@overload
+def async_save(
+    state_dict: dict[str, Any],
+    *,
+    storage_writer: StorageWriter,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
+    async_stager: AsyncStager | None = None,
+    use_collectives: bool = True,
+) -> Future[Metadata] | AsyncSaveResponse: ...
+
+
+@overload
+def async_save(
+    state_dict: dict[str, Any],
+    repo: RepositoryLike | None = None,
+    *,
+    branch: str = "main",
+    step: int | None = None,
+    tags: Iterable[str] = (),
+    message: str = "",
+    metrics: Mapping[str, SupportsFloat] | None = None,
+    labels: Mapping[str, object] | None = None,
+    author: str = "",
+    parent: str | int | None = None,
+    expect_tip: str | int | None = None,
+    retention: Retention | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    allow_pickle: bool = False,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    if_busy: IfBusy = "wait",
+    staging_limit: int | None = None,
+) -> PendingSave: ...
+
+
+def async_save(
+    state_dict: dict[str, Any],
+    repo: RepositoryLike | None = None,
+    *,
+    branch: str = "main",
+    step: int | None = None,
+    tags: Iterable[str] = (),
+    message: str = "",
+    metrics: Mapping[str, SupportsFloat] | None = None,
+    labels: Mapping[str, object] | None = None,
+    author: str = "",
+    parent: str | int | None = None,
+    expect_tip: str | int | None = None,
+    retention: Retention | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    allow_pickle: bool = False,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    if_busy: IfBusy = "wait",
+    staging_limit: int | None = None,
+    storage_writer: StorageWriter | None = None,
+    async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
+    async_stager: AsyncStager | None = None,
+    use_collectives: bool = True,
+) -> PendingSave | Future[Metadata] | AsyncSaveResponse:
+    """Save as `save` does, but return as soon as the state may be changed again.
+
+    The state is copied into CPU memory that later saves use again (pinned where there is CUDA), and
+    saved from there by a thread with a gloo group of its own, made at the first call. All ranks
+    call it. A failure raises at `result()`; if nobody asks, at the next save, at `Repository.close`
+    and at exit. It is kept in the catalog too.
+
+    Args:
+        state_dict, repo, branch, step, tags, message, metrics, labels, author, parent, expect_tip,
+            retention, planner, process_group, no_dist, allow_pickle, checkpoint_id: as for `save`.
+        if_busy: whether to wait for a save that still runs, or to raise ConflictError.
+        staging_limit: bytes of a rank's state that may be copied; a rank with more saves before it
+            returns, without a copy.
+        storage_writer: any storage of torch's instead of `repo`; the save is then torch's own
+            `async_save`, with our planner, and returns what torch's does.
+        async_checkpointer_type, async_stager, use_collectives: as torch's, for a `storage_writer`.
+
+    Returns:
+        The pending save: `staged` is done, `result()` waits for the version.
+
+    Raises:
+        ConflictError: a save still runs and `if_busy` is "refuse".
+        DcpstoreError: a failure of the save before that nobody has heard of.
+    """
+    if storage_writer is not None:
+        response: Future[Metadata] | AsyncSaveResponse = torch_async_save(
+            state_dict,
+            checkpoint_id=checkpoint_id,
+            storage_writer=storage_writer,
+            planner=planner or DefaultSavePlanner(),
+            process_group=process_group,
+            async_checkpointer_type=async_checkpointer_type,
+            async_stager=async_stager,
+            no_dist=no_dist,
+            use_collectives=use_collectives,
+        )
+        return response
+
+    def request() -> SaveRequest:
+        return make_request(
+            branch=branch,
+            step=step,
+            message=message,
+            tags=tags,
+            metrics=metrics,
+            labels=labels,
+            author=author,
+            parent=parent,
+            expect_tip=expect_tip,
+            retention=retention,
+        )
+
+    def save_staged(staged: dict[str, Any], ranks: Collectives) -> Version:
+        with ExitStack() as stack:
+            return save_version(
+                staged,
+                lambda: target_of(repo, checkpoint_id, stack),
+                request,
+                ranks=ranks,
+                planner=planner or DefaultSavePlanner(),
+                allow_pickle=allow_pickle,
+            )
+
+    saver = find_saver(process_group, no_dist=no_dist)
+    pending = saver.begin(state_dict, save_staged, if_busy=if_busy, staging_limit=staging_limit)
+    if isinstance(repo, Repository):
+        repo.finish_before_close(raise_unseen)
+    return pending
