@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from dcpstore.records import Version
 
@@ -21,8 +22,8 @@ def draw_graph(versions: Sequence[Version]) -> Iterator[tuple[str, Version | Non
         for lane in _ended(lanes, version.number, shown):
             yield from _without(lanes, lane, into=None)
         mine = [i for i, number in enumerate(lanes) if number == version.number]
-        for lane in reversed(mine[1:]):
-            yield from _without(lanes, lane, into=mine[0])
+        for left, lane in reversed(list(pairwise(mine))):
+            yield from _without(lanes, lane, into=left)
         if not mine:
             mine = [len(lanes)]
             lanes.append(version.number)

@@ -1,0 +1,275 @@
+"""Rollback, deletion and undo: what moves, what comes back, and what is refused unchanged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dcpstore
+from dcpstore.catalog import Catalog, sqlite_url
+from dcpstore.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    InvalidInputError,
+    NotFoundError,
+)
+from dcpstore.repository import Repository
+from tests.cli.history import save_version
+from tests.soundness import Place
+
+
+def refs(repo: Repository) -> dict[str, int]:
+    return {ref.name: ref.version for ref in (*repo.tags(), *repo.branches())}
+
+
+def save(repo: Repository, value: float, **fields: Any) -> None:
+    dcpstore.save({"w": torch.full((3,), value)}, repo, **fields)
+
+
+def everything(repo: Repository) -> tuple[Any, ...]:
+    return refs(repo), repo.operations(), repo.log()
+
+
+def test_a_rollback_moves_the_branch_and_the_next_save_goes_on_from_there(
+    repo: Repository,
+) -> None:
+    for i in range(3):
+        save(repo, i)
+    assert repo.rollback("v1").version == 1
+    assert refs(repo) == {"main": 1}
+    save(repo, 9)
+    assert repo.show("main").parent == 1
+    assert [v.number for v in repo.log("main")] == [4, 1]
+    assert [v.number for v in repo.log()] == [4, 3, 2, 1]
+    operation = repo.operations()[1]
+    assert (operation.kind, operation.target, operation.old, operation.new) == (
+        "rollback",
+        "main",
+        3,
+        1,
+    )
+    before = repo.operations()
+    assert repo.rollback("main").version == 4  # where it is already
+    assert repo.operations() == before
+
+
+def test_rollback_is_refused_but_with_force(repo: Repository) -> None:
+    save(repo, 1)
+    save(repo, 2)
+    save(repo, 3, branch="try", parent="v1")
+    before = everything(repo)
+    for branch, ref in (("main", "try"), ("try", "v2"), ("try", "main")):
+        with pytest.raises(InvalidInputError, match=r"no ancestor of .*force=True"):
+            repo.rollback(ref, branch=branch)
+    with pytest.raises(NotFoundError, match=r"no branch 'mian'\. Did you mean 'main'"):
+        repo.rollback("v1", branch="mian")
+    with pytest.raises(NotFoundError, match="no version v9"):
+        repo.rollback("v9")
+    with pytest.raises(ConflictError, match="is at v2, not at v1"):
+        repo.rollback("v1", expect_tip="v1")
+    assert everything(repo) == before
+    assert repo.rollback("try", force=True, expect_tip="v2").version == 3
+    assert refs(repo) == {"main": 3, "try": 3}
+
+
+def test_deleted_names_come_back(repo: Repository) -> None:
+    save(repo, 1, tags=["best"])
+    save(repo, 2, branch="try")
+    repo.tag("kept", "v1")
+    assert repo.delete_tag("best").version == 1
+    assert repo.delete_branch("try", expect="v2").version == 2
+    assert refs(repo) == {"main": 1, "kept": 1}
+    with pytest.raises(NotFoundError, match="no branch or tag 'best'"):
+        repo.show("best")
+    repo.undo()
+    repo.undo()
+    assert refs(repo) == {"main": 1, "kept": 1, "try": 2, "best": 1}
+    assert {tag.name for tag in repo.tags()} == {"kept", "best"}
+    before = everything(repo)
+    for call, error in (
+        (lambda: repo.delete_tag("bset"), NotFoundError),
+        (lambda: repo.delete_tag("main"), NotFoundError),
+        (lambda: repo.delete_branch("best"), NotFoundError),
+        (lambda: repo.delete_tag("best", expect="v2"), ConflictError),
+    ):
+        with pytest.raises(error):
+            call()
+    assert everything(repo) == before
+
+
+def test_the_undo_of_a_save_takes_its_tags_and_keeps_its_version(repo: Repository) -> None:
+    save(repo, 1, tags=["a"])
+    save(repo, 2, tags=["b", "c"])
+    repo.tag("later", "v2")
+    assert repo.undo().target == "later"
+    done = repo.undo()
+    assert (done.kind, done.target, done.old, done.new) == ("undo", "main", 2, 1)
+    assert refs(repo) == {"main": 1, "a": 1}
+    assert [v.number for v in repo.log()] == [2, 1]
+    repo.undo()
+    assert refs(repo) == {}
+    with pytest.raises(InvalidInputError, match="nothing is left to undo"):
+        repo.undo()
+    repo.branch("main", at="v2")
+    assert refs(repo) == {"main": 2}
+
+
+def test_undo_goes_past_what_is_undone(repo: Repository) -> None:
+    for i in range(4):
+        save(repo, i)
+    repo.rollback("v2")
+    repo.undo()
+    assert refs(repo) == {"main": 4}
+    repo.undo()
+    assert refs(repo) == {"main": 3}
+    save(repo, 9)
+    assert repo.show("main").parent == 3
+    repo.undo()
+    repo.undo()
+    assert refs(repo) == {"main": 2}
+    last = repo.operations()[0]
+    before = everything(repo)
+    with pytest.raises(ConflictError, match="not 4 as was expected"):
+        repo.undo(expect=4)
+    assert everything(repo) == before
+    assert last.kind == "undo"
+
+
+def test_undo_past_an_expired_version_changes_nothing(repo: Repository) -> None:
+    for i in range(3):
+        save(repo, i)
+    repo.expire(keep_last=1)
+    before = refs(repo), repo.operations()
+    with pytest.raises(NotFoundError, match=r"would go back to v2, which was expired on"):
+        repo.undo()
+    assert (refs(repo), repo.operations()) == before
+
+
+def test_a_ref_that_moved_otherwise_is_not_undone(repo: Repository) -> None:
+    save(repo, 1)
+    repo.tag("t", "v1")
+    # As an older program would: without an operation.
+    with repo.catalog._database.write() as connection:
+        connection.exec_driver_sql("DELETE FROM ref WHERE name = 't'")
+    before = everything(repo)
+    with pytest.raises(ConflictError, match=r"'t' is gone, not where"):
+        repo.undo()
+    assert everything(repo) == before
+
+
+def test_metrics_and_labels_come_later(repo: Repository) -> None:
+    save(repo, 1, metrics={"loss": 2.0}, labels={"lr": "1"})
+    version = repo.add_metrics("main", {"accuracy": 0.5, "loss": 2.0, "odd": float("nan")})
+    assert (version.metrics["accuracy"], len(version.metrics)) == (0.5, 3)
+    assert repo.add_metrics(None, {"odd": float("nan")}).metrics.keys() == version.metrics.keys()
+    assert repo.add_labels("v1", {"data": "größer"}).labels == {"lr": "1", "data": "größer"}
+    before = repo.show("v1"), repo.operations()
+    for call, error in (
+        (lambda: repo.add_metrics("v1", {"new": 1.0, "loss": 2.5}), AlreadyExistsError),
+        (lambda: repo.add_labels("v1", {"lr": "2"}), AlreadyExistsError),
+        (lambda: repo.add_metrics("v1", {"x": "high"}), InvalidInputError),  # type: ignore[dict-item]
+        (lambda: repo.add_labels("v1", {"x": "\0"}), InvalidInputError),
+        (lambda: repo.add_labels("v1", {"\ud800": "x"}), InvalidInputError),
+        (lambda: repo.add_labels("v2", {"x": "y"}), NotFoundError),
+    ):
+        with pytest.raises(error):
+            call()
+    assert repo.operations() == before[1]
+    repo.undo()
+    assert repo.show("v1").labels == {"lr": "1"}
+    repo.undo()
+    assert repo.show("v1").metrics == {"loss": 2.0}
+    assert repo.tags() == []
+
+
+def test_labels_that_no_database_holds_are_refused_at_the_save(repo: Repository) -> None:
+    for labels in ({"x": "a\0b"}, {"\ud800": "x"}):
+        with pytest.raises(InvalidInputError, match="label"):
+            save(repo, 1, labels=labels)
+    assert repo.log() == []
+
+
+def test_a_rebuilt_catalog_has_undone_what_was_undone(repo: Repository, place: Place) -> None:
+    from dcpstore.upkeep.rebuild import rebuild  # noqa: PLC0415
+
+    save(repo, 1, tags=["a"], metrics={"loss": 1.0})
+    save(repo, 2, tags=["b"])
+    repo.add_metrics("v1", {"late": 1.0})
+    repo.add_labels("v1", {"late": "x"})
+    repo.undo()
+    repo.undo()
+    repo.add_metrics("v1", {"later": 2.0})
+    repo.delete_tag("a")
+    repo.undo()
+    repo.rollback("v1")
+    told = refs(repo), repo.log(), repo.operations()
+    url = sqlite_url(f"{place.data}-rebuilt.db")
+    rebuild(place.data, into=url)
+    with dcpstore.open(url, create=False) as rebuilt:
+        assert (refs(rebuilt), rebuilt.log(), rebuilt.operations()) == told
+        rebuilt.catalog.history().undo(expect=None, author="")  # past the journal, which both share
+        assert refs(rebuilt)["main"] == 2
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("save"), st.sampled_from(["main", "try"]), st.booleans()),
+        st.tuples(st.just("rollback"), st.integers(1, 6)),
+        st.tuples(st.just("tag"), st.sampled_from("abc"), st.integers(1, 6)),
+        st.tuples(st.just("delete"), st.sampled_from(["a", "b", "c", "main", "try"])),
+        st.tuples(st.just("undo")),
+    ),
+    max_size=14,
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(steps)
+def test_undo_returns_to_every_state_before(
+    tmp_path_factory: pytest.TempPathFactory, taken: list[tuple[Any, ...]]
+) -> None:
+    """Whatever was done, undoing it all passes through the same refs backwards."""
+    url = sqlite_url(tmp_path_factory.mktemp("undo") / "catalog.db")
+    with Catalog.open(url, create=True, data_url="file:///none") as catalog:
+        history = catalog.history()
+
+        def named() -> dict[str, tuple[str, int]]:
+            return {ref.name: (ref.kind, ref.version) for ref in catalog.refs()}
+
+        states = [named()]
+        versions = 0
+        for step in taken:
+            before = named()
+            try:
+                match step:
+                    case ("save", branch, tagged):
+                        tags = (f"t{versions}",) if tagged else ()
+                        save_version(catalog, versions + 1, branch=branch, tags=tags)
+                        versions += 1
+                    case ("rollback", number):
+                        history.roll_back("main", number, force=True, expect_tip=None, author="")
+                    case ("tag", name, number):
+                        catalog.tag(name, number, author="")
+                    case ("delete", name):
+                        kind = "branch" if len(name) > 1 else "tag"
+                        history.delete_ref(name, kind, expect=None, author="")
+                    case _:
+                        history.undo(expect=None, author="")
+                        assert named() == states[-2]
+                        states.pop()
+                        continue
+            except (NotFoundError, AlreadyExistsError, InvalidInputError):
+                assert named() == before
+                continue
+            if named() != before:
+                states.append(named())
+        while len(states) > 1:
+            history.undo(expect=None, author="")
+            states.pop()
+            assert named() == states[-1]
+        with pytest.raises(InvalidInputError, match="nothing is left"):
+            history.undo(expect=None, author="")

@@ -1,0 +1,202 @@
+"""Which versions a log lists, which is best, what a uid names, and the lines of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcpstore.catalog.lineage import ancestor_at, is_ancestor, lineage_below
+from dcpstore.cli.commands import commands
+from dcpstore.cli.graph import draw_graph
+from dcpstore.errors import InvalidInputError, NotFoundError
+from dcpstore.records import Version
+from dcpstore.repository import Repository
+from tests.cli.history import START, save_version
+from tests.soundness import Place
+
+
+@pytest.fixture
+def told(place: Place) -> Iterator[Repository]:
+    """A repository without bytes: v1 and v2 on main, v3 on try from v1, v4 on main."""
+    with place.open() as repo:
+        catalog = repo.catalog
+        save_version(catalog, 1, step=10, metrics={"loss": 3.0}, labels={"lr": "1", "q": 'a"b'})
+        save_version(catalog, 2, step=20, metrics={"loss": 2.0, "acc": 0.5}, tags=("best", "b.2"))
+        catalog.branch("try", 1, author="")
+        save_version(catalog, 3, step=20, branch="try", metrics={"loss": float("nan")})
+        save_version(catalog, 4, step=30, metrics={"loss": 2.0}, labels={"lr": "2"}, tags=("B",))
+        yield repo
+
+
+@pytest.mark.parametrize(
+    ("wanted", "numbers"),
+    [
+        ({}, [4, 3, 2, 1]),
+        ({"where": "loss<2.5"}, [4, 2]),
+        ({"where": ["loss <= 3", "acc>=0.5"]}, [2]),
+        ({"where": "loss!=2"}, [1]),
+        ({"where": "loss == 2", "limit": 1}, [4]),
+        ({"steps": (20, None)}, [4, 3, 2]),
+        ({"steps": (None, 20), "ref": "main"}, [2, 1]),
+        ({"since": START + timedelta(minutes=34), "until": START + timedelta(minutes=51)}, [3, 2]),
+        ({"labels": {"lr": "2"}}, [4]),
+        ({"labels": {"lr": "1", "q": 'a"b'}}, [1]),
+        ({"labels": {"nothing": "1"}}, []),
+        ({"tag": "b*"}, [2]),
+        ({"tag": "?"}, [4]),
+        ({"tag": "b?2"}, [2]),
+        ({"tag": "bX2"}, []),
+        ({"branch": "try"}, [3]),
+        ({"branch": "main", "ref": "try"}, [1]),
+        ({"ref": "main", "where": "loss<2.5", "branch": "main", "limit": 5}, [4, 2]),
+    ],
+)
+def test_filters(told: Repository, wanted: dict[str, Any], numbers: list[int]) -> None:
+    assert [v.number for v in told.log(**wanted)] == numbers
+
+
+@pytest.mark.parametrize(
+    ("wanted", "error", "message"),
+    [
+        ({"where": "loss"}, InvalidInputError, "compares no metric"),
+        ({"where": "loss<low"}, InvalidInputError, "compares no metric"),
+        ({"where": "loss=<2"}, InvalidInputError, "compares no metric"),
+        ({"where": "lss<2"}, NotFoundError, r"no metric 'lss'\. Did you mean 'loss'"),
+        ({"branch": "tri"}, NotFoundError, r"no branch 'tri'\. Did you mean 'try'"),
+        ({"tag": "[ab]"}, InvalidInputError, "names no tags"),
+        ({"labels": {"a": "\0"}}, InvalidInputError, "label 'a'"),
+        ({"ref": "v9", "where": "loss<2"}, NotFoundError, "no version v9"),
+    ],
+)
+def test_what_cannot_be_meant(
+    told: Repository, wanted: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        told.log(**wanted)
+
+
+def test_the_best(told: Repository) -> None:
+    assert told.best("loss").number == 2  # the earliest of equals, and NaN is none
+    assert told.best("loss", mode="max").number == 1
+    assert told.best("acc", mode="max", branch="main").number == 2
+    for call, message in (
+        (lambda: told.best("los"), r"no metric 'los'\. Did you mean 'loss'"),
+        (lambda: told.best("loss", branch="try"), "no version on branch 'try' has a number"),
+        (lambda: told.best("loss", branch="tri"), "no branch 'tri'"),
+    ):
+        with pytest.raises(NotFoundError, match=message):
+            call()
+    with pytest.raises(InvalidInputError, match="neither 'min' nor 'max'"):
+        told.best("loss", mode="median")  # type: ignore[arg-type]
+
+
+def test_the_first_digits_of_a_uid(told: Repository) -> None:
+    uids = {v.number: v.uid for v in told.log()}
+    assert told.show(uids[2][:6]).number == 2
+    assert told.show(uids[3]).number == 3
+    assert told.show(f"{uids[4][:10].upper()}~1").number == 2
+    with pytest.raises((NotFoundError, InvalidInputError)):
+        told.show(uids[1][:5])
+    with pytest.raises(NotFoundError, match="no version has a uid that begins with '1a1a1a'"):
+        told.show("1a1a1a")
+    with pytest.raises(NotFoundError, match="no branch or tag 'abcdef'"):
+        told.show("abcdef")
+    told.catalog.tag("abcdef", 1, author="")
+    assert told.show("abcdef").number == 1  # a name wins
+
+
+def test_uids_that_begin_alike_and_those_that_read_as_numbers(told: Repository) -> None:
+    with told.catalog._database.write() as connection:
+        for number, uid in {1: "abcdef01", 2: "abcdef02", 3: "00000412", 4: "000004ff"}.items():
+            connection.exec_driver_sql(
+                f"UPDATE version SET uid = '{uid:0<32}' WHERE number = {number}"
+            )
+    with pytest.raises(InvalidInputError, match=r"'abcdef': abcdef010*\ \(v1\), abcdef020* \(v2\)"):
+        told.show("abcdef")
+    assert told.show("abcdef02").number == 2
+    assert told.show("00000412").number == 3  # there is no v412
+    assert told.show("000004").number == 4  # but there is a v4
+    told.catalog.tag("abcdef", 4, author="")
+    assert told.show("abcdef").number == 4
+
+
+def test_the_command_filters_and_draws(told: Repository, place: Place) -> None:
+    def run(*args: str) -> Any:
+        return CliRunner(env={"DCPSTORE_REPO": place.url}).invoke(commands, ["log", *args])
+
+    drawn = [line[:4].rstrip() for line in run("--graph").stdout.splitlines()[1:]]
+    assert drawn == ["*", "| *", "* |", "|/", "*"]
+    since = (START + timedelta(minutes=51)).isoformat()
+    shown = run("--steps", "20:", "--since", since, "--label", "lr=2", "--where", "loss<3").stdout
+    assert [line.split()[0] for line in shown.splitlines()[1:]] == ["v4"]
+    assert run("--tag", "no*").stderr == "no such versions.\n"
+    for args in (["--steps", "x"], ["--since", "soon"], ["--label", "lr"], ["--where", "x"]):
+        assert run(*args).exit_code == 2
+
+
+def version(number: int, parent: int | None) -> Version:
+    told = ("main", None, (), "", {}, {}, "", START, 1, 0, 0, 0, {})
+    return Version(number, f"{number}", parent, *told)
+
+
+def graph(parents: dict[int, int | None]) -> list[str]:
+    versions = [version(n, parent) for n, parent in sorted(parents.items(), reverse=True)]
+    return [f"{line} {v.number}" if v else line for line, v in draw_graph(versions)]
+
+
+def test_a_graph_joins_lanes_and_closes_gaps() -> None:
+    assert graph({1: None, 2: 1, 3: 2}) == ["* 3", "* 2", "* 1"]
+    assert graph({1: None, 2: 1, 3: 1, 4: 2, 5: 1}) == [
+        "* 5",
+        "| * 4",
+        "| | * 3",
+        "| * | 2",
+        "| |/",
+        "|/",
+        "* 1",
+    ]
+    assert graph({1: None, 2: None, 3: 1, 4: 2}) == ["* 4", "| * 3", "* | 2", " /", "* 1"]
+    assert graph({5: 3, 6: 5, 7: 3}) == ["* 7", "| * 6", "| * 5"]  # what is left out is below
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=30))
+def test_each_version_has_one_star(drawn: list[int]) -> None:
+    parents = {i + 1: None if p % (i + 1) == 0 else p % (i + 1) for i, p in enumerate(drawn)}
+    lines = graph(parents)
+    stars = [int(line.split()[-1]) for line in lines if "*" in line]
+    assert stars == sorted(parents, reverse=True)
+    assert all(line.count("*") <= 1 for line in lines)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_any_ancestor_is_found_by_its_depth(place: Place) -> None:
+    with place.open() as repo:
+        parents: dict[int, int | None] = {}
+        for i in range(1, 61):
+            branch = f"b{i % 7}" if i > 20 else "main"
+            if branch not in {ref.name for ref in repo.branches()} and i > 20:
+                repo.catalog.branch(branch, i // 2, author="")
+            parents[i] = save_version(repo.catalog, i, branch=branch).parent
+        with repo.catalog._database.read() as connection:
+            rows = connection.exec_driver_sql("SELECT number, id FROM version").all()
+            ids = {row.number: row.id for row in rows}
+            numbers = {id_: number for number, id_ in ids.items()}
+            for start in parents:
+                line = [start]
+                while (parent := parents[line[-1]]) is not None:
+                    line.append(parent)
+                found = [
+                    numbers[ancestor_at(connection, ids[start], depth)]
+                    for depth in range(len(line))
+                ]
+                assert found == line[::-1]
+                assert [
+                    n for n in parents if is_ancestor(connection, ids[n], of=ids[start])
+                ] == sorted(line)
+            assert lineage_below(connection, None) == {"depth": 0, "jump": None}
