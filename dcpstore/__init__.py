@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         SchemaError,
         UnsafeDataError,
     )
+    from dcpstore.history import Diff
     from dcpstore.planning import DefaultLoadPlanner, DefaultSavePlanner, LoadOptions, PerRank
     from dcpstore.records import ChunkDefaults, LoadReport, Version
     from dcpstore.repository import Repository, open
@@ -54,6 +55,7 @@ __all__ = [
     "DcpstoreError",
     "DefaultLoadPlanner",
     "DefaultSavePlanner",
+    "Diff",
     "FileSystemReader",
     "FileSystemWriter",
     "InvalidInputError",
@@ -122,6 +124,7 @@ _HOMES = {
         "SchemaError",
         "UnsafeDataError",
     ),
+    "dcpstore.history": ("Diff",),
     "dcpstore.planning": ("DefaultLoadPlanner", "DefaultSavePlanner", "LoadOptions", "PerRank"),
     "dcpstore.records": ("ChunkDefaults", "LoadReport", "Version"),
     "dcpstore.repository": ("Repository", "open"),

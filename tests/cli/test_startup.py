@@ -24,8 +24,16 @@ ARGS = {
     "ops": (),
     "sql": ("SELECT * FROM history",),
     "db-upgrade": (),
+    "expire": ("--keep-last", "1"),
+    "gc": (),
 }
-MOVES_TENSORS = ("import", "export")  # torch is loaded once they run, not to name or explain them
+MOVES_TENSORS = (
+    "import",
+    "export",
+    "verify",
+    "rebuild",
+    "copy",
+)  # what they need is loaded once they run
 
 
 def loaded(*args: str, repo: str, folder: Path) -> set[str]:
