@@ -1,0 +1,65 @@
+"""`rollback`, `undo`, `ops` and the deletion of names: what they print, and how they fail."""
+
+import json
+
+from dcpstore.catalog import Catalog
+from tests.cli.conftest import Run, ask_database
+from tests.cli.history import save_version
+
+REFS = (
+    "SELECT ref.name, version.number FROM ref JOIN version ON version.id = ref.version"
+    " ORDER BY ref.name"
+)
+
+
+def test_back_and_forth(run: Run, target: str) -> None:
+    assert run("rollback", "best", repo=target).stdout == "branch main is v2\n"
+    assert run("tag", "-d", "best", repo=target).stdout == "deleted the tag best; it was v2\n"
+    assert ask_database(target, REFS) == [("main", 2)]
+    assert run("undo", repo=target).stdout == "best is v2 again\n"
+    told = json.loads(run("undo", "--json", repo=target).stdout)
+    assert (told["kind"], told["target"], told["old"], told["new"]) == ("undo", "main", 2, 3)
+    assert run("undo", repo=target).stdout == "main is v2 again\n"  # the save of v3
+    assert run("undo", repo=target).stdout == "main is v1 again\n"
+    assert run("undo", repo=target).stdout == "main is gone; it was v1\n"
+    assert run("undo", repo=target).exit_code == 2
+    assert ask_database(target, REFS) == []
+
+
+def test_what_was_added_is_taken_back(run: Run, catalog: Catalog, target: str) -> None:
+    catalog.history().add_metrics("v1", {"late": 1.0}, author="ada")
+    assert run("undo", repo=target).stdout == "took back what was added to v1\n"
+    assert "late" not in run("show", "v1", repo=target).stdout
+
+
+def test_operations_tell_who_did_what(run: Run, catalog: Catalog, target: str) -> None:
+    catalog.history().delete_ref("best", "tag", expect=None, author="ada")
+    lines = run("ops", "-n", "2", repo=target).stdout.splitlines()
+    assert lines[0].split() == ["OP", "WHEN", "WHO", "WHAT", "OF", "FROM", "TO"]
+    assert lines[1].split()[3:] == ["ada", "delete_tag", "best", "v2", "-"]
+    told = json.loads(run("ops", "--json", repo=target).stdout)
+    assert [o["number"] for o in told] == list(range(len(told), 0, -1))
+    assert told[-1]["kind"] == "init"
+
+
+def test_what_is_refused_changes_nothing(run: Run, catalog: Catalog, target: str) -> None:
+    save_version(catalog, 4, branch="try")
+    before = ask_database(target, REFS), ask_database(target, "SELECT count(*) FROM operation")
+    for args, code in {
+        ("rollback", "try"): 2,
+        ("rollback", "v9"): 1,
+        ("rollback", "v1", "--branch", "tri"): 1,
+        ("rollback", "v1", "--expect-tip", "v1"): 11,
+        ("undo", "--expect", "1"): 11,
+        ("tag", "-d"): 2,
+        ("tag", "-d", "best", "v1"): 2,
+        ("tag", "-d", "main"): 1,
+        ("branch", "-d"): 2,
+        ("branch", "-d", "best"): 1,
+        ("branch", "-d", "try", "--at", "v1"): 2,
+    }.items():
+        result = run(*args, repo=target)
+        assert (args, result.exit_code, result.stdout) == (args, code, "")
+    after = ask_database(target, REFS), ask_database(target, "SELECT count(*) FROM operation")
+    assert after == before
+    assert run("rollback", "try", "--force", repo=target).stdout == "branch main is v4\n"
