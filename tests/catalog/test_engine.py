@@ -139,7 +139,7 @@ def test_no_query_walks_a_whole_table(sqlite_catalog: Catalog) -> None:
     catalog.commit("u2", make_content("u2", {"w": "W", "v": "V"}))
     event.remove(catalog._database._engine, "before_cursor_execute", explain)
     assert len(plans) > 15
-    fine = {"SCAN each VIRTUAL TABLE INDEX 1:", "SCAN ancestor", "SCAN CONSTANT ROW"}
+    fine = {"SCAN each VIRTUAL TABLE INDEX 1:", "SCAN ancestor", "SCAN up", "SCAN CONSTANT ROW"}
     for statement, steps in plans.items():
         scans = {s for s in steps if s.startswith("SCAN")} - fine - {"SCAN repository"}
         assert not scans, f"{scans} in {statement}"
