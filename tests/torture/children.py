@@ -1,0 +1,84 @@
+"""Child processes that faults may strike: forked from one that has torch and dcpstore loaded.
+
+The fork server has one thread and no process group when it forks, so each child is as a process
+that was just started, for a hundredth of the time. Every child ends: by itself, or at its deadline.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["DEADLINE", "Child", "Ended", "start"]
+
+DEADLINE = 60.0  # seconds; who is not done by then hangs
+LOADED = "tests.torture.loaded"
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a child ended.
+
+    Attributes:
+        code: its exit code, negative for a signal, None where it had to be killed at its deadline.
+        value: what its call returned.
+        error: the traceback of what its call raised, else empty.
+    """
+
+    code: int | None
+    value: Any = None
+    error: str = ""
+
+    @property
+    def hung(self) -> bool:
+        """Whether it was still at work at its deadline."""
+        return self.code is None
+
+
+class Child:
+    """A call that runs in a process of its own."""
+
+    def __init__(self, call: Callable[..., Any], arguments: Sequence[Any]) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([LOADED])
+        self._pipe, theirs = context.Pipe(duplex=False)
+        self._process = context.Process(target=_work, args=(theirs, call, arguments))
+        self._began = time.monotonic()
+        self._process.start()
+        theirs.close()
+
+    def end(self, *, deadline: float = DEADLINE) -> Ended:
+        """Wait until it ends, `deadline` seconds after its start at most; then it is killed."""
+        answer = None, ""
+        try:
+            if self._pipe.poll(max(self._began + deadline - time.monotonic(), 0)):
+                answer = self._pipe.recv()
+        except EOFError:  # it was killed before it could answer
+            pass
+        self._process.join(max(self._began + deadline - time.monotonic(), 1))
+        code = self._process.exitcode
+        self.kill()
+        return Ended(code, *answer)
+
+    def kill(self) -> None:
+        """End it now."""
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+
+def start(call: Callable[..., Any], *arguments: Any) -> Child:
+    """Start `call(*arguments)` in a child; it must be importable by name."""
+    return Child(call, arguments)
+
+
+def _work(pipe: Any, call: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    try:
+        answer = (call(*arguments), "")
+    except Exception:
+        answer = (None, traceback.format_exc())
+    pipe.send(answer)

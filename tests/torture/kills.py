@@ -1,0 +1,154 @@
+"""SIGKILL at every step of an operation, and loss of power at every step that touches the disk.
+
+One run is recorded to find the steps; then, for each, a new copy of the repository is struck there,
+and a new process looks: all versions load, bit for bit; what was killed is whole or unseen; the
+next save succeeds; gc clears the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from tests.torture.children import Ended, start
+from tests.torture.kinds import DATABASES, Dialect, Ground, Outcome, Verdict
+from tests.torture.loss import lose_power
+from tests.torture.operations import OPERATIONS, Operation, check
+from tests.torture.sites import Mould, Site
+from tests.torture.steps import Step, Steps, begun, done
+
+__all__ = ["Kills", "Point", "kinds"]
+
+# What is left of the disk: all that was written; of the last write, half; nothing that was not
+# synced; or of that, a part.
+Left = Literal["all", "torn", "synced", "some"]
+SHORT = {"save": 10, "save on two ranks": 4, "gc: repack": 6, "first save": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A step to die at, of one rank, and what the disk keeps."""
+
+    number: int
+    what: str
+    rank: int
+    left: Left
+    is_end: bool
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} at step {self.number} ({self.what}), {self.left} left"
+
+
+class Kills:
+    """The kills of one operation, on one kind of database."""
+
+    def __init__(self, ground: Ground, operation: Operation, dialect: Dialect) -> None:
+        self._ground, self._operation, self._dialect = ground, operation, dialect
+        self.name = f"kill: {operation.name}, {dialect}"
+
+    @cached_property
+    def _mould(self) -> Mould:
+        return Mould(self._ground, self._dialect, self._prepare)
+
+    def _prepare(self, site: Site) -> None:
+        ended = start(self._operation.prepare, site).end()
+        assert (ended.code, ended.error) == (0, "")
+
+    def points(self) -> Sequence[Point]:
+        """Run the operation once, and return its steps."""
+        site = self._mould.copy()
+        ended = self._strike(site, None)
+        assert {(one.code, one.error) for one in ended} == {(0, "")}
+        points = [
+            point
+            for rank, log in enumerate(self._logs(site))
+            for point in _points(begun(log), rank, loses=self._operation.ranks == 1)
+        ]
+        self._mould.discard(site)
+        return self._ground.pick(points, SHORT.get(self._operation.name, 5))
+
+    def try_point(self, point: Point) -> Outcome:
+        """Kill a rank there, leave what the disk keeps, and look."""
+        site = self._mould.copy()
+        for rank, ended in enumerate(self._strike(site, point)):
+            if ended.hung:
+                return Outcome(Verdict.HUNG, f"rank {rank} waits")
+            if rank == point.rank and ended.code != -signal.SIGKILL:
+                return Outcome(Verdict.LOST, f"it did not come so far: {ended}")
+        if point.left in ("synced", "some"):
+            chance = random.Random(point.number)
+            lose_power(
+                site.root,
+                self._mould.before,
+                done(self._logs(site)),
+                lambda: point.left == "some" and chance.random() < 0.5,
+            )
+        looked = start(check, self._operation.name, site, point.is_end).end()
+        if looked.hung:
+            return Outcome(Verdict.HUNG, "the look afterwards waits")
+        if looked.error or looked.code:
+            last = "".join(looked.error.splitlines(keepends=True)[-8:])
+            return Outcome(Verdict.LOST, f"exit code {looked.code}\n{last}")
+        self._mould.discard(site)
+        return Outcome(Verdict.SURVIVED)
+
+    def _strike(self, site: Site, point: Point | None) -> list[Ended]:
+        children = [
+            start(_work, self._operation.name, site, log, rank, point)
+            for rank, log in enumerate(self._logs(site))
+        ]
+        return [child.end() for child in children]
+
+    def _logs(self, site: Site) -> list[Path]:
+        return [site.root.parent / f"steps-{rank}" for rank in range(self._operation.ranks)]
+
+
+def kinds(ground: Ground) -> Iterator[Kills]:
+    """Yield the kills of every operation on both databases; in the short form, of some."""
+    for name, operation in OPERATIONS.items():
+        for dialect in DATABASES:
+            if ground.long or name in SHORT:
+                yield Kills(ground, operation, dialect)
+
+
+def _points(steps: Sequence[Step], rank: int, *, loses: bool) -> Iterator[Point]:
+    touched = False
+    for step in steps:
+        what = f"{step.what} {step.path.rsplit('/', 1)[-1]}".strip()
+        is_end = step is steps[-1]
+
+        lefts: list[Left] = ["all"]
+        if step.what in ("write", "pwrite"):
+            lefts.append("torn")
+        if loses and (touched or is_end):
+            lefts += ["synced", "some"]
+        yield from (Point(step.number, what, rank, left, is_end) for left in lefts)
+        touched = bool(step.path)
+
+
+def _work(name: str, site: Site, log: Path, rank: int, point: Point | None) -> None:
+    """Do the operation as one rank, and die where the point says."""
+    torch.set_num_threads(1)
+    operation = OPERATIONS[name]
+    if operation.ranks > 1:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        meeting = site.root.parent / "meeting"
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=operation.ranks
+        )
+    die_at, tear = None, False
+    if point is not None and point.rank == rank:
+        die_at, tear = point.number, point.left == "torn"
+    steps = Steps(site.root, log, die_at=die_at, tear=tear)
+    steps.watch()
+    operation.act(site, rank)
+    steps.take("end")

@@ -1,0 +1,152 @@
+"""What a kind of fault is, the ground it is tried on, and the table of what came of it."""
+
+from __future__ import annotations
+
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+import psycopg
+
+from dcpstore.catalog import sqlite_url
+from tests.servers import postgres_server
+
+__all__ = [
+    "DATABASES",
+    "Dialect",
+    "Ground",
+    "Kind",
+    "Outcome",
+    "Tally",
+    "Verdict",
+    "prepared",
+    "run",
+]
+
+P = TypeVar("P")
+Dialect = Literal["sqlite", "postgres"]
+DATABASES: tuple[Dialect, ...] = ("sqlite", "postgres")
+
+
+class Verdict(StrEnum):
+    """What came of a fault: all is well, something was lost or half-made, or somebody waits."""
+
+    SURVIVED = "survived"
+    LOST = "lost"
+    HUNG = "hung"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A verdict, and what was seen where it is a bad one."""
+
+    verdict: Verdict
+    detail: str = ""
+
+
+class Kind(Protocol):
+    """One kind of fault. A point is whatever its kind likes; its `str` names it in reports."""
+
+    @property
+    def name(self) -> str:
+        """The row of the table."""
+
+    def points(self) -> Iterable[Any]:
+        """Return the places where the fault is to strike."""
+
+    def try_point(self, point: Any) -> Outcome:
+        """Let it strike there and look; what this raises counts as lost."""
+
+
+class Ground:
+    """Where kinds are tried: folders, databases, and how much is wanted.
+
+    Attributes:
+        long: whether every point is wanted, or a few of each kind.
+    """
+
+    def __init__(self, folder: Path, server: Callable[[], Any], *, long: bool) -> None:
+        self._folder, self._server = folder, server
+        self.long = long
+
+    def folder(self) -> Path:
+        """Return a new empty folder."""
+        return Path(tempfile.mkdtemp(dir=self._folder))
+
+    def pick(self, points: Sequence[P], few: int) -> Sequence[P]:
+        """Return all points in the long form, else a few, spread evenly, the last among them."""
+        if self.long or len(points) <= few:
+            return points
+        return [points[(i + 1) * len(points) // few - 1] for i in range(few)]
+
+    def database(self, dialect: Dialect, *, template: str = "") -> str:
+        """Return the URL of a new database: empty, or like the Postgres one of URL `template`."""
+        if dialect == "sqlite":
+            return sqlite_url(self.folder() / "catalog.db")
+        name = f"torture_{uuid.uuid4().hex}"
+        like = f' TEMPLATE "{template.rsplit("/", 1)[1]}"' if template else ""
+        self._administer(f'CREATE DATABASE "{name}"{like}')
+        url: str = self._server().get_uri(name)
+        return url
+
+    def drop(self, url: str) -> None:
+        """Drop a Postgres database of `database`."""
+        self._administer(f'DROP DATABASE "{url.rsplit("/", 1)[1]}" WITH (FORCE)')
+
+    def _administer(self, statement: str) -> None:
+        with psycopg.connect(self._server().get_uri(), autocommit=True) as connection:
+            connection.execute(statement.encode())
+
+
+@contextmanager
+def prepared(*, long: bool, server: Any = None) -> Iterator[Ground]:
+    """Yield a ground in a temporary folder, with `server` or one that starts when it is needed."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="torture-")))
+        started = [] if server is None else [server]
+
+        def find_server() -> Any:
+            if not started:
+                started.append(stack.enter_context(postgres_server()))
+            return started[0]
+
+        yield Ground(folder, find_server, long=long)
+
+
+@dataclass
+class Tally:
+    """One row of the table, and what the bad outcomes said."""
+
+    name: str
+    tried: int = 0
+    counts: dict[Verdict, int] = field(default_factory=lambda: dict.fromkeys(Verdict, 0))
+    bad: list[str] = field(default_factory=list)
+
+    def add(self, point: object, outcome: Outcome) -> None:
+        """Count an outcome."""
+        self.tried += 1
+        self.counts[outcome.verdict] += 1
+        if outcome.verdict is not Verdict.SURVIVED:
+            self.bad.append(f"{self.name}, {point}: {outcome.verdict}: {outcome.detail}")
+
+
+def run(kinds: Iterable[Kind], told: Callable[[Tally], None] = lambda tally: None) -> list[Tally]:
+    """Try every point of every kind; `told` hears of each kind when it is done."""
+    tallies = []
+    for kind in kinds:
+        tally = Tally(kind.name)
+        for point in kind.points():
+            try:
+                outcome = kind.try_point(point)
+            except Exception as error:  # a harness that fails has proved nothing
+                outcome = Outcome(Verdict.LOST, f"{type(error).__name__}: {error}")
+            tally.add(point, outcome)
+        assert tally.tried, f"{kind.name} tries nothing"
+        tallies.append(tally)
+        told(tally)
+    return tallies

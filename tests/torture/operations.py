@@ -1,0 +1,231 @@
+"""What may be killed: operations on a repository, how it is prepared, and what must hold after.
+
+Children find them by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+import torch
+
+import dcpstore
+from dcpstore import NotFoundError, Repository
+from dcpstore.storage.manifests import manifest_key
+from dcpstore.upkeep.rebuild import rebuild
+from tests.soundness import assert_sound
+from tests.torture.sites import Site, state
+
+__all__ = ["OPERATIONS", "Operation", "check"]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation, and the versions that a repository has before and after it.
+
+    Attributes:
+        name: of it.
+        prepare: makes the repository that it finds.
+        act: does it, on each of `ranks` ranks.
+        before: the numbers of the versions that are there before.
+        after: those that are there when it has ended.
+        mend: what a user would do where it was killed, before anything else.
+    """
+
+    name: str
+    prepare: Callable[[Site], None]
+    act: Callable[[Site, int], None]
+    before: frozenset[int]
+    after: frozenset[int]
+    ranks: int = 1
+    mend: Callable[[Site], None] = lambda site: None
+
+
+def check(name: str, site: Site, ended: bool) -> None:
+    """Raise AssertionError where a struck repository is not as it must be."""
+    torch.set_num_threads(1)
+    operation = OPERATIONS[name]
+    operation.mend(site)
+    with site.open(create=not operation.before) as repo:
+        numbers = {version.number for version in repo.log()}
+        if ended:
+            assert numbers == operation.after, f"it ended, and v{numbers} are there"
+        assert numbers in (operation.before, operation.after), f"v{numbers} are there"
+        check_versions(repo)
+        if repo.operations(limit=1):
+            assert_sound(repo)
+        saved = dcpstore.save(state(90), repo)
+        assert saved.number == max(operation.before | operation.after | numbers, default=0) + 1 or (
+            not ended and saved.number == max(operation.before, default=0) + 1
+        )
+        for _ in range(2):  # the second deletes what the first condemned
+            repo.gc(grace="0s", lease="0s")
+        check_folder(repo)
+        check_versions(repo)
+        assert {version.number for version in repo.log()} == numbers | {saved.number}
+        assert_sound(repo)
+
+
+def check_versions(repo: Repository) -> None:
+    """Check that every version that is seen loads, bit for bit, with all that was said of it."""
+    tags = {tag.name: tag.version for tag in repo.tags()}
+    for version in repo.log():
+        read = repo.read(version.number)
+        number = read["number"]
+        expected = state(number)
+        rank_keys = {key for key in read if key.startswith("rank")}
+        assert read.keys() == expected.keys() | rank_keys
+        for key in rank_keys:
+            expected[key] = rank_part(int(key.removeprefix("rank")), number)
+        for fqn, value in expected.items():
+            same = torch.equal(read[fqn], value) if torch.is_tensor(value) else read[fqn] == value
+            assert same, f"{fqn} of v{version.number} is not what was saved"
+        assert version.metrics == {"loss": number / 2} or number == 90
+        if number != 90:
+            assert tags[f"s{number}"] == version.number
+            assert version.step == number
+
+
+def check_folder(repo: Repository) -> None:
+    """Check that the data folder holds what the catalog names, and nothing else."""
+    stored = {key for key in repo.storage.list() if not key.startswith("catalog.db")}
+    named = {pack.key for pack in repo.catalog.upkeep().packs()}
+    named |= {manifest_key(version.uid) for version in repo.log()}
+    named |= {key for key in stored if key.startswith("operations/") and key.endswith(".json")}
+    assert stored == named, f"left over: {stored - named}; missing: {named - stored}"
+
+
+def rank_part(rank: int, number: int) -> torch.Tensor:
+    """Return what only one rank holds."""
+    return torch.full((40_000 + rank,), float(number))
+
+
+def said(number: int, **more: Any) -> dict[str, Any]:
+    """Return what is said of the `number`th version."""
+    return {"step": number, "tags": [f"s{number}"], "metrics": {"loss": number / 2}} | more
+
+
+def save(site: Site, number: int, **more: Any) -> None:
+    with site.open(create=True) as repo:
+        dcpstore.save(state(number), repo, **said(number, **more))
+
+
+def three_versions(site: Site) -> None:
+    for number in (1, 2, 3):
+        save(site, number)
+
+
+def save_alone(site: Site, rank: int) -> None:
+    save(site, 4, branch="side", parent=2)
+
+
+def save_on_ranks(site: Site, rank: int) -> None:
+    with site.open() as repo:
+        dcpstore.save(state(4) | {f"rank{rank}": rank_part(rank, 4)}, repo, **said(4))
+
+
+def save_asynchronously(site: Site, rank: int) -> None:
+    with site.open() as repo:
+        given = state(4)
+        pending = dcpstore.async_save(given, repo, **said(4))
+        for value in given.values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()  # training goes on
+        pending.result()
+
+
+def nothing(site: Site) -> None:
+    site.root.mkdir(exist_ok=True)
+
+
+def create(site: Site, rank: int) -> None:
+    site.open(create=True).close()
+
+
+def save_first(site: Site, rank: int) -> None:
+    save(site, 1)
+
+
+def untagged(site: Site) -> None:
+    """Prepare versions of which the first three may go; the third shares a part with the second."""
+    three_versions(site)
+    save(site, 4)
+    with site.open() as repo:
+        for number in (1, 2, 3):
+            repo.delete_tag(f"s{number}")
+
+
+def expire(site: Site, rank: int) -> None:
+    with site.open() as repo:
+        repo.expire(keep_last=1)
+
+
+def expired(site: Site) -> None:
+    untagged(site)
+    expire(site, 0)
+
+
+def repack(site: Site, rank: int) -> None:
+    with site.open() as repo:
+        assert repo.gc(lease="0s").repacked
+
+
+def condemned(site: Site) -> None:
+    """Prepare packs that may be deleted, and what a crashed save left."""
+    expired(site)
+    repack(site, 0)
+    with site.open() as repo:
+        for key in ("packs/0/0-0.pack", "manifests/0.json"):
+            repo.storage.put(key.replace("0", "0123456789ab7def8123456789abcdef", 1), b"left over")
+
+
+def delete(site: Site, rank: int) -> None:
+    with site.open() as repo:
+        report = repo.gc(grace="0s", lease="0s")
+        assert report.deleted
+        assert report.cleared
+
+
+def lost_catalog(site: Site) -> None:
+    expired(site)
+    if site.on_postgres:
+        with psycopg.connect(site.target, autocommit=True) as connection:
+            connection.execute("DROP SCHEMA public CASCADE")
+            connection.execute("CREATE SCHEMA public")
+    else:
+        for file in site.data.glob("catalog.db*"):
+            file.unlink()
+
+
+def rebuild_catalog(site: Site, rank: int) -> None:
+    report = rebuild(site.data, site.target)
+    assert (report.versions, report.problems) == ((4,), ())
+
+
+def rebuild_again(site: Site) -> None:
+    try:
+        site.open().close()
+    except NotFoundError:
+        rebuild_catalog(site, 0)
+
+
+def _listed() -> list[Operation]:
+    three, four = frozenset({1, 2, 3}), frozenset({1, 2, 3, 4})
+    none, one, last = frozenset[int](), frozenset({1}), frozenset({4})
+    return [
+        Operation("save", three_versions, save_alone, three, four),
+        Operation("save on two ranks", three_versions, save_on_ranks, three, four, ranks=2),
+        Operation("async save", three_versions, save_asynchronously, three, four),
+        Operation("create", nothing, create, none, none),
+        Operation("first save", nothing, save_first, none, one),
+        Operation("expire", untagged, expire, four, last),
+        Operation("gc: repack", expired, repack, last, last),
+        Operation("gc: delete", condemned, delete, last, last),
+        Operation("rebuild", lost_catalog, rebuild_catalog, last, last, mend=rebuild_again),
+    ]
+
+
+OPERATIONS = {operation.name: operation for operation in _listed()}
