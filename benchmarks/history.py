@@ -136,7 +136,8 @@ def fill(catalog: Catalog, versions: int, entries: int) -> None:
 def make_save(index: int, entries: int) -> tuple[VersionDraft, VersionContent]:
     """Return the save of one version, of which a part of the tensors changed."""
     uid = new_uid()
-    pack, tensors, named = f"packs/{uid}/0-0.pack", [], []
+    pack, named = f"packs/{uid}/0-0.pack", []
+    tensors: list[NewTensor] = []
     for i in range(entries):
         # The version in which this tensor changed last.
         since = max(index - (index - i) % CHANGED, 0)
