@@ -1,7 +1,8 @@
 """A local or shared folder as storage; what it says is durable has been fsynced, folders too.
 
-Objects are written under an unguessable temporary name beside their key and renamed when complete,
-so that a reader meets whole objects only. Reads are views of the mapped file: nothing is copied.
+Objects are written under an unguessable temporary name beside their key, which tells its age, and
+renamed when complete, so that a reader meets whole objects only. Reads are views of the mapped
+file: nothing is copied.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import contextlib
 import errno
 import mmap
 import os
-import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,11 +18,9 @@ from typing_extensions import Buffer
 
 from dcpstore.errors import CorruptionError, DcpstoreError, NotFoundError
 from dcpstore.storage.interface import Range, check_key
+from dcpstore.uids import new_uid
 
 __all__ = ["LocalFolder"]
-
-_BUFFER = 1 << 20  # small chunks are gathered; larger ones go straight to the file
-_FLUSH = 64 << 20  # bytes after which the disk is set to work
 
 
 class LocalFolder:
@@ -119,25 +117,24 @@ class FileSink:
     """A file being written under a temporary name."""
 
     def __init__(self, root: Path, path: Path) -> None:
+        # Here, for it needs numpy, and the shell starts without.
+        from dcpstore.storage.streaming import StreamedFile  # noqa: PLC0415
+
         self._root, self._path = root, path
-        self._temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-        self._written = self._flushed = 0
+        self._temporary = path.with_name(f"{path.name}.{new_uid()}.tmp")
         with _explained("write", path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._temporary.open("xb", buffering=_BUFFER)
+            self._file = StreamedFile(self._temporary)
 
     def write(self, data: Buffer) -> None:
         """Append contiguous bytes."""
         with _explained("write", self._path):
-            self._written += self._file.write(data)
-            if self._written - self._flushed >= _FLUSH:
-                self._start_writeback()
+            self._file.write(data)
 
     def commit(self) -> None:
         """Make the file durable, then give it its name, and make that durable."""
         with _explained("write", self._path):
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._file.sync()
             self._file.close()
             self._temporary.replace(self._path)
             # Another rank may have made these folders and not have synced them yet.
@@ -148,18 +145,10 @@ class FileSink:
 
     def discard(self) -> None:
         """Drop what was written; does nothing after `commit`."""
-        with contextlib.suppress(OSError):  # closing flushes, which may fail again on a full disk
+        with contextlib.suppress(OSError):  # nobody wants this file any more
             self._file.close()
         with _explained("delete", self._temporary):
             self._temporary.unlink(missing_ok=True)
-
-    def _start_writeback(self) -> None:
-        """Have the kernel write while we hash and encode; `fsync` then waits for the rest only."""
-        self._file.flush()
-        if hasattr(os, "posix_fadvise"):
-            length = self._written - self._flushed
-            os.posix_fadvise(self._file.fileno(), self._flushed, length, os.POSIX_FADV_DONTNEED)
-        self._flushed = self._written
 
 
 class MappedFile:

@@ -1,0 +1,130 @@
+"""A file written from its beginning to its end, past the page cache where the filesystem takes it.
+
+Bytes are gathered in aligned blocks, and threads write full ones while the next fills, so that
+hashing, encoding and the disk work at once, in bounded memory. Full blocks go straight to the disk
+(O_DIRECT: about twice as fast as through the page cache); what fills none, and all of it where the
+filesystem refuses, goes through the page cache, so a small file costs neither thread nor detour.
+
+Invariant: after `sync` the file holds what was written, durable; whatever a thread met on the way
+is raised by a later `write` or by `sync`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from typing_extensions import Buffer
+
+__all__ = ["StreamedFile"]
+
+_BLOCK = 8 << 20  # bytes; a multiple of every disk's sector and of the page
+_BLOCKS = 4  # one fills, two are being written, one waits
+_WRITERS = 2  # keep the disk busy between two calls
+_DIRECT = getattr(os, "O_DIRECT", 0)  # not every system has it
+
+
+class StreamedFile:
+    """A new file that is written by one thread, and durable once it says so.
+
+    Args:
+        path: of a file that does not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._descriptor = os.open(path, flags, 0o666)
+        self._is_direct = False
+        self._is_open = True
+        self._block = mmap.mmap(-1, _BLOCK)  # aligned to a page, and no memory before it is used
+        self._made = 1
+        self._filled = 0
+        self._sent = 0
+        self._writing: deque[tuple[mmap.mmap, Future[None]]] = deque()
+        self._threads: ThreadPoolExecutor | None = None
+
+    def write(self, data: Buffer) -> None:
+        """Append contiguous bytes; they are copied, and may change on return."""
+        rest = np.frombuffer(memoryview(data), np.uint8)
+        while rest.size:
+            piece = rest[: _BLOCK - self._filled]
+            # numpy copies outside the interpreter lock, a memoryview does not
+            target = np.frombuffer(self._block, np.uint8)
+            target[self._filled : self._filled + piece.size] = piece
+            self._filled += piece.size
+            rest = rest[piece.size :]
+            if self._filled == _BLOCK:
+                self._send()
+
+    def sync(self) -> None:
+        """Write what is left, and wait until the disk has it all."""
+        while self._writing:
+            self._writing.popleft()[1].result()
+        self._leave_direct()  # what is left may end anywhere
+        self._put(memoryview(self._block)[: self._filled], self._sent)
+        self._sent += self._filled
+        self._filled = 0
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Let the file and the threads go; writes that are under way end first."""
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
+        if self._is_open:
+            self._is_open = False
+            os.close(self._descriptor)
+
+    def _send(self) -> None:
+        """Hand the full block to the threads, and take another one to fill."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(_WRITERS, "dcpstore-disk")
+            self._try_direct()
+        future = self._threads.submit(self._put, memoryview(self._block), self._sent)
+        self._writing.append((self._block, future))
+        self._sent += self._filled
+        self._filled = 0
+        if self._made < _BLOCKS:
+            self._block = mmap.mmap(-1, _BLOCK)
+            self._made += 1
+        else:
+            self._block, future = self._writing.popleft()
+            future.result()
+
+    def _put(self, rest: memoryview, offset: int) -> None:
+        """Write bytes at an offset, all of them."""
+        was_refused = False
+        while rest:
+            try:
+                done = os.pwrite(self._descriptor, rest, offset)
+            except OSError as error:
+                # some filesystems take O_DIRECT and refuse only the write itself
+                if error.errno != errno.EINVAL or was_refused:
+                    raise
+                was_refused = True
+                self._leave_direct()
+                continue
+            if not self._is_direct and hasattr(os, "posix_fadvise"):
+                # has the kernel write now, so that `sync` waits for the rest only
+                os.posix_fadvise(self._descriptor, offset, done, os.POSIX_FADV_DONTNEED)
+            rest, offset = rest[done:], offset + done
+
+    def _try_direct(self) -> None:
+        try:
+            flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | _DIRECT)
+            self._is_direct = bool(_DIRECT)
+        except OSError:  # this filesystem has none: tmpfs, some overlays and network mounts
+            self._is_direct = False
+
+    def _leave_direct(self) -> None:
+        if self._is_direct:
+            flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
+            self._is_direct = False
