@@ -316,4 +316,4 @@ def target_of(
 ) -> SaveTarget:
     """Return the parts of the repository to save to, open until `stack` closes."""
     repository = stack.enter_context(opened(_where(repo, checkpoint_id), create=True))
-    return SaveTarget(repository.catalog, repository.storage)
+    return SaveTarget(repository.catalog, repository.storage, repository.memory)

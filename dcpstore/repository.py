@@ -9,6 +9,7 @@ import getpass
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from dcpstore.upkeep.upkept import Upkept
 
 if TYPE_CHECKING:
     from dcpstore.reading.selection import Index
+    from dcpstore.saving.plans import PlanMemory
     from dcpstore.zarr_view.store import VersionStore
 
 __all__ = ["Repository", "open", "opened"]
@@ -51,6 +53,13 @@ class Repository(Recorded, Upkept):
         self.catalog = catalog
         self.storage = storage
         self._finish: Callable[[], None] = lambda: None
+
+    @cached_property
+    def memory(self) -> PlanMemory:
+        """What this process remembers of its saves here, so that the next one exchanges less."""
+        from dcpstore.saving.plans import PlanMemory  # noqa: PLC0415 (loads torch)
+
+        return PlanMemory()
 
     @property
     def about(self) -> RepositoryRecord:

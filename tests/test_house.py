@@ -20,6 +20,7 @@ FLOORS = {
     "records": 0,
     "refs": 0,
     "uids": 0,
+    "recent": 0,
     "durations": 0,
     "geometry": 0,
     "encoding": 1,

@@ -26,10 +26,11 @@ from torch.futures import Future
 from dcpstore.catalog import Catalog
 from dcpstore.errors import InvalidInputError
 from dcpstore.planning.balance import item_nbytes
-from dcpstore.planning.checks import check_tiling
+from dcpstore.planning.checks import check_agreement, check_tiling
+from dcpstore.planning.tables import GlobalTable, PlanTable
 from dcpstore.records import ChunkPlace, PackRecord, Version
 from dcpstore.repository import Repository, opened
-from dcpstore.saving.assembly import Books, Planned
+from dcpstore.saving.assembly import Books
 from dcpstore.saving.chunking import Digested, RankData, RawChunk
 from dcpstore.saving.layouts import Layout, lay_out
 from dcpstore.saving.publishing import (
@@ -59,7 +60,7 @@ class _Layouts(NamedTuple):
 class _Report:
     """What one rank did: it travels with the first of its results."""
 
-    planned: Planned
+    planned: PlanTable
     layouts: Mapping[str, Layout]
     digested: Digested
     places: Mapping[tuple[str, bytes], ChunkPlace]
@@ -156,13 +157,15 @@ class RepositoryWriter(StorageWriter):
         """
         if not any(plan.usable for plan in plans):  # torch's plan cache: every rank has its plan
             return plans
+        table = GlobalTable.of([PlanTable.of(plan) for plan in plans])
         if not self._is_alone:
-            check_tiling(plans)
+            check_agreement(table)
+            check_tiling(table)
         with self._opened() as target:
             draft = draft_version(target.catalog, self._versioned(), ranks=len(plans))
             _, before = entries_before(target.catalog, draft)
             layouts = lay_out(
-                plans,
+                table,
                 chunk=target.catalog.repository.chunk,
                 parent=before,
                 are_whole=not self._is_alone,
@@ -213,7 +216,7 @@ class RepositoryWriter(StorageWriter):
                 advance=lambda nbytes: None,
             )
         places.update(zip((key for key, _ in todo), written.places, strict=True))
-        report = _Report(Planned.by(plan), layouts, digested, places, written.packs)
+        report = _Report(PlanTable.of(plan), layouts, digested, places, written.packs)
         results = [
             WriteResult(item.index, item_nbytes(item), report if first else None)
             for first, item in zip((True, *(False,) * len(plan.items)), plan.items, strict=False)
@@ -230,11 +233,12 @@ class RepositoryWriter(StorageWriter):
             ConflictError, AlreadyExistsError, NotFoundError: as the catalog finds the refs.
         """
         reports = [_report_of(rank, given) for rank, given in enumerate(results)]
-        _check_results(metadata, results, reports)
+        table = GlobalTable.of([report.planned for report in reports])
+        _check_results(metadata, results, table)
         paths, planner_data = kept_planner_data(metadata.planner_data)
         with self._opened() as target:
             books = Books(
-                [report.planned for report in reports],
+                table,
                 {fqn: layout for report in reports for fqn, layout in report.layouts.items()},
                 [report.digested for report in reports],
                 paths=paths,
@@ -282,7 +286,7 @@ class RepositoryWriter(StorageWriter):
     @contextmanager
     def _opened(self) -> Iterator[SaveTarget]:
         with opened(self._repo, create=True) as repo:
-            yield SaveTarget(repo.catalog, repo.storage)
+            yield SaveTarget(repo.catalog, repo.storage, repo.memory)
 
 
 def _look_up(
@@ -302,7 +306,7 @@ def _look_up(
 
 def _report_of(rank: int, results: Sequence[WriteResult]) -> _Report:
     if not results:
-        return _Report(Planned((), ()), {}, Digested(b""), {}, ())
+        return _Report(PlanTable.of(SavePlan([])), {}, Digested(b""), {}, ())
     report = results[0].storage_data
     if not isinstance(report, _Report):
         raise InvalidInputError(
@@ -313,11 +317,11 @@ def _report_of(rank: int, results: Sequence[WriteResult]) -> _Report:
 
 
 def _check_results(
-    metadata: Metadata, results: Sequence[Sequence[WriteResult]], reports: Sequence[_Report]
+    metadata: Metadata, results: Sequence[Sequence[WriteResult]], table: GlobalTable
 ) -> None:
     """Check that every item of the plan was written, and nothing else (design, invariant 4)."""
-    for rank, (given, report) in enumerate(zip(results, reports, strict=True)):
-        planned = sorted((*(fqn for fqn, _ in report.planned.boxes), *report.planned.values))
+    for rank, given in enumerate(results):
+        planned = sorted(name.fqn for name in table.names_of(rank))
         if sorted(result.index.fqn for result in given) != planned:
             raise InvalidInputError(
                 f"rank {rank} returned {len(given)} results for {len(planned)} planned items; the "

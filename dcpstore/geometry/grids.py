@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dcpstore.geometry.boxes import Box
 
-__all__ = ["Grid", "lay_grids", "lay_parts"]
+__all__ = ["Grid", "lay_grids", "lay_parts", "lay_regular"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +101,12 @@ class Grid:
                 first, last = 0, inner - 1
             yield first, last
 
+    def meets(self, shape: Sequence[int], steps: Sequence[int]) -> bool:
+        """Tell whether the grid covers a tensor of `shape` and has a line wherever steps cut."""
+        return self.shape == tuple(shape) and all(
+            step % c == 0 for step, c in zip(steps, self.chunk_shape, strict=True)
+        )
+
     def holds_whole_cells(self, box: Box) -> bool:
         """Tell whether `box`, where it meets the part, begins and ends on grid lines."""
         shared = self.box.intersect(box)
@@ -135,18 +141,34 @@ def lay_grids(
         target: raw bytes of a chunk, aimed at and not passed but where a dimension does not divide.
         parent: the grids of the same FQN, shape and dtype in the parent version.
     """
-    shape = tuple(shape)
-    origin = (0,) * len(shape)
     if parent and all(grid.holds_whole_cells(box) for box in boxes for grid in parent):
         return tuple(parent)
-    live = sorted({box for box in boxes if box.volume})
-    if not live:
-        return (Grid(origin, shape, tuple(max(n, 1) for n in shape)),)
+    live = {box for box in boxes if box.volume}
     steps = [_step(n, dim, live) for dim, n in enumerate(shape)]
+    grid = lay_regular(shape, itemsize, steps, pieces=len(live), target=target)
+    return lay_parts(itemsize, list(live), target=target) if grid is None else (grid,)
+
+
+def lay_regular(
+    shape: Sequence[int], itemsize: int, steps: Sequence[int], *, pieces: int, target: int
+) -> Grid | None:
+    """Return one grid at the origin, or None where the boundaries are too irregular for it.
+
+    Args:
+        shape: of the tensor, in elements.
+        itemsize: bytes of one element.
+        steps: by dimension, the largest step that meets every boundary inside; 0 without any.
+        pieces: how many boxes with elements are written.
+        target: raw bytes of a chunk, as for `lay_grids`.
+    """
+    shape = tuple(shape)
+    origin = (0,) * len(shape)
+    if not pieces:
+        return Grid(origin, shape, tuple(max(n, 1) for n in shape))
     cells = math.prod(-(-n // (step or n)) for n, step in zip(shape, steps, strict=True))
-    if cells <= 2 * len(live):
-        return (Grid(origin, shape, _chunk_shape(shape, steps, itemsize, target)),)
-    return lay_parts(itemsize, live, target=target)
+    if cells > 2 * pieces:
+        return None
+    return Grid(origin, shape, _chunk_shape(shape, steps, itemsize, target))
 
 
 def lay_parts(itemsize: int, boxes: Sequence[Box], *, target: int) -> tuple[Grid, ...]:
@@ -155,21 +177,21 @@ def lay_parts(itemsize: int, boxes: Sequence[Box], *, target: int) -> tuple[Grid
         Grid(
             box.offsets,
             box.sizes,
-            _chunk_shape(box.sizes, [None] * len(box.sizes), itemsize, target),
+            _chunk_shape(box.sizes, [0] * len(box.sizes), itemsize, target),
         )
         for box in sorted(set(boxes))
         if box.volume
     )
 
 
-def _step(n: int, dim: int, boxes: Sequence[Box]) -> int | None:
-    """Return the largest step that meets every boundary inside a dimension; None if it has none."""
-    cuts = {box.offsets[dim] for box in boxes} | {box.stops[dim] for box in boxes}
-    return math.gcd(*(cuts - {0, n})) or None
+def _step(n: int, dim: int, boxes: Iterable[Box]) -> int:
+    """Return the largest step that meets every boundary inside a dimension; 0 if it has none."""
+    cuts = {cut for box in boxes for cut in (box.offsets[dim], box.offsets[dim] + box.sizes[dim])}
+    return math.gcd(*(cuts - {0, n}))
 
 
 def _chunk_shape(
-    shape: Sequence[int], steps: Sequence[int | None], itemsize: int, target: int
+    shape: Sequence[int], steps: Sequence[int], itemsize: int, target: int
 ) -> tuple[int, ...]:
     """Return the cell: the steps, halved from the first dimension on until it meets `target` bytes.
 
@@ -181,7 +203,7 @@ def _chunk_shape(
         if rest * extents[dim] <= target:
             break
         most = max(target // rest, 1)
-        if step is None:
+        if not step:
             n = shape[dim]
             halvings = (-(-n // most) - 1).bit_length()
             extents[dim] = -(-n // 2**halvings)

@@ -5,11 +5,13 @@ Invariant: every item stays with a rank that holds its data, and exactly one ran
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
 
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+import numpy as np
+from torch.distributed.checkpoint.planner import WriteItem
+
+from dcpstore.geometry.tables import first_equal
+from dcpstore.planning.tables import GlobalTable
 
 __all__ = ["item_nbytes", "share_out"]
 
@@ -21,42 +23,28 @@ def item_nbytes(item: WriteItem) -> int:
     return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 
 
-def share_out(plans: Sequence[SavePlan], *, to_lowest_rank: bool = False) -> list[SavePlan]:
-    """Return the plans, by rank, with every replicated item left on one rank.
+def share_out(table: GlobalTable, *, to_lowest_rank: bool = False) -> GlobalTable:
+    """Return the rows that are written: of every replicated item, that of one rank.
 
     What only one rank holds counts first. Replicas then go, largest first, to the holder with the
     fewest bytes so far (longest processing time first: Graham 1969, within 4/3 of the best); or all
     to the lowest rank that holds them.
     """
-    holders: dict[object, list[int]] = {}
-    for rank, plan in enumerate(plans):
-        for item in plan.items:
-            holders.setdefault(_key(item), []).append(rank)
-    loads = [0] * len(plans)
-    writer: dict[object, int] = {}
-    replicated: list[tuple[int, object, list[int]]] = []
-    for rank, plan in enumerate(plans):
-        for item in plan.items:
-            key = _key(item)
-            if len(holders[key]) == 1:
-                loads[rank] += item_nbytes(item)
-            elif holders[key][0] == rank:
-                replicated.append((item_nbytes(item), key, holders[key]))
-    for nbytes, key, ranks in sorted(replicated, key=lambda entry: -entry[0]):
-        chosen = ranks[0] if to_lowest_rank else min(ranks, key=loads.__getitem__)
-        loads[chosen] += nbytes
-        writer[key] = chosen
-    return [
-        dataclasses.replace(
-            plan, items=[item for item in plan.items if writer.get(_key(item), rank) == rank]
-        )
-        for rank, plan in enumerate(plans)
-    ]
-
-
-def _key(item: WriteItem) -> object:
-    """Return what two items share exactly when they write the same elements."""
-    if item.tensor_data is None:
-        return item.index.fqn
-    chunk = item.tensor_data.chunk
-    return item.index.fqn, tuple(chunk.offsets), tuple(chunk.sizes)
+    first = first_equal(table.rows)
+    holders = np.bincount(first, minlength=len(first))  # at the first of each group
+    is_single = holders[first] == 1
+    if is_single.all():
+        return table
+    loads = np.zeros(table.ranks, np.int64)
+    np.add.at(loads, table.rank[is_single], table.nbytes[is_single])
+    leaders = np.flatnonzero(holders > 1)
+    leaders = leaders[np.argsort(-table.nbytes[leaders], kind="stable")]
+    order = np.argsort(first, kind="stable")  # the rows of each group together, by rank
+    starts = np.searchsorted(first[order], leaders)
+    writer = np.full(len(first), -1)  # at the first of each replicated group
+    for leader, start in zip(leaders.tolist(), starts.tolist(), strict=True):
+        ranks = table.rank[order[start : start + holders[leader]]]
+        chosen = ranks[0 if to_lowest_rank else loads[ranks].argmin()]
+        loads[chosen] += table.nbytes[leader]
+        writer[leader] = chosen
+    return table.take(np.flatnonzero(is_single | (writer[first] == table.rank)))

@@ -7,13 +7,15 @@ tensor by an FQN (design, invariant 4). A breach names the FQN and the ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-import torch
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+import numpy as np
+from torch.distributed.checkpoint.planner import WriteItem
 
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box, find_overlap
+from dcpstore.geometry.tables import Ints, find_crowded
+from dcpstore.planning.tables import GlobalTable, Named
 
 __all__ = ["check_agreement", "check_tiling", "item_box"]
 
@@ -26,31 +28,27 @@ def item_box(item: WriteItem) -> Box:
     return Box(tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes))
 
 
-def check_agreement(plans: Sequence[SavePlan]) -> None:
+def check_agreement(table: GlobalTable) -> None:
     """Check that an FQN has the same kind, dtype and shape on all ranks that hold it.
 
     Raises:
         InvalidInputError: naming each such FQN, what it is, and on which ranks.
     """
-    first: dict[str, tuple[torch.dtype, torch.Size] | None] = {}
-    odd: set[str] = set()
-    for plan in plans:
-        for item in plan.items:
-            kind = _kind(item)
-            if first.setdefault(item.index.fqn, kind) != kind:
-                odd.add(item.index.fqn)
+    meanings: dict[str, list[int]] = {}
+    for number, name in enumerate(table.names):
+        meanings.setdefault(name.fqn, []).append(number)
     problems = []
-    for fqn in sorted(odd):
-        ranks: dict[str, list[int]] = {}
-        for rank, plan in enumerate(plans):
-            for text in {_described(item) for item in plan.items if item.index.fqn == fqn}:
-                ranks.setdefault(text, []).append(rank)
-        told = ", ".join(f"{text} on {_ranks(held)}" for text, held in ranks.items())
-        problems.append(f"{fqn!r} is {told}")
+    for fqn, numbers in sorted(meanings.items()):
+        if len(numbers) > 1:
+            told = ", ".join(
+                f"{_described(table.names[number])} on {_ranks(table.rank[table.rows_of(number)])}"
+                for number in numbers
+            )
+            problems.append(f"{fqn!r} is {told}")
     _raise_if(problems, "the ranks disagree; give every rank the same model and the same state")
 
 
-def check_tiling(plans: Sequence[SavePlan]) -> None:
+def check_tiling(table: GlobalTable) -> None:
     """Check that the boxes of each tensor lie inside it, do not overlap and fill it.
 
     A value must be written once.
@@ -58,64 +56,70 @@ def check_tiling(plans: Sequence[SavePlan]) -> None:
     Raises:
         InvalidInputError: naming each breach with its FQN and ranks.
     """
-    written: dict[str, list[tuple[int, WriteItem]]] = {}
-    for rank, plan in enumerate(plans):
-        for item in plan.items:
-            written.setdefault(item.index.fqn, []).append((rank, item))
-    problems = [
-        problem
-        for fqn, items in written.items()
-        if (problem := _tiling_problem(fqn, items)) is not None
-    ]
-    _raise_if(problems, "the shards of a tensor must tile it; check the mesh and the placements")
+    problems = (_problem(table, number) for number in _suspects(table))
+    _raise_if(
+        [problem for problem in problems if problem is not None],
+        "the shards of a tensor must tile it; check the mesh and the placements",
+    )
 
 
-def _tiling_problem(fqn: str, items: Sequence[tuple[int, WriteItem]]) -> str | None:
-    if items[0][1].tensor_data is None:
-        twice = [rank for rank, _ in items]
-        return f"value {fqn!r} is planned by {_ranks(twice)}" if len(twice) > 1 else None
-    shape = tuple(items[0][1].tensor_data.size)
-    boxes = [item_box(item) for _, item in items]
-    for (rank, _), box in zip(items, boxes, strict=True):
-        if len(box.sizes) != len(shape) or any(
+def _suspects(table: GlobalTable) -> list[int]:
+    """Return the names whose items may not do; those of all others certainly do."""
+    rows, count = table.rows, len(table.names)
+    written = np.bincount(rows.tensor, minlength=count)
+    shapes = table.shapes[rows.tensor]
+    is_outside = ((rows.offsets < 0) | (rows.sizes < 0) | (rows.offsets + rows.sizes > shapes)).any(
+        axis=1
+    )
+    if is_outside.any():
+        return [int(number) for number in np.unique(rows.tensor[is_outside])]
+    volumes = np.zeros(count, np.int64)
+    np.add.at(volumes, rows.tensor, rows.volumes)
+    suspect = np.where(table.is_tensor, volumes != table.shapes.prod(axis=1), written > 1)
+    live = table.is_tensor[rows.tensor] & (rows.volumes > 0)
+    suspect[find_crowded(rows.take(live), table.shapes)] = True
+    return [int(number) for number in np.flatnonzero(suspect & (written > 0))]
+
+
+def _problem(table: GlobalTable, number: int) -> str | None:
+    name, rows = table.names[number], table.rows_of(number)
+    ranks = table.rank[rows].tolist()
+    if name.dtype is None:
+        return f"value {name.fqn!r} is planned by {_ranks(ranks)}" if len(ranks) > 1 else None
+    shape, boxes = name.shape, table.boxes(rows)
+    for rank, box in zip(ranks, boxes, strict=True):
+        if any(
             o < 0 or s < 0 or o + s > n
             for o, s, n in zip(box.offsets, box.sizes, shape, strict=True)
         ):
-            return f"{fqn!r} of shape {shape}: {_box(box)} of rank {rank} reaches outside"
+            return f"{name.fqn!r} of shape {shape}: {_box(box)} of rank {rank} reaches outside"
     overlap = find_overlap(boxes)
     if overlap is not None:
         a, b = overlap
         return (
-            f"{fqn!r} of shape {shape}: {_box(boxes[a])} of rank {items[a][0]} overlaps "
-            f"{_box(boxes[b])} of rank {items[b][0]}"
+            f"{name.fqn!r} of shape {shape}: {_box(boxes[a])} of rank {ranks[a]} overlaps "
+            f"{_box(boxes[b])} of rank {ranks[b]}"
         )
     volume = sum(box.volume for box in boxes)
     if volume != math.prod(shape):
-        held = sorted({rank for rank, _ in items})
         return (
-            f"{fqn!r} of shape {shape}: {_ranks(held)} hold {volume} of {math.prod(shape)} elements"
+            f"{name.fqn!r} of shape {shape}: {_ranks(ranks)} hold {volume} of {math.prod(shape)} "
+            "elements"
         )
     return None
 
 
-def _kind(item: WriteItem) -> tuple[torch.dtype, torch.Size] | None:
-    data = item.tensor_data
-    return None if data is None else (data.properties.dtype, data.size)
-
-
-def _described(item: WriteItem) -> str:
-    data = item.tensor_data
-    if data is None:
-        return "a value"
-    return f"{str(data.properties.dtype).removeprefix('torch.')} {tuple(data.size)}"
+def _described(name: Named) -> str:
+    return "a value" if name.dtype is None else f"{name.dtype} {name.shape}"
 
 
 def _box(box: Box) -> str:
     return f"the box at {box.offsets} of sizes {box.sizes}"
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+def _ranks(ranks: Iterable[int] | Ints) -> str:
+    distinct = sorted({int(rank) for rank in ranks})
+    return ("rank " if len(distinct) == 1 else "ranks ") + ", ".join(map(str, distinct))
 
 
 def _raise_if(problems: Sequence[str], next_step: str) -> None:

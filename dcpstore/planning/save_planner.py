@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections import ChainMap
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,8 +34,9 @@ from dcpstore.errors import InvalidInputError
 from dcpstore.planning.balance import share_out
 from dcpstore.planning.checks import check_agreement, check_tiling
 from dcpstore.planning.shards import is_sharded, local_shards
+from dcpstore.planning.tables import GlobalTable, PlanTable
 
-__all__ = ["DefaultSavePlanner"]
+__all__ = ["DefaultSavePlanner", "plan_globally"]
 
 
 class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
@@ -100,9 +102,14 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
         Raises:
             InvalidInputError: ranks disagree about an FQN, or its boxes do not tile its shape.
         """
-        check_agreement(all_plans)
-        plans = share_out(all_plans, to_lowest_rank=self.dedup_save_to_lowest_rank)
-        check_tiling(plans)
+        table = plan_globally(
+            [PlanTable.of(plan) for plan in all_plans],
+            to_lowest_rank=self.dedup_save_to_lowest_rank,
+        )
+        plans = [
+            dataclasses.replace(plan, items=[plan.items[i] for i in table.kept(rank)])
+            for rank, plan in enumerate(all_plans)
+        ]
         described = Metadata(_describe(plans))
         if self.flatten_state_dict:
             paths = dict(ChainMap(*(plan.planner_data or {} for plan in plans)))
@@ -127,6 +134,19 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
             found.detach() if isinstance(found, torch.Tensor) else found
         )
         return data
+
+
+def plan_globally(tables: Sequence[PlanTable], *, to_lowest_rank: bool) -> GlobalTable:
+    """Return what all ranks write together, by rank, replicas shared out.
+
+    Raises:
+        InvalidInputError: ranks disagree about an FQN, or its boxes do not tile its shape.
+    """
+    table = GlobalTable.of(tables)
+    check_agreement(table)
+    table = share_out(table, to_lowest_rank=to_lowest_rank)
+    check_tiling(table)
+    return table
 
 
 def _describe(plans: list[SavePlan]) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:

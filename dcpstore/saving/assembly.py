@@ -6,17 +6,19 @@ invariant 4), and a content that the repository holds is never written again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from torch.distributed.checkpoint.planner import SavePlan
+import numpy as np
+import numpy.typing as npt
 
 from dcpstore.catalog import Catalog
-from dcpstore.encoding.digests import content_digest, text_digest
+from dcpstore.encoding.digests import content_digest
 from dcpstore.errors import InvalidInputError
-from dcpstore.geometry.boxes import Box
-from dcpstore.planning.checks import item_box
+from dcpstore.geometry.grids import Grid
+from dcpstore.geometry.tables import Ints, cells_of
+from dcpstore.planning.tables import GlobalTable
 from dcpstore.records import (
     ChunkDefaults,
     ChunkPlace,
@@ -27,42 +29,16 @@ from dcpstore.records import (
     NewTensor,
     ObjectPath,
     PlanRecord,
-    ShardRecord,
     TensorRecord,
-    VersionContent,
 )
 from dcpstore.saving.chunking import Digested
 from dcpstore.saving.layouts import Layout, blob_layout, planned_chunks
 from dcpstore.saving.writing import Written
 
-__all__ = ["Books", "Planned"]
+__all__ = ["Books"]
 
 _DIGEST = 32  # bytes
-
-
-class Planned(NamedTuple):
-    """What one rank is to write: boxes of tensors, in order, and the FQNs of values."""
-
-    boxes: Sequence[tuple[str, Box]]
-    values: Sequence[str]
-
-    @classmethod
-    def by(cls, plan: SavePlan) -> Planned:
-        """Return what `plan` says."""
-        tensors = [item for item in plan.items if item.tensor_data is not None]
-        return cls(
-            [(item.index.fqn, item_box(item)) for item in tensors],
-            [item.index.fqn for item in plan.items if item.tensor_data is None],
-        )
-
-
-class _Cell(NamedTuple):
-    """One planned chunk: of which tensor, where in it, and what is inside."""
-
-    fqn: str
-    part: int
-    ordinal: int
-    digest: bytes
+_NO_GRID = Grid((), (), ())  # stands where a table must name a grid and nobody asks for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,23 +46,46 @@ class _Content:
     """One tensor of the save: its layout, its cells in (part, ordinal) order, its digest."""
 
     layout: Layout
-    cells: Sequence[_Cell]
+    cells: Ints  # rows of `_Cells`
     digest: str
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Cells:
+    """The planned chunks of all ranks in columns, by rank, in the order in which ranks tell them.
+
+    Attributes:
+        tensor: [cells], the number of the FQN.
+        part, ordinal: [cells], where in the tensor.
+        digest: [cells, 32], what is inside.
+        starts: [ranks + 1], where the cells of each rank begin; the last is where they end.
+    """
+
+    tensor: Ints
+    part: Ints
+    ordinal: Ints
+    digest: npt.NDArray[np.uint8]
+    starts: Ints
+
+    def digests(self, cells: Ints) -> list[bytes]:
+        """Return the digests of some cells."""
+        data = self.digest[cells].tobytes()
+        return [data[i : i + _DIGEST] for i in range(0, len(data), _DIGEST)]
+
+
 class Books:
-    """Put together from the plans and every rank's digests; then asked, in the order of a save."""
+    """Put together from the plan and every rank's digests; then asked, in the order of a save."""
 
     def __init__(
         self,
-        planned: Sequence[Planned],
+        table: GlobalTable,
         layouts: Mapping[str, Layout],
         told: Sequence[Digested],
         *,
         paths: Mapping[str, ObjectPath],
         chunk: ChunkDefaults,
     ) -> None:
-        self._planned = planned
+        self._table = table
         self._paths = paths
         self._layouts = dict(layouts)
         self._values: dict[str, str] = {}
@@ -96,19 +95,16 @@ class Books:
             for fqn, (text, nbytes) in digested.blobs.items():
                 self._blobs[fqn] = text
                 self._layouts[fqn] = blob_layout(nbytes, chunk)
-        self._cells = [
-            self._cells_of(rank, boxes, digested)
-            for rank, ((boxes, _), digested) in enumerate(zip(planned, told, strict=True))
-        ]
-        names = {fqn for boxes, values in planned for fqn in (*(f for f, _ in boxes), *values)}
-        held = self._layouts.keys() | self._values.keys()
-        if names != held:
+        names = {name.fqn for name in table.names}
+        if differing := names ^ (self._layouts.keys() | self._values.keys()):
             raise InvalidInputError(
-                f"the plan and what the ranks resolved differ in {sorted(names ^ held)[:8]}; "
+                f"the plan and what the ranks resolved differ in {sorted(differing)[:8]}; "
                 "make the planner's plan and its data agree."
             )
+        self._fqns = list(self._layouts)
+        self._cells = _gathered_cells(table, self._fqns, self._layouts, told)
         self._contents = self._gathered_contents()
-        self._asked: list[list[_Cell]] = []
+        self._asked: list[Ints] = []  # by rank, rows of `_cells`
         self._places: dict[tuple[str, bytes], ChunkPlace] = {}
         self.aliases: dict[str, str] = {}
 
@@ -137,29 +133,21 @@ class Books:
 
     def choose_writes(self, catalog: Catalog) -> list[Sequence[int]]:
         """Return, by rank, the places among its chunks of those that it is to write, ascending."""
-        wanted: dict[str, set[bytes]] = {}
-        for content in self._contents.values():
-            if content.digest not in self._known:
-                digests = wanted.setdefault(content.layout.codec, set())
-                digests.update(cell.digest for cell in content.cells)
-        for codec, digests in wanted.items():
-            for digest, place in catalog.find_chunks(digests, codec).items():
-                self._places[codec, digest] = place
-        chosen: set[tuple[str, bytes]] = set()
-        asked: list[Sequence[int]] = []
-        for cells in self._cells:
-            mine = []
-            for i, cell in enumerate(cells):
-                codec = self._layouts[cell.fqn].codec
-                key = codec, cell.digest
-                if cell.digest not in wanted.get(codec, ()) or key in self._places or key in chosen:
-                    continue
-                if self._contents[cell.fqn].digest not in self._known:
-                    chosen.add(key)
-                    mine.append(i)
-            asked.append(mine)
-            self._asked.append([cells[i] for i in mine])
-        return asked
+        is_new = np.array([self._contents[f].digest not in self._known for f in self._fqns], bool)
+        codecs = np.array([self._layouts[fqn].codec for fqn in self._fqns], object)
+        chosen = [np.zeros(0, np.int64)]
+        for codec in dict.fromkeys(codecs[is_new]):
+            cells = np.flatnonzero((is_new & (codecs == codec))[self._cells.tensor])
+            cells = cells[_first_of_each(self._cells.digest[cells])]
+            digests = self._cells.digests(cells)
+            found = catalog.find_chunks(digests, codec)
+            self._places.update({(codec, digest): place for digest, place in found.items()})
+            chosen.append(cells[[digest not in found for digest in digests]])
+        asked = np.sort(np.concatenate(chosen))
+        bounds = np.searchsorted(asked, self._cells.starts)
+        self._asked = [asked[a:b] for a, b in itertools.pairwise(bounds)]
+        starts = self._cells.starts[:-1]
+        return [(mine - start).tolist() for mine, start in zip(self._asked, starts, strict=True)]
 
     def take_results(self, results: Sequence[Written]) -> None:
         """Enter where the ranks wrote their chunks.
@@ -172,25 +160,18 @@ class Books:
                 raise InvalidInputError(
                     f"rank {rank} wrote {len(written.places)} chunks of {len(cells)}; save again."
                 )
-            for cell, place in zip(cells, written.places, strict=True):
-                self._places[self._layouts[cell.fqn].codec, cell.digest] = place
+            keys = zip(map(self._codec, cells), self._cells.digests(cells), strict=True)
+            self._places.update(zip(keys, written.places, strict=True))
 
     def take_places(self, places: Mapping[tuple[str, bytes], ChunkPlace]) -> None:
         """Enter where chunks lie, by codec and digest, that ranks found or wrote by themselves."""
         for key, place in places.items():
             self._places.setdefault(key, place)
 
-    def plan_record(self) -> PlanRecord:
-        """Return the shard index: which rank wrote which box, with its digest."""
-        shards = [
-            ShardRecord(fqn, rank, box)
-            for rank, (boxes, _) in enumerate(self._planned)
-            for fqn, box in boxes
-        ]
-        shards.sort(key=lambda shard: (shard.fqn, shard.rank, shard.box))
-        text = "\n".join(f"{s.fqn}\t{s.rank}\t{s.box.offsets}\t{s.box.sizes}" for s in shards)
-        ranks = len(self._planned)
-        return PlanRecord(text_digest(f"{ranks}\n{text}"), ranks, shards)
+    @property
+    def plan(self) -> PlanRecord:
+        """The shard index: which rank wrote which box."""
+        return self._table.record
 
     def entries(self) -> list[NewEntry]:
         """Return the entries of the version, by FQN."""
@@ -205,31 +186,6 @@ class Books:
                 tensors[content.digest] = self._new_tensor(content)
         return list(tensors.values())
 
-    def records(self, content: VersionContent) -> list[EntryRecord]:
-        """Return the entries of `content` as the catalog gives them, without the tensors' ids."""
-        tensors = {
-            tensor.digest: TensorRecord(
-                id=0,
-                digest=tensor.digest,
-                dtype=tensor.dtype,
-                shape=tensor.shape,
-                codec=tensor.codec,
-                nbytes=tensor.nbytes,
-                parts=tuple(tensor.parts),
-            )
-            for tensor in content.tensors
-        }
-        return [
-            EntryRecord(
-                entry.fqn,
-                entry.path,
-                entry.kind,
-                None if entry.tensor_digest is None else tensors[entry.tensor_digest],
-                entry.value,
-            )
-            for entry in content.entries
-        ]
-
     @property
     def nbytes(self) -> int:
         """Raw bytes of all tensors of the version, those of tied ones each time."""
@@ -238,47 +194,27 @@ class Books:
     @property
     def nbytes_reused(self) -> int:
         """Raw bytes that this save did not write, for the repository or the save had them."""
-        written = sum(self._cell_nbytes(cell) for cells in self._asked for cell in cells)
+        written = sum(self._cell_nbytes(cell) for cells in self._asked for cell in cells.tolist())
         return self.nbytes - written
 
-    def _cells_of(
-        self, rank: int, boxes: Sequence[tuple[str, Box]], digested: Digested
-    ) -> list[_Cell]:
-        blobs = [(fqn, Box.whole(self._layouts[fqn].shape)) for fqn in sorted(digested.blobs)]
-        where = [
-            (fqn, part, ordinal)
-            for fqn, box in (*boxes, *blobs)
-            for part, ordinal in planned_chunks(self._layouts[fqn], box)
-        ]
-        if len(where) * _DIGEST != len(digested.digests):
-            raise InvalidInputError(
-                f"rank {rank} resolved {len(digested.digests) // _DIGEST} chunks, and its plan has "
-                f"{len(where)}; make the planner's plan and its data agree."
-            )
-        return [
-            _Cell(*place, digested.digests[i * _DIGEST : (i + 1) * _DIGEST])
-            for i, place in enumerate(where)
-        ]
-
     def _gathered_contents(self) -> dict[str, _Content]:
-        by_fqn: dict[str, list[_Cell]] = {fqn: [] for fqn in self._layouts}
-        for cells in self._cells:
-            for cell in cells:
-                by_fqn[cell.fqn].append(cell)
+        cells = self._cells
+        order = np.lexsort((cells.ordinal, cells.part, cells.tensor))
+        starts = np.searchsorted(cells.tensor[order], np.arange(len(self._fqns) + 1))
+        data = cells.digest[order].tobytes()
         contents = {}
-        for fqn, cells in by_fqn.items():
-            cells.sort()
-            layout = self._layouts[fqn]
-            if [cell[1:3] for cell in cells] != list(_every_cell(layout)):
+        for fqn, (start, end) in zip(self._fqns, itertools.pairwise(starts.tolist()), strict=True):
+            layout, mine = self._layouts[fqn], order[start:end]
+            if not _is_every_cell(layout, cells.part[mine], cells.ordinal[mine]):
                 raise InvalidInputError(
-                    f"{fqn!r}: the ranks wrote {len(cells)} chunks, not each of the "
+                    f"{fqn!r}: the ranks wrote {end - start} chunks, not each of the "
                     f"{sum(grid.size for grid in layout.grids)} once; make every planned item be "
                     "written by one rank."
                 )
             digest = content_digest(
-                layout.dtype, layout.shape, layout.grids, [cell.digest for cell in cells]
+                layout.dtype, layout.shape, layout.grids, [data[start * _DIGEST : end * _DIGEST]]
             )
-            contents[fqn] = _Content(layout, cells, digest)
+            contents[fqn] = _Content(layout, mine, digest)
         return contents
 
     def _entry(self, fqn: str) -> NewEntry:
@@ -329,10 +265,13 @@ class Books:
             nbytes=self._nbytes(content),
             parts=layout.grids,
             chunks=[
-                NewChunk(
-                    cell.part, cell.ordinal, cell.digest, *self._places[layout.codec, cell.digest]
+                NewChunk(part, ordinal, digest, *self._places[layout.codec, digest])
+                for part, ordinal, digest in zip(
+                    self._cells.part[content.cells].tolist(),
+                    self._cells.ordinal[content.cells].tolist(),
+                    self._cells.digests(content.cells),
+                    strict=True,
                 )
-                for cell in content.cells
             ],
         )
 
@@ -340,15 +279,92 @@ class Books:
         volume = sum(grid.box.volume for grid in content.layout.grids)
         return volume * content.layout.itemsize
 
-    def _cell_nbytes(self, cell: _Cell) -> int:
-        layout = self._layouts[cell.fqn]
-        return layout.grids[cell.part].cell(cell.ordinal).volume * layout.itemsize
+    def _codec(self, cell: int) -> str:
+        return self._layouts[self._fqns[self._cells.tensor[cell]]].codec
+
+    def _cell_nbytes(self, cell: int) -> int:
+        layout = self._layouts[self._fqns[self._cells.tensor[cell]]]
+        grid = layout.grids[self._cells.part[cell]]
+        volume: int = grid.cell(int(self._cells.ordinal[cell])).volume
+        return volume * layout.itemsize
 
 
-def _every_cell(layout: Layout) -> Iterator[tuple[int, int]]:
-    for part, grid in enumerate(layout.grids):
-        for ordinal in range(grid.size):
-            yield part, ordinal
+def _gathered_cells(
+    table: GlobalTable,
+    fqns: Sequence[str],
+    layouts: Mapping[str, Layout],
+    told: Sequence[Digested],
+) -> _Cells:
+    """Return the cells of all ranks: those of a rank's items in order, then of its blobs by FQN.
+
+    Raises:
+        InvalidInputError: a rank resolved more or fewer chunks than its plan has.
+    """
+    number = {fqn: i for i, fqn in enumerate(fqns)}
+    numbers = np.array([number.get(name.fqn, -1) for name in table.names], np.int64)
+    row, part, ordinal = _planned_cells(table, layouts)
+    blobs = [
+        (rank, number[fqn], i)
+        for rank, digested in enumerate(told)
+        for fqn in sorted(digested.blobs)
+        for i in range(layouts[fqn].grids[0].size)
+    ]
+    more = np.array(blobs, np.int64).reshape(len(blobs), 3)
+    rank = np.concatenate([table.rank[row], more[:, 0]])
+    order = np.argsort(rank, kind="stable")
+    starts = np.searchsorted(rank[order], np.arange(table.ranks + 1))
+    for i, digested in enumerate(told):
+        if len(digested.digests) != _DIGEST * (starts[i + 1] - starts[i]):
+            raise InvalidInputError(
+                f"rank {i} resolved {len(digested.digests) // _DIGEST} chunks, and its plan has "
+                f"{starts[i + 1] - starts[i]}; make the planner's plan and its data agree."
+            )
+    return _Cells(
+        tensor=np.concatenate([numbers[table.rows.tensor[row]], more[:, 1]])[order],
+        part=np.concatenate([part, np.zeros(len(blobs), np.int64)])[order],
+        ordinal=np.concatenate([ordinal, more[:, 2]])[order],
+        digest=np.frombuffer(b"".join(d.digests for d in told), np.uint8).reshape(-1, _DIGEST),
+        starts=starts,
+    )
+
+
+def _planned_cells(table: GlobalTable, layouts: Mapping[str, Layout]) -> tuple[Ints, Ints, Ints]:
+    """Return (row, part, ordinal) of each cell of the planned boxes, row by row."""
+    grids = [layouts[n.fqn].grids if n.dtype is not None else () for n in table.names]
+    is_live = table.is_tensor[table.rows.tensor] & (table.rows.volumes > 0)
+    is_one = np.array([len(mine) == 1 for mine in grids], bool)[table.rows.tensor]
+    regular = np.flatnonzero(is_live & is_one)
+    one_each = [mine[0] if len(mine) == 1 else _NO_GRID for mine in grids]
+    rows, ordinals = cells_of(table.rows.take(regular), one_each)
+    split = [
+        (row, *place)
+        for row in np.flatnonzero(is_live & ~is_one).tolist()
+        for place in planned_chunks(
+            layouts[table.names[table.rows.tensor[row]].fqn], table.boxes(np.array([row]))[0]
+        )
+    ]
+    more = np.array(split, np.int64).reshape(len(split), 3)
+    row = np.concatenate([regular[rows], more[:, 0]])
+    order = np.argsort(row, kind="stable")
+    part = np.concatenate([np.zeros(len(rows), np.int64), more[:, 1]])
+    return row[order], part[order], np.concatenate([ordinals, more[:, 2]])[order]
+
+
+def _first_of_each(digests: npt.NDArray[np.uint8]) -> Ints:
+    """Return where each distinct digest stands first."""
+    whole = np.ascontiguousarray(digests).view(f"V{_DIGEST}").reshape(-1)
+    first: Ints = np.unique(whole, return_index=True)[1]
+    return first
+
+
+def _is_every_cell(layout: Layout, part: Ints, ordinal: Ints) -> bool:
+    """Tell whether sorted cells are those of all grids, each once."""
+    sizes = [grid.size for grid in layout.grids]
+    return (
+        len(part) == sum(sizes)
+        and np.array_equal(part, np.repeat(np.arange(len(sizes)), sizes))
+        and np.array_equal(ordinal, np.concatenate([np.arange(size) for size in sizes]))
+    )
 
 
 def _cut_otherwise(layout: Layout, stored: TensorRecord | None) -> bool:

@@ -1,6 +1,6 @@
 """A save from end to end, as all ranks run it together.
 
-After an opening, three exchanges: plans (each rank's write items against its assignment), digests
+After an opening, three exchanges: plans (what each rank holds against what it is to write), digests
 (against the chunks that it is to write), results (against the version); one more where the parent
 is cut otherwise and only its bytes tell what changed. Packs, then the manifest, are durable before
 one transaction makes the version visible (design, invariants 2 to 4).
@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlanner
 
 from dcpstore.collectives import Collectives, in_step, in_turn
 from dcpstore.leases import kept_lease
@@ -25,6 +25,7 @@ from dcpstore.reading.comparing import find_changed
 from dcpstore.records import Version
 from dcpstore.saving.chunking import Digested, RankData, total_nbytes
 from dcpstore.saving.lead import Lead, Opening, Seconds
+from dcpstore.saving.plans import LocalPlan, Offer
 from dcpstore.saving.publishing import SaveRequest, SaveTarget
 from dcpstore.saving.writing import Written, write_chunks
 
@@ -54,6 +55,7 @@ def save_version(
     lead = Lead(planner, ranks.size)
     seconds: Seconds = {}
     target: SaveTarget
+    local: LocalPlan
     data: RankData
 
     def begin() -> Opening:
@@ -61,19 +63,22 @@ def save_version(
         target = lead.target = open_target()
         return Opening(target.catalog.repository.uid, request(), check_keys(state_dict))
 
-    def local_plan() -> SavePlan:
+    def local_plan() -> Offer:
+        nonlocal local
         planner.set_up_planner(
             take_state(state_dict, keys, rank=ranks.rank), is_coordinator=ranks.leads
         )
-        return planner.create_local_plan()
+        local = LocalPlan(planner.create_local_plan(), planner, target.memory)
+        return local.offer()
 
     def digest() -> tuple[Digested, Seconds]:
         nonlocal data
         with _timed(seconds, "digest"):
+            plan, layouts = local.take(answer)
             data = RankData(
-                planner.finish_plan(assignment.plan),
+                planner.finish_plan(plan),
                 planner,
-                dict(assignment.layouts),
+                dict(layouts),
                 chunk=target.catalog.repository.chunk,
                 allow_pickle=allow_pickle,
             )
@@ -97,7 +102,7 @@ def save_version(
             written = write_chunks(
                 chunks,
                 target.storage,
-                uid=assignment.uid,
+                uid=uid,
                 rank=ranks.rank,
                 pool=pool,
                 advance=bar.advance,
@@ -106,13 +111,15 @@ def save_version(
 
     try:
         began = time.perf_counter()
-        keys = in_step(ranks, "open", begin, lead.begin)
+        uid, keys = in_step(ranks, "open", begin, lead.begin)
         with (
-            kept_lease(target.catalog, lead.draft.uid) if ranks.leads else contextlib.nullcontext(),
+            kept_lease(target.catalog, uid) if ranks.leads else contextlib.nullcontext(),
             ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-save") as pool,
             ProgressBar("save", shown=ranks.leads) as bar,
         ):
-            assignment = in_turn(ranks, "plan", local_plan, lead.plan)
+            answer = in_turn(ranks, "plan", local_plan, lead.plan)
+            if answer.asks:
+                answer = in_turn(ranks, "plan", lambda: local.offer(whole=True), lead.plan)
             seconds["plan"] = time.perf_counter() - began
             duty = in_turn(ranks, "digest", digest, lead.look_up)
             if duty.compare:

@@ -6,19 +6,20 @@ wrote together is the tensor (design, section 4, "Chunks").
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+import numpy as np
 
 from dcpstore.encoding.codecs import choose_codec
-from dcpstore.encoding.dtypes import dtype_name, torch_dtype
+from dcpstore.encoding.dtypes import torch_dtype
 from dcpstore.geometry.boxes import Box
-from dcpstore.geometry.grids import Grid, lay_grids, lay_parts
-from dcpstore.planning.checks import item_box
-from dcpstore.records import ChunkDefaults, EntryRecord, TensorRecord
+from dcpstore.geometry.grids import Grid, lay_grids, lay_parts, lay_regular
+from dcpstore.geometry.tables import steps_of
+from dcpstore.planning.tables import GlobalTable
+from dcpstore.records import ChunkDefaults, EntryRecord
 
-__all__ = ["Assignment", "Layout", "blob_layout", "lay_out", "planned_chunks"]
+__all__ = ["Layout", "blob_layout", "kept_grids", "lay_out", "planned_chunks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,47 +37,62 @@ class Layout:
         return torch_dtype(self.dtype).itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """What one rank is to write, as part of which version."""
-
-    uid: str
-    plan: SavePlan
-    layouts: Mapping[str, Layout]
-
-
 def lay_out(
-    plans: Sequence[SavePlan],
+    table: GlobalTable,
     *,
     chunk: ChunkDefaults,
-    parent: Iterable[EntryRecord],
+    parent: Mapping[str, EntryRecord],
     are_whole: bool = True,
 ) -> dict[str, Layout]:
-    """Return the layout of each tensor that `plans` write, by FQN.
+    """Return the layout of each tensor that is written, by FQN.
 
-    The grids of the `parent` version's entries are kept where dtype and shape are still the same.
-    Of tensors that are not whole, for the plans are not those of all ranks, each box is a part.
+    The grids of the `parent` version's entries are kept where dtype and shape are still the same
+    and they fit. Of tensors that are not whole, for the table is not that of all ranks, each box is
+    a part.
     """
-    written: dict[str, list[WriteItem]] = {}
-    for plan in plans:
-        for item in plan.items:
-            if item.tensor_data is not None:
-                written.setdefault(item.index.fqn, []).append(item)
-    before = {entry.fqn: entry.tensor for entry in parent if entry.kind == "tensor"}
+    live = table.rows.take((table.rows.volumes > 0) & table.is_tensor[table.rows.tensor])
+    steps = steps_of(live, table.shapes).tolist()
+    pieces = np.bincount(live.tensor, minlength=len(table.names)).tolist()
     layouts = {}
-    for fqn, items in written.items():
-        data = items[0].tensor_data
-        assert data is not None
-        dtype, shape = dtype_name(data.properties.dtype), tuple(data.size)
-        boxes = [item_box(item) for item in items]
-        itemsize = data.properties.dtype.itemsize
+    for number, name in enumerate(table.names):
+        if name.dtype is None:
+            continue
         if are_whole:
-            kept = _kept_grids(before.get(fqn), dtype, shape)
-            grids = lay_grids(shape, itemsize, boxes, target=chunk.nbytes, parent=kept)
+            grids = _grids(
+                table,
+                number,
+                steps=steps[number][: len(name.shape)],
+                pieces=pieces[number],
+                kept=kept_grids(parent.get(name.fqn), name.dtype, name.shape),
+                target=chunk.nbytes,
+            )
         else:
-            grids = lay_parts(itemsize, boxes, target=chunk.nbytes)
-        layouts[fqn] = Layout(dtype, shape, choose_codec(chunk.codec, dtype), grids)
+            boxes = table.boxes(table.rows_of(number))
+            grids = lay_parts(name.itemsize, boxes, target=chunk.nbytes)
+        codec = choose_codec(chunk.codec, name.dtype)
+        layouts[name.fqn] = Layout(name.dtype, name.shape, codec, grids)
     return layouts
+
+
+def _grids(
+    table: GlobalTable,
+    number: int,
+    *,
+    steps: Sequence[int],
+    pieces: int,
+    kept: Sequence[Grid],
+    target: int,
+) -> tuple[Grid, ...]:
+    """Return what `lay_grids` does, and look at single boxes only where the columns cannot tell."""
+    name = table.names[number]
+    if len(kept) == 1 and kept[0].meets(name.shape, steps):
+        return tuple(kept)
+    if len(kept) < 2:
+        grid = lay_regular(name.shape, name.itemsize, steps, pieces=pieces, target=target)
+        if grid is not None:
+            return (grid,)
+    boxes = table.boxes(table.rows_of(number))
+    return lay_grids(name.shape, name.itemsize, boxes, target=target, parent=kept)
 
 
 def blob_layout(nbytes: int, chunk: ChunkDefaults) -> Layout:
@@ -97,7 +113,9 @@ def planned_chunks(layout: Layout, box: Box) -> Iterator[tuple[int, int]]:
                 yield part, ordinal
 
 
-def _kept_grids(before: TensorRecord | None, dtype: str, shape: tuple[int, ...]) -> Sequence[Grid]:
-    if before is None or before.dtype != dtype or before.shape != shape:
+def kept_grids(before: EntryRecord | None, dtype: str, shape: tuple[int, ...]) -> tuple[Grid, ...]:
+    """Return the grids of an entry of the parent, where it is a tensor of this dtype and shape."""
+    tensor = None if before is None or before.kind != "tensor" else before.tensor
+    if tensor is None or tensor.dtype != dtype or tensor.shape != shape:
         return ()
-    return before.parts
+    return tensor.parts

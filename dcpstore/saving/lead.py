@@ -6,20 +6,25 @@ when it knows that the save has failed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlanner
 
 from dcpstore.errors import DcpstoreError, InvalidInputError
 from dcpstore.journal import write_journal
-from dcpstore.planning.checks import check_agreement, check_tiling
-from dcpstore.planning.save_planner import DefaultSavePlanner
 from dcpstore.records import ChunkDefaults, EntryRecord, Version
 from dcpstore.retention import retain
-from dcpstore.saving.assembly import Books, Planned
+from dcpstore.saving.assembly import Books
 from dcpstore.saving.chunking import Digested
-from dcpstore.saving.layouts import Assignment, Layout, lay_out
+from dcpstore.saving.plans import (
+    Answer,
+    GlobalPlan,
+    Offer,
+    answer_offers,
+    answer_plans,
+    shares_tables,
+)
 from dcpstore.saving.publishing import (
     SaveRequest,
     SaveTarget,
@@ -65,50 +70,56 @@ class Lead:
         self._planner = planner
         self._size = size
         self._open = False  # whether a pending version waits for commit or abort
+        self._before: dict[str, EntryRecord] | None = None
+        self._plan: GlobalPlan | None = None
 
     @property
     def _chunk(self) -> ChunkDefaults:
         return self.target.catalog.repository.chunk
 
-    def begin(self, told: Sequence[Opening]) -> list[str]:
-        """Check that the ranks agree and begin the version; return the keys of all ranks."""
+    def begin(self, told: Sequence[Opening]) -> tuple[str, list[str]]:
+        """Check that the ranks agree and begin the version; return its uid and all ranks' keys."""
         _check_agreement(told)
         self._retention = told[0].request.retention
         self.draft = draft_version(self.target.catalog, told[0].request, ranks=self._size)
         self.target.catalog.begin(self.draft)
         self._open = True
-        return sorted({key for one in told for key in one.keys})
+        return self.draft.uid, sorted({key for one in told for key in one.keys})
 
-    def plan(self, all_plans: list[SavePlan]) -> list[Assignment]:
-        """Make the global plan and assign each rank its part."""
-        checked_by_planner = isinstance(self._planner, DefaultSavePlanner)
-        if not checked_by_planner:
-            check_agreement(all_plans)
-        told, described = self._planner.create_global_plan(all_plans)
+    def plan(self, offers: list[Offer]) -> list[Answer]:
+        """Make the global plan, or find the one of before, and tell each rank its part."""
+        if self._before is None:
+            self._before_number, self._before = entries_before(self.target.catalog, self.draft)
+        if shares_tables(self._planner):
+            self._plan, answers = answer_offers(
+                offers,
+                self.target.memory,
+                chunk=self._chunk,
+                parent=self._before,
+                to_lowest_rank=getattr(self._planner, "dedup_save_to_lowest_rank", False),
+            )
+            return answers
+        plans = [offer.plan for offer in offers if offer.plan is not None]
+        told, described = self._planner.create_global_plan(plans)
         # torch's plan cache: a rank whose plan is as before is told so, with an empty plan
         is_cached = not all(plan.usable for plan in told)
-        self._plans = getattr(self._planner, "global_plan", told) if is_cached else told
-        if not checked_by_planner:
-            check_tiling(self._plans)
-        self._paths, self._planner_data = kept_planner_data(described.planner_data)
-        self._before_number, self._before = entries_before(self.target.catalog, self.draft)
-        self._layouts = lay_out(self._plans, chunk=self._chunk, parent=self._before)
-        return [
-            Assignment(self.draft.uid, plan, _needed(whole, self._layouts))
-            for plan, whole in zip(told, self._plans, strict=True)
-        ]
+        whole = getattr(self._planner, "global_plan", told) if is_cached else told
+        self._plan, answers = answer_plans(told, whole, chunk=self._chunk, parent=self._before)
+        self._plan.paths, self._plan.planner_data = kept_planner_data(described.planner_data)
+        return answers
 
     def look_up(self, told: Sequence[tuple[Digested, Seconds]]) -> list[Duty]:
         """Find what the repository holds; have compared what digests cannot tell."""
+        assert self._plan is not None
+        assert self._before is not None
         self._books = Books(
-            [Planned.by(plan) for plan in self._plans],
-            self._layouts,
+            self._plan.table,
+            self._plan.layouts,
             [digested for digested, _ in told],
-            paths=self._paths,
+            paths=self._plan.paths,
             chunk=self._chunk,
         )
-        before = {entry.fqn: entry for entry in self._before}
-        self._compared = self._books.look_up(self.target.catalog, before)
+        self._compared = self._books.look_up(self.target.catalog, self._before)
         if not self._compared:
             return self._writes()
         return [Duty(compare=self._compared, version=self._before_number)] * self._size
@@ -124,6 +135,7 @@ class Lead:
 
     def commit(self, told: Sequence[tuple[Written, Seconds]]) -> Version:
         """Write the manifest and commit the version."""
+        assert self._plan is not None
         self._books.take_results([written for written, _ in told])
         version = publish(
             self.target,
@@ -134,7 +146,7 @@ class Lead:
                 phase: max(one.get(phase, 0.0) for _, one in told)
                 for phase in ("plan", "digest", "compare", "write")
             },
-            planner_data=self._planner_data,
+            planner_data=self._plan.planner_data,
         )
         self._open = False
         if self._retention is not None:
@@ -171,11 +183,3 @@ def _check_agreement(told: Sequence[Opening]) -> None:
                 f"the ranks disagree about {name}: rank 0 says {values[0]!r}, rank {odd} says "
                 f"{values[odd]!r}; pass the same {name}= on every rank."
             )
-
-
-def _needed(plan: SavePlan, layouts: Mapping[str, Layout]) -> dict[str, Layout]:
-    return {
-        item.index.fqn: layouts[item.index.fqn]
-        for item in plan.items
-        if item.tensor_data is not None
-    }

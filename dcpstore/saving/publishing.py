@@ -29,10 +29,10 @@ from dcpstore.records import (
 )
 from dcpstore.retention import Retention
 from dcpstore.saving.assembly import Books
+from dcpstore.saving.plans import PlanMemory
 from dcpstore.storage.interface import Storage
-from dcpstore.storage.manifests import encode_manifest, manifest_key
 from dcpstore.uids import new_uid
-from dcpstore.zarr_view.documents import chunk_references, zarr_documents
+from dcpstore.zarr_view.manifests import write_manifest
 
 __all__ = [
     "SaveRequest",
@@ -47,10 +47,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class SaveTarget:
-    """The parts of a repository that a save writes to."""
+    """The parts of a repository that a save writes to, and what this process remembers of it."""
 
     catalog: Catalog
     storage: Storage
+    memory: PlanMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,15 +131,15 @@ def draft_version(
     )
 
 
-def entries_before(catalog: Catalog, draft: VersionDraft) -> tuple[int, list[EntryRecord]]:
-    """Return the parent as it is now, number and entries: its grids are kept where they fit."""
+def entries_before(catalog: Catalog, draft: VersionDraft) -> tuple[int, dict[str, EntryRecord]]:
+    """Return the parent as it is now: its number, and its entries by FQN, whose grids are kept."""
     ref: str | int | None = draft.branch
     if not any(known.name == ref for known in catalog.refs("branch")):
         ref = draft.parent
         if ref is None:
-            return 0, []
+            return 0, {}
     number = catalog.resolve(ref).number
-    return number, catalog.entries(number)
+    return number, {entry.fqn: entry for entry in catalog.entries(number)}
 
 
 def kept_planner_data(given: object) -> tuple[Mapping[str, ObjectPath], str | None]:
@@ -199,7 +200,7 @@ def _published(
         entries=books.entries(),
         tensors=tensors,
         packs=packs,
-        plan=books.plan_record(),
+        plan=books.plan,
         nbytes=books.nbytes,
         nbytes_written=sum(pack.nbytes for pack in packs),
         nbytes_reused=books.nbytes_reused,
@@ -208,17 +209,7 @@ def _published(
         aliases=books.aliases,
         planner_data=planner_data,
     )
-    entries = books.records(content)
-    chunks = {tensor.digest: tensor.chunks for tensor in content.tensors}
-    manifest = encode_manifest(
-        draft,
-        content,
-        chunks=chunks,
-        data_url=target.storage.url,
-        documents=zarr_documents(entries, {"uid": draft.uid, "step": draft.step}),
-        references=chunk_references(entries, chunks),
-    )
-    target.storage.put(manifest_key(draft.uid), manifest)
+    write_manifest(target.storage, draft, content)
     seconds["manifest"] = time.perf_counter() - began
     return target.catalog.commit(draft.uid, content)
 

@@ -32,7 +32,8 @@ from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackReader, PackWriter
 from dcpstore.uids import new_uid
 from dcpstore.upkeep.chunks import check_chunk
-from dcpstore.upkeep.manifests import renew_manifests, write_manifest
+from dcpstore.upkeep.manifests import renew_manifests
+from dcpstore.zarr_view.manifests import write_manifest
 
 __all__ = ["CopyReport", "copy_versions"]
 

@@ -21,6 +21,7 @@ from dcpstore.uids import uid_time
 __all__ = ["GcReport", "collect"]
 
 _LIVE_SHARE = 0.5  # a pack of which less is reached is worth copying
+_TEMPORARY = ".tmp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +136,15 @@ def _clear_leftovers(
     # Listed before the catalog is asked: what appears later may belong to a save that it misses.
     keys = [(key, key.split("/")[1].split(".")[0]) for key in _listed(storage)]
     now = datetime.now(UTC)
+    old = now - max(grace, lease)
     leftovers, strange = catalog.upkeep().find_leftovers(keys, now=now, grace=grace, lease=lease)
+    leftovers += _half_written(storage, old)
     uids = dict(keys)
     described = {uid for key, uid in keys if key.startswith("manifests/")}
     unknown = []
     for key in strange:
         # Of a save that died before it began, or a repacking that did: without a manifest, and old.
-        if uids[key] not in described and _is_older(uids[key], now - max(grace, lease)):
+        if uids[key] not in described and _is_older(uids[key], old):
             leftovers.append(key)
         else:
             unknown.append(key)
@@ -162,6 +165,17 @@ def _listed(storage: Storage) -> list[str]:
         for folder in ("packs", "manifests")
         for key in storage.list(folder)
         if key.count("/") == (2 if folder == "packs" else 1)
+        and not (folder == "manifests" and key.endswith(_TEMPORARY))
+    ]
+
+
+def _half_written(storage: Storage, before: datetime) -> list[str]:
+    """Return what was left of small objects that someone began to write before a time, and died."""
+    return [
+        key
+        for folder in ("manifests", "operations")
+        for key in storage.list(folder)
+        if key.endswith(_TEMPORARY) and _is_older(key.split(".")[-2], before)
     ]
 
 

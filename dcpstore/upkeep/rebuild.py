@@ -26,7 +26,7 @@ from dcpstore.storage.urls import open_storage
 
 __all__ = ["RebuildReport", "rebuild"]
 
-# JSON as read: what it holds is checked by use, so `Any`.
+# JSON whose fields `decode_operation` has checked; they are of every kind, hence `Any`.
 Json = dict[str, Any]
 
 
@@ -91,10 +91,18 @@ def rebuild(data: str | os.PathLike[str], into: str | os.PathLike[str]) -> Rebui
 
 def _read_journal(storage: Storage, problems: list[str]) -> list[Json]:
     """Return every sound operation, in order."""
-    numbers = [n for n in map(operation_number, storage.list("operations")) if n is not None]
+    numbers = [n for n in map(operation_number, storage.list("operations")) if n]
     found = []
-    for number in range(1, max(numbers, default=0) + 1):
+    before = 0
+    for number in sorted(numbers):
         key = operation_key(number)
+        # Told as one, for the name of a single file can claim that any number of them is missing.
+        if number == before + 2:
+            problems.append(f"{operation_key(before + 1)}: it is missing")
+        elif number > before + 2:
+            first, last = operation_key(before + 1), operation_key(number - 1)
+            problems.append(f"{first} to {last}: they are missing")
+        before = number
         try:
             said = decode_operation(storage.get(key))
         except NotFoundError:
@@ -107,7 +115,19 @@ def _read_journal(storage: Storage, problems: list[str]) -> list[Json]:
             problems.append(f"{key}: it holds operation {said.get('operation')}")
             continue
         found.append(said)
+    _check_numbers(found)
     return found
+
+
+def _check_numbers(operations: list[Json]) -> None:
+    """Refuse a journal that gives two versions one number, or one version two."""
+    told = {(s["version"]["uid"], s["version"]["number"]) for s in operations if "version" in s}
+    uids, numbers = {uid for uid, _ in told}, {number for _, number in told}
+    if len(uids) < len(told) or len(numbers) < len(told) or 0 in numbers:
+        raise CorruptionError(
+            f"the journal names {len(told)} versions by {len(uids)} uids and {len(numbers)} "
+            "numbers, so it is not of one repository; restore 'operations' from a copy."
+        )
 
 
 def _read_content(storage: Storage, uid: str, problems: list[str]) -> VersionContent | None:
