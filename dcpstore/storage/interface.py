@@ -93,7 +93,8 @@ class Storage(Protocol):
     def list(self, prefix: str = "") -> Iterator[str]:
         """Yield the sorted keys below the folder `prefix`, or all.
 
-        What a killed writer left behind is among them, under a key that ends in ".tmp".
+        What a killed writer left behind is among them, under a key that ends in a uid, which tells
+        its age, and ".tmp".
         """
 
     def delete(self, key: str) -> None:

@@ -183,6 +183,21 @@ def test_what_crashed_saves_left_is_cleared_after_their_lease(repo: Repository, 
     assert repo.gc(lease=NOW, grace=NOW).cleared == ()
 
 
+def test_what_died_while_it_wrote_the_journal_or_a_manifest_is_cleared(
+    repo: Repository, save: Save
+) -> None:
+    version = save()
+    keys = ["operations/000000000002.json", manifest_key(version.uid)]
+    killed = [repo.storage.create(key) for key in keys]
+    left = [key for key in repo.storage.list() if key.endswith(".tmp")]
+    assert len(left) == 2
+    assert repo.gc().cleared == ()  # who writes them may live
+    assert set(repo.gc(lease=NOW, grace=NOW).cleared) == set(left)
+    assert not [key for key in repo.storage.list() if key.endswith(".tmp")]
+    for sink in killed:
+        sink.discard()
+
+
 def test_a_grace_shorter_than_a_running_save_is_refused(repo: Repository, save: Save) -> None:
     save()
     save()
