@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 __all__ = [
     "AlreadyExistsError",
@@ -95,13 +96,16 @@ class RankFailure(DcpstoreError):
         failures: each failed rank's own error, by rank.
     """
 
-    def __init__(self, step: str, failures: Mapping[int, BaseException]) -> None:
+    def __init__(
+        self, step: str, failures: Mapping[int, BaseException], *, headline: str | None = None
+    ) -> None:
         self.step = step
         self.failures = dict(failures)
-        lines = [f"{step} failed on {len(self.failures)} of the ranks:"]
+        lines = [headline or f"{step} failed on {len(self.failures)} of the ranks:"]
+        self._headline = lines[0]
         for rank, error in sorted(self.failures.items()):
             lines.append(f"  rank {rank}: {type(error).__name__}: {error}")
         super().__init__("\n".join(lines))
 
-    def __reduce__(self) -> tuple[type[RankFailure], tuple[str, dict[int, BaseException]]]:
-        return type(self), (self.step, self.failures)
+    def __reduce__(self) -> tuple[object, ...]:
+        return partial(type(self), headline=self._headline), (self.step, self.failures)

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,30 +22,41 @@ PATIENCE = 120.0  # seconds; then the ranks are killed and the test fails
 
 
 class RankPool:
-    """`size` processes, each a rank of one gloo group."""
+    """`size` processes, each a rank of one gloo group.
 
-    def __init__(self, size: int, folder: Path) -> None:
+    They find one another by the URL `rendezvous`, or else by a file in `folder`.
+    """
+
+    def __init__(self, size: int, folder: Path, *, rendezvous: str | None = None) -> None:
         self.size = size
-        context = multiprocessing.get_context("spawn")
+        place = rendezvous or f"file://{folder / 'rendezvous'}"
+        # From a process that has loaded all, or each rank would load it for seconds.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["dcpstore.api", "dcpstore.background", "numpy"])
         self._pipes = []
         self._processes = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, size, str(folder / "rendezvous"), theirs), daemon=True
-            )
+            process = context.Process(target=_serve, args=(rank, size, place, theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, call: Callable[..., Any], *args: Any) -> list[Any]:
-        """Return what `call(rank, *args)` returns on each rank; it must be importable by name."""
+    def run(self, call: Callable[..., Any], *args: Any, dying: Collection[int] = ()) -> list[Any]:
+        """Return what `call(rank, *args)` returns on each rank; it must be importable by name.
+
+        Ranks that are `dying` must end meanwhile, and return nothing.
+        """
         for pipe in self._pipes:
             pipe.send((call, args))
         results, errors = [], []
         deadline = time.monotonic() + PATIENCE
         for rank, pipe in enumerate(self._pipes):
+            if rank in dying:
+                self._processes[rank].join(max(deadline - time.monotonic(), 0))
+                assert self._processes[rank].exitcode is not None, f"rank {rank} lives"
+                continue
             if not pipe.poll(max(deadline - time.monotonic(), 0)):
                 self.close()
                 raise TimeoutError(f"rank {rank} did not answer in {PATIENCE} s; all were killed")
@@ -70,7 +81,7 @@ def _serve(rank: int, size: int, rendezvous: str, pipe: Any) -> None:
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size)
     while True:
         try:
             call, args = pipe.recv()

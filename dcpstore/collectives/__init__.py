@@ -1,0 +1,10 @@
+"""What ranks do together: steps in which each rank's error reaches all, and nobody waits forever.
+
+`group` says who takes part and how bytes travel, `meeting` that all have come before they do,
+`steps` what a save or a load is made of.
+"""
+
+from dcpstore.collectives.group import Alone, Collectives, RankGroup, find_collectives
+from dcpstore.collectives.steps import in_step, in_turn
+
+__all__ = ["Alone", "Collectives", "RankGroup", "find_collectives", "in_step", "in_turn"]

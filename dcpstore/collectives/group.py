@@ -1,0 +1,144 @@
+"""Who takes part, and how bytes travel between them.
+
+Invariant: no rank enters a collective before all have come to it, so that a rank which is late or
+gone leaves nobody in one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch.distributed as dist
+
+from dcpstore.collectives.meeting import Meeting
+
+__all__ = ["Alone", "Collectives", "RankGroup", "find_collectives"]
+
+_log = logging.getLogger(__name__)
+# Groups whose ranks share no store: in-process stand-ins, and MPI, which finds its ranks itself.
+_WITHOUT_STORE = ("fake", "mpi")
+
+
+class Collectives(Protocol):
+    """Who takes part, and the three ways in which bytes travel.
+
+    Each raises RankFailure where a rank does not come within the deadline or is lost on the way;
+    `step` is what people read of it.
+    """
+
+    @property
+    def rank(self) -> int:
+        """This process among `size`, from 0."""
+
+    @property
+    def size(self) -> int:
+        """The number of processes that take part."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the coordinator."""
+
+    def gather(self, value: bytes, *, step: str) -> list[bytes] | None:
+        """Return every rank's value, by rank, on the coordinator, and None elsewhere."""
+
+    def scatter(self, values: Sequence[bytes] | None, *, step: str) -> bytes:
+        """Return this rank's one of the values that the coordinator gives."""
+
+    def broadcast(self, value: bytes | None, *, step: str) -> bytes:
+        """Return the coordinator's value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """One process that asks nobody."""
+
+    rank: int = 0
+    size: int = 1
+    leads: bool = True
+
+    def gather(self, value: bytes, *, step: str) -> list[bytes]:
+        """Return the one value."""
+        return [value]
+
+    def scatter(self, values: Sequence[bytes] | None, *, step: str) -> bytes:
+        """Return the one value."""
+        assert values is not None
+        return values[0]
+
+    def broadcast(self, value: bytes | None, *, step: str) -> bytes:
+        """Return the value."""
+        assert value is not None
+        return value
+
+
+class RankGroup:
+    """The ranks of a torch process group; the coordinator is counted inside the group.
+
+    The deadline is the timeout with which the job's process group was made. All ranks make theirs
+    on a group in the same order.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, coordinator: int = 0) -> None:
+        self._group = group
+        self._coordinator = coordinator
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self._meeting: Meeting | None = None
+        if self.size > 1 and dist.get_backend(group) not in _WITHOUT_STORE:
+            whole = group or dist.group.WORLD
+            assert whole is not None, "a group was initialised, or it would have no size"
+            store = whole.get_group_store()
+            self._meeting = Meeting(store, rank=self.rank, size=self.size, coordinator=coordinator)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the coordinator."""
+        return self.rank == self._coordinator
+
+    def gather(self, value: bytes, *, step: str) -> list[bytes] | None:
+        """Return every rank's value, by rank, on the coordinator, and None elsewhere."""
+        values: list[bytes] | None = [b""] * self.size if self.leads else None
+        with self._together(step):
+            dist.gather_object(value, values, group=self._group, group_dst=self._coordinator)
+        return values
+
+    def scatter(self, values: Sequence[bytes] | None, *, step: str) -> bytes:
+        """Return this rank's one of the values that the coordinator gives."""
+        mine = [b""]
+        given = None if values is None else list(values)
+        with self._together(step):
+            dist.scatter_object_list(mine, given, group=self._group, group_src=self._coordinator)
+        return mine[0]
+
+    def broadcast(self, value: bytes | None, *, step: str) -> bytes:
+        """Return the coordinator's value."""
+        box = [value or b""]
+        with self._together(step):
+            dist.broadcast_object_list(box, group=self._group, group_src=self._coordinator)
+        return box[0]
+
+    @contextmanager
+    def _together(self, step: str) -> Iterator[None]:
+        """Wait for all ranks, then exchange; a connection that breaks names who is gone."""
+        if self._meeting is None:
+            yield
+            return
+        self._meeting.hold(step)
+        try:
+            yield
+        except RuntimeError as error:  # gloo's, and all of torch.distributed's own
+            raise self._meeting.report_lost(step, error) from error
+
+
+def find_collectives(group: dist.ProcessGroup | None, *, no_dist: bool) -> Collectives:
+    """Return the ranks of `group` (None: all), or this process alone where torch runs no group."""
+    if no_dist:
+        return Alone()
+    if not dist.is_available() or not dist.is_initialized():
+        _log.info("no process group is initialised; working in this process alone")
+        return Alone()
+    return RankGroup(group)

@@ -1,0 +1,233 @@
+"""What ranks do together: every live rank hears who failed, who is late and who is gone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from dcpstore.collectives import Alone, RankGroup, in_step, in_turn
+from dcpstore.errors import DcpstoreError
+from tests.ranks import RankPool
+
+DEADLINE = 3  # seconds
+Told = tuple[str, str, dict[int, tuple[str, str]]]
+
+
+@pytest.fixture(scope="module")
+def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    """Three ranks that wait no longer than DEADLINE for one another."""
+    pool = RankPool(3, tmp_path_factory.mktemp("ranks"))
+    pool.run(be_impatient)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(params=["file", pytest.param("tcp", marks=pytest.mark.slow)])
+def mortal_ranks(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RankPool]:
+    """Three impatient ranks of this test alone, which may die."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rendezvous = f"tcp://127.0.0.1:{port}" if request.param == "tcp" else None
+    pool = RankPool(3, tmp_path, rendezvous=rendezvous)
+    pool.run(be_impatient)
+    yield pool
+    pool.close()
+
+
+def be_impatient(rank: int) -> None:
+    assert dist.group.WORLD is not None
+    dist.group.WORLD.get_group_store().set_timeout(timedelta(seconds=DEADLINE))
+
+
+def caught(call: Callable[[], Any]) -> Told:
+    """Return the class and text of what a call raises, and its ranks' failures."""
+    try:
+        call()
+    except DcpstoreError as error:
+        failures = getattr(error, "failures", {})
+        return (
+            type(error).__name__,
+            str(error),
+            {rank: (type(failure).__name__, str(failure)) for rank, failure in failures.items()},
+        )
+    return "nothing", "", {}
+
+
+def share(ranks: RankGroup, step: str = "share") -> list[int]:
+    """Have each rank hear of all."""
+    return in_step(ranks, step, lambda: ranks.rank, list)
+
+
+def refuse(*given: Any) -> Any:
+    raise OSError(f"no {given}")
+
+
+class Odd(Exception):
+    """Does not survive pickling."""
+
+    def __init__(self, one: int, other: int) -> None:
+        super().__init__(one + other)
+
+
+def raise_odd() -> None:
+    raise Odd(1, 2)
+
+
+# What three ranks do, of which one (`odd`) fails.
+FAILING: dict[str, Callable[[RankGroup, bool], Any]] = {
+    "local of a step": lambda r, odd: in_step(r, "s", refuse if odd else int, list),
+    "local of a turn": lambda r, odd: in_turn(r, "s", refuse if odd else int, list),
+    "odd error": lambda r, odd: in_step(r, "s", raise_odd if odd else int, list),
+    "unsendable value": lambda r, odd: in_turn(r, "s", lambda: share if not odd else r, list),
+}
+
+
+def fail(rank: int, what: str, failing: int) -> tuple[Told, list[int]]:
+    ranks = RankGroup()
+    return caught(lambda: FAILING[what](ranks, rank == failing)), share(ranks)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize(
+    ("what", "kind", "match"),
+    [
+        ("local of a step", "OSError", "no ()"),
+        ("local of a turn", "OSError", "no ()"),
+        ("odd error", "DcpstoreError", "Odd: 3"),
+        ("unsendable value", "DcpstoreError", "cannot be pickled"),
+    ],
+)
+def test_all_ranks_raise_what_one_raised(
+    three_ranks: RankPool, what: str, kind: str, match: str, failing: int
+) -> None:
+    for told, after in three_ranks.run(fail, what, failing):
+        assert told[0] == "RankFailure"
+        assert told[1].startswith("s failed on 1 of the ranks:")
+        assert told[2][failing][0] == kind
+        assert match in told[2][failing][1]
+        assert after == [0, 1, 2]
+
+
+COMBINING: dict[str, Callable[[RankGroup], Any]] = {
+    "step": lambda r: in_step(r, "s", int, refuse),
+    "turn": lambda r: in_turn(r, "s", int, refuse),
+    "short": lambda r: in_turn(r, "s", int, lambda told: told[1:]),
+    "unsendable": lambda r: in_step(r, "s", int, lambda told: r),
+    "unsendable turn": lambda r: in_turn(r, "s", int, lambda told: [1, r, 1]),
+}
+
+
+def fail_to_combine(rank: int, what: str) -> tuple[Any, list[int]]:
+    ranks = RankGroup()
+    try:
+        COMBINING[what](ranks)
+    except Exception as error:
+        return (type(error).__name__, str(error)), share(ranks)
+    return None, share(ranks)
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "match", "hearing"),
+    [
+        ("step", "OSError", "no ([0, 0, 0],)", {0, 1, 2}),
+        ("turn", "OSError", "no ([0, 0, 0],)", {0, 1, 2}),
+        ("short", "InvalidInputError", "2 results for 3 ranks", {0, 1, 2}),
+        ("unsendable", "DcpstoreError", "cannot be pickled", {0, 1, 2}),
+        ("unsendable turn", "DcpstoreError", "cannot be pickled", {1}),
+    ],
+)
+def test_all_ranks_raise_what_the_coordinator_raised(
+    three_ranks: RankPool, what: str, kind: str, match: str, hearing: set[int]
+) -> None:
+    for rank, (told, after) in enumerate(three_ranks.run(fail_to_combine, what)):
+        assert (told is not None) == (rank in hearing)
+        if told is not None:
+            assert told[0] == kind
+            assert match in told[1]
+        assert after == [0, 1, 2]
+
+
+def dawdle(rank: int, late: tuple[int, ...], where: str, folder: Path) -> tuple[Told, list[int]]:
+    """Have some ranks come only when the others have given up, to this step or its answer."""
+
+    def wait() -> int:
+        until = time.monotonic() + 60
+        while len(list(folder.iterdir())) < 3 - len(late):
+            assert time.monotonic() < until, "the others did not give up"
+            time.sleep(0.02)
+        return rank
+
+    ranks = RankGroup()
+    told = caught(
+        lambda: in_step(
+            ranks,
+            "write",
+            wait if rank in late and where == "local" else lambda: rank,
+            lambda told: wait() if where == "combine" else 0,
+        )
+    )
+    (folder / f"{rank}").touch()
+    return told, share(ranks)
+
+
+@pytest.mark.parametrize(
+    ("late", "where", "names"),
+    [
+        ((2,), "local", "rank 2"),
+        ((1, 2), "local", "ranks 1, 2"),
+        ((0,), "local", "rank 0"),
+        ((0,), "combine", "rank 0"),
+    ],
+)
+def test_ranks_that_are_late_are_named_and_the_group_stays_usable(
+    three_ranks: RankPool, tmp_path: Path, late: tuple[int, ...], where: str, names: str
+) -> None:
+    expected = dict.fromkeys(late, ("TimeoutError", f"did not come within {DEADLINE} s"))
+    for told, after in three_ranks.run(dawdle, late, where, tmp_path):
+        assert told[0] == "RankFailure"
+        assert told[1].startswith(f"waiting for {names} in write:\n")
+        assert told[2] == expected
+        assert after == [0, 1, 2]
+
+
+def die(rank: int, dying: int, where: str) -> Told:
+    """Have one rank end at once: before a step, in it, or amid an exchange of bytes."""
+    ranks = RankGroup()
+    assert share(ranks) == [0, 1, 2]
+    end: Callable[..., Any] = lambda *args, **kwargs: os._exit(7)  # noqa: E731
+    if rank == dying and where == "exchange":
+        dist.gather_object = dist.broadcast_object_list = end
+    local = end if rank == dying and where == "local" else lambda: rank
+    combine = end if where == "combine" else list
+    return caught(lambda: in_step(ranks, "write", local, combine))
+
+
+@pytest.mark.parametrize(
+    ("dying", "where"),
+    [(1, "local"), (2, "exchange"), (0, "combine"), (0, "exchange")],
+)
+def test_ranks_that_die_are_named(mortal_ranks: RankPool, dying: int, where: str) -> None:
+    results = mortal_ranks.run(die, dying, where, dying=[dying])
+    assert len(results) == 2
+    for told in results:
+        assert told[0] == "RankFailure"
+        assert set(told[2]) == {dying}, told
+        assert "in write:" in told[1]
+        assert f"rank {dying}" in told[1]
+
+
+def test_one_process_asks_nobody_and_keeps_its_own_error() -> None:
+    value = object()
+    assert in_step(Alone(), "s", lambda: value, lambda told: told[0]) is value
+    assert in_turn(Alone(), "s", lambda: value, lambda told: told) is value
+    with pytest.raises(OSError, match="no"):
+        in_step(Alone(), "s", refuse, list)
