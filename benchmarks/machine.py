@@ -49,7 +49,7 @@ def probe(
     source = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
     target = torch.zeros_like(source)
     path = folder / "probe"
-    whole, filled = memoryview(source.numpy()), memoryview(target.numpy())
+    whole, filled = source.numpy().data, target.numpy().data
     path.write_bytes(whole)
     block = _aligned_block(source)
 

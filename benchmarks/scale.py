@@ -11,9 +11,9 @@ __all__ = ["FULL", "TINY", "Scale"]
 class Scale:
     """The sizes of everything that a run measures.
 
-    `planned` are the (ranks, tensors) of which planning is simulated, in the rounds of the run;
-    `planned_once` those that take so long that one round must do. `probe` is the bytes that the
-    machine's limits are measured with.
+    `planned` are the (ranks, tensors) of which planning is simulated; `planned_in_part` those of
+    which torch would take minutes. `probe` is the bytes that the machine's limits are measured
+    with.
     """
 
     vocabulary: int
@@ -24,7 +24,7 @@ class Scale:
     small_elements: int
     training_steps: int
     planned: tuple[tuple[int, int], ...]
-    planned_once: tuple[tuple[int, int], ...]
+    planned_in_part: tuple[tuple[int, int], ...]
     probe: int
 
 
@@ -37,7 +37,7 @@ FULL = Scale(
     small_elements=1024,
     training_steps=300,
     planned=((8, 1000), (64, 1000), (256, 1000)),
-    planned_once=((1024, 1000),),
+    planned_in_part=((1024, 1000),),
     probe=1 << 30,
 )
 TINY = Scale(
@@ -48,7 +48,7 @@ TINY = Scale(
     small_tensors=4,
     small_elements=16,
     training_steps=2,
-    planned=((2, 3),),
-    planned_once=((4, 3),),
+    planned=((2, 4),),
+    planned_in_part=((4, 4),),
     probe=1 << 20,
 )
