@@ -25,7 +25,6 @@ from dcpstore.encoding.dtypes import as_bytes
 from dcpstore.encoding.values import EncodedValue, PlannerBytes, encode_value
 from dcpstore.errors import InvalidInputError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
-from dcpstore.geometry.grids import Grid
 from dcpstore.planning.boxed import BoxResolver
 from dcpstore.planning.checks import item_box
 from dcpstore.planning.save_planner import DefaultSavePlanner
@@ -33,7 +32,7 @@ from dcpstore.reading.comparing import Held
 from dcpstore.records import ChunkDefaults, EntryRecord
 from dcpstore.saving.layouts import Layout, blob_layout, planned_chunks
 
-__all__ = ["Digested", "RankData", "RawChunk"]
+__all__ = ["Digested", "RankData", "RawChunk", "in_batches", "total_nbytes"]
 
 _ARCHIVE = b"PK\x03\x04"  # how torch.save's bytes begin
 _PLAIN_RESOLVERS = (
@@ -41,34 +40,28 @@ _PLAIN_RESOLVERS = (
     DefaultSavePlanner.resolve_data,
 )
 
+_BATCH = 8 << 20  # raw bytes that one task of a thread takes on: a chunk, or many small ones
+
 Array = npt.NDArray[np.generic]
+Bytes = npt.NDArray[np.uint8]
 Source = Callable[[Box], Array]  # of the elements of any box inside a planned one
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RawChunk:
-    """A chunk before it is encoded; `source` gives its elements."""
+    """A chunk before it is encoded; `nbytes` are its raw ones inside its part, without padding.
 
-    source: Source
-    grid: Grid
-    ordinal: int
+    `held` are the raw bytes, where memory has them in one run, or else what makes them.
+    """
+
     codec: str
     itemsize: int
+    nbytes: int
+    held: Bytes | Callable[[], Bytes]
 
-    @property
-    def nbytes(self) -> int:
-        """Raw bytes inside the part, without padding."""
-        return self.grid.cell(self.ordinal).volume * self.itemsize
-
-    def raw(self) -> npt.NDArray[np.uint8]:
+    def raw(self) -> Bytes:
         """Return the raw bytes; past its part a cell is padded with zeros, as in Zarr."""
-        cell = self.grid.cell(self.ordinal)
-        piece = self.source(cell)
-        if cell.sizes != self.grid.chunk_shape:
-            padded = np.zeros(self.grid.chunk_shape, piece.dtype)
-            padded[tuple(map(slice, cell.sizes))] = piece
-            piece = padded
-        return np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+        return self.held if isinstance(self.held, np.ndarray) else self.held()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +89,8 @@ class RankData:
         allow_pickle: bool,
     ) -> None:
         self._planner = planner
+        # asked once: such a check looks at every attribute
+        self._resolver = planner if isinstance(planner, BoxResolver) else None
         self._values: dict[str, EncodedValue] = {}
         self._boxes: dict[str, list[tuple[Box, Source]]] = {}
         self.chunks: list[RawChunk] = []
@@ -105,24 +100,24 @@ class RankData:
                 self._values[fqn] = self._encoded(item, allow_pickle=allow_pickle)
             else:
                 box = item_box(item)
-                source = self._source(item, box)
+                array = self._array(item, box)
+                source = self._source(item, box) if array is None else partial(_part, array, box)
                 self._boxes.setdefault(fqn, []).append((box, source))
-                self.chunks += _cut(layouts[fqn], box, source)
+                self.chunks += _cut(layouts[fqn], box, source, array)
         for _, value in sorted(self._values.items()):
             if value.data is not None:
                 layout = blob_layout(len(value.data), chunk)
                 array = np.frombuffer(value.data, np.uint8)
                 whole = Box.whole(layout.shape)
-                self.chunks += _cut(layout, whole, partial(_part, array, whole))
+                self.chunks += _cut(layout, whole, partial(_part, array, whole), array)
 
     def digest(self, pool: Executor, advance: Callable[[int], None]) -> Digested:
         """Return the digests of all chunks, and the values; `advance` hears of bytes done."""
         digests = []
-        for chunk, digest in zip(
-            self.chunks, pool.map(lambda c: chunk_digest(c.raw()), self.chunks), strict=True
-        ):
+        batches = list(in_batches(self.chunks))
+        for batch, digest in zip(batches, pool.map(_digest_all, batches), strict=True):
             digests.append(digest)
-            advance(chunk.nbytes)
+            advance(total_nbytes(batch))
         return Digested(
             digests=b"".join(digests),
             values={f: v.text for f, v in self._values.items() if v.data is None},
@@ -137,20 +132,24 @@ class RankData:
             for box, source in self._boxes.get(entry.fqn, ())
         ]
 
+    def _array(self, item: WriteItem, box: Box) -> Array | None:
+        """Return the elements of an item where they lie in host memory; None where they do not."""
+        if self._resolver is not None:
+            return None
+        tensor = self._tensor(item, box)
+        return as_bytes(tensor) if tensor.device.type == "cpu" else None
+
     def _source(self, item: WriteItem, box: Box) -> Source:
-        if isinstance(self._planner, BoxResolver):
-            return partial(self._resolved_box, self._planner, item)
-        tensor = self._tensor(item)
-        if tensor.device.type == "cpu":
-            return partial(_part, as_bytes(tensor), box)
+        if self._resolver is not None:
+            return partial(self._resolved_box, self._resolver, item)
         # device memory is fetched twice rather than held in host memory all at once
-        return lambda part: as_bytes(self._tensor(item)[part.relative_to(box).slices].cpu())
+        return lambda part: as_bytes(self._tensor(item, box)[part.relative_to(box).slices].cpu())
 
     def _resolved_box(self, planner: BoxResolver, item: WriteItem, part: Box) -> Array:
         return as_bytes(_checked(item, planner.resolve_box(item, part), part.sizes))
 
-    def _tensor(self, item: WriteItem) -> torch.Tensor:
-        return _checked(item, self._planner.resolve_data(item), item_box(item).sizes)
+    def _tensor(self, item: WriteItem, box: Box) -> torch.Tensor:
+        return _checked(item, self._planner.resolve_data(item), box.sizes)
 
     def _encoded(self, item: WriteItem, *, allow_pickle: bool) -> EncodedValue:
         planner = self._planner
@@ -221,9 +220,54 @@ def _part(array: Array, box: Box, part: Box) -> Array:
     return array[part.relative_to(box).slices]
 
 
-def _cut(layout: Layout, box: Box, source: Source) -> Iterator[RawChunk]:
+def _cut(layout: Layout, box: Box, source: Source, array: Array | None) -> Iterator[RawChunk]:
+    """Yield the chunks of a box; `array` has its elements, where they lie in host memory."""
+    codec, itemsize = layout.codec, layout.itemsize
+    if array is not None and _is_one_cell(layout, box) and array.flags.c_contiguous:
+        yield RawChunk(codec, itemsize, array.nbytes, _as_run(array))
+        return
     for part, ordinal in planned_chunks(layout, box):
-        yield RawChunk(source, layout.grids[part], ordinal, layout.codec, layout.itemsize)
+        grid = layout.grids[part]
+        cell = grid.cell(ordinal)
+        held: Bytes | Callable[[], Bytes] = partial(_made, source, cell, grid.chunk_shape)
+        if array is not None and cell.sizes == grid.chunk_shape:
+            piece = _part(array, box, cell)
+            if piece.flags.c_contiguous:
+                held = _as_run(piece)
+        yield RawChunk(codec, itemsize, cell.volume * itemsize, held)
+
+
+def _is_one_cell(layout: Layout, box: Box) -> bool:
+    """Tell whether a box is one chunk, unpadded; most tensors are small, and this is quick."""
+    grids = layout.grids
+    return len(grids) == 1 and grids[0].shape == grids[0].chunk_shape == box.sizes
+
+
+def _as_run(array: Array) -> Bytes:
+    return array.reshape(-1).view(np.uint8)
+
+
+def _made(source: Source, cell: Box, chunk_shape: tuple[int, ...]) -> Bytes:
+    piece = source(cell)
+    if cell.sizes != chunk_shape:
+        padded = np.zeros(chunk_shape, piece.dtype)
+        padded[tuple(map(slice, cell.sizes))] = piece
+        piece = padded
+    return _as_run(np.ascontiguousarray(piece))
+
+
+def _digest_all(chunks: Sequence[RawChunk]) -> bytes:
+    return b"".join([chunk_digest(chunk.raw().data) for chunk in chunks])
+
+
+def in_batches(chunks: Sequence[RawChunk]) -> Iterator[Sequence[RawChunk]]:
+    """Yield all chunks in their order, in runs that are worth a task each."""
+    first = nbytes = 0
+    for i, chunk in enumerate(chunks):
+        nbytes += chunk.nbytes
+        if nbytes >= _BATCH or i + 1 == len(chunks):
+            yield chunks[first : i + 1]
+            first, nbytes = i + 1, 0
 
 
 def total_nbytes(chunks: Sequence[RawChunk]) -> int:

@@ -14,13 +14,13 @@ from typing_extensions import Buffer
 
 from dcpstore.encoding.codecs import encode
 from dcpstore.records import ChunkPlace, PackRecord
-from dcpstore.saving.chunking import RawChunk
+from dcpstore.saving.chunking import RawChunk, in_batches, total_nbytes
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackWriter
 
 __all__ = ["Written", "write_chunks"]
 
-_AHEAD = 4  # encoded chunks that may wait for the disk; bounds memory to so many chunks
+_AHEAD = 4  # encoded batches that may wait for the disk, which bounds their memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +46,24 @@ def write_chunks(
         DcpstoreError: the storage refuses; what was written of it is discarded.
     """
     writer = PackWriter(storage, uid, rank)
-    places = []
+    places: list[ChunkPlace] = []
     try:
-        for chunk, encoded in _encoded(chunks, pool):
-            places.append(writer.append(encoded))
-            advance(chunk.nbytes)
+        for batch, encoded in _encoded(chunks, pool):
+            places += map(writer.append, encoded)
+            advance(total_nbytes(batch))
         return Written(places, writer.finish())
     except BaseException:
         writer.discard()
         raise
 
 
-def _encoded(chunks: Sequence[RawChunk], pool: Executor) -> Iterator[tuple[RawChunk, Buffer]]:
-    """Yield each chunk with its encoded bytes, in order, a few ahead of the writer."""
-    waiting: deque[tuple[RawChunk, Future[Buffer]]] = deque()
-    for chunk in chunks:
-        waiting.append((chunk, pool.submit(_encode, chunk)))
+def _encoded(
+    chunks: Sequence[RawChunk], pool: Executor
+) -> Iterator[tuple[Sequence[RawChunk], list[Buffer]]]:
+    """Yield batches of chunks with their encoded bytes, in order, a few ahead of the writer."""
+    waiting: deque[tuple[Sequence[RawChunk], Future[list[Buffer]]]] = deque()
+    for batch in in_batches(chunks):
+        waiting.append((batch, pool.submit(_encode_all, batch)))
         if len(waiting) > _AHEAD:
             first, future = waiting.popleft()
             yield first, future.result()
@@ -69,5 +71,5 @@ def _encoded(chunks: Sequence[RawChunk], pool: Executor) -> Iterator[tuple[RawCh
         yield first, future.result()
 
 
-def _encode(chunk: RawChunk) -> Buffer:
-    return encode(chunk.codec, chunk.raw().data, chunk.itemsize)
+def _encode_all(chunks: Sequence[RawChunk]) -> list[Buffer]:
+    return [encode(chunk.codec, chunk.raw().data, chunk.itemsize) for chunk in chunks]
