@@ -65,7 +65,9 @@ def check_name(name: str, *, kind: str) -> str:
     elif ".." in name or "//" in name or name.endswith(("/", ".")):
         wrong = "contains '..' or '//', or ends in '/' or '.'"
     if wrong:
-        raise InvalidInputError(f"{kind} name {name!r} {wrong}; choose a name such as 'best-lr3'.")
+        raise InvalidInputError(
+            f"{kind} name {_short(name)} {wrong}; choose a name such as 'best-lr3'."
+        )
     return name
 
 
@@ -75,18 +77,24 @@ def parse_ref(text: str | int) -> Ref:
     Raises:
         InvalidInputError: `text` is not a ref.
     """
+    if isinstance(text, int) and abs(text) > _MAX_NUMBER:  # str() of a very long one fails
+        raise InvalidInputError(f"no version has a number past {_MAX_NUMBER}; give one that has.")
     match = None if isinstance(text, bool) else _REF.fullmatch(str(text))
     if match is None:
         raise InvalidInputError(
-            f"{text!r} is not a ref; write a version (12 or v12), a tag, a branch, "
+            f"{_short(text)} is not a ref; write a version (12 or v12), a tag, a branch, "
             "'main~3', 'main@step=1000' or the first 6 or more digits of a uid."
         )
     could_be_uid = re.fullmatch(_UID, match["start"]) is not None
-    numbers = {key: int(match[key]) for key in ("number", "up", "step") if match[key] is not None}
-    if any(number > _MAX_NUMBER for number in numbers.values()):
+    digits = {key: match[key].lstrip("0") for key in ("number", "up", "step") if match[key]}
+    # Counted first: int() refuses thousands of digits with an error of its own.
+    if any(
+        len(one) > len(str(_MAX_NUMBER)) or int(one or 0) > _MAX_NUMBER for one in digits.values()
+    ):
         raise InvalidInputError(
-            f"{text!r} has a number past {_MAX_NUMBER}; no version is that far."
+            f"{_short(text)} has a number past {_MAX_NUMBER}; no version is that far."
         )
+    numbers = {key: int(one or 0) for key, one in digits.items()}
     if match["name"] is not None:
         check_name(match["name"], kind="ref")
     return Ref(
@@ -96,3 +104,9 @@ def parse_ref(text: str | int) -> Ref:
         up=numbers.get("up", 0),
         step=numbers.get("step"),
     )
+
+
+def _short(text: object) -> str:
+    """Return what was written, for a message, without the greater part of what is very long."""
+    shown = repr(text)
+    return shown if len(shown) <= _MAX_NAME + 100 else f"{shown[:_MAX_NAME]}…'"

@@ -273,7 +273,7 @@ def _write_refs(
         kind = state.kinds.get(name, "branch")
         found: str | None = uid
         while found is not None and (found in lost or found in state.expired):
-            found = state.facts[found]["parent"] if kind == "branch" else None
+            found = _parent(state, found) if kind == "branch" else None
         if found is None or found not in ids:
             dropped.append(name)
             continue
@@ -281,6 +281,15 @@ def _write_refs(
             dropped.append(name)
         connection.execute(insert(schema.ref).values(name=name, kind=kind, version=ids[found]))
     return dropped
+
+
+def _parent(state: _State, uid: str) -> str | None:
+    """Return the parent, an earlier version: a journal might say anything, and lead in a circle."""
+    fact = state.facts.get(uid)
+    parent = None if fact is None else state.facts.get(fact["parent"])
+    if fact is None or parent is None or parent["number"] >= fact["number"]:
+        return None
+    return str(parent["uid"])
 
 
 def _record_loss(connection: Connection, ids: list[int], numbers: list[int]) -> None:

@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from dcpstore.api import RepositoryLike
 from dcpstore.convert.dcp_metadata import read_description, stored_at
@@ -25,6 +24,7 @@ from dcpstore.convert.dcp_writing import ExportPlanner, write_folder
 from dcpstore.convert.exporting import Exported, ExportedVersion
 from dcpstore.convert.file_tensors import FileBox, FileTensor
 from dcpstore.convert.importing import Foreign, Naming, save_foreign
+from dcpstore.convert.sources import FileView
 from dcpstore.convert.targets import new_folder
 from dcpstore.convert.torch_archive import load_archive, locate_tensor, open_source
 from dcpstore.errors import CorruptionError
@@ -128,7 +128,7 @@ def _piece(folder: Path, described: Metadata, fqn: str, dtype: torch.dtype, box:
     path, offset, length = stored_at(folder, described, MetadataIndex(fqn, box.offsets))
     with open_source(path) as file:
         found = load_archive(
-            cast("IO[bytes]", _create_file_view(file, offset, length)),
+            cast("IO[bytes]", FileView(file, offset, length)),
             f"{fqn!r} at {offset} of {str(path)!r}",
             device="meta",
             allow_pickle=False,
@@ -154,7 +154,7 @@ def _value(folder: Path, described: Metadata, fqn: str, *, allow_pickle: bool) -
     path, offset, length = stored_at(folder, described, MetadataIndex(fqn))
     with open_source(path) as file:
         value: object = load_archive(
-            cast("IO[bytes]", _create_file_view(file, offset, length)),
+            cast("IO[bytes]", FileView(file, offset, length)),
             f"the value {fqn!r} at {offset} of {str(path)!r}",
             device="cpu",
             allow_pickle=allow_pickle,

@@ -18,7 +18,9 @@ from dcpstore.encoding.dtypes import as_bytes, dtype_name, numpy_dtype
 from dcpstore.errors import CorruptionError
 from dcpstore.geometry.boxes import Box, find_overlap
 
-__all__ = ["FileBox", "FileTensor", "row_major"]
+__all__ = ["MOST_DIMS", "FileBox", "FileTensor", "row_major"]
+
+MOST_DIMS = 64  # numpy's limit
 
 
 @dataclass(frozen=True, slots=True)

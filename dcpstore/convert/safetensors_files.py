@@ -24,6 +24,7 @@ from dcpstore.convert.safetensors_header import (
 )
 from dcpstore.convert.safetensors_notes import aliases, notes, paths_of, plain_text, values_of
 from dcpstore.convert.safetensors_shards import parse_size, shard_names, shards_of
+from dcpstore.convert.sources import inside
 from dcpstore.convert.targets import new_file, new_folder
 from dcpstore.convert.ties import find_ties
 from dcpstore.errors import CorruptionError, InvalidInputError, NotFoundError, UnsafeDataError
@@ -217,7 +218,7 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         if (path / INDEX).is_file():
             return _indexed(path / INDEX)
-        found = sorted(path.glob("*.safetensors"))
+        found = [inside(path, file.name) for file in sorted(path.glob("*.safetensors"))]
         if not found:
             raise NotFoundError(f"the folder {str(path)!r} holds no safetensors file.")
         return found
@@ -239,28 +240,24 @@ def _indexed(index: Path) -> list[Path]:
         wanted: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
         names = sorted(set(wanted.values()))
         folder = index.parent
-        outside = [n for n in names if not (folder / n).resolve().is_relative_to(folder.resolve())]
+        found = [inside(folder, name) for name in names]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptionError(
             f"{str(index)!r} is no index of safetensors files ({type(error).__name__}: {error}); "
             "copy it again from its source."
         ) from error
-    if outside:
-        raise UnsafeDataError(
-            f"{str(index)!r} names {outside[0]!r}, outside of its folder; do not trust it."
-        )
-    for name in names:
-        if not (folder / name).is_file():
+    for name, file in zip(names, found, strict=True):
+        if not file.is_file():
             raise CorruptionError(
                 f"{str(index)!r} names {name!r}, which is missing; copy the files again."
             )
-        held = set(read_header(folder / name).tensors)
-        said = {fqn for fqn, file in wanted.items() if file == name}
+        held = set(read_header(file).tensors)
+        said = {fqn for fqn, holder in wanted.items() if holder == name}
         if held != said:
             raise CorruptionError(
                 f"{str(index)!r} and {name!r} differ in {sorted(held ^ said)[:5]}; copy both again."
             )
-    return [folder / name for name in names]
+    return found
 
 
 def _refuse_pieces(file: Path, header: Header) -> None:
@@ -268,7 +265,7 @@ def _refuse_pieces(file: Path, header: Header) -> None:
     try:
         told = json.loads(header.notes.get(_SHARDING, "{}"))
         pieces = [fqn for fqn, info in told.items() if any(info["saved_offsets"])]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptionError(
             f"{str(file)!r} has a {_SHARDING} that is not torch's ({error}); copy it again."
         ) from error

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from dcpstore.convert.file_tensors import MOST_DIMS
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError
 
 __all__ = [
@@ -144,7 +145,11 @@ def _placed(
 ) -> tuple[tuple[torch.dtype, tuple[int, ...]], tuple[int, int]]:
     """Return a tensor's dtype, shape and place in the data."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        _refuse(path, f"tensor {name!r} is described as {str(entry)[:80]}")
+        _refuse(path, f"tensor {name!r} is described as {type(entry).__name__} {str(entry)[:80]}")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        _refuse(path, f"the name {name!r} is no text")
     shape, place = entry["shape"], entry["data_offsets"]
     if not _naturals(shape) or not _naturals(place) or len(place) != 2:
         _refuse(path, f"tensor {name!r} has shape {str(shape)[:80]} at {str(place)[:80]}")
@@ -160,15 +165,21 @@ def _placed(
 
 
 def _naturals(value: object) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+    """Tell whether a value is offsets or a shape; its bytes, zeros aside, fit in 63 bits."""
+    return (
+        isinstance(value, list)
+        and len(value) <= MOST_DIMS
+        and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+        and math.prod(n or 1 for n in value) < 1 << 63
+    )
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice")
+    found: dict[str, Any] = {}
+    for name, item in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} is there twice")
+        found[name] = item
     return found
 
 

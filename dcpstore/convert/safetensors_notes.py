@@ -20,6 +20,7 @@ from dcpstore.records import ObjectPath
 __all__ = ["aliases", "notes", "paths_of", "plain_text", "values_of"]
 
 _VALUES, _PATHS = "dcpstore.values", "dcpstore.paths"
+_DEEPEST = 100  # as values: what is deeper no export nests again
 
 
 def notes(
@@ -67,10 +68,7 @@ def values_of(file: Path, header: Header) -> dict[str, object]:
         raise CorruptionError(
             f"{str(file)!r} has a note {_VALUES!r} that is no object; copy it again."
         )
-    return {
-        fqn: decode_value(json.dumps(node, ensure_ascii=False), allow_pickle=False)
-        for fqn, node in found.items()
-    }
+    return {fqn: _decoded(file, node) for fqn, node in found.items()}
 
 
 def paths_of(header: Header) -> dict[str, ObjectPath]:
@@ -82,10 +80,20 @@ def paths_of(header: Header) -> dict[str, ObjectPath]:
         fqn: tuple(path)
         for fqn, path in found.items()
         if isinstance(path, list)
-        and path
+        and 0 < len(path) <= _DEEPEST
         and isinstance(path[0], str)
         and all(isinstance(part, str) or type(part) is int for part in path)
     }
+
+
+def _decoded(file: Path, node: object) -> object:
+    try:
+        text = json.dumps(node, ensure_ascii=False)
+    except RecursionError as error:  # which parsed, from a place less deep
+        raise CorruptionError(
+            f"{str(file)!r} has a value nested too deep; copy it again."
+        ) from error
+    return decode_value(text, allow_pickle=False)
 
 
 def _parsed(header: Header, name: str) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +19,6 @@ from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, U
 from dcpstore.geometry.boxes import Box
 
 __all__ = [
-    "check_stored",
     "is_archive",
     "load_archive",
     "locate_tensor",
@@ -45,6 +45,7 @@ def load_archive(file: IO[bytes], name: str, *, device: str, allow_pickle: bool)
     """
     if not is_archive(file):
         raise _damaged(name, ValueError("it does not begin as one"))
+    _check_records(file, name)
     try:
         return torch.load(file, map_location=device, weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
@@ -114,26 +115,32 @@ def whole_tensor(tensor: torch.Tensor, path: Path, *, fqn: str) -> FileTensor:
     return FileTensor(tensor.dtype, tuple(tensor.shape), (locate_tensor(tensor, path, fqn=fqn),))
 
 
-def check_stored(path: Path) -> None:
+def _check_records(file: IO[bytes], name: str) -> None:
     """Check that an archive's records lie in the file as they are, each once.
+
+    Before torch looks, for it inflates compressed records to whatever size they have.
 
     Raises:
         CorruptionError: it is truncated, or no archive.
         InvalidInputError: records are compressed, which torch.save never does.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise _damaged(repr(str(path)), error) from error
-    names = [record.filename for record in records]
-    if len(set(names)) < len(names):
-        raise _damaged(repr(str(path)), ValueError("two records have the same name"))
+    # What zipfile raises for headers that are none.
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, struct.error) as error:
+        raise _damaged(name, error) from error
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if len({record.filename for record in records}) < len(records):
+        raise _damaged(name, ValueError("two records have the same name"))
+    if any(record.header_offset + record.file_size > size for record in records):
+        raise _damaged(name, ValueError("a record reaches past the end"))
     packed = [r.filename for r in records if r.compress_type != zipfile.ZIP_STORED]
     if packed:
         raise InvalidInputError(
-            f"{str(path)!r} holds compressed records ({packed[0]!r}), which torch.save never "
-            "writes; save it again with torch.save."
+            f"{name} holds compressed records ({packed[0]!r}), which torch.save never writes; save "
+            "it again with torch.save."
         )
 
 

@@ -20,7 +20,6 @@ from dcpstore.convert.nesting import nested_state
 from dcpstore.convert.targets import new_file
 from dcpstore.convert.ties import find_ties
 from dcpstore.convert.torch_archive import (
-    check_stored,
     is_archive,
     load_archive,
     open_source,
@@ -147,7 +146,6 @@ def _loaded(path: Path, *, device: str, allow_pickle: bool) -> Mapping[str, Any]
                 "torch.load reads it, save it again with torch.save, and import that."
             )
         found = load_archive(file, repr(str(path)), device=device, allow_pickle=allow_pickle)
-    check_stored(path)
     if not isinstance(found, Mapping):
         raise InvalidInputError(
             f"{str(path)!r} holds a {type(found).__name__}; save a dict, such as a state_dict()."

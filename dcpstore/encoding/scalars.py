@@ -142,7 +142,8 @@ def _decode_numpy(payload: Any) -> np.generic:
         value = decode_scalar(tag, inner)
     if not isinstance(value, bool | int | float | complex):
         raise TypeError(f"no number {value!r}")
-    number: np.generic = dtype.type(value)
+    with np.errstate(over="raise"):  # no number that was encoded is past its own dtype
+        number: np.generic = dtype.type(value)
     return number
 
 

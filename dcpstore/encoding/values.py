@@ -25,10 +25,19 @@ _LONGEST = 64 * 1024  # bytes of typed JSON that a catalog keeps as text
 _DEEPEST = 100  # containers one in another
 _JSON_BLOB, _PICKLE_BLOB = '{"$blob":"json"}', '{"$blob":"pickle"}'
 
+
+def _size(items: Iterable[Any]) -> torch.Size:
+    """Return a Size; torch itself makes one of any integers, and then cannot show it."""
+    found = torch.Size(items)
+    if any(not -(2**63) <= n < 2**63 for n in found):
+        raise ValueError("a size past 64 bits")
+    return found
+
+
 # Containers of items and of pairs; a plain list, and a dict whose keys are plain text, need no tag.
 _ITEMS: dict[str, Callable[[Iterable[Any]], object]] = {
     "$tuple": tuple,
-    "$size": torch.Size,
+    "$size": _size,
     "$set": set,
     "$frozenset": frozenset,
 }

@@ -14,16 +14,15 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
+from typing import Any, get_args
 
 from blake3 import blake3
 
 from dcpstore.errors import CorruptionError, SchemaError
-from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.grids import Grid
 from dcpstore.records import (
     ChunkPlace,
+    EntryKind,
     NewChunk,
     NewEntry,
     NewTensor,
@@ -33,6 +32,8 @@ from dcpstore.records import (
     VersionContent,
     VersionDraft,
 )
+from dcpstore.refs import check_name
+from dcpstore.storage import fields
 
 __all__ = ["Manifest", "decode_manifest", "encode_manifest", "manifest_key"]
 
@@ -40,7 +41,7 @@ _FORMAT = 1
 _HEAD = '{{"version": 1, "digest": "{}", '
 _HEAD_PATTERN = re.compile(rb'\{"version": 1, "digest": "([0-9a-f]{64})", ')
 
-# JSON as read: what it holds is checked by use, so `Any`.
+# JSON as read: each field is checked as it is taken, so `Any`.
 Json = dict[str, Any]
 
 
@@ -111,13 +112,13 @@ def decode_manifest(data: bytes) -> Manifest:
     try:
         body = json.loads(b"{" + data[head.end() :])
         said = body["dcpstore"]
-        if said["format"] > _FORMAT:
+        if fields.natural(said["format"]) > _FORMAT:
             raise SchemaError(
                 f"a manifest has format {said['format']}, newer than {_FORMAT}; update dcpstore."
             )
         draft, content = _decode_version(said)
-        return Manifest(draft, content, str(body["templates"]["data"]))
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        return Manifest(draft, content, fields.text(body["templates"]["data"]))
+    except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise CorruptionError(
             f"a manifest does not hold what it must ({type(error).__name__}: {error}); restore it "
             "from a copy, or take the version from the catalog."
@@ -187,62 +188,108 @@ def _ordinals(parts: Sequence[Grid]) -> list[tuple[int, int]]:
 
 def _decode_version(said: Json) -> tuple[VersionDraft, VersionContent]:
     draft = VersionDraft(
-        uid=said["uid"],
-        branch=said["branch"],
-        parent=said["parent"],
-        step=said["step"],
-        message=said["message"],
-        tags=tuple(said["tags"]),
-        metrics={name: float(value) for name, value in said["metrics"].items()},
-        labels=dict(said["labels"]),
-        author=said["author"],
-        host=said["host"],
-        ranks=said["ranks"],
+        uid=fields.uid(said["uid"]),
+        branch=check_name(said["branch"], kind="branch"),
+        parent=fields.optional(fields.natural)(said["parent"]),
+        step=fields.optional(fields.natural)(said["step"]),
+        message=fields.text(said["message"]),
+        tags=tuple(fields.items(said["tags"], lambda tag: check_name(tag, kind="tag"))),
+        metrics=fields.mapping(said["metrics"], fields.number),
+        labels=fields.mapping(said["labels"], fields.text),
+        author=fields.text(said["author"]),
+        host=fields.text(said["host"]),
+        ranks=fields.natural(said["ranks"]),
     )
+    packs = fields.items(said["packs"], _pack_or_none)
     plan = said["plan"]
     content = VersionContent(
-        entries=[
-            NewEntry(fqn, tuple(path), kind, digest, value)
-            for fqn, path, kind, digest, value in said["entries"]
+        entries=fields.items(said["entries"], _decode_entry),
+        tensors=fields.items(said["tensors"], lambda tensor: _decode_tensor(tensor, packs)),
+        packs=[
+            PackRecord(*fields.entries(one, fields.pack, fields.natural))
+            for one in fields.items(said["written"], list)
         ],
-        tensors=[_decode_tensor(tensor, said["packs"]) for tensor in said["tensors"]],
-        packs=[PackRecord(key, nbytes) for key, nbytes in said["written"]],
         plan=PlanRecord(
-            plan["digest"],
-            plan["ranks"],
-            [
-                ShardRecord(fqn, rank, Box(tuple(offsets), tuple(sizes)))
-                for fqn, rank, offsets, sizes in plan["shards"]
-            ],
+            fields.text(plan["digest"]),
+            fields.natural(plan["ranks"]),
+            fields.items(plan["shards"], _decode_shard),
         ),
-        nbytes=said["nbytes"],
-        nbytes_written=said["nbytes_written"],
-        nbytes_reused=said["nbytes_reused"],
-        seconds=dict(said["seconds"]),
-        created_at=datetime.fromisoformat(said["created_at"]),
-        aliases=dict(said["aliases"]),
-        planner_data=said["planner_data"],
+        nbytes=fields.natural(said["nbytes"]),
+        nbytes_written=fields.natural(said["nbytes_written"]),
+        nbytes_reused=fields.natural(said["nbytes_reused"]),
+        seconds=fields.mapping(said["seconds"], fields.number),
+        created_at=fields.time(said["created_at"]),
+        aliases=fields.mapping(said["aliases"], fields.text),
+        planner_data=fields.optional(fields.text)(said["planner_data"]),
     )
+    _check_names(content)
     return draft, content
 
 
+def _check_names(content: VersionContent) -> None:
+    """Check that FQNs and tensors are there once, and every tensor that is named."""
+    fqns = {entry.fqn for entry in content.entries}
+    digests = {tensor.digest for tensor in content.tensors}
+    if len(fqns) < len(content.entries) or len(digests) < len(content.tensors):
+        raise ValueError("an FQN or a tensor is there twice")
+    named = {e.tensor_digest for e in content.entries if e.tensor_digest is not None}
+    if lacking := (named | set(content.aliases.values())) - digests:
+        raise ValueError(f"no tensor {min(lacking)} is described")
+
+
+def _pack_or_none(found: object) -> str:
+    """Return the key of a pack; a tensor without elements may name none."""
+    return "" if found == "" else fields.pack(found)
+
+
+def _decode_entry(said: Sequence[Any]) -> NewEntry:
+    optional_text = fields.optional(fields.text)
+    fqn, path, kind, digest, value = fields.entries(
+        said, fields.text, _decode_path, fields.text, optional_text, optional_text
+    )
+    if (kind == "value") == (digest is not None) or (kind == "value" and value is None):
+        raise ValueError(f"{fqn!r} is a {kind!r} of tensor {digest!r} and value {value!r}")
+    if kind not in get_args(EntryKind):
+        raise ValueError(f"{fqn!r} is a {kind!r}")
+    return NewEntry(fqn, path, kind, digest, value)
+
+
+def _decode_path(said: object) -> tuple[str | int, ...]:
+    if not isinstance(said, list) or not all(isinstance(p, str) or type(p) is int for p in said):
+        raise TypeError(f"{type(said).__name__} is no path")
+    return tuple(said)
+
+
+def _decode_shard(said: Sequence[Any]) -> ShardRecord:
+    fqn, rank, offsets, sizes = said
+    return ShardRecord(fields.text(fqn), fields.natural(rank), fields.box(offsets, sizes))
+
+
 def _decode_tensor(said: Json, packs: Sequence[str]) -> NewTensor:
-    parts = tuple(Grid(*(tuple(numbers) for numbers in part)) for part in said["parts"])
+    shape = fields.naturals(said["shape"])
+    parts = tuple(fields.items(said["parts"], lambda part: fields.grid(part, shape)))
     count = sum(math.prod(part.counts) for part in parts)
     if count != len(said["chunks"]):
         raise ValueError(f"{len(said['chunks'])} chunks for {count} cells of {said['digest']}")
     chunks = [
-        NewChunk(part, ordinal, bytes.fromhex(digest), packs[pack], offset, length)
+        NewChunk(
+            part,
+            ordinal,
+            bytes.fromhex(digest),
+            packs[fields.natural(pack)],
+            fields.natural(offset),
+            fields.natural(length),
+        )
         for (part, ordinal), (digest, pack, offset, length) in zip(
             _ordinals(parts), said["chunks"], strict=True
         )
     ]
     return NewTensor(
-        said["digest"],
-        said["dtype"],
-        tuple(said["shape"]),
-        said["codec"],
-        said["nbytes"],
+        fields.text(said["digest"]),
+        fields.text(said["dtype"]),
+        shape,
+        fields.text(said["codec"]),
+        fields.natural(said["nbytes"]),
         parts,
         chunks,
     )

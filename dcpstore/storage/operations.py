@@ -1,7 +1,7 @@
 """The journal in the data folder: one object for each operation, "operations/<number>.json".
 
 A digest over the rest comes first, as in a manifest, so that a rebuild believes nothing damaged.
-What an operation says is the catalog's affair; here it is JSON.
+What an operation means is the catalog's affair; here each of its fields is of the right kind.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from typing import Any
 from blake3 import blake3
 
 from dcpstore.errors import CorruptionError, SchemaError
+from dcpstore.refs import check_name
+from dcpstore.storage import fields
 
 __all__ = ["decode_operation", "encode_operation", "operation_key", "operation_number"]
 
 _FORMAT = 1
 _HEAD = '{{"format": 1, "digest": "{}", '
-_HEAD_PATTERN = re.compile(rb'\{"format": ([0-9]+), "digest": "([0-9a-f]{64})", ')
-_KEY_PATTERN = re.compile(r"operations/([0-9]{12,})\.json")
+_HEAD_PATTERN = re.compile(rb'\{"format": ([0-9]{1,9}), "digest": "([0-9a-f]{64})", ')
+_KEY_PATTERN = re.compile(r"operations/([0-9]{12,18})\.json")
+_WITHOUT_REF = ("expire", "gc")  # their target, if any, is no name
 
-# JSON as read: what it holds is checked by use, so `Any`.
+# JSON: of any kind until `_check` has seen it, hence `Any`.
 Json = dict[str, Any]
 
 
@@ -60,5 +63,69 @@ def decode_operation(data: bytes) -> Json:
     body = b"{" + data[head.end() :]
     if blake3(body).hexdigest() != head[2].decode():
         raise CorruptionError("its digest is not that of its text")
-    said: Json = json.loads(body)
+    try:
+        said: Json = json.loads(body)
+        _check(said)
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        raise CorruptionError(
+            f"it does not say what an operation must ({type(error).__name__}: {error})"
+        ) from error
     return said
+
+
+def _check(said: Json) -> None:
+    """Check every field that a rebuild uses."""
+    fields.natural(said["operation"])
+    kind, target = fields.text(said["kind"]), fields.text(said["target"])
+    if target and kind not in _WITHOUT_REF:
+        check_name(target, kind="ref")
+    for end in ("old", "new"):
+        fields.optional(lambda version: fields.uid(version["uid"]))(said[end])
+    fields.text(said["author"])
+    fields.time(said["created_at"])
+    detail = {} if said["detail"] is None else said["detail"]
+    _check_detail(kind, detail)
+    if "version" in said:
+        _check_version(said["version"])
+    if "repository" in said:
+        about = said["repository"]
+        fields.uid(about["uid"])
+        fields.natural(about["format_version"])
+        fields.natural(about["chunk_nbytes"])
+        fields.text(about["chunk_codec"])
+        fields.time(about["created_at"])
+
+
+def _check_detail(kind: str, detail: Json) -> None:
+    fields.mapping(detail, lambda found: found)
+    if kind == "expire":
+        fields.items(detail["versions"], fields.uid)
+    if kind == "undo":
+        fields.natural(detail["undoes"])
+    removed = fields.mapping(detail.get("removed", {}), lambda n: fields.items(n, fields.text))
+    if not removed.keys() <= {"metrics", "labels"}:
+        raise ValueError("metrics and labels can be removed, and nothing else")
+    for added in fields.items(detail.get("added", []), lambda found: found):
+        if kind == "gc":
+            fields.entries(added, fields.pack, fields.natural, fields.uid)
+        else:
+            fields.text(added)
+    for what in ("condemned", "deleted") if kind == "gc" else ():
+        fields.items(detail.get(what, []), fields.pack)
+
+
+def _check_version(fact: Json) -> None:
+    fields.uid(fact["uid"])
+    fields.optional(fields.uid)(fact["parent"])
+    check_name(fact["branch"], kind="branch")
+    fields.optional(fields.natural)(fact["step"])
+    for name in ("message", "author", "host"):
+        fields.text(fact[name])
+    for name in ("number", "ranks", "nbytes", "nbytes_written", "nbytes_reused"):
+        fields.natural(fact[name])
+    for name in ("started_at", "created_at"):
+        fields.time(fact[name])
+    fields.mapping(fact["labels"], fields.text)
+    fields.mapping(fact["metrics"], fields.number)
+    fields.mapping(fact["seconds"], fields.number)
+    fields.items(fact["packs"], lambda pack: fields.entries(pack, fields.pack, fields.natural))

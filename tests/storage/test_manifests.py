@@ -49,7 +49,7 @@ DRAFT = VersionDraft(
     uid="ab12",
     branch="main",
     step=1000,
-    message='nach dem "Aufwärmen"\n\0',
+    message='nach dem "Aufwärmen"\n\x1b',
     tags=("best",),
     metrics={"val_loss": 2.31, "lr": 0.1 + 0.2, "nan": math.inf},
     labels={"lr": "3e-4"},
@@ -60,7 +60,7 @@ DRAFT = VersionDraft(
 )
 CONTENT = VersionContent(
     entries=[
-        NewEntry("model.a\ud800", ("model", "a\ud800"), "tensor", "aa"),
+        NewEntry("model.ä", ("model", "a\ud800"), "tensor", "aa"),
         NewEntry("model.tied", ("model", 0), "tensor", "aa"),
         NewEntry("optim.step", ("optim", "step"), "tensor", "bb"),
         NewEntry("empty", ("empty",), "tensor", "cc"),
@@ -171,7 +171,7 @@ def test_a_whole_file_with_wrong_content_is_corruption(member: str, value: objec
 
 def test_grids_without_end_are_not_counted_through() -> None:
     body = unsigned()
-    body["dcpstore"]["tensors"][0]["parts"] = [[[0], [10**18], [1]]]
+    body["dcpstore"]["tensors"][0] |= {"shape": [10**18], "parts": [[[0], [10**18], [1]]]}
     with pytest.raises(CorruptionError, match="4 chunks for 1000000000000000000 cells"):
         decode_manifest(signed(body))
     body["dcpstore"]["tensors"][0]["parts"] = [[[0], [1], [0]]]
