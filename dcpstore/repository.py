@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dcpstore.catalog import Catalog
-from dcpstore.errors import InvalidInputError, NotFoundError
+from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from dcpstore.history.recorded import Recorded
 from dcpstore.journal import journaled
 from dcpstore.places import absolute_data, locate
@@ -27,6 +27,7 @@ from dcpstore.records import (
     Row,
     Version,
 )
+from dcpstore.storage.folder import LocalFolder
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackReader
 from dcpstore.storage.urls import open_storage
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from dcpstore.saving.plans import PlanMemory
     from dcpstore.zarr_view.store import VersionStore
 
-__all__ = ["Repository", "open", "opened"]
+__all__ = ["Repository", "make", "open", "opened"]
 
 
 class Repository(Recorded, Upkept):
@@ -235,7 +236,48 @@ def open(
     except NotFoundError:
         if not create:
             raise
-        catalog = _make(url, folder, data_url, chunk)
+        try:
+            return make(target, data=data, chunk=chunk)
+        except AlreadyExistsError:  # another process was faster
+            catalog = Catalog.open(url, create=False, data_url=data_url)
+    return _with_storage(target, catalog, folder)
+
+
+def make(
+    target: str | os.PathLike[str],
+    *,
+    data: str | os.PathLike[str] | None,
+    chunk: ChunkDefaults | None,
+) -> Repository:
+    """Make a new repository; nothing is left of it where that fails.
+
+    Args:
+        target, data, chunk: as for `open`.
+
+    Raises:
+        AlreadyExistsError: there is one, perhaps of a process that was faster.
+        InvalidInputError: `data` is missing.
+        NotFoundError: no database server.
+        SchemaError: a database that is neither empty nor ours.
+    """
+    url, folder = locate(os.fspath(target))
+    data_url = None if data is None else absolute_data(os.fspath(data))
+    if folder is not None:
+        LocalFolder(folder, create=True)  # for the catalog itself
+        # relative to the catalog, so that the folder can move as a whole
+        data_url = data_url or "."
+    catalog = Catalog.make(
+        url,
+        data_url=data_url,
+        chunk=chunk,
+        make_data=lambda: open_storage(data_url or "", base=folder, create=True),
+    )
+    return _with_storage(target, catalog, folder)
+
+
+def _with_storage(
+    target: str | os.PathLike[str], catalog: Catalog, folder: Path | None
+) -> Repository:
     try:
         storage = open_storage(catalog.repository.data_url, base=folder)
     except BaseException:
@@ -257,13 +299,3 @@ def opened(repo: Repository | str | os.PathLike[str], *, create: bool) -> Iterat
     else:
         with open(repo, create=create) as made:
             yield made
-
-
-def _make(
-    url: str, folder: Path | None, data_url: str | None, chunk: ChunkDefaults | None
-) -> Catalog:
-    if data_url is None and folder is not None:
-        data_url = "."  # relative to the catalog, so that the folder can move as a whole
-    if data_url is not None:
-        open_storage(data_url, base=folder, create=True)
-    return Catalog.open(url, create=True, data_url=data_url, chunk=chunk)

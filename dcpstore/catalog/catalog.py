@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
 from dcpstore.catalog import journal, known, operations, queries, refs, saves, sql
 from dcpstore.catalog.engine import Database
 from dcpstore.catalog.history import History
-from dcpstore.catalog.lifecycle import open_repository, restore_repository, upgrade_schema
+from dcpstore.catalog.lifecycle import (
+    create_repository,
+    open_repository,
+    restore_repository,
+    upgrade_schema,
+)
 from dcpstore.catalog.rebuilding import Contents, Restored, restore
 from dcpstore.catalog.upkeep import Upkeep
+from dcpstore.errors import AlreadyExistsError, NotFoundError
 from dcpstore.records import (
     ChunkDefaults,
     ChunkPlace,
@@ -65,13 +71,55 @@ class Catalog:
             InvalidInputError: the URL cannot be meant, or `data_url` is missing or another.
             SchemaError: the database is not ours, older or newer; the message names the cure.
         """
+        if not create:
+            return cls._opened(url, lambda found: open_repository(found, data_url=data_url))
+        try:
+            return cls.open(url, create=False, data_url=data_url)
+        except NotFoundError:
+            pass
+        try:
+            return cls.make(url, data_url=data_url, chunk=chunk)
+        except AlreadyExistsError:  # another process was faster
+            return cls.open(url, create=False, data_url=data_url)
+
+    @classmethod
+    def make(
+        cls,
+        url: str,
+        *,
+        data_url: str | None,
+        chunk: ChunkDefaults | None = None,
+        make_data: Callable[[], object] = lambda: None,
+    ) -> Catalog:
+        """Make a catalog in the empty database at a URL.
+
+        Args:
+            url: as for `open`.
+            data_url: where packs and manifests lie.
+            chunk: how the repository cuts and encodes.
+            make_data: makes the place of the data; called just before the catalog is made.
+
+        Raises:
+            AlreadyExistsError: there is a catalog.
+            InvalidInputError: the URL cannot be meant, or `data_url` is missing.
+            NotFoundError: there is no way to the database.
+            SchemaError: the database is not empty.
+        """
+        return cls._opened(
+            url,
+            lambda empty: create_repository(
+                empty, data_url=data_url, chunk=chunk, make_data=make_data
+            ),
+        )
+
+    @classmethod
+    def _opened(cls, url: str, find: Callable[[Database], RepositoryRecord]) -> Catalog:
         database = Database(url)
         try:
-            repository = open_repository(database, create=create, data_url=data_url, chunk=chunk)
+            return cls(database, find(database))
         except BaseException:
             database.close()
             raise
-        return cls(database, repository)
 
     @staticmethod
     def upgrade(url: str) -> tuple[str, str]:
@@ -129,90 +177,81 @@ class Catalog:
 
     def begin(self, draft: VersionDraft) -> None:
         """Store a version as pending; raises now what its commit would raise for its names."""
-        with self._database.write() as connection:
-            saves.begin_save(connection, draft)
+        self._database.change_once(
+            lambda connection: saves.begin_save(connection, draft),
+            lambda connection: saves.find_begun(connection, draft.uid),
+        )
 
     def commit(self, uid: str, content: VersionContent) -> Version:
         """Make a pending version visible, whole, in this one transaction.
 
-        Its packs and manifest must be durable already (invariant 2).
+        Its packs and manifest must be durable already (invariant 2). Where the database's answer
+        is lost, it is asked whether the version is there.
         """
-        with self._database.write() as connection:
-            return saves.commit_save(connection, uid, content)
+        return self._database.change_once(
+            lambda connection: saves.commit_save(connection, uid, content),
+            lambda connection: saves.find_committed(connection, uid),
+        )
 
     def abort(self, uid: str, error: str) -> None:
         """Give up a pending version and keep the reason; a second time does nothing."""
-        with self._database.write() as connection:
-            saves.abort_save(connection, uid, error)
+        self._database.change_again(saves.abort_save, uid, error)
 
     def touch(self, uid: str) -> None:
         """Renew the lease of a pending version, by which gc tells a running save from a crash."""
-        with self._database.write() as connection:
-            saves.touch_save(connection, uid)
+        self._database.change_again(saves.touch_save, uid)
 
     def find_chunks(self, digests: Collection[bytes], codec: str) -> dict[bytes, ChunkPlace]:
         """Return where chunks with these digests lie in live packs, encoded with `codec`."""
-        with self._database.read() as connection:
-            return known.find_chunks(connection, digests, codec)
+        return self._database.ask(known.find_chunks, digests, codec)
 
     def find_tensors(self, digests: Collection[str]) -> dict[str, TensorRecord]:
         """Return what the repository holds of these contents, whole and in live packs."""
-        with self._database.read() as connection:
-            return known.find_tensors(connection, digests)
+        return self._database.ask(known.find_tensors, digests)
 
     # Refs
 
     def resolve(self, ref: str | int | None) -> Version:
         """Return the version that a ref means; None is the tip of `main`."""
-        with self._database.read() as connection:
-            return refs.resolve(connection, ref)
+        return self._database.ask(refs.resolve, ref)
 
     def tag(self, name: str, version: int, *, author: str) -> RefRecord:
         """Name a version for good."""
-        with self._database.write() as connection:
-            return refs.make_ref(connection, name, "tag", version=version, author=author)
+        return self._database.change(refs.make_ref, name, "tag", version=version, author=author)
 
     def branch(self, name: str, version: int, *, author: str) -> RefRecord:
         """Begin a branch at a version."""
-        with self._database.write() as connection:
-            return refs.make_ref(connection, name, "branch", version=version, author=author)
+        return self._database.change(refs.make_ref, name, "branch", version=version, author=author)
 
     def refs(self, kind: Literal["tag", "branch"] | None = None) -> list[RefRecord]:
         """Return the tags and branches, or one kind of them, sorted by name."""
-        with self._database.read() as connection:
-            return refs.list_refs(connection, kind)
+        return self._database.ask(refs.list_refs, kind)
 
     # Reading
 
     def log(self, start: int | None = None, *, limit: int | None = None) -> list[Version]:
         """Return versions, newest first: all, or `start` and its ancestors by parent."""
-        with self._database.read() as connection:
-            return queries.list_log(connection, start, limit=limit)
+        return self._database.ask(queries.list_log, start, limit=limit)
 
     def entries(self, version: int, fqns: Collection[str] | None = None) -> list[EntryRecord]:
         """Return the entries of a version, or those of `fqns`, sorted by FQN."""
-        with self._database.read() as connection:
-            return queries.load_entries(connection, version, fqns)
+        return self._database.ask(queries.load_entries, version, fqns)
 
     def chunks(self, wanted: Sequence[ChunkRange]) -> list[StoredChunk]:
         """Return the chunks of these ranges, each once, sorted by pack and offset."""
-        with self._database.read() as connection:
-            return queries.load_chunks(connection, wanted)
+        return self._database.ask(queries.load_chunks, wanted)
 
     def plan(self, version: int) -> PlanRecord:
         """Return the global plan by which a version was saved."""
-        with self._database.read() as connection:
-            return queries.load_plan(connection, version)
+        return self._database.ask(queries.load_plan, version)
 
     def planner_data(self, version: int) -> str | None:
         """Return what a custom planner kept with a version, as typed JSON."""
-        with self._database.read() as connection:
-            return queries.load_planner_data(connection, version)
+        return self._database.ask(queries.load_planner_data, version)
 
     def operations(self, *, limit: int | None = None) -> list[Operation]:
         """Return what was done to the repository, newest first."""
-        with self._database.read() as connection:
-            return operations.list_operations(connection, limit=limit)
+        return self._database.ask(operations.list_operations, limit=limit)
 
     def history(self) -> History:
         """Return the statements that diff, rollback and undo are made of."""
@@ -222,13 +261,11 @@ class Catalog:
 
     def unjournaled(self) -> list[dict[str, Any]]:
         """Return the oldest operations that the data folder may lack, as the journal says them."""
-        with self._database.read() as connection:
-            return journal.unjournaled(connection)
+        return self._database.ask(journal.unjournaled)
 
     def mark_journaled(self, number: int) -> None:
         """Note that all operations up to `number` are durable in the data folder."""
-        with self._database.write() as connection:
-            journal.mark_journaled(connection, number)
+        self._database.change_again(journal.mark_journaled, number)
 
     def upkeep(self) -> Upkeep:
         """Return the statements that expire, gc, verify and copy are made of."""

@@ -12,12 +12,13 @@ from dcpstore.catalog.contents import write_content, write_plan
 from dcpstore.catalog.lineage import is_ancestor, lineage_below
 from dcpstore.catalog.operations import Change, append_operations, take_operations, take_version
 from dcpstore.catalog.refs import find_refs
+from dcpstore.catalog.saves import find_committed
 from dcpstore.catalog.versions import id_of_number, load_versions
 from dcpstore.catalog.wanted import wanted_names
 from dcpstore.errors import ConflictError
 from dcpstore.records import Version, VersionContent, VersionDraft
 
-__all__ = ["advance_branch", "commit_copy", "known_uids"]
+__all__ = ["advance_branch", "commit_copy", "find_copied", "known_uids"]
 
 _version = schema.version
 
@@ -30,6 +31,13 @@ def known_uids(connection: Connection, uids: Iterable[str]) -> dict[str, tuple[i
         )
     )
     return {row.uid: (row.number, row.status) for row in rows}
+
+
+def find_copied(connection: Connection, uid: str, final: str) -> Version | None:
+    """Return the copy that `commit_copy` was to make of `uid`, once its transaction has ended."""
+    connection.execute(select(_version.c.id).where(_version.c.uid == uid).with_for_update())
+    known = connection.scalar(select(_version.c.id).where(_version.c.uid == final))
+    return None if known is None else find_committed(connection, final)
 
 
 def commit_copy(

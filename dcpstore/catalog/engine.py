@@ -1,35 +1,55 @@
 """The way to the database: one URL, one engine, and transactions that read or write.
 
-Keeps three promises: our settings touch our own engine only; a transaction that writes holds the
-write lock from its first statement on SQLite, so it can never fail for want of it half-way; and no
-error that leaves here carries a password.
+Keeps four promises: our settings touch our own engine only; a transaction that writes holds the
+write lock from its first statement on SQLite, so it can never fail for want of it half-way; a
+transaction is tried again only where that is safe; and no error that leaves here carries a password
+or is the database's own.
 """
 
 from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, NullPool, QueuePool, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
+from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from dcpstore.errors import (
-    ConflictError,
-    CorruptionError,
-    DcpstoreError,
-    InvalidInputError,
-    NotFoundError,
-    SchemaError,
+from dcpstore.catalog.faults import (
+    BUSY_SECONDS,
+    Patience,
+    UnknownOutcomeError,
+    is_lost,
+    is_passing,
+    translate,
 )
+from dcpstore.errors import DcpstoreError, InvalidInputError
 
 __all__ = ["Database", "sqlite_url"]
 
-_BUSY_SECONDS = 60.0  # longer than the commit of a very large version takes
 _WRITES = "dcpstore_writes"
+# For each transaction of Postgres that writes: wait for a lock as long as on SQLite, and let go of
+# the locks of a process that the network has cut off.
+_LIMITS = (
+    f"SELECT set_config('lock_timeout', '{BUSY_SECONDS * 1000:.0f}', true), "
+    "set_config('idle_in_transaction_session_timeout', '600000', true)"
+)
+# So that a server which is gone is noticed, where the URL says nothing else.
+_CONNECT = {
+    "connect_timeout": "10",
+    "keepalives_idle": "30",
+    "keepalives_interval": "10",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "60000",
+}
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def sqlite_url(path: str | os.PathLike[str]) -> str:
@@ -52,6 +72,7 @@ class Database:
         # Absolute from now on: the process may change its folder while connections come and go.
         self.file = Path(os.path.abspath(self._url.database or "")) if self.is_sqlite else None
         self.may_create_file = False
+        self._was_connected = False
         if self.is_sqlite:
             self._engine = create_engine(
                 "sqlite://",
@@ -77,24 +98,77 @@ class Database:
         """Close every connection; the next use connects again."""
         self._engine.dispose()
 
+    def ask(
+        self, call: Callable[Concatenate[Connection, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Return what `call` reads on a connection, which sees the database as of one moment.
+
+        It is tried again where the connection is lost or the database is busy.
+        """
+        return self._persist(
+            lambda connection: call(connection, *args, **kwargs),
+            writes=False,
+            if_unknown=lambda: None,
+        )
+
+    def change(
+        self, call: Callable[Concatenate[Connection, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Return what `call` returns, whose changes are one transaction.
+
+        It is tried again where the database is known to have taken it back, and `call` must do
+        nothing else.
+
+        Raises:
+            UnknownOutcomeError: the answer to the commit was lost.
+        """
+
+        def refuse() -> None:
+            raise UnknownOutcomeError
+
+        return self._persist(
+            lambda connection: call(connection, *args, **kwargs), writes=True, if_unknown=refuse
+        )
+
+    def change_again(
+        self, call: Callable[Concatenate[Connection, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """As `change`, for what changes nothing more when it is done twice: so it may be."""
+        return self._persist(
+            lambda connection: call(connection, *args, **kwargs),
+            writes=True,
+            if_unknown=lambda: None,
+        )
+
+    def change_once(
+        self, call: Callable[[Connection], T], find: Callable[[Connection], T | None]
+    ) -> T:
+        """As `change`, for what leaves a trace: where the answer is lost, `find` looks for it.
+
+        It must wait for the lost transaction, by a row that this had locked, and return None where
+        that came to nothing.
+        """
+
+        def look() -> tuple[T] | None:
+            found = self.change_again(find)
+            return None if found is None else (found,)
+
+        return self._persist(call, writes=True, if_unknown=look)
+
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """Yield a connection whose queries all see the database as of one moment."""
-        with self._translated(), self._engine.connect() as connection:
-            if not self.is_sqlite:  # where BEGIN alone would give each query a moment of its own
-                connection.execution_options(
-                    isolation_level="REPEATABLE READ", postgresql_readonly=True
-                )
-            with connection.begin():
-                yield connection
+        """Yield a connection whose queries all see the database as of one moment; no try again."""
+        with self._translated(), self._connected(writes=False) as connection:
+            yield connection
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """Yield a connection in a transaction that commits at the end, or leaves nothing."""
-        with self._translated(), self._engine.connect() as connection:
-            connection.execution_options(**{_WRITES: True})
-            with connection.begin():
-                yield connection
+        """Yield a connection in a transaction that commits at the end, or leaves nothing.
+
+        There is no try again: for what does more than change the database.
+        """
+        with self._translated(), self._connected(writes=True) as connection:
+            yield connection
 
     @contextmanager
     def outside(self) -> Iterator[sqlite3.Connection]:
@@ -142,7 +216,7 @@ class Database:
         return sqlite3.connect(
             f"file:{quote(os.fsencode(str(self.file)))}?mode={mode}",
             uri=True,
-            timeout=_BUSY_SECONDS,
+            timeout=BUSY_SECONDS,
             isolation_level=None,  # we say BEGIN ourselves, and which
             check_same_thread=False,  # the pool lends a connection to one thread at a time
         )
@@ -152,45 +226,79 @@ class Database:
         """Turn the database's errors into ours."""
         try:
             yield
-        except IntegrityError as error:
-            raise ConflictError(
-                f"the catalog {self.shown} refused a row that another process was faster with: "
-                f"{self.shown_error(error)}. Try again."
-            ) from error
         except DBAPIError as error:
             raise self._translate(error) from error
+        except (sqlite3.Error, PoolTimeoutError) as error:
+            raise self._translate(DBAPIError(None, None, error)) from error
 
     def _translate(self, error: DBAPIError) -> DcpstoreError:
         text = self.shown_error(error)
-        if self.is_sqlite:
-            if "locked" in text or "busy" in text:
-                return ConflictError(
-                    f"the catalog {self.shown} was locked by another process for more than "
-                    f"{_BUSY_SECONDS:.0f} seconds ({text}). Try again when it has finished."
+        return translate(error, text, shown=self.shown, is_sqlite=self.is_sqlite)
+
+    def _persist(
+        self,
+        call: Callable[[Connection], T],
+        *,
+        writes: bool,
+        if_unknown: Callable[[], tuple[T] | None],
+    ) -> T:
+        """Run a transaction until it succeeds, fails for good, or patience is at an end.
+
+        Where the answer to its commit was lost, `if_unknown` returns what came of it, or None where
+        it may be tried again.
+        """
+        patience = Patience()
+        while True:
+            is_committing = False
+            try:
+                with self._connected(writes=writes) as connection:
+                    result = call(connection)
+                    is_committing = writes
+                return result
+            except DBAPIError as error:
+                text = self.shown_error(error)
+                if is_committing and self._is_unknown(error, text):
+                    outcome = self._find_out(error, text, if_unknown)
+                    if outcome is not None:
+                        return outcome[0]
+                elif not is_passing(
+                    error, text, is_sqlite=self.is_sqlite, was_connected=self._was_connected
+                ):
+                    raise self._translate(error) from error
+                if not patience.wait():
+                    raise self._translate(error) from error
+
+    def _is_unknown(self, error: DBAPIError, text: str) -> bool:
+        """Tell whether a commit that ended with this error may have been carried out."""
+        return "I/O error" in text if self.is_sqlite else is_lost(error)
+
+    def _find_out(
+        self, error: DBAPIError, text: str, if_unknown: Callable[[], tuple[T] | None]
+    ) -> tuple[T] | None:
+        try:
+            return if_unknown()
+        except DcpstoreError as second:
+            reason = "" if isinstance(second, UnknownOutcomeError) else f", and then: {second}"
+            raise UnknownOutcomeError(
+                f"the catalog {self.shown} gave no answer to a commit ({text}){reason}. Whether it "
+                "was carried out is not known: look with 'dcpstore ops', then try again if not."
+            ) from error
+
+    @contextmanager
+    def _connected(self, *, writes: bool) -> Iterator[Connection]:
+        """Yield a connection in a transaction; errors are the database's own."""
+        with self._engine.connect() as connection:
+            self._was_connected = True
+            if writes:
+                connection.execution_options(**{_WRITES: True})
+            elif not self.is_sqlite:  # where BEGIN alone would give each query its own moment
+                connection.execution_options(
+                    isolation_level="REPEATABLE READ", postgresql_readonly=True
                 )
-            if "not a database" in text:
-                return SchemaError(
-                    f"{self.shown} is not a dcpstore catalog ({text}). Give the path of a "
-                    "repository, or one where nothing is yet."
-                )
-            if "malformed" in text:
-                return CorruptionError(
-                    f"the catalog {self.shown} is damaged ({text}). Restore it from a backup."
-                )
-            if "unable to open" in text:
-                return NotFoundError(
-                    f"cannot open the catalog {self.shown} ({text}). Check that its folder exists "
-                    "and may be written to."
-                )
-        elif error.connection_invalidated or getattr(error.orig, "sqlstate", None) is None:
-            return NotFoundError(
-                f"cannot connect to the catalog {self.shown} ({text}). Check the URL, and that "
-                "the server is running and lets you in."
-            )
-        return DcpstoreError(
-            f"the catalog {self.shown} failed: {text}. Nothing was changed; check the database "
-            "and try again."
-        )
+            with connection.begin():
+                if writes and not self.is_sqlite:
+                    connection.exec_driver_sql(_LIMITS)
+                yield connection
 
 
 def _parse(url: str) -> URL:
@@ -217,7 +325,12 @@ def _parse(url: str) -> URL:
 
 def _postgres_engine(url: URL) -> Engine:
     try:
-        return create_engine(url, poolclass=NullPool)
+        return create_engine(
+            url.update_query_dict(
+                {name: value for name, value in _CONNECT.items() if name not in url.query}
+            ),
+            poolclass=NullPool,
+        )
     except ImportError:
         raise InvalidInputError(
             "a catalog in Postgres needs psycopg; install it with 'pip install dcpstore[postgres]'."

@@ -25,46 +25,39 @@ class History:
 
     def log(self, start: int | None, *, limit: int | None, wanted: LogFilter) -> list[Version]:
         """Return the versions that are `wanted`, newest first: of all, or of `start` and above."""
-        with self._database.read() as connection:
-            return queries.list_log(connection, start, limit=limit, wanted=wanted)
+        return self._database.ask(queries.list_log, start, limit=limit, wanted=wanted)
 
     def best(self, metric: str, *, mode: Literal["min", "max"], branch: str | None) -> Version:
         """Return the version with the least or the greatest value of a metric."""
-        with self._database.read() as connection:
-            return filters.best_version(connection, metric, mode=mode, branch=branch)
+        return self._database.ask(filters.best_version, metric, mode=mode, branch=branch)
 
     # Diff
 
     def both(self, old: int, new: int) -> tuple[list[EntryRecord], list[EntryRecord]]:
         """Return the entries of two versions."""
-        with self._database.read() as connection:
-            return differences.load_both(connection, old, new)
+        return self._database.ask(differences.load_both, old, new)
 
     def shared_chunks(self, pairs: Sequence[Pair]) -> list[SharedChunk]:
         """Return the chunks that pairs of tensors of the same grids have in common."""
-        with self._database.read() as connection:
-            return differences.shared_chunks(connection, pairs)
+        return self._database.ask(differences.shared_chunks, pairs)
 
     # Refs
 
     def delete_ref(self, name: str, kind: RefKind, *, expect: int | None, author: str) -> RefRecord:
         """Remove a tag or branch; return what it was."""
-        with self._database.write() as connection:
-            return moves.delete_ref(connection, name, kind, expect=expect, author=author)
+        return self._database.change(moves.delete_ref, name, kind, expect=expect, author=author)
 
     def roll_back(
         self, branch: str, ref: str | int, *, force: bool, expect_tip: int | None, author: str
     ) -> RefRecord:
         """Move a branch to an earlier version, or to any with `force`."""
-        with self._database.write() as connection:
-            return moves.roll_back(
-                connection, branch, ref, force=force, expect_tip=expect_tip, author=author
-            )
+        return self._database.change(
+            moves.roll_back, branch, ref, force=force, expect_tip=expect_tip, author=author
+        )
 
     def undo(self, *, expect: int | None, author: str) -> Operation:
         """Take back the last operation that is not undone."""
-        with self._database.write() as connection:
-            return undoing.undo_last(connection, expect=expect, author=author)
+        return self._database.change(undoing.undo_last, expect=expect, author=author)
 
     # Additions
 
@@ -72,12 +65,10 @@ class History:
         self, ref: str | int | None, metrics: Mapping[str, float], *, author: str
     ) -> Version:
         """Add metrics to a version."""
-        with self._database.write() as connection:
-            return additions.add_metrics(connection, ref, metrics, author=author)
+        return self._database.change(additions.add_metrics, ref, metrics, author=author)
 
     def add_labels(
         self, ref: str | int | None, labels: Mapping[str, str], *, author: str
     ) -> Version:
         """Add labels to a version."""
-        with self._database.write() as connection:
-            return additions.add_labels(connection, ref, labels, author=author)
+        return self._database.change(additions.add_labels, ref, labels, author=author)

@@ -21,7 +21,13 @@ from dcpstore.catalog.engine import Database
 from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError, SchemaError
 from dcpstore.records import ChunkDefaults, RepositoryRecord
 
-__all__ = ["FORMAT_VERSION", "open_repository", "restore_repository", "upgrade_schema"]
+__all__ = [
+    "FORMAT_VERSION",
+    "create_repository",
+    "open_repository",
+    "restore_repository",
+    "upgrade_schema",
+]
 
 T = TypeVar("T")
 
@@ -37,39 +43,84 @@ class _Found(NamedTuple):
     revision: str
 
 
-def open_repository(
-    database: Database, *, create: bool, data_url: str | None, chunk: ChunkDefaults | None
-) -> RepositoryRecord:
-    """Return the repository's record, creating the catalog in an empty database if `create`.
+def open_repository(database: Database, *, data_url: str | None) -> RepositoryRecord:
+    """Return the repository's record.
 
     Raises:
-        NotFoundError: there is no catalog and `create` is False.
-        InvalidInputError: a new catalog lacks `data_url`, or an old one has another.
+        NotFoundError: there is no catalog, or no way to it.
+        InvalidInputError: it has another `data_url`.
         SchemaError: the database is not ours, or its tables are not of today.
     """
-    record = None
-    if database.file is None or database.file.exists():
-        with database.read() as connection:
-            if not _look(database, connection).empty:
-                record = _read_record(connection)
+    if database.file is not None and not database.file.exists():
+        record = None
+    else:
+        record = database.ask(_find_record, database)
     if record is None:
-        if not create:
-            raise NotFoundError(
-                f"no repository at {database.shown}. Check the path or URL, or create one with "
-                "'dcpstore init'."
-            )
-        if data_url is None:
-            raise InvalidInputError(
-                f"the new repository at {database.shown} has no place for its data; pass data=, "
-                "a folder or the URL of an object store."
-            )
-        record = _create(database, data_url, chunk or ChunkDefaults())
+        raise NotFoundError(
+            f"no repository at {database.shown}. Check the path or URL, or create one with "
+            "'dcpstore init'."
+        )
     if data_url is not None and data_url != record.data_url:
         raise InvalidInputError(
             f"the repository at {database.shown} keeps its data in {record.data_url!r}, not in "
             f"{data_url!r}; leave data= out, or give another catalog."
         )
     return record
+
+
+def create_repository(
+    database: Database,
+    *,
+    data_url: str | None,
+    chunk: ChunkDefaults | None,
+    make_data: Callable[[], object],
+) -> RepositoryRecord:
+    """Create the catalog in an empty database, and return the repository's record.
+
+    `make_data` makes the place of its data. It is called once the database is seen to be there and
+    empty, and before the catalog is: whatever fails leaves no catalog.
+
+    Raises:
+        AlreadyExistsError: there is a catalog, perhaps of a process that was faster.
+        InvalidInputError: `data_url` is missing.
+        SchemaError: the database is not empty, and not ours.
+    """
+    if data_url is None:
+        raise InvalidInputError(
+            f"the new repository at {database.shown} has no place for its data; pass data=, "
+            "a folder or the URL of an object store."
+        )
+    database.may_create_file = True
+    if database.is_sqlite:
+        with database.outside() as driver:
+            _enter_wal(driver)
+    with database.write() as connection:
+        _lock(database, connection)
+        existing = _find_record(connection, database)
+        if existing is not None:
+            raise AlreadyExistsError(
+                f"{database.shown} is already a repository ({existing.uid}). Use it as it is, or "
+                "give another place."
+            )
+        make_data()
+        _migrate(connection)
+        now = datetime.now(UTC)
+        _insert_record(
+            connection,
+            RepositoryRecord(
+                uid=uuid.uuid4().hex,
+                format_version=FORMAT_VERSION,
+                data_url=data_url,
+                chunk=chunk or ChunkDefaults(),
+                created_at=now,
+            ),
+        )
+        connection.execute(
+            insert(schema.operation).values(
+                number=1, kind="init", target="", author="", created_at=now
+            )
+        )
+        return _read_record(connection)
 
 
 def restore_repository(
@@ -115,28 +166,6 @@ def upgrade_schema(database: Database) -> tuple[str, str]:
         if found.revision != schema.HEAD:
             _migrate(connection)
         return found.revision, schema.HEAD
-
-
-def _create(database: Database, data_url: str, chunk: ChunkDefaults) -> RepositoryRecord:
-    database.may_create_file = True
-    if database.is_sqlite:
-        with database.outside() as driver:
-            _enter_wal(driver)
-    with database.write() as connection:
-        _lock(database, connection)
-        if not _look(database, connection).empty:  # another process was faster
-            return _read_record(connection)
-        _migrate(connection)
-        now = datetime.now(UTC)
-        uid = uuid.uuid4().hex
-        record = RepositoryRecord(uid, FORMAT_VERSION, data_url, chunk, created_at=now)
-        _insert_record(connection, record)
-        connection.execute(
-            insert(schema.operation).values(
-                number=1, kind="init", target="", author="", created_at=now
-            )
-        )
-        return _read_record(connection)
 
 
 def _insert_record(connection: Connection, record: RepositoryRecord) -> None:
@@ -204,6 +233,11 @@ def _look(database: Database, connection: Connection, *, older_is_fine: bool = F
 def _is_older(revision: str) -> bool:
     """Tell whether a revision comes before ours: their ids are counted, in four digits."""
     return revision.isdecimal() and len(revision) == len(schema.HEAD) and revision < schema.HEAD
+
+
+def _find_record(connection: Connection, database: Database) -> RepositoryRecord | None:
+    """Return the repository's record, or None in an empty database."""
+    return None if _look(database, connection).empty else _read_record(connection)
 
 
 def _read_record(connection: Connection) -> RepositoryRecord:

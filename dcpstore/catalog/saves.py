@@ -26,13 +26,13 @@ from dcpstore.catalog.versions import id_of_number, load_versions
 from dcpstore.errors import ConflictError, NotFoundError
 from dcpstore.records import Version, VersionContent, VersionDraft
 
-__all__ = ["abort_save", "begin_save", "commit_save", "touch_save"]
+__all__ = ["abort_save", "begin_save", "commit_save", "find_begun", "find_committed", "touch_save"]
 
 _version = schema.version
 
 
-def begin_save(connection: Connection, draft: VersionDraft) -> None:
-    """Insert a pending version.
+def begin_save(connection: Connection, draft: VersionDraft) -> bool:
+    """Insert a pending version; return True.
 
     Raises:
         InvalidInputError: a name, step, metric or text cannot be kept.
@@ -73,6 +73,24 @@ def begin_save(connection: Connection, draft: VersionDraft) -> None:
                 for name, value in draft.metrics.items()
             ],
         )
+    return True
+
+
+def find_begun(connection: Connection, uid: str) -> bool | None:
+    """Return True where a save of this uid was begun, else None."""
+    known = connection.scalar(select(_version.c.id).where(_version.c.uid == uid))
+    return None if known is None else True
+
+
+def find_committed(connection: Connection, uid: str) -> Version | None:
+    """Return the version of `uid`, once the transaction that was to commit it has ended."""
+    row = _lock_save(connection, uid)  # which that transaction holds
+    if row.number is None:
+        return None
+    (version,) = load_versions(
+        connection, select(_version.c.id).where(_version.c.id == row.id), limit=1
+    )
+    return version
 
 
 def commit_save(connection: Connection, uid: str, content: VersionContent) -> Version:

@@ -26,8 +26,7 @@ class Upkeep:
 
     def expire(self, choose: Choose, *, author: str, rules: Mapping[str, Any]) -> None:
         """Expire the versions that `choose` chooses among all."""
-        with self._database.write() as connection:
-            retention.expire_versions(connection, choose, author=author, rules=rules)
+        self._database.change(retention.expire_versions, choose, author=author, rules=rules)
 
     # Gc
 
@@ -61,25 +60,21 @@ class Upkeep:
 
     def plan_pack(self, old: str, new: str, *, now: datetime) -> bool:
         """Announce a pack that takes over the live chunks of another; False: that one is gone."""
-        with self._database.write() as connection:
-            return garbage.plan_pack(connection, old, new, now=now)
+        return self._database.change(garbage.plan_pack, old, new, now=now)
 
     def switch_pack(
         self, old: str, new: PackRecord, moves: Mapping[int, int], *, now: datetime, author: str
     ) -> bool:
         """Let the chunks of `old` lie in `new`, by offsets old to new; False: nothing changed."""
-        with self._database.write() as connection:
-            return garbage.switch_pack(connection, old, new, moves, now=now, author=author)
+        return self._database.change(garbage.switch_pack, old, new, moves, now=now, author=author)
 
     def find_doomed(self, *, before: datetime) -> list[PackRecord]:
         """Return packs condemned before a time, whose bytes may go."""
-        with self._database.read() as connection:
-            return garbage.find_doomed(connection, before=before)
+        return self._database.ask(garbage.find_doomed, before=before)
 
     def forget_packs(self, keys: Sequence[str], *, now: datetime, author: str) -> None:
         """Remove the rows of condemned packs whose bytes are gone."""
-        with self._database.write() as connection:
-            garbage.forget_packs(connection, keys, now=now, author=author)
+        self._database.change(garbage.forget_packs, keys, now=now, author=author)
 
     def find_leftovers(
         self,
@@ -90,93 +85,81 @@ class Upkeep:
         lease: timedelta,
     ) -> tuple[list[str], list[str]]:
         """Sort stored objects, each with the uid in its name: may go, and unknown."""
-        with self._database.read() as connection:
-            return garbage.find_leftovers(connection, keys, now=now, grace=grace, lease=lease)
+        return self._database.ask(
+            garbage.find_leftovers, list(keys), now=now, grace=grace, lease=lease
+        )
 
     # Manifests written anew
 
     def content(self, number: int) -> tuple[VersionDraft, VersionContent]:
         """Return a version whole, as its chunks lie now."""
-        with self._database.read() as connection:
-            return exporting.load_content(connection, number)
+        return self._database.ask(exporting.load_content, number)
 
     def stale_versions(self) -> dict[int, str]:
         """Return the versions whose manifest names places of the past, each with a mark."""
-        with self._database.read() as connection:
-            return exporting.stale_versions(connection)
+        return self._database.ask(exporting.stale_versions)
 
     def clear_stale(self, number: int, mark: str) -> bool:
         """Note that a manifest was written anew; False if chunks moved since `mark` was read."""
-        with self._database.write() as connection:
-            return exporting.clear_stale(connection, number, mark)
+        return self._database.change(exporting.clear_stale, number, mark)
 
     def mark_stale(self, number: int) -> None:
         """Note that the manifest of a version is to be written anew."""
-        with self._database.write() as connection:
-            exporting.mark_version_stale(connection, number)
+        self._database.change_again(exporting.mark_version_stale, number)
 
     def lineage(self, number: int) -> list[str]:
         """Return the uids of the ancestors of a version, the parent first."""
-        with self._database.read() as connection:
-            return exporting.lineage(connection, number)
+        return self._database.ask(exporting.lineage, number)
 
     # Verify
 
     def inspect(self) -> list[Fault]:
         """Return what breaks the catalog's own rules."""
-        with self._database.read() as connection:
-            return checking.inspect(connection)
+        return self._database.ask(checking.inspect)
 
     def packs(self) -> list[PackState]:
         """Return every pack that chunks of committed versions lie in."""
-        with self._database.read() as connection:
-            return checking.list_packs(connection)
+        return self._database.ask(checking.list_packs)
 
     def packed_chunks(self, key: str) -> list[PackedChunk]:
         """Return the chunks that lie in a pack, each place once, by offset."""
-        with self._database.read() as connection:
-            return checking.packed_chunks(connection, key)
+        return self._database.ask(checking.packed_chunks, key)
 
     def reached(self, key: str, offsets: Sequence[int] | None) -> list[Reached]:
         """Return the entries whose chunks lie in a pack, at `offsets` or anywhere."""
-        with self._database.read() as connection:
-            return checking.reached(connection, key, offsets)
+        return self._database.ask(checking.reached, key, offsets)
 
     def reached_by_tensor(self, tensor: int) -> list[Reached]:
         """Return the entries that have a tensor."""
-        with self._database.read() as connection:
-            return checking.reached_by_tensor(connection, tensor)
+        return self._database.ask(checking.reached_by_tensor, tensor)
 
     def mark_pack(self, key: str, *, damage: str | None, verified_at: datetime | None) -> None:
         """Note what a look at a pack found; `verified_at` after every digest was looked at."""
-        with self._database.write() as connection:
-            checking.mark_pack(connection, key, damage=damage, verified_at=verified_at)
+        self._database.change_again(checking.mark_pack, key, damage=damage, verified_at=verified_at)
 
     def begin_verify(self, *, resume: bool, now: datetime) -> datetime:
         """Return when the deep verify began that is running, or that `resume` goes on with."""
-        with self._database.write() as connection:
-            return checking.begin_verify(connection, resume=resume, now=now)
+        return self._database.change_again(checking.begin_verify, resume=resume, now=now)
 
     def end_verify(self) -> None:
         """Note that a deep verify came to its end."""
-        with self._database.write() as connection:
-            checking.end_verify(connection)
+        self._database.change_again(checking.end_verify)
 
     # Copy
 
     def known_uids(self, uids: Iterable[str]) -> dict[str, tuple[int, str]]:
         """Return the number and status of numbered versions by uid."""
-        with self._database.read() as connection:
-            return copying.known_uids(connection, uids)
+        return self._database.ask(copying.known_uids, list(uids))
 
     def commit_copy(
         self, uid: str, draft: VersionDraft, content: VersionContent, *, parent: str | None
     ) -> Version:
         """Make the pending version `uid` visible as a copy of the one that `draft` describes."""
-        with self._database.write() as connection:
-            return copying.commit_copy(connection, uid, draft, content, parent=parent)
+        return self._database.change_once(
+            lambda connection: copying.commit_copy(connection, uid, draft, content, parent=parent),
+            lambda connection: copying.find_copied(connection, uid, draft.uid),
+        )
 
     def advance_branch(self, name: str, number: int, *, author: str) -> bool:
         """Move a branch on to a version below its tip; False where it does not lie below it."""
-        with self._database.write() as connection:
-            return copying.advance_branch(connection, name, number, author=author)
+        return self._database.change(copying.advance_branch, name, number, author=author)

@@ -46,10 +46,7 @@ def init(session: Session, target: str, data: str | None, chunk_mib: int, codec:
     if data is None and "://" in target:
         raise click.UsageError("a repository by URL needs --data, the place of its chunks.")
     chunk = ChunkDefaults(nbytes=chunk_mib * _MIB, codec=codec)
-    with (
-        looking_for_repository(),
-        repository.open(target, data=data, create=True, chunk=chunk) as made,
-    ):
+    with looking_for_repository(), repository.make(target, data=data, chunk=chunk) as made:
         about = made.about
         place = made.storage.url
     if session.json:

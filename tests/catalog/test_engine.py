@@ -9,6 +9,7 @@ from sqlalchemy import create_engine, event
 
 from dcpstore.catalog import Catalog, sqlite_url
 from dcpstore.catalog import engine as engine_module
+from dcpstore.catalog import faults as faults_module
 from dcpstore.catalog.engine import Database
 from dcpstore.errors import ConflictError, CorruptionError, InvalidInputError, NotFoundError
 from dcpstore.records import ChunkRange
@@ -88,7 +89,9 @@ def test_foreign_keys_hold(catalog: Catalog, save: Save) -> None:
 def test_locked_database_is_a_conflict(
     sqlite_catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "_BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(engine_module, "BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(faults_module, "BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(faults_module, "_PATIENCE", 0.0)
     other = sqlite3.connect(tmp_path / "catalog.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with (
