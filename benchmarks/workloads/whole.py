@@ -89,6 +89,8 @@ def _contender(bench: Bench, store: Store, state: State, target: State) -> Conte
         with bench.place("whole") as place, store(place) as opened:
             found = _timed(SAVE, opened.save, state)
             found[STORED] = nbytes_below(place)
+            if not opened.loads and found[STORED] < nbytes_of(state):
+                raise SystemExit("DCP stored less than the state: a writing thread failed")
             warm(place)
             for way, load in opened.loads.items():
                 for tensor in target.values():
