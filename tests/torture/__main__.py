@@ -16,6 +16,11 @@ def row(tally: Tally) -> str:
     return f"{tally.name:<44} {tally.tried:>7} {counts}"
 
 
+def tell(tally: Tally) -> None:
+    """Print a kind's line of the table, and what was bad."""
+    print(row(tally), *tally.bad, sep="\n", flush=True)
+
+
 def main() -> int:
     """Run what the arguments ask for."""
     parser = argparse.ArgumentParser(prog="python -m tests.torture")
@@ -25,7 +30,7 @@ def main() -> int:
     began = time.monotonic()
     print(f"{'kind of fault':<44} {'tried':>7} " + " ".join(f"{v:>9}" for v in Verdict))
     with prepared(long=said.long) as ground:
-        tallies = run(listed(ground, only=said.only), lambda tally: print(row(tally), flush=True))
+        tallies = run(listed(ground, only=said.only), tell)
     total = Tally("all")
     for tally in tallies:
         total.tried += tally.tried
@@ -33,7 +38,6 @@ def main() -> int:
         for verdict in Verdict:
             total.counts[verdict] += tally.counts[verdict]
     print(row(total), f"in {time.monotonic() - began:.0f} s")
-    print(*total.bad, sep="\n")
     return 1 if total.bad else 0
 
 

@@ -7,16 +7,20 @@ that was just started, for a hundredth of the time. Every child ends: by itself,
 from __future__ import annotations
 
 import multiprocessing
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any
 
 __all__ = ["DEADLINE", "Child", "Ended", "start"]
 
 DEADLINE = 60.0  # seconds; who is not done by then hangs
 LOADED = "tests.torture.loaded"
+# Starting a process asks after all others, and their exit codes can be read only once.
+_one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +52,21 @@ class Child:
         self._pipe, theirs = context.Pipe(duplex=False)
         self._process = context.Process(target=_work, args=(theirs, call, arguments))
         self._began = time.monotonic()
-        self._process.start()
+        with _one_at_a_time:
+            self._process.start()
         theirs.close()
 
     def end(self, *, deadline: float = DEADLINE) -> Ended:
         """Wait until it ends, `deadline` seconds after its start at most; then it is killed."""
+        until = self._began + deadline
         answer = None, ""
         try:
-            if self._pipe.poll(max(self._began + deadline - time.monotonic(), 0)):
+            if self._pipe.poll(max(until - time.monotonic(), 0)):
                 answer = self._pipe.recv()
         except EOFError:  # it was killed before it could answer
             pass
-        self._process.join(max(self._began + deadline - time.monotonic(), 1))
+        if wait([self._process.sentinel], max(until - time.monotonic(), 1)):
+            self._join()
         code = self._process.exitcode
         self.kill()
         return Ended(code, *answer)
@@ -67,8 +74,13 @@ class Child:
     def kill(self) -> None:
         """End it now."""
         self._process.kill()
-        self._process.join()
+        wait([self._process.sentinel])
+        self._join()
         self._pipe.close()
+
+    def _join(self) -> None:
+        with _one_at_a_time:
+            self._process.join()
 
 
 def start(call: Callable[..., Any], *arguments: Any) -> Child:

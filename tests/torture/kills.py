@@ -12,6 +12,7 @@ import random
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,7 @@ import torch.distributed as dist
 
 from tests.torture.children import Ended, start
 from tests.torture.kinds import DATABASES, Dialect, Ground, Outcome, Verdict
-from tests.torture.loss import lose_power
+from tests.torture.loss import Disk
 from tests.torture.operations import OPERATIONS, Operation, check
 from tests.torture.sites import Mould, Site
 from tests.torture.steps import Step, Steps, begun, done
@@ -31,6 +32,7 @@ __all__ = ["Kills", "Point", "kinds"]
 # What is left of the disk: all that was written; of the last write, half; nothing that was not
 # synced; or of that, a part.
 Left = Literal["all", "torn", "synced", "some"]
+PATIENCE = timedelta(seconds=4)  # of ranks for one another
 SHORT = {"save": 10, "save on two ranks": 4, "gc: repack": 6, "first save": 4}
 
 
@@ -54,6 +56,8 @@ class Kills:
     def __init__(self, ground: Ground, operation: Operation, dialect: Dialect) -> None:
         self._ground, self._operation, self._dialect = ground, operation, dialect
         self.name = f"kill: {operation.name}, {dialect}"
+        # Each point works in processes of its own, and ranks mostly wait for a dead one.
+        self.at_once = 2 if operation.ranks == 1 else 6
 
     @cached_property
     def _mould(self) -> Mould:
@@ -68,11 +72,10 @@ class Kills:
         site = self._mould.copy()
         ended = self._strike(site, None)
         assert {(one.code, one.error) for one in ended} == {(0, "")}
-        points = [
-            point
-            for rank, log in enumerate(self._logs(site))
-            for point in _points(begun(log), rank, loses=self._operation.ranks == 1)
-        ]
+        points: list[Point] = []
+        for rank, log in enumerate(self._logs(site)):
+            disk = Disk(site.root, self._mould.before) if self._operation.ranks == 1 else None
+            points += _points(begun(log), done([log]), rank, disk)
         self._mould.discard(site)
         return self._ground.pick(points, SHORT.get(self._operation.name, 5))
 
@@ -86,12 +89,10 @@ class Kills:
                 return Outcome(Verdict.LOST, f"it did not come so far: {ended}")
         if point.left in ("synced", "some"):
             chance = random.Random(point.number)
-            lose_power(
-                site.root,
-                self._mould.before,
-                done(self._logs(site)),
-                lambda: point.left == "some" and chance.random() < 0.5,
-            )
+            disk = Disk(site.root, self._mould.before)
+            for step in done(self._logs(site)):
+                disk.take(step)
+            disk.lose_power(lambda: point.left == "some" and chance.random() < 0.5)
         looked = start(check, self._operation.name, site, point.is_end).end()
         if looked.hung:
             return Outcome(Verdict.HUNG, "the look afterwards waits")
@@ -120,19 +121,26 @@ def kinds(ground: Ground) -> Iterator[Kills]:
                 yield Kills(ground, operation, dialect)
 
 
-def _points(steps: Sequence[Step], rank: int, *, loses: bool) -> Iterator[Point]:
-    touched = False
+def _points(
+    steps: Sequence[Step], ended: Sequence[Step], rank: int, disk: Disk | None
+) -> Iterator[Point]:
+    """Yield the points of a rank; loss of power only where it changes something new.
+
+    Where several ranks write, no one of them tells what is on the disk: `disk` is None.
+    """
+    finished = {step.number: step for step in ended}
+    touched = True
     for step in steps:
         what = f"{step.what} {step.path.rsplit('/', 1)[-1]}".strip()
-        is_end = step is steps[-1]
-
         lefts: list[Left] = ["all"]
         if step.what in ("write", "pwrite"):
             lefts.append("torn")
-        if loses and (touched or is_end):
+        if disk is not None and touched and not disk.is_synced:
             lefts += ["synced", "some"]
-        yield from (Point(step.number, what, rank, left, is_end) for left in lefts)
+        yield from (Point(step.number, what, rank, left, step is steps[-1]) for left in lefts)
         touched = bool(step.path)
+        if disk is not None and step.number in finished:
+            disk.take(finished[step.number])
 
 
 def _work(name: str, site: Site, log: Path, rank: int, point: Point | None) -> None:
@@ -143,7 +151,11 @@ def _work(name: str, site: Site, log: Path, rank: int, point: Point | None) -> N
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         meeting = site.root.parent / "meeting"
         dist.init_process_group(
-            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=operation.ranks
+            "gloo",
+            init_method=f"file://{meeting}",
+            rank=rank,
+            world_size=operation.ranks,
+            timeout=PATIENCE,
         )
     die_at, tear = None, False
     if point is not None and point.rank == rank:

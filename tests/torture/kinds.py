@@ -5,9 +5,11 @@ from __future__ import annotations
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -50,7 +52,10 @@ class Outcome:
 
 
 class Kind(Protocol):
-    """One kind of fault. A point is whatever its kind likes; its `str` names it in reports."""
+    """One kind of fault. A point is whatever its kind likes; its `str` names it in reports.
+
+    A kind that has an attribute `at_once` has so many points tried at the same time, in threads.
+    """
 
     @property
     def name(self) -> str:
@@ -140,13 +145,18 @@ def run(kinds: Iterable[Kind], told: Callable[[Tally], None] = lambda tally: Non
     tallies = []
     for kind in kinds:
         tally = Tally(kind.name)
-        for point in kind.points():
-            try:
-                outcome = kind.try_point(point)
-            except Exception as error:  # a harness that fails has proved nothing
-                outcome = Outcome(Verdict.LOST, f"{type(error).__name__}: {error}")
-            tally.add(point, outcome)
+        points = list(kind.points())
+        with ThreadPoolExecutor(getattr(kind, "at_once", 1)) as pool:
+            for point, outcome in zip(points, pool.map(partial(_tried, kind), points), strict=True):
+                tally.add(point, outcome)
         assert tally.tried, f"{kind.name} tries nothing"
         tallies.append(tally)
         told(tally)
     return tallies
+
+
+def _tried(kind: Kind, point: Any) -> Outcome:
+    try:
+        return kind.try_point(point)
+    except Exception as error:  # a harness that fails has proved nothing
+        return Outcome(Verdict.LOST, f"{type(error).__name__}: {error}")

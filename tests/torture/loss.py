@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.torture.steps import Step
 
-__all__ = ["lose_power"]
+__all__ = ["Disk"]
 
 IS_SQLITE = ("catalog.db", "catalog.db-wal", "catalog.db-shm", "catalog.db-journal")
 
@@ -37,24 +37,37 @@ class Folder:
     synced: dict[str, File | Folder] = field(default_factory=dict)
 
 
-def lose_power(
-    root: Path, before: Path, steps: Iterable[Step], survives: Callable[[], bool]
-) -> None:
-    """Leave of `root` what a loss of power may leave.
+class Disk:
+    """What is durable of a folder, and what is not yet.
 
     Args:
-        root: the folder, as the killed process left it.
-        before: a copy of it from before the steps; all of that is durable.
-        steps: what was done, in order.
-        survives: asked for every change that was not synced.
+        root: the folder.
+        before: it, or a copy of it, from before the steps; all of that is durable.
     """
-    tree = _durable(before)
-    for step in steps:
-        _replay(tree, root, step)
-    left = root.with_name(root.name + ".left")
-    _write(tree, root, left, survives)
-    shutil.rmtree(root)
-    left.rename(root)
+
+    def __init__(self, root: Path, before: Path) -> None:
+        self._root = root
+        self._tree = _durable(before)
+
+    def take(self, step: Step) -> None:
+        """Note a step that was done."""
+        if step.path:
+            _replay(self._tree, self._root, step)
+
+    @property
+    def is_synced(self) -> bool:
+        """Whether a loss of power would change nothing."""
+        return _is_synced(self._tree)
+
+    def lose_power(self, survives: Callable[[], bool]) -> None:
+        """Leave of the folder what a loss of power may leave.
+
+        `survives` is asked for every change that was not synced.
+        """
+        left = self._root.with_name(self._root.name + ".left")
+        _write(self._tree, self._root, left, survives)
+        shutil.rmtree(self._root)
+        left.rename(self._root)
 
 
 def _durable(path: Path) -> Folder:
@@ -66,9 +79,14 @@ def _durable(path: Path) -> Folder:
     return Folder(entries, dict(entries))
 
 
+def _is_synced(folder: Folder) -> bool:
+    return folder.now == folder.synced and all(
+        _is_synced(found) if isinstance(found, Folder) else not found.dirty
+        for found in folder.now.values()
+    )
+
+
 def _replay(tree: Folder, root: Path, step: Step) -> None:
-    if not step.path:
-        return
     folder, name = _find(tree, root, step.path)
     match step.what:
         case "create":

@@ -52,7 +52,7 @@ COLLECTIVES = (
     "scatter_object_list",
     "send",
 )
-STORES = ("add", "check", "compare_set", "get", "multi_get", "set", "wait")
+STORES = ("add", "check", "compare_set", "delete_key", "get", "multi_get", "set", "wait")
 
 
 @dataclass(frozen=True, slots=True)
