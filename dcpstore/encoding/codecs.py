@@ -1,9 +1,11 @@
 """Codecs: raw bytes of a chunk to stored bytes and back, as a Zarr v3 codec chain says.
 
 The hot path calls numcodecs directly, and `zarr_codecs` tells Zarr the same chain, so what one
-writes the other reads. Decoding fills a buffer of the caller and never allocates by what a header
-claims. Called from worker threads, Blosc and Zstandard run outside the interpreter lock, each call
-with a context of its own; numcodecs lets Blosc start threads only for the main thread.
+writes the other reads. A chunk that does not shrink is stored as it is, inside the frame of its
+codec, so the chain stays true; a sample tells before time is spent on it. Decoding fills a buffer
+of the caller and never allocates by what a header claims. Called from worker threads, Blosc and
+Zstandard run outside the interpreter lock, each call with a context of its own; numcodecs lets
+Blosc start threads only for the main thread.
 """
 
 from __future__ import annotations
@@ -19,12 +21,17 @@ from typing_extensions import Buffer
 from dcpstore.encoding.dtypes import numpy_dtype
 from dcpstore.errors import CorruptionError, InvalidInputError
 
-__all__ = ["CODECS", "choose_codec", "decode", "encode", "zarr_codecs"]
+__all__ = ["CODECS", "choose_codec", "decode", "encode", "unencoded", "zarr_codecs"]
 
 CODECS = ("none", "blosc", "zstd")
 
 _BLOSC_LEVEL = 5  # of lz4 behind bitshuffle, levels 1 to 7 measure alike in size and speed
+_BLOSC_STORED = 0  # the level that leaves the bytes as they are, behind a header
 _BLOSC_HEADER = 16
+_BLOSC_MEMCPYED = 0x02  # the header's flag for such a frame
+_SAMPLES = 4  # pieces of a chunk that are tried first,
+_SAMPLE = 32 << 10  # of so many bytes each; smaller chunks are just encoded
+_PAYS = 0.97  # of the raw size: what a sample must come below for the chunk to be encoded
 _ZSTD_LEVEL = 3
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
@@ -69,10 +76,32 @@ def encode(codec: str, raw: Buffer, itemsize: int) -> Buffer:
             f"a chunk of {data.nbytes} bytes is past the {blosc.MAX_BUFFERSIZE} that codec 'blosc' "
             "takes; choose smaller chunks, or codec 'zstd' or 'none'."
         )
-    encoded = blosc.compress(
-        data, b"lz4", _BLOSC_LEVEL, blosc.BITSHUFFLE, blosc.AUTOBLOCKS, itemsize
+    level = _BLOSC_LEVEL if _shrinks(data, itemsize) else _BLOSC_STORED
+    return _blosc(data, level, itemsize)
+
+
+def unencoded(codec: str, encoded: memoryview, nbytes: int) -> memoryview | None:
+    """Return the raw bytes of a chunk where they lie as they are among the stored ones, else None.
+
+    Args:
+        codec: one of `CODECS`.
+        encoded: the stored bytes.
+        nbytes: how many raw bytes there must be.
+
+    Raises:
+        CorruptionError: a chunk of codec "none" has another length.
+    """
+    if codec == "none":
+        if len(encoded) != nbytes:
+            raise CorruptionError(f"{len(encoded)} bytes are stored and {nbytes} are needed")
+        return encoded
+    is_stored = (
+        codec == "blosc"
+        and len(encoded) == nbytes + _BLOSC_HEADER
+        and bool(encoded[2] & _BLOSC_MEMCPYED)
+        and _blosc_held(np.frombuffer(encoded, np.uint8)) == nbytes
     )
-    return encoded
+    return encoded[_BLOSC_HEADER:] if is_stored else None
 
 
 def decode(codec: str, encoded: Buffer, out: Buffer) -> None:
@@ -133,6 +162,27 @@ def _known(codec: str) -> str:
     if codec not in CODECS:
         raise InvalidInputError(f"no codec {codec!r}; there are 'auto', {', '.join(CODECS)}.")
     return codec
+
+
+def _blosc(data: _Bytes, level: int, itemsize: int) -> bytes:
+    encoded: bytes = blosc.compress(
+        data, b"lz4", level, blosc.BITSHUFFLE, blosc.AUTOBLOCKS, itemsize
+    )
+    return encoded
+
+
+def _shrinks(data: _Bytes, itemsize: int) -> bool:
+    """Tell from a few pieces of a chunk whether encoding it pays; of a small one it is not asked.
+
+    All pieces must fail to shrink: a chunk that is half zeros is worth its time.
+    """
+    if data.nbytes < 2 * _SAMPLES * _SAMPLE:
+        return True
+    step = data.nbytes // _SAMPLES // itemsize * itemsize
+    pieces = (data[i * step : i * step + _SAMPLE] for i in range(_SAMPLES))
+    return any(
+        len(_blosc(piece, _BLOSC_LEVEL, itemsize)) < _PAYS * piece.nbytes for piece in pieces
+    )
 
 
 def _blosc_held(data: _Bytes) -> int | None:

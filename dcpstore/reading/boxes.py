@@ -6,28 +6,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from dcpstore.catalog import Catalog
-from dcpstore.encoding.dtypes import as_bytes, torch_dtype
 from dcpstore.errors import CorruptionError
 from dcpstore.geometry.boxes import Box
-from dcpstore.reading.chunks import ChunkReader
+from dcpstore.reading.chunks import ChunkReader, in_batches
+from dcpstore.reading.filling import BoxRequest, Filling
 from dcpstore.records import ChunkRange, EntryRecord, StoredChunk
 from dcpstore.storage.packs import PackReader
 
 __all__ = ["BoxRequest", "ReadCounts", "find_chunks", "read_boxes"]
-
-
-@dataclass(frozen=True, slots=True)
-class BoxRequest:
-    """A box of a stored tensor, and the tensor of the same sizes that it fills."""
-
-    entry: EntryRecord
-    box: Box
-    target: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,41 +65,27 @@ def read_boxes(
     Raises:
         CorruptionError: naming version, FQN, chunk, pack and offset.
     """
-    wanted: dict[int, list[BoxRequest]] = {}
+    wanted: dict[int, list[Filling]] = {}
     for request in requests:
         assert request.entry.tensor is not None
-        wanted.setdefault(request.entry.tensor.id, []).append(request)
+        wanted.setdefault(request.entry.tensor.id, []).append(Filling(request))
     stored = find_chunks(((r.entry, r.box) for r in requests), catalog, version=version)
     reader = ChunkReader(packs, version=version, verify=verify)
 
-    def fill(chunk: StoredChunk) -> int:
-        waiting = wanted[chunk.tensor_id]
-        array = reader.read(waiting[0].entry, chunk)
-        for request in waiting:
-            _copy_shared(array, chunk, request)
-        return chunk.length
+    def fill(batch: Sequence[StoredChunk]) -> int:
+        waiting = [wanted[chunk.tensor_id] for chunk in batch]
+        pairs = [(fillings[0].entry, c) for fillings, c in zip(waiting, batch, strict=True)]
+        for chunk, fillings, array in zip(batch, waiting, reader.read_all(pairs), strict=True):
+            for filling in fillings:
+                filling.take(array, chunk.part, chunk.ordinal)
+        return sum(chunk.length for chunk in batch)
 
     with ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-read") as pool:
-        for nbytes in pool.map(fill, stored):
-            advance(nbytes)
-    return ReadCounts(len(stored), sum(chunk.length for chunk in stored))
-
-
-def _copy_shared(array: npt.NDArray[np.generic], chunk: StoredChunk, request: BoxRequest) -> None:
-    tensor = request.entry.tensor
-    assert tensor is not None
-    cell = tensor.parts[chunk.part].cell(chunk.ordinal)
-    shared = cell.intersect(request.box)
-    if shared is None:
-        return
-    target = request.target[shared.relative_to(request.box).slices]
-    piece = array[shared.relative_to(cell).slices]
-    dtype = torch_dtype(tensor.dtype)
-    if target.device.type == "cpu" and target.dtype == dtype:
-        as_bytes(target)[...] = piece
-        return
-    source = torch.from_numpy(piece.copy())
-    target.copy_(source if source.dtype == dtype else source.view(dtype))
+        nbytes = 0
+        for done in pool.map(fill, in_batches(stored)):
+            nbytes += done
+            advance(done)
+    return ReadCounts(len(stored), nbytes)
 
 
 def _check_complete(

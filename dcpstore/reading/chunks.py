@@ -1,4 +1,4 @@
-"""One chunk at a time, out of its pack: raw bytes whose digest has been checked.
+"""Chunks out of their packs: raw bytes whose digests have been checked.
 
 Invariant: no byte leaves here before the digest of its chunk has been checked, unless the caller
 asked for none (design, invariant 6).
@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from dcpstore.encoding.codecs import decode
+from dcpstore.encoding.codecs import decode, unencoded
 from dcpstore.encoding.digests import chunk_digest
 from dcpstore.encoding.dtypes import numpy_dtype
 from dcpstore.errors import CorruptionError
 from dcpstore.records import EntryRecord, StoredChunk, TensorRecord
 from dcpstore.storage.packs import PackReader
 
-__all__ = ["ChunkReader"]
+__all__ = ["ChunkReader", "Wanted", "in_batches"]
+
+Wanted = tuple[EntryRecord, StoredChunk]  # a chunk, and an entry whose tensor it is part of
+
+_BATCH = 8 << 20  # stored bytes that are fetched at once: a chunk, or many small ones
 
 
 class ChunkReader:
@@ -39,27 +44,59 @@ class ChunkReader:
         Raises:
             CorruptionError: naming version, FQN, chunk, pack and offset.
         """
-        tensor = entry.tensor
-        assert tensor is not None
-        try:
-            return self._array(tensor, chunk)
-        except CorruptionError as error:
-            raise CorruptionError(
-                f"v{self._version}: {entry.fqn!r}: chunk {chunk.ordinal} of part {chunk.part} in "
-                f"pack {chunk.pack} at offset {chunk.offset}, length {chunk.length}: {error}. "
-                "Restore the pack from a backup, or load another version."
-            ) from error
+        return self._checked((entry, chunk), self._found((entry, chunk)))
 
-    def _array(self, tensor: TensorRecord, chunk: StoredChunk) -> npt.NDArray[np.generic]:
+    def read_all(self, wanted: Sequence[Wanted]) -> Iterator[npt.NDArray[np.generic]]:
+        """Yield each chunk as `read` returns it, all fetched at once; they lie in one pack.
+
+        When all were taken, the memory of their stored bytes is given back.
+
+        Raises:
+            CorruptionError: as `read`.
+        """
+        pack = wanted[0][1].pack
+        ranges = [(chunk.offset, chunk.length) for _, chunk in wanted]
+        try:
+            found = self._packs.read_many(pack, ranges)
+        except CorruptionError:
+            # one by one, so that the error is told of the chunk that it is about
+            found = [self._found(one) for one in wanted]
+        for one, encoded in zip(wanted, found, strict=True):
+            yield self._checked(one, encoded)
+        first = min(offset for offset, _ in ranges)
+        self._packs.let_go(pack, first, max(map(sum, ranges)) - first)
+
+    def _found(self, wanted: Wanted) -> memoryview:
+        _, chunk = wanted
+        try:
+            return self._packs.read(chunk.pack, chunk.offset, chunk.length)
+        except CorruptionError as error:
+            raise self._named(wanted, error) from error
+
+    def _checked(self, wanted: Wanted, encoded: memoryview) -> npt.NDArray[np.generic]:
+        entry, chunk = wanted
+        assert entry.tensor is not None
+        try:
+            return self._array(entry.tensor, chunk, encoded)
+        except CorruptionError as error:
+            raise self._named(wanted, error) from error
+
+    def _named(self, wanted: Wanted, error: CorruptionError) -> CorruptionError:
+        entry, chunk = wanted
+        return CorruptionError(
+            f"v{self._version}: {entry.fqn!r}: chunk {chunk.ordinal} of part {chunk.part} in "
+            f"pack {chunk.pack} at offset {chunk.offset}, length {chunk.length}: {error}. "
+            "Restore the pack from a backup, or load another version."
+        )
+
+    def _array(
+        self, tensor: TensorRecord, chunk: StoredChunk, encoded: memoryview
+    ) -> npt.NDArray[np.generic]:
         shape = tensor.parts[chunk.part].chunk_shape
         dtype = numpy_dtype(tensor.dtype)
         nbytes = dtype.itemsize * math.prod(shape)
-        encoded = self._packs.read(chunk.pack, chunk.offset, chunk.length)
-        if tensor.codec == "none":
-            if len(encoded) != nbytes:
-                raise CorruptionError(f"{len(encoded)} bytes are stored and {nbytes} are needed")
-            raw = encoded
-        else:
+        raw = unencoded(tensor.codec, encoded, nbytes)
+        if raw is None:
             raw = self._buffer(nbytes)
             decode(tensor.codec, encoded, raw)
         if self._verify and chunk_digest(raw) != chunk.digest:
@@ -72,3 +109,14 @@ class ChunkReader:
         if kept is None or len(kept) < nbytes:
             kept = self._scratch.kept = bytearray(nbytes)
         return memoryview(kept)[:nbytes]
+
+
+def in_batches(chunks: Sequence[StoredChunk]) -> Iterator[Sequence[StoredChunk]]:
+    """Yield all chunks in their order, in runs of one pack that are worth fetching at once."""
+    first = nbytes = 0
+    for i, chunk in enumerate(chunks):
+        nbytes += chunk.length
+        is_last = i + 1 == len(chunks) or chunks[i + 1].pack != chunk.pack
+        if nbytes >= _BATCH or is_last:
+            yield chunks[first : i + 1]
+            first, nbytes = i + 1, 0

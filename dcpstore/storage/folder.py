@@ -159,9 +159,11 @@ class MappedFile:
         with path.open("rb") as file:
             self.size = os.fstat(file.fileno()).st_size
             self._view = memoryview(b"")
+            self._map: mmap.mmap | None = None
             if self.size:  # an empty file cannot be mapped
                 # Dropped, never closed: views handed out keep the map until they are gone.
-                self._view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._view = memoryview(self._map)
 
     def read(self, ranges: Sequence[Range]) -> list[memoryview]:
         """Return views of the ranges."""
@@ -172,6 +174,12 @@ class MappedFile:
                     "run 'dcpstore verify' to see which versions are hurt."
                 )
         return [self._view[offset : offset + length] for offset, length in ranges]
+
+    def let_go(self, offset: int, length: int) -> None:
+        """Unmap the pages there; they stay in the page cache, and a view maps them again."""
+        if self._map is not None and length and hasattr(self._map, "madvise"):
+            start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, start, offset + length - start)
 
 
 @contextlib.contextmanager

@@ -51,6 +51,9 @@ class Source(Protocol):
             CorruptionError: the object ends before a range does.
         """
 
+    def let_go(self, offset: int, length: int) -> None:
+        """Give back the memory of what was read there; views of it stay good."""
+
 
 class Storage(Protocol):
     """A folder or bucket that holds the packs and manifests of one repository.

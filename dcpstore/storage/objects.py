@@ -181,6 +181,9 @@ class FetchedObject:
         fetched = iter(self._store.fetch(self._key, asked) if asked else ())
         return [memoryview(next(fetched) if length else b"") for _, length in ranges]
 
+    def let_go(self, offset: int, length: int) -> None:
+        """Do nothing: what was fetched goes with its last view."""
+
 
 def _plain(data: Buffer) -> memoryview:
     """Return a view of bytes: obstore takes no other element type."""

@@ -118,6 +118,13 @@ class PackReader:
                 f"pack {pack!r} is too short for {length} bytes at offset {offset}: {error}"
             ) from error
 
+    def let_go(self, pack: str, offset: int, length: int) -> None:
+        """Give back the memory of what was read there; bytes that were handed out stay valid."""
+        with self._lock:
+            source = self._open.get(pack)
+        if source is not None:
+            source.let_go(offset, length)
+
     def close(self) -> None:
         """Let every pack go; bytes that were handed out stay valid."""
         with self._lock:
