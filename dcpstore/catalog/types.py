@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import BigInteger, DateTime, Dialect, Float, Integer, LargeBinary, Text
@@ -35,7 +36,7 @@ class IntTuple(TypeDecorator[tuple[int, ...]]):
 
     def process_result_value(self, value: Any, dialect: Dialect) -> tuple[int, ...] | None:
         """Return the tuple."""
-        return None if value is None else tuple(json.loads(value))
+        return None if value is None else _integers(value)
 
 
 class JsonText(TypeDecorator[Any]):
@@ -88,6 +89,12 @@ class Metric(TypeDecorator[float]):
     def process_result_value(self, value: Any, dialect: Dialect) -> float:
         """Return NaN for NULL."""
         return math.nan if value is None else float(value)
+
+
+@lru_cache(4096)
+def _integers(text: str) -> tuple[int, ...]:
+    """Return the tuple of a text; thousands of rows hold the same few."""
+    return tuple(json.loads(text))
 
 
 def _plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import numpy as np
 from blake3 import blake3
@@ -39,13 +40,15 @@ def content_digest(
         parts: its chunk grids, in their order.
         chunk_digests: in order of (part, ordinal).
     """
-    header = json.dumps(
-        [dtype, list(shape), [[list(p.offsets), list(p.shape), list(p.chunk_shape)] for p in parts]]
-    )
-    hasher = blake3(len(header).to_bytes(8, "little"))
-    hasher.update(header.encode())
-    hasher.update(b"".join(chunk_digests))
-    return hasher.hexdigest()
+    header = _content_header(dtype, tuple(shape), tuple(parts))
+    return blake3(header + b"".join(chunk_digests)).hexdigest()
+
+
+@lru_cache(4096)
+def _content_header(dtype: str, shape: tuple[int, ...], parts: tuple[Grid, ...]) -> bytes:
+    """Return what stands before the chunk digests: JSON behind its length; few are distinct."""
+    header = json.dumps([dtype, shape, [[p.offsets, p.shape, p.chunk_shape] for p in parts]])
+    return len(header).to_bytes(8, "little") + header.encode()
 
 
 def text_digest(text: str) -> str:

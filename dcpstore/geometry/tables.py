@@ -16,7 +16,7 @@ import numpy.typing as npt
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.grids import Grid
 
-__all__ = ["BoxTable", "Ints", "cells_of", "find_crowded", "first_equal", "padded", "steps_of"]
+__all__ = ["BoxTable", "GridTable", "Ints", "find_crowded", "first_equal", "padded", "steps_of"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -146,29 +146,52 @@ def steps_of(table: BoxTable, shapes: Ints) -> Ints:
     return steps
 
 
-def cells_of(table: BoxTable, grids: Sequence[Grid]) -> tuple[Ints, Ints]:
-    """Return (row, ordinal) of each cell that a box meets, row by row, ordinals ascending.
+@dataclass(frozen=True, slots=True, eq=False)
+class GridTable:
+    """Grids in columns, one row a grid; all in elements.
 
-    Args:
-        table: boxes that hold elements, each inside the grid of its tensor.
-        grids: one a tensor.
+    Attributes:
+        offsets, counts, chunk: [grids, dims], the part's place, its number of cells in each
+            dimension, and the shape of a cell.
     """
-    dims = table.dims
-    counts = padded([grid.counts for grid in grids], dims, 1)[table.tensor]
-    cell = padded([grid.chunk_shape for grid in grids], dims, 1)[table.tensor]
-    begin = table.offsets - padded([grid.offsets for grid in grids], dims, 0)[table.tensor]
-    first = begin // cell
-    extent = (begin + table.sizes - 1) // cell - first + 1
-    number = extent.prod(axis=1)
-    row = np.repeat(np.arange(len(table)), number)
-    rest = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)
-    ordinal = np.zeros_like(rest)
-    weight = np.ones_like(rest)
-    for dim in reversed(range(dims)):
-        rest, inside = np.divmod(rest, extent[row, dim])
-        ordinal += (first[row, dim] + inside) * weight
-        weight *= counts[row, dim]
-    return row, ordinal
+
+    offsets: Ints
+    counts: Ints
+    chunk: Ints
+
+    @classmethod
+    def of(cls, grids: Sequence[Grid], dims: int) -> GridTable:
+        """Return grids of at most `dims` dimensions in columns."""
+        chunk = padded([grid.chunk_shape for grid in grids], dims, 1)
+        counts = -(-padded([grid.shape for grid in grids], dims, 1) // chunk)
+        return cls(padded([grid.offsets for grid in grids], dims, 0), counts, chunk)
+
+    @property
+    def sizes(self) -> Ints:
+        """The number of cells of each grid."""
+        sizes: Ints = self.counts.prod(axis=1)
+        return sizes
+
+    def cells(self, table: BoxTable) -> tuple[Ints, Ints]:
+        """Return (row, ordinal) of each cell that a box meets, row by row, ordinals ascending.
+
+        Args:
+            table: boxes that hold elements, each inside the grid whose number is its tensor.
+        """
+        counts, chunk = self.counts[table.tensor], self.chunk[table.tensor]
+        begin = table.offsets - self.offsets[table.tensor]
+        first = begin // chunk
+        extent = (begin + table.sizes - 1) // chunk - first + 1
+        number = extent.prod(axis=1)
+        row = np.repeat(np.arange(len(table)), number)
+        rest = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)
+        ordinal = np.zeros_like(rest)
+        weight = np.ones_like(rest)
+        for dim in reversed(range(table.dims)):
+            rest, inside = np.divmod(rest, extent[row, dim])
+            ordinal += (first[row, dim] + inside) * weight
+            weight *= counts[row, dim]
+        return row, ordinal
 
 
 def _differs(order: Ints, *columns: Ints) -> npt.NDArray[np.bool_]:

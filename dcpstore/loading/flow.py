@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from dcpstore.catalog import Catalog
 from dcpstore.collectives import Collectives, in_step, in_turn
+from dcpstore.collector import collector_held
 from dcpstore.errors import InvalidInputError, MismatchError
 from dcpstore.loading.items import ItemReads
 from dcpstore.planning.described import describe_entries
@@ -88,12 +89,14 @@ def load_version(
         planner = make_planner()
         return _Opening(source.catalog.repository.uid, ref, dry_run, keys)
 
+    @collector_held()
     def resolve(told: Sequence[_Opening]) -> tuple[Version, list[EntryRecord], list[str]]:
         _check_agreement(told)
         version = source.catalog.resolve(ref)
         keys = sorted({key for one in told for key in one.keys})
         return version, source.catalog.entries(version.number), keys
 
+    @collector_held()
     def local_plan() -> LoadPlan:
         nonlocal template
         template = take_template(state_dict, keys, entries, rank=ranks.rank)
@@ -116,7 +119,8 @@ def load_version(
             ProgressBar("load", shown=ranks.leads) as bar,
             closing(PackReader(source.storage)) as packs,
         ):
-            reads = ItemReads(plan, planner, {e.fqn: e for e in entries})
+            with collector_held():
+                reads = ItemReads(plan, planner, {e.fqn: e for e in entries})
             chunks, nbytes = reads.run(
                 source.catalog,
                 packs,

@@ -11,13 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from dcpstore.catalog import Catalog
 from dcpstore.encoding.digests import content_digest
 from dcpstore.errors import InvalidInputError
-from dcpstore.geometry.grids import Grid
-from dcpstore.geometry.tables import Ints, cells_of
+from dcpstore.geometry.tables import Ints
 from dcpstore.planning.tables import GlobalTable
 from dcpstore.records import (
     ChunkDefaults,
@@ -31,14 +29,12 @@ from dcpstore.records import (
     PlanRecord,
     TensorRecord,
 )
+from dcpstore.saving.cells import DIGEST, Cells
 from dcpstore.saving.chunking import Digested
-from dcpstore.saving.layouts import Layout, blob_layout, planned_chunks
+from dcpstore.saving.layouts import Layout, blob_layout
 from dcpstore.saving.writing import Written
 
 __all__ = ["Books"]
-
-_DIGEST = 32  # bytes
-_NO_GRID = Grid((), (), ())  # stands where a table must name a grid and nobody asks for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,31 +42,8 @@ class _Content:
     """One tensor of the save: its layout, its cells in (part, ordinal) order, its digest."""
 
     layout: Layout
-    cells: Ints  # rows of `_Cells`
+    cells: Ints  # rows of `Cells`
     digest: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Cells:
-    """The planned chunks of all ranks in columns, by rank, in the order in which ranks tell them.
-
-    Attributes:
-        tensor: [cells], the number of the FQN.
-        part, ordinal: [cells], where in the tensor.
-        digest: [cells, 32], what is inside.
-        starts: [ranks + 1], where the cells of each rank begin; the last is where they end.
-    """
-
-    tensor: Ints
-    part: Ints
-    ordinal: Ints
-    digest: npt.NDArray[np.uint8]
-    starts: Ints
-
-    def digests(self, cells: Ints) -> list[bytes]:
-        """Return the digests of some cells."""
-        data = self.digest[cells].tobytes()
-        return [data[i : i + _DIGEST] for i in range(0, len(data), _DIGEST)]
 
 
 class Books:
@@ -102,7 +75,7 @@ class Books:
                 "make the planner's plan and its data agree."
             )
         self._fqns = list(self._layouts)
-        self._cells = _gathered_cells(table, self._fqns, self._layouts, told)
+        self._cells = Cells.of(table, self._fqns, self._layouts, told)
         self._contents = self._gathered_contents()
         self._asked: list[Ints] = []  # by rank, rows of `_cells`
         self._places: dict[tuple[str, bytes], ChunkPlace] = {}
@@ -138,7 +111,7 @@ class Books:
         chosen = [np.zeros(0, np.int64)]
         for codec in dict.fromkeys(codecs[is_new]):
             cells = np.flatnonzero((is_new & (codecs == codec))[self._cells.tensor])
-            cells = cells[_first_of_each(self._cells.digest[cells])]
+            cells = self._cells.distinct(cells)
             digests = self._cells.digests(cells)
             found = catalog.find_chunks(digests, codec)
             self._places.update({(codec, digest): place for digest, place in found.items()})
@@ -200,21 +173,14 @@ class Books:
     def _gathered_contents(self) -> dict[str, _Content]:
         cells = self._cells
         order = np.lexsort((cells.ordinal, cells.part, cells.tensor))
-        starts = np.searchsorted(cells.tensor[order], np.arange(len(self._fqns) + 1))
+        starts = np.searchsorted(cells.tensor[order], np.arange(len(self._fqns) + 1)).tolist()
+        cells.check_complete(order, [self._layouts[fqn].grids for fqn in self._fqns], self._fqns)
         data = cells.digest[order].tobytes()
         contents = {}
-        for fqn, (start, end) in zip(self._fqns, itertools.pairwise(starts.tolist()), strict=True):
-            layout, mine = self._layouts[fqn], order[start:end]
-            if not _is_every_cell(layout, cells.part[mine], cells.ordinal[mine]):
-                raise InvalidInputError(
-                    f"{fqn!r}: the ranks wrote {end - start} chunks, not each of the "
-                    f"{sum(grid.size for grid in layout.grids)} once; make every planned item be "
-                    "written by one rank."
-                )
-            digest = content_digest(
-                layout.dtype, layout.shape, layout.grids, [data[start * _DIGEST : end * _DIGEST]]
-            )
-            contents[fqn] = _Content(layout, mine, digest)
+        for fqn, (start, end) in zip(self._fqns, itertools.pairwise(starts), strict=True):
+            layout, digests = self._layouts[fqn], data[start * DIGEST : end * DIGEST]
+            digest = content_digest(layout.dtype, layout.shape, layout.grids, [digests])
+            contents[fqn] = _Content(layout, order[start:end], digest)
         return contents
 
     def _entry(self, fqn: str) -> NewEntry:
@@ -287,84 +253,6 @@ class Books:
         grid = layout.grids[self._cells.part[cell]]
         volume: int = grid.cell(int(self._cells.ordinal[cell])).volume
         return volume * layout.itemsize
-
-
-def _gathered_cells(
-    table: GlobalTable,
-    fqns: Sequence[str],
-    layouts: Mapping[str, Layout],
-    told: Sequence[Digested],
-) -> _Cells:
-    """Return the cells of all ranks: those of a rank's items in order, then of its blobs by FQN.
-
-    Raises:
-        InvalidInputError: a rank resolved more or fewer chunks than its plan has.
-    """
-    number = {fqn: i for i, fqn in enumerate(fqns)}
-    numbers = np.array([number.get(name.fqn, -1) for name in table.names], np.int64)
-    row, part, ordinal = _planned_cells(table, layouts)
-    blobs = [
-        (rank, number[fqn], i)
-        for rank, digested in enumerate(told)
-        for fqn in sorted(digested.blobs)
-        for i in range(layouts[fqn].grids[0].size)
-    ]
-    more = np.array(blobs, np.int64).reshape(len(blobs), 3)
-    rank = np.concatenate([table.rank[row], more[:, 0]])
-    order = np.argsort(rank, kind="stable")
-    starts = np.searchsorted(rank[order], np.arange(table.ranks + 1))
-    for i, digested in enumerate(told):
-        if len(digested.digests) != _DIGEST * (starts[i + 1] - starts[i]):
-            raise InvalidInputError(
-                f"rank {i} resolved {len(digested.digests) // _DIGEST} chunks, and its plan has "
-                f"{starts[i + 1] - starts[i]}; make the planner's plan and its data agree."
-            )
-    return _Cells(
-        tensor=np.concatenate([numbers[table.rows.tensor[row]], more[:, 1]])[order],
-        part=np.concatenate([part, np.zeros(len(blobs), np.int64)])[order],
-        ordinal=np.concatenate([ordinal, more[:, 2]])[order],
-        digest=np.frombuffer(b"".join(d.digests for d in told), np.uint8).reshape(-1, _DIGEST),
-        starts=starts,
-    )
-
-
-def _planned_cells(table: GlobalTable, layouts: Mapping[str, Layout]) -> tuple[Ints, Ints, Ints]:
-    """Return (row, part, ordinal) of each cell of the planned boxes, row by row."""
-    grids = [layouts[n.fqn].grids if n.dtype is not None else () for n in table.names]
-    is_live = table.is_tensor[table.rows.tensor] & (table.rows.volumes > 0)
-    is_one = np.array([len(mine) == 1 for mine in grids], bool)[table.rows.tensor]
-    regular = np.flatnonzero(is_live & is_one)
-    one_each = [mine[0] if len(mine) == 1 else _NO_GRID for mine in grids]
-    rows, ordinals = cells_of(table.rows.take(regular), one_each)
-    split = [
-        (row, *place)
-        for row in np.flatnonzero(is_live & ~is_one).tolist()
-        for place in planned_chunks(
-            layouts[table.names[table.rows.tensor[row]].fqn], table.boxes(np.array([row]))[0]
-        )
-    ]
-    more = np.array(split, np.int64).reshape(len(split), 3)
-    row = np.concatenate([regular[rows], more[:, 0]])
-    order = np.argsort(row, kind="stable")
-    part = np.concatenate([np.zeros(len(rows), np.int64), more[:, 1]])
-    return row[order], part[order], np.concatenate([ordinals, more[:, 2]])[order]
-
-
-def _first_of_each(digests: npt.NDArray[np.uint8]) -> Ints:
-    """Return where each distinct digest stands first."""
-    whole = np.ascontiguousarray(digests).view(f"V{_DIGEST}").reshape(-1)
-    first: Ints = np.unique(whole, return_index=True)[1]
-    return first
-
-
-def _is_every_cell(layout: Layout, part: Ints, ordinal: Ints) -> bool:
-    """Tell whether sorted cells are those of all grids, each once."""
-    sizes = [grid.size for grid in layout.grids]
-    return (
-        len(part) == sum(sizes)
-        and np.array_equal(part, np.repeat(np.arange(len(sizes)), sizes))
-        and np.array_equal(ordinal, np.concatenate([np.arange(size) for size in sizes]))
-    )
 
 
 def _cut_otherwise(layout: Layout, stored: TensorRecord | None) -> bool:

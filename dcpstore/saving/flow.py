@@ -18,6 +18,7 @@ import torch
 from torch.distributed.checkpoint.planner import SavePlanner
 
 from dcpstore.collectives import Collectives, in_step, in_turn
+from dcpstore.collector import collector_held
 from dcpstore.leases import kept_lease
 from dcpstore.planning.stateful import check_keys, take_state
 from dcpstore.progress import ProgressBar
@@ -63,6 +64,7 @@ def save_version(
         target = lead.target = open_target()
         return Opening(target.catalog.repository.uid, request(), check_keys(state_dict))
 
+    @collector_held()
     def local_plan() -> Offer:
         nonlocal local
         planner.set_up_planner(
@@ -74,14 +76,15 @@ def save_version(
     def digest() -> tuple[Digested, Seconds]:
         nonlocal data
         with _timed(seconds, "digest"):
-            plan, layouts = local.take(answer)
-            data = RankData(
-                planner.finish_plan(plan),
-                planner,
-                dict(layouts),
-                chunk=target.catalog.repository.chunk,
-                allow_pickle=allow_pickle,
-            )
+            with collector_held():
+                plan, layouts = local.take(answer)
+                data = RankData(
+                    planner.finish_plan(plan),
+                    planner,
+                    dict(layouts),
+                    chunk=target.catalog.repository.chunk,
+                    allow_pickle=allow_pickle,
+                )
             bar.begin("digest", total_nbytes(data.chunks))
             return data.digest(pool, bar.advance), seconds
 

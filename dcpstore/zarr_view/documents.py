@@ -11,12 +11,14 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from dcpstore.encoding.codecs import zarr_codecs
 from dcpstore.encoding.dtypes import numpy_dtype
 from dcpstore.geometry.grids import Grid
 from dcpstore.records import ChunkPlace, EntryRecord, NewChunk, StoredChunk, TensorRecord
+from dcpstore.storage.fields import value_tree
 
 __all__ = ["array_name", "array_names", "chunk_keys", "chunk_references", "zarr_documents"]
 
@@ -81,28 +83,29 @@ def zarr_documents(
         attributes: JSON values for the root group, such as its uid and step; the values of the
             version are added as "values", typed JSON by FQN.
     """
-    nodes: dict[str, Json] = {}
+    nodes: dict[str, str] = {}
     for entry in entries:
         if entry.tensor is None:
             continue
         tensor, name = entry.tensor, array_name(entry.fqn)
         named: Json = {"fqn": entry.fqn, "torch_dtype": tensor.dtype}
         if entry.kind == "blob" and entry.value:
-            named["blob"] = json.loads(entry.value)
+            named["blob"] = value_tree(entry.fqn, entry.value)
         if _is_whole(tensor):
             nodes[name] = _array(tensor, tensor.parts[0], named)
             continue
-        nodes[name] = _group({**named, "shape": tensor.shape})
+        nodes[name] = _text(_group({**named, "shape": tensor.shape}))
         for array, grid in zip(array_names(entry), tensor.parts, strict=True):
             placed = {"offsets": grid.offsets, "shape": grid.shape}
             nodes[array] = _array(tensor, grid, placed)
-    values = {e.fqn: json.loads(e.value) for e in entries if e.kind == "value" and e.value}
-    root = _group({**attributes, "values": values})
+    values = {e.fqn: value_tree(e.fqn, e.value) for e in entries if e.kind == "value" and e.value}
+    root = _text(_group({**attributes, "values": values}))
     # The nodes stand in the root too: zarr 3.1 finds no arrays of a split tensor otherwise, for it
     # lists nested folders of a reference file wrongly.
-    root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": nodes}
-    return {"zarr.json": _text(root)} | {
-        f"{path}/zarr.json": _text(node) for path, node in nodes.items()
+    listed = ",".join(f"{_text(path)}:{node}" for path, node in nodes.items())
+    consolidated = f'{{"kind":"inline","must_understand":false,"metadata":{{{listed}}}}}'
+    return {"zarr.json": f'{root[:-1]},"consolidated_metadata":{consolidated}}}'} | {
+        f"{path}/zarr.json": node for path, node in nodes.items()
     }
 
 
@@ -115,25 +118,34 @@ def _group(attributes: Json) -> Json:
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
 
 
-def _array(tensor: TensorRecord, grid: Grid, attributes: Json) -> Json:
-    stored = numpy_dtype(tensor.dtype)
+def _array(tensor: TensorRecord, grid: Grid, attributes: Json) -> str:
+    head = _array_head(tensor.dtype, tensor.codec, grid.shape, grid.chunk_shape)
+    return f'{head[:-1]},"attributes":{_text(attributes)}}}'
+
+
+@lru_cache(4096)
+def _array_head(
+    dtype: str, codec: str, shape: tuple[int, ...], chunk_shape: tuple[int, ...]
+) -> str:
+    """Return the document of an array but for its attributes; few are distinct."""
+    stored = numpy_dtype(dtype)
     zero = stored.type(0).item()
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": grid.shape,
-        "data_type": stored.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": grid.chunk_shape}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": [0.0, 0.0] if isinstance(zero, complex) else zero,
-        "codecs": zarr_codecs(tensor.codec, tensor.dtype),
-        "attributes": attributes,
-        "storage_transformers": [],
-    }
+    return _text(
+        {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": shape,
+            "data_type": stored.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": [0.0, 0.0] if isinstance(zero, complex) else zero,
+            "codecs": zarr_codecs(codec, dtype),
+            "storage_transformers": [],
+        }
+    )
 
 
-def _text(document: Json) -> str:
-    return json.dumps(document, separators=(",", ":"), allow_nan=False)
+_text = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 def _escaped(text: str) -> str:

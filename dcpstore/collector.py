@@ -1,0 +1,50 @@
+"""Python's garbage collector, held off while very many records are made that all stay.
+
+Each time the number of objects has grown by a quarter the collector walks through every one of
+them, the training program's too; in a save of 5,000 tensors that took half of the time. Reference
+counts still free what they can. Invariant: it is off while anybody holds it off, and never longer.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["collector_held"]
+
+
+class _Holders:
+    """How many hold the collector off, and whether it was on before the first of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._was_on = False
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._count:
+                self._was_on = gc.isenabled()
+                gc.disable()
+            self._count += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._count -= 1
+            if not self._count and self._was_on:
+                gc.enable()
+
+
+_holders = _Holders()
+
+
+@contextmanager
+def collector_held() -> Iterator[None]:
+    """Hold the collector off; threads may do so at once, and the last one lets it go on."""
+    _holders.enter()
+    try:
+        yield
+    finally:
+        _holders.leave()
