@@ -15,6 +15,8 @@ from dcpstore.geometry.boxes import Box
 
 __all__ = ["Grid", "lay_grids", "lay_parts", "lay_regular"]
 
+_TILE = 256 << 10  # bytes down to which what several ranks write is cut along every dimension
+
 
 @dataclass(frozen=True, slots=True)
 class Grid:
@@ -168,6 +170,8 @@ def lay_regular(
     cells = math.prod(-(-n // (step or n)) for n, step in zip(shape, steps, strict=True))
     if cells > 2 * pieces:
         return None
+    if pieces > 1:
+        steps = _tile(shape, steps, itemsize)
     return Grid(origin, shape, _chunk_shape(shape, steps, itemsize, target))
 
 
@@ -188,6 +192,23 @@ def _step(n: int, dim: int, boxes: Iterable[Box]) -> int:
     """Return the largest step that meets every boundary inside a dimension; 0 if it has none."""
     cuts = {cut for box in boxes for cut in (box.offsets[dim], box.offsets[dim] + box.sizes[dim])}
     return math.gcd(*(cuts - {0, n}))
+
+
+def _tile(shape: Sequence[int], steps: Sequence[int], itemsize: int) -> list[int]:
+    """Return smaller steps: a shard cut in up to four along each dimension, the longest first.
+
+    Whoever loads onto twice or four times the ranks, or by columns what was saved by rows, then
+    reads few bytes beside its own. Tiles stay near `_TILE` bytes: more of them cost more than they
+    save.
+    """
+    extents = [step or n for n, step in zip(shape, steps, strict=True)]
+    cut = list(steps)
+    for _ in range(2):
+        for dim in sorted(range(len(extents)), key=lambda dim: -extents[dim]):
+            if itemsize * math.prod(extents) > _TILE and extents[dim] % 2 == 0:
+                extents[dim] //= 2
+                cut[dim] = extents[dim]
+    return cut
 
 
 def _chunk_shape(

@@ -76,8 +76,17 @@ def test_chunks_aim_at_the_target_and_stay_contiguous() -> None:
     (grid,) = lay_grids((4096, 4096), 4, [Box.whole((4096, 4096))], target=8 << 20)
     assert grid.chunk_shape == (512, 4096)
     halves = [Box((0, 0), (2048, 4096)), Box((2048, 0), (2048, 4096))]
-    assert lay_grids((4096, 4096), 4, halves, target=8 << 20) == (grid,)
     assert lay_grids((4096, 4096), 4, halves, target=1 << 20, parent=(grid,)) == (grid,)
+
+
+def test_shards_are_cut_along_every_dimension() -> None:
+    halves = [Box((0, 0), (384, 768)), Box((384, 0), (384, 768))]
+    (grid,) = lay_grids((768, 768), 4, halves, target=8 << 20)
+    quarters = [Box((192 * i, 0), (192, 768)) for i in range(4)]
+    columns = [Box((0, 192 * i), (768, 192)) for i in range(4)]
+    assert all(grid.holds_whole_cells(box) for box in (*halves, *quarters, *columns))
+    small = [Box((0,), (384,)), Box((384,), (384,))]
+    assert lay_grids((768,), 4, small, target=8 << 20)[0].chunk_shape == (384,)
 
 
 def test_a_prime_number_of_rows_is_not_cut_into_single_rows() -> None:
