@@ -1,22 +1,27 @@
 """Column types that make both databases keep and return the same values.
 
 Text compares byte by byte on both (collation "C"), so that names are sorted in one way; times come
-back aware and in UTC; a metric that is not a number is NULL, for SQLite cannot keep a NaN.
+back aware and in UTC; a metric that is not a number is NULL, for SQLite cannot keep a NaN; and what
+a damaged row holds is an error that says so.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import BigInteger, DateTime, Dialect, Float, Integer, LargeBinary, Text
 from sqlalchemy.types import TypeDecorator
 
+from dcpstore.errors import CorruptionError
+
 __all__ = ["Bytes", "IntTuple", "JsonText", "Key", "Metric", "Number", "UtcTime", "Words"]
+
+T = TypeVar("T")
 
 Words = Text().with_variant(Text(collation="C"), "postgresql")
 Number = BigInteger()
@@ -24,11 +29,37 @@ Key = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows only i
 Bytes = LargeBinary()
 
 
-class IntTuple(TypeDecorator[tuple[int, ...]]):
+class _Checked(TypeDecorator[T]):
+    """A type whose damaged values are an error of ours, and never reach who asks."""
+
+    impl: Any = Words  # other types have another
+    cache_ok = True
+    belongs = ""  # what a value is, for people
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], T | None]:
+        """Return what turns a value of the database into one of Python."""
+        process = super().result_processor(dialect, coltype)
+        assert process is not None, "each of these types turns its values"
+
+        def checked(value: Any) -> T | None:
+            try:
+                found: T | None = process(value)
+                return found
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                raise CorruptionError(
+                    f"a row of the catalog is damaged: {str(value)[:80]!r} stands where "
+                    f"{self.belongs} belongs ({error}). Restore the catalog from a backup, or make "
+                    "it anew from the data with 'dcpstore rebuild'."
+                ) from error
+
+        return checked
+
+
+class IntTuple(_Checked[tuple[int, ...]]):
     """A tuple of integers as JSON text: offsets, sizes, shapes."""
 
-    impl = Words
     cache_ok = True
+    belongs = "a list of integers"
 
     def process_bind_param(self, value: tuple[int, ...] | None, dialect: Dialect) -> str | None:
         """Return `[1,2]`."""
@@ -39,11 +70,11 @@ class IntTuple(TypeDecorator[tuple[int, ...]]):
         return None if value is None else _integers(value)
 
 
-class JsonText(TypeDecorator[Any]):
+class JsonText(_Checked[Any]):
     """A mapping or sequence as JSON text; pure ASCII, for Postgres text refuses NUL."""
 
-    impl = Words
     cache_ok = True
+    belongs = "JSON"
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
         """Return the JSON text."""
@@ -54,11 +85,12 @@ class JsonText(TypeDecorator[Any]):
         return None if value is None else json.loads(value)
 
 
-class UtcTime(TypeDecorator[datetime]):
+class UtcTime(_Checked[datetime]):
     """An aware datetime: timestamptz on Postgres, naive UTC text on SQLite."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
+    belongs = "a time"
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         """Return the time in UTC, naive for SQLite, whose text has no zone."""
@@ -94,7 +126,10 @@ class Metric(TypeDecorator[float]):
 @lru_cache(4096)
 def _integers(text: str) -> tuple[int, ...]:
     """Return the tuple of a text; thousands of rows hold the same few."""
-    return tuple(json.loads(text))
+    numbers = json.loads(text)
+    if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+        raise ValueError("not a list of integers")
+    return tuple(numbers)
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,257 @@
+"""A database that fails: tried again where that is safe, told in our words where it is not."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import psycopg
+import pytest
+from sqlalchemy import Connection
+
+from dcpstore.catalog import Catalog, sqlite_url
+from dcpstore.catalog import engine as engine_module
+from dcpstore.catalog import faults as faults_module
+from dcpstore.catalog.faults import UnknownOutcomeError
+from dcpstore.errors import ConflictError, CorruptionError, DcpstoreError, NotFoundError
+from tests.proxy import Proxy, proxied
+
+from .conftest import make_content, make_draft
+
+What = Literal["answer", "request"]
+
+
+@pytest.fixture
+def postgres_url(postgres_server: Any) -> Iterator[str]:
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(postgres_server.get_uri(), autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "{name}"')
+        yield postgres_server.get_uri(name)
+        connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@pytest.fixture
+def proxy(postgres_url: str) -> Iterator[Proxy]:
+    with proxied(postgres_url) as between:
+        yield between
+
+
+@pytest.fixture
+def behind(proxy: Proxy) -> Iterator[Catalog]:
+    """A catalog behind a proxy, with one version."""
+    with Catalog.open(proxy.url, create=True, data_url="file:///data") as catalog:
+        catalog.begin(make_draft("first"))
+        catalog.commit("first", make_content("first", {"w": "W"}))
+        yield catalog
+
+
+def lose_next(proxy: Proxy, what: What) -> None:
+    proxy.lose, proxy.what = proxy.commits + 1, what
+
+
+@pytest.fixture(params=["answer", "request"])
+def what(request: pytest.FixtureRequest) -> What:
+    lost: What = request.param
+    return lost
+
+
+def test_a_save_whose_commit_was_lost_is_committed_once(
+    behind: Catalog, proxy: Proxy, what: What
+) -> None:
+    lose_next(proxy, what)
+    behind.begin(make_draft("u", tags=("t",), metrics={"m": 1.0}))
+    lose_next(proxy, what)
+    version = behind.commit("u", make_content("u", {"w": "V"}))
+    assert (version.number, version.tags, version.metrics) == (2, ("t",), {"m": 1.0})
+    assert behind.log() == [version, behind.resolve("v1")]
+    assert [o.kind for o in behind.operations()] == ["tag", "save", "save", "init"]
+
+
+def test_what_may_be_done_twice_is(behind: Catalog, proxy: Proxy, what: What) -> None:
+    behind.begin(make_draft("u"))
+    lose_next(proxy, what)
+    behind.touch("u")
+    lose_next(proxy, what)
+    behind.abort("u", "given up")
+    lose_next(proxy, what)
+    behind.mark_journaled(1)
+    rows = behind.query("SELECT status, error FROM version WHERE uid = 'u'", {})
+    assert rows == [("aborted", "given up")]
+    assert [said["operation"] for said in behind.unjournaled()] == [2]
+
+
+def test_where_nothing_tells_whether_it_was_done_people_are_told(
+    behind: Catalog, proxy: Proxy, what: What
+) -> None:
+    lose_next(proxy, what)
+    with pytest.raises(UnknownOutcomeError, match=r"not known: look with 'dcpstore ops'"):
+        behind.tag("best", 1, author="ada")
+    assert [ref.name for ref in behind.refs("tag")] == (["best"] if what == "answer" else [])
+
+
+def test_a_copy_whose_commit_was_lost_is_there_once(
+    behind: Catalog, proxy: Proxy, what: What
+) -> None:
+    behind.begin(make_draft("temporary"))
+    lose_next(proxy, what)
+    version = behind.upkeep().commit_copy(
+        "temporary", make_draft("origin"), make_content("temporary", {"w": "V"}), parent=None
+    )
+    assert (version.number, version.uid) == (2, "origin")
+    assert [v.uid for v in behind.log()] == ["origin", "first"]
+
+
+def test_a_slow_server_is_waited_for(behind: Catalog, proxy: Proxy) -> None:
+    proxy.delay = 0.05
+    behind.begin(make_draft("u"))
+    assert behind.commit("u", make_content("u", {"w": "V"})).number == 2
+
+
+def test_a_server_that_ends_all_sessions(behind: Catalog, postgres_url: str) -> None:
+    """As one does that stops: amid a transaction, before its commit."""
+    attempts = []
+
+    def work(connection: Connection) -> int:
+        connection.exec_driver_sql("UPDATE repository SET last_operation = last_operation + 1")
+        attempts.append(1)
+        if len(attempts) == 1:
+            with psycopg.connect(postgres_url) as other:
+                other.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                )
+        return int(connection.exec_driver_sql("SELECT last_operation FROM repository").scalar_one())
+
+    before = behind.operations()[0].number
+    assert behind._database.change(work) == before + 1
+    assert len(attempts) == 2
+
+
+def test_a_deadlock_is_tried_again(behind: Catalog) -> None:
+    both = threading.Barrier(2)
+    attempts = []
+
+    def work(connection: Connection, first: str, second: str) -> None:
+        attempts.append(first)
+        for table in (first, second):
+            connection.exec_driver_sql(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
+            if len(attempts) <= 2 and table == first:
+                both.wait(20)
+
+    other = threading.Thread(target=behind._database.change, args=(work, "ref", "metric"))
+    other.start()
+    behind._database.change(work, "metric", "ref")
+    other.join(30)
+    assert not other.is_alive()
+    assert len(attempts) == 3
+
+
+def test_a_server_without_a_free_connection(
+    behind: Catalog, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    role = f"few_{uuid.uuid4().hex[:8]}"
+    url = postgres_url.replace("postgres:@", f"{role}@")
+    with psycopg.connect(postgres_url, autocommit=True) as admin:
+        admin.execute(f"CREATE ROLE {role} LOGIN CONNECTION LIMIT 1")
+        admin.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
+        holder = psycopg.connect(url)
+        threading.Timer(0.5, holder.close).start()
+        with Catalog.open(url, create=False) as catalog:  # waits for the holder
+            assert len(catalog.log()) == 1
+            monkeypatch.setattr(faults_module, "_PATIENCE", 0.3)
+            with (
+                psycopg.connect(url),
+                pytest.raises(DcpstoreError, match=r"no connection left .*max_connections"),
+            ):
+                catalog.log()
+        admin.execute(f"DROP OWNED BY {role}")
+        admin.execute(f"DROP ROLE {role}")
+
+
+def test_a_lock_that_is_not_released(
+    behind: Catalog, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "_LIMITS", engine_module._LIMITS.replace("'60000'", "'200'"))
+    with psycopg.connect(postgres_url) as other:
+        other.execute("SELECT * FROM repository FOR UPDATE")
+        with pytest.raises(ConflictError, match="locked by another process"):
+            behind.tag("best", 1, author="ada")
+    assert behind.tag("best", 1, author="ada").version == 1
+
+
+def test_a_server_that_goes_away_is_no_password(
+    behind: Catalog, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faults_module, "_PATIENCE", 0.3)
+    proxy.close()
+    calls: list[Callable[[], Any]] = [behind.log, lambda: behind.begin(make_draft("u"))]
+    for call in calls:
+        with pytest.raises(NotFoundError, match="cannot connect to the catalog"):
+            call()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[Catalog]:
+    with Catalog.open(sqlite_url(tmp_path / "c.db"), create=True, data_url="d") as catalog:
+        catalog.begin(make_draft("first"))
+        catalog.commit("first", make_content("first", {"w": "W"}))
+        yield catalog
+
+
+def test_a_full_disk_changes_nothing(file: Catalog) -> None:
+    with file._database.outside() as driver:
+        (pages,) = driver.execute("PRAGMA page_count").fetchone()
+        driver.execute(f"PRAGMA max_page_count = {pages}")
+    file.begin(make_draft("u"))
+    with pytest.raises(DcpstoreError, match=r"no space is left .*Nothing was changed; free some"):
+        file.commit("u", make_content("u", {f"w{i}": f"{i}" for i in range(200)}))
+    assert len(file.log()) == 1
+    with file._database.outside() as driver:
+        driver.execute("PRAGMA max_page_count = 1000000")
+    assert file.commit("u", make_content("u", {"w": "V"})).number == 2
+
+
+def test_a_busy_file_is_read_again(file: Catalog, tmp_path: Path) -> None:
+    # In this mode a reader is refused at once, whatever its timeout.
+    other = sqlite3.connect(tmp_path / "c.db", isolation_level=None, check_same_thread=False)
+    file.close()
+    other.execute("PRAGMA locking_mode = EXCLUSIVE")
+    other.execute("BEGIN EXCLUSIVE")
+    threading.Timer(0.3, other.close).start()
+    assert len(file.log()) == 1
+
+
+# A row's column, and what does not belong there.
+DAMAGES = [
+    ("version", "labels", "{not json"),
+    ("version", "seconds", "]"),
+    ("version", "created_at", "yesterday"),
+    ("tensor", "shape", "[1,"),
+    ("tensor", "shape", '["a"]'),
+    ("tensor", "shape", "7"),
+    ("part", "offsets", "{}"),
+    ("part", "chunk_shape", "[null]"),
+    ("entry", "path", "w"),
+    ("repository", "created_at", "never"),
+]
+
+
+@pytest.mark.parametrize(("table", "column", "value"), DAMAGES)
+def test_a_damaged_row_is_corruption(
+    file: Catalog, tmp_path: Path, table: str, column: str, value: str
+) -> None:
+    with sqlite3.connect(tmp_path / "c.db") as raw:
+        raw.execute(f"UPDATE {table} SET {column} = ?", [value])
+    raw.close()
+
+    def look() -> None:
+        with Catalog.open(sqlite_url(tmp_path / "c.db"), create=False) as catalog:
+            catalog.log()
+            catalog.entries(1)
+
+    with pytest.raises(CorruptionError, match="a row of the catalog is damaged"):
+        look()

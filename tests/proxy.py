@@ -1,0 +1,114 @@
+"""A proxy before a real Postgres server, which loses what tests want lost."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+from urllib.parse import parse_qs, urlsplit
+
+__all__ = ["Proxy", "proxied"]
+
+_COMMIT = b"COMMIT\x00"
+
+
+class Proxy:
+    """Passes bytes between clients and the server at a URL; counts the commits that it sees.
+
+    Attributes:
+        url: by which clients come through it.
+        commits: how many have been asked for.
+        lose: at the commit of this number, counted from 1, the connection breaks.
+        what: whether the server still hears of that commit ("answer" is lost) or not ("request").
+        delay: seconds by which each answer is late.
+    """
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._path = str(Path(parse_qs(parts.query)["host"][0]) / ".s.PGSQL.5432")
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        port = self._listener.getsockname()[1]
+        self.url = f"postgresql://postgres@127.0.0.1:{port}{parts.path}?sslmode=disable"
+        self.commits = 0
+        self.lose: int | None = None
+        self.what: Literal["answer", "request"] = "answer"
+        self.delay = 0.0
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def close(self) -> None:
+        """Take no more clients, and wait for those that are there to end; a second time is fine."""
+        if self._listener.fileno() < 0:
+            return
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join(10)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            thread = threading.Thread(target=self._serve, args=(client,), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve(self, client: socket.socket) -> None:
+        server = socket.socket(socket.AF_UNIX)
+        is_lost = threading.Event()
+
+        def answer() -> None:
+            try:
+                while data := server.recv(1 << 16):
+                    if is_lost.is_set():
+                        break  # the server has answered, and nobody hears it
+                    time.sleep(self.delay)
+                    client.sendall(data)
+            except OSError:
+                pass
+            finally:
+                _hang_up(client)
+
+        with client, server:
+            try:
+                server.connect(self._path)
+            except OSError:
+                return
+            answers = threading.Thread(target=answer, daemon=True)
+            answers.start()
+            try:
+                while data := client.recv(1 << 16):
+                    if _COMMIT in data:
+                        self.commits += 1
+                        if self.commits == self.lose:
+                            is_lost.set()
+                            if self.what == "request":
+                                break
+                    server.sendall(data)
+            except OSError:
+                pass
+            _hang_up(server)
+            answers.join(10)
+
+
+def _hang_up(connection: socket.socket) -> None:
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return  # it has gone already
+
+
+@contextmanager
+def proxied(url: str) -> Iterator[Proxy]:
+    """Yield a proxy before the server of a URL."""
+    proxy = Proxy(url)
+    try:
+        yield proxy
+    finally:
+        proxy.close()
