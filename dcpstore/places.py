@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dcpstore.catalog import sqlite_url
 from dcpstore.errors import InvalidInputError
+from dcpstore.storage.urls import check_data_url
 
 __all__ = ["absolute_data", "locate"]
 
@@ -31,5 +32,9 @@ def locate(target: str) -> tuple[str, Path | None]:
 
 
 def absolute_data(data: str) -> str:
-    """Return a place of data as a catalog keeps it: a URL, or a path from the root."""
-    return data if "://" in data else str(Path(data).absolute())
+    """Return a place of data as a catalog keeps it: a URL, or a path from the root.
+
+    Raises:
+        InvalidInputError: the URL holds credentials, which a catalog never keeps.
+    """
+    return check_data_url(data) if "://" in data else str(Path(data).absolute())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from dcpstore import repository
-from dcpstore.cli.output import counted, human_bytes, note, print_json
+from dcpstore.cli.output import counted, human_bytes, note, print_json, visible
 from dcpstore.cli.session import Session, json_option, looking_for_repository
 
 __all__ = ["copy"]
@@ -38,6 +38,7 @@ def copy(session: Session, source: str, target: str, refs: tuple[str, ...]) -> N
     if report.refused:
         note(f"expired there, and not copied: {', '.join(f'v{n}' for n in report.refused)}")
     if report.left:
-        note(f"refs that mean something else there, and stayed: {', '.join(report.left)}")
+        left = visible(", ".join(report.left))
+        note(f"refs that mean something else there, and stayed: {left}")
     written = human_bytes(report.nbytes_written)
     click.echo(f"copied {counted(len(report.copied), 'version')}, {written} written")

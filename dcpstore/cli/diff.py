@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from dcpstore.errors import InvalidInputError
 from dcpstore.history import Diff, EntryDiff, ModuleDiff, TensorStats
 from dcpstore.records import EntryRecord
 from dcpstore.repository import Repository
+from dcpstore.storage.fields import value_tree
 
 __all__ = ["diff"]
 
@@ -257,7 +257,7 @@ def _side_shape(entry: EntryRecord | None) -> dict[str, object] | None:
         "dtype": None if tensor is None else tensor.dtype,
         "shape": None if tensor is None else tensor.shape,
         "digest": None if tensor is None else tensor.digest,
-        "value": None if entry.value is None else json.loads(entry.value),
+        "value": None if entry.value is None else value_tree(entry.fqn, entry.value),
     }
 
 

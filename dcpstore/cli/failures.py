@@ -43,7 +43,7 @@ def exit_code(error: Exception) -> int:
 
 def report(error: Exception, *, as_json: bool) -> None:
     """Print an error's message on standard error; with `as_json` also as an object on one line."""
-    message = "\n".join(visible(line) for line in str(error).splitlines())
+    message = "\n".join(visible(line) for line in str(error).split("\n"))
     click.echo(f"dcpstore: {message}", err=True)
     if as_json:
         shape = {"error": {"kind": type(error).__name__, "message": str(error)}}

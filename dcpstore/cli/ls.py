@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -12,6 +11,7 @@ from dcpstore.cli.output import Column, human_bytes, note, print_json, print_tab
 from dcpstore.cli.session import Session, repo_options
 from dcpstore.errors import NotFoundError
 from dcpstore.records import EntryRecord
+from dcpstore.storage.fields import value_tree
 
 __all__ = ["ls"]
 
@@ -76,7 +76,7 @@ def _shape(entry: EntryRecord) -> dict[str, object]:
         "path": entry.path,
         "kind": entry.kind,
         "tensor": entry.tensor,
-        "value": None if entry.value is None else json.loads(entry.value),
+        "value": None if entry.value is None else value_tree(entry.fqn, entry.value),
     }
 
 

@@ -85,7 +85,7 @@ def note(text: str) -> None:
 
 def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> None:
     """Print rows under the columns' titles."""
-    cells = [[column.title for column in columns]]
+    cells = [[visible(column.title) for column in columns]]
     cells += [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(_cells, column)) for column in zip(*cells, strict=True)]
     if sys.stdout.isatty():
@@ -106,7 +106,7 @@ def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
     found = list(pairs)
     width = max(len(name) for name, _ in found)
     for name, value in found:
-        for i, line in enumerate(value.splitlines() or [""]):
+        for i, line in enumerate(value.split("\n")):
             click.echo(f"{'' if i else name:{width}}{_GAP}{visible(line)}".rstrip())
 
 

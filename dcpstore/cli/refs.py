@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import click
 
-from dcpstore.cli.output import Column, note, print_json, print_table
+from dcpstore.cli.output import Column, note, print_json, print_table, visible
 from dcpstore.cli.session import Session, repo_options
 from dcpstore.records import RefRecord
 
@@ -66,11 +66,11 @@ def _print_made(session: Session, ref: RefRecord) -> None:
     if session.json:
         print_json(ref)
     else:
-        click.echo(f"{ref.kind} {ref.name} is v{ref.version}")
+        click.echo(f"{ref.kind} {visible(ref.name)} is v{ref.version}")
 
 
 def _print_gone(session: Session, ref: RefRecord) -> None:
     if session.json:
         print_json(ref)
     else:
-        click.echo(f"deleted the {ref.kind} {ref.name}; it was v{ref.version}")
+        click.echo(f"deleted the {ref.kind} {visible(ref.name)}; it was v{ref.version}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from dcpstore.cli.output import Column, human_time, print_json, print_table
+from dcpstore.cli.output import Column, human_time, print_json, print_table, visible
 from dcpstore.cli.session import Session, repo_options
 from dcpstore.records import Operation
 
@@ -35,7 +35,7 @@ def rollback(session: Session, ref: str, branch: str, force: bool, expect_tip: s
     if session.json:
         print_json(moved)
     else:
-        click.echo(f"branch {moved.name} is v{moved.version}")
+        click.echo(f"branch {visible(moved.name)} is v{moved.version}")
 
 
 @click.command()
@@ -52,9 +52,9 @@ def undo(session: Session, expect: int | None) -> None:
     elif not done.target:
         click.echo(f"took back what was added to v{done.new}")
     elif done.new is None:
-        click.echo(f"{done.target} is gone; it was v{done.old}")
+        click.echo(f"{visible(done.target)} is gone; it was v{done.old}")
     else:
-        click.echo(f"{done.target} is v{done.new} again")
+        click.echo(f"{visible(done.target)} is v{done.new} again")
 
 
 @click.command()

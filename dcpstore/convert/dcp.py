@@ -24,6 +24,7 @@ from dcpstore.convert.dcp_writing import ExportPlanner, write_folder
 from dcpstore.convert.exporting import Exported, ExportedVersion
 from dcpstore.convert.file_tensors import FileBox, FileTensor
 from dcpstore.convert.importing import Foreign, Naming, save_foreign
+from dcpstore.convert.nesting import DEEPEST
 from dcpstore.convert.sources import FileView
 from dcpstore.convert.targets import new_folder
 from dcpstore.convert.torch_archive import load_archive, locate_tensor, open_source
@@ -171,7 +172,7 @@ def _paths(described: Metadata) -> dict[str, ObjectPath]:
         fqn: path
         for fqn, path in given.items()
         if isinstance(path, tuple)
-        and path
+        and 0 < len(path) <= DEEPEST  # what is deeper no export nests again
         and isinstance(path[0], str)
         and all(isinstance(part, str | int) for part in path)
     }

@@ -103,13 +103,17 @@ def flattened(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Objec
     """Return the items of a nested state by FQN, and their paths, as DCP flattens it.
 
     Raises:
-        InvalidInputError: two items have the same FQN.
+        InvalidInputError: two items have the same FQN, or it is nested without end.
     """
     try:
         flat, paths = flatten_state_dict(dict(state))
     except ValueError as error:
         raise InvalidInputError(
             f"{error}: two items of the checkpoint have the same FQN; rename one of the keys."
+        ) from error
+    except RecursionError as error:
+        raise InvalidInputError(
+            "the checkpoint is nested too deep, or contains itself; flatten it before the import."
         ) from error
     return flat, paths
 

@@ -12,8 +12,9 @@ from typing import Any
 from dcpstore.errors import InvalidInputError
 from dcpstore.records import ObjectPath
 
-__all__ = ["nested_state"]
+__all__ = ["DEEPEST", "nested_state"]
 
+DEEPEST = 100  # containers one in another, as in values
 _MOST_HOLES = 10_000  # places of a list that hold nothing; more is no list that anybody saved
 
 
@@ -27,6 +28,11 @@ def nested_state(items: Mapping[str, Any], paths: Mapping[str, ObjectPath]) -> d
     made = {id(root)}  # the containers made here; a value may be a dict too
     for fqn, item in items.items():
         path = paths[fqn]
+        if len(path) > DEEPEST:
+            raise InvalidInputError(
+                f"{fqn[:200]!r} lies {len(path)} containers deep, past {DEEPEST}; export as "
+                "safetensors or zarr, which keep the state flat."
+            )
         node = root
         for key in path[:-1]:
             if key not in node:

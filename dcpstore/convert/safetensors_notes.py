@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dcpstore.convert.nesting import DEEPEST
 from dcpstore.convert.safetensors_header import Header
 from dcpstore.encoding.values import decode_value, encode_value
 from dcpstore.errors import CorruptionError
@@ -20,7 +21,6 @@ from dcpstore.records import ObjectPath
 __all__ = ["aliases", "notes", "paths_of", "plain_text", "values_of"]
 
 _VALUES, _PATHS = "dcpstore.values", "dcpstore.paths"
-_DEEPEST = 100  # as values: what is deeper no export nests again
 
 
 def notes(
@@ -80,7 +80,7 @@ def paths_of(header: Header) -> dict[str, ObjectPath]:
         fqn: tuple(path)
         for fqn, path in found.items()
         if isinstance(path, list)
-        and 0 < len(path) <= _DEEPEST
+        and 0 < len(path) <= DEEPEST
         and isinstance(path[0], str)
         and all(isinstance(part, str) or type(part) is int for part in path)
     }

@@ -27,6 +27,8 @@ __all__ = [
 ]
 
 _MAGIC = b"PK\x03\x04"
+_TELLING = "unsupported"  # what torch says of code that it does not run
+_MOST_SPREAD = 1 << 30  # bytes that a tensor may have in memory, though fewer lie in the file
 
 
 def load_archive(file: IO[bytes], name: str, *, device: str, allow_pickle: bool) -> Any:
@@ -49,7 +51,7 @@ def load_archive(file: IO[bytes], name: str, *, device: str, allow_pickle: bool)
     try:
         return torch.load(file, map_location=device, weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error):
+        if _TELLING in str(error).lower():
             raise UnsafeDataError(
                 f"{name} names code that would run ({_first_line(error)}); if you trust whoever "
                 "wrote it, import it with allow_pickle (--allow-pickle)."
@@ -100,6 +102,11 @@ def locate_tensor(
     if offset is None:
         raise InvalidInputError(
             f"{fqn!r} was saved on the meta device and has no data; save a real tensor."
+        )
+    if tensor.nbytes > max(_MOST_SPREAD, path.stat().st_size):
+        raise InvalidInputError(
+            f"{fqn!r} has {tensor.nbytes} bytes, spread by its strides over a file of "
+            f"{path.stat().st_size}; save tensor.contiguous(), if it is meant to be so large."
         )
     first = offset + int(tensor.storage_offset()) * tensor.itemsize
     found = FileBox(
@@ -167,5 +174,5 @@ def _damaged(name: str, error: Exception) -> CorruptionError:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "Unsupported" in line]
+    telling = [line for line in lines if _TELLING in line.lower()]
     return f"{type(error).__name__}: {(telling or lines or [''])[0][:200]}"

@@ -1,4 +1,4 @@
-"""Fields of JSON that lies in a data folder: each is taken as what it must be, or refused.
+"""Fields of JSON that is kept: each is taken as what it must be, or refused.
 
 A digest tells damage from soundness, not friend from stranger: whoever writes the folder can write
 the digest too. So nothing of a manifest or operation is used before its kind and range are known;
@@ -7,11 +7,13 @@ what does not fit is a ValueError or TypeError, which the reader of the object e
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
 
+from dcpstore.errors import CorruptionError
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.grids import Grid
 from dcpstore.storage.interface import check_key
@@ -30,6 +32,7 @@ __all__ = [
     "text",
     "time",
     "uid",
+    "value_tree",
 ]
 
 T = TypeVar("T")
@@ -37,6 +40,7 @@ T = TypeVar("T")
 # JSON as read: of any kind until it is checked here, hence `Any`.
 
 _MOST = 2**63 - 1  # what the databases count to
+_DEEPEST = 400  # levels of JSON; a value of as many containers as are stored has fewer
 _MOST_DIMS = 64  # numpy's limit, and so that of every tensor that can be stored
 _PACK = re.compile(r"packs/[A-Za-z0-9._-]+/[0-9]+-[0-9]+\.pack")
 _UID = re.compile(r"[0-9a-f]{1,64}")
@@ -140,6 +144,32 @@ def time(found: Any) -> datetime:
     if when.tzinfo is None:
         raise ValueError(f"{_short(found)} is a time without its zone")
     return when
+
+
+def value_tree(fqn: str, typed: str) -> Any:
+    """Return the typed JSON of a value as the tree that it is, nothing of it built.
+
+    Raises:
+        CorruptionError: it is no JSON, or nested deeper than any value.
+    """
+    try:
+        tree = json.loads(typed)
+        level = [tree]
+        for _ in range(_DEEPEST):
+            level = [
+                item
+                for node in level
+                if isinstance(node, dict | list)
+                for item in (node.values() if isinstance(node, dict) else node)
+            ]
+        if level:
+            raise ValueError(f"nested deeper than {_DEEPEST}")
+    except (ValueError, RecursionError) as error:
+        raise CorruptionError(
+            f"the value of {fqn!r} is no typed JSON ({error}); run 'dcpstore verify' to see which "
+            "versions are hurt."
+        ) from error
+    return tree
 
 
 def _short(found: object) -> str:

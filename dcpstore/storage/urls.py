@@ -9,7 +9,7 @@ from dcpstore.errors import DcpstoreError, InvalidInputError
 from dcpstore.storage.folder import LocalFolder
 from dcpstore.storage.interface import Storage
 
-__all__ = ["open_storage"]
+__all__ = ["check_data_url", "open_storage"]
 
 _OBJECT_STORES = ("s3", "gs", "az")
 
@@ -26,6 +26,7 @@ def open_storage(url: str, *, base: Path | None = None, create: bool = False) ->
         InvalidInputError: the scheme is not known, or the URL is not well formed.
         NotFoundError: a local folder that is missing.
     """
+    check_data_url(url)
     if "://" not in url:
         if not url or "\0" in url:
             raise InvalidInputError(f"{url!r} is no path; give the data folder, or its URL.")
@@ -48,3 +49,19 @@ def open_storage(url: str, *, base: Path | None = None, create: bool = False) ->
         f"no storage for {parts.scheme + '://'!r} in {url!r}; give a path, or a URL of "
         f"{', '.join(scheme + '://' for scheme in ('file', *_OBJECT_STORES))}."
     )
+
+
+def check_data_url(url: str) -> str:
+    """Return `url` if the catalog, the journal and messages may show it.
+
+    Raises:
+        InvalidInputError: it holds a user, a password, or a query, which may be a signature.
+    """
+    if "://" in url:
+        _, _, rest = url.partition("://")
+        if "@" in rest.split("/", 1)[0] or "?" in rest or "#" in rest:
+            raise InvalidInputError(  # without the URL itself
+                "the data URL holds a user, a password or a query, and would be kept in the "
+                "catalog; leave them out, and give credentials in the environment, such as AWS_*."
+            )
+    return url

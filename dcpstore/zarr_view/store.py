@@ -203,7 +203,7 @@ def _ordinal(index: Sequence[str], counts: Sequence[int]) -> int | None:
         return None
     ordinal = 0
     for text, count in zip(index, counts, strict=True):
-        if not re.fullmatch("0|[1-9][0-9]*", text) or int(text) >= count:
+        if not re.fullmatch("0|[1-9][0-9]{0,18}", text) or int(text) >= count:
             return None
         ordinal = ordinal * count + int(text)
     return ordinal
