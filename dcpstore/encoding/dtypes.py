@@ -44,6 +44,7 @@ _REINTERPRETED = [
 _DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in (*_NATIVE, *_REINTERPRETED)
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _NUMPY: dict[str, np.dtype[np.generic]] = {name: np.dtype(name) for name in _NATIVE} | {
     name: np.dtype(f"uint{8 * _DTYPES[name].itemsize}") for name in _REINTERPRETED
 }
@@ -55,8 +56,8 @@ def dtype_name(dtype: torch.dtype) -> str:
     Raises:
         InvalidInputError: quantized and other dtypes that have no plain bytes.
     """
-    name = str(dtype).removeprefix("torch.")
-    if name not in _DTYPES:
+    name = _NAMES.get(dtype)
+    if name is None:
         raise InvalidInputError(
             f"dtype {dtype} cannot be stored; convert the tensor to one of {', '.join(_DTYPES)}."
         )
@@ -99,8 +100,7 @@ def as_bytes(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
         )
     name = dtype_name(tensor.dtype)
     tensor = tensor.detach().resolve_conj().resolve_neg()
-    stored = numpy_dtype(name)
-    if stored.name != name:
-        tensor = tensor.view(_DTYPES[stored.name])
+    if name in _REINTERPRETED:
+        tensor = tensor.view(_DTYPES[f"uint{8 * tensor.dtype.itemsize}"])
     array: npt.NDArray[np.generic] = tensor.numpy()
     return array

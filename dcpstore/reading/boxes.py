@@ -39,8 +39,10 @@ def find_chunks(
     ranges: list[ChunkRange] = []
     for entry, box in boxes:
         assert entry.tensor is not None
+        is_whole = box.sizes == entry.tensor.shape
         for part, grid in enumerate(entry.tensor.parts):
-            ranges += [ChunkRange(entry.tensor.id, part, *ends) for ends in grid.ranges(box)]
+            ends = ((0, grid.size - 1),) if is_whole and grid.size else grid.ranges(box)
+            ranges += [ChunkRange(entry.tensor.id, part, first, last) for first, last in ends]
     stored = catalog.chunks(ranges)
     if len(stored) != sum(last - first + 1 for _, _, first, last in ranges):
         catalog.resolve(version)  # says so if it expired while it was being read
