@@ -40,8 +40,11 @@ class LocalFolder:
         self._root = Path(os.path.realpath(path))
         if create:
             with _explained("make the data folder", self._root):
+                # Every folder on the way that is new must stay: one lost takes all below along.
+                above = [folder for folder in self._root.parents if not folder.exists()]
                 self._root.mkdir(parents=True, exist_ok=True)
-                _sync_folder(self._root.parent)
+                for folder in (self._root, *above):
+                    _sync_folder(folder.parent)
         if not self._root.exists():
             raise NotFoundError(
                 f"the data folder {str(path)!r} is missing; mount it, or give its new place as "

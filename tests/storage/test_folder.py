@@ -42,6 +42,20 @@ def test_file_then_name_then_every_folder_is_made_durable(
     assert steps == ["file", "packs/ab12", "packs", "."]
 
 
+def test_every_folder_that_is_made_for_a_repository_is_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, synced = os.fsync, set()
+
+    def spy(descriptor: int) -> None:
+        synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    LocalFolder(tmp_path / "deep" / "down" / "data", create=True)
+    assert synced == {tmp_path, tmp_path / "deep", tmp_path / "deep" / "down"}
+
+
 def test_a_failed_sync_leaves_no_object(
     folder: LocalFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
