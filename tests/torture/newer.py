@@ -1,0 +1,59 @@
+"""A schema that comes after today's, made up: there is one migration so far, and none to kill.
+
+Two columns are added by the real migrations, run by the real Alembic, in a child that ends anyway.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from dcpstore.catalog import migrating, schema
+
+__all__ = ["NEWEST", "go_back", "newer_schema"]
+
+NEWEST = "0002"
+_MIGRATION = """
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+
+
+def upgrade():
+    for name, value in (("mood", "good"), ("weather", "fair")):
+        op.add_column("version", sa.Column(name, sa.Text()))
+        op.execute(f"UPDATE version SET {name} = '{value}'")
+"""
+
+
+@contextmanager
+def newer_schema() -> Iterator[None]:
+    """Let this process be of a dcpstore whose newest migration is one more."""
+    found, head = migrating.migrations_folder, schema.HEAD
+    with tempfile.TemporaryDirectory() as folder:
+        newer = Path(folder) / "migrations"
+        shutil.copytree(found(), newer)
+        (newer / "versions" / f"{NEWEST}_more_columns.py").write_text(_MIGRATION)
+        migrating.migrations_folder = lambda: newer
+        schema.HEAD = NEWEST
+        try:
+            yield
+        finally:
+            migrating.migrations_folder, schema.HEAD = found, head
+
+
+def go_back(url: str) -> None:
+    """Take the two columns away again."""
+    engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.begin() as connection:
+        for name in ("mood", "weather"):
+            connection.execute(sa.text(f"ALTER TABLE version DROP COLUMN {name}"))
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '0001'"))
+    engine.dispose()
