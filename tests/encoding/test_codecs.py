@@ -4,11 +4,12 @@ import contextlib
 import threading
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcpstore.encoding.codecs import CODECS, choose_codec, decode, encode, zarr_codecs
+from dcpstore.encoding.codecs import CODECS, choose_codec, decode, encode, unencoded, zarr_codecs
 from dcpstore.errors import CorruptionError, InvalidInputError
 
 
@@ -115,3 +116,52 @@ def test_threads_encode_and_decode_at_the_same_time() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def bits(nbytes: int) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(np.random.default_rng(nbytes).bytes(nbytes), np.uint8)
+
+
+def mixed(nbytes: int, *, zeros_from: float) -> npt.NDArray[np.uint8]:
+    raw = bits(nbytes).copy()
+    raw[int(zeros_from * nbytes) :] = 0
+    return raw
+
+
+@pytest.mark.parametrize("nbytes", [64, 100_000, 300_000, (4 << 20) + 6])
+def test_a_chunk_that_does_not_shrink_is_stored_as_it_is_behind_a_header(nbytes: int) -> None:
+    raw = bits(nbytes)
+    encoded = memoryview(encode("blosc", raw.data, 2))
+    assert encoded.nbytes == nbytes + 16
+    found = unencoded("blosc", encoded, nbytes)
+    assert found is not None
+    assert found == raw.tobytes()
+    assert np.shares_memory(np.frombuffer(found, np.uint8), np.frombuffer(encoded, np.uint8))
+    out = bytearray(nbytes)
+    decode("blosc", encoded, out)
+    assert out == raw.tobytes()
+
+
+@pytest.mark.parametrize("zeros_from", [0.0, 0.3, 0.7])
+def test_a_sample_finds_what_shrinks_in_a_part_of_a_chunk(zeros_from: float) -> None:
+    raw = mixed(1 << 20, zeros_from=zeros_from)
+    encoded = memoryview(encode("blosc", raw.data, 2))
+    assert encoded.nbytes < 1.01 * zeros_from * raw.nbytes + 20_000
+
+
+def test_numbers_as_training_leaves_them_are_stored_in_four_fifths() -> None:
+    weights = np.random.default_rng(0).normal(0, 0.02, 1 << 20).astype("<f4")
+    half = (weights.view("<u4") >> 16).astype("<u2")  # as bfloat16
+    assert memoryview(encode("blosc", half.data, 2)).nbytes < 0.8 * half.nbytes
+
+
+def test_only_a_whole_frame_is_taken_as_it_lies() -> None:
+    raw = bits(1000)
+    encoded = bytearray(memoryview(encode("blosc", raw.data, 2)))
+    for wrong in (999, 1001):
+        assert unencoded("blosc", memoryview(encoded), wrong) is None
+    assert unencoded("blosc", memoryview(encoded)[:-1], 999) is None
+    assert unencoded("blosc", memoryview(b""), 0) is None
+    assert unencoded("zstd", memoryview(encode("zstd", raw.data, 2)), 1000) is None
+    with pytest.raises(CorruptionError, match="999 bytes are stored and 1000 are needed"):
+        unencoded("none", memoryview(raw.tobytes())[1:], 1000)
