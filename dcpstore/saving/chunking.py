@@ -175,7 +175,7 @@ def _checked(item: WriteItem, tensor: object, sizes: tuple[int, ...]) -> torch.T
             f"the planner gives {tensor.dtype} {tuple(tensor.size())} for {item.index.fqn!r}, "
             f"and its plan says {dtype} {sizes}; make its plan and its resolve_data agree."
         )
-    return tensor.detach()
+    return tensor
 
 
 def _keeps_values(planner: SavePlanner) -> TypeGuard[torch_planner.DefaultSavePlanner]:

@@ -63,6 +63,15 @@ class StorageContract:
         ]
         assert source.read([]) == []
 
+    def test_views_stay_good_when_their_memory_was_given_back(self, storage: Storage) -> None:
+        content = np.random.default_rng(0).bytes(300_000)
+        storage.put(KEY, content)
+        source = storage.open(KEY)
+        for offset, length in ((0, 300_000), (5, 1), (4096, 4096), (299_999, 1), (10, 0)):
+            (view,) = source.read([(offset, length)])
+            source.let_go(offset, length)
+            assert bytes(view) == content[offset : offset + length]
+
     @pytest.mark.parametrize("wanted", [(0, 101), (100, 1), (99, 2), (-1, 2), (5, -1), (1000, 1)])
     def test_a_range_past_the_end_is_corruption(
         self, storage: Storage, wanted: tuple[int, int]

@@ -1,0 +1,103 @@
+"""Chunks read in batches: each in its place, each checked, the one that is damaged told by name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dcpstore
+from dcpstore import ChunkDefaults, CorruptionError, Repository
+from dcpstore.geometry.boxes import Box
+from dcpstore.reading import chunks
+from dcpstore.reading.boxes import BoxRequest, read_boxes
+from dcpstore.reading.chunks import in_batches
+from dcpstore.records import ChunkRange, StoredChunk
+from dcpstore.storage.packs import PackReader
+
+
+def pack_of(repo: Repository) -> Path:
+    (pack,) = (Path(repo.storage.url) / "packs").rglob("*.pack")
+    return pack
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 40)), max_size=30))
+def test_batches_hold_each_chunk_once_and_of_one_pack(wanted: list[tuple[str, int]]) -> None:
+    stored = [StoredChunk(1, 0, i, b"", pack, 0, n) for i, (pack, n) in enumerate(wanted)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "_BATCH", 50)
+        batches = list(in_batches(stored))
+    assert [chunk for batch in batches for chunk in batch] == stored
+    for batch in batches:
+        assert len({chunk.pack for chunk in batch}) == 1
+        assert sum(chunk.length for chunk in batch[:-1]) < 50
+
+
+@pytest.mark.parametrize("codec", ["none", "blosc", "zstd"])
+@pytest.mark.parametrize("batch", [1, 700, 1 << 20])
+def test_boxes_that_share_chunks_are_filled_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, batch: int
+) -> None:
+    monkeypatch.setattr(chunks, "_BATCH", batch)
+    whole = torch.arange(600.0).reshape(30, 20)
+    with dcpstore.open(tmp_path / "r", chunk=ChunkDefaults(nbytes=256, codec=codec)) as repo:
+        dcpstore.save({"w": whole, "one": whole[:2].clone()}, repo)
+        entries = {entry.fqn: entry for entry in repo.entries()}
+        boxes = [
+            Box((0, 0), (30, 20)),
+            Box((3, 2), (20, 7)),
+            Box((29, 0), (1, 20)),
+            Box((0, 19), (30, 1)),
+        ]
+        targets = [torch.zeros(box.sizes) for box in boxes]
+        wide = torch.zeros(2, 20, dtype=torch.float64)
+        requests = [
+            *(BoxRequest(entries["w"], box, t) for box, t in zip(boxes, targets, strict=True)),
+            BoxRequest(entries["one"], Box((0, 0), (2, 20)), wide),
+        ]
+        counts = read_boxes(requests, repo.catalog, PackReader(repo.storage), version=1)
+        for box, target in zip(boxes, targets, strict=True):
+            assert torch.equal(target, whole[box.slices])
+        assert torch.equal(wide, whole[:2].double())
+        assert counts.chunks == len(repo.catalog.chunks(_every_chunk(repo)))
+
+
+def _every_chunk(repo: Repository) -> list[ChunkRange]:
+    return [
+        ChunkRange(entry.tensor.id, part, 0, grid.size - 1)
+        for entry in repo.entries()
+        if entry.tensor is not None
+        for part, grid in enumerate(entry.tensor.parts)
+    ]
+
+
+def test_the_damaged_one_of_many_small_chunks_is_told_and_not_handed_out(repo: Repository) -> None:
+    state = {f"t{i:02}": torch.full((16,), float(i + 1)) for i in range(40)}
+    dcpstore.save(state, repo)
+    pack = pack_of(repo)
+    whole = pack.read_bytes()
+    for damaged in (0, 17, 39):
+        at = whole.index(state[f"t{damaged:02}"].numpy().tobytes())
+        pack.write_bytes(whole[: at + 5] + b"\xff" + whole[at + 6 :])
+        targets = {fqn: torch.zeros(16) for fqn in state}
+        with pytest.raises(CorruptionError, match=rf"v1: 't{damaged:02}'.* at offset {at}, "):
+            dcpstore.load(targets, repo)
+        assert torch.equal(targets[f"t{damaged:02}"], torch.zeros(16))
+    pack.write_bytes(whole)
+
+
+def test_the_first_chunk_past_the_end_of_a_short_pack_is_told(repo: Repository) -> None:
+    state = {f"t{i}": torch.full((16,), float(i + 1)) for i in range(9)}
+    dcpstore.save(state, repo)
+    pack = pack_of(repo)
+    whole = pack.read_bytes()
+    pack.write_bytes(whole[: 5 * 64 + 1])
+    (sixth,) = (fqn for fqn, t in state.items() if t.numpy().tobytes() == whole[5 * 64 : 6 * 64])
+    with pytest.raises(CorruptionError, match=re.escape(f"v1: '{sixth}'")):
+        dcpstore.load({fqn: torch.zeros(16) for fqn in state}, repo)
+    pack.write_bytes(whole)
