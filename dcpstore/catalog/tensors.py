@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import Connection, Select, select
 
 from dcpstore.catalog import schema
+from dcpstore.errors import CorruptionError
 from dcpstore.records import PartRecord, TensorRecord
 
 __all__ = ["load_tensors"]
@@ -19,6 +20,11 @@ def load_tensors(connection: Connection, ids: Select[Any]) -> dict[int, TensorRe
     for row in connection.execute(
         select(part).where(part.c.tensor.in_(ids)).order_by(part.c.tensor, part.c.part)
     ):
+        if 0 in row.chunk_shape or not len(row.offsets) == len(row.shape) == len(row.chunk_shape):
+            raise CorruptionError(
+                f"the catalog is damaged: part {row.part} of tensor {row.tensor} has chunks of "
+                f"{row.chunk_shape}; restore it from a backup, or with 'dcpstore rebuild'."
+            )
         parts.setdefault(row.tensor, []).append(PartRecord(row.offsets, row.shape, row.chunk_shape))
     return {
         row.id: TensorRecord(

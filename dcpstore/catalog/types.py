@@ -104,8 +104,8 @@ class UtcTime(_Checked[datetime]):
         """Return the time, aware and in UTC."""
         if value is None:
             return None
-        aware = value if value.tzinfo else value.replace(tzinfo=UTC)
-        return aware.astimezone(UTC)  # type: ignore[no-any-return]
+        aware: datetime = value if value.tzinfo else value.replace(tzinfo=UTC)
+        return aware.astimezone(UTC)
 
 
 class Metric(TypeDecorator[float]):
@@ -127,8 +127,8 @@ class Metric(TypeDecorator[float]):
 def _integers(text: str) -> tuple[int, ...]:
     """Return the tuple of a text; thousands of rows hold the same few."""
     numbers = json.loads(text)
-    if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
-        raise ValueError("not a list of integers")
+    if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError("not a list of integers from 0 on")
     return tuple(numbers)
 
 

@@ -14,6 +14,7 @@ import re
 import torch
 
 from dcpstore.convert.exporting import ExportedTensor, ExportedVersion
+from dcpstore.convert.nesting import DEEPEST
 
 __all__ = ["find_ties"]
 
@@ -23,12 +24,12 @@ def find_ties(version: ExportedVersion) -> dict[str, str]:
     optimizers = {
         path[:i]
         for path in version.paths.values()
-        for i, key in enumerate(path)
+        for i, key in enumerate(path[:DEEPEST])
         if _is(key, "param_groups")
     }
     same: dict[int, list[ExportedTensor]] = {}
     for tensor in version.tensors:
-        path = tensor.entry.path
+        path = tensor.entry.path[:DEEPEST]
         if not any(path[:i] in optimizers and _is(key, "state") for i, key in enumerate(path)):
             same.setdefault(tensor.stored.id, []).append(tensor)
     ties: dict[str, str] = {}

@@ -139,16 +139,16 @@ def _check_records(file: IO[bytes], name: str) -> None:
         raise _damaged(name, error) from error
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
-    if len({record.filename for record in records}) < len(records):
-        raise _damaged(name, ValueError("two records have the same name"))
-    if any(record.header_offset + record.file_size > size for record in records):
-        raise _damaged(name, ValueError("a record reaches past the end"))
     packed = [r.filename for r in records if r.compress_type != zipfile.ZIP_STORED]
     if packed:
         raise InvalidInputError(
             f"{name} holds compressed records ({packed[0]!r}), which torch.save never writes; save "
             "it again with torch.save."
         )
+    if len({record.filename for record in records}) < len(records):
+        raise _damaged(name, ValueError("two records have the same name"))
+    if any(record.header_offset + record.file_size > size for record in records):
+        raise _damaged(name, ValueError("a record reaches past the end"))
 
 
 def open_source(path: Path) -> io.BufferedReader:

@@ -21,7 +21,7 @@ from typing_extensions import Buffer
 from dcpstore.encoding.dtypes import numpy_dtype
 from dcpstore.errors import CorruptionError, InvalidInputError
 
-__all__ = ["CODECS", "choose_codec", "decode", "encode", "unencoded", "zarr_codecs"]
+__all__ = ["CODECS", "check_held", "choose_codec", "decode", "encode", "unencoded", "zarr_codecs"]
 
 CODECS = ("none", "blosc", "zstd")
 
@@ -33,6 +33,7 @@ _SAMPLES = 4  # pieces of a chunk that are tried first,
 _SAMPLE = 32 << 10  # of so many bytes each; smaller chunks are just encoded
 _PAYS = 0.97  # of the raw size: what a sample must come below for the chunk to be encoded
 _ZSTD_LEVEL = 3
+_MOST_SWELL = 1 << 17  # Zstandard's best is 128 KiB out of a block of 4 bytes
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 _Bytes = npt.NDArray[np.uint8]
@@ -104,6 +105,22 @@ def unencoded(codec: str, encoded: memoryview, nbytes: int) -> memoryview | None
     return encoded[_BLOSC_HEADER:] if is_stored else None
 
 
+def check_held(codec: str, encoded: Buffer, nbytes: int) -> None:
+    """Check that stored bytes claim to hold so many raw ones, before room is made for those.
+
+    Raises:
+        CorruptionError: they hold more or less.
+        InvalidInputError: an unknown codec.
+    """
+    data = np.frombuffer(memoryview(encoded), np.uint8)
+    held = _HELD[_known(codec)](data)
+    if held != nbytes or nbytes > _MOST_SWELL * data.nbytes:
+        raise CorruptionError(
+            f"a chunk of codec {codec!r} holds {held} raw bytes in {data.nbytes} stored ones, but "
+            f"{nbytes} are expected; run 'dcpstore verify' to see which versions are hurt."
+        )
+
+
 def decode(codec: str, encoded: Buffer, out: Buffer) -> None:
     """Fill `out`, a writable contiguous buffer, with the raw bytes of a chunk.
 
@@ -116,12 +133,7 @@ def decode(codec: str, encoded: Buffer, out: Buffer) -> None:
     """
     data = np.frombuffer(memoryview(encoded), np.uint8)
     target = np.frombuffer(memoryview(out), np.uint8)
-    held = _HELD[_known(codec)](data)
-    if held != target.nbytes:
-        raise CorruptionError(
-            f"a chunk of codec {codec!r} holds {held} raw bytes in {data.nbytes} stored ones, but "
-            f"{target.nbytes} are expected; run 'dcpstore verify' to see which versions are hurt."
-        )
+    check_held(codec, encoded, target.nbytes)
     try:
         _DECODE[codec](data, target)
     except (RuntimeError, ValueError) as error:  # all that numcodecs raises for broken bytes

@@ -34,12 +34,18 @@ def find_chunks(
 
     Raises:
         NotFoundError: the version expired meanwhile.
-        CorruptionError: the catalog lacks some of them.
+        CorruptionError: the catalog lacks some of them, or no part holds what a box wants.
     """
     ranges: list[ChunkRange] = []
     for entry, box in boxes:
         assert entry.tensor is not None
         is_whole = box.sizes == entry.tensor.shape
+        held = (grid.box.intersect(box) for grid in entry.tensor.parts)
+        if sum(shared.volume for shared in held if shared is not None) != box.volume:
+            raise CorruptionError(  # or memory that nobody filled would be handed out
+                f"v{version}: {entry.fqn!r}: the parts that the catalog knows do not hold offsets "
+                f"{box.offsets}, sizes {box.sizes}; read what they hold, or restore the catalog."
+            )
         for part, grid in enumerate(entry.tensor.parts):
             ends = ((0, grid.size - 1),) if is_whole and grid.size else grid.ranges(box)
             ranges += [ChunkRange(entry.tensor.id, part, first, last) for first, last in ends]

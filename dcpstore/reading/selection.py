@@ -10,7 +10,7 @@ import torch
 
 from dcpstore.catalog import Catalog
 from dcpstore.encoding.dtypes import torch_dtype
-from dcpstore.errors import InvalidInputError
+from dcpstore.errors import DcpstoreError, InvalidInputError
 from dcpstore.geometry.boxes import Box
 from dcpstore.reading.boxes import BoxRequest, read_boxes
 from dcpstore.reading.values import read_values
@@ -50,7 +50,7 @@ def read_entries(
             continue
         assert entry.tensor is not None
         box, rest[entry.fqn] = _boxed(entry.fqn, entry.tensor.shape, indices.get(entry.fqn, ...))
-        target = torch.empty(box.sizes, dtype=torch_dtype(entry.tensor.dtype))
+        target = _room(entry.fqn, box, torch_dtype(entry.tensor.dtype))
         found[entry.fqn] = target
         if box.volume:
             requests.append(BoxRequest(entry, box, target))
@@ -61,6 +61,17 @@ def read_entries(
     values = read_values(plain, catalog, packs, version=version, allow_pickle=allow_pickle)
     found.update(zip((entry.fqn for entry in plain), values, strict=True))
     return {entry.fqn: found[entry.fqn] for entry in entries}
+
+
+def _room(fqn: str, box: Box, dtype: torch.dtype) -> torch.Tensor:
+    """Return memory for a box, whose sizes are what the catalog says."""
+    try:
+        return torch.empty(box.sizes, dtype=dtype)
+    except RuntimeError as error:
+        raise DcpstoreError(
+            f"there is no room for {fqn!r}: {box.volume} elements of {dtype} are more than this "
+            "machine has; read slices of it, or run 'dcpstore verify' if it cannot be so large."
+        ) from error
 
 
 def _boxed(fqn: str, shape: tuple[int, ...], index: Index) -> tuple[Box, tuple[int | slice, ...]]:

@@ -18,6 +18,7 @@ __all__ = ["Range", "Sink", "Source", "Storage", "check_key"]
 
 Range = tuple[int, int]  # offset and length, in bytes
 
+_LONGEST_PART, _MOST_PARTS = 200, 8  # with room for a temporary name, in any file system
 _KEY = re.compile(r"[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)*")
 
 
@@ -108,12 +109,18 @@ def check_key(key: str) -> str:
     """Return `key` if it can name an object in any storage.
 
     Raises:
-        InvalidInputError: it is absolute, climbs with "..", or holds other than [A-Za-z0-9._/-].
+        InvalidInputError: it is absolute, climbs with "..", or holds other than [A-Za-z0-9._/-],
+            or is longer than any of ours.
     """
-    if not _KEY.fullmatch(key) or any(set(part) == {"."} for part in key.split("/")):
+    parts = key.split("/")
+    if (
+        not _KEY.fullmatch(key)
+        or any(set(part) == {"."} or len(part) > _LONGEST_PART for part in parts)
+        or len(parts) > _MOST_PARTS
+    ):
         raise InvalidInputError(
-            f"{key!r} cannot name a stored object; keys are relative, of letters, digits and "
-            "'._-/', without '.' and '..' as a part. If a catalog or manifest holds it, run "
-            "'dcpstore verify'."
+            f"{key[:_LONGEST_PART]!r} cannot name a stored object; keys are relative, of letters, "
+            "digits and '._-/', without '.' and '..' as a part. If a catalog or manifest holds it, "
+            "run 'dcpstore verify'."
         )
     return key

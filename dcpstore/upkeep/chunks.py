@@ -7,7 +7,7 @@ import math
 from typing_extensions import Buffer
 
 from dcpstore.catalog.checking import PackedChunk
-from dcpstore.encoding.codecs import decode
+from dcpstore.encoding.codecs import check_held, decode
 from dcpstore.encoding.digests import chunk_digest
 from dcpstore.encoding.dtypes import numpy_dtype
 from dcpstore.errors import CorruptionError
@@ -25,6 +25,7 @@ def check_chunk(chunk: PackedChunk, encoded: Buffer) -> None:
                 f"{memoryview(encoded).nbytes} bytes are stored and {nbytes} are needed"
             )
     else:
+        check_held(chunk.codec, encoded, nbytes)
         raw = bytearray(nbytes)
         decode(chunk.codec, encoded, raw)
     if chunk_digest(raw) != chunk.digest:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 
 from dcpstore.catalog import Catalog
 from dcpstore.catalog.checking import PackedChunk, PackState
-from dcpstore.errors import CorruptionError
+from dcpstore.errors import CorruptionError, InvalidInputError
 from dcpstore.progress import ProgressBar
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackReader
@@ -60,7 +60,7 @@ def check_packs(
                 throttle.take(chunk.length)
                 try:
                     check_chunk(chunk, reader.read(key, chunk.offset, chunk.length))
-                except CorruptionError as error:
+                except (CorruptionError, InvalidInputError) as error:  # its key may be none
                     return str(error)
                 return None
 

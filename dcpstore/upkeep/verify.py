@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dcpstore.catalog import Catalog
 from dcpstore.catalog.checking import PackState, Reached
-from dcpstore.errors import CorruptionError, NotFoundError
+from dcpstore.errors import CorruptionError, InvalidInputError, NotFoundError
 from dcpstore.records import Version
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.manifests import decode_manifest, manifest_key
@@ -153,7 +153,7 @@ class _Look:
                 reason = None if uid == version.uid else f"it is of version {uid}"
             except NotFoundError:
                 reason = "it is missing"
-            except CorruptionError as error:
+            except (InvalidInputError, CorruptionError) as error:
                 reason = str(error)
             if reason is not None and self._is_there(version):
                 self._found["manifest", key] = Damage("manifest", key, reason, (version.number,))
@@ -181,6 +181,8 @@ class _Look:
             return (
                 f"{_QUICK[0]}the data folder does not hold it" if self._is_live(pack.key) else None
             )
+        except (InvalidInputError, CorruptionError) as error:  # its key, or a link, leads out
+            return f"{_QUICK[0]}{error}"
         if size != pack.nbytes and self._is_live(pack.key):
             return f"{_QUICK[1]}{size} bytes instead of {pack.nbytes}"
         return None

@@ -23,7 +23,7 @@ from zarr.abc.store import (
 )
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 
-from dcpstore.encoding.codecs import decode
+from dcpstore.encoding.codecs import check_held, decode
 from dcpstore.encoding.digests import chunk_digest
 from dcpstore.encoding.dtypes import numpy_dtype
 from dcpstore.errors import CorruptionError
@@ -170,8 +170,10 @@ class VersionStore(Store):
         encoded = self._read(chunk.pack, chunk.offset, chunk.length)
         if self._verify:
             cell = math.prod(tensor.parts[part].chunk_shape)
-            raw = bytearray(cell * numpy_dtype(tensor.dtype).itemsize)
+            nbytes = cell * numpy_dtype(tensor.dtype).itemsize
             try:
+                check_held(tensor.codec, encoded, nbytes)
+                raw = bytearray(nbytes)
                 decode(tensor.codec, encoded, raw)
             except CorruptionError as error:
                 raise CorruptionError(f"{where} is damaged: {error}") from error
