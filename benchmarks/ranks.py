@@ -48,13 +48,14 @@ def started(size: int, folder: Path) -> Iterator[Ranks]:
     """Start `size` ranks, which share the cores; end them after."""
     context = multiprocessing.get_context("spawn")
     folder.mkdir()
+    meeting = folder.resolve() / "meeting"  # a relative path in a URL would be taken for a host
     threads = max(1, len(os.sched_getaffinity(0)) // size)
     pipes, processes = [], []
     try:
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, size, threads, folder / "meeting", theirs), daemon=True
+                target=_serve, args=(rank, size, threads, meeting, theirs), daemon=True
             )
             process.start()
             theirs.close()
