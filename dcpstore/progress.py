@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -17,12 +18,25 @@ if TYPE_CHECKING:
 __all__ = ["ProgressBar"]
 
 _PATIENCE = 1.0  # seconds before a bar appears
+_QUIET = 2.0  # seconds between two reports of one phase
 
 
 class ProgressBar:
-    """Counts bytes of one phase after another; a context manager."""
+    """Counts bytes of one phase after another; a context manager.
 
-    def __init__(self, what: str, *, shown: bool) -> None:
+    `tell` hears of the phase, the bytes done and the total: as a phase begins and ends, and now and
+    then between.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        shown: bool,
+        tell: Callable[[str, int, int], None] = lambda phase, done, total: None,
+    ) -> None:
+        self._tell = tell
+        self._told = 0.0
         self._what = what
         self._shown = shown and sys.stderr.isatty()
         self._began = time.monotonic()
@@ -33,12 +47,15 @@ class ProgressBar:
     def begin(self, phase: str, total: int) -> None:
         """Start a phase of `total` bytes."""
         self._phase, self._total, self._done = phase, total, 0
+        self._report()
         if self._bar is not None:
             self._bar.reset(self._task, description=self._title, total=total)
 
     def advance(self, nbytes: int) -> None:
         """Count `nbytes` more as done."""
         self._done += nbytes
+        if self._done >= self._total or time.monotonic() - self._told > _QUIET:
+            self._report()
         if not self._shown:
             return
         if self._bar is None:
@@ -59,6 +76,10 @@ class ProgressBar:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def _report(self) -> None:
+        self._told = time.monotonic()
+        self._tell(self._phase, self._done, self._total)
 
     @property
     def _title(self) -> str:

@@ -28,9 +28,11 @@ __all__ = [
     "PackRecord",
     "PartRecord",
     "PlanRecord",
+    "RankProgress",
     "RefRecord",
     "RepositoryRecord",
     "Row",
+    "RunningSave",
     "ShardRecord",
     "StoredChunk",
     "TensorRecord",
@@ -233,6 +235,35 @@ class PackRecord:
 
     key: str
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankProgress:
+    """How far one rank of a running save is: `nbytes` of `total` in a phase, since when."""
+
+    rank: int
+    phase: str
+    nbytes: int
+    total: int
+    since: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class RunningSave:
+    """A save that has begun and not ended; `touched_at` is when its coordinator last said so.
+
+    `progress` is by rank; a save that has not run for a second has told nothing yet.
+    """
+
+    uid: str
+    branch: str
+    step: int | None
+    author: str
+    host: str
+    ranks: int
+    started_at: datetime
+    touched_at: datetime
+    progress: tuple[RankProgress, ...]
 
 
 @dataclass(frozen=True, slots=True)

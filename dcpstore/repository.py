@@ -25,6 +25,7 @@ from dcpstore.records import (
     RefRecord,
     RepositoryRecord,
     Row,
+    RunningSave,
     Version,
 )
 from dcpstore.storage.folder import LocalFolder
@@ -162,6 +163,10 @@ class Repository(Recorded, Upkept):
             read=PackReader(self.storage).read,
             verify=verify,
         )
+
+    def status(self) -> list[RunningSave]:
+        """Return the saves that have begun and not ended, with how far their ranks are."""
+        return self.catalog.running()
 
     def sql(self, query: str, /, **params: object) -> list[Row]:
         """Return the named rows of a query, on a connection that cannot write.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
-from dcpstore.catalog import journal, known, operations, queries, refs, saves, sql
+from dcpstore.catalog import journal, known, operations, queries, refs, running, saves, sql
 from dcpstore.catalog.engine import Database
 from dcpstore.catalog.history import History
 from dcpstore.catalog.lifecycle import (
@@ -25,9 +25,11 @@ from dcpstore.records import (
     EntryRecord,
     Operation,
     PlanRecord,
+    RankProgress,
     RefRecord,
     RepositoryRecord,
     Row,
+    RunningSave,
     StoredChunk,
     TensorRecord,
     Version,
@@ -197,9 +199,16 @@ class Catalog:
         """Give up a pending version and keep the reason; a second time does nothing."""
         self._database.change_again(saves.abort_save, uid, error)
 
-    def touch(self, uid: str) -> None:
-        """Renew the lease of a pending version, by which gc tells a running save from a crash."""
-        self._database.change_again(saves.touch_save, uid)
+    def touch(self, uid: str, progress: Sequence[RankProgress] = ()) -> None:
+        """Renew the lease of a pending version, by which gc tells a running save from a crash.
+
+        `progress` is how far its ranks are, for `running`.
+        """
+        self._database.change_again(running.touch_save, uid, progress)
+
+    def running(self) -> list[RunningSave]:
+        """Return the saves that have begun and not ended, the oldest first."""
+        return self._database.ask(running.list_running)
 
     def find_chunks(self, digests: Collection[bytes], codec: str) -> dict[bytes, ChunkPlace]:
         """Return where chunks with these digests lie in live packs, encoded with `codec`."""

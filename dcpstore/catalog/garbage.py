@@ -264,7 +264,10 @@ def _give_up_crashed(connection: Connection, *, now: datetime, lease: timedelta)
         .values(status="aborted", error=text)
         .returning(_version.c.uid)
     )
-    return sorted(rows)
+    uids = sorted(rows)
+    lost = select(_version.c.id).where(_version.c.uid.in_(wanted_names(connection, uids)))
+    connection.execute(delete(schema.progress).where(schema.progress.c.version.in_(lost)))
+    return uids
 
 
 def _check_running(connection: Connection, *, now: datetime, grace: timedelta) -> None:

@@ -22,11 +22,12 @@ from dcpstore.catalog.operations import (
     take_version,
 )
 from dcpstore.catalog.refs import RefRow, find_refs, taken
+from dcpstore.catalog.running import forget_progress
 from dcpstore.catalog.versions import id_of_number, load_versions
 from dcpstore.errors import ConflictError, NotFoundError
 from dcpstore.records import Version, VersionContent, VersionDraft
 
-__all__ = ["abort_save", "begin_save", "commit_save", "find_begun", "find_committed", "touch_save"]
+__all__ = ["abort_save", "begin_save", "commit_save", "find_begun", "find_committed"]
 
 _version = schema.version
 
@@ -131,6 +132,7 @@ def commit_save(connection: Connection, uid: str, content: VersionContent) -> Ve
             created_at=content.created_at,
         )
     )
+    forget_progress(connection, pending.id)
     write_content(connection, pending.id, content)
     _name(connection, pending, tip, tags, at=content.created_at)
     (version,) = load_versions(
@@ -160,15 +162,7 @@ def abort_save(connection: Connection, uid: str, error: str) -> None:
             touched_at=datetime.now(UTC),
         )
     )
-
-
-def touch_save(connection: Connection, uid: str) -> None:
-    """Note that a pending save is still at work."""
-    connection.execute(
-        update(_version)
-        .where(_version.c.uid == uid, _version.c.status == "pending")
-        .values(touched_at=datetime.now(UTC))
-    )
+    forget_progress(connection, row.id)
 
 
 def _name(

@@ -39,6 +39,7 @@ __all__ = [
     "pack",
     "part",
     "plan",
+    "progress",
     "ref",
     "repository",
     "shard",
@@ -134,6 +135,18 @@ version = Table(
     Index(None, "branch", "number"),
     Index(None, "step", "number"),
     Index(None, "status", "touched_at"),
+)
+
+progress = Table(  # of a save that runs, as its coordinator heard last; gone when it ends
+    "progress",
+    tables,
+    Column("version", Key, ForeignKey("version.id"), primary_key=True),
+    Column("rank", Key, primary_key=True, autoincrement=False),
+    _words("phase"),
+    _number("nbytes"),
+    _number("total"),
+    Column("since", UtcTime, nullable=False),
+    sqlite_with_rowid=False,
 )
 
 metric = Table(

@@ -26,6 +26,7 @@ __all__ = ["commands", "run"]
 _MODULES = {
     "init": "init",
     "log": "log",
+    "status": "status",
     "show": "show",
     "ls": "ls",
     "diff": "diff",

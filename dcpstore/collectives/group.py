@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch.distributed as dist
@@ -51,14 +50,22 @@ class Collectives(Protocol):
     def broadcast(self, value: bytes | None, *, step: str) -> bytes:
         """Return the coordinator's value."""
 
+    def tell(self, said: str) -> None:
+        """Leave a word for whoever asks how far this rank is; waits for nobody."""
 
-@dataclass(frozen=True, slots=True)
+    def heard(self) -> dict[int, str]:
+        """Return the last word of each rank that has told one; any thread may ask."""
+
+
 class Alone:
     """One process that asks nobody."""
 
-    rank: int = 0
-    size: int = 1
-    leads: bool = True
+    rank = 0
+    size = 1
+    leads = True
+
+    def __init__(self) -> None:
+        self._said: dict[int, str] = {}
 
     def gather(self, value: bytes, *, step: str) -> list[bytes]:
         """Return the one value."""
@@ -73,6 +80,14 @@ class Alone:
         """Return the value."""
         assert value is not None
         return value
+
+    def tell(self, said: str) -> None:
+        """Keep the word."""
+        self._said = {0: said}
+
+    def heard(self) -> dict[int, str]:
+        """Return the word."""
+        return self._said
 
 
 class RankGroup:
@@ -120,6 +135,15 @@ class RankGroup:
         with self._together(step):
             dist.broadcast_object_list(box, group=self._group, group_src=self._coordinator)
         return box[0]
+
+    def tell(self, said: str) -> None:
+        """Leave a word for whoever asks how far this rank is."""
+        if self._meeting is not None:
+            self._meeting.tell(said)
+
+    def heard(self) -> dict[int, str]:
+        """Return the last word of each rank that has told one."""
+        return {} if self._meeting is None else self._meeting.heard()
 
     @contextmanager
     def _together(self, step: str) -> Iterator[None]:

@@ -11,6 +11,7 @@ and a failed meeting leaves the group as it was, for nobody has entered a collec
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from dcpstore.errors import RankFailure
 
 __all__ = ["Meeting"]
 
+_log = logging.getLogger(__name__)
 _ALL_CAME = "all came"
 _ROLL_CALL = timedelta(seconds=5)  # how long a lost connection waits for those who are still there
 
@@ -39,6 +41,8 @@ class Meeting:
         self._rank = rank
         self._size = size
         self._coordinator = coordinator
+        # And one to listen by, for a thread that asks while this rank waits.
+        self._ear = PrefixStore("dcpstore", store.clone())  # type: ignore[attr-defined]  # nor this
         self._call = self._store.add(f"calls/{rank}", 1)
         self._count = 0
 
@@ -70,6 +74,25 @@ class Meeting:
             failures = dict.fromkeys(lost, f"the connection was lost: {_line(error)}")
             headline = f"lost touch with {_named(lost)} in {step}:"
             return _opened(self._rule(step, headline, failures, kind="lost"))
+
+    def tell(self, said: str) -> None:
+        """Leave a word for whoever asks how far this rank is."""
+        try:
+            self._store.set(f"{self._call}/said/{self._rank}", said)
+        except RuntimeError as error:  # of no weight: the next meeting finds the store gone too
+            _log.info("the other ranks do not hear how far this one is: %s", _line(error))
+
+    def heard(self) -> dict[int, str]:
+        """Return the last word of each rank that has told one."""
+        words = {}
+        try:
+            for rank in range(self._size):
+                key = f"{self._call}/said/{rank}"
+                if self._ear.check([key]):
+                    words[rank] = self._ear.get(key).decode()
+        except RuntimeError as error:
+            _log.info("how far the other ranks are is not known: %s", _line(error))
+        return words
 
     def _come(self, step: str) -> str:
         """Come, and return the verdict."""

@@ -28,6 +28,7 @@ from dcpstore.saving.chunking import Digested, RankData, total_nbytes
 from dcpstore.saving.lead import Lead, Opening, Seconds
 from dcpstore.saving.plans import LocalPlan, Offer
 from dcpstore.saving.publishing import SaveRequest, SaveTarget
+from dcpstore.saving.reporting import Reports
 from dcpstore.saving.writing import Written, write_chunks
 
 __all__ = ["save_version"]
@@ -54,6 +55,7 @@ def save_version(
         RankFailure: some ranks failed; the repository shows nothing of the save.
     """
     lead = Lead(planner, ranks.size)
+    reports = Reports(ranks)
     seconds: Seconds = {}
     target: SaveTarget
     local: LocalPlan
@@ -116,10 +118,13 @@ def save_version(
         began = time.perf_counter()
         uid, keys = in_step(ranks, "open", begin, lead.begin)
         with (
-            kept_lease(target.catalog, uid) if ranks.leads else contextlib.nullcontext(),
+            kept_lease(target.catalog, uid, progress=reports.heard)
+            if ranks.leads
+            else contextlib.nullcontext(),
             ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-save") as pool,
-            ProgressBar("save", shown=ranks.leads) as bar,
+            ProgressBar("save", shown=ranks.leads, tell=reports.tell) as bar,
         ):
+            bar.begin("plan", 0)
             answer = in_turn(ranks, "plan", local_plan, lead.plan)
             if answer.asks:
                 answer = in_turn(ranks, "plan", lambda: local.offer(whole=True), lead.plan)

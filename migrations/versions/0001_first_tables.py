@@ -167,6 +167,19 @@ def upgrade() -> None:
     op.create_index("ix_metric_name_value", "metric", ["name", "value"])
 
     op.create_table(
+        "progress",
+        sa.Column("version", KEY, nullable=False),
+        sa.Column("rank", KEY, autoincrement=False, nullable=False),
+        sa.Column("phase", WORDS, nullable=False),
+        sa.Column("nbytes", sa.BigInteger(), nullable=False),
+        sa.Column("total", sa.BigInteger(), nullable=False),
+        sa.Column("since", sa.DateTime(timezone=True), nullable=False),
+        sa.ForeignKeyConstraint(["version"], ["version.id"], name="fk_progress_version"),
+        sa.PrimaryKeyConstraint("version", "rank", name="pk_progress"),
+        sqlite_with_rowid=False,
+    )
+
+    op.create_table(
         "operation",
         sa.Column("number", KEY, autoincrement=False, nullable=False),
         sa.Column("kind", WORDS, nullable=False),

@@ -26,6 +26,7 @@ ARGS = {
     "db-upgrade": (),
     "expire": ("--keep-last", "1"),
     "gc": (),
+    "status": (),
 }
 MOVES_TENSORS = (
     "import",

@@ -1,0 +1,74 @@
+"""`dcpstore status`: the saves that run, and how far each of their ranks is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+import click
+
+from dcpstore.cli.output import Column, human_bytes, human_time, print_json, print_table
+from dcpstore.cli.session import Session, repo_options
+from dcpstore.durations import as_duration
+from dcpstore.records import RankProgress, RunningSave
+
+__all__ = ["status"]
+
+_COLUMNS = (
+    Column("save", shrinks=True),
+    Column("branch", shrinks=True),
+    Column("step", right=True),
+    Column("began"),
+    Column("lease"),
+    Column("rank", right=True),
+    Column("phase"),
+    Column("done", right=True),
+    Column("of", right=True),
+    Column("since"),
+)
+
+
+@click.command()
+@click.option(
+    "--lease", default="1h", show_default=True, help="How long a silent save counts as running."
+)
+@repo_options
+def status(session: Session, lease: str) -> None:
+    """List the saves that have begun and not ended, with each rank's phase and bytes.
+
+    A save tells how far it is every ten seconds. One that has been silent for longer than its lease
+    has crashed, or has lost the database; gc gives it up.
+    """
+    patience = as_duration(lease, what="lease")
+    with session.open() as repo:
+        running = repo.status()
+    if session.json:
+        print_json(running)
+    elif running:
+        now = datetime.now(UTC)
+        print_table(_COLUMNS, (row for save in running for row in _rows(save, now, patience)))
+    else:
+        click.echo("no save is running")
+
+
+def _rows(save: RunningSave, now: datetime, patience: timedelta) -> Iterator[tuple[str, ...]]:
+    """Yield a line for each rank that has told something; a save where none has gets one too."""
+    silent = max(now - save.touched_at, timedelta())
+    lease = "lapsed" if silent > patience else f"alive, {round(silent.total_seconds())} s ago"
+    step = "-" if save.step is None else str(save.step)
+    first: tuple[str, ...] = (save.uid, save.branch, step, human_time(save.started_at), lease)
+    if not save.progress:
+        yield (*first, "-", "-", "-", "-", "-")
+    for one in save.progress:
+        yield (*first, *_told(one))
+        first = ("",) * len(first)
+
+
+def _told(one: RankProgress) -> tuple[str, ...]:
+    return (
+        str(one.rank),
+        one.phase,
+        human_bytes(one.nbytes),
+        human_bytes(one.total),
+        human_time(one.since),
+    )

@@ -1,0 +1,78 @@
+"""`status` shows the saves that run, how far their ranks are, and which have fallen silent."""
+
+import json
+from datetime import UTC, datetime, timedelta
+
+from dcpstore.catalog import Catalog
+from dcpstore.records import RankProgress
+from tests.catalog.conftest import make_draft
+from tests.cli.conftest import Run, ask_database
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+def test_running_saves_are_listed(run: Run, target: str, catalog: Catalog) -> None:
+    assert run("status", repo=target).stdout == "no save is running\n"
+    assert run("status", "--json", repo=target).stdout == "[]\n"
+    catalog.begin(make_draft("quiet", step=7))
+    catalog.begin(make_draft("busy", branch="side\x1b"[:4]))
+    catalog.touch(
+        "busy",
+        [
+            RankProgress(0, "write", 1 << 20, 3 << 20, NOW),
+            RankProgress(3, "digest", 512, 1024, NOW - timedelta(hours=1)),
+        ],
+    )
+    head, quiet, first, second = run("status", repo=target).stdout.splitlines()
+    assert head.split() == [
+        "save",
+        "branch",
+        "step",
+        "began",
+        "lease",
+        "rank",
+        "phase",
+        "done",
+        "of",
+        "since",
+    ]
+    assert quiet.split()[:3] == ["quiet", "main", "7"]
+    assert "alive" in quiet
+    assert first.split()[:3] == ["busy", "side", "-"]
+    assert "0  write   1.0 MiB  3.0 MiB" in first
+    assert second.split()[:6] == ["3", "digest", "512", "B", "1.0", "KiB"]
+    saves = json.loads(run("status", "--json", repo=target).stdout)
+    assert [save["uid"] for save in saves] == ["quiet", "busy"]
+    assert saves[1]["progress"][1] == {
+        "rank": 3,
+        "phase": "digest",
+        "nbytes": 512,
+        "total": 1024,
+        "since": "2026-01-02T02:04:05.000000+00:00",
+    }
+
+
+def test_a_silent_save_has_lost_its_lease(run: Run, target: str, catalog: Catalog) -> None:
+    catalog.begin(make_draft("quiet"))
+    ask_database(target, "UPDATE version SET touched_at = '2026-01-01' WHERE uid = 'quiet'")
+    assert "lapsed" in run("status", repo=target).stdout
+    assert "alive" in run("status", "--lease", "100w", repo=target).stdout
+
+
+def test_what_was_told_goes_with_the_save(target: str, catalog: Catalog) -> None:
+    for uid in ("aborted", "crashed"):
+        catalog.begin(make_draft(uid))
+        catalog.touch(uid, [RankProgress(0, "write", 1, 2, NOW)])
+    catalog.abort("aborted", "given up")
+    catalog.touch("aborted", [RankProgress(0, "write", 2, 2, NOW)])
+    day = timedelta(days=1)
+    catalog.upkeep().condemn(
+        now=datetime.now(UTC) + day,
+        grace=day,
+        lease=day / 2,
+        live_share=0.5,
+        author="",
+        dry_run=False,
+    )
+    assert catalog.running() == []
+    assert ask_database(target, "SELECT count(*) FROM progress") == [(0,)]
