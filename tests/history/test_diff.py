@@ -38,6 +38,9 @@ class CountingSource:
         self._seen += [(self._key, offset) for offset, _ in ranges]
         return self._source.read(ranges)
 
+    def let_go(self, offset: int, length: int) -> None:
+        self._source.let_go(offset, length)
+
 
 @contextmanager
 def storage_reads(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
