@@ -9,7 +9,7 @@ from tests.torture.kinds import Ground, Kind
 
 __all__ = ["MODULES", "listed"]
 
-MODULES = ["kills"]
+MODULES = ["kills", "hostile"]
 
 
 def listed(ground: Ground, *, module: str = "", only: str = "") -> Iterator[Kind]:
