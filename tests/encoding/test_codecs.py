@@ -1,11 +1,14 @@
 """Codecs: exact round trips, the same bytes as Zarr's own codecs, and no trust in broken bytes."""
 
 import contextlib
+import json
 import threading
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -165,3 +168,24 @@ def test_only_a_whole_frame_is_taken_as_it_lies() -> None:
     assert unencoded("zstd", memoryview(encode("zstd", raw.data, 2)), 1000) is None
     with pytest.raises(CorruptionError, match="999 bytes are stored and 1000 are needed"):
         unencoded("none", memoryview(raw.tobytes())[1:], 1000)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("kind", ["shrinks", "does not"])
+def test_zarr_reads_what_is_encoded(tmp_path: Path, codec: str, kind: str) -> None:
+    raw = bits(600_000) if kind == "does not" else mixed(600_000, zeros_from=0.2)
+    array = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [300_000],
+        "data_type": "uint16",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [300_000]}},
+        "chunk_key_encoding": {"name": "default"},
+        "fill_value": 0,
+        "codecs": zarr_codecs(codec, "bfloat16"),
+        "attributes": {},
+    }
+    (tmp_path / "zarr.json").write_text(json.dumps(array))
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "0").write_bytes(encode(codec, raw.data, 2))
+    assert zarr.open_array(tmp_path, mode="r")[:].tobytes() == raw.tobytes()
