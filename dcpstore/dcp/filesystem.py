@@ -71,9 +71,9 @@ class FileSystemWriter(RepositoryWriter):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a new save, into another folder if one is given."""
+        self._renew()  # first: it ends what was begun in the folder before
         if checkpoint_id is not None:
             self._repo = self.path = os.fspath(checkpoint_id)
-        self._renew()
 
     def storage_meta(self) -> StorageMeta:
         """Return what torch tells the planner of this save."""

@@ -2,17 +2,20 @@
 
 Torch moves plans to the ranks and results to the coordinator, and nothing else. So each rank asks
 the catalog itself which of its chunks are known, and what it found and wrote travels in its
-results. Invariant: nothing that belongs to one save (a uid, a path) is put into a plan, for torch
-may use the plan of an earlier save again.
+results. Invariants: nothing that belongs to one save (a uid, a path) is put into a plan, for torch
+may use the plan of an earlier save again; and the version is begun before anything is written, so
+that gc knows of the save. Nothing tells a writer that torch gave a save up: the version is then
+aborted when the writer is used again, or by gc once its lease is over.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,11 +27,12 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from dcpstore.catalog import Catalog
-from dcpstore.errors import InvalidInputError
+from dcpstore.errors import DcpstoreError, InvalidInputError
+from dcpstore.leases import kept_lease
 from dcpstore.planning.balance import item_nbytes
 from dcpstore.planning.checks import check_agreement, check_tiling
 from dcpstore.planning.tables import GlobalTable, PlanTable
-from dcpstore.records import ChunkPlace, PackRecord, Version
+from dcpstore.records import ChunkPlace, PackRecord, Version, VersionDraft
 from dcpstore.repository import Repository, opened
 from dcpstore.saving.assembly import Books
 from dcpstore.saving.chunking import Digested, RankData, RawChunk
@@ -47,6 +51,7 @@ from dcpstore.uids import new_uid
 
 __all__ = ["RepositoryWriter"]
 
+_log = logging.getLogger(__name__)
 _DIGEST = 32  # bytes
 
 
@@ -113,6 +118,7 @@ class RepositoryWriter(StorageWriter):
         self._rank = 0
         self._is_alone = False  # torch was told to use no collectives: each rank its own version
         self._is_spent = False  # `save_id` belongs to a save that was begun
+        self._is_pending = False  # its version waits for commit or abort; on the coordinator
         self.save_id = new_uid()
         self.version: Version | None = None
 
@@ -150,19 +156,22 @@ class RepositoryWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Return the plans with the layouts of their tensors.
+        """Begin the version, and return the plans with the layouts of their tensors.
 
         Raises:
             InvalidInputError: the plans do not tile their tensors.
+            ConflictError, AlreadyExistsError, NotFoundError: as the catalog finds the refs.
         """
         if not any(plan.usable for plan in plans):  # torch's plan cache: every rank has its plan
+            with self._opened() as target:
+                self._begin(target, ranks=len(plans))
             return plans
         table = GlobalTable.of([PlanTable.of(plan) for plan in plans])
         if not self._is_alone:
             check_agreement(table)
             check_tiling(table)
-        with self._opened() as target:
-            draft = draft_version(target.catalog, self._versioned(), ranks=len(plans))
+        with self._opened() as target, self._aborting(target):
+            draft = self._begin(target, ranks=len(plans))
             _, before = entries_before(target.catalog, draft)
             layouts = lay_out(
                 table,
@@ -196,6 +205,8 @@ class RepositoryWriter(StorageWriter):
         layouts = plan.storage_data.by_fqn if plan.items else {}
         with (
             self._opened() as target,
+            self._aborting(target),
+            kept_lease(target.catalog, self.save_id) if self._is_pending else nullcontext(),
             ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-save") as pool,
         ):
             data = RankData(
@@ -236,7 +247,8 @@ class RepositoryWriter(StorageWriter):
         table = GlobalTable.of([report.planned for report in reports])
         _check_results(metadata, results, table)
         paths, planner_data = kept_planner_data(metadata.planner_data)
-        with self._opened() as target:
+        with self._opened() as target, self._aborting(target):
+            draft = self._begin(target, ranks=len(reports))
             books = Books(
                 table,
                 {fqn: layout for report in reports for fqn, layout in report.layouts.items()},
@@ -247,11 +259,7 @@ class RepositoryWriter(StorageWriter):
             books.look_up(target.catalog, {})
             for report in reports:
                 books.take_places(report.places)
-            draft = draft_version(
-                target.catalog, self._versioned(), ranks=len(reports), uid=self.save_id
-            )
-            target.catalog.begin(draft)
-            try:
+            with kept_lease(target.catalog, draft.uid):
                 self.version = publish(
                     target,
                     draft,
@@ -260,14 +268,41 @@ class RepositoryWriter(StorageWriter):
                     seconds={},
                     planner_data=planner_data,
                 )
-            except BaseException as error:
-                target.catalog.abort(draft.uid, f"{type(error).__name__}: {error}")
-                raise
+            self._is_pending = False
         metadata.storage_data = {r.index: r.size_in_bytes for given in results for r in given}
         metadata.storage_meta = StorageMeta(self._checkpoint_id, self.save_id)
         metadata.version = CURRENT_DCP_VERSION
 
+    def _begin(self, target: SaveTarget, *, ranks: int) -> VersionDraft:
+        """Return the draft of the version, which is begun now if it was not yet."""
+        draft = draft_version(target.catalog, self._versioned(), ranks=ranks, uid=self.save_id)
+        if not self._is_pending:
+            target.catalog.begin(draft)
+            self._is_spent = self._is_pending = True
+        return draft
+
+    @contextmanager
+    def _aborting(self, target: SaveTarget) -> Iterator[None]:
+        """Abort the version, if it was begun here, where the block fails."""
+        try:
+            yield
+        except BaseException as error:
+            if self._is_pending:
+                self._is_pending = False
+                try:
+                    target.catalog.abort(self.save_id, f"{type(error).__name__}: {error}")
+                except DcpstoreError as second:
+                    error.add_note(f"the catalog could not record that the save failed: {second}")
+            raise
+
     def _renew(self) -> None:
+        if self._is_pending:
+            self._is_pending = False
+            try:
+                with self._opened() as target:
+                    target.catalog.abort(self.save_id, "torch gave it up, and began another save")
+            except DcpstoreError as error:
+                _log.warning("the save %s was not aborted; gc will: %s", self.save_id, error)
         self.save_id = new_uid()
         self._is_spent = False
         self.version = None
