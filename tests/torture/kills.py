@@ -33,7 +33,14 @@ __all__ = ["Kills", "Point", "kinds"]
 # synced; or of that, a part.
 Left = Literal["all", "torn", "synced", "some"]
 PATIENCE = timedelta(seconds=4)  # of ranks for one another
-SHORT = {"save": 10, "save on two ranks": 4, "gc: repack": 6, "first save": 4}
+# How many points the short form tries.
+SHORT = {
+    ("save", "sqlite"): 8,
+    ("save", "postgres"): 6,
+    ("save on two ranks", "sqlite"): 4,
+    ("first save", "sqlite"): 4,
+    ("gc: repack", "postgres"): 5,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +85,7 @@ class Kills:
             disk = Disk(site.root, self._mould.before) if self._operation.ranks == 1 else None
             points += _points(begun(log), done([log]), rank, disk)
         self._mould.discard(site)
-        return self._ground.pick(points, SHORT.get(self._operation.name, 5))
+        return self._ground.pick(points, SHORT.get((self._operation.name, self._dialect), 1))
 
     def try_point(self, point: Point) -> Outcome:
         """Kill a rank there, leave what the disk keeps, and look."""
@@ -118,7 +125,7 @@ def kinds(ground: Ground) -> Iterator[Kills]:
     """Yield the kills of every operation on both databases; in the short form, of some."""
     for operation in OPERATIONS:
         for dialect in DATABASES:
-            if ground.long or operation.name in SHORT:
+            if ground.long or (operation.name, dialect) in SHORT:
                 yield Kills(ground, operation, dialect)
 
 

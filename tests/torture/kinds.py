@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import psycopg
+from psycopg.conninfo import conninfo_to_dict
 
 from dcpstore.catalog import sqlite_url
 from tests.servers import postgres_server
@@ -94,18 +95,22 @@ class Ground:
         if dialect == "sqlite":
             return sqlite_url(self.folder() / "catalog.db")
         name = f"torture_{uuid.uuid4().hex}"
-        like = f' TEMPLATE "{template.rsplit("/", 1)[1]}"' if template else ""
+        like = f' TEMPLATE "{_name_in(template)}"' if template else ""
         self._administer(f'CREATE DATABASE "{name}"{like}')
         url: str = self._server().get_uri(name)
         return url
 
     def drop(self, url: str) -> None:
         """Drop a Postgres database of `database`."""
-        self._administer(f'DROP DATABASE "{url.rsplit("/", 1)[1]}" WITH (FORCE)')
+        self._administer(f'DROP DATABASE "{_name_in(url)}" WITH (FORCE)')
 
     def _administer(self, statement: str) -> None:
         with psycopg.connect(self._server().get_uri(), autocommit=True) as connection:
             connection.execute(statement.encode())
+
+
+def _name_in(url: str) -> str:
+    return str(conninfo_to_dict(url)["dbname"])
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from tests.torture.kinds import Ground, Kind
 
 __all__ = ["MODULES", "listed"]
 
-MODULES = ["kills", "hostile"]
+MODULES = ["kills", "rivals", "hostile"]
 
 
 def listed(ground: Ground, *, module: str = "", only: str = "") -> Iterator[Kind]:

@@ -2,6 +2,8 @@
 
 import importlib
 
+from dcpstore.encoding.codecs import encode
+
 NAMES = [
     "alembic.command",
     "dcpstore.api",
@@ -21,3 +23,5 @@ NAMES = [
 
 for name in NAMES:
     importlib.import_module(name)
+# Blosc makes a lock at its first use, of which a killed child would leave a semaphore behind.
+encode("blosc", memoryview(bytes(64)), 4)
