@@ -36,3 +36,11 @@ def test_a_newer_catalog_is_left_alone(run: Run, target: str) -> None:
         assert (result.exit_code, result.stdout) == (12, "")
         assert "update dcpstore" in result.stderr
     assert ask_database(target, "SELECT version_num FROM alembic_version") == [("9999",)]
+
+
+def test_an_older_catalog_that_nobody_made_is_left_alone(run: Run, target: str) -> None:
+    ask_database(target, "UPDATE alembic_version SET version_num = '0000'")
+    result = run("db-upgrade", repo=target)
+    assert (result.exit_code, result.stdout) == (12, "")
+    assert "cannot be upgraded" in result.stderr
+    assert ask_database(target, "SELECT version_num FROM alembic_version") == [("0000",)]

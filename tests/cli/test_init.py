@@ -7,6 +7,7 @@ import click
 import pytest
 
 from dcpstore import repository
+from dcpstore.cli import init as init_module
 from dcpstore.cli.commands import commands
 from dcpstore.cli.init import init
 from dcpstore.encoding.codecs import CODECS
@@ -39,6 +40,36 @@ def test_refuses_an_existing_repository(run: Run, target: str, tmp_path: Path) -
         assert (result.exit_code, result.stdout) == (11, "")
         assert "is already a repository" in result.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_of_two_at_once_one_is_refused(
+    run: Run, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second looks before the first has made it, and comes to make it afterwards."""
+    data = str(tmp_path / "data")
+
+    def look(target: str) -> None:
+        repository.make(target, data=data, chunk=None).close()
+
+    monkeypatch.setattr(init_module, "_refuse_existing", look)
+    result = run("init", database_url, "--data", data)
+    assert (result.exit_code, result.stdout) == (11, "")
+    assert "is already a repository" in result.stderr
+
+
+def test_no_server_leaves_no_data_folder(run: Run, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    result = run("init", "postgresql://ada@127.0.0.1:1/db", "--data", str(data))
+    assert result.exit_code == 10
+    assert not data.exists()
+
+
+def test_no_data_folder_leaves_no_catalog(run: Run, database_url: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    assert run("init", database_url, "--data", str(tmp_path / "file" / "data")).exit_code == 1
+    result = run("log", repo=database_url)
+    assert result.exit_code == 10
+    assert "no repository" in result.stderr
 
 
 def test_a_url_needs_a_place_for_the_data(run: Run, database_url: str) -> None:
