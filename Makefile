@@ -12,7 +12,7 @@ demo: .venv/installed  ## Train on 2 ranks, go on on 1 and 4, and prove it; unde
 	$(BIN)/python examples/demo.py demo
 
 test: .venv/installed  ## Every test but the slow ones.
-	$(BIN)/pytest -q -m 'not slow'
+	$(BIN)/pytest -q -n 2 --dist worksteal -m 'not slow'
 
 slow: .venv/installed  ## The tests that take a minute or gigabytes each.
 	$(BIN)/pytest -q -m slow

@@ -174,9 +174,10 @@ def _insert_tensors(connection: Connection, tensors: Sequence[NewTensor]) -> dic
     if not tensors:
         return {}
     table = schema.tensor
-    rows = connection.execute(
-        insert(table).returning(table.c.digest, table.c.id),
-        [
+    _insert(
+        connection,
+        table,
+        (
             {
                 "digest": tensor.digest,
                 "dtype": tensor.dtype,
@@ -185,8 +186,11 @@ def _insert_tensors(connection: Connection, tensors: Sequence[NewTensor]) -> dic
                 "nbytes": tensor.nbytes,
             }
             for tensor in tensors
-        ],
+        ),
     )
+    # Asked for after: to have each row's id returned costs more than all the rest.
+    wanted = wanted_names(connection, {tensor.digest for tensor in tensors})
+    rows = connection.execute(select(table.c.digest, table.c.id).where(table.c.digest.in_(wanted)))
     ids: dict[str, int] = dict(rows.all())
     _insert(
         connection,

@@ -64,22 +64,16 @@ def load_entries(
         NotFoundError: there is no such version, or it lacks some of `fqns`; names all of them.
     """
     version_id = id_of_number(connection, version)
-    entry, tensor = schema.entry, schema.tensor
+    entry = schema.entry
     wanted = None if fqns is None else wanted_names(connection, set(fqns))
     held = select(entry.c.tensor).where(entry.c.version == version_id, entry.c.tensor.is_not(None))
     tensors = load_tensors(connection, _narrowed(held, wanted))
-    query = select(entry, tensor.c.id).outerjoin(tensor, tensor.c.id == entry.c.tensor)
+    query = select(entry.c.fqn, entry.c.path, entry.c.kind, entry.c.tensor, entry.c.value)
     query = query.where(entry.c.version == version_id).order_by(entry.c.fqn)
     rows = connection.execute(_narrowed(query, wanted))
     found = [
-        EntryRecord(
-            fqn=row.fqn,
-            path=tuple(row.path),
-            kind=row.kind,
-            tensor=None if row.tensor is None else tensors[row.tensor],
-            value=row.value,
-        )
-        for row in rows
+        EntryRecord(fqn, tuple(path), kind, None if held is None else tensors[held], value)
+        for fqn, path, kind, held, value in rows
     ]
     if fqns is not None and (missing := set(fqns) - {record.fqn for record in found}):
         raise _missing(connection, version_id, version, missing)

@@ -27,14 +27,23 @@ def load_tensors(connection: Connection, ids: Select[Any]) -> dict[int, TensorRe
             )
         parts.setdefault(row.tensor, []).append(PartRecord(row.offsets, row.shape, row.chunk_shape))
     return {
-        row.id: TensorRecord(
-            id=row.id,
-            digest=row.digest,
-            dtype=row.dtype,
-            shape=row.shape,
-            codec=row.codec,
-            nbytes=row.nbytes,
-            parts=tuple(parts.get(row.id, ())),
+        held: TensorRecord(
+            id=held,
+            digest=digest,
+            dtype=dtype,
+            shape=shape,
+            codec=codec,
+            nbytes=nbytes,
+            parts=tuple(parts.get(held, ())),
         )
-        for row in connection.execute(select(tensor).where(tensor.c.id.in_(ids)))
+        for held, digest, dtype, shape, codec, nbytes in connection.execute(
+            select(
+                tensor.c.id,
+                tensor.c.digest,
+                tensor.c.dtype,
+                tensor.c.shape,
+                tensor.c.codec,
+                tensor.c.nbytes,
+            ).where(tensor.c.id.in_(ids))
+        )
     }

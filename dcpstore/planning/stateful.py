@@ -7,7 +7,7 @@ collective call (FSDP's is).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
@@ -65,7 +65,7 @@ class PerRank:
 def take_state(state_dict: Mapping[str, Any], keys: Iterable[str], *, rank: int) -> dict[str, Any]:
     """Return the plain state of `state_dict`; `keys` are those of all ranks, in one order."""
     return {
-        key: _with_own(value.state_dict() if isinstance(value, Stateful) else value, rank)
+        key: _with_own(value.state_dict() if _is_stateful(value) else value, rank)
         for key, value in ((key, state_dict[key]) for key in keys if key in state_dict)
     }
 
@@ -76,10 +76,15 @@ def give_state(state_dict: dict[str, Any], filled: Mapping[str, Any], *, rank: i
         owner = state_dict[key]
         if isinstance(owner, torch.nn.Module) and _is_on_meta(owner, value):
             owner.load_state_dict(value, assign=True)  # there is nothing to copy into
-        elif isinstance(owner, Stateful):
+        elif _is_stateful(owner):
             owner.load_state_dict(value)
         else:
             state_dict[key] = _given_back(owner, value, rank)
+
+
+def _is_stateful(value: Any) -> TypeGuard[Stateful]:
+    """Tell whether a value has a state of its own; of a tensor, which has none, it is not asked."""
+    return not isinstance(value, torch.Tensor) and isinstance(value, Stateful)
 
 
 def _is_on_meta(module: torch.nn.Module, names: Iterable[str]) -> bool:

@@ -285,7 +285,7 @@ def torch_on_ranks(rank: int, place: Place, how: dict[str, Any]) -> None:
         {"asynchronous": True},
         {"asynchronous": True, "async_checkpointer_type": AsyncCheckpointerType.PROCESS},
     ],
-    ids=str,
+    ids="-".join,
 )
 def test_torch_on_two_ranks(place: Place, two_ranks: RankPool, how: dict[str, Any]) -> None:
     place.open().close()

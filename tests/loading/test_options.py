@@ -111,7 +111,7 @@ def test_a_dry_run_tells_everything_and_touches_nothing(kept: Repository) -> Non
         {"rename": lambda fqn: 3},
         {"strict": False, "planner": dcpstore.DefaultLoadPlanner()},
     ],
-    ids=str,
+    ids="-".join,
 )
 def test_options_that_cannot_be_meant(kept: Repository, options: dict[str, Any]) -> None:
     with pytest.raises(InvalidInputError):
