@@ -8,43 +8,15 @@ from typing import Any
 import torch
 
 from dcpstore import Repository
-from dcpstore.encoding.dtypes import as_bytes
+from tests.tensors import DTYPES, raw, same
 
-DTYPES = [
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.complex64,
-    torch.complex128,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.uint8,
-    torch.uint16,
-    torch.uint32,
-    torch.uint64,
-    torch.bool,
-    torch.float8_e4m3fn,
-    torch.float8_e4m3fnuz,
-    torch.float8_e5m2,
-    torch.float8_e5m2fnuz,
-    torch.float8_e8m0fnu,
-]
+FOREIGN = [dtype for dtype in DTYPES if dtype is not torch.complex32]  # no format has it
 NOT_IN_SAFETENSORS = (torch.complex128,)
-
-
-def raw(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    """Return a tensor of random bits: NaNs of every kind among them."""
-    if dtype is torch.bool:
-        return torch.randint(0, 2, shape).bool()
-    return torch.randint(0, 256, (*shape, dtype.itemsize)).to(torch.uint8).view(dtype)[..., 0]
 
 
 def every_dtype() -> dict[str, torch.Tensor]:
     """Return tensors of every dtype: some large, one empty, one without dimensions."""
-    state = {str(dtype).removeprefix("torch."): raw(dtype, 37, 5) for dtype in DTYPES}
+    state = {str(dtype).removeprefix("torch."): raw(dtype, 37, 5) for dtype in FOREIGN}
     return {**state, "empty": torch.empty(0, 3), "scalar": raw(torch.float32)}
 
 
@@ -69,13 +41,6 @@ def trained() -> dict[str, Any]:
         "names": ["a", "b"],
         "mixed": [torch.ones(2), {"lr": 0.5, "at": [torch.zeros(1), 3]}],
     }
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Tell whether two tensors are equal in dtype, shape and every bit."""
-    return (
-        a.dtype == b.dtype and a.shape == b.shape and as_bytes(a).tobytes() == as_bytes(b).tobytes()
-    )
 
 
 def equal(a: Any, b: Any) -> bool:

@@ -34,7 +34,7 @@ from dcpstore.convert import (
 from dcpstore.convert.safetensors_header import read_header
 from dcpstore.convert.safetensors_shards import parse_size
 from tests.convert.states import (
-    DTYPES,
+    FOREIGN,
     NOT_IN_SAFETENSORS,
     assert_holds,
     every_dtype,
@@ -338,4 +338,4 @@ def test_nothing_there(embedded: Repository, tmp_path: Path) -> None:
 
 
 def test_no_dtype_is_forgotten() -> None:
-    assert set(DTYPES) - set(NOT_IN_SAFETENSORS) == set(safetensors_header.DTYPES.values())
+    assert set(FOREIGN) - set(NOT_IN_SAFETENSORS) == set(safetensors_header.DTYPES.values())
