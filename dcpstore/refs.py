@@ -43,8 +43,7 @@ class Ref:
     step: int | None = None
 
     def __str__(self) -> str:
-        start = self.uid if self.number is None else f"v{self.number}"
-        start = start if self.name is None else self.name
+        start = self.name or self.uid or f"v{self.number}"  # a uid that reads as a number is both
         up = f"~{self.up}" if self.up else ""
         return f"{start}{up}" + (f"@step={self.step}" if self.step is not None else "")
 

@@ -19,6 +19,10 @@ from dcpstore.refs import Ref, check_name, parse_ref
         ("main~3", Ref(name="main", up=3)),
         ("main@step=1000", Ref(name="main", step=1000)),
         ("v7~1", Ref(number=7, up=1)),
+        ("2147483648", Ref(number=2147483648, uid="2147483648")),
+        ("007000@step=3", Ref(number=7000, uid="007000", step=3)),
+        ("abcdef~2", Ref(name="abcdef", uid="abcdef", up=2)),
+        ("1ABCDEF", Ref(uid="1abcdef")),
     ],
 )
 def test_documented_forms(text: str | int, ref: Ref) -> None:
