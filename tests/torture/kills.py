@@ -32,7 +32,7 @@ __all__ = ["Kills", "Point", "kinds"]
 # What is left of the disk: all that was written; of the last write, half; nothing that was not
 # synced; or of that, a part.
 Left = Literal["all", "torn", "synced", "some"]
-PATIENCE = timedelta(seconds=4)  # of ranks for one another
+PATIENCE = timedelta(seconds=6)  # of ranks for one another
 # How many points the short form tries.
 SHORT = {
     ("save", "sqlite"): 8,
@@ -95,6 +95,8 @@ class Kills:
                 return Outcome(Verdict.HUNG, f"rank {rank} waits")
             if rank == point.rank and ended.code != -signal.SIGKILL:
                 return Outcome(Verdict.LOST, f"it did not come so far: {ended}")
+            if rank != point.rank and ended.error and f"rank {point.rank}" not in ended.error:
+                return Outcome(Verdict.LOST, f"rank {rank} does not say who died: {ended.error}")
         if point.left in ("synced", "some"):
             chance = random.Random(point.number)
             disk = Disk(site.root, self._mould.before)
