@@ -305,6 +305,31 @@ class VersionContent:
     aliases: Mapping[str, str] = field(default_factory=dict)
     planner_data: str | None = None
 
+    def records(self) -> list[EntryRecord]:
+        """Return the entries as a catalog gives them, but for the ids that it gives to tensors."""
+        tensors = {
+            tensor.digest: TensorRecord(
+                id=0,
+                digest=tensor.digest,
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                codec=tensor.codec,
+                nbytes=tensor.nbytes,
+                parts=tuple(tensor.parts),
+            )
+            for tensor in self.tensors
+        }
+        return [
+            EntryRecord(
+                entry.fqn,
+                entry.path,
+                entry.kind,
+                None if entry.tensor_digest is None else tensors[entry.tensor_digest],
+                entry.value,
+            )
+            for entry in self.entries
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:

@@ -172,7 +172,7 @@ class RepositoryWriter(StorageWriter):
             check_tiling(table)
         with self._opened() as target, self._aborting(target):
             draft = self._begin(target, ranks=len(plans))
-            _, before = entries_before(target.catalog, draft)
+            _, before = entries_before(target, draft)
             layouts = lay_out(
                 table,
                 chunk=target.catalog.repository.chunk,

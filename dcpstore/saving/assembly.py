@@ -81,15 +81,15 @@ class Books:
         self._places: dict[tuple[str, bytes], ChunkPlace] = {}
         self.aliases: dict[str, str] = {}
 
-    def look_up(self, catalog: Catalog, before: Mapping[str, EntryRecord]) -> list[EntryRecord]:
+    def look_up(self, catalog: Catalog, before: Mapping[str, EntryRecord]) -> list[str]:
         """Find the contents that the repository holds.
 
-        Return those entries of `before` whose tensor may be the same as the save's, and is stored
-        under other grids: only its bytes can tell.
+        Return the FQNs of those entries of `before` whose tensor may be the same as the save's, and
+        is stored under other grids: only its bytes can tell.
         """
         self._known = catalog.find_tensors({c.digest for c in self._contents.values()})
         return [
-            entry
+            fqn
             for fqn, content in self._contents.items()
             if content.digest not in self._known
             and (entry := before.get(fqn)) is not None

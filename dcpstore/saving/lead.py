@@ -6,7 +6,7 @@ when it knows that the save has failed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from torch.distributed.checkpoint.planner import SavePlanner
@@ -71,7 +71,7 @@ class Lead:
         self._planner = planner
         self._size = size
         self._open = False  # whether a pending version waits for commit or abort
-        self._before: dict[str, EntryRecord] | None = None
+        self._before: Mapping[str, EntryRecord] | None = None
         self._plan: GlobalPlan | None = None
 
     @property
@@ -91,7 +91,7 @@ class Lead:
     def plan(self, offers: list[Offer]) -> list[Answer]:
         """Make the global plan, or find the one of before, and tell each rank its part."""
         if self._before is None:
-            self._before_number, self._before = entries_before(self.target.catalog, self.draft)
+            self._before_number, self._before = entries_before(self.target, self.draft)
         if shares_tables(self._planner):
             self._plan, answers = answer_offers(
                 offers,
@@ -122,9 +122,10 @@ class Lead:
             paths=self._plan.paths,
             chunk=self._chunk,
         )
-        self._compared = self._books.look_up(self.target.catalog, self._before)
-        if not self._compared:
+        alike = self._books.look_up(self.target.catalog, self._before)
+        if not alike:
             return self._writes()
+        self._compared = self.target.catalog.entries(self._before_number, alike)
         return [Duty(compare=self._compared, version=self._before_number)] * self._size
 
     def take_changed(self, told: Sequence[set[str]]) -> list[Duty]:

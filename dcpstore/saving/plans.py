@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 _MOST = 8  # plans remembered: of a model, of its optimizer, of what is saved beside them
+_VERSIONS = 2  # whose entries are remembered, by number: the parents of the next saves
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,7 @@ class PlanMemory:
     def __init__(self) -> None:
         self.shares: Recent[bytes, tuple[bytes, Share]] = Recent(_MOST)
         self.plans: Recent[tuple[bytes, ...], GlobalPlan] = Recent(_MOST)
+        self.entries: Recent[int, Mapping[str, EntryRecord]] = Recent(_VERSIONS)
 
 
 class LocalPlan:

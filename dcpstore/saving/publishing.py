@@ -131,15 +131,23 @@ def draft_version(
     )
 
 
-def entries_before(catalog: Catalog, draft: VersionDraft) -> tuple[int, dict[str, EntryRecord]]:
-    """Return the parent as it is now: its number, and its entries by FQN, whose grids are kept."""
+def entries_before(
+    target: SaveTarget, draft: VersionDraft
+) -> tuple[int, Mapping[str, EntryRecord]]:
+    """Return the parent as it is now: its number, and its entries by FQN, whose grids are kept.
+
+    The entries of a version that this process saved lately are remembered, without tensors' ids.
+    """
     ref: str | int | None = draft.branch
-    if not any(known.name == ref for known in catalog.refs("branch")):
+    if not any(known.name == ref for known in target.catalog.refs("branch")):
         ref = draft.parent
         if ref is None:
             return 0, {}
-    number = catalog.resolve(ref).number
-    return number, {entry.fqn: entry for entry in catalog.entries(number)}
+    number = target.catalog.resolve(ref).number
+    held = target.memory.entries.get(number)
+    if held is None:
+        held = {entry.fqn: entry for entry in target.catalog.entries(number)}
+    return number, held
 
 
 def kept_planner_data(given: object) -> tuple[Mapping[str, ObjectPath], str | None]:
@@ -211,7 +219,9 @@ def _published(
     )
     write_manifest(target.storage, draft, content)
     seconds["manifest"] = time.perf_counter() - began
-    return target.catalog.commit(draft.uid, content)
+    version = target.catalog.commit(draft.uid, content)
+    target.memory.entries.put(version.number, {entry.fqn: entry for entry in content.records()})
+    return version
 
 
 def _check_whole(tensors: Sequence[NewTensor]) -> None:
