@@ -12,7 +12,7 @@ from benchmarks.workloads.whole import measure_bf16, measure_fp32, measure_small
 
 __all__ = ["WORKLOADS", "Bench", "Workload"]
 
-# By the letters of issue 5 and of docs/performance.md.
+# By the letters of docs/performance.md.
 WORKLOADS: dict[str, Workload] = {
     "a": measure_fp32,
     "b": measure_bf16,
