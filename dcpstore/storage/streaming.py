@@ -19,7 +19,6 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 from typing_extensions import Buffer
 
 __all__ = ["StreamedFile"]
@@ -27,6 +26,7 @@ __all__ = ["StreamedFile"]
 _BLOCK = 8 << 20  # bytes; a multiple of every disk's sector and of the page
 _BLOCKS = 4  # one fills, two are being written, one waits
 _WRITERS = 2  # keep the disk busy between two calls
+_LONG = 64 << 10  # bytes whose copy is worth letting other threads run
 _DIRECT = getattr(os, "O_DIRECT", 0)  # not every system has it
 
 
@@ -51,14 +51,12 @@ class StreamedFile:
 
     def write(self, data: Buffer) -> None:
         """Append contiguous bytes; they are copied, and may change on return."""
-        rest = np.frombuffer(memoryview(data), np.uint8)
-        while rest.size:
+        rest = memoryview(data).cast("B")
+        while rest:
             piece = rest[: _BLOCK - self._filled]
-            # numpy copies outside the interpreter lock, a memoryview does not
-            target = np.frombuffer(self._block, np.uint8)
-            target[self._filled : self._filled + piece.size] = piece
-            self._filled += piece.size
-            rest = rest[piece.size :]
+            _copy(piece, memoryview(self._block)[self._filled : self._filled + len(piece)])
+            self._filled += len(piece)
+            rest = rest[len(piece) :]
             if self._filled == _BLOCK:
                 self._send()
 
@@ -128,3 +126,13 @@ class StreamedFile:
             flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
             fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
             self._is_direct = False
+
+
+def _copy(source: memoryview, target: memoryview) -> None:
+    if len(source) < _LONG:
+        target[:] = source
+        return
+    import numpy as np  # noqa: PLC0415 (a command that writes a few bytes need not load it)
+
+    # numpy copies outside the interpreter lock, a memoryview does not
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
