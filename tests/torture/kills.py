@@ -33,6 +33,7 @@ __all__ = ["Kills", "Point", "kinds"]
 # synced; or of that, a part.
 Left = Literal["all", "torn", "synced", "some"]
 PATIENCE = timedelta(seconds=6)  # of ranks for one another
+LONG_PATIENCE = timedelta(seconds=30)
 # How many points the short form tries.
 SHORT = {
     ("save", "sqlite"): 8,
@@ -77,7 +78,7 @@ class Kills:
     def points(self) -> Sequence[Point]:
         """Run the operation once, and return its steps."""
         site = self._mould.copy()
-        ended = self._strike(site, None)
+        ended = self._strike(site, None, LONG_PATIENCE)
         for one in ended:
             assert (one.code, one.error) == (0, ""), one
         points: list[Point] = []
@@ -90,7 +91,13 @@ class Kills:
     def try_point(self, point: Point) -> Outcome:
         """Kill a rank there, leave what the disk keeps, and look."""
         site = self._mould.copy()
-        for rank, ended in enumerate(self._strike(site, point)):
+        struck = self._strike(site, point, PATIENCE)
+        if self._operation.ranks > 1 and struck[point.rank].code != -signal.SIGKILL:
+            # On a busy machine they may have waited in vain for one another before that.
+            self._mould.discard(site)
+            site = self._mould.copy()
+            struck = self._strike(site, point, LONG_PATIENCE)
+        for rank, ended in enumerate(struck):
             if ended.hung:
                 return Outcome(Verdict.HUNG, f"rank {rank} waits")
             if rank == point.rank and ended.code != -signal.SIGKILL:
@@ -112,15 +119,15 @@ class Kills:
         self._mould.discard(site)
         return Outcome(Verdict.SURVIVED)
 
-    def _strike(self, site: Site, point: Point | None) -> list[Ended]:
+    def _strike(self, site: Site, point: Point | None, patience: timedelta) -> list[Ended]:
         children = [
-            start(_work, self._operation, site, log, rank, point)
-            for rank, log in enumerate(self._logs(site))
+            start(_work, self._operation, site, rank, point, patience)
+            for rank in range(self._operation.ranks)
         ]
         return [child.end() for child in children]
 
     def _logs(self, site: Site) -> list[Path]:
-        return [site.root.parent / f"steps-{rank}" for rank in range(self._operation.ranks)]
+        return [_log(site, rank) for rank in range(self._operation.ranks)]
 
 
 def kinds(ground: Ground) -> Iterator[Kills]:
@@ -154,7 +161,9 @@ def _points(
             disk.take(finished[step.number])
 
 
-def _work(operation: Operation, site: Site, log: Path, rank: int, point: Point | None) -> None:
+def _work(
+    operation: Operation, site: Site, log: Path, rank: int, point: Point | None, patience: timedelta
+) -> None:
     """Do the operation as one rank, and die where the point says."""
     torch.set_num_threads(1)
     if operation.ranks > 1:
@@ -165,12 +174,12 @@ def _work(operation: Operation, site: Site, log: Path, rank: int, point: Point |
             init_method=f"file://{meeting}",
             rank=rank,
             world_size=operation.ranks,
-            timeout=PATIENCE,
+            timeout=patience,
         )
     die_at, tear = None, False
     if point is not None and point.rank == rank:
         die_at, tear = point.number, point.left == "torn"
-    steps = Steps(site.root, log, die_at=die_at, tear=tear)
+    steps = Steps(site.root, _log(site, rank), die_at=die_at, tear=tear)
     steps.watch()
     operation.act(site, rank)
     steps.take("end")
