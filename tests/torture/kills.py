@@ -161,8 +161,12 @@ def _points(
             disk.take(finished[step.number])
 
 
+def _log(site: Site, rank: int) -> Path:
+    return site.root.parent / f"steps-{rank}"
+
+
 def _work(
-    operation: Operation, site: Site, log: Path, rank: int, point: Point | None, patience: timedelta
+    operation: Operation, site: Site, rank: int, point: Point | None, patience: timedelta
 ) -> None:
     """Do the operation as one rank, and die where the point says."""
     torch.set_num_threads(1)
