@@ -96,12 +96,12 @@ def load_version(
         keys = sorted({key for one in told for key in one.keys})
         return version, source.catalog.entries(version.number), keys
 
-    @collector_held()
     def local_plan() -> LoadPlan:
         nonlocal template
         template = take_template(state_dict, keys, entries, rank=ranks.rank)
-        planner.set_up_planner(template, described, ranks.leads)
-        return planner.create_local_plan()
+        with collector_held():
+            planner.set_up_planner(template, described, ranks.leads)
+            return planner.create_local_plan()
 
     def foretell() -> _Told:
         try:

@@ -66,14 +66,13 @@ def save_version(
         target = lead.target = open_target()
         return Opening(target.catalog.repository.uid, request(), check_keys(state_dict))
 
-    @collector_held()
     def local_plan() -> Offer:
         nonlocal local
-        planner.set_up_planner(
-            take_state(state_dict, keys, rank=ranks.rank), is_coordinator=ranks.leads
-        )
-        local = LocalPlan(planner.create_local_plan(), planner, target.memory)
-        return local.offer()
+        state = take_state(state_dict, keys, rank=ranks.rank)
+        with collector_held():
+            planner.set_up_planner(state, is_coordinator=ranks.leads)
+            local = LocalPlan(planner.create_local_plan(), planner, target.memory)
+            return local.offer()
 
     def digest() -> tuple[Digested, Seconds]:
         nonlocal data
