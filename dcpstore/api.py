@@ -305,8 +305,8 @@ def _where(
 ) -> RepositoryLike:
     if (repo is None) == (checkpoint_id is None):
         raise InvalidInputError(
-            f"{'neither' if repo is None else 'both'} of repo and checkpoint_id are given; pass one "
-            "of them: a Repository, a folder or a database URL."
+            f"{'neither' if repo is None else 'both'} of repo and checkpoint_id are given; pass "
+            "one of them: a Repository, a folder or a database URL."
         )
     return repo if repo is not None else os.fspath(checkpoint_id or "")
 
