@@ -22,7 +22,9 @@ class Proxy:
     Attributes:
         url: by which clients come through it.
         commits: how many have been asked for.
+        requests: how many packets clients have sent.
         lose: at the commit of this number, counted from 1, the connection breaks.
+        counts: whether that is a number of commits or of requests.
         what: whether the server still hears of that commit ("answer" is lost) or not ("request").
         delay: seconds by which each answer is late.
     """
@@ -33,7 +35,8 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         port = self._listener.getsockname()[1]
         self.url = f"postgresql://postgres@127.0.0.1:{port}{parts.path}?sslmode=disable"
-        self.commits = 0
+        self.commits = self.requests = 0
+        self.counts: Literal["commits", "requests"] = "commits"
         self.lose: int | None = None
         self.what: Literal["answer", "request"] = "answer"
         self.delay = 0.0
@@ -84,12 +87,14 @@ class Proxy:
             answers.start()
             try:
                 while data := client.recv(1 << 16):
-                    if _COMMIT in data:
-                        self.commits += 1
-                        if self.commits == self.lose:
-                            is_lost.set()
-                            if self.what == "request":
-                                break
+                    is_commit = _COMMIT in data
+                    self.requests += 1
+                    self.commits += is_commit
+                    counted = is_commit or self.counts == "requests"
+                    if counted and getattr(self, self.counts) == self.lose:
+                        is_lost.set()
+                        if self.what == "request":
+                            break
                     server.sendall(data)
             except OSError:
                 pass

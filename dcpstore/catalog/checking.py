@@ -239,6 +239,10 @@ def _tensor_faults(connection: Connection) -> Iterator[Fault]:
         )
     )
     for row in rows:
+        if len(row.shape) != len(row.chunk_shape) or 0 in row.chunk_shape:
+            text = f"part {row.part} of tensor {row.tensor} has chunks of {row.chunk_shape}"
+            yield Fault(text, row.tensor)
+            continue
         cells = Grid(row.offsets, row.shape, row.chunk_shape).size
         if cells != row.chunks:
             yield Fault(

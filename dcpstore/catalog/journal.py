@@ -16,7 +16,14 @@ from sqlalchemy import Connection, Row, select, update
 from dcpstore.catalog import schema
 from dcpstore.catalog.wanted import wanted_ids
 
-__all__ = ["ABOUT_REFS", "JOURNAL_BATCH", "mark_journaled", "unjournaled"]
+__all__ = [
+    "ABOUT_REFS",
+    "JOURNAL_BATCH",
+    "journal_again",
+    "last_journaled",
+    "mark_journaled",
+    "unjournaled",
+]
 
 # Operations that name versions and tell nothing new about them.
 ABOUT_REFS = frozenset({"tag", "branch", "rollback", "delete_tag", "delete_branch"})
@@ -64,6 +71,19 @@ def mark_journaled(connection: Connection, number: int) -> None:
     written = schema.repository.c.last_journaled
     connection.execute(
         update(schema.repository).where(written < number).values(last_journaled=number)
+    )
+
+
+def last_journaled(connection: Connection) -> int:
+    """Return the last operation that is known to be in the data folder."""
+    return int(connection.execute(select(schema.repository.c.last_journaled)).scalar_one())
+
+
+def journal_again(connection: Connection, number: int) -> None:
+    """Have the operations from `number` on written once more."""
+    written = schema.repository.c.last_journaled
+    connection.execute(
+        update(schema.repository).where(written >= number).values(last_journaled=number - 1)
     )
 
 

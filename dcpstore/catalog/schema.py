@@ -25,6 +25,7 @@ from dcpstore.catalog.types import (
     Key,
     Metric,
     Number,
+    PathText,
     UtcTime,
     Words,
 )
@@ -208,7 +209,7 @@ entry = Table(
     tables,
     Column("version", Key, ForeignKey("version.id"), primary_key=True),
     Column("fqn", Words, primary_key=True),
-    Column("path", JsonText, nullable=False),
+    Column("path", PathText, nullable=False),
     _words("kind"),
     Column("tensor", Key, ForeignKey("tensor.id"), index=True),
     _words("value", null=True),

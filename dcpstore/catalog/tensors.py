@@ -26,7 +26,7 @@ def load_tensors(connection: Connection, ids: Select[Any]) -> dict[int, TensorRe
                 f"{row.chunk_shape}; restore it from a backup, or with 'dcpstore rebuild'."
             )
         parts.setdefault(row.tensor, []).append(PartRecord(row.offsets, row.shape, row.chunk_shape))
-    return {
+    found = {
         held: TensorRecord(
             id=held,
             digest=digest,
@@ -47,3 +47,11 @@ def load_tensors(connection: Connection, ids: Select[Any]) -> dict[int, TensorRe
             ).where(tensor.c.id.in_(ids))
         )
     }
+    for record in found.values():
+        if any(len(part.shape) != len(record.shape) for part in record.parts):
+            raise CorruptionError(
+                f"the catalog is damaged: tensor {record.id} has the shape {record.shape}, and its "
+                "parts another number of dimensions; restore it from a backup, or with "
+                "'dcpstore rebuild'."
+            )
+    return found

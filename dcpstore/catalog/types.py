@@ -18,8 +18,19 @@ from sqlalchemy import BigInteger, DateTime, Dialect, Float, Integer, LargeBinar
 from sqlalchemy.types import TypeDecorator
 
 from dcpstore.errors import CorruptionError
+from dcpstore.records import ObjectPath
 
-__all__ = ["Bytes", "IntTuple", "JsonText", "Key", "Metric", "Number", "UtcTime", "Words"]
+__all__ = [
+    "Bytes",
+    "IntTuple",
+    "JsonText",
+    "Key",
+    "Metric",
+    "Number",
+    "PathText",
+    "UtcTime",
+    "Words",
+]
 
 T = TypeVar("T")
 
@@ -83,6 +94,26 @@ class JsonText(_Checked[Any]):
     def process_result_value(self, value: Any, dialect: Dialect) -> Any:
         """Return plain Python values."""
         return None if value is None else json.loads(value)
+
+
+class PathText(_Checked[ObjectPath]):
+    """The keys and indices that lead to an object, as JSON text."""
+
+    cache_ok = True
+    belongs = "a path of names and numbers"
+
+    def process_bind_param(self, value: ObjectPath | None, dialect: Dialect) -> str | None:
+        """Return the JSON text; pure ASCII, as `JsonText`."""
+        return None if value is None else json.dumps(list(value))
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> ObjectPath | None:
+        """Return the path."""
+        if value is None:
+            return None
+        path = json.loads(value)
+        if not isinstance(path, list) or not all(type(key) in (str, int) for key in path):
+            raise ValueError("not a list of names and numbers")
+        return tuple(path)
 
 
 class UtcTime(_Checked[datetime]):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from dcpstore.catalog import checking, copying, exporting, garbage, retention
+from dcpstore.catalog import checking, copying, exporting, garbage, journal, retention
 from dcpstore.catalog.checking import Fault, PackedChunk, PackState, Reached
 from dcpstore.catalog.engine import Database
 from dcpstore.catalog.garbage import Condemned
@@ -144,6 +144,14 @@ class Upkeep:
     def end_verify(self) -> None:
         """Note that a deep verify came to its end."""
         self._database.change_again(checking.end_verify)
+
+    def last_journaled(self) -> int:
+        """Return the last operation that is known to be in the data folder."""
+        return self._database.ask(journal.last_journaled)
+
+    def journal_again(self, number: int) -> None:
+        """Have the next change write the operations from `number` on once more."""
+        self._database.change_again(journal.journal_again, number)
 
     # Copy
 

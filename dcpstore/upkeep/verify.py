@@ -1,8 +1,9 @@
 """Is it intact: what the catalog and the data folder tell of damage, and whom it touches.
 
 A quick look reads no chunks: the catalog's rules, packs present and of the right size, manifests
-sound. A deep look reads every chunk that a version reaches. What is damaged is marked: no save
-reuses it, so saving the content again heals it, and gc writes a damaged manifest anew.
+sound. A deep look reads every chunk that a version reaches, and the journal. What is damaged is
+marked: no save reuses it, so saving the content again heals it, and gc writes a damaged manifest
+anew, the next change a damaged operation.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dcpstore.errors import CorruptionError, InvalidInputError, NotFoundError
 from dcpstore.records import Version
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.manifests import decode_manifest, manifest_key
+from dcpstore.storage.operations import decode_operation, operation_key
 
 __all__ = ["ChunkDamage", "Damage", "DamagedVersion", "VerifyReport", "verify"]
 
@@ -37,7 +39,7 @@ class ChunkDamage:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """One thing that is damaged: a "pack" or "manifest" by its key, or the "catalog".
+    """One thing that is damaged: a "pack", "manifest" or "operation" by its key, or the "catalog".
 
     `versions` and `fqns` are those that it touches.
     """
@@ -96,6 +98,7 @@ def verify(
     if deep:
         from dcpstore.upkeep.digests import check_packs  # noqa: PLC0415 (loads torch)
 
+        look.at_journal()
         chunks, nbytes = check_packs(
             catalog, storage, packs, resume=resume, limit=limit, found=look.found_in_pack
         )
@@ -159,6 +162,22 @@ class _Look:
                 self._found["manifest", key] = Damage("manifest", key, reason, (version.number,))
                 self._upkeep.mark_stale(version.number)
         return len(versions)
+
+    def at_journal(self) -> None:
+        """Look whether every operation that was written is sound; the next change mends others."""
+        for number in range(1, self._upkeep.last_journaled() + 1):
+            key = operation_key(number)
+            try:
+                said = decode_operation(self._storage.get(key)).get("operation")
+                reason = None if said == number else f"it is of operation {said}"
+            except NotFoundError:
+                reason = "it is missing"
+            except (InvalidInputError, CorruptionError) as error:
+                reason = str(error)
+            if reason is not None:
+                self._found["operation", key] = Damage("operation", key, reason)
+                if number > 1:  # the first says whose data it is: nobody writes over that
+                    self._upkeep.journal_again(number)
 
     def found_in_pack(self, pack: PackState, bad: Sequence[ChunkDamage]) -> None:
         """Take what a deep look found in one pack; nothing, where all is well."""

@@ -9,7 +9,7 @@ from tests.torture.kinds import Ground, Kind
 
 __all__ = ["MODULES", "listed"]
 
-MODULES = ["kills", "rivals", "hostile"]
+MODULES = ["kills", "rivals", "hostile", "faults_disk", "faults_database", "faults_damage"]
 
 
 def listed(ground: Ground, *, module: str = "", only: str = "") -> Iterator[Kind]:

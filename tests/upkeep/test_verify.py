@@ -143,6 +143,35 @@ def test_a_damaged_manifest_is_written_anew_by_gc(place: Place, repo: Repository
     assert_sound(repo)
 
 
+@pytest.mark.parametrize("how", ["gone", "flipped", "another"])
+def test_a_damaged_operation_is_written_anew_by_the_next_change(
+    place: Place, repo: Repository, how: str
+) -> None:
+    saved(repo)
+    path = Path(place.data) / "operations" / "000000000003.json"
+    if how == "gone":
+        path.unlink()
+    elif how == "flipped":
+        flip(path, 150)
+    else:
+        path.write_bytes(path.with_name("000000000002.json").read_bytes())
+    (damage,) = repo.verify(deep=True).damaged
+    assert (damage.kind, damage.key) == ("operation", "operations/000000000003.json")
+    repo.tag("next", "v1")
+    assert repo.verify(deep=True).damaged == ()
+    assert_sound(repo)
+
+
+def test_a_damaged_part_of_a_tensor_is_a_fault_and_no_crash(place: Place, repo: Repository) -> None:
+    saved(repo)
+    ask_database(place.url, "UPDATE part SET shape = '[1,2,3]'")
+    damages = repo.verify().damaged
+    assert {damage.kind for damage in damages} == {"catalog"}
+    assert {number for damage in damages for number in damage.versions} == {1, 2, 3}
+    with pytest.raises(CorruptionError, match="is damaged"):
+        repo.read("v1")
+
+
 def test_a_deep_look_that_was_broken_off_goes_on(
     repo: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
