@@ -234,7 +234,7 @@ def test_a_repository_behaves_as_a_dict(database_url: str, tmp_path: Path) -> No
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=8,
+            max_examples=5,
             stateful_step_count=15,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -88,8 +88,8 @@ def test_every_workload_has_its_rows_here() -> None:
 def test_the_table_and_the_json_have_every_row(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"# Before\n\n{BEGIN}\nold\n{END}\n\nAfter\n")
-    printed, found = run(tmp_path, "--only", "c,d,g,h", "--write", str(page))
-    check("cdgh", printed, found)
+    printed, found = run(tmp_path, "--only", "d", "--write", str(page))
+    check("d", printed, found)
     assert page.read_text() == f"# Before\n\n{BEGIN}\n\n{printed.rstrip()}\n\n{END}\n\nAfter\n"
     assert not list((tmp_path / "bench").glob("run/*")), "a run cleans up"
 
