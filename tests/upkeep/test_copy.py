@@ -120,7 +120,7 @@ def test_damage_is_not_copied(place: Place, repo: Repository, other: Repository)
     version = dcpstore.save({"w": torch.randn(100)}, repo)
     path = Path(place.data) / "packs" / version.uid / "0-0.pack"
     whole = path.read_bytes()
-    path.write_bytes(b"\0" + whole[1:])
+    path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
     with pytest.raises(CorruptionError, match="offset 0"):
         repo.copy_to(other)
     assert other.log() == []
