@@ -32,15 +32,15 @@ __all__ = ["Kills", "Point", "kinds"]
 # What is left of the disk: all that was written; of the last write, half; nothing that was not
 # synced; or of that, a part.
 Left = Literal["all", "torn", "synced", "some"]
-PATIENCE = timedelta(seconds=6)  # of ranks for one another
+PATIENCE = timedelta(seconds=3)  # of ranks for one another
 LONG_PATIENCE = timedelta(seconds=30)
 # How many points the short form tries.
 SHORT = {
-    ("save", "sqlite"): 8,
-    ("save", "postgres"): 6,
+    ("save", "sqlite"): 6,
+    ("save", "postgres"): 4,
     ("save on two ranks", "sqlite"): 4,
-    ("first save", "sqlite"): 4,
-    ("gc: repack", "postgres"): 5,
+    ("first save", "sqlite"): 3,
+    ("gc: repack", "postgres"): 3,
 }
 
 
