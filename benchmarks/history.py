@@ -215,8 +215,7 @@ def catalogs(url: str) -> Iterator[tuple[Catalog, Catalog]]:
             else:
                 urls.append(sqlite_url(Path(url) / f"{name}.db"))
         few, many = (
-            stack.enter_context(Catalog.open(one, create=True, data_url="file:///none"))
-            for one in urls
+            stack.enter_context(Catalog.make(one, data_url="file:///none")) for one in urls
         )
         yield few, many
 

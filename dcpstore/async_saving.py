@@ -156,7 +156,7 @@ def find_saver(group: dist.ProcessGroup | None, *, no_dist: bool) -> _Saver:
     if key not in _savers:
         if not _savers:
             # not atexit: by then no thread pool of Python's takes work, and a save needs one
-            threading._register_atexit(_finish)  # type: ignore[attr-defined]
+            threading._register_atexit(_finish)  # type: ignore[attr-defined]  # no stubs
         _savers[key] = _Saver(group, no_dist=no_dist)
     return _savers[key]
 

@@ -35,3 +35,8 @@ class Recent(Generic[Key, Value]):
             self._held.move_to_end(key)
             if len(self._held) > self._most:
                 self._held.popitem(last=False)
+
+    def clear(self) -> None:
+        """Hold nothing any more."""
+        with self._lock:
+            self._held.clear()

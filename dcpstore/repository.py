@@ -237,14 +237,14 @@ def open(
     url, folder = locate(os.fspath(target))
     data_url = None if data is None else absolute_data(os.fspath(data))
     try:
-        catalog = Catalog.open(url, create=False, data_url=data_url)
+        catalog = Catalog.open(url, data_url=data_url)
     except NotFoundError:
         if not create:
             raise
         try:
             return make(target, data=data, chunk=chunk)
         except AlreadyExistsError:  # another process was faster
-            catalog = Catalog.open(url, create=False, data_url=data_url)
+            catalog = Catalog.open(url, data_url=data_url)
     return _with_storage(target, catalog, folder)
 
 

@@ -1,11 +1,9 @@
 """What suites share: two databases (SQLite and a real Postgres server), and real gloo ranks."""
 
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import pytest
 
 from dcpstore.catalog import sqlite_url
@@ -28,12 +26,8 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
     if request.param == "sqlite":
         yield sqlite_url(tmp_path / "catalog.db")
         return
-    server = request.getfixturevalue("postgres_server")
-    name = f"test_{uuid.uuid4().hex}"
-    with psycopg.connect(server.get_uri(), autocommit=True) as connection:
-        connection.execute(f'CREATE DATABASE "{name}"')
-        yield server.get_uri(name)
-        connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+    with servers.new_database(request.getfixturevalue("postgres_server")) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import tempfile
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 
 import psycopg
 
-__all__ = ["postgres_server"]
+__all__ = ["new_database", "postgres_server"]
 
 
 @contextmanager
@@ -33,3 +34,13 @@ def postgres_server() -> Iterator[Any]:
             connection.execute("SELECT pg_reload_conf()")
         yield server
     shutil.rmtree(folder)
+
+
+@contextmanager
+def new_database(server: Any) -> Iterator[str]:
+    """Yield the URL of an empty database of its own on a server."""
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(server.get_uri(), autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "{name}"')
+        yield server.get_uri(name)
+        connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')

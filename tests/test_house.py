@@ -21,6 +21,7 @@ FLOORS = {
     "refs": 0,
     "uids": 0,
     "recent": 0,
+    "batches": 0,
     "collector": 0,
     "durations": 0,
     "geometry": 0,

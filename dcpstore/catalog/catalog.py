@@ -17,7 +17,6 @@ from dcpstore.catalog.lifecycle import (
 )
 from dcpstore.catalog.rebuilding import Contents, Restored, restore
 from dcpstore.catalog.upkeep import Upkeep
-from dcpstore.errors import AlreadyExistsError, NotFoundError
 from dcpstore.records import (
     ChunkDefaults,
     ChunkPlace,
@@ -52,37 +51,19 @@ class Catalog:
         self.repository = repository
 
     @classmethod
-    def open(
-        cls,
-        url: str,
-        *,
-        create: bool,
-        data_url: str | None = None,
-        chunk: ChunkDefaults | None = None,
-    ) -> Catalog:
-        """Open the catalog at a database URL; an empty database becomes one if `create`.
+    def open(cls, url: str, *, data_url: str | None = None) -> Catalog:
+        """Open the catalog at a database URL.
 
         Args:
             url: `sqlite:///path` (see `sqlite_url`) or `postgresql://user@host/database`.
-            create: whether nothing there is reason to create, or to raise NotFoundError.
-            data_url: where packs and manifests lie; needed by a new catalog, checked by an old one.
-            chunk: how a new repository cuts and encodes; an old one has its own.
+            data_url: where its packs and manifests must lie.
 
         Raises:
             NotFoundError: there is no catalog, or no way to it.
-            InvalidInputError: the URL cannot be meant, or `data_url` is missing or another.
+            InvalidInputError: the URL cannot be meant, or its data lie elsewhere.
             SchemaError: the database is not ours, older or newer; the message names the cure.
         """
-        if not create:
-            return cls._opened(url, lambda found: open_repository(found, data_url=data_url))
-        try:
-            return cls.open(url, create=False, data_url=data_url)
-        except NotFoundError:
-            pass
-        try:
-            return cls.make(url, data_url=data_url, chunk=chunk)
-        except AlreadyExistsError:  # another process was faster
-            return cls.open(url, create=False, data_url=data_url)
+        return cls._opened(url, lambda found: open_repository(found, data_url=data_url))
 
     @classmethod
     def make(
@@ -97,7 +78,7 @@ class Catalog:
 
         Args:
             url: as for `open`.
-            data_url: where packs and manifests lie.
+            data_url: where packs and manifests are to lie.
             chunk: how the repository cuts and encodes.
             make_data: makes the place of the data; called just before the catalog is made.
 

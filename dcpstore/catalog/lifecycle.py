@@ -9,7 +9,8 @@ from __future__ import annotations
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import import_module
 from typing import NamedTuple, TypeVar
@@ -90,12 +91,7 @@ def create_repository(
             f"the new repository at {database.shown} has no place for its data; pass data=, "
             "a folder or the URL of an object store."
         )
-    database.may_create_file = True
-    if database.is_sqlite:
-        with database.outside() as driver:
-            _enter_wal(driver)
-    with database.write() as connection:
-        _lock(database, connection)
+    with _creating(database) as connection:
         existing = _find_record(connection, database)
         if existing is not None:
             raise AlreadyExistsError(
@@ -131,14 +127,7 @@ def restore_repository(
     Raises:
         AlreadyExistsError: the database is not empty.
     """
-    if database.file is not None:
-        database.file.parent.mkdir(parents=True, exist_ok=True)
-    database.may_create_file = True
-    if database.is_sqlite:
-        with database.outside() as driver:
-            _enter_wal(driver)
-    with database.write() as connection:
-        _lock(database, connection)
+    with _creating(database) as connection:
         if inspect(connection).get_table_names():
             raise AlreadyExistsError(
                 f"the database {database.shown} is not empty, and a rebuild never changes what is "
@@ -166,6 +155,18 @@ def upgrade_schema(database: Database) -> tuple[str, str]:
         if found.revision != schema.HEAD:
             _migrate(connection)
         return found.revision, schema.HEAD
+
+
+@contextmanager
+def _creating(database: Database) -> Iterator[Connection]:
+    """Yield a connection in the transaction of whoever may create the catalog: one at a time."""
+    database.may_create_file = True
+    if database.is_sqlite:
+        with database.outside() as driver:
+            _enter_wal(driver)
+    with database.write() as connection:
+        _lock(database, connection)
+        yield connection
 
 
 def _insert_record(connection: Connection, record: RepositoryRecord) -> None:

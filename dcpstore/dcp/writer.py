@@ -42,6 +42,7 @@ from dcpstore.saving.publishing import (
     SaveTarget,
     draft_version,
     entries_before,
+    give_up,
     kept_planner_data,
     make_request,
     publish,
@@ -289,10 +290,7 @@ class RepositoryWriter(StorageWriter):
         except BaseException as error:
             if self._is_pending:
                 self._is_pending = False
-                try:
-                    target.catalog.abort(self.save_id, f"{type(error).__name__}: {error}")
-                except DcpstoreError as second:
-                    error.add_note(f"the catalog could not record that the save failed: {second}")
+                give_up(target.catalog, self.save_id, error)
             raise
 
     def _renew(self) -> None:
@@ -356,7 +354,7 @@ def _check_results(
 ) -> None:
     """Check that every item of the plan was written, and nothing else (design, invariant 4)."""
     for rank, given in enumerate(results):
-        planned = sorted(name.fqn for name in table.names_of(rank))
+        planned = sorted(table.names[number].fqn for number in table.numbers_of(rank))
         if sorted(result.index.fqn for result in given) != planned:
             raise InvalidInputError(
                 f"rank {rank} returned {len(given)} results for {len(planned)} planned items; the "

@@ -197,10 +197,9 @@ class GlobalTable:
         """Return where the items of `rank` stand in its plan."""
         return self.position[self.starts[rank] : self.starts[rank + 1]]
 
-    def names_of(self, rank: int) -> list[Named]:
-        """Return what the items of `rank` name, in order."""
-        tensor = self.rows.tensor[self.starts[rank] : self.starts[rank + 1]]
-        return [self.names[number] for number in tensor.tolist()]
+    def numbers_of(self, rank: int) -> Ints:
+        """Return the numbers of what the items of `rank` name, in order."""
+        return self.rows.tensor[self.starts[rank] : self.starts[rank + 1]]
 
     def boxes(self, rows: Ints) -> list[Box]:
         """Return the boxes of some rows of one tensor."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 
+from dcpstore.batches import in_batches
 from dcpstore.catalog import Catalog
 from dcpstore.errors import CorruptionError
 from dcpstore.geometry.boxes import Box
-from dcpstore.reading.chunks import ChunkReader, in_batches
+from dcpstore.reading.chunks import ChunkReader
 from dcpstore.reading.filling import BoxRequest, Filling
 from dcpstore.records import ChunkRange, EntryRecord, StoredChunk
 from dcpstore.storage.packs import PackReader
@@ -90,7 +92,9 @@ def read_boxes(
 
     with ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-read") as pool:
         nbytes = 0
-        for done in pool.map(fill, in_batches(stored)):
+        for done in pool.map(
+            fill, in_batches(stored, attrgetter("length"), place=attrgetter("pack"))
+        ):
             nbytes += done
             advance(done)
     return ReadCounts(len(stored), nbytes)

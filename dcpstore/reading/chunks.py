@@ -13,18 +13,16 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from dcpstore.encoding.codecs import decode, unencoded
+from dcpstore.encoding.codecs import check_held, decode, unencoded
 from dcpstore.encoding.digests import chunk_digest
 from dcpstore.encoding.dtypes import numpy_dtype
 from dcpstore.errors import CorruptionError
 from dcpstore.records import EntryRecord, StoredChunk, TensorRecord
 from dcpstore.storage.packs import PackReader
 
-__all__ = ["ChunkReader", "Wanted", "in_batches"]
+__all__ = ["ChunkReader", "Wanted"]
 
 Wanted = tuple[EntryRecord, StoredChunk]  # a chunk, and an entry whose tensor it is part of
-
-_BATCH = 8 << 20  # stored bytes that are fetched at once: a chunk, or many small ones
 
 
 class ChunkReader:
@@ -97,6 +95,7 @@ class ChunkReader:
         nbytes = dtype.itemsize * math.prod(shape)
         raw = unencoded(tensor.codec, encoded, nbytes)
         if raw is None:
+            check_held(tensor.codec, encoded, nbytes)  # before there is room for it
             raw = self._buffer(nbytes)
             decode(tensor.codec, encoded, raw)
         if self._verify and chunk_digest(raw) != chunk.digest:
@@ -109,14 +108,3 @@ class ChunkReader:
         if kept is None or len(kept) < nbytes:
             kept = self._scratch.kept = bytearray(nbytes)
         return memoryview(kept)[:nbytes]
-
-
-def in_batches(chunks: Sequence[StoredChunk]) -> Iterator[Sequence[StoredChunk]]:
-    """Yield all chunks in their order, in runs of one pack that are worth fetching at once."""
-    first = nbytes = 0
-    for i, chunk in enumerate(chunks):
-        nbytes += chunk.length
-        is_last = i + 1 == len(chunks) or chunks[i + 1].pack != chunk.pack
-        if nbytes >= _BATCH or is_last:
-            yield chunks[first : i + 1]
-            first, nbytes = i + 1, 0

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import TypeGuard
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from torch.distributed.checkpoint import default_planner as torch_planner
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
+from dcpstore.batches import in_batches
 from dcpstore.encoding.digests import chunk_digest
 from dcpstore.encoding.dtypes import as_bytes
 from dcpstore.encoding.values import EncodedValue, PlannerBytes, encode_value
@@ -32,15 +34,13 @@ from dcpstore.reading.comparing import Held
 from dcpstore.records import ChunkDefaults, EntryRecord
 from dcpstore.saving.layouts import Layout, blob_layout, planned_chunks
 
-__all__ = ["Digested", "RankData", "RawChunk", "in_batches", "total_nbytes"]
+__all__ = ["Digested", "RankData", "RawChunk", "total_nbytes"]
 
 _ARCHIVE = b"PK\x03\x04"  # how torch.save's bytes begin
 _PLAIN_RESOLVERS = (
     torch_planner.DefaultSavePlanner.resolve_data,
     DefaultSavePlanner.resolve_data,
 )
-
-_BATCH = 8 << 20  # raw bytes that one task of a thread takes on: a chunk, or many small ones
 
 Array = npt.NDArray[np.generic]
 Bytes = npt.NDArray[np.uint8]
@@ -114,7 +114,7 @@ class RankData:
     def digest(self, pool: Executor, advance: Callable[[int], None]) -> Digested:
         """Return the digests of all chunks, and the values; `advance` hears of bytes done."""
         digests = []
-        batches = list(in_batches(self.chunks))
+        batches = list(in_batches(self.chunks, attrgetter("nbytes")))
         for batch, digest in zip(batches, pool.map(_digest_all, batches), strict=True):
             digests.append(digest)
             advance(total_nbytes(batch))
@@ -258,16 +258,6 @@ def _made(source: Source, cell: Box, chunk_shape: tuple[int, ...]) -> Bytes:
 
 def _digest_all(chunks: Sequence[RawChunk]) -> bytes:
     return b"".join([chunk_digest(chunk.raw().data) for chunk in chunks])
-
-
-def in_batches(chunks: Sequence[RawChunk]) -> Iterator[Sequence[RawChunk]]:
-    """Yield all chunks in their order, in runs that are worth a task each."""
-    first = nbytes = 0
-    for i, chunk in enumerate(chunks):
-        nbytes += chunk.nbytes
-        if nbytes >= _BATCH or i + 1 == len(chunks):
-            yield chunks[first : i + 1]
-            first, nbytes = i + 1, 0
 
 
 def total_nbytes(chunks: Sequence[RawChunk]) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from torch.distributed.checkpoint.planner import SavePlanner
 
 from dcpstore.collector import collector_held
-from dcpstore.errors import DcpstoreError, InvalidInputError
+from dcpstore.errors import InvalidInputError
 from dcpstore.journal import write_journal
 from dcpstore.records import ChunkDefaults, EntryRecord, Version
 from dcpstore.retention import retain
@@ -31,6 +31,7 @@ from dcpstore.saving.publishing import (
     SaveTarget,
     draft_version,
     entries_before,
+    give_up,
     kept_planner_data,
     publish,
 )
@@ -98,7 +99,7 @@ class Lead:
                 self.target.memory,
                 chunk=self._chunk,
                 parent=self._before,
-                to_lowest_rank=getattr(self._planner, "dedup_save_to_lowest_rank", False),
+                to_lowest_rank=self._planner.dedup_save_to_lowest_rank,
             )
             return answers
         plans = [offer.plan for offer in offers if offer.plan is not None]
@@ -165,10 +166,7 @@ class Lead:
         """Record why a begun save ended without a version."""
         if self._open:
             self._open = False
-            try:
-                self.target.catalog.abort(self.draft.uid, f"{type(error).__name__}: {error}")
-            except DcpstoreError as second:
-                error.add_note(f"the catalog could not record that the save failed: {second}")
+            give_up(self.target.catalog, self.draft.uid, error)
 
 
 def _check_agreement(told: Sequence[Opening]) -> None:

@@ -12,6 +12,7 @@ import dataclasses
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 from blake3 import blake3
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -144,9 +145,12 @@ class LocalPlan:
         return dataclasses.replace(self._plan, items=items), share.layouts
 
 
-def shares_tables(planner: SavePlanner) -> bool:
+def shares_tables(planner: SavePlanner) -> TypeGuard[DefaultSavePlanner]:
     """Tell whether the global plan is ours to make: a planner with its own needs torch's form."""
-    return type(planner).create_global_plan is DefaultSavePlanner.create_global_plan
+    return (
+        isinstance(planner, DefaultSavePlanner)
+        and type(planner).create_global_plan is DefaultSavePlanner.create_global_plan
+    )
 
 
 def answer_offers(
@@ -195,8 +199,8 @@ def _answers(plan: GlobalPlan, offers: Sequence[Offer]) -> list[Answer]:
         if offer.held == plan.key:
             answers.append(Answer(plan.key))
         else:
-            numbers = table.rows.tensor[table.starts[rank] : table.starts[rank + 1]]
-            answers.append(Answer(plan.key, table.kept(rank), encoded.of(numbers)))
+            layouts = encoded.of(table.numbers_of(rank))
+            answers.append(Answer(plan.key, table.kept(rank), layouts))
     return answers
 
 
@@ -239,9 +243,6 @@ def answer_plans(
     plan = GlobalPlan(table, lay_out(table, chunk=chunk, parent=parent))
     encoded = _EncodedLayouts(plan)
     return plan, [
-        Answer(
-            layouts=encoded.of(table.rows.tensor[table.starts[rank] : table.starts[rank + 1]]),
-            plan=mine,
-        )
+        Answer(layouts=encoded.of(table.numbers_of(rank)), plan=mine)
         for rank, mine in enumerate(told)
     ]

@@ -16,7 +16,7 @@ from typing import SupportsFloat
 
 from dcpstore.catalog import Catalog
 from dcpstore.encoding.values import encode_value
-from dcpstore.errors import ConflictError, InvalidInputError
+from dcpstore.errors import ConflictError, DcpstoreError, InvalidInputError
 from dcpstore.journal import write_journal
 from dcpstore.records import (
     EntryRecord,
@@ -39,6 +39,7 @@ __all__ = [
     "SaveTarget",
     "draft_version",
     "entries_before",
+    "give_up",
     "kept_planner_data",
     "make_request",
     "publish",
@@ -190,6 +191,14 @@ def publish(
         )
     write_journal(target.catalog, target.storage)
     return version
+
+
+def give_up(catalog: Catalog, uid: str, error: BaseException) -> None:
+    """Record why a begun save ended without a version; what fails in that is noted on `error`."""
+    try:
+        catalog.abort(uid, f"{type(error).__name__}: {error}")
+    except DcpstoreError as second:
+        error.add_note(f"the catalog could not record that the save failed: {second}")
 
 
 def _published(

@@ -9,12 +9,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from operator import attrgetter
 
 from typing_extensions import Buffer
 
+from dcpstore.batches import in_batches
 from dcpstore.encoding.codecs import encode
 from dcpstore.records import ChunkPlace, PackRecord
-from dcpstore.saving.chunking import RawChunk, in_batches, total_nbytes
+from dcpstore.saving.chunking import RawChunk, total_nbytes
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackWriter
 
@@ -62,7 +64,7 @@ def _encoded(
 ) -> Iterator[tuple[Sequence[RawChunk], list[Buffer]]]:
     """Yield batches of chunks with their encoded bytes, in order, a few ahead of the writer."""
     waiting: deque[tuple[Sequence[RawChunk], Future[list[Buffer]]]] = deque()
-    for batch in in_batches(chunks):
+    for batch in in_batches(chunks, attrgetter("nbytes")):
         waiting.append((batch, pool.submit(_encode_all, batch)))
         if len(waiting) > _AHEAD:
             first, future = waiting.popleft()

@@ -155,15 +155,16 @@ def value_tree(fqn: str, typed: str) -> Any:
     try:
         tree = json.loads(typed)
         level = [tree]
-        for _ in range(_DEEPEST):
-            level = [
-                item
-                for node in level
-                if isinstance(node, dict | list)
-                for item in (node.values() if isinstance(node, dict) else node)
-            ]
-        if level:
-            raise ValueError(f"nested deeper than {_DEEPEST}")
+        depth = 0
+        while level := [
+            item
+            for node in level
+            if isinstance(node, dict | list)
+            for item in (node.values() if isinstance(node, dict) else node)
+        ]:
+            depth += 1
+            if depth == _DEEPEST:
+                raise ValueError(f"nested deeper than {_DEEPEST}")
     except (ValueError, RecursionError) as error:
         raise CorruptionError(
             f"the value of {fqn!r} is no typed JSON ({error}); run 'dcpstore verify' to see which "

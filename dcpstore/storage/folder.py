@@ -18,6 +18,7 @@ from typing_extensions import Buffer
 
 from dcpstore.errors import CorruptionError, DcpstoreError, NotFoundError
 from dcpstore.storage.interface import Range, check_key
+from dcpstore.storage.streaming import StreamedFile
 from dcpstore.uids import new_uid
 
 __all__ = ["LocalFolder"]
@@ -120,9 +121,6 @@ class FileSink:
     """A file being written under a temporary name."""
 
     def __init__(self, root: Path, path: Path) -> None:
-        # Here, for it needs numpy, and the shell starts without.
-        from dcpstore.storage.streaming import StreamedFile  # noqa: PLC0415
-
         self._root, self._path = root, path
         self._temporary = path.with_name(f"{path.name}.{new_uid()}.tmp")
         with _explained("write", path):

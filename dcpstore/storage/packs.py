@@ -6,13 +6,12 @@ small tensors cost one file and one fsync. A pack never changes after `finish`.
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 
 from typing_extensions import Buffer
 
 from dcpstore.errors import CorruptionError, NotFoundError
+from dcpstore.recent import Recent
 from dcpstore.records import ChunkPlace, PackRecord
 from dcpstore.storage.interface import Range, Sink, Source, Storage
 
@@ -83,9 +82,8 @@ class PackReader:
     """
 
     def __init__(self, storage: Storage, *, most_open: int = 64) -> None:
-        self._storage, self._most_open = storage, most_open
-        self._open: OrderedDict[str, Source] = OrderedDict()
-        self._lock = threading.Lock()
+        self._storage = storage
+        self._open: Recent[str, Source] = Recent(most_open)
 
     def read(self, pack: str, offset: int, length: int) -> memoryview:
         """Return the encoded bytes of one chunk: in a folder a view of the mapped pack, no copy.
@@ -120,20 +118,17 @@ class PackReader:
 
     def let_go(self, pack: str, offset: int, length: int) -> None:
         """Give back the memory of what was read there; bytes that were handed out stay valid."""
-        with self._lock:
-            source = self._open.get(pack)
+        source = self._open.get(pack)
         if source is not None:
             source.let_go(offset, length)
 
     def close(self) -> None:
         """Let every pack go; bytes that were handed out stay valid."""
-        with self._lock:
-            self._open.clear()
+        self._open.clear()
 
     def _source(self, pack: str) -> Source:
-        with self._lock:
-            source = self._open.pop(pack, None) or self._storage.open(pack)
-            self._open[pack] = source
-            if len(self._open) > self._most_open:
-                self._open.popitem(last=False)
-            return source
+        source = self._open.get(pack)
+        if source is None:  # two threads may both open it: the one that is not kept is dropped
+            source = self._storage.open(pack)
+            self._open.put(pack, source)
+        return source

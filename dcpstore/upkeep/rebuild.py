@@ -19,6 +19,7 @@ from dcpstore.errors import CorruptionError, NotFoundError
 from dcpstore.journal import write_journal
 from dcpstore.places import absolute_data, locate
 from dcpstore.records import ChunkDefaults, RepositoryRecord, VersionContent
+from dcpstore.storage.folder import LocalFolder
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.manifests import decode_manifest, manifest_key
 from dcpstore.storage.operations import decode_operation, operation_key, operation_number
@@ -75,8 +76,10 @@ def rebuild(data: str | os.PathLike[str], into: str | os.PathLike[str]) -> Rebui
     def content(uid: str) -> VersionContent | None:
         return _read_content(storage, uid, problems)
 
+    if folder is not None:
+        LocalFolder(folder, create=True)  # for the catalog itself
     done = Catalog.rebuild(url, _repository(operations, data_url), operations, content)
-    with Catalog.open(url, create=False) as catalog:
+    with Catalog.open(url) as catalog:
         write_journal(catalog, storage)
     told = {said["version"]["uid"] for said in operations if "version" in said}
     return RebuildReport(

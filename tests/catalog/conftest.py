@@ -29,7 +29,7 @@ Save = Callable[..., Version]
 
 @pytest.fixture
 def catalog(database_url: str) -> Iterator[Catalog]:
-    with Catalog.open(database_url, create=True, data_url="file:///data") as opened:
+    with Catalog.make(database_url, data_url="file:///data") as opened:
         yield opened
 
 

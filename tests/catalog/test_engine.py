@@ -21,7 +21,7 @@ SECRET = "hunter2"
 
 @pytest.fixture
 def sqlite_catalog(tmp_path: Path) -> Any:
-    with Catalog.open(sqlite_url(tmp_path / "catalog.db"), create=True, data_url="d") as catalog:
+    with Catalog.make(sqlite_url(tmp_path / "catalog.db"), data_url="d") as catalog:
         yield catalog
 
 
@@ -41,7 +41,7 @@ def sqlite_catalog(tmp_path: Path) -> Any:
 )
 def test_no_password_in_an_error(url: str) -> None:
     with pytest.raises((NotFoundError, InvalidInputError)) as caught:
-        Catalog.open(url, create=True, data_url="d")
+        Catalog.make(url, data_url="d")
     error: BaseException | None = caught.value
     while error is not None:
         assert SECRET not in f"{error!r} {error}"
@@ -59,7 +59,7 @@ def test_no_password_where_a_catalog_is_shown() -> None:
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:///", "nonsense", ""])
 def test_urls_that_name_no_database(url: str) -> None:
     with pytest.raises(InvalidInputError, match=r"sqlite:///folder/catalog\.db"):
-        Catalog.open(url, create=True, data_url="d")
+        Catalog.make(url, data_url="d")
 
 
 def test_settings_are_ours_alone(sqlite_catalog: Catalog, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_locked_database_is_a_conflict(
     other = sqlite3.connect(tmp_path / "catalog.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with (
-        Catalog.open(sqlite_url(tmp_path / "catalog.db"), create=False) as impatient,
+        Catalog.open(sqlite_url(tmp_path / "catalog.db")) as impatient,
         pytest.raises(ConflictError, match="locked by another process for more than 0 seconds"),
     ):
         impatient.begin(make_draft("u"))
@@ -110,7 +110,7 @@ def test_damaged_file_is_corruption(sqlite_catalog: Catalog, tmp_path: Path) -> 
     data[4096:] = b"\xff" * (len(data) - 4096)
     path.write_bytes(data)
     with pytest.raises(CorruptionError, match=r"is damaged .*malformed"):
-        Catalog.open(sqlite_url(path), create=False)
+        Catalog.open(sqlite_url(path))
 
 
 def test_no_query_walks_a_whole_table(sqlite_catalog: Catalog) -> None:

@@ -19,6 +19,7 @@ from dcpstore.catalog import faults as faults_module
 from dcpstore.catalog.faults import UnknownOutcomeError
 from dcpstore.errors import ConflictError, CorruptionError, DcpstoreError, NotFoundError
 from tests.proxy import Proxy, proxied
+from tests.servers import new_database
 
 from .conftest import make_content, make_draft
 
@@ -27,11 +28,8 @@ What = Literal["answer", "request"]
 
 @pytest.fixture
 def postgres_url(postgres_server: Any) -> Iterator[str]:
-    name = f"test_{uuid.uuid4().hex}"
-    with psycopg.connect(postgres_server.get_uri(), autocommit=True) as connection:
-        connection.execute(f'CREATE DATABASE "{name}"')
-        yield postgres_server.get_uri(name)
-        connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+    with new_database(postgres_server) as url:
+        yield url
 
 
 @pytest.fixture
@@ -43,7 +41,7 @@ def proxy(postgres_url: str) -> Iterator[Proxy]:
 @pytest.fixture
 def behind(proxy: Proxy) -> Iterator[Catalog]:
     """A catalog behind a proxy, with one version."""
-    with Catalog.open(proxy.url, create=True, data_url="file:///data") as catalog:
+    with Catalog.make(proxy.url, data_url="file:///data") as catalog:
         catalog.begin(make_draft("first"))
         catalog.commit("first", make_content("first", {"w": "W"}))
         yield catalog
@@ -160,7 +158,7 @@ def test_a_server_without_a_free_connection(
         admin.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
         holder = psycopg.connect(url)
         threading.Timer(0.5, holder.close).start()
-        with Catalog.open(url, create=False) as catalog:  # waits for the holder
+        with Catalog.open(url) as catalog:  # waits for the holder
             assert len(catalog.log()) == 1
             monkeypatch.setattr(faults_module, "_PATIENCE", 0.3)
             with (
@@ -196,7 +194,7 @@ def test_a_server_that_goes_away_is_no_password(
 
 @pytest.fixture
 def file(tmp_path: Path) -> Iterator[Catalog]:
-    with Catalog.open(sqlite_url(tmp_path / "c.db"), create=True, data_url="d") as catalog:
+    with Catalog.make(sqlite_url(tmp_path / "c.db"), data_url="d") as catalog:
         catalog.begin(make_draft("first"))
         catalog.commit("first", make_content("first", {"w": "W"}))
         yield catalog
@@ -252,7 +250,7 @@ def test_a_damaged_row_is_corruption(
     raw.close()
 
     def look() -> None:
-        with Catalog.open(sqlite_url(tmp_path / "c.db"), create=False) as catalog:
+        with Catalog.open(sqlite_url(tmp_path / "c.db")) as catalog:
             catalog.log()
             catalog.entries(1)
 

@@ -18,7 +18,7 @@ from dcpstore.catalog import migrating as migrating_module
 from dcpstore.catalog.engine import Database
 from dcpstore.catalog.migrating import migrations_folder
 from dcpstore.catalog.views import VIEWS
-from dcpstore.errors import InvalidInputError, NotFoundError, SchemaError
+from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError, SchemaError
 from dcpstore.records import ChunkDefaults
 
 
@@ -34,28 +34,27 @@ def writing(url: str) -> Iterator[Connection]:
 
 def test_created_once_and_found_again(database_url: str) -> None:
     chunk = ChunkDefaults(nbytes=1 << 20, codec="zstd")
-    with Catalog.open(database_url, create=True, data_url="file:///d", chunk=chunk) as made:
+    with Catalog.make(database_url, data_url="file:///d", chunk=chunk) as made:
         record = made.repository
     assert (record.data_url, record.format_version, record.chunk) == ("file:///d", 1, chunk)
-    for create in (True, False):
-        with Catalog.open(database_url, create=create) as found:
-            assert found.repository == record
-    with Catalog.open(database_url, create=True, data_url="file:///d", chunk=ChunkDefaults()) as c:
-        assert c.repository.chunk == chunk  # the repository's own
-        assert [operation.kind for operation in c.operations()] == ["init"]
+    with pytest.raises(AlreadyExistsError, match="is already a repository"):
+        Catalog.make(database_url, data_url="file:///d", chunk=ChunkDefaults())
+    with Catalog.open(database_url, data_url="file:///d") as found:
+        assert found.repository == record
+        assert [operation.kind for operation in found.operations()] == ["init"]
     with pytest.raises(InvalidInputError, match="keeps its data in 'file:///d', not in 's3://x'"):
-        Catalog.open(database_url, create=True, data_url="s3://x")
+        Catalog.open(database_url, data_url="s3://x")
 
 
 def test_looking_for_a_repository_leaves_nothing(database_url: str, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"no repository at .*'dcpstore init'"):
-        Catalog.open(database_url, create=False)
+        Catalog.open(database_url)
     with pytest.raises(NotFoundError, match="no repository at"):
         Catalog.upgrade(database_url)
     with pytest.raises(InvalidInputError, match="pass data="):
-        Catalog.open(database_url, create=True)
+        Catalog.make(database_url, data_url=None)
     assert list(tmp_path.iterdir()) == []
-    with Catalog.open(database_url, create=True, data_url="d"):
+    with Catalog.make(database_url, data_url="d"):
         pass
 
 
@@ -63,9 +62,9 @@ def test_an_empty_file_is_an_empty_database(tmp_path: Path) -> None:
     (tmp_path / "catalog.db").touch()
     url = sqlite_url(tmp_path / "catalog.db")
     with pytest.raises(NotFoundError, match="no repository at"):
-        Catalog.open(url, create=False)
-    Catalog.open(url, create=True, data_url="d").close()
-    Catalog.open(url, create=False).close()
+        Catalog.open(url)
+    Catalog.make(url, data_url="d").close()
+    Catalog.open(url).close()
 
 
 @pytest.mark.parametrize("name", ["a b.db", "what?x=1.db", "a#b.db", "100%25.db", "ä:@.db", "a'b"])
@@ -73,9 +72,9 @@ def test_sqlite_files_of_any_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Catalog.open(sqlite_url(name), create=True, data_url="d").close()
+    Catalog.make(sqlite_url(name), data_url="d").close()
     assert (tmp_path / name).is_file()
-    with Catalog.open(sqlite_url(tmp_path / name), create=False) as catalog:
+    with Catalog.open(sqlite_url(tmp_path / name)) as catalog:
         assert catalog.query("SELECT count(*) AS n FROM history", {})[0].n == 0
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
@@ -84,7 +83,7 @@ def test_relative_path_stays_where_it_was_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with Catalog.open("sqlite:///catalog.db", create=True, data_url="d") as catalog:
+    with Catalog.make("sqlite:///catalog.db", data_url="d") as catalog:
         (tmp_path / "elsewhere").mkdir()
         monkeypatch.chdir(tmp_path / "elsewhere")
         assert catalog.query("SELECT count(*) AS n FROM history", {})[0].n == 0
@@ -93,9 +92,9 @@ def test_relative_path_stays_where_it_was_opened(
 def test_other_peoples_tables_are_refused(database_url: str) -> None:
     with writing(database_url) as connection:
         connection.execute(text("CREATE TABLE users (id int)"))
-    for create in (True, False):
+    for find in (Catalog.open, Catalog.make):
         with pytest.raises(SchemaError, match=r"is not a dcpstore catalog: .*users"):
-            Catalog.open(database_url, create=create, data_url="d")
+            find(database_url, data_url="d")
     with writing(database_url) as connection:
         connection.execute(text("CREATE TABLE alembic_version (version_num text)"))
         connection.execute(text("INSERT INTO alembic_version VALUES ('0001')"))
@@ -106,13 +105,13 @@ def test_other_peoples_tables_are_refused(database_url: str) -> None:
 def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "catalog.db"
     path.write_bytes(b"this is a text, and long enough to be looked at" * 100)
-    for create in (True, False):
+    for find in (Catalog.open, Catalog.make):
         with pytest.raises(SchemaError, match="is not a dcpstore catalog"):
-            Catalog.open(sqlite_url(path), create=create, data_url="d")
+            find(sqlite_url(path), data_url="d")
     with pytest.raises(NotFoundError, match=r"cannot open the catalog .* its folder exists"):
-        Catalog.open(sqlite_url(tmp_path / "no" / "catalog.db"), create=True, data_url="d")
+        Catalog.make(sqlite_url(tmp_path / "no" / "catalog.db"), data_url="d")
     with pytest.raises(NotFoundError, match="cannot open the catalog"):
-        Catalog.open(sqlite_url(tmp_path), create=False)
+        Catalog.open(sqlite_url(tmp_path))
 
 
 def set_revision(url: str, revision: str) -> None:
@@ -123,14 +122,14 @@ def set_revision(url: str, revision: str) -> None:
 
 
 def test_older_and_newer_schemas_name_the_cure(database_url: str) -> None:
-    Catalog.open(database_url, create=True, data_url="d").close()
+    Catalog.make(database_url, data_url="d").close()
     set_revision(database_url, "0000")
     with pytest.raises(SchemaError, match=r"older dcpstore.*'dcpstore db-upgrade --repo "):
-        Catalog.open(database_url, create=True, data_url="d")
+        Catalog.make(database_url, data_url="d")
     for newer in ("9999", "f00ba4"):
         set_revision(database_url, newer)
         with pytest.raises(SchemaError, match=r"newer dcpstore.*update dcpstore"):
-            Catalog.open(database_url, create=False)
+            Catalog.open(database_url)
         with pytest.raises(SchemaError, match=r"newer dcpstore.*update dcpstore"):
             Catalog.upgrade(database_url)
 
@@ -138,7 +137,7 @@ def test_older_and_newer_schemas_name_the_cure(database_url: str) -> None:
 def test_upgrade_runs_what_is_missing_and_is_idempotent(
     database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Catalog.open(database_url, create=True, data_url="d").close()
+    Catalog.make(database_url, data_url="d").close()
     assert Catalog.upgrade(database_url) == (schema.HEAD, schema.HEAD)
     # A dcpstore of tomorrow, with one migration more.
     folder = tmp_path / "migrations"
@@ -156,10 +155,10 @@ def test_upgrade_runs_what_is_missing_and_is_idempotent(
     monkeypatch.setattr(migrating_module, "migrations_folder", lambda: folder)
     monkeypatch.setattr(schema, "HEAD", "0002")
     with pytest.raises(SchemaError, match="older dcpstore"):
-        Catalog.open(database_url, create=False)
+        Catalog.open(database_url)
     assert Catalog.upgrade(database_url) == ("0001", "0002")
     assert Catalog.upgrade(database_url) == ("0002", "0002")
-    with Catalog.open(database_url, create=False) as catalog:
+    with Catalog.open(database_url) as catalog:
         assert catalog.query("SELECT mood FROM version", {}) == []
         assert catalog.query("SELECT * FROM history", {}) == []
 
@@ -170,17 +169,17 @@ def test_failed_creation_leaves_nothing(
     # The views come last: all tables are there when this fails.
     monkeypatch.setitem(VIEWS, "history", "SELECT nothing FROM version")
     with pytest.raises(Exception, match="nothing"):
-        Catalog.open(database_url, create=True, data_url="d")
+        Catalog.make(database_url, data_url="d")
     database = Database(database_url)
     with database.read() as connection:
         assert inspect(connection).get_table_names() == []
     database.close()
     monkeypatch.undo()
-    Catalog.open(database_url, create=True, data_url="d").close()
+    Catalog.make(database_url, data_url="d").close()
 
 
 def test_migrations_make_what_the_schema_says(database_url: str) -> None:
-    Catalog.open(database_url, create=True, data_url="d").close()
+    Catalog.make(database_url, data_url="d").close()
     database = Database(database_url)
     with database.read() as connection:
         context = MigrationContext.configure(
@@ -216,10 +215,10 @@ def test_head_is_the_newest_migration_and_ids_are_counted() -> None:
 
 def test_opening_loads_neither_alembic_nor_torch(tmp_path: Path) -> None:
     url = sqlite_url(tmp_path / "catalog.db")
-    Catalog.open(url, create=True, data_url="d").close()
+    Catalog.make(url, data_url="d").close()
     code = (
         "import sys; from dcpstore.catalog import Catalog\n"
-        "with Catalog.open(sys.argv[1], create=False) as c: c.log()\n"
+        "with Catalog.open(sys.argv[1]) as c: c.log()\n"
         "print(sorted({'alembic', 'torch', 'zarr', 'numpy', 'psycopg'} & sys.modules.keys()))"
     )
     done = subprocess.run(

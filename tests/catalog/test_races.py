@@ -15,10 +15,15 @@ from .conftest import Save, make_content, make_draft
 MANY = 6
 
 
-def open_repository(url: str) -> str:
-    with Catalog.open(url, create=True, data_url="file:///d") as catalog:
+def make_or_open(url: str) -> tuple[bool, str]:
+    """Return whether this one made the repository, and its uid."""
+    try:
+        found, is_maker = Catalog.make(url, data_url="file:///d"), True
+    except AlreadyExistsError:
+        found, is_maker = Catalog.open(url), False
+    with found as catalog:
         assert catalog.log() == []
-        return catalog.repository.uid
+        return is_maker, catalog.repository.uid
 
 
 def at_once(work: Callable[[int], object]) -> list[object]:
@@ -38,13 +43,15 @@ def at_once(work: Callable[[int], object]) -> list[object]:
 
 def test_many_processes_create_one_repository(database_url: str) -> None:
     with multiprocessing.get_context("spawn").Pool(4) as processes:
-        uids = processes.map(open_repository, [database_url] * 8, chunksize=1)
-    assert len(set(uids)) == 1
+        found = processes.map(make_or_open, [database_url] * 8, chunksize=1)
+    assert len({uid for _, uid in found}) == 1
+    assert sum(is_maker for is_maker, _ in found) == 1
 
 
 def test_many_threads_create_one_repository(database_url: str) -> None:
-    uids = at_once(lambda _: open_repository(database_url))
-    assert len(set(uids)) == 1, uids
+    found = at_once(lambda _: make_or_open(database_url))
+    assert len({uid for _, uid in found}) == 1, found
+    assert sum(is_maker for is_maker, _ in found) == 1
 
 
 def test_commits_on_one_branch_line_up(catalog: Catalog) -> None:

@@ -25,14 +25,14 @@ def empty(database_url: str, tmp_path: Path) -> str:
     """The URL of a repository without versions."""
     data = tmp_path / "data"
     data.mkdir()
-    Catalog.open(database_url, create=True, data_url=str(data)).close()
+    Catalog.make(database_url, data_url=str(data)).close()
     return database_url
 
 
 @pytest.fixture
 def catalog(empty: str) -> Iterator[Catalog]:
     """The catalog of the repository at `empty`, to fill it."""
-    with Catalog.open(empty, create=False) as opened:
+    with Catalog.open(empty) as opened:
         yield opened
 
 

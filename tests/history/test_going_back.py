@@ -234,7 +234,7 @@ def test_undo_returns_to_every_state_before(
 ) -> None:
     """Whatever was done, undoing it all passes through the same refs backwards."""
     url = sqlite_url(tmp_path_factory.mktemp("undo") / "catalog.db")
-    with Catalog.open(url, create=True, data_url="file:///none") as catalog:
+    with Catalog.make(url, data_url="file:///none") as catalog:
         history = catalog.history()
 
         def named() -> dict[str, tuple[str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dcpstore
-from dcpstore import ChunkDefaults, CorruptionError, Repository
+from dcpstore import ChunkDefaults, CorruptionError, Repository, batches
+from dcpstore.batches import in_batches
 from dcpstore.geometry.boxes import Box
-from dcpstore.reading import chunks
 from dcpstore.reading.boxes import BoxRequest, read_boxes
-from dcpstore.reading.chunks import in_batches
 from dcpstore.records import ChunkRange, StoredChunk
 from dcpstore.storage.packs import PackReader
 
@@ -30,12 +30,12 @@ def pack_of(repo: Repository) -> Path:
 def test_batches_hold_each_chunk_once_and_of_one_pack(wanted: list[tuple[str, int]]) -> None:
     stored = [StoredChunk(1, 0, i, b"", pack, 0, n) for i, (pack, n) in enumerate(wanted)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunks, "_BATCH", 50)
-        batches = list(in_batches(stored))
-    assert [chunk for batch in batches for chunk in batch] == stored
-    for batch in batches:
-        assert len({chunk.pack for chunk in batch}) == 1
-        assert sum(chunk.length for chunk in batch[:-1]) < 50
+        patch.setattr(batches, "_BATCH", 50)
+        runs = list(in_batches(stored, attrgetter("length"), place=attrgetter("pack")))
+    assert [chunk for run in runs for chunk in run] == stored
+    for run in runs:
+        assert len({chunk.pack for chunk in run}) == 1
+        assert sum(chunk.length for chunk in run[:-1]) < 50
 
 
 @pytest.mark.parametrize("codec", ["none", "blosc", "zstd"])
@@ -43,7 +43,7 @@ def test_batches_hold_each_chunk_once_and_of_one_pack(wanted: list[tuple[str, in
 def test_boxes_that_share_chunks_are_filled_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, batch: int
 ) -> None:
-    monkeypatch.setattr(chunks, "_BATCH", batch)
+    monkeypatch.setattr(batches, "_BATCH", batch)
     whole = torch.arange(600.0).reshape(30, 20)
     with dcpstore.open(tmp_path / "r", chunk=ChunkDefaults(nbytes=256, codec=codec)) as repo:
         dcpstore.save({"w": whole, "one": whole[:2].clone()}, repo)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
 
-from tests.hostile.attacks import ATTACKS
 from tests.hostile.guided import search
+from tests.hostile.listing import ATTACKS
 from tests.hostile.parsers import PARSERS
 from tests.torture.kinds import Ground, Kind, Outcome, Verdict
 

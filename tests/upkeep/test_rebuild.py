@@ -1,6 +1,7 @@
 """A lost catalog comes back from the data folder alone, and answers as the old one did."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,6 +125,21 @@ def test_a_catalog_that_is_there_is_never_changed(
         assert views(full) == before
     with pytest.raises(AlreadyExistsError, match="not empty"):
         rebuild(place.data, place.url)
+
+
+def test_the_folders_of_a_new_catalog_are_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dcpstore.save({"w": torch.arange(4)}, tmp_path / "old")
+    sync, synced = os.fsync, set()
+
+    def spy(descriptor: int) -> None:
+        synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    rebuild(tmp_path / "old", tmp_path / "deep" / "new")
+    assert {tmp_path, tmp_path / "deep"} <= synced
 
 
 def test_a_folder_without_a_journal_is_refused(tmp_path: Path) -> None:
