@@ -1,28 +1,25 @@
 """The rows of a finished save: packs, plan, tensors with parts and chunks, entries.
 
 Runs inside the one transaction that makes a version visible, which the caller has put in line, so
-that what is known stays known. Rows go in by statement, never one query a row.
+that what is known stays known. Rows go in all at once, never one query a row.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from sqlalchemy import Connection, Table, delete, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
 from dcpstore.catalog import schema
 from dcpstore.catalog.garbage import mark_stale
 from dcpstore.catalog.known import known_tensors
+from dcpstore.catalog.rows import insert_rows
 from dcpstore.catalog.wanted import wanted_ids, wanted_names
 from dcpstore.errors import ConflictError
 from dcpstore.records import NewEntry, NewTensor, PackRecord, PlanRecord, VersionContent
 
 __all__ = ["write_content", "write_plan"]
-
-_ROWS = 20_000  # of one statement: bounds the memory, not the meaning
 
 
 def write_content(connection: Connection, version: int, content: VersionContent) -> None:
@@ -34,19 +31,13 @@ def write_content(connection: Connection, version: int, content: VersionContent)
     packs = _write_packs(connection, version, content.packs)
     tensors = _write_tensors(connection, content.tensors, content.entries, packs)
     _write_aliases(connection, content.aliases, tensors)
-    _insert(
+    insert_rows(
         connection,
         schema.entry,
+        ("version", "fqn", "path", "kind", "tensor", "value"),
         (
-            {
-                "version": version,
-                "fqn": entry.fqn,
-                "path": entry.path,
-                "kind": entry.kind,
-                "tensor": None if entry.tensor_digest is None else tensors[entry.tensor_digest],
-                "value": entry.value,
-            }
-            for entry in content.entries
+            (version, e.fqn, e.path, e.kind, e.tensor_digest and tensors[e.tensor_digest], e.value)
+            for e in content.entries
         ),
     )
 
@@ -64,17 +55,10 @@ def write_plan(connection: Connection, plan: PlanRecord) -> int:
     rows = []
     for shard in plan.shards:
         ordinal = seen[shard.fqn, shard.rank] = seen.get((shard.fqn, shard.rank), -1) + 1
-        rows.append(
-            {
-                "plan": new,
-                "fqn": shard.fqn,
-                "rank": shard.rank,
-                "ordinal": ordinal,
-                "offsets": shard.box.offsets,
-                "sizes": shard.box.sizes,
-            }
-        )
-    _insert(connection, schema.shard, rows)
+        rows.append((new, shard.fqn, shard.rank, ordinal, shard.box.offsets, shard.box.sizes))
+    insert_rows(
+        connection, schema.shard, ("plan", "fqn", "rank", "ordinal", "offsets", "sizes"), rows
+    )
     return int(new)
 
 
@@ -125,21 +109,14 @@ def _write_tensors(
     placed = new + list(moved.values())
     # Those of tensors that are known too: the manifest, written before this, names their places.
     packs = {**packs, **_reused_packs(connection, list(given.values()), packs)}
-    _insert(
+    insert_rows(
         connection,
         schema.chunk,
+        ("tensor", "part", "ordinal", "digest", "pack", "offset", "length"),
         (
-            {
-                "tensor": ids[tensor.digest],
-                "part": chunk.part,
-                "ordinal": chunk.ordinal,
-                "digest": chunk.digest,
-                "pack": packs[chunk.pack],
-                "offset": chunk.offset,
-                "length": chunk.length,
-            }
+            (ids[tensor.digest], part, ordinal, digest, packs[pack], offset, length)
             for tensor in placed
-            for chunk in tensor.chunks
+            for part, ordinal, digest, pack, offset, length in tensor.chunks
         ),
     )
     return ids
@@ -158,14 +135,11 @@ def _write_aliases(
             )
         )
     )
-    _insert(
+    insert_rows(
         connection,
         alias,
-        (
-            {"digest": digest, "tensor": tensors[stored]}
-            for digest, stored in aliases.items()
-            if digest not in known
-        ),
+        ("digest", "tensor"),
+        ((digest, tensors[stored]) for digest, stored in aliases.items() if digest not in known),
     )
 
 
@@ -174,35 +148,21 @@ def _insert_tensors(connection: Connection, tensors: Sequence[NewTensor]) -> dic
     if not tensors:
         return {}
     table = schema.tensor
-    _insert(
+    insert_rows(
         connection,
         table,
-        (
-            {
-                "digest": tensor.digest,
-                "dtype": tensor.dtype,
-                "shape": tensor.shape,
-                "codec": tensor.codec,
-                "nbytes": tensor.nbytes,
-            }
-            for tensor in tensors
-        ),
+        ("digest", "dtype", "shape", "codec", "nbytes"),
+        ((t.digest, t.dtype, t.shape, t.codec, t.nbytes) for t in tensors),
     )
-    # Asked for after: to have each row's id returned costs more than all the rest.
     wanted = wanted_names(connection, {tensor.digest for tensor in tensors})
     rows = connection.execute(select(table.c.digest, table.c.id).where(table.c.digest.in_(wanted)))
     ids: dict[str, int] = dict(rows.all())
-    _insert(
+    insert_rows(
         connection,
         schema.part,
+        ("tensor", "part", "offsets", "shape", "chunk_shape"),
         (
-            {
-                "tensor": ids[tensor.digest],
-                "part": number,
-                "offsets": part.offsets,
-                "shape": part.shape,
-                "chunk_shape": part.chunk_shape,
-            }
+            (ids[tensor.digest], number, part.offsets, part.shape, part.chunk_shape)
             for tensor in tensors
             for number, part in enumerate(tensor.parts)
         ),
@@ -254,14 +214,3 @@ def _reused_packs(
 
 def _chunk_count(tensor: NewTensor) -> int:
     return sum(math.prod(part.counts) for part in tensor.parts)
-
-
-def _insert(connection: Connection, table: Table, rows: Iterable[dict[str, Any]]) -> None:
-    for batch in _batches(rows):
-        connection.execute(insert(table), batch)
-
-
-def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    source = iter(rows)
-    while batch := list(islice(source, _ROWS)):
-        yield batch

@@ -64,13 +64,17 @@ class _Layouts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Report:
-    """What one rank did: it travels with the first of its results."""
+    """What one rank did: it travels with the first of its results.
+
+    `places` are those of all its chunks, `nbytes` the raw bytes of the ones that it wrote.
+    """
 
     planned: PlanTable
     layouts: Mapping[str, Layout]
     digested: Digested
     places: Mapping[tuple[str, bytes], ChunkPlace]
     packs: Sequence[PackRecord]
+    nbytes: int
 
 
 class RepositoryWriter(StorageWriter):
@@ -228,7 +232,9 @@ class RepositoryWriter(StorageWriter):
                 advance=lambda nbytes: None,
             )
         places.update(zip((key for key, _ in todo), written.places, strict=True))
-        report = _Report(PlanTable.of(plan), layouts, digested, places, written.packs)
+        report = _Report(
+            PlanTable.of(plan), layouts, digested, places, written.packs, written.nbytes
+        )
         results = [
             WriteResult(item.index, item_nbytes(item), report if first else None)
             for first, item in zip((True, *(False,) * len(plan.items)), plan.items, strict=False)
@@ -259,7 +265,7 @@ class RepositoryWriter(StorageWriter):
             )
             books.look_up(target.catalog, {})
             for report in reports:
-                books.take_places(report.places)
+                books.take_places(report.places, report.nbytes)
             with kept_lease(target.catalog, draft.uid):
                 self.version = publish(
                     target,
@@ -339,7 +345,7 @@ def _look_up(
 
 def _report_of(rank: int, results: Sequence[WriteResult]) -> _Report:
     if not results:
-        return _Report(PlanTable.of(SavePlan([])), {}, Digested(b""), {}, ())
+        return _Report(PlanTable.of(SavePlan([])), {}, Digested(b""), {}, (), 0)
     report = results[0].storage_data
     if not isinstance(report, _Report):
         raise InvalidInputError(

@@ -43,10 +43,17 @@ class Grid:
     @property
     def size(self) -> int:
         """The number of cells."""
-        return math.prod(self.counts)
+        return 1 if self.is_one_cell else math.prod(self.counts)
+
+    @property
+    def is_one_cell(self) -> bool:
+        """Whether the part is one cell, without padding: so are most tensors, and it is quick."""
+        return self.shape == self.chunk_shape
 
     def cell(self, ordinal: int) -> Box:
         """Return the box of a chunk, clipped to the part, in coordinates of the tensor."""
+        if self.is_one_cell:
+            return self.box
         index = []
         for count in reversed(self.counts):
             ordinal, i = divmod(ordinal, count)

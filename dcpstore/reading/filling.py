@@ -41,7 +41,7 @@ class Filling:
         parts = self._tensor.parts
         # most tensors are small: one chunk, wanted whole
         self._is_one_cell = (
-            len(parts) == 1 and parts[0].shape == parts[0].chunk_shape == self._box.sizes
+            len(parts) == 1 and parts[0].is_one_cell and parts[0].shape == self._box.sizes
         )
 
     def take(self, array: npt.NDArray[np.generic], part: int, ordinal: int) -> None:

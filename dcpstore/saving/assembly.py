@@ -7,7 +7,8 @@ invariant 4), and a content that the repository holds is never written again.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,11 +40,15 @@ __all__ = ["Books"]
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """One tensor of the save: its layout, its cells in (part, ordinal) order, its digest."""
+    """One tensor of the save: its layout, its cells in (part, ordinal) order, its digest.
+
+    `nbytes` are the raw ones of all its parts.
+    """
 
     layout: Layout
     cells: Ints  # rows of `Cells`
     digest: str
+    nbytes: int
 
 
 class Books:
@@ -79,6 +84,7 @@ class Books:
         self._contents = self._gathered_contents()
         self._asked: list[Ints] = []  # by rank, rows of `_cells`
         self._places: dict[tuple[str, bytes], ChunkPlace] = {}
+        self._nbytes_new = 0
         self.aliases: dict[str, str] = {}
 
     def look_up(self, catalog: Catalog, before: Mapping[str, EntryRecord]) -> list[str]:
@@ -135,11 +141,16 @@ class Books:
                 )
             keys = zip(map(self._codec, cells), self._cells.digests(cells), strict=True)
             self._places.update(zip(keys, written.places, strict=True))
+            self._nbytes_new += written.nbytes
 
-    def take_places(self, places: Mapping[tuple[str, bytes], ChunkPlace]) -> None:
-        """Enter where chunks lie, by codec and digest, that ranks found or wrote by themselves."""
+    def take_places(self, places: Mapping[tuple[str, bytes], ChunkPlace], nbytes: int) -> None:
+        """Enter where chunks lie, by codec and digest, that a rank found or wrote by itself.
+
+        `nbytes` are the raw bytes that it wrote.
+        """
         for key, place in places.items():
             self._places.setdefault(key, place)
+        self._nbytes_new += nbytes
 
     @property
     def plan(self) -> PlanRecord:
@@ -153,22 +164,23 @@ class Books:
 
     def tensors(self, catalog: Catalog) -> list[NewTensor]:
         """Return each distinct tensor content with all its chunks, those of known ones included."""
-        tensors = self._known_tensors(catalog)
-        for content in self._contents.values():
-            if self._stored_digest(content) not in tensors:
-                tensors[content.digest] = self._new_tensor(content)
-        return list(tensors.values())
+        known = self._known_tensors(catalog)
+        new = {
+            content.digest: content
+            for content in self._contents.values()
+            if self._stored_digest(content) not in known
+        }
+        return [*known.values(), *self._new_tensors(list(new.values()))]
 
     @property
     def nbytes(self) -> int:
         """Raw bytes of all tensors of the version, those of tied ones each time."""
-        return sum(self._nbytes(content) for content in self._contents.values())
+        return sum(content.nbytes for content in self._contents.values())
 
     @property
     def nbytes_reused(self) -> int:
         """Raw bytes that this save did not write, for the repository or the save had them."""
-        written = sum(self._cell_nbytes(cell) for cells in self._asked for cell in cells.tolist())
-        return self.nbytes - written
+        return self.nbytes - self._nbytes_new
 
     def _gathered_contents(self) -> dict[str, _Content]:
         cells = self._cells
@@ -180,7 +192,8 @@ class Books:
         for fqn, (start, end) in zip(self._fqns, itertools.pairwise(starts), strict=True):
             layout, digests = self._layouts[fqn], data[start * DIGEST : end * DIGEST]
             digest = content_digest(layout.dtype, layout.shape, layout.grids, [digests])
-            contents[fqn] = _Content(layout, order[start:end], digest)
+            volume = sum(math.prod(grid.shape) for grid in layout.grids)
+            contents[fqn] = _Content(layout, order[start:end], digest, volume * layout.itemsize)
         return contents
 
     def _entry(self, fqn: str) -> NewEntry:
@@ -221,38 +234,32 @@ class Books:
             for tensor in known.values()
         }
 
-    def _new_tensor(self, content: _Content) -> NewTensor:
-        layout = content.layout
-        return NewTensor(
-            digest=content.digest,
-            dtype=layout.dtype,
-            shape=layout.shape,
-            codec=layout.codec,
-            nbytes=self._nbytes(content),
-            parts=layout.grids,
-            chunks=[
-                NewChunk(part, ordinal, digest, *self._places[layout.codec, digest])
-                for part, ordinal, digest in zip(
-                    self._cells.part[content.cells].tolist(),
-                    self._cells.ordinal[content.cells].tolist(),
-                    self._cells.digests(content.cells),
-                    strict=True,
-                )
-            ],
+    def _new_tensors(self, contents: Sequence[_Content]) -> Iterator[NewTensor]:
+        """Yield the contents with their chunks, all of whose places have been entered."""
+        cells = np.concatenate([np.zeros(0, np.int64), *(content.cells for content in contents)])
+        places = zip(
+            self._cells.part[cells].tolist(),
+            self._cells.ordinal[cells].tolist(),
+            self._cells.digests(cells),
+            strict=True,
         )
-
-    def _nbytes(self, content: _Content) -> int:
-        volume = sum(grid.box.volume for grid in content.layout.grids)
-        return volume * content.layout.itemsize
+        for content in contents:
+            layout = content.layout
+            yield NewTensor(
+                digest=content.digest,
+                dtype=layout.dtype,
+                shape=layout.shape,
+                codec=layout.codec,
+                nbytes=content.nbytes,
+                parts=layout.grids,
+                chunks=[
+                    NewChunk(part, ordinal, digest, *self._places[layout.codec, digest])
+                    for part, ordinal, digest in itertools.islice(places, len(content.cells))
+                ],
+            )
 
     def _codec(self, cell: int) -> str:
         return self._layouts[self._fqns[self._cells.tensor[cell]]].codec
-
-    def _cell_nbytes(self, cell: int) -> int:
-        layout = self._layouts[self._fqns[self._cells.tensor[cell]]]
-        grid = layout.grids[self._cells.part[cell]]
-        volume: int = grid.cell(int(self._cells.ordinal[cell])).volume
-        return volume * layout.itemsize
 
 
 def _cut_otherwise(layout: Layout, stored: TensorRecord | None) -> bool:

@@ -240,7 +240,7 @@ def _cut(layout: Layout, box: Box, source: Source, array: Array | None) -> Itera
 def _is_one_cell(layout: Layout, box: Box) -> bool:
     """Tell whether a box is one chunk, unpadded; most tensors are small, and this is quick."""
     grids = layout.grids
-    return len(grids) == 1 and grids[0].shape == grids[0].chunk_shape == box.sizes
+    return len(grids) == 1 and grids[0].is_one_cell and grids[0].shape == box.sizes
 
 
 def _as_run(array: Array) -> Bytes:

@@ -226,10 +226,11 @@ def _published(
         aliases=books.aliases,
         planner_data=planner_data,
     )
-    write_manifest(target.storage, draft, content)
+    entries = content.records()
+    write_manifest(target.storage, draft, content, entries)
     seconds["manifest"] = time.perf_counter() - began
     version = target.catalog.commit(draft.uid, content)
-    target.memory.entries.put(version.number, {entry.fqn: entry for entry in content.records()})
+    target.memory.entries.put(version.number, {entry.fqn: entry for entry in entries})
     return version
 
 

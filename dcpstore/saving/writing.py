@@ -27,10 +27,14 @@ _AHEAD = 4  # encoded batches that may wait for the disk, which bounds their mem
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """Where the chunks that a rank was asked to write lie, in that order, and its packs."""
+    """Where the chunks that a rank was asked to write lie, in that order, and its packs.
+
+    `nbytes` are the raw bytes of the chunks, without padding.
+    """
 
     places: Sequence[ChunkPlace]
     packs: Sequence[PackRecord]
+    nbytes: int
 
 
 def write_chunks(
@@ -53,7 +57,7 @@ def write_chunks(
         for batch, encoded in _encoded(chunks, pool):
             places += map(writer.append, encoded)
             advance(total_nbytes(batch))
-        return Written(places, writer.finish())
+        return Written(places, writer.finish(), total_nbytes(chunks))
     except BaseException:
         writer.discard()
         raise

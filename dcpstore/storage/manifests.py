@@ -21,7 +21,6 @@ from blake3 import blake3
 from dcpstore.errors import CorruptionError, SchemaError
 from dcpstore.geometry.grids import Grid
 from dcpstore.records import (
-    ChunkPlace,
     EntryKind,
     NewChunk,
     NewEntry,
@@ -63,27 +62,25 @@ def encode_manifest(
     draft: VersionDraft,
     content: VersionContent,
     *,
-    chunks: Mapping[str, Sequence[NewChunk]],
     data_url: str,
     documents: Mapping[str, str],
-    references: Iterable[tuple[str, ChunkPlace]],
+    references: Iterable[tuple[str, NewChunk]],
 ) -> bytes:
     """Return the manifest of a version.
 
     Args:
         draft: what was known when the save began, with the branch and parent as they are now.
-        content: what the save commits; `tensors` names every tensor of the version, known ones too.
-        chunks: all chunks of each tensor by its digest, in order of (part, ordinal). They stand in
-            for `NewTensor.chunks`, which are empty for tensors that the catalog knows.
+        content: what the save commits; `tensors` has every tensor of the version, known ones too,
+            each with all its chunks in order of (part, ordinal).
         data_url: where "packs/" lies: an absolute path or a URL that fsspec opens.
         documents: the Zarr documents by key, "zarr.json" of the root among them.
-        references: each chunk's Zarr key with its place.
+        references: each chunk by its Zarr key.
     """
     body = {
         "templates": {"data": data_url},
         "refs": dict(documents)
-        | {key: ["{{data}}/" + pack, at, size] for key, (pack, at, size) in references},
-        "dcpstore": _encode_version(draft, content, chunks),
+        | {key: ["{{data}}/" + c.pack, c.offset, c.length] for key, c in references},
+        "dcpstore": _encode_version(draft, content),
     }
     text = json.dumps(body, separators=(",", ":"), allow_nan=False)
     digest = blake3(text.encode()).hexdigest()
@@ -125,11 +122,8 @@ def decode_manifest(data: bytes) -> Manifest:
         ) from error
 
 
-def _encode_version(
-    draft: VersionDraft, content: VersionContent, chunks: Mapping[str, Sequence[NewChunk]]
-) -> Json:
-    places = [(c.pack, c) for tensor in content.tensors for c in chunks[tensor.digest]]
-    packs = list(dict.fromkeys(pack for pack, _ in places))
+def _encode_version(draft: VersionDraft, content: VersionContent) -> Json:
+    packs = list(dict.fromkeys(chunk.pack for t in content.tensors for chunk in t.chunks))
     number = {pack: i for i, pack in enumerate(packs)}
     return {
         "format": _FORMAT,
@@ -167,23 +161,22 @@ def _encode_version(
                 "codec": tensor.codec,
                 "nbytes": tensor.nbytes,
                 "parts": [[p.offsets, p.shape, p.chunk_shape] for p in tensor.parts],
-                "chunks": _encode_chunks(tensor, chunks[tensor.digest], number),
+                "chunks": _encode_chunks(tensor, number),
             }
             for tensor in content.tensors
         ],
     }
 
 
-def _encode_chunks(
-    tensor: NewTensor, chunks: Sequence[NewChunk], number: Mapping[str, int]
-) -> list[tuple[str, int, int, int]]:
+def _encode_chunks(tensor: NewTensor, number: Mapping[str, int]) -> list[tuple[str, int, int, int]]:
     """Return each chunk's digest and place; part and ordinal follow from the order."""
+    chunks = tensor.chunks
     assert [c[:2] for c in chunks] == _ordinals(tensor.parts), f"chunks of {tensor.digest}"
     return [(c.digest.hex(), number[c.pack], c.offset, c.length) for c in chunks]
 
 
 def _ordinals(parts: Sequence[Grid]) -> list[tuple[int, int]]:
-    return [(i, j) for i, part in enumerate(parts) for j in range(math.prod(part.counts))]
+    return [(i, j) for i, part in enumerate(parts) for j in range(part.size)]
 
 
 def _decode_version(said: Json) -> tuple[VersionDraft, VersionContent]:

@@ -138,7 +138,7 @@ def _commit(
     catalog, storage = target
     for attempt in (1, 2):
         held = _held(content, catalog, places, packs)
-        write_manifest(storage, draft, held)
+        write_manifest(storage, draft, held, held.records())
         try:
             return catalog.upkeep().commit_copy(uid, draft, held, parent=parent)
         except ConflictError:

@@ -26,7 +26,7 @@ def renew_manifests(catalog: Catalog, storage: Storage) -> int:
                 draft, content = upkeep.content(number)
             except (NotFoundError, CorruptionError):  # expired meanwhile; or for verify to report
                 continue
-            write_manifest(storage, draft, content)
+            write_manifest(storage, draft, content, content.records())
             # Where chunks moved again since, the mark is another, and the loop comes back to it.
             renewed += upkeep.clear_stale(number, mark)
     return renewed

@@ -12,12 +12,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from json.encoder import encode_basestring_ascii as _quoted
 from typing import Any
 
 from dcpstore.encoding.codecs import zarr_codecs
 from dcpstore.encoding.dtypes import numpy_dtype
 from dcpstore.geometry.grids import Grid
-from dcpstore.records import ChunkPlace, EntryRecord, NewChunk, StoredChunk, TensorRecord
+from dcpstore.records import EntryRecord, NewChunk, TensorRecord
 from dcpstore.storage.fields import value_tree
 
 __all__ = ["array_name", "array_names", "chunk_keys", "chunk_references", "zarr_documents"]
@@ -51,14 +52,17 @@ def array_names(entry: EntryRecord) -> list[str]:
 
 def chunk_keys(array: str, grid: Grid) -> Iterator[str]:
     """Yield the Zarr keys of a part's chunks by ordinal; `array` is the path of its array."""
+    if grid.is_one_cell:
+        yield f"{array}/c{'/0' * len(grid.shape)}"
+        return
     for index in itertools.product(*(range(count) for count in grid.counts)):
         yield "/".join((array, "c", *map(str, index)))
 
 
 def chunk_references(
-    entries: Sequence[EntryRecord], chunks: Mapping[str, Sequence[NewChunk | StoredChunk]]
-) -> Iterator[tuple[str, ChunkPlace]]:
-    """Yield the Zarr key and the place of each chunk of each entry, as a manifest lists them.
+    entries: Sequence[EntryRecord], chunks: Mapping[str, Sequence[NewChunk]]
+) -> Iterator[tuple[str, NewChunk]]:
+    """Yield the Zarr key of each chunk of each entry, with the chunk, as a manifest lists them.
 
     Args:
         entries: of the version.
@@ -68,9 +72,8 @@ def chunk_references(
         if entry.tensor is None:
             continue
         parts = zip(array_names(entry), entry.tensor.parts, strict=True)
-        keys = itertools.chain.from_iterable(chunk_keys(array, grid) for array, grid in parts)
-        for key, chunk in zip(keys, chunks[entry.tensor.digest], strict=True):
-            yield key, ChunkPlace(chunk.pack, chunk.offset, chunk.length)
+        keys = itertools.chain.from_iterable(itertools.starmap(chunk_keys, parts))
+        yield from zip(keys, chunks[entry.tensor.digest], strict=True)
 
 
 def zarr_documents(
@@ -88,21 +91,25 @@ def zarr_documents(
         if entry.tensor is None:
             continue
         tensor, name = entry.tensor, array_name(entry.fqn)
-        named: Json = {"fqn": entry.fqn, "torch_dtype": tensor.dtype}
-        if entry.kind == "blob" and entry.value:
-            named["blob"] = value_tree(entry.fqn, entry.value)
-        if _is_whole(tensor):
+        if _is_whole(tensor) and entry.kind == "tensor":  # nearly all, and text is made quickly
+            named = f'{{"fqn":{_quoted(entry.fqn)},"torch_dtype":"{tensor.dtype}"}}'
             nodes[name] = _array(tensor, tensor.parts[0], named)
             continue
-        nodes[name] = _text(_group({**named, "shape": tensor.shape}))
+        said: Json = {"fqn": entry.fqn, "torch_dtype": tensor.dtype}
+        if entry.kind == "blob" and entry.value:
+            said["blob"] = value_tree(entry.fqn, entry.value)
+        if _is_whole(tensor):
+            nodes[name] = _array(tensor, tensor.parts[0], _text(said))
+            continue
+        nodes[name] = _text(_group({**said, "shape": tensor.shape}))
         for array, grid in zip(array_names(entry), tensor.parts, strict=True):
             placed = {"offsets": grid.offsets, "shape": grid.shape}
-            nodes[array] = _array(tensor, grid, placed)
+            nodes[array] = _array(tensor, grid, _text(placed))
     values = {e.fqn: value_tree(e.fqn, e.value) for e in entries if e.kind == "value" and e.value}
     root = _text(_group({**attributes, "values": values}))
     # The nodes stand in the root too: zarr 3.1 finds no arrays of a split tensor otherwise, for it
     # lists nested folders of a reference file wrongly.
-    listed = ",".join(f"{_text(path)}:{node}" for path, node in nodes.items())
+    listed = ",".join(f"{_quoted(path)}:{node}" for path, node in nodes.items())
     consolidated = f'{{"kind":"inline","must_understand":false,"metadata":{{{listed}}}}}'
     return {"zarr.json": f'{root[:-1]},"consolidated_metadata":{consolidated}}}'} | {
         f"{path}/zarr.json": node for path, node in nodes.items()
@@ -118,9 +125,9 @@ def _group(attributes: Json) -> Json:
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
 
 
-def _array(tensor: TensorRecord, grid: Grid, attributes: Json) -> str:
+def _array(tensor: TensorRecord, grid: Grid, attributes: str) -> str:
     head = _array_head(tensor.dtype, tensor.codec, grid.shape, grid.chunk_shape)
-    return f'{head[:-1]},"attributes":{_text(attributes)}}}'
+    return f'{head[:-1]},"attributes":{attributes}}}'
 
 
 @lru_cache(4096)

@@ -76,6 +76,7 @@ def test_torch_saves_and_loads_versions(repo: Repository) -> None:
     second = dcp.save(state(), storage_writer=writer)
     assert second.storage_meta.save_id != described.storage_meta.save_id
     assert [(v.number, v.nbytes_written) for v in repo.log()] == [(2, 0), (1, 78)]
+    assert [v.nbytes_reused for v in repo.log()] == [writer.version.nbytes, 0]
 
 
 def test_what_dcpstore_saves_torch_loads(repo: Repository) -> None:

@@ -14,7 +14,6 @@ from dcpstore.errors import CorruptionError, SchemaError
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.grids import Grid
 from dcpstore.records import (
-    ChunkPlace,
     NewChunk,
     NewEntry,
     NewTensor,
@@ -81,10 +80,9 @@ def encode(draft: VersionDraft = DRAFT, content: VersionContent = CONTENT) -> by
     return encode_manifest(
         draft,
         content,
-        chunks={t.digest: t.chunks for t in content.tensors},
         data_url="/data",
         documents={"zarr.json": "{}"},
-        references=[("model.a/c/0/0", ChunkPlace("packs/ab12/0-0.pack", 0, 10))],
+        references=[("model.a/c/0/0", NewChunk(0, 0, b"", "packs/ab12/0-0.pack", 0, 10))],
     )
 
 
@@ -93,26 +91,10 @@ def test_everything_comes_back() -> None:
     assert manifest_key("ab12") == "manifests/ab12.json"
 
 
-def test_chunks_of_known_tensors_are_listed_too() -> None:
-    bare = [dataclasses.replace(t, chunks=()) for t in TENSORS]
-    data = encode_manifest(
-        DRAFT,
-        dataclasses.replace(CONTENT, tensors=bare),
-        chunks={t.digest: t.chunks for t in TENSORS},
-        data_url="/data",
-        documents={},
-        references=[],
-    )
-    assert decode_manifest(data).content.tensors == TENSORS
-    with pytest.raises(AssertionError, match="chunks of aa"):  # a caller that lost some
-        encode_manifest(
-            DRAFT,
-            CONTENT,
-            chunks={"aa": TENSORS[0].chunks[1:], "bb": TENSORS[1].chunks, "cc": ()},
-            data_url="/data",
-            documents={},
-            references=[],
-        )
+def test_a_tensor_that_lost_chunks_is_refused() -> None:
+    lost = [dataclasses.replace(TENSORS[0], chunks=TENSORS[0].chunks[1:]), *TENSORS[1:]]
+    with pytest.raises(AssertionError, match="chunks of aa"):
+        encode(content=dataclasses.replace(CONTENT, tensors=lost))
 
 
 def test_it_is_a_kerchunk_reference_file() -> None:

@@ -99,7 +99,6 @@ def write(tmp_path: Path) -> Write:
         manifest = encode_manifest(
             VersionDraft("ab12", "main"),
             content,
-            chunks=known,
             data_url=storage.url,
             documents=zarr_documents(written.entries, attributes or {}),
             references=chunk_references(written.entries, known),
