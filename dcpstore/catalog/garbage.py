@@ -209,17 +209,17 @@ def find_leftovers(
     connection: Connection,
     keys: Iterable[tuple[str, str]],
     *,
-    now: datetime,
-    grace: timedelta,
-    lease: timedelta,
+    crashed: Collection[str],
+    expired_before: datetime,
 ) -> tuple[list[str], list[str]]:
     """Sort stored objects that lie in the name of a version: may go, and whose nobody knows.
 
+    A save whose lease has lapsed since `condemn` keeps what it wrote: it may still commit.
+
     Args:
         keys: each with the uid in its name; they were listed before this transaction began.
-        now: the time.
-        grace: for manifests of expired versions, which a reader may be following.
-        lease: how long a save may be silent.
+        crashed: the saves that `condemn` gave up; after a dry run they are still pending.
+        expired_before: manifests of versions that expired later may still be followed.
     """
     given = list(keys)
     known = set(
@@ -232,9 +232,9 @@ def find_leftovers(
     rows = {
         row.uid: row
         for row in connection.execute(
-            select(
-                _version.c.uid, _version.c.status, _version.c.touched_at, _version.c.expired_at
-            ).where(_version.c.uid.in_(wanted_names(connection, {uid for _, uid in given})))
+            select(_version.c.uid, _version.c.status, _version.c.expired_at).where(
+                _version.c.uid.in_(wanted_names(connection, {uid for _, uid in given}))
+            )
         )
     }
     leftovers, unknown = [], []
@@ -245,10 +245,10 @@ def find_leftovers(
         if row is None:
             unknown.append(key)
         elif row.status == "expired":
-            if row.expired_at <= now - grace:
+            if row.expired_at <= expired_before:
                 leftovers.append(key)
         elif row.status == "pending":
-            if row.touched_at <= now - lease:
+            if uid in crashed:
                 leftovers.append(key)
         elif row.status == "aborted" or key.startswith("packs/"):
             leftovers.append(key)

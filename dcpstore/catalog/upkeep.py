@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -80,13 +80,12 @@ class Upkeep:
         self,
         keys: Iterable[tuple[str, str]],
         *,
-        now: datetime,
-        grace: timedelta,
-        lease: timedelta,
+        crashed: Collection[str],
+        expired_before: datetime,
     ) -> tuple[list[str], list[str]]:
         """Sort stored objects, each with the uid in its name: may go, and unknown."""
         return self._database.ask(
-            garbage.find_leftovers, list(keys), now=now, grace=grace, lease=lease
+            garbage.find_leftovers, list(keys), crashed=crashed, expired_before=expired_before
         )
 
     # Manifests written anew

@@ -43,8 +43,10 @@ def check_packs(
     gone on with has passed already are left out.
     """
     upkeep = catalog.upkeep()
-    began = upkeep.begin_verify(resume=resume, now=datetime.now(UTC))
-    waiting = [p for p in packs if p.verified_at is None or p.verified_at < began]
+    now = datetime.now(UTC)
+    began = upkeep.begin_verify(resume=resume, now=now)
+    # what was looked at in the future, by a clock that was wrong then, is looked at again
+    waiting = [p for p in packs if p.verified_at is None or not began <= p.verified_at < now]
     throttle = _Throttle(limit)
     count = nbytes = 0
     with (

@@ -2,11 +2,15 @@
 
 Everything is decided in catalog transactions, which wait for those of saves; a file is deleted only
 after its row was condemned for the grace time, so running saves, loads and other collections on any
-host are safe, and a collection that is killed is finished by the next (design, invariant 5).
+host are safe, and a collection that is killed is finished by the next (design, invariant 5). Ages
+are judged by one clock that does not jump while a collection runs, and a save counts as crashed by
+what the first transaction found: a collection may take hours.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -78,8 +82,10 @@ def collect(
     check_owner(catalog, storage)
     if not dry_run:
         write_journal(catalog, storage)
+    clock = _steady_clock()
+    began = clock()
     found = upkeep.condemn(
-        now=datetime.now(UTC),
+        now=began,
         grace=grace,
         lease=lease,
         live_share=_LIVE_SHARE,
@@ -97,11 +103,18 @@ def collect(
 
             renew_manifests(catalog, storage)
         write_journal(catalog, storage)
-    deleted = _delete_packs(catalog, storage, grace=grace, author=author, dry_run=dry_run)
+    deleted = _delete_packs(
+        catalog, storage, before=clock() - grace, author=author, dry_run=dry_run
+    )
     if dry_run and not grace:
         deleted += found.condemned
     cleared, unknown, nbytes = _clear_leftovers(
-        catalog, storage, grace=grace, lease=lease, dry_run=dry_run
+        catalog,
+        storage,
+        crashed=found.crashed,
+        expired_before=began - grace,
+        old=began - max(grace, lease),
+        dry_run=dry_run,
     )
     return GcReport(
         condemned=tuple(found.condemned),
@@ -115,11 +128,17 @@ def collect(
     )
 
 
+def _steady_clock() -> Callable[[], datetime]:
+    """Return what tells the time from now on, whatever becomes of the machine's clock."""
+    wall, steady = datetime.now(UTC), time.monotonic()
+    return lambda: wall + timedelta(seconds=time.monotonic() - steady)
+
+
 def _delete_packs(
-    catalog: Catalog, storage: Storage, *, grace: timedelta, author: str, dry_run: bool
+    catalog: Catalog, storage: Storage, *, before: datetime, author: str, dry_run: bool
 ) -> list[PackRecord]:
     upkeep = catalog.upkeep()
-    doomed = upkeep.find_doomed(before=datetime.now(UTC) - grace)
+    doomed = upkeep.find_doomed(before=before)
     if doomed and not dry_run:
         for pack in doomed:
             storage.delete(pack.key)
@@ -130,14 +149,23 @@ def _delete_packs(
 
 
 def _clear_leftovers(
-    catalog: Catalog, storage: Storage, *, grace: timedelta, lease: timedelta, dry_run: bool
+    catalog: Catalog,
+    storage: Storage,
+    *,
+    crashed: Sequence[str],
+    expired_before: datetime,
+    old: datetime,
+    dry_run: bool,
 ) -> tuple[list[str], list[str], int]:
-    """Delete what crashed saves and expired versions left; return it, the unknown, and bytes."""
+    """Delete what crashed saves and expired versions left; return it, the unknown, and bytes.
+
+    `old` is older than every save that ran when this collection began.
+    """
     # Listed before the catalog is asked: what appears later may belong to a save that it misses.
     keys = [(key, key.split("/")[1].split(".")[0]) for key in _listed(storage)]
-    now = datetime.now(UTC)
-    old = now - max(grace, lease)
-    leftovers, strange = catalog.upkeep().find_leftovers(keys, now=now, grace=grace, lease=lease)
+    leftovers, strange = catalog.upkeep().find_leftovers(
+        keys, crashed=crashed, expired_before=expired_before
+    )
     leftovers += _half_written(storage, old)
     uids = dict(keys)
     described = {uid for key, uid in keys if key.startswith("manifests/")}

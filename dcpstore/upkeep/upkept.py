@@ -75,7 +75,7 @@ class Upkept:
         Args:
             grace: a span of time, such as `"24h"` or a timedelta.
             dry_run: change nothing, and tell what would be freed.
-            lease: a running save renews its lease every 30 seconds.
+            lease: a running save renews its lease every ten seconds.
 
         Raises:
             InvalidInputError: a save has been running for longer than `grace`.

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from sqlalchemy import update
 
 import dcpstore
 from dcpstore import ConflictError, DcpstoreError, InvalidInputError, NotFoundError, Repository
+from dcpstore.catalog import schema
 from dcpstore.leases import kept_lease
 from dcpstore.records import VersionDraft
 from dcpstore.repository import open as open_repository
@@ -181,6 +183,33 @@ def test_what_crashed_saves_left_is_cleared_after_their_lease(repo: Repository, 
     with pytest.raises(ConflictError, match="aborted"):
         repo.catalog.commit(draft.uid, None)  # type: ignore[arg-type]
     assert repo.gc(lease=NOW, grace=NOW).cleared == ()
+
+
+def test_a_save_that_lapses_while_gc_runs_keeps_what_it_wrote(
+    repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing has told its commit that it was given up, so it may still succeed."""
+    draft = begin(repo)
+    writer = PackWriter(repo.storage, draft.uid, 0)
+    writer.append(b"x" * 1000)
+    writer.finish()
+    listed = repo.storage.list
+
+    def lapse_and_list(prefix: str = "") -> Any:
+        with repo.catalog._database.write() as connection:
+            silent = datetime.now(UTC) - timedelta(hours=2)
+            connection.execute(update(schema.version).values(touched_at=silent))
+        return listed(prefix)
+
+    monkeypatch.setattr(repo.storage, "list", lapse_and_list)
+    report = repo.gc()
+    monkeypatch.undo()
+    assert (report.crashed, report.cleared) == ((), ())
+    told = repo.gc(dry_run=True)
+    assert told.crashed == (draft.uid,)
+    assert told.cleared == (f"packs/{draft.uid}/0-0.pack",)
+    report = repo.gc()  # gives it up first
+    assert (report.crashed, report.cleared) == (told.crashed, told.cleared)
 
 
 def test_what_died_while_it_wrote_the_journal_or_a_manifest_is_cleared(

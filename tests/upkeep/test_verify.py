@@ -1,6 +1,7 @@
 """What verify finds, whom it says it touches, and how damage heals."""
 
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,17 @@ def test_a_flipped_bit_is_found_by_a_deep_look_and_stays_marked(
     flip(pack_file(place, versions[1]), 17)  # restored from a copy
     assert repo.verify(deep=True).damaged == ()
     assert_sound(repo)
+
+
+def test_a_deep_look_passes_over_no_pack_that_was_looked_at_in_the_future(
+    place: Place, repo: Repository
+) -> None:
+    versions = saved(repo)
+    pack = f"packs/{versions[1].uid}/0-0.pack"
+    ahead = datetime.now(UTC) + timedelta(hours=30)  # the clock was wrong then
+    repo.catalog.upkeep().mark_pack(pack, damage=None, verified_at=ahead)
+    flip(pack_file(place, versions[1]), 17)
+    assert [one.key for one in repo.verify(deep=True).damaged] == [pack]
 
 
 def test_shared_damage_touches_every_version_that_shares_it(place: Place, repo: Repository) -> None:
