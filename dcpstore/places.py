@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from dcpstore.catalog import sqlite_url
@@ -24,7 +25,7 @@ def locate(target: str) -> tuple[str, Path | None]:
     if not target:
         raise InvalidInputError("the repository's path is empty; pass a folder or a database URL.")
     folder = Path(target).absolute()
-    if folder.is_file():
+    if os.path.isfile(folder):  # who may not even ask is told so when the catalog is looked for
         raise InvalidInputError(
             f"{target!r} is a file; pass its folder, or 'sqlite:///{target}' with data=."
         )

@@ -94,6 +94,25 @@ class Database:
         query = {key: self._url.query[key] for key in ("host", "port") if key in self._url.query}
         return self._url.set(query=query).render_as_string(hide_password=True)
 
+    @property
+    def is_missing(self) -> bool:
+        """Whether it is a file of SQLite that does not exist.
+
+        Raises:
+            DcpstoreError: that cannot be told.
+        """
+        try:
+            if self.file is not None:
+                self.file.stat()
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return True
+        except OSError as error:
+            raise DcpstoreError(
+                f"cannot look for the catalog {self.shown}: {error.strerror}; give this user leave "
+                "to read its folder, or mend the filesystem, then try again."
+            ) from error
+        return False
+
     def close(self) -> None:
         """Close every connection; the next use connects again."""
         self._engine.dispose()

@@ -52,10 +52,7 @@ def open_repository(database: Database, *, data_url: str | None) -> RepositoryRe
         InvalidInputError: it has another `data_url`.
         SchemaError: the database is not ours, or its tables are not of today.
     """
-    if database.file is not None and not database.file.exists():
-        record = None
-    else:
-        record = database.ask(_find_record, database)
+    record = None if database.is_missing else database.ask(_find_record, database)
     if record is None:
         raise NotFoundError(
             f"no repository at {database.shown}. Check the path or URL, or create one with "
@@ -145,7 +142,7 @@ def upgrade_schema(database: Database) -> tuple[str, str]:
         NotFoundError: there is no catalog.
         SchemaError: the database is not ours, or newer than this dcpstore.
     """
-    if database.file is not None and not database.file.exists():
+    if database.is_missing:
         raise NotFoundError(f"no repository at {database.shown}. Check the path or URL.")
     with database.write() as connection:
         _lock(database, connection)

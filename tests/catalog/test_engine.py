@@ -7,11 +7,18 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, event
 
+import dcpstore
 from dcpstore.catalog import Catalog, sqlite_url
 from dcpstore.catalog import engine as engine_module
 from dcpstore.catalog import faults as faults_module
 from dcpstore.catalog.engine import Database
-from dcpstore.errors import ConflictError, CorruptionError, InvalidInputError, NotFoundError
+from dcpstore.errors import (
+    ConflictError,
+    CorruptionError,
+    DcpstoreError,
+    InvalidInputError,
+    NotFoundError,
+)
 from dcpstore.records import ChunkRange
 
 from .conftest import Save, chunk_digest, make_content, make_draft
@@ -101,6 +108,12 @@ def test_locked_database_is_a_conflict(
         impatient.begin(make_draft("u"))
     other.execute("ROLLBACK")
     other.close()
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_a_file_that_cannot_even_be_looked_for(tmp_path: Path, create: bool) -> None:
+    with pytest.raises(DcpstoreError, match=r"cannot look for the catalog .*too long"):
+        dcpstore.open(tmp_path / ("x" * 300), create=create)
 
 
 def test_damaged_file_is_corruption(sqlite_catalog: Catalog, tmp_path: Path) -> None:
