@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -23,22 +23,29 @@ class Proxy:
         url: by which clients come through it.
         commits: how many have been asked for.
         requests: how many packets clients have sent.
+        connections: how many clients have come.
         lose: at the commit of this number, counted from 1, the connection breaks.
         counts: whether that is a number of commits or of requests.
-        what: whether the server still hears of that commit ("answer" is lost) or not ("request").
+        what: whether the server has carried that commit out ("answer" is lost), has just been told
+            of it ("amid"), or never hears of it ("request").
+        strike: called at that moment, for what is to befall the server.
+        breaks: whether the connection breaks then; else it goes on.
         delay: seconds by which each answer is late.
+        path: of the server's socket; another server may take over.
     """
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
-        self._path = str(Path(parse_qs(parts.query)["host"][0]) / ".s.PGSQL.5432")
+        self.path = str(Path(parse_qs(parts.query)["host"][0]) / ".s.PGSQL.5432")
         self._listener = socket.create_server(("127.0.0.1", 0))
         port = self._listener.getsockname()[1]
         self.url = f"postgresql://postgres@127.0.0.1:{port}{parts.path}?sslmode=disable"
-        self.commits = self.requests = 0
+        self.commits = self.requests = self.connections = 0
         self.counts: Literal["commits", "requests"] = "commits"
         self.lose: int | None = None
-        self.what: Literal["answer", "request"] = "answer"
+        self.what: Literal["answer", "amid", "request"] = "answer"
+        self.strike: Callable[[], None] = _nothing
+        self.breaks = True
         self.delay = 0.0
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
@@ -58,19 +65,26 @@ class Proxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return
+            self.connections += 1
             thread = threading.Thread(target=self._serve, args=(client,), daemon=True)
             self._threads.append(thread)
             thread.start()
 
     def _serve(self, client: socket.socket) -> None:
         server = socket.socket(socket.AF_UNIX)
+        is_answered = threading.Event()  # what comes next answers the commit that is lost
         is_lost = threading.Event()
 
         def answer() -> None:
             try:
                 while data := server.recv(1 << 16):
+                    if is_answered.is_set():
+                        is_answered.clear()
+                        self.strike()  # the server has answered, and nobody hears it
+                        if self.breaks:
+                            is_lost.set()
                     if is_lost.is_set():
-                        break  # the server has answered, and nobody hears it
+                        break
                     time.sleep(self.delay)
                     client.sendall(data)
             except OSError:
@@ -80,26 +94,41 @@ class Proxy:
 
         with client, server:
             try:
-                server.connect(self._path)
+                server.connect(self.path)
             except OSError:
                 return
             answers = threading.Thread(target=answer, daemon=True)
             answers.start()
             try:
                 while data := client.recv(1 << 16):
-                    is_commit = _COMMIT in data
-                    self.requests += 1
-                    self.commits += is_commit
-                    counted = is_commit or self.counts == "requests"
-                    if counted and getattr(self, self.counts) == self.lose:
-                        is_lost.set()
-                        if self.what == "request":
-                            break
+                    if self._is_lost(data):
+                        if self.what == "answer":
+                            is_answered.set()
+                        elif self.what == "request":
+                            self.strike()
+                            if self.breaks:
+                                break
+                        else:
+                            server.sendall(data)
+                            self.strike()
+                            continue
                     server.sendall(data)
             except OSError:
                 pass
             _hang_up(server)
             answers.join(10)
+
+    def _is_lost(self, data: bytes) -> bool:
+        """Count a packet of a client; tell whether it is the one to lose."""
+        is_commit = _COMMIT in data
+        self.requests += 1
+        self.commits += is_commit
+        counted = is_commit or self.counts == "requests"
+        return counted and getattr(self, self.counts) == self.lose
+
+
+def _nothing() -> None:
+    """Let the server be."""
 
 
 def _hang_up(connection: socket.socket) -> None:

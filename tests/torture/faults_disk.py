@@ -1,4 +1,4 @@
-"""A disk that fails while an operation works: full from some step on, or broken at one.
+"""A disk that fails while an operation works: full or read-only from some step on, broken at one.
 
 The steps are those of a kill, found by recording one run; at a step that touches a file the system
 call fails instead. A second kind caps the length of files in the kernel, which SQLite meets too.
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -33,20 +33,31 @@ __all__ = ["Disk", "kinds", "told", "verdict_of"]
 
 ON_FILES = {*PATHS, *PAIRS, *FILES, *SYNCS, "create", "open"}
 FILLING = {"mkdir", "create", *FILES, *PAIRS}  # what needs space
+CHANGING = {*FILLING, *PATHS, "open"}  # what a filesystem refuses that turned read-only
 LIMITS = (0, 100, 1000, 4095, 20_000, 65_536, 300_000, 1_000_000)  # bytes of a file
 SHORT = {("save", "sqlite"): 3, ("save", "postgres"): 2, ("gc: repack", "sqlite"): 2}
 
 
 @dataclass(frozen=True, slots=True)
 class Break:
-    """From which step on what fails: this one with EIO, or all that need space."""
+    """From which step on what fails: this one alone, all that need space, or all that change."""
 
     number: int
     what: str
-    is_full: bool
+    how: Literal["broken", "full", "read-only"]
 
     def __str__(self) -> str:
-        return f"{'full from' if self.is_full else 'broken at'} step {self.number} ({self.what})"
+        return f"{self.how} at step {self.number} ({self.what})"
+
+    def error(self, number: int, what: str) -> int | None:
+        """Return the code that a step fails with, if it does."""
+        match self.how:
+            case "broken":
+                return errno.EIO if number == self.number else None
+            case "full":
+                return errno.ENOSPC if number >= self.number and what in FILLING else None
+            case "read-only":
+                return errno.EROFS if number >= self.number and what in CHANGING else None
 
 
 class Failing(Steps):
@@ -65,10 +76,9 @@ class Failing(Steps):
             number = self._count
         with super().step(what, path, target, half=half) as note:
             if self._at is not None and path:
-                if self._at.is_full and number >= self._at.number and what in FILLING:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-                if not self._at.is_full and number == self._at.number:
-                    raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+                code = self._at.error(number, what)
+                if code is not None:
+                    raise OSError(code, os.strerror(code), path)
             yield note
 
 
@@ -162,6 +172,8 @@ def _log(site: Site) -> Path:
 
 def _breaks(steps: Sequence[Step]) -> Iterator[Break]:
     for step in steps:
-        yield Break(step.number, step.what, is_full=False)
+        yield Break(step.number, step.what, "broken")
         if step.what in FILLING:
-            yield Break(step.number, step.what, is_full=True)
+            yield Break(step.number, step.what, "full")
+        if step.what in CHANGING:
+            yield Break(step.number, step.what, "read-only")

@@ -25,7 +25,7 @@ from tests.torture.kinds import DATABASES, Dialect, Ground, Outcome, Verdict
 from tests.torture.loss import Disk
 from tests.torture.operations import OPERATIONS, Operation, check
 from tests.torture.sites import Mould, Site
-from tests.torture.steps import Step, Steps, begun, done
+from tests.torture.steps import Steps, begun, done
 
 __all__ = ["Kills", "Point", "kinds"]
 
@@ -54,6 +54,11 @@ class Point:
     left: Left
     is_end: bool
 
+    @property
+    def is_power(self) -> bool:
+        """Whether power is lost: then all ranks die at once."""
+        return self.left in ("synced", "some")
+
     def __str__(self) -> str:
         return f"rank {self.rank} at step {self.number} ({self.what}), {self.left} left"
 
@@ -81,10 +86,7 @@ class Kills:
         ended = self._strike(site, None, LONG_PATIENCE)
         for one in ended:
             assert (one.code, one.error) == (0, ""), one
-        points: list[Point] = []
-        for rank, log in enumerate(self._logs(site)):
-            disk = Disk(site.root, self._mould.before) if self._operation.ranks == 1 else None
-            points += _points(begun(log), done([log]), rank, disk)
+        points = list(_points(self._logs(site), Disk(site.root, self._mould.before)))
         self._mould.discard(site)
         return self._ground.pick(points, SHORT.get((self._operation.name, self._dialect), 1))
 
@@ -102,9 +104,11 @@ class Kills:
                 return Outcome(Verdict.HUNG, f"rank {rank} waits")
             if rank == point.rank and ended.code != -signal.SIGKILL:
                 return Outcome(Verdict.LOST, f"it did not come so far: {ended}")
-            if rank != point.rank and ended.error and f"rank {point.rank}" not in ended.error:
+            if rank == point.rank or point.is_power:  # which takes all ranks along
+                continue
+            if ended.error and f"rank {point.rank}" not in ended.error:
                 return Outcome(Verdict.LOST, f"rank {rank} does not say who died: {ended.error}")
-        if point.left in ("synced", "some"):
+        if point.is_power:
             chance = random.Random(point.number)
             disk = Disk(site.root, self._mould.before)
             for step in done(self._logs(site)):
@@ -138,27 +142,26 @@ def kinds(ground: Ground) -> Iterator[Kills]:
                 yield Kills(ground, operation, dialect)
 
 
-def _points(
-    steps: Sequence[Step], ended: Sequence[Step], rank: int, disk: Disk | None
-) -> Iterator[Point]:
-    """Yield the points of a rank; loss of power only where it changes something new.
-
-    Where several ranks write, no one of them tells what is on the disk: `disk` is None.
-    """
-    finished = {step.number: step for step in ended}
+def _points(logs: Sequence[Path], disk: Disk) -> Iterator[Point]:
+    """Yield the points of all ranks; loss of power only where it changes something new."""
+    steps = [(step, rank) for rank, log in enumerate(logs) for step in begun(log)]
+    last = {rank: step for step, rank in steps}
+    ended = [(step, rank) for rank, log in enumerate(logs) for step in done([log])]
     touched = True
-    for step in steps:
+    for step, rank in sorted(steps + ended, key=lambda one: one[0].at):
+        if step.done:
+            disk.take(step)
+            touched |= bool(step.path)
+            continue
         what = f"{step.what} {step.path.rsplit('/', 1)[-1]}".strip()
         lefts: list[Left] = ["all"]
         if step.what in ("write", "pwrite"):
             lefts.append("torn")
-        is_end = step is steps[-1]  # then all that was promised must be there
-        if disk is not None and (touched or is_end) and not disk.is_synced:
+        is_end = step is last[rank]  # then all that was promised must be there
+        if (touched or is_end) and not disk.is_synced:
             lefts += ["synced", "some"]
         yield from (Point(step.number, what, rank, left, is_end) for left in lefts)
-        touched = bool(step.path)
-        if disk is not None and step.number in finished:
-            disk.take(finished[step.number])
+        touched = False
 
 
 def _log(site: Site, rank: int) -> Path:
@@ -170,7 +173,10 @@ def _work(
 ) -> None:
     """Do the operation as one rank, and die where the point says."""
     torch.set_num_threads(1)
+    fellows: list[int] = []
     if operation.ranks > 1:
+        pids = [site.root.parent / f"pid-{rank}" for rank in range(operation.ranks)]
+        pids[rank].write_text(str(os.getpid()))
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         meeting = site.root.parent / "meeting"
         dist.init_process_group(
@@ -179,11 +185,22 @@ def _work(
             rank=rank,
             world_size=operation.ranks,
             timeout=patience,
-        )
+        )  # who has met the others finds their pids
+        if point is not None and point.is_power:
+            fellows = [int(pid.read_text()) for pid in pids if pid != pids[rank]]
     die_at, tear = None, False
     if point is not None and point.rank == rank:
         die_at, tear = point.number, point.left == "torn"
-    steps = Steps(site.root, _log(site, rank), die_at=die_at, tear=tear)
+    # One order of all ranks' steps is needed where the disk is replayed, and costs time.
+    is_ordered = operation.ranks > 1 and (point is None or point.is_power)
+    steps = Steps(
+        site.root,
+        _log(site, rank),
+        die_at=die_at,
+        tear=tear,
+        turns=site.root.parent / "turns" if is_ordered else None,
+        fellows=fellows,
+    )
     steps.watch()
     operation.act(site, rank)
     steps.take("end")

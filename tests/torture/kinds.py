@@ -6,7 +6,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -76,9 +76,19 @@ class Ground:
         long: whether every point is wanted, or a few of each kind.
     """
 
-    def __init__(self, folder: Path, server: Callable[[], Any], *, long: bool) -> None:
-        self._folder, self._server = folder, server
+    def __init__(
+        self, folder: Path, server: Callable[[], Any], stack: ExitStack, *, long: bool
+    ) -> None:
+        self._folder, self._server, self._stack = folder, server, stack
         self.long = long
+
+    def keep(self, context: AbstractContextManager[P]) -> P:
+        """Enter a context that ends with the ground."""
+        return self._stack.enter_context(context)
+
+    def on(self, server: Callable[[], Any]) -> Ground:
+        """Return a ground like this, whose Postgres databases are on another server."""
+        return Ground(self._folder, server, self._stack, long=self.long)
 
     def folder(self) -> Path:
         """Return a new empty folder."""
@@ -95,7 +105,8 @@ class Ground:
         if dialect == "sqlite":
             return sqlite_url(self.folder() / "catalog.db")
         name = f"torture_{uuid.uuid4().hex}"
-        like = f' TEMPLATE "{_name_in(template)}"' if template else ""
+        # Copied as files: a copy by the log has sequences that go back when the server crashes.
+        like = f' TEMPLATE "{_name_in(template)}" STRATEGY FILE_COPY' if template else ""
         self._administer(f'CREATE DATABASE "{name}"{like}')
         url: str = self._server().get_uri(name)
         return url
@@ -125,7 +136,7 @@ def prepared(*, long: bool, server: Any = None) -> Iterator[Ground]:
                 started.append(stack.enter_context(postgres_server()))
             return started[0]
 
-        yield Ground(folder, find_server, long=long)
+        yield Ground(folder, find_server, stack, long=long)
 
 
 @dataclass

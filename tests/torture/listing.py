@@ -9,7 +9,18 @@ from tests.torture.kinds import Ground, Kind
 
 __all__ = ["MODULES", "listed"]
 
-MODULES = ["kills", "rivals", "hostile", "faults_disk", "faults_database", "faults_damage"]
+MODULES = [
+    "kills",
+    "rivals",
+    "hostile",
+    "faults_disk",
+    "faults_read",
+    "faults_readonly",
+    "faults_database",
+    "faults_server",
+    "faults_clock",
+    "faults_damage",
+]
 
 
 def listed(ground: Ground, *, module: str = "", only: str = "") -> Iterator[Kind]:

@@ -9,6 +9,7 @@ that dcpstore calls are wrapped, in a child that ends anyway.
 from __future__ import annotations
 
 import builtins
+import fcntl
 import io
 import json
 import os
@@ -17,8 +18,8 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,14 +86,28 @@ class Steps:
         log: a file outside of it.
         die_at: the number of the step to die at, before it; None is never.
         tear: whether a write that it dies at leaves its first half.
+        turns: a file by which processes take file steps in turns, so that the times in their logs
+            tell the order of all; None lets them be.
+        fellows: processes that die with this one.
     """
 
-    def __init__(self, root: Path, log: Path, *, die_at: int | None, tear: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        log: Path,
+        *,
+        die_at: int | None,
+        tear: bool = False,
+        turns: Path | None = None,
+        fellows: Sequence[int] = (),
+    ) -> None:
         self._root, self._log = str(root), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._saved = log.with_suffix(f".{os.getpid()}")
         self._die_at, self._tear = die_at, tear
+        self._turns = None if turns is None else os.open(turns, os.O_RDWR | os.O_CREAT)
+        self._fellows = fellows
         self._lock = threading.RLock()
-        self._count = 0
+        self._count = self._depth = 0
         self._write = os.write
 
     def watch(self) -> None:
@@ -121,23 +136,43 @@ class Steps:
         Yields a function that notes where the bytes lie that the step made durable.
         """
         saved: list[str] = []
-        with self._lock:
-            number = self._count
-            self._count += 1
-            said = Step(number, what, path, target, "", False, time.monotonic_ns())
-            self._say(said)
-            if number == self._die_at:
-                if self._tear and half is not None:
-                    half()
-                os.kill(os.getpid(), signal.SIGKILL)
-        yield saved.append
-        now = time.monotonic_ns()
-        self._say(replace(said, saved="".join(saved), done=True, at=now))
+        with self._in_turn(path):
+            with self._lock:
+                number = self._count
+                self._count += 1
+                said = Step(number, what, path, target, "", False, time.monotonic_ns())
+                self._say(said)
+                if number == self._die_at:
+                    if self._tear and half is not None:
+                        half()
+                    for process in (*self._fellows, os.getpid()):
+                        with suppress(ProcessLookupError):
+                            os.kill(process, signal.SIGKILL)
+            yield saved.append
+            now = time.monotonic_ns()
+            self._say(replace(said, saved="".join(saved), done=True, at=now))
 
     def take(self, what: str) -> None:
         """Count a step of which only the beginning is seen."""
         with self.step(what):
             pass
+
+    @contextmanager
+    def _in_turn(self, path: str) -> Iterator[None]:
+        """Keep other threads and processes from a file step meanwhile, where they take turns."""
+        if self._turns is None or not path:
+            yield
+            return
+        with self._lock:
+            if not self._depth:
+                fcntl.flock(self._turns, fcntl.LOCK_EX)
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    fcntl.flock(self._turns, fcntl.LOCK_UN)
 
     def _say(self, said: Step) -> None:
         self._write(self._log, (json.dumps(asdict(said)) + "\n").encode())
