@@ -156,7 +156,7 @@ def async_save(
                 lambda: target_of(repo, checkpoint_id, stack),
                 request,
                 ranks=ranks,
-                planner=planner or DefaultSavePlanner(),
+                planner=planner,
                 allow_pickle=allow_pickle,
             )
 

@@ -2,7 +2,8 @@
 
 Each time the number of objects has grown by a quarter the collector walks through every one of
 them, the training program's too; in a save of 5,000 tensors that took half of the time. Reference
-counts still free what they can. Invariant: it is off while anybody holds it off, and never longer.
+counts still free what they can. Invariant: it is off while anybody holds it off, and never while
+all who do are waiting.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["collector_held"]
+__all__ = ["collector_free", "collector_held"]
+
+_FEW = 256 << 20  # bytes that any disk moves soon enough
 
 
 class _Holders:
-    """How many hold the collector off, and whether it was on before the first of them."""
+    """How many threads hold the collector off, and whether it was on before the first of them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -38,13 +41,41 @@ class _Holders:
 
 
 _holders = _Holders()
+_thread = threading.local()
 
 
 @contextmanager
 def collector_held() -> Iterator[None]:
     """Hold the collector off; threads may do so at once, and the last one lets it go on."""
-    _holders.enter()
+    with _thread_holding(True):
+        yield
+
+
+@contextmanager
+def collector_free(nbytes: int = _FEW) -> Iterator[None]:
+    """Let the collector go on, for all that this thread wants, while it waits or moves bytes.
+
+    It does not pay for few bytes, which are moved soon.
+    """
+    with _thread_holding(nbytes < _FEW and _is_holding()):
+        yield
+
+
+@contextmanager
+def _thread_holding(holds: bool) -> Iterator[None]:
+    before = _is_holding()
+    _hold(holds)
     try:
         yield
     finally:
-        _holders.leave()
+        _hold(before)
+
+
+def _is_holding() -> bool:
+    return getattr(_thread, "is_holding", False)
+
+
+def _hold(holds: bool) -> None:
+    if holds != _is_holding():
+        _thread.is_holding = holds
+        (_holders.enter if holds else _holders.leave)()

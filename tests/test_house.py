@@ -22,6 +22,7 @@ FLOORS = {
     "uids": 0,
     "recent": 0,
     "batches": 0,
+    "jsontext": 0,
     "collector": 0,
     "durations": 0,
     "geometry": 0,

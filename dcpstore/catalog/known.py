@@ -45,7 +45,7 @@ def find_chunks(
         .scalar_subquery()
     )
     places = {}
-    for digest, text in connection.execute(select(wanted.c.digest, place)):
+    for digest, text in connection.execute(select(wanted.c.digest, place)).all():
         if text is not None:
             offset, length, key = text.split(":", 2)
             places[digest] = ChunkPlace(key, int(offset), int(length))

@@ -45,13 +45,13 @@ def _bound(
     """Yield the rows as the driver takes them."""
     dialect = connection.dialect
     types = [table.c[name].type.dialect_impl(dialect) for name in names]
-    processors = [kind.bind_processor(dialect) or _as_it_is for kind in types]
+    processors = [(i, kind.bind_processor(dialect)) for i, kind in enumerate(types)]
+    needed = [(i, process) for i, process in processors if process is not None]
     for row in rows:
-        yield tuple([process(value) for process, value in zip(processors, row, strict=True)])
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
+        values = list(row)
+        for i, process in needed:
+            values[i] = process(values[i])
+        yield tuple(values)
 
 
 def _copy(connection: Connection, statement: str, rows: Iterable[Row]) -> None:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from sqlalchemy import BigInteger, DateTime, Dialect, Float, Integer, LargeBinary, Text
 from sqlalchemy.types import TypeDecorator
 
+from dcpstore import jsontext
 from dcpstore.errors import CorruptionError
 from dcpstore.records import ObjectPath
 
@@ -74,7 +75,7 @@ class IntTuple(_Checked[tuple[int, ...]]):
 
     def process_bind_param(self, value: tuple[int, ...] | None, dialect: Dialect) -> str | None:
         """Return `[1,2]`."""
-        return None if value is None else f"[{','.join(map(str, value))}]"
+        return None if value is None else jsontext.integers(value)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> tuple[int, ...] | None:
         """Return the tuple."""
@@ -104,7 +105,7 @@ class PathText(_Checked[ObjectPath]):
 
     def process_bind_param(self, value: ObjectPath | None, dialect: Dialect) -> str | None:
         """Return the JSON text; pure ASCII, as `JsonText`."""
-        return None if value is None else json.dumps(list(value))
+        return None if value is None else jsontext.path(value)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> ObjectPath | None:
         """Return the path."""

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch.distributed as dist
 
 from dcpstore.collectives.meeting import Meeting
+from dcpstore.collector import collector_free
 
 __all__ = ["Alone", "Collectives", "RankGroup", "find_collectives"]
 
@@ -148,14 +149,15 @@ class RankGroup:
     @contextmanager
     def _together(self, step: str) -> Iterator[None]:
         """Wait for all ranks, then exchange; a connection that breaks names who is gone."""
-        if self._meeting is None:
-            yield
-            return
-        self._meeting.hold(step)
-        try:
-            yield
-        except RuntimeError as error:  # gloo's, and all of torch.distributed's own
-            raise self._meeting.report_lost(step, error) from error
+        with collector_free():
+            if self._meeting is None:
+                yield
+                return
+            self._meeting.hold(step)
+            try:
+                yield
+            except RuntimeError as error:  # gloo's, and all of torch.distributed's own
+                raise self._meeting.report_lost(step, error) from error
 
 
 def find_collectives(group: dist.ProcessGroup | None, *, no_dist: bool) -> Collectives:

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dcpstore.geometry.boxes import Box
 
@@ -153,15 +154,18 @@ def lay_grids(
     if parent and all(grid.holds_whole_cells(box) for box in boxes for grid in parent):
         return tuple(parent)
     live = {box for box in boxes if box.volume}
-    steps = [_step(n, dim, live) for dim, n in enumerate(shape)]
-    grid = lay_regular(shape, itemsize, steps, pieces=len(live), target=target)
+    steps = tuple(_step(n, dim, live) for dim, n in enumerate(shape))
+    grid = lay_regular(tuple(shape), itemsize, steps, pieces=len(live), target=target)
     return lay_parts(itemsize, list(live), target=target) if grid is None else (grid,)
 
 
+@lru_cache(4096)
 def lay_regular(
-    shape: Sequence[int], itemsize: int, steps: Sequence[int], *, pieces: int, target: int
+    shape: tuple[int, ...], itemsize: int, steps: tuple[int, ...], *, pieces: int, target: int
 ) -> Grid | None:
     """Return one grid at the origin, or None where the boundaries are too irregular for it.
+
+    It is remembered: thousands of tensors ask for few grids.
 
     Args:
         shape: of the tensor, in elements.
@@ -170,16 +174,14 @@ def lay_regular(
         pieces: how many boxes with elements are written.
         target: raw bytes of a chunk, as for `lay_grids`.
     """
-    shape = tuple(shape)
     origin = (0,) * len(shape)
     if not pieces:
         return Grid(origin, shape, tuple(max(n, 1) for n in shape))
     cells = math.prod(-(-n // (step or n)) for n, step in zip(shape, steps, strict=True))
     if cells > 2 * pieces:
         return None
-    if pieces > 1:
-        steps = _tile(shape, steps, itemsize)
-    return Grid(origin, shape, _chunk_shape(shape, steps, itemsize, target))
+    cuts = _tile(shape, steps, itemsize) if pieces > 1 else steps
+    return Grid(origin, shape, _chunk_shape(shape, cuts, itemsize, target))
 
 
 def lay_parts(itemsize: int, boxes: Sequence[Box], *, target: int) -> tuple[Grid, ...]:

@@ -53,6 +53,7 @@ class _Told:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
+@collector_held()
 def load_version(
     state_dict: dict[str, Any],
     open_source: Callable[[], LoadSource],
@@ -89,7 +90,6 @@ def load_version(
         planner = make_planner()
         return _Opening(source.catalog.repository.uid, ref, dry_run, keys)
 
-    @collector_held()
     def resolve(told: Sequence[_Opening]) -> tuple[Version, list[EntryRecord], list[str]]:
         _check_agreement(told)
         version = source.catalog.resolve(ref)
@@ -99,9 +99,8 @@ def load_version(
     def local_plan() -> LoadPlan:
         nonlocal template
         template = take_template(state_dict, keys, entries, rank=ranks.rank)
-        with collector_held():
-            planner.set_up_planner(template, described, ranks.leads)
-            return planner.create_local_plan()
+        planner.set_up_planner(template, described, ranks.leads)
+        return planner.create_local_plan()
 
     def foretell() -> _Told:
         try:
@@ -119,8 +118,7 @@ def load_version(
             ProgressBar("load", shown=ranks.leads) as bar,
             closing(PackReader(source.storage)) as packs,
         ):
-            with collector_held():
-                reads = ItemReads(plan, planner, {e.fqn: e for e in entries})
+            reads = ItemReads(plan, planner, {e.fqn: e for e in entries})
             chunks, nbytes = reads.run(
                 source.catalog,
                 packs,

@@ -9,6 +9,7 @@ import torch
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 from dcpstore.catalog import Catalog
+from dcpstore.collector import collector_free
 from dcpstore.encoding.values import PlannerBytes
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box
@@ -73,10 +74,12 @@ class ItemReads:
         allow_pickle: bool,
     ) -> tuple[int, int]:
         """Read everything; return the chunks and encoded bytes that it took."""
-        bar.begin("read", sum(r.target.nbytes for r in self._requests))
-        counts = read_boxes(
-            self._requests, catalog, packs, version=version, verify=verify, advance=bar.advance
-        )
+        nbytes = sum(request.target.nbytes for request in self._requests)
+        bar.begin("read", nbytes)
+        with collector_free(nbytes):
+            counts = read_boxes(
+                self._requests, catalog, packs, version=version, verify=verify, advance=bar.advance
+            )
         for item, target in self._tensors:
             self._planner.commit_tensor(item, target)
         values = read_values(

@@ -31,12 +31,16 @@ class LocalShard:
     data: torch.Tensor
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)  # of whose attributes nothing need be asked
+
+
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Tell whether `tensor` is one that several ranks hold together."""
-    return isinstance(tensor, DTensor | ShardedTensor) or hasattr(tensor, "__create_chunk_list__")
+    return type(tensor) not in _PLAIN and (
+        isinstance(tensor, DTensor | ShardedTensor) or hasattr(tensor, "__create_chunk_list__")
+    )
 
 
-@torch.no_grad()
 def local_shards(fqn: str, tensor: torch.Tensor) -> list[LocalShard]:
     """Return what this rank holds of `tensor`: no shard where it has none of its elements.
 
@@ -45,6 +49,8 @@ def local_shards(fqn: str, tensor: torch.Tensor) -> list[LocalShard]:
     Raises:
         InvalidInputError: a DTensor with a pending reduction (`Partial`) or an unknown placement.
     """
+    if not is_sharded(tensor):
+        return [LocalShard(Box.whole(tensor.shape), tensor)]
     if isinstance(tensor, DTensor):
         return _of_dtensor(fqn, tensor)
     if isinstance(tensor, ShardedTensor):
@@ -54,11 +60,10 @@ def local_shards(fqn: str, tensor: torch.Tensor) -> list[LocalShard]:
             )
             for s in tensor.local_shards()
         ]
-    if hasattr(tensor, "__create_chunk_list__"):  # torch's protocol for tensor subclasses
-        return _of_checkpointable(fqn, tensor)
-    return [LocalShard(Box.whole(tensor.shape), tensor)]
+    return _of_checkpointable(fqn, tensor)
 
 
+@torch.no_grad()
 def _of_dtensor(fqn: str, tensor: DTensor) -> list[LocalShard]:
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:  # this rank is outside the mesh
@@ -92,7 +97,9 @@ def _splits(
     return splits
 
 
+@torch.no_grad()
 def _of_checkpointable(fqn: str, tensor: Any) -> list[LocalShard]:
+    """Return what a tensor subclass tells by torch's protocol."""
     return [
         LocalShard(
             Box(tuple(chunk.offsets), tuple(chunk.sizes)),

@@ -18,8 +18,9 @@ import torch
 from torch.distributed.checkpoint.planner import SavePlanner
 
 from dcpstore.collectives import Collectives, in_step, in_turn
-from dcpstore.collector import collector_held
+from dcpstore.collector import collector_free, collector_held
 from dcpstore.leases import kept_lease
+from dcpstore.planning.save_planner import DefaultSavePlanner
 from dcpstore.planning.stateful import check_keys, take_state
 from dcpstore.progress import ProgressBar
 from dcpstore.reading.comparing import find_changed
@@ -34,19 +35,21 @@ from dcpstore.saving.writing import Written, write_chunks
 __all__ = ["save_version"]
 
 
+@collector_held()
 def save_version(
     state_dict: Mapping[str, Any],
     open_target: Callable[[], SaveTarget],
     request: Callable[[], SaveRequest],
     *,
     ranks: Collectives,
-    planner: SavePlanner,
+    planner: SavePlanner | None,
     allow_pickle: bool,
 ) -> Version:
     """Save `state_dict`, of which this rank holds its part, as one version.
 
     Every rank of `ranks` calls it with its own state, and gets the same `Version`. `open_target`
     and `request` are called inside the first exchange, so that all ranks raise what they raise.
+    Without a planner it is ours, which goes with all its records when the save ends.
 
     Raises:
         InvalidInputError: ranks disagree, or the plan does not tile its tensors.
@@ -54,6 +57,7 @@ def save_version(
         ConflictError, AlreadyExistsError, NotFoundError: as the catalog finds the refs.
         RankFailure: some ranks failed; the repository shows nothing of the save.
     """
+    planner = planner or DefaultSavePlanner()
     lead = Lead(planner, ranks.size)
     reports = Reports(ranks)
     seconds: Seconds = {}
@@ -69,28 +73,28 @@ def save_version(
     def local_plan() -> Offer:
         nonlocal local
         state = take_state(state_dict, keys, rank=ranks.rank)
-        with collector_held():
-            planner.set_up_planner(state, is_coordinator=ranks.leads)
-            local = LocalPlan(planner.create_local_plan(), planner, target.memory)
-            return local.offer()
+        planner.set_up_planner(state, is_coordinator=ranks.leads)
+        local = LocalPlan(planner.create_local_plan(), planner, target.memory)
+        return local.offer()
 
     def digest() -> tuple[Digested, Seconds]:
         nonlocal data
         with _timed(seconds, "digest"):
-            with collector_held():
-                plan, layouts = local.take(answer)
-                data = RankData(
-                    planner.finish_plan(plan),
-                    planner,
-                    dict(layouts),
-                    chunk=target.catalog.repository.chunk,
-                    allow_pickle=allow_pickle,
-                )
-            bar.begin("digest", total_nbytes(data.chunks))
-            return data.digest(pool, bar.advance), seconds
+            plan, layouts = local.take(answer)
+            data = RankData(
+                planner.finish_plan(plan),
+                planner,
+                dict(layouts),
+                chunk=target.catalog.repository.chunk,
+                allow_pickle=allow_pickle,
+            )
+            nbytes = total_nbytes(data.chunks)
+            bar.begin("digest", nbytes)
+            with collector_free(nbytes):
+                return data.digest(pool, bar.advance), seconds
 
     def compare() -> set[str]:
-        with _timed(seconds, "compare"):
+        with _timed(seconds, "compare"), collector_free():
             return find_changed(
                 data.held(duty.compare),
                 target.catalog,
@@ -102,15 +106,17 @@ def save_version(
     def write() -> tuple[Written, Seconds]:
         with _timed(seconds, "write"):
             chunks = [data.chunks[i] for i in duty.write]
-            bar.begin("write", total_nbytes(chunks))
-            written = write_chunks(
-                chunks,
-                target.storage,
-                uid=uid,
-                rank=ranks.rank,
-                pool=pool,
-                advance=bar.advance,
-            )
+            nbytes = total_nbytes(chunks)
+            bar.begin("write", nbytes)
+            with collector_free(nbytes):
+                written = write_chunks(
+                    chunks,
+                    target.storage,
+                    uid=uid,
+                    rank=ranks.rank,
+                    pool=pool,
+                    advance=bar.advance,
+                )
         return written, seconds
 
     try:

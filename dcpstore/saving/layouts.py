@@ -54,6 +54,7 @@ def lay_out(
     steps = steps_of(live, table.shapes).tolist()
     pieces = np.bincount(live.tensor, minlength=len(table.names)).tolist()
     layouts = {}
+    alike: dict[Layout, Layout] = {}  # one of each: thousands of tensors have few, and they travel
     for number, name in enumerate(table.names):
         if name.dtype is None:
             continue
@@ -61,7 +62,7 @@ def lay_out(
             grids = _grids(
                 table,
                 number,
-                steps=steps[number][: len(name.shape)],
+                steps=tuple(steps[number][: len(name.shape)]),
                 pieces=pieces[number],
                 kept=kept_grids(parent.get(name.fqn), name.dtype, name.shape),
                 target=chunk.nbytes,
@@ -70,7 +71,8 @@ def lay_out(
             boxes = table.boxes(table.rows_of(number))
             grids = lay_parts(name.itemsize, boxes, target=chunk.nbytes)
         codec = choose_codec(chunk.codec, name.dtype)
-        layouts[name.fqn] = Layout(name.dtype, name.shape, codec, grids)
+        layout = Layout(name.dtype, name.shape, codec, grids)
+        layouts[name.fqn] = alike.setdefault(layout, layout)
     return layouts
 
 
@@ -78,7 +80,7 @@ def _grids(
     table: GlobalTable,
     number: int,
     *,
-    steps: Sequence[int],
+    steps: tuple[int, ...],
     pieces: int,
     kept: Sequence[Grid],
     target: int,

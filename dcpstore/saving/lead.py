@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 
 from torch.distributed.checkpoint.planner import SavePlanner
 
-from dcpstore.collector import collector_held
 from dcpstore.errors import InvalidInputError
 from dcpstore.journal import write_journal
 from dcpstore.records import ChunkDefaults, EntryRecord, Version
@@ -88,7 +87,6 @@ class Lead:
         self._open = True
         return self.draft.uid, sorted({key for one in told for key in one.keys})
 
-    @collector_held()
     def plan(self, offers: list[Offer]) -> list[Answer]:
         """Make the global plan, or find the one of before, and tell each rank its part."""
         if self._before is None:
@@ -111,7 +109,6 @@ class Lead:
         self._plan.paths, self._plan.planner_data = kept_planner_data(described.planner_data)
         return answers
 
-    @collector_held()
     def look_up(self, told: Sequence[tuple[Digested, Seconds]]) -> list[Duty]:
         """Find what the repository holds; have compared what digests cannot tell."""
         assert self._plan is not None
@@ -138,7 +135,6 @@ class Lead:
     def _writes(self) -> list[Duty]:
         return [Duty(write=mine) for mine in self._books.choose_writes(self.target.catalog)]
 
-    @collector_held()
     def commit(self, told: Sequence[tuple[Written, Seconds]]) -> Version:
         """Write the manifest and commit the version."""
         assert self._plan is not None

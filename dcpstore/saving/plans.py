@@ -186,7 +186,7 @@ def answer_offers(
         if (grids := kept_grids(parent.get(fqn), layout.dtype, layout.shape))
     ):
         layouts = lay_out(plan.table, chunk=chunk, parent=parent)
-        key = blake3(b"".join(digests) + repr(layouts).encode()).digest()
+        key = blake3(b"".join(digests) + pickle.dumps(layouts)).digest()
         plan = dataclasses.replace(plan, layouts=layouts, key=key)
         memory.plans.put(digests, plan)
     return plan, _answers(plan, offers)

@@ -129,8 +129,10 @@ class FileSink:
 
     def write(self, data: Buffer) -> None:
         """Append contiguous bytes."""
-        with _explained("write", self._path):
+        try:  # a `with` would take longer than a small chunk does
             self._file.write(data)
+        except OSError as error:
+            raise _explain("write", self._path, error) from error
 
     def commit(self) -> None:
         """Make the file durable, then give it its name, and make that durable."""
@@ -188,21 +190,23 @@ def _explained(action: str, path: Path) -> Iterator[None]:
     """Turn the operating system's errors into ours, with the path and a next step."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise NotFoundError(
+    except OSError as error:
+        raise _explain(action, path, error) from error
+
+
+def _explain(action: str, path: Path, error: OSError) -> DcpstoreError:
+    if isinstance(error, FileNotFoundError):
+        return NotFoundError(
             f"cannot {action} {str(path)!r}: it does not exist; run 'dcpstore verify', or restore "
             "it from a copy."
-        ) from error
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            step = "give this user leave to write there, or choose another folder"
-        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
-            step = (
-                "free space, with 'dcpstore expire' and 'dcpstore gc' for example, and save again"
-            )
-        else:
-            step = "mend the filesystem, then try again"
-        raise DcpstoreError(f"cannot {action} {str(path)!r}: {error.strerror}; {step}.") from error
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        step = "give this user leave to write there, or choose another folder"
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+        step = "free space, with 'dcpstore expire' and 'dcpstore gc' for example, and save again"
+    else:
+        step = "mend the filesystem, then try again"
+    return DcpstoreError(f"cannot {action} {str(path)!r}: {error.strerror}; {step}.")
 
 
 def _sync_folder(folder: Path) -> None:

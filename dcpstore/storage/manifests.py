@@ -14,10 +14,12 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, get_args
 
 from blake3 import blake3
 
+from dcpstore import jsontext
 from dcpstore.errors import CorruptionError, SchemaError
 from dcpstore.geometry.grids import Grid
 from dcpstore.records import (
@@ -76,15 +78,16 @@ def encode_manifest(
         documents: the Zarr documents by key, "zarr.json" of the root among them.
         references: each chunk by its Zarr key.
     """
-    body = {
-        "templates": {"data": data_url},
-        "refs": dict(documents)
-        | {key: ["{{data}}/" + c.pack, c.offset, c.length] for key, c in references},
-        "dcpstore": _encode_version(draft, content),
-    }
-    text = json.dumps(body, separators=(",", ":"), allow_nan=False)
-    digest = blake3(text.encode()).hexdigest()
-    return (_HEAD.format(digest) + text[1:]).encode()
+    refs = [f"{jsontext.quoted(key)}:{jsontext.quoted(text)}" for key, text in documents.items()]
+    refs += [
+        f'{jsontext.quoted(key)}:["{{{{data}}}}/{c.pack}",{c.offset},{c.length}]'
+        for key, c in references
+    ]
+    body = (
+        f'"templates":{jsontext.encode({"data": data_url})},"refs":{{{",".join(refs)}}},'
+        f'"dcpstore":{_encode_version(draft, content)}}}'
+    ).encode()
+    return _HEAD.format(blake3(b"{" + body).hexdigest()).encode() + body
 
 
 def decode_manifest(data: bytes) -> Manifest:
@@ -122,10 +125,11 @@ def decode_manifest(data: bytes) -> Manifest:
         ) from error
 
 
-def _encode_version(draft: VersionDraft, content: VersionContent) -> Json:
+def _encode_version(draft: VersionDraft, content: VersionContent) -> str:
     packs = list(dict.fromkeys(chunk.pack for t in content.tensors for chunk in t.chunks))
     number = {pack: i for i, pack in enumerate(packs)}
-    return {
+    plan = content.plan
+    facts: Json = {
         "format": _FORMAT,
         "uid": draft.uid,
         "branch": draft.branch,
@@ -146,33 +150,51 @@ def _encode_version(draft: VersionDraft, content: VersionContent) -> Json:
         "aliases": dict(content.aliases),
         "planner_data": content.planner_data,
         "written": [[pack.key, pack.nbytes] for pack in content.packs],
-        "plan": {
-            "digest": content.plan.digest,
-            "ranks": content.plan.ranks,
-            "shards": [[s.fqn, s.rank, s.box.offsets, s.box.sizes] for s in content.plan.shards],
-        },
-        "entries": [[e.fqn, e.path, e.kind, e.tensor_digest, e.value] for e in content.entries],
-        "packs": packs,
-        "tensors": [
-            {
-                "digest": tensor.digest,
-                "dtype": tensor.dtype,
-                "shape": tensor.shape,
-                "codec": tensor.codec,
-                "nbytes": tensor.nbytes,
-                "parts": [[p.offsets, p.shape, p.chunk_shape] for p in tensor.parts],
-                "chunks": _encode_chunks(tensor, number),
-            }
-            for tensor in content.tensors
-        ],
     }
+    shards = ",".join(map(_encode_shard, plan.shards))
+    entries = ",".join(map(_encode_entry, content.entries))
+    tensors = ",".join([_encode_tensor(tensor, number) for tensor in content.tensors])
+    return (
+        f'{jsontext.encode(facts)[:-1]},"plan":{{"digest":"{plan.digest}","ranks":{plan.ranks},'
+        f'"shards":[{shards}]}},"entries":[{entries}],"packs":{jsontext.encode(packs)},'
+        f'"tensors":[{tensors}]}}'
+    )
 
 
-def _encode_chunks(tensor: NewTensor, number: Mapping[str, int]) -> list[tuple[str, int, int, int]]:
-    """Return each chunk's digest and place; part and ordinal follow from the order."""
+def _encode_shard(shard: ShardRecord) -> str:
+    offsets, sizes = map(jsontext.integers, (shard.box.offsets, shard.box.sizes))
+    return f"[{jsontext.quoted(shard.fqn)},{shard.rank},{offsets},{sizes}]"
+
+
+def _encode_entry(entry: NewEntry) -> str:
+    fqn, path = jsontext.quoted(entry.fqn), jsontext.path(entry.path)
+    tensor = "null" if entry.tensor_digest is None else f'"{entry.tensor_digest}"'
+    value = "null" if entry.value is None else jsontext.quoted(entry.value)
+    return f'[{fqn},{path},"{entry.kind}",{tensor},{value}]'
+
+
+def _encode_tensor(tensor: NewTensor, number: Mapping[str, int]) -> str:
+    """Return a tensor with each chunk's digest and place; part and ordinal follow from the order.
+
+    Args:
+        tensor: with all its chunks.
+        number: of each pack.
+    """
     chunks = tensor.chunks
     assert [c[:2] for c in chunks] == _ordinals(tensor.parts), f"chunks of {tensor.digest}"
-    return [(c.digest.hex(), number[c.pack], c.offset, c.length) for c in chunks]
+    places = [f'["{c.digest.hex()}",{number[c.pack]},{c.offset},{c.length}]' for c in chunks]
+    cut = _encode_cut(tensor.dtype, tensor.shape, tensor.codec, tensor.nbytes, tuple(tensor.parts))
+    return f'{{"digest":"{tensor.digest}",{cut},"chunks":[{",".join(places)}]}}'
+
+
+@lru_cache(4096)
+def _encode_cut(
+    dtype: str, shape: tuple[int, ...], codec: str, nbytes: int, parts: tuple[Grid, ...]
+) -> str:
+    """Return what tensors of one kind have in common, without braces; few are distinct."""
+    grids = [[part.offsets, part.shape, part.chunk_shape] for part in parts]
+    facts = {"dtype": dtype, "shape": shape, "codec": codec, "nbytes": nbytes, "parts": grids}
+    return jsontext.encode(facts)[1:-1]
 
 
 def _ordinals(parts: Sequence[Grid]) -> list[tuple[int, int]]:

@@ -42,11 +42,11 @@ class StreamedFile:
         self._descriptor = os.open(path, flags, 0o666)
         self._is_direct = False
         self._is_open = True
-        self._block = mmap.mmap(-1, _BLOCK)  # aligned to a page, and no memory before it is used
+        self._block = _new_block()
         self._made = 1
         self._filled = 0
         self._sent = 0
-        self._writing: deque[tuple[mmap.mmap, Future[None]]] = deque()
+        self._writing: deque[tuple[memoryview, Future[None]]] = deque()
         self._threads: ThreadPoolExecutor | None = None
 
     def write(self, data: Buffer) -> None:
@@ -54,10 +54,10 @@ class StreamedFile:
         rest = memoryview(data).cast("B")
         while rest:
             piece = rest[: _BLOCK - self._filled]
-            _copy(piece, memoryview(self._block)[self._filled : self._filled + len(piece)])
-            self._filled += len(piece)
-            rest = rest[len(piece) :]
-            if self._filled == _BLOCK:
+            filled = self._filled + len(piece)
+            _copy(piece, self._block[self._filled : filled])
+            self._filled, rest = filled, rest[len(piece) :]
+            if filled == _BLOCK:
                 self._send()
 
     def sync(self) -> None:
@@ -65,7 +65,7 @@ class StreamedFile:
         while self._writing:
             self._writing.popleft()[1].result()
         self._leave_direct()  # what is left may end anywhere
-        self._put(memoryview(self._block)[: self._filled], self._sent)
+        self._put(self._block[: self._filled], self._sent)
         self._sent += self._filled
         self._filled = 0
         os.fsync(self._descriptor)
@@ -84,12 +84,12 @@ class StreamedFile:
         if self._threads is None:
             self._threads = ThreadPoolExecutor(_WRITERS, "dcpstore-disk")
             self._try_direct()
-        future = self._threads.submit(self._put, memoryview(self._block), self._sent)
+        future = self._threads.submit(self._put, self._block, self._sent)
         self._writing.append((self._block, future))
         self._sent += self._filled
         self._filled = 0
         if self._made < _BLOCKS:
-            self._block = mmap.mmap(-1, _BLOCK)
+            self._block = _new_block()
             self._made += 1
         else:
             self._block, future = self._writing.popleft()
@@ -126,6 +126,11 @@ class StreamedFile:
             flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
             fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
             self._is_direct = False
+
+
+def _new_block() -> memoryview:
+    """Return a block aligned to a page, which takes no memory before it is used."""
+    return memoryview(mmap.mmap(-1, _BLOCK))
 
 
 def _copy(source: memoryview, target: memoryview) -> None:

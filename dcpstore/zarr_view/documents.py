@@ -8,13 +8,12 @@ root. Two FQNs never share a node name, and no node name means something else to
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from json.encoder import encode_basestring_ascii as _quoted
 from typing import Any
 
+from dcpstore import jsontext
 from dcpstore.encoding.codecs import zarr_codecs
 from dcpstore.encoding.dtypes import numpy_dtype
 from dcpstore.geometry.grids import Grid
@@ -30,6 +29,7 @@ Json = dict[str, Any]
 _UNSAFE = re.compile(r'[\x00-\x20\x7f-\x9f"#%&*/:<>?\[\\\]{|}\ud800-\udfff]')
 
 
+@lru_cache(1 << 14)
 def array_name(fqn: str) -> str:
     """Return the name of an FQN's node: percent-escaped where Zarr or fsspec could not hold it."""
     name = _UNSAFE.sub(lambda match: _escaped(match[0]), fqn)
@@ -92,24 +92,24 @@ def zarr_documents(
             continue
         tensor, name = entry.tensor, array_name(entry.fqn)
         if _is_whole(tensor) and entry.kind == "tensor":  # nearly all, and text is made quickly
-            named = f'{{"fqn":{_quoted(entry.fqn)},"torch_dtype":"{tensor.dtype}"}}'
+            named = f'{{"fqn":{jsontext.quoted(entry.fqn)},"torch_dtype":"{tensor.dtype}"}}'
             nodes[name] = _array(tensor, tensor.parts[0], named)
             continue
         said: Json = {"fqn": entry.fqn, "torch_dtype": tensor.dtype}
         if entry.kind == "blob" and entry.value:
             said["blob"] = value_tree(entry.fqn, entry.value)
         if _is_whole(tensor):
-            nodes[name] = _array(tensor, tensor.parts[0], _text(said))
+            nodes[name] = _array(tensor, tensor.parts[0], jsontext.encode(said))
             continue
-        nodes[name] = _text(_group({**said, "shape": tensor.shape}))
+        nodes[name] = jsontext.encode(_group({**said, "shape": tensor.shape}))
         for array, grid in zip(array_names(entry), tensor.parts, strict=True):
             placed = {"offsets": grid.offsets, "shape": grid.shape}
-            nodes[array] = _array(tensor, grid, _text(placed))
+            nodes[array] = _array(tensor, grid, jsontext.encode(placed))
     values = {e.fqn: value_tree(e.fqn, e.value) for e in entries if e.kind == "value" and e.value}
-    root = _text(_group({**attributes, "values": values}))
+    root = jsontext.encode(_group({**attributes, "values": values}))
     # The nodes stand in the root too: zarr 3.1 finds no arrays of a split tensor otherwise, for it
     # lists nested folders of a reference file wrongly.
-    listed = ",".join(f"{_quoted(path)}:{node}" for path, node in nodes.items())
+    listed = ",".join(f"{jsontext.quoted(path)}:{node}" for path, node in nodes.items())
     consolidated = f'{{"kind":"inline","must_understand":false,"metadata":{{{listed}}}}}'
     return {"zarr.json": f'{root[:-1]},"consolidated_metadata":{consolidated}}}'} | {
         f"{path}/zarr.json": node for path, node in nodes.items()
@@ -137,7 +137,7 @@ def _array_head(
     """Return the document of an array but for its attributes; few are distinct."""
     stored = numpy_dtype(dtype)
     zero = stored.type(0).item()
-    return _text(
+    return jsontext.encode(
         {
             "zarr_format": 3,
             "node_type": "array",
@@ -150,9 +150,6 @@ def _array_head(
             "storage_transformers": [],
         }
     )
-
-
-_text = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 def _escaped(text: str) -> str:

@@ -1,0 +1,25 @@
+"""JSON put together as text, where there is a line for each of thousands of tensors.
+
+An encoder that is called once a line costs more than the line. All of it is compact and pure ASCII.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from json.encoder import encode_basestring_ascii
+
+__all__ = ["encode", "integers", "path", "quoted"]
+
+encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+quoted = encode_basestring_ascii
+
+
+def integers(values: Iterable[int]) -> str:
+    """Return offsets, sizes or a shape."""
+    return f"[{','.join(map(str, values))}]"
+
+
+def path(keys: Iterable[str | int]) -> str:
+    """Return the names and numbers that lead to an object."""
+    return f"[{','.join([quoted(key) if isinstance(key, str) else str(key) for key in keys])}]"

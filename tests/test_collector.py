@@ -1,0 +1,66 @@
+"""The garbage collector: off while a thread holds it off, on while all who do are waiting."""
+
+import gc
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from dcpstore.collector import collector_free, collector_held
+
+MANY, FEW = 1 << 30, 1 << 20  # bytes
+
+
+@pytest.fixture(autouse=True)
+def is_on() -> Iterator[None]:
+    assert gc.isenabled()
+    yield
+    assert gc.isenabled()
+
+
+def test_it_is_off_while_held_and_on_while_many_bytes_move() -> None:
+    with collector_held():
+        assert not gc.isenabled()
+        with collector_held(), collector_free(MANY):
+            assert gc.isenabled()
+            with collector_held():
+                assert not gc.isenabled()
+        with collector_free(FEW):
+            assert not gc.isenabled()
+        with collector_free():
+            assert gc.isenabled()
+        assert not gc.isenabled()
+
+
+def test_whoever_does_not_hold_it_off_does_not_let_it_go() -> None:
+    held, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with collector_held():
+            held.set()
+            leave.wait(60)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait(60)
+    with collector_free(FEW), collector_free():
+        assert not gc.isenabled()
+    with collector_held(), collector_free():
+        assert not gc.isenabled()
+    leave.set()
+    other.join(60)
+
+
+def test_an_error_leaves_it_on() -> None:
+    with pytest.raises(KeyError), collector_held(), collector_free():
+        raise KeyError
+
+
+def test_who_had_turned_it_off_finds_it_off() -> None:
+    gc.disable()
+    try:
+        with collector_held(), collector_free():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
