@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import torch.distributed as dist
 from sqlalchemy import Engine, event
 from torch.distributed import distributed_c10d
@@ -123,6 +124,7 @@ class Steps:
         self._wrap_open()
         self._wrap_collectives()
         self._trace_sqlite()
+        self._trace_copies()
         event.listen(Engine, "do_connect", self._connect)
         for moment in ("before_cursor_execute", "commit", "rollback"):
             event.listen(Engine, moment, self._sql(moment))
@@ -282,6 +284,16 @@ class Steps:
             return connection
 
         sqlite3.connect = connect  # type: ignore[assignment]
+
+    def _trace_copies(self) -> None:
+        """Have psycopg tell of each COPY, of which SQLAlchemy knows nothing."""
+        original = psycopg.Cursor.copy
+
+        def copy(cursor: Any, statement: Any, *given: Any, **said: Any) -> Any:
+            self.take(shown(statement))
+            return original(cursor, statement, *given, **said)
+
+        psycopg.Cursor.copy = copy
 
     def _connect(self, dialect: Any, *_: Any) -> None:
         if dialect.name == "postgresql":
