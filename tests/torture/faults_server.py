@@ -98,7 +98,7 @@ class Servers:
             aim(proxy, point, striker.strike)
             patience = PATIENCE if point.how == "gone" else None
             ended = start(work, self._operation, replace(site, target=proxy.url), patience).end()
-            striker.end()
+        striker.end()  # now that no thread of the proxy still strikes
         if not striker.is_done:
             return Outcome(Verdict.LOST, f"nothing struck: {striker.error!r}, {ended}")
         outcome = verdict_of(ended, self._operation, site)
