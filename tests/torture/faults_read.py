@@ -15,9 +15,9 @@ import mmap
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from tests.torture.steps import path_of
 __all__ = ["Cuts", "Reads", "kinds"]
 
 CODES = (errno.EIO, errno.EACCES)
-SHORT = 2
 
 
 class Reading:
@@ -107,30 +106,28 @@ class Reads:
 
     at_once = 2
 
-    def __init__(self, ground: Ground, operation: Operation) -> None:
-        self._ground, self._operation = ground, operation
+    def __init__(
+        self, ground: Ground, operation: Operation, mould: Callable[[Operation], Mould]
+    ) -> None:
+        self._ground, self._operation, self._mould = ground, operation, mould
         self.name = f"unreadable: {operation.name}"
-
-    @cached_property
-    def _mould(self) -> Mould:
-        return mould(self._ground, self._operation)
 
     def points(self) -> Sequence[Unread]:
         """Run the operation once, and count its readings."""
-        site = self._mould.copy()
+        site = self._mould(self._operation).copy()
         ended = start(_count, self._operation, site).end()
         assert (ended.code, ended.error) == (0, ""), ended
-        self._mould.discard(site)
+        self._mould(self._operation).discard(site)
         points = [Unread(number, code) for number in range(ended.value) for code in CODES]
-        return self._ground.pick(points, SHORT)
+        return self._ground.pick(points, 1)
 
     def try_point(self, point: Unread) -> Outcome:
         """Let the reading fail, and look."""
-        site = self._mould.copy()
+        site = self._mould(self._operation).copy()
         ended = start(_read, self._operation, site, point).end()
         outcome = verdict_of(ended, self._operation, site)
         if outcome.verdict is Verdict.SURVIVED:
-            self._mould.discard(site)
+            self._mould(self._operation).discard(site)
         return outcome
 
 
@@ -139,22 +136,18 @@ class Cuts:
 
     name = "unreadable: a pack is cut while it is read"
 
-    def __init__(self, ground: Ground) -> None:
-        self._ground = ground
-
-    @cached_property
-    def _mould(self) -> Mould:
-        return mould(self._ground, LOAD)
+    def __init__(self, ground: Ground, mould: Callable[[Operation], Mould]) -> None:
+        self._ground, self._mould = ground, mould
 
     def points(self) -> Sequence[tuple[int, int]]:
         """Return which pack that is mapped is cut, and to how many thousandths."""
-        return self._ground.pick([(n, kept) for n in range(3) for kept in (0, 1, 500, 999)], SHORT)
+        return self._ground.pick([(n, kept) for n in range(3) for kept in (999, 500, 1, 0)], 1)
 
     def try_point(self, point: tuple[int, int]) -> Outcome:
         """Cut the pack, and see what the load says."""
-        site = self._mould.copy()
+        site = self._mould(LOAD).copy()
         ended = start(_cut, site, *point).end()
-        self._mould.discard(site)
+        self._mould(LOAD).discard(site)
         if ended.hung:
             return Outcome(Verdict.HUNG, "the load waits")
         if ended.code == -signal.SIGBUS:
@@ -166,20 +159,20 @@ class Cuts:
 
 def kinds(ground: Ground) -> Iterator[Reads | Cuts]:
     """Yield the failures of every operation of one rank; in the short form, of a load."""
+
+    @cache
+    def mould(operation: Operation) -> Mould:
+        return Mould(ground, "sqlite", lambda site: _prepare(operation, site))
+
     for operation in (LOAD, VERIFY, *OPERATIONS):
         if operation.ranks == 1 and (ground.long or operation is LOAD):
-            yield Reads(ground, operation)
-    yield Cuts(ground)
+            yield Reads(ground, operation, mould)
+    yield Cuts(ground, mould)
 
 
-def mould(ground: Ground, operation: Operation) -> Mould:
-    """Return what an operation finds."""
-
-    def prepare(site: Site) -> None:
-        ended = start(operation.prepare, site).end()
-        assert (ended.code, ended.error) == (0, ""), ended
-
-    return Mould(ground, "sqlite", prepare)
+def _prepare(operation: Operation, site: Site) -> None:
+    ended = start(operation.prepare, site).end()
+    assert (ended.code, ended.error) == (0, ""), ended
 
 
 def _count(operation: Operation, site: Site) -> int:
