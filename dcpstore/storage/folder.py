@@ -46,12 +46,14 @@ class LocalFolder:
                 self._root.mkdir(parents=True, exist_ok=True)
                 for folder in (self._root, *above):
                     _sync_folder(folder.parent)
-        if not self._root.exists():
+        with _explained("look at the data folder", self._root):
+            is_there, is_folder = self._root.exists(), self._root.is_dir()
+        if not is_there:
             raise NotFoundError(
                 f"the data folder {str(path)!r} is missing; mount it, or give its new place as "
                 "data=."
             )
-        if not self._root.is_dir():
+        if not is_folder:
             raise DcpstoreError(f"{str(path)!r} is a file, not a data folder; choose another path.")
 
     @property

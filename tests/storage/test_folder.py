@@ -158,3 +158,9 @@ def test_the_umask_decides_who_may_read(folder: LocalFolder) -> None:
     path = Path(folder.url) / KEY
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o750
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_a_folder_that_cannot_even_be_looked_at(tmp_path: Path, create: bool) -> None:
+    with pytest.raises(DcpstoreError, match="too long"):
+        LocalFolder(tmp_path / ("x" * 300), create=create)

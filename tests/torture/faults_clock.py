@@ -118,7 +118,7 @@ class Jumps:
         steps = recorded(self._operation.act, site)
         self._mould.discard(site)
         points = [Jump(step.number, step.what, hours) for step in turns(steps) for hours in HOURS]
-        return self._ground.pick(points, 1)
+        return self._ground.pick(points, 1, 24)
 
     def try_point(self, point: Jump) -> Outcome:
         """Let the clock jump there, and look."""
@@ -181,7 +181,7 @@ class Apart:
                 *((0.0, jump) for jump in (*wrong, *jumps)),
             )
         ]
-        return self._ground.pick(points, 1)
+        return self._ground.pick(points, 1, 24)
 
     def try_point(self, point: Meeting) -> Outcome:
         """Stop the one there, let the other do its work, and look at what both came to."""

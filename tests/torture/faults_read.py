@@ -119,7 +119,7 @@ class Reads:
         assert (ended.code, ended.error) == (0, ""), ended
         self._mould(self._operation).discard(site)
         points = [Unread(number, code) for number in range(ended.value) for code in CODES]
-        return self._ground.pick(points, 1)
+        return self._ground.pick(points, 1, 24)
 
     def try_point(self, point: Unread) -> Outcome:
         """Let the reading fail, and look."""

@@ -88,7 +88,7 @@ class Servers:
             for number in range(1, commits + 1)
             for _ in range(AT_COMMIT.get(self._operation.name, 2))
         ]
-        return self._ground.pick(points, 1)
+        return self._ground.pick(points, 1, 16)
 
     def try_point(self, point: Blow) -> Outcome:
         """Strike the server there, and look."""
@@ -196,7 +196,7 @@ class Failovers:
             for number in range(0, commits, every)
             for what in ("amid", "answer")
         ]
-        return self._ground.pick(points, 1)
+        return self._ground.pick(points, 1, 16)
 
     def try_point(self, point: Blow) -> Outcome:
         """Let a standby take over there, and look at what it has."""

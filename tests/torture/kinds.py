@@ -94,11 +94,15 @@ class Ground:
         """Return a new empty folder."""
         return Path(tempfile.mkdtemp(dir=self._folder))
 
-    def pick(self, points: Sequence[P], few: int) -> Sequence[P]:
-        """Return all points in the long form, else a few, spread evenly, the last among them."""
-        if self.long or len(points) <= few:
+    def pick(self, points: Sequence[P], few: int, many: int | None = None) -> Sequence[P]:
+        """Return `many` points in the long form, or all; else a few.
+
+        They are spread evenly, the last among them.
+        """
+        most = many if self.long else few
+        if most is None or len(points) <= most:
             return points
-        return [points[(i + 1) * len(points) // few - 1] for i in range(few)]
+        return [points[(i + 1) * len(points) // most - 1] for i in range(most)]
 
     def database(self, dialect: Dialect, *, template: str = "") -> str:
         """Return the URL of a new database: empty, or like the Postgres one of URL `template`."""
