@@ -76,6 +76,10 @@ def _is_holding() -> bool:
 
 
 def _hold(holds: bool) -> None:
-    if holds != _is_holding():
-        _thread.is_holding = holds
-        (_holders.enter if holds else _holders.leave)()
+    if holds == _is_holding():
+        return
+    _thread.is_holding = holds
+    if holds:
+        _holders.enter()
+    else:
+        _holders.leave()

@@ -7,7 +7,7 @@ and an error is what any statement would raise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -62,9 +62,8 @@ def _copy(connection: Connection, statement: str, rows: Iterable[Row]) -> None:
     kind: Any = dialect.loaded_dbapi.Error
     try:
         with driver.cursor() as cursor, cursor.copy(statement) as copy:
-            write: Callable[[Row], None] = copy.write_row
             for row in rows:
-                write(row)
+                copy.write_row(row)
     except kind as error:
         is_lost = dialect.is_disconnect(error, driver, None)
         if is_lost:

@@ -283,7 +283,7 @@ def _decode_shard(said: Sequence[Any]) -> ShardRecord:
 def _decode_tensor(said: Json, packs: Sequence[str]) -> NewTensor:
     shape = fields.naturals(said["shape"])
     parts = tuple(fields.items(said["parts"], lambda part: fields.grid(part, shape)))
-    count = sum(math.prod(part.counts) for part in parts)
+    count = sum(part.size for part in parts)
     if count != len(said["chunks"]):
         raise ValueError(f"{len(said['chunks'])} chunks for {count} cells of {said['digest']}")
     chunks = [

@@ -11,7 +11,6 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
 
 from dcpstore import jsontext
 from dcpstore.encoding.codecs import zarr_codecs
@@ -21,9 +20,6 @@ from dcpstore.records import EntryRecord, NewChunk, TensorRecord
 from dcpstore.storage.fields import value_tree
 
 __all__ = ["array_name", "array_names", "chunk_keys", "chunk_references", "zarr_documents"]
-
-# JSON to be written: its values are of every kind, hence `Any`.
-Json = dict[str, Any]
 
 # What Zarr nodes, URLs, globs and templates may take for something else, and lone surrogates.
 _UNSAFE = re.compile(r'[\x00-\x20\x7f-\x9f"#%&*/:<>?\[\\\]{|}\ud800-\udfff]')
@@ -91,22 +87,18 @@ def zarr_documents(
         if entry.tensor is None:
             continue
         tensor, name = entry.tensor, array_name(entry.fqn)
-        if _is_whole(tensor) and entry.kind == "tensor":  # nearly all, and text is made quickly
-            named = f'{{"fqn":{jsontext.quoted(entry.fqn)},"torch_dtype":"{tensor.dtype}"}}'
-            nodes[name] = _array(tensor, tensor.parts[0], named)
-            continue
-        said: Json = {"fqn": entry.fqn, "torch_dtype": tensor.dtype}
+        named = f'"fqn":{jsontext.quoted(entry.fqn)},"torch_dtype":"{tensor.dtype}"'
         if entry.kind == "blob" and entry.value:
-            said["blob"] = value_tree(entry.fqn, entry.value)
+            named += f',"blob":{jsontext.encode(value_tree(entry.fqn, entry.value))}'
         if _is_whole(tensor):
-            nodes[name] = _array(tensor, tensor.parts[0], jsontext.encode(said))
+            nodes[name] = _array(tensor, tensor.parts[0], f"{{{named}}}")
             continue
-        nodes[name] = jsontext.encode(_group({**said, "shape": tensor.shape}))
+        nodes[name] = _group(f'{{{named},"shape":{jsontext.integers(tensor.shape)}}}')
         for array, grid in zip(array_names(entry), tensor.parts, strict=True):
             placed = {"offsets": grid.offsets, "shape": grid.shape}
             nodes[array] = _array(tensor, grid, jsontext.encode(placed))
     values = {e.fqn: value_tree(e.fqn, e.value) for e in entries if e.kind == "value" and e.value}
-    root = jsontext.encode(_group({**attributes, "values": values}))
+    root = _group(jsontext.encode({**attributes, "values": values}))
     # The nodes stand in the root too: zarr 3.1 finds no arrays of a split tensor otherwise, for it
     # lists nested folders of a reference file wrongly.
     listed = ",".join(f"{jsontext.quoted(path)}:{node}" for path, node in nodes.items())
@@ -121,8 +113,8 @@ def _is_whole(tensor: TensorRecord) -> bool:
     return len(tensor.parts) == 1 and tensor.parts[0].shape == tensor.shape
 
 
-def _group(attributes: Json) -> Json:
-    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+def _group(attributes: str) -> str:
+    return f'{{"zarr_format":3,"node_type":"group","attributes":{attributes}}}'
 
 
 def _array(tensor: TensorRecord, grid: Grid, attributes: str) -> str:

@@ -7,7 +7,8 @@ committed is still there, bit for bit, and nothing half-made is seen. To add a k
 1. Write a class with `name`, `points()` and `try_point(point)`, as `tests.torture.kinds.Kind` says,
    in a module `tests/torture/<faults>.py` with a function `kinds(ground) -> Iterable[Kind]`.
    `ground.folder()` is a new folder, `ground.database("postgres")` a new empty database, and
-   `ground.pick(points, few)` all points in the long form, and a few of them in the short one.
+   `ground.pick(points, few)` all points in the long form, and a few of them in the short one;
+   `ground.pick(points, few, many)` many in the long one.
    A fault that strikes a whole process strikes a child of `tests.torture.children`, forked from a
    process that has torch loaded already. A try must bound itself: what waits for a child gives it a
    deadline, and says HUNG when that passes.
