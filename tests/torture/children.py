@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
 
-__all__ = ["DEADLINE", "Child", "Ended", "start"]
+__all__ = ["DEADLINE", "Child", "Ended", "carry_out", "start"]
 
 DEADLINE = 60.0  # seconds; who is not done by then hangs
 LOADED = "tests.torture.loaded"
@@ -86,6 +86,13 @@ class Child:
 def start(call: Callable[..., Any], *arguments: Any) -> Child:
     """Start `call(*arguments)` in a child; it must be importable by name."""
     return Child(call, arguments)
+
+
+def carry_out(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what `call(*arguments)` returns in a child; it must succeed."""
+    ended = start(call, *arguments).end()
+    assert (ended.code, ended.error) == (0, ""), ended
+    return ended.value
 
 
 def _work(pipe: Any, call: Callable[..., Any], arguments: Sequence[Any]) -> None:

@@ -11,7 +11,6 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, tzinfo
 from functools import cached_property
@@ -20,13 +19,13 @@ from typing import Any
 
 import torch
 
-from tests.torture.children import start
+from tests.torture.children import carry_out, start
 from tests.torture.faults_disk import told, verdict_of
+from tests.torture.faults_read import load
 from tests.torture.kinds import DATABASES, Dialect, Ground, Outcome, Verdict
 from tests.torture.operations import (
     OPERATIONS,
     Operation,
-    check_versions,
     save,
     untagged,
 )
@@ -86,17 +85,10 @@ class At(Steps):
         super().__init__(root, log, die_at=None)
         self._number, self._act = number, act
 
-    @contextmanager
-    def step(
-        self, what: str, path: str = "", target: str = "", *, half: Any = None
-    ) -> Iterator[Callable[[str], None]]:
-        """Count a step."""
-        with self._lock:
-            number = self._count
-        with super().step(what, path, target, half=half) as note:
-            if number == self._number:
-                self._act()
-            yield note
+    def meet(self, number: int, what: str, path: str) -> None:
+        """Do it at the step of the number."""
+        if number == self._number:
+            self._act()
 
 
 class Jumps:
@@ -110,7 +102,7 @@ class Jumps:
 
     @cached_property
     def _mould(self) -> Mould:
-        return Mould(self._ground, "sqlite", lambda site: done(self._operation.prepare, site))
+        return Mould(self._ground, "sqlite", self._operation.prepare)
 
     def points(self) -> Sequence[Jump]:
         """Run the operation once, and return the ends of its transactions and its file steps."""
@@ -124,10 +116,7 @@ class Jumps:
         """Let the clock jump there, and look."""
         site = self._mould.copy()
         ended = start(do, self._operation, site, point, None).end()
-        outcome = verdict_of(ended, self._operation, site)
-        if outcome.verdict is Verdict.SURVIVED:
-            self._mould.discard(site)
-        return outcome
+        return verdict_of(ended, self._operation, site, self._mould)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +145,7 @@ class Apart:
 
     @cached_property
     def _mould(self) -> Mould:
-        return Mould(self._ground, self._dialect, lambda site: done(self._operation.prepare, site))
+        return Mould(self._ground, self._dialect, self._operation.prepare)
 
     def points(self) -> Sequence[Meeting]:
         """Run both once; return where one may stand still, with where the other's clock jumps."""
@@ -197,10 +186,7 @@ class Apart:
             return Outcome(Verdict.HUNG, "gc waits")
         if tended.code or tended.error:
             return Outcome(Verdict.LOST, f"gc: {tended}")
-        outcome = verdict_of(ended, self._operation, site)
-        if outcome.verdict is Verdict.SURVIVED:
-            self._mould.discard(site)
-        return outcome
+        return verdict_of(ended, self._operation, site, self._mould)
 
 
 def kinds(ground: Ground) -> Iterator[Jumps | Apart]:
@@ -217,15 +203,9 @@ def kinds(ground: Ground) -> Iterator[Jumps | Apart]:
                 yield apart
 
 
-def done(call: Callable[..., Any], *given: Any) -> None:
-    """Do something in a child; it must succeed."""
-    ended = start(call, *given).end()
-    assert (ended.code, ended.error) == (0, ""), ended
-
-
 def recorded(act: Callable[[Site, int], None], site: Site) -> list[Step]:
     """Do something in a child; return its steps."""
-    done(_record, act, site)
+    carry_out(_record, act, site)
     return begun(_log(site, "record"))
 
 
@@ -290,11 +270,6 @@ def _save_next(site: Site, rank: int) -> None:
     save(site, 5)
 
 
-def _load(site: Site, rank: int) -> None:
-    with site.open() as repo:
-        check_versions(repo)
-
-
 def _named(name: str) -> Operation:
     return next(one for one in OPERATIONS if one.name == name)
 
@@ -308,6 +283,6 @@ JUMPING = [
 ]
 STANDING = [
     Operation("save", untagged, _save_next, _LAST, _LAST | {5}, mend=_long_after),
-    Operation("load", untagged, _load, _LAST, _LAST, mend=_long_after),
+    Operation("load", untagged, load, _LAST, _LAST, mend=_long_after),
     Operation("tend", untagged, _tend, _LAST, _LAST, mend=_long_after),
 ]

@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 
 from tests.proxy import Proxy, proxied
-from tests.torture.children import start
+from tests.torture.children import carry_out, start
 from tests.torture.faults_disk import told, verdict_of
-from tests.torture.kinds import Ground, Outcome, Verdict
+from tests.torture.kinds import Ground, Outcome
 from tests.torture.operations import OPERATIONS, Operation
 from tests.torture.sites import Mould, Site
 
@@ -49,19 +49,13 @@ class Connections:
 
     @cached_property
     def _mould(self) -> Mould:
-        return Mould(self._ground, "postgres", self._prepare)
-
-    def _prepare(self, site: Site) -> None:
-        ended = start(self._operation.prepare, site).end()
-        assert (ended.code, ended.error) == (0, ""), ended
+        return Mould(self._ground, "postgres", self._operation.prepare)
 
     def points(self) -> Sequence[Loss]:
         """Run the operation once, and return its requests and commits."""
         site = self._mould.copy()
-        ended = start(_count, self._operation, site).end()
-        assert (ended.code, ended.error) == (0, ""), ended
+        commits, requests = carry_out(_count, self._operation, site)
         self._mould.discard(site)
-        commits, requests = ended.value
         # Neighbours among the requests are alike: inside one transaction, mostly.
         points = [Loss(i + 1, "requests", "request") for i in range(0, requests, 4)]
         points += [Loss(i + 1, "commits", "request") for i in range(commits)]
@@ -72,10 +66,7 @@ class Connections:
         """Break the connection there, and look."""
         site = self._mould.copy()
         ended = start(_work, self._operation, site, point).end()
-        outcome = verdict_of(ended, self._operation, site)
-        if outcome.verdict is Verdict.SURVIVED:
-            self._mould.discard(site)
-        return outcome
+        return verdict_of(ended, self._operation, site, self._mould)
 
 
 def kinds(ground: Ground) -> Iterator[Connections]:

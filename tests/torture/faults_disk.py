@@ -13,12 +13,11 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -67,19 +66,12 @@ class Failing(Steps):
         super().__init__(root, log, die_at=None)
         self._at = at
 
-    @contextmanager
-    def step(
-        self, what: str, path: str = "", target: str = "", *, half: Any = None
-    ) -> Iterator[Callable[[str], None]]:
-        """Count a step; raise what the disk would where it is to fail."""
-        with self._lock:
-            number = self._count
-        with super().step(what, path, target, half=half) as note:
-            if self._at is not None and path:
-                code = self._at.error(number, what)
-                if code is not None:
-                    raise OSError(code, os.strerror(code), path)
-            yield note
+    def meet(self, number: int, what: str, path: str) -> None:
+        """Raise what the disk would where it is to fail."""
+        if self._at is not None and path:
+            code = self._at.error(number, what)
+            if code is not None:
+                raise OSError(code, os.strerror(code), path)
 
 
 class Disk:
@@ -93,11 +85,7 @@ class Disk:
 
     @cached_property
     def _mould(self) -> Mould:
-        return Mould(self._ground, self._dialect, self._prepare)
-
-    def _prepare(self, site: Site) -> None:
-        ended = start(self._operation.prepare, site).end()
-        assert (ended.code, ended.error) == (0, ""), ended
+        return Mould(self._ground, self._dialect, self._operation.prepare)
 
     def points(self) -> Sequence[Break | int]:
         """Run the operation once; return its steps on files, and the longest that files may be."""
@@ -113,14 +101,14 @@ class Disk:
         """Let the disk fail there, mend it, and look."""
         site = self._mould.copy()
         ended = start(_work, self._operation, site, point).end()
-        outcome = verdict_of(ended, self._operation, site)
-        if outcome.verdict is Verdict.SURVIVED:
-            self._mould.discard(site)
-        return outcome
+        return verdict_of(ended, self._operation, site, self._mould)
 
 
-def verdict_of(ended: Ended, operation: Operation, site: Site) -> Outcome:
-    """Return what came of an operation that was to succeed or to fail in our words."""
+def verdict_of(ended: Ended, operation: Operation, site: Site, mould: Mould) -> Outcome:
+    """Return what came of an operation that was to succeed or to fail in our words.
+
+    A site where all is well is discarded.
+    """
     if ended.hung:
         return Outcome(Verdict.HUNG, "it waits")
     if ended.error or ended.code:
@@ -132,6 +120,7 @@ def verdict_of(ended: Ended, operation: Operation, site: Site) -> Outcome:
     if looked.error or looked.code:
         last = "".join(looked.error.splitlines(keepends=True)[-8:])
         return Outcome(Verdict.LOST, f"it said {ended.value!r}, and then:\n{last}")
+    mould.discard(site)
     return Outcome(Verdict.SURVIVED)
 
 

@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 
-from tests.torture.children import start
+from tests.torture.children import carry_out, start
 from tests.torture.faults_disk import told, verdict_of
 from tests.torture.kinds import Ground, Outcome, Verdict
 from tests.torture.operations import OPERATIONS, Operation, check_versions, three_versions
 from tests.torture.sites import Mould, Site
 from tests.torture.steps import path_of
 
-__all__ = ["Cuts", "Reads", "kinds"]
+__all__ = ["LOAD", "Cuts", "Reads", "kinds", "load"]
 
 CODES = (errno.EIO, errno.EACCES)
 
@@ -115,20 +115,16 @@ class Reads:
     def points(self) -> Sequence[Unread]:
         """Run the operation once, and count its readings."""
         site = self._mould(self._operation).copy()
-        ended = start(_count, self._operation, site).end()
-        assert (ended.code, ended.error) == (0, ""), ended
+        count = carry_out(_count, self._operation, site)
         self._mould(self._operation).discard(site)
-        points = [Unread(number, code) for number in range(ended.value) for code in CODES]
+        points = [Unread(number, code) for number in range(count) for code in CODES]
         return self._ground.pick(points, 1, 24)
 
     def try_point(self, point: Unread) -> Outcome:
         """Let the reading fail, and look."""
         site = self._mould(self._operation).copy()
         ended = start(_read, self._operation, site, point).end()
-        outcome = verdict_of(ended, self._operation, site)
-        if outcome.verdict is Verdict.SURVIVED:
-            self._mould(self._operation).discard(site)
-        return outcome
+        return verdict_of(ended, self._operation, site, self._mould(self._operation))
 
 
 class Cuts:
@@ -162,17 +158,12 @@ def kinds(ground: Ground) -> Iterator[Reads | Cuts]:
 
     @cache
     def mould(operation: Operation) -> Mould:
-        return Mould(ground, "sqlite", lambda site: _prepare(operation, site))
+        return Mould(ground, "sqlite", operation.prepare)
 
     for operation in (LOAD, VERIFY, *OPERATIONS):
         if operation.ranks == 1 and (ground.long or operation is LOAD):
             yield Reads(ground, operation, mould)
     yield Cuts(ground, mould)
-
-
-def _prepare(operation: Operation, site: Site) -> None:
-    ended = start(operation.prepare, site).end()
-    assert (ended.code, ended.error) == (0, ""), ended
 
 
 def _count(operation: Operation, site: Site) -> int:

@@ -46,11 +46,7 @@ class ReadOnly:
 
     @cached_property
     def _mould(self) -> Mould:
-        def prepare(site: Site) -> None:
-            ended = start(self._operation.prepare, site).end()
-            assert (ended.code, ended.error) == (0, ""), ended
-
-        return Mould(self._ground, self._dialect, prepare)
+        return Mould(self._ground, self._dialect, self._operation.prepare)
 
     def points(self) -> Sequence[What]:
         """Return what may not be written."""
@@ -67,10 +63,7 @@ class ReadOnly:
             ended = start(_work, self._operation, replace(site, target=url)).end()
         if self._operation is LOAD and ended.value and (site.on_postgres or point == "folders"):
             return Outcome(Verdict.LOST, f"what may be read was not: {ended.value}")
-        outcome = verdict_of(ended, self._operation, site)
-        if outcome.verdict is Verdict.SURVIVED:
-            self._mould.discard(site)
-        return outcome
+        return verdict_of(ended, self._operation, site, self._mould)
 
 
 def kinds(ground: Ground) -> Iterator[ReadOnly]:

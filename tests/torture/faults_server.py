@@ -75,7 +75,8 @@ class Servers:
 
     @cached_property
     def _mould(self) -> Mould:
-        return mould(self._ground.on(lambda: self._server), self._operation)
+        ground = self._ground.on(lambda: self._server)
+        return Mould(ground, "postgres", self._operation.prepare)
 
     def points(self) -> Sequence[Blow]:
         """Run the operation once, and return its commits and some of its requests."""
@@ -101,10 +102,7 @@ class Servers:
         striker.end()  # now that no thread of the proxy still strikes
         if not striker.is_done:
             return Outcome(Verdict.LOST, f"nothing struck: {striker.error!r}, {ended}")
-        outcome = verdict_of(ended, self._operation, site)
-        if outcome.verdict is Verdict.SURVIVED:
-            self._mould.discard(site)
-        return outcome
+        return verdict_of(ended, self._operation, site, self._mould)
 
 
 class Striker:
@@ -185,7 +183,8 @@ class Failovers:
 
     @cached_property
     def _mould(self) -> Mould:
-        return mould(self._ground.on(lambda: self._servers[-1]), self._operation)
+        ground = self._ground.on(lambda: self._servers[-1])
+        return Mould(ground, "postgres", self._operation.prepare)
 
     def points(self) -> Sequence[Blow]:
         """Run the operation once, and return its commits: what they ask must not be lost."""
@@ -217,10 +216,7 @@ class Failovers:
         site = replace(site, target=standby.get_uri(database_of(site)))
         if len(self._servers) > 2:
             shutil.rmtree(first.data)  # it is some ten MiB, and of no use any more
-        outcome = verdict_of(ended, self._operation, site)
-        if outcome.verdict is Verdict.SURVIVED:
-            self._mould.discard(site)
-        return outcome
+        return verdict_of(ended, self._operation, site, self._mould)
 
 
 def kinds(ground: Ground) -> Iterator[Servers | Failovers]:
@@ -232,16 +228,6 @@ def kinds(ground: Ground) -> Iterator[Servers | Failovers]:
     for operation in OPERATIONS:
         if operation.name in FAILOVERS and ground.long:
             yield Failovers(ground, operation)
-
-
-def mould(ground: Ground, operation: Operation) -> Mould:
-    """Return what an operation finds."""
-
-    def prepare(site: Site) -> None:
-        ended = start(operation.prepare, site).end()
-        assert (ended.code, ended.error) == (0, ""), ended
-
-    return Mould(ground, "postgres", prepare)
 
 
 def count(operation: Operation, found: Mould) -> tuple[int, int]:

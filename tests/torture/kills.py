@@ -74,11 +74,7 @@ class Kills:
 
     @cached_property
     def _mould(self) -> Mould:
-        return Mould(self._ground, self._dialect, self._prepare)
-
-    def _prepare(self, site: Site) -> None:
-        ended = start(self._operation.prepare, site).end()
-        assert (ended.code, ended.error) == (0, ""), ended
+        return Mould(self._ground, self._dialect, self._operation.prepare)
 
     def points(self) -> Sequence[Point]:
         """Run the operation once, and return its steps."""

@@ -13,6 +13,7 @@ import torch
 from dcpstore.records import ChunkDefaults
 from dcpstore.repository import Repository
 from dcpstore.repository import open as open_repository
+from tests.torture.children import carry_out
 from tests.torture.kinds import Dialect, Ground
 
 __all__ = ["Mould", "Site", "state"]
@@ -65,13 +66,13 @@ class Mould:
     Args:
         ground: where.
         dialect: of the catalog.
-        prepare: called in a child, with the site; None leaves it empty.
+        prepare: called in a child, with the site; it must be importable by name.
     """
 
     def __init__(self, ground: Ground, dialect: Dialect, prepare: Callable[[Site], None]) -> None:
         self._ground, self._dialect = ground, dialect
         self._first = self._site("")
-        prepare(self._first)
+        carry_out(prepare, self._first)
 
     @property
     def before(self) -> Path:

@@ -150,9 +150,13 @@ class Steps:
                     for process in (*self._fellows, os.getpid()):
                         with suppress(ProcessLookupError):
                             os.kill(process, signal.SIGKILL)
+            self.meet(number, what, path)
             yield saved.append
             now = time.monotonic_ns()
             self._say(replace(said, saved="".join(saved), done=True, at=now))
+
+    def meet(self, number: int, what: str, path: str) -> None:
+        """Do what a subclass has befall a step that is about to be taken."""
 
     def take(self, what: str) -> None:
         """Count a step of which only the beginning is seen."""
