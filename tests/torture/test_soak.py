@@ -7,15 +7,12 @@ import pytest
 
 from tests.torture.children import start
 from tests.torture.kinds import DATABASES, Dialect, prepared
-from tests.torture.sites import Mould, Site
+from tests.torture.operations import empty
+from tests.torture.sites import Mould
 from tests.torture.soak import EVERY, soak
 
 STEPS = 300
 MIB = 1 << 20
-
-
-def _empty(site: Site) -> None:
-    site.root.mkdir(exist_ok=True)
 
 
 @pytest.mark.slow
@@ -26,7 +23,7 @@ def test_a_long_run_holds_no_more_at_its_end(
     dialect: Dialect, asynchronously: bool, postgres_server: Any
 ) -> None:
     with prepared(long=False, server=postgres_server) as ground:
-        site = Mould(ground, dialect, _empty).copy()
+        site = Mould(ground, dialect, empty).copy()
         ended = start(soak, site, STEPS, asynchronously).end(deadline=800)
         assert (ended.code, ended.error) == (0, "")
     held = ended.value[STEPS // EVERY // 3 :]  # caches have filled by then
