@@ -38,8 +38,9 @@ def journaled(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R,
 
     @wraps(method)
     def run(self: R, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        result = method(self, *args, **kwargs)
-        write_journal(self.catalog, self.storage)
+        with self.catalog.kept():
+            result = method(self, *args, **kwargs)
+            write_journal(self.catalog, self.storage)
         return result
 
     return run

@@ -31,7 +31,8 @@ def kept_lease(
 ) -> Iterator[None]:
     """Renew the lease of the pending version `uid` until the block ends.
 
-    With each renewal the catalog is told the `progress` of the ranks.
+    With each renewal the catalog is told the `progress` of the ranks. A connection to it is kept
+    as well, for what the save asks meanwhile.
     """
     ended = threading.Event()
 
@@ -47,7 +48,8 @@ def kept_lease(
     thread = threading.Thread(target=renew, name="dcpstore-lease", daemon=True)
     thread.start()
     try:
-        yield
+        with catalog.kept():
+            yield
     finally:
         ended.set()
         thread.join()

@@ -4,10 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
 from dcpstore.catalog import sqlite_url
 from dcpstore.repository import Repository
+from dcpstore.uids import new_uid
 from tests import servers
 from tests.ranks import RankPool
 from tests.soundness import Place, assert_sound
@@ -22,12 +25,34 @@ def postgres_server() -> Iterator[Any]:
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The URL of an empty database: no file yet on SQLite, a database of its own on Postgres."""
+    """The URL of an empty database: no file yet on SQLite, a database of its own on Postgres.
+
+    Where there is a `place`, that on Postgres holds a repository, copied in a fifth of the time
+    that it takes to make one.
+    """
     if request.param == "sqlite":
         yield sqlite_url(tmp_path / "catalog.db")
         return
-    with servers.new_database(request.getfixturevalue("postgres_server")) as url:
+    server = request.getfixturevalue("postgres_server")
+    if "place" not in request.fixturenames:
+        with servers.new_database(server) as url:
+            yield url
+        return
+    with servers.new_database(server, like=request.getfixturevalue("made_database")) as url:
+        data = tmp_path / "data"
+        data.mkdir()
+        with psycopg.connect(url) as connection:
+            said = [new_uid(), str(data)]
+            connection.execute("UPDATE repository SET uid = %s, data_url = %s", said)
         yield url
+
+
+@pytest.fixture(scope="session")
+def made_database(postgres_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The name of a database that holds a repository, and that nobody is connected to."""
+    with servers.new_database(postgres_server) as url:
+        Place(url, str(tmp_path_factory.mktemp("made"))).open().close()
+        yield conninfo_to_dict(url)["dbname"]
 
 
 @pytest.fixture(scope="session")

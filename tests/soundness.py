@@ -35,6 +35,11 @@ class Place:
 
 def assert_sound(repo: Repository) -> None:
     """Check what must always hold of committed versions (design, section 5)."""
+    with repo.catalog.kept():
+        _assert_sound(repo)
+
+
+def _assert_sound(repo: Repository) -> None:
     versions = repo.log()
     numbers = [version.number for version in versions]
     expired = [

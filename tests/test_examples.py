@@ -37,22 +37,23 @@ def _train(rank: int, words: list[str]) -> None:
 def trained(
     two_ranks: RankPool, four_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Repository]:
-    """A repository as the demo makes it, small: two of its runs under torchrun, for they are slow.
+    """A repository as the demo makes it, small: one of its runs under torchrun, for they are slow.
 
     The run stops after 2 of 4 steps.
     """
     target = str(tmp_path_factory.mktemp("examples") / "ckpts")
     small = [*SMALL, "--steps=4"]
-    demo = _example("demo")
-    demo.train(2, target, *small, "--stop-after=2", "--tag-best=best")
-    demo.train(1, target, *small, "--resume=best", "--branch=one-rank")
+    _example("demo").train(2, target, *small, "--stop-after=2", "--tag-best=best")
+    one_rank = RankPool(1, tmp_path_factory.mktemp("rank"))
     runs = [
+        (one_rank, ["--branch=one-rank", "--resume=best"]),
         (two_ranks, ["--branch=never-stopped"]),
         (two_ranks, ["--branch=two-ranks", "--resume=best"]),
         (four_ranks, ["--branch=four-ranks", "--resume=best"]),
     ]
     for pool, options in runs:
         pool.run(_train, [f"--repo={target}", *small, *options])
+    one_rank.close()
     with dcpstore.open(target, create=False) as repo:
         yield repo
 

@@ -214,7 +214,8 @@ class Machine(RuleBasedStateMachine):
         assert_sound(self.repo)
 
 
-def test_a_repository_behaves_as_a_dict(database_url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("runs", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_repository_behaves_as_a_dict(database_url: str, tmp_path: Path, runs: int) -> None:
     data = tmp_path / "data"
 
     def forget() -> None:
@@ -234,7 +235,7 @@ def test_a_repository_behaves_as_a_dict(database_url: str, tmp_path: Path) -> No
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=5,
+            max_examples=runs,
             stateful_step_count=15,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from dcpstore.catalog.catalog import Catalog
-from dcpstore.catalog.engine import sqlite_url
+from dcpstore.catalog.connecting import sqlite_url
 
 __all__ = ["Catalog", "sqlite_url"]

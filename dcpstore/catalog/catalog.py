@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Literal
 
@@ -141,6 +142,10 @@ class Catalog:
     def close(self) -> None:
         """Close the connections."""
         self._database.close()
+
+    def kept(self) -> AbstractContextManager[None]:
+        """Keep a connection to a server for what is asked inside the block; outside none is."""
+        return self._database.kept()
 
     def __enter__(self) -> Catalog:
         return self

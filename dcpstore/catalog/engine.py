@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 from urllib.parse import quote
 
-from sqlalchemy import URL, Connection, Engine, NullPool, QueuePool, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy import Connection, NullPool, QueuePool, create_engine, event
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from dcpstore.catalog.connecting import keep_to_process, parse_url, server_engine
 from dcpstore.catalog.faults import (
     BUSY_SECONDS,
     Patience,
@@ -28,9 +30,9 @@ from dcpstore.catalog.faults import (
     is_passing,
     translate,
 )
-from dcpstore.errors import DcpstoreError, InvalidInputError
+from dcpstore.errors import DcpstoreError
 
-__all__ = ["Database", "sqlite_url"]
+__all__ = ["Database"]
 
 _WRITES = "dcpstore_writes"
 # For each transaction of Postgres that writes: wait for a lock as long as on SQLite, and let go of
@@ -39,22 +41,10 @@ _LIMITS = (
     f"SELECT set_config('lock_timeout', '{BUSY_SECONDS * 1000:.0f}', true), "
     "set_config('idle_in_transaction_session_timeout', '600000', true)"
 )
-# So that a server which is gone is noticed, where the URL says nothing else.
-_CONNECT = {
-    "connect_timeout": "10",
-    "keepalives_idle": "30",
-    "keepalives_interval": "10",
-    "keepalives_count": "3",
-    "tcp_user_timeout": "60000",
-}
+_FRESH_SECONDS = 30  # what a kept connection may be old, before a network forgets it
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-def sqlite_url(path: str | os.PathLike[str]) -> str:
-    """Return the URL of the SQLite database in file `path`, whatever characters that has."""
-    return URL.create("sqlite", database=os.fspath(path)).render_as_string()
 
 
 class Database:
@@ -67,12 +57,14 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
-        self._url = _parse(url)
+        self._url = parse_url(url)
         self.is_sqlite = self._url.get_backend_name() == "sqlite"
         # Absolute from now on: the process may change its folder while connections come and go.
         self.file = Path(os.path.abspath(self._url.database or "")) if self.is_sqlite else None
         self.may_create_file = False
         self._was_connected = False
+        self._keeping = threading.Lock()
+        self._keepers = 0
         if self.is_sqlite:
             self._engine = create_engine(
                 "sqlite://",
@@ -82,8 +74,14 @@ class Database:
             )
             event.listen(self._engine, "begin", _begin_sqlite)
         else:
-            # Hours pass between saves and a cluster has many ranks: hold no connection meanwhile.
-            self._engine = _postgres_engine(self._url)
+            self._engine = server_engine(
+                self._url,
+                poolclass=QueuePool,
+                max_overflow=-1,
+                pool_recycle=_FRESH_SECONDS,
+                pool_pre_ping=True,  # the server may end what is kept
+            )
+        keep_to_process(self._engine)
 
     def __repr__(self) -> str:
         return f"Database({self.shown!r})"
@@ -116,6 +114,23 @@ class Database:
     def close(self) -> None:
         """Close every connection; the next use connects again."""
         self._engine.dispose()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep a connection to a server for the transactions inside the block.
+
+        Outside there is none: hours pass between saves, and a cluster has many ranks. (Connections
+        to a file cost nobody anything, and are always kept.)
+        """
+        with self._keeping:
+            self._keepers += 1
+        try:
+            yield
+        finally:
+            with self._keeping:
+                self._keepers -= 1
+                if not self._keepers and not self.is_sqlite:
+                    self._engine.dispose()
 
     def ask(
         self, call: Callable[Concatenate[Connection, P], T], /, *args: P.args, **kwargs: P.kwargs
@@ -204,7 +219,7 @@ class Database:
             engine = create_engine("sqlite://", creator=self._connect_read_only, poolclass=NullPool)
             event.listen(engine, "begin", _begin_sqlite)
         else:
-            engine = _postgres_engine(self._url)
+            engine = server_engine(self._url, poolclass=NullPool)
         with self._translated(), engine.connect() as connection:
             if not self.is_sqlite:
                 connection.execution_options(postgresql_readonly=True)
@@ -306,7 +321,7 @@ class Database:
     @contextmanager
     def _connected(self, *, writes: bool) -> Iterator[Connection]:
         """Yield a connection in a transaction; errors are the database's own."""
-        with self._engine.connect() as connection:
+        with self.kept(), self._engine.connect() as connection:
             self._was_connected = True
             if writes:
                 connection.execution_options(**{_WRITES: True})
@@ -318,42 +333,6 @@ class Database:
                 if writes and not self.is_sqlite:
                     connection.exec_driver_sql(_LIMITS)
                 yield connection
-
-
-def _parse(url: str) -> URL:
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):
-        # Not the text itself: what does not parse may still hold a password.
-        raise InvalidInputError(
-            "the catalog's URL cannot be read; write 'sqlite:///folder/catalog.db' or "
-            "'postgresql://user@host/database'."
-        ) from None
-    if parsed.drivername in ("sqlite", "sqlite+pysqlite"):
-        if parsed.database in (None, "", ":memory:") or parsed.host or parsed.query:
-            raise InvalidInputError(
-                f"{parsed.set(query={})} names no SQLite file; write 'sqlite:///folder/catalog.db'."
-            )
-        return parsed
-    if parsed.drivername in ("postgres", "postgresql", "postgresql+psycopg"):
-        return parsed.set(drivername="postgresql+psycopg")
-    raise InvalidInputError(
-        f"a catalog cannot be kept in {parsed.drivername!r}; use 'sqlite:///…' or 'postgresql://…'."
-    )
-
-
-def _postgres_engine(url: URL) -> Engine:
-    try:
-        return create_engine(
-            url.update_query_dict(
-                {name: value for name, value in _CONNECT.items() if name not in url.query}
-            ),
-            poolclass=NullPool,
-        )
-    except ImportError:
-        raise InvalidInputError(
-            "a catalog in Postgres needs psycopg; install it with 'pip install dcpstore[postgres]'."
-        ) from None
 
 
 def _begin_sqlite(connection: Connection) -> None:

@@ -41,7 +41,7 @@ class Session:
         """Yield the repository, opened."""
         with looking_for_repository():
             opened = repository.open(self.target, create=False)
-        with opened:
+        with opened, opened.catalog.kept():
             yield opened
 
 

@@ -92,9 +92,10 @@ def load_version(
 
     def resolve(told: Sequence[_Opening]) -> tuple[Version, list[EntryRecord], list[str]]:
         _check_agreement(told)
-        version = source.catalog.resolve(ref)
         keys = sorted({key for one in told for key in one.keys})
-        return version, source.catalog.entries(version.number), keys
+        with source.catalog.kept():
+            version = source.catalog.resolve(ref)
+            return version, source.catalog.entries(version.number), keys
 
     def local_plan() -> LoadPlan:
         nonlocal template

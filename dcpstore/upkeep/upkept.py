@@ -108,7 +108,8 @@ class Upkept:
             raise InvalidInputError(f"limit is {limit!r}; give bytes a second, more than 0.")
         if resume and not deep:
             raise InvalidInputError("only a deep look is resumed; give deep=True (--deep) too.")
-        return verify(self.catalog, self.storage, deep=deep, resume=resume, limit=limit)
+        with self.catalog.kept():
+            return verify(self.catalog, self.storage, deep=deep, resume=resume, limit=limit)
 
     def copy_to(self, other: Upkept, refs: Sequence[str | int] | None = None) -> CopyReport:
         """Copy versions to another repository, without writing chunks that it holds.
@@ -130,9 +131,10 @@ class Upkept:
             raise InvalidInputError(f"refs={refs!r} is one text; pass a list: [{refs!r}].")
         if other.catalog.repository.uid == self.catalog.repository.uid:
             raise InvalidInputError("source and target are the same repository.")
-        return copy_versions(
-            (self.catalog, self.storage),
-            (other.catalog, other.storage),
-            refs,
-            author=getpass.getuser(),
-        )
+        with self.catalog.kept(), other.catalog.kept():
+            return copy_versions(
+                (self.catalog, self.storage),
+                (other.catalog, other.storage),
+                refs,
+                author=getpass.getuser(),
+            )

@@ -1,6 +1,8 @@
 """The way to the database: our settings on our engine, query plans, and no password in an error."""
 
+import multiprocessing
 import sqlite3
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,66 @@ def test_settings_are_ours_alone(sqlite_catalog: Catalog, tmp_path: Path) -> Non
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 0
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "delete"
     other.dispose()
+
+
+def connections(catalog: Catalog) -> list[int]:
+    """Return the processes of the sessions that a catalog has on its server."""
+    query = (
+        "SELECT pid FROM pg_stat_activity "
+        "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    with catalog._database.read_only() as other:
+        return [pid for (pid,) in other.exec_driver_sql(query)]
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+def test_a_server_holds_a_connection_only_while_it_is_kept(catalog: Catalog) -> None:
+    catalog.refs()
+    assert connections(catalog) == []
+    with catalog.kept():
+        catalog.begin(make_draft("u"))
+        (one,) = connections(catalog)
+        with catalog.kept():
+            catalog.refs()
+        catalog.abort("u", "no more")
+        assert connections(catalog) == [one]
+    assert connections(catalog) == []
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+def test_a_kept_connection_that_the_server_ended_is_replaced(catalog: Catalog) -> None:
+    with catalog.kept():
+        catalog.begin(make_draft("u"))
+        (one,) = connections(catalog)
+        with catalog._database.read_only() as other:
+            other.exec_driver_sql(f"SELECT pg_terminate_backend({one})")
+        assert catalog.commit("u", make_content("u", {"w": "W"})).number == 1
+        (two,) = connections(catalog)
+        assert two != one
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+def test_a_forked_process_connects_for_itself(catalog: Catalog, save: Save) -> None:
+    def ask() -> None:
+        theirs.send((catalog.log(), connections(catalog)))
+
+    save()
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    with catalog.kept():
+        expected = catalog.log()
+        with warnings.catch_warnings():  # other tests' threads run, and the child does not ask them
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = context.Process(target=ask)
+            child.start()
+        assert ours.poll(30)
+        told, both = ours.recv()
+        child.join()
+        assert child.exitcode == 0
+        assert told == catalog.log() == expected
+        (our,) = connections(catalog)
+        assert our in both
+        assert len(both) == 2
 
 
 def test_foreign_keys_hold(catalog: Catalog, save: Save) -> None:

@@ -5,7 +5,6 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -16,17 +15,16 @@ from click.testing import CliRunner, Result
 from dcpstore.catalog import Catalog
 from dcpstore.cli.commands import commands
 from tests.cli.history import save_example
+from tests.soundness import Place
 
 Run = Callable[..., Result]
 
 
 @pytest.fixture
-def empty(database_url: str, tmp_path: Path) -> str:
+def empty(place: Place) -> str:
     """The URL of a repository without versions."""
-    data = tmp_path / "data"
-    data.mkdir()
-    Catalog.make(database_url, data_url=str(data)).close()
-    return database_url
+    place.open().close()
+    return place.url
 
 
 @pytest.fixture
@@ -39,7 +37,8 @@ def catalog(empty: str) -> Iterator[Catalog]:
 @pytest.fixture
 def target(empty: str, catalog: Catalog) -> str:
     """The URL of a repository with three versions, one of them tagged."""
-    save_example(catalog)
+    with catalog.kept():
+        save_example(catalog)
     return empty
 
 

@@ -64,6 +64,7 @@ def test_an_empty_repository_has_an_empty_log(run: Run, empty: str) -> None:
     assert json.loads(run("log", "--json", repo=empty).stdout) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_a_thousand_versions(catalog: Catalog, empty: str) -> None:
     for i in range(1, 1001):

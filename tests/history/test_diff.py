@@ -62,9 +62,9 @@ def storage_reads(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 @pytest.fixture
-def small(place: Place) -> Iterator[Repository]:
+def small(database_url: str, tmp_path: Path) -> Iterator[Repository]:
     """A repository with very small chunks."""
-    with Place(place.url, place.data, chunk_nbytes=SMALL).open() as repo:
+    with Place(database_url, str(tmp_path / "data"), chunk_nbytes=SMALL).open() as repo:
         yield repo
 
 

@@ -24,7 +24,7 @@ from tests.soundness import Place
 @pytest.fixture
 def told(place: Place) -> Iterator[Repository]:
     """A repository without bytes: v1 and v2 on main, v3 on try from v1, v4 on main."""
-    with place.open() as repo:
+    with place.open() as repo, repo.catalog.kept():
         catalog = repo.catalog
         save_version(catalog, 1, step=10, metrics={"loss": 3.0}, labels={"lr": "1", "q": 'a"b'})
         save_version(catalog, 2, step=20, metrics={"loss": 2.0, "acc": 0.5}, tags=("best", "b.2"))
@@ -187,7 +187,7 @@ def test_any_ancestor_is_found_by_its_depth(place: Place) -> None:
             rows = connection.exec_driver_sql("SELECT number, id FROM version").all()
             ids = {row.number: row.id for row in rows}
             numbers = {id_: number for number, id_ in ids.items()}
-            for start in parents:
+            for start in [*range(1, 61, 7), 60]:
                 line = [start]
                 while (parent := parents[line[-1]]) is not None:
                     line.append(parent)

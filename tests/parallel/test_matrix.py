@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,6 +109,22 @@ RAW = [
     Case(DDP2, DDP4, "AdamW"),
 ]
 
+
+def told_apart(cases: Sequence[Case]) -> list[Any]:
+    """Return the cases, those slow of which nothing is seen for the first time."""
+    seen: set[tuple[str, str]] = set()
+    marked = []
+    for case in cases:
+        new = {
+            ("saved", case.saved.kind),
+            ("loaded", case.loaded.kind),
+            ("with", case.optimizer),
+        } - seen
+        seen |= new
+        marked.append(pytest.param(case, id=str(case), marks=[] if new else pytest.mark.slow))
+    return marked
+
+
 Run = Callable[..., Outcome]
 
 
@@ -140,7 +157,7 @@ def saved(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Half]
     return saved
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", told_apart(CASES))
 def test_saved_under_one_and_loaded_under_another(
     case: Case, run: Run, saved: Callable[[Half], tuple[Path, Outcome]]
 ) -> None:
@@ -151,7 +168,7 @@ def test_saved_under_one_and_loaded_under_another(
         assert_sound(repo)
 
 
-@pytest.mark.parametrize("case", RAW, ids=str)
+@pytest.mark.parametrize("case", told_apart(RAW))
 def test_models_and_optimizers_as_they_are(case: Case, run: Run, tmp_path: Path) -> None:
     before = run(runs.save_raw, case.half(case.saved), tmp_path)
     assert_same(before, run(runs.load_raw, case.half(case.loaded), tmp_path, "save"))

@@ -162,7 +162,7 @@ def save_and_load(rank: int, place: Place, branch: str, example: Example) -> Non
                 assert equal(local(state[fqn]), local(tensor)), (fqn, state[fqn], tensor)
 
 
-@pytest.mark.parametrize("examples_tried", [25])
+@pytest.mark.parametrize("examples_tried", [12, pytest.param(50, marks=pytest.mark.slow)])
 def test_what_is_saved_under_one_layout_loads_under_another(
     database_url: str, tmp_path: Any, four_ranks: RankPool, examples_tried: int
 ) -> None:

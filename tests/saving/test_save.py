@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,8 +61,8 @@ def test_unchanged_state_writes_no_chunk_bytes(repo: Repository) -> None:
     assert third.nbytes_written == state["layer3"].nbytes
 
 
-def test_a_changed_row_writes_its_chunk_alone(place: Place) -> None:
-    with Place(place.url, place.data, chunk_nbytes=1024).open() as repo:
+def test_a_changed_row_writes_its_chunk_alone(database_url: str, tmp_path: Path) -> None:
+    with Place(database_url, str(tmp_path / "data"), chunk_nbytes=1024).open() as repo:
         weight = torch.randn(64, 64)
         dcpstore.save({"weight": weight}, repo)
         weight[40] = 0

@@ -24,7 +24,7 @@ def tell(tally: Tally) -> None:
 def main() -> int:
     """Run what the arguments ask for."""
     parser = argparse.ArgumentParser(prog="python -m tests.torture")
-    parser.add_argument("--long", action="store_true", help="try every point")
+    parser.add_argument("--long", action="store_true", help="try very many points")
     parser.add_argument("--only", default="", metavar="NAME", help="kinds whose name holds NAME")
     said = parser.parse_args()
     began = time.monotonic()

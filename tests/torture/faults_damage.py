@@ -62,7 +62,7 @@ class Files:
             places = {0, size - 1, *(random.Random(key).sample(range(size), PLACES))}
             for at in sorted(places):
                 points += [Damage(key, "flipped", at), Damage(key, "cut", at)]
-        return self._ground.pick(points, 8)
+        return self._ground.pick(points, 5)
 
     def try_point(self, point: Damage) -> Outcome:
         """Damage the file, look, and mend it."""
@@ -113,7 +113,7 @@ class Rows:
                 # What a value is, who saved it and what people call it is theirs to say.
                 if (table, column[1]) not in FREE
             ]
-        return self._ground.pick(points, 12)
+        return self._ground.pick(points, 6)
 
     def try_point(self, point: tuple[str, str, str | int]) -> Outcome:
         """Write the value into one row, look, and put the file back."""

@@ -23,7 +23,7 @@ from tests.torture.sites import Mould, Site
 
 __all__ = ["Connections", "kinds"]
 
-SHORT = {"save": 4, "expire": 2}
+SHORT = {"save": 3, "expire": 1}
 
 
 @dataclass(frozen=True, slots=True)

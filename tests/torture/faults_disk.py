@@ -34,7 +34,7 @@ ON_FILES = {*PATHS, *PAIRS, *FILES, *SYNCS, "create", "open"}
 FILLING = {"mkdir", "create", *FILES, *PAIRS}  # what needs space
 CHANGING = {*FILLING, *PATHS, "open"}  # what a filesystem refuses that turned read-only
 LIMITS = (0, 100, 1000, 4095, 20_000, 65_536, 300_000, 1_000_000)  # bytes of a file
-SHORT = {("save", "sqlite"): 3, ("save", "postgres"): 2, ("gc: repack", "sqlite"): 2}
+SHORT = {("save", "sqlite"): 2, ("save", "postgres"): 1, ("gc: repack", "sqlite"): 1}
 
 
 @dataclass(frozen=True, slots=True)

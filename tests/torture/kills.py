@@ -36,12 +36,13 @@ PATIENCE = timedelta(seconds=3)  # of ranks for one another
 LONG_PATIENCE = timedelta(seconds=30)
 # How many points the short form tries.
 SHORT = {
-    ("save", "sqlite"): 6,
-    ("save", "postgres"): 4,
-    ("save on two ranks", "sqlite"): 4,
-    ("first save", "sqlite"): 3,
-    ("gc: repack", "postgres"): 3,
+    ("save", "sqlite"): 3,
+    ("save", "postgres"): 2,
+    ("save on two ranks", "sqlite"): 2,
+    ("first save", "sqlite"): 1,
+    ("gc: repack", "postgres"): 1,
 }
+LONG = 64  # of each operation on each database
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,11 @@ class Kills:
         return Mould(self._ground, self._dialect, self._operation.prepare)
 
     def points(self) -> Sequence[Point]:
+        """Return where to kill it, spread over its steps."""
+        few = SHORT.get((self._operation.name, self._dialect), 1)
+        return self._ground.pick(self.every_point(), few, LONG)
+
+    def every_point(self) -> list[Point]:
         """Run the operation once, and return its steps."""
         site = self._mould.copy()
         ended = self._strike(site, None, LONG_PATIENCE)
@@ -84,7 +90,7 @@ class Kills:
             assert (one.code, one.error) == (0, ""), one
         points = list(_points(self._logs(site), Disk(site.root, self._mould.before)))
         self._mould.discard(site)
-        return self._ground.pick(points, SHORT.get((self._operation.name, self._dialect), 1))
+        return points
 
     def try_point(self, point: Point) -> Outcome:
         """Kill a rank there, leave what the disk keeps, and look."""

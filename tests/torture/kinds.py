@@ -73,7 +73,7 @@ class Ground:
     """Where kinds are tried: folders, databases, and how much is wanted.
 
     Attributes:
-        long: whether every point is wanted, or a few of each kind.
+        long: whether very many points are wanted, or a few of each kind.
     """
 
     def __init__(

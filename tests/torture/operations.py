@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import psycopg
 import torch
-from sqlalchemy import URL, Engine, create_engine
 
 import dcpstore
 from dcpstore import NotFoundError, Repository
-from dcpstore.catalog import Catalog, engine
+from dcpstore.catalog import Catalog
 from dcpstore.places import locate
 from dcpstore.records import VersionDraft
 from dcpstore.storage.manifests import manifest_key
@@ -56,9 +54,8 @@ class Operation:
 def check(operation: Operation, site: Site, ended: bool) -> None:
     """Raise AssertionError where a struck repository is not as it must be."""
     torch.set_num_threads(1)
-    keep_connections()
     operation.mend(site)
-    with site.open(create=not operation.before) as repo:
+    with site.open(create=not operation.before) as repo, repo.catalog.kept():
         numbers = {version.number for version in repo.log()}
         if ended:
             assert numbers == operation.after, f"it ended, and v{numbers} are there"
@@ -77,19 +74,6 @@ def check(operation: Operation, site: Site, ended: bool) -> None:
         check_versions(repo)
         assert {version.number for version in repo.log()} == numbers | {saved.number}
         assert_sound(repo)
-
-
-def keep_connections() -> None:
-    """Have this process, which only looks, connect to a server once and not for each question.
-
-    It asks some 150 of them, and a connection costs more than most answers.
-    """
-
-    @cache
-    def pooled(url: URL) -> Engine:
-        return create_engine(url)
-
-    engine._postgres_engine = pooled
 
 
 def check_versions(repo: Repository) -> None:

@@ -18,7 +18,7 @@ from tests.torture.steps import Step
 def test_a_save_that_does_not_sync_is_found_out() -> None:
     with prepared(long=True) as ground:
         kills = Kills(ground, FORGETFUL, "sqlite")
-        whole, lost = [point for point in kills.points() if point.is_end][:2]
+        whole, lost = [point for point in kills.every_point() if point.is_end][:2]
         assert (whole.left, lost.left) == ("all", "synced")
         assert kills.try_point(whole) == Outcome(Verdict.SURVIVED)
         assert kills.try_point(lost).verdict is Verdict.LOST
@@ -27,14 +27,15 @@ def test_a_save_that_does_not_sync_is_found_out() -> None:
 def test_a_version_too_many_is_found_out() -> None:
     with prepared(long=True) as ground:
         kills = Kills(ground, HASTY, "sqlite")
-        outcome = kills.try_point(list(kills.points())[-1])
+        outcome = kills.try_point(list(kills.every_point())[-1])
         assert outcome.verdict is Verdict.LOST
         assert "v{1, 2, 3, 4, 5} are there" in outcome.detail
 
 
 def test_every_kind_of_step_is_found() -> None:
     with prepared(long=True) as ground:
-        found = {point.what.split()[0] for point in Kills(ground, FORGETFUL, "sqlite").points()}
+        kills = Kills(ground, FORGETFUL, "sqlite")
+        found = {point.what.split()[0] for point in kills.every_point()}
     wanted = {"connect", "PRAGMA", "BEGIN", "SELECT", "INSERT", "UPDATE", "COMMIT"}
     assert found >= wanted | {"create", "mkdir", "pwrite", "replace", "end"}
 

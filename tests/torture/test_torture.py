@@ -1,4 +1,4 @@
-"""The short form of the torture: some points of some kinds; `make torture` tries them all."""
+"""The short form of the torture: some points of some kinds; `make torture` tries very many."""
 
 from typing import Any
 
