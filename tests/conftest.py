@@ -1,5 +1,7 @@
 """What suites share: two databases (SQLite and a real Postgres server), and real gloo ranks."""
 
+import importlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,12 @@ from dcpstore.uids import new_uid
 from tests import servers
 from tests.ranks import RankPool
 from tests.soundness import Place, assert_sound
+
+
+def pytest_collection_finish() -> None:
+    if "torch" in sys.modules:  # then some test will load the rest
+        importlib.import_module("dcpstore.api")
+    importlib.import_module("tests.frozen")
 
 
 @pytest.fixture(scope="session")

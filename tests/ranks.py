@@ -32,7 +32,8 @@ class RankPool:
         place = rendezvous or f"file://{folder / 'rendezvous'}"
         # From a process that has loaded all, or each rank would load it for seconds.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["dcpstore.api", "dcpstore.background", "numpy"])
+        loaded = ["dcpstore.api", "dcpstore.background", "numpy", "tests.frozen"]
+        context.set_forkserver_preload(loaded)
         self._pipes = []
         self._processes = []
         for rank in range(size):

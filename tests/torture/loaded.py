@@ -19,6 +19,7 @@ NAMES = [
     "sqlalchemy.dialects.postgresql.psycopg",
     "tests.soundness",
     "tests.torture.listing",
+    "tests.frozen",
 ]
 
 for name in NAMES:
