@@ -51,7 +51,7 @@ def _assert_sound(repo: Repository) -> None:
     checked: set[int] = set()
     for version in versions:
         assert version.parent is None or version.parent < version.number
-        entries = repo.entries(version.number)
+        entries = repo.catalog.entries(version.number)
         assert version.nbytes == sum(e.tensor.nbytes for e in entries if e.tensor is not None)
         manifest = decode_manifest(repo.storage.get(manifest_key(version.uid)))
         assert {e.fqn for e in manifest.content.entries} == {e.fqn for e in entries}

@@ -27,6 +27,7 @@ from dcpstore.cli.commands import commands
 from tests.ranks import ROOT
 
 PAGES = ["README.md", "docs/design.md", "docs/convert.md"]
+SLOW = {"docs/convert.md"}
 ALL_PAGES = sorted(
     str(p.relative_to(ROOT)) for p in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))
 )
@@ -94,7 +95,10 @@ def environment() -> dict[str, str]:
     return kept | {"PATH": path, "OMP_NUM_THREADS": "1", "PSQLRC": os.devnull, "LC_ALL": "C.UTF-8"}
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else []) for page in PAGES],
+)
 def test_a_page_prints_what_it_says(
     page: str, tmp_path: Path, server_url: str, environment: dict[str, str]
 ) -> None:

@@ -58,6 +58,7 @@ def trained(
         yield repo
 
 
+@pytest.mark.slow
 def test_versions_carry_step_losses_and_labels(trained: Repository) -> None:
     versions = trained.log("main")
     assert [version.step for version in versions] == [2, 1]
@@ -67,16 +68,19 @@ def test_versions_carry_step_losses_and_labels(trained: Repository) -> None:
         assert version.ranks == 2
 
 
+@pytest.mark.slow
 def test_best_is_the_version_of_least_validation_loss(trained: Repository) -> None:
     best = min(trained.log("main"), key=lambda version: version.metrics["val_loss"])
     assert trained.show("best") == best
     assert best.tags == ("best",)
 
 
+@pytest.mark.slow
 def test_every_version_reads_as_the_ranks_held_it(trained: Repository) -> None:
     _example("demo").prove_versions(trained)
 
 
+@pytest.mark.slow
 def test_the_same_run_writes_nothing_twice(trained: Repository) -> None:
     demo = _example("demo")
     twins = {version.step: version for version in trained.log("never-stopped")}
@@ -86,6 +90,7 @@ def test_the_same_run_writes_nothing_twice(trained: Repository) -> None:
         assert twin.nbytes_written == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("branch", "ranks"), [("one-rank", 1), ("two-ranks", 2), ("four-ranks", 4)]
 )

@@ -111,18 +111,24 @@ RAW = [
 
 
 def told_apart(cases: Sequence[Case]) -> list[Any]:
-    """Return the cases, those slow of which nothing is seen for the first time."""
+    """Return the cases; those are slow that are not needed for each side and optimizer to be seen.
+
+    The others are chosen one by one, each time one that shows most for the first time.
+    """
+
+    def shown(case: Case) -> set[tuple[str, str]]:
+        sides = {("saved", case.saved.kind), ("loaded", case.loaded.kind)}
+        return (sides | {("with", case.optimizer)}) - seen
+
     seen: set[tuple[str, str]] = set()
-    marked = []
-    for case in cases:
-        new = {
-            ("saved", case.saved.kind),
-            ("loaded", case.loaded.kind),
-            ("with", case.optimizer),
-        } - seen
-        seen |= new
-        marked.append(pytest.param(case, id=str(case), marks=[] if new else pytest.mark.slow))
-    return marked
+    quick = set()
+    while shown(best := max(cases, key=lambda case: len(shown(case)))):
+        seen |= shown(best)
+        quick.add(best)
+    return [
+        pytest.param(case, id=str(case), marks=[] if case in quick else pytest.mark.slow)
+        for case in cases
+    ]
 
 
 Run = Callable[..., Outcome]

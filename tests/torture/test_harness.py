@@ -15,6 +15,7 @@ from tests.torture.sabotage import FORGETFUL, HASTY
 from tests.torture.steps import Step
 
 
+@pytest.mark.slow
 def test_a_save_that_does_not_sync_is_found_out() -> None:
     with prepared(long=True) as ground:
         kills = Kills(ground, FORGETFUL, "sqlite")
@@ -24,6 +25,7 @@ def test_a_save_that_does_not_sync_is_found_out() -> None:
         assert kills.try_point(lost).verdict is Verdict.LOST
 
 
+@pytest.mark.slow
 def test_a_version_too_many_is_found_out() -> None:
     with prepared(long=True) as ground:
         kills = Kills(ground, HASTY, "sqlite")
