@@ -14,7 +14,7 @@ demo: .venv/installed  ## Train on 2 ranks, go on on 1 and 4, and prove it; unde
 test: .venv/installed  ## Every test but the slow ones.
 	$(BIN)/pytest -q -n 2 --dist worksteal -m 'not slow'
 
-slow: .venv/installed  ## The tests that take a minute or gigabytes each.
+slow: .venv/installed  ## The tests that take long, or gigabytes.
 	$(BIN)/pytest -q -m slow
 
 torture: .venv/installed  ## Every kind of fault, at very many points: a table; over an hour.
