@@ -17,7 +17,7 @@ test: .venv/installed  ## Every test but the slow ones.
 slow: .venv/installed  ## The tests that take long, or gigabytes.
 	$(BIN)/pytest -q -m slow
 
-torture: .venv/installed  ## Every kind of fault, at very many points: a table; over an hour.
+torture: .venv/installed  ## Every kind of fault, at very many points: a table.
 	$(BIN)/python -m tests.torture --long
 
 bench: .venv/installed  ## Measure everything beside its peers: one table, in a quarter of an hour.

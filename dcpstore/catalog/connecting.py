@@ -90,5 +90,6 @@ def _leave_to_parent(
 ) -> None:
     """Refuse, in a process that was forked, a connection that its parent speaks on."""
     if entry.info["process"] != os.getpid():
+        # as SQLAlchemy's guide on pools and os.fork() has it; the stubs call it read-only
         entry.dbapi_connection = lent.dbapi_connection = None  # type: ignore[misc]
         raise DisconnectionError("this connection is another process's")
