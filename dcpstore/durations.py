@@ -12,23 +12,28 @@ __all__ = ["Duration", "as_duration"]
 Duration = timedelta | str
 _TEXT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_MOST = timedelta(days=100_000)  # so long ago there still was a time, on every clock
 
 
 def as_duration(given: Duration, *, what: str) -> timedelta:
-    """Return a span of time that is not negative.
+    """Return a span of time that is not negative, of 100,000 days at most.
 
     Raises:
-        InvalidInputError: `given` is none; the message calls it `what`.
+        InvalidInputError: `given` is none, or longer; the message calls it `what`.
     """
     span = given
     if isinstance(given, str) and (match := _TEXT.fullmatch(given.strip())):
         try:
             span = timedelta(**{_UNITS[match[2]]: float(match[1])})
         except OverflowError:
-            span = given
+            span = timedelta.max
     if not isinstance(span, timedelta) or span < timedelta(0):
         raise InvalidInputError(
             f"{what} {given!r} is no span of time; write '90s', '30m', '24h', '7d' or '2w', or "
             "give a timedelta."
+        )
+    if span > _MOST:
+        raise InvalidInputError(
+            f"{what} {given!r} is longer than {_MOST.days:,} days; give a shorter span."
         )
     return span

@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from datetime import datetime
 from functools import wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from dcpstore.catalog import Catalog
 from dcpstore.errors import CorruptionError, DcpstoreError, NotFoundError
 from dcpstore.storage.interface import Storage
-from dcpstore.storage.operations import decode_operation, encode_operation, operation_key
+from dcpstore.storage.operations import (
+    decode_operation,
+    encode_operation,
+    operation_key,
+    operation_number,
+)
 
 __all__ = ["Journaled", "check_owner", "journaled", "write_journal"]
 
@@ -49,18 +55,29 @@ def journaled(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R,
 def check_owner(catalog: Catalog, storage: Storage) -> None:
     """Refuse a data folder that another repository's journal lies in.
 
+    The first operation names the owner. Where it is missing or damaged, the next sound one must be
+    what the catalog has under that number: nobody else's is.
+
     Raises:
         DcpstoreError: it is another's, or cannot be told.
     """
     try:
         owner = decode_operation(storage.get(operation_key(1)))["repository"]["uid"]
     except NotFoundError:
-        return  # nothing was journaled yet
+        if _are_own(catalog, storage) is False:
+            raise DcpstoreError(_foreign(storage, "missing")) from None
+        return  # or nothing was journaled yet
     except (CorruptionError, LookupError) as error:
-        raise DcpstoreError(
-            f"cannot tell whose data {storage.url!r} is: its first operation is damaged ({error}). "
-            "Restore operations/000000000001.json from a copy."
-        ) from error
+        own = _are_own(catalog, storage)
+        if own is False:
+            raise DcpstoreError(_foreign(storage, f"damaged ({error})")) from error
+        if own is None:
+            raise DcpstoreError(
+                f"cannot tell whose data {storage.url!r} is: its first operation is damaged "
+                f"({error}), and there is no other. Restore operations/000000000001.json from a "
+                "copy."
+            ) from error
+        return
     if owner != catalog.repository.uid:
         raise DcpstoreError(
             f"the data in {storage.url!r} belongs to repository {owner}, and this one is "
@@ -69,8 +86,8 @@ def check_owner(catalog: Catalog, storage: Storage) -> None:
         )
 
 
-def write_journal(catalog: Catalog, storage: Storage) -> None:
-    """Write the operations that the data folder lacks.
+def write_journal(catalog: Catalog, storage: Storage) -> bool:
+    """Write the operations that the data folder lacks; tell whether it has all of them now.
 
     A failure is logged, not raised: the change is made and stays so, and the next one writes what
     is missing.
@@ -88,3 +105,35 @@ def write_journal(catalog: Catalog, storage: Storage) -> None:
             storage.url,
             error,
         )
+        return False
+    return True
+
+
+def _are_own(catalog: Catalog, storage: Storage) -> bool | None:
+    """Tell whether the first sound operation after number 1 is the catalog's; None: there is none.
+
+    By its time, too, which is kept to the microsecond.
+    """
+    done = {operation.number: operation for operation in catalog.operations()}
+    for number in sorted(filter(None, map(operation_number, storage.list("operations")))):
+        try:
+            said = decode_operation(storage.get(operation_key(number)))
+        except (NotFoundError, CorruptionError):
+            continue
+        if number > 1:
+            own = done.get(number)
+            at = datetime.fromisoformat(said["created_at"])
+            return own is not None and (own.kind, own.target, own.created_at) == (
+                said["kind"],
+                said["target"],
+                at,
+            )
+    return None
+
+
+def _foreign(storage: Storage, what: str) -> str:
+    return (
+        f"the operations in {storage.url!r} are another repository's, whose first one is {what}; "
+        "nothing was changed. Give each its own data folder, or restore "
+        "operations/000000000001.json from a copy."
+    )

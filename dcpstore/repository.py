@@ -5,7 +5,6 @@ Importing this module leaves torch and zarr unloaded; only what reads tensors lo
 
 from __future__ import annotations
 
-import getpass
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -15,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dcpstore.catalog import Catalog
+from dcpstore.catalog.authors import this_user
 from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from dcpstore.history.recorded import Recorded
 from dcpstore.journal import journaled
@@ -90,7 +90,7 @@ class Repository(Recorded, Upkept):
         Raises:
             AlreadyExistsError: the name is taken, by a tag or a branch.
         """
-        return self.catalog.tag(name, self.show(ref).number, author=getpass.getuser())
+        return self.catalog.tag(name, self.show(ref).number, author=this_user())
 
     @journaled
     def branch(self, name: str, *, at: str | int | None = None) -> RefRecord:
@@ -99,7 +99,7 @@ class Repository(Recorded, Upkept):
         Raises:
             AlreadyExistsError: the name is taken, by a branch or a tag.
         """
-        return self.catalog.branch(name, self.show(at).number, author=getpass.getuser())
+        return self.catalog.branch(name, self.show(at).number, author=this_user())
 
     def tags(self) -> list[RefRecord]:
         """Return all tags, by name."""
@@ -233,6 +233,7 @@ def open(
         NotFoundError: no repository, no database server, or no data folder.
         InvalidInputError: `data` is missing, or not what the repository keeps.
         SchemaError: a database that is not ours, older or newer; the message names the cure.
+        AlreadyExistsError: a new repository's data folder holds another's data.
     """
     url, folder = locate(os.fspath(target))
     data_url = None if data is None else absolute_data(os.fspath(data))
@@ -243,8 +244,11 @@ def open(
             raise
         try:
             return make(target, data=data, chunk=chunk)
-        except AlreadyExistsError:  # another process was faster
-            catalog = Catalog.open(url, data_url=data_url)
+        except AlreadyExistsError as taken:
+            try:
+                catalog = Catalog.open(url, data_url=data_url)  # another process was faster
+            except NotFoundError:
+                raise taken from None
     return _with_storage(target, catalog, folder)
 
 
@@ -260,7 +264,8 @@ def make(
         target, data, chunk: as for `open`.
 
     Raises:
-        AlreadyExistsError: there is one, perhaps of a process that was faster.
+        AlreadyExistsError: there is one, perhaps of a process that was faster; or the data folder
+            holds another's data.
         InvalidInputError: `data` is missing.
         NotFoundError: no database server.
         SchemaError: a database that is neither empty nor ours.
@@ -275,9 +280,19 @@ def make(
         url,
         data_url=data_url,
         chunk=chunk,
-        make_data=lambda: open_storage(data_url or "", base=folder, create=True),
+        make_data=lambda: _make_data(data_url or "", folder),
     )
     return _with_storage(target, catalog, folder)
+
+
+def _make_data(data_url: str, folder: Path | None) -> None:
+    """Make the place of a new repository's data, where no other's lies."""
+    storage = open_storage(data_url, base=folder, create=True)
+    if any(storage.list("operations")):
+        raise AlreadyExistsError(
+            f"{storage.url!r} holds the data of a repository whose catalog is not here; nothing "
+            "was changed. Restore the catalog with 'dcpstore rebuild', or give another data folder."
+        )
 
 
 def _with_storage(

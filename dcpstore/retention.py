@@ -56,12 +56,8 @@ class Retention:
             if value is not None and (type(value) is not int or value < 1):
                 raise InvalidInputError(f"{name} is {value!r}; give a whole number from 1.")
         self._check_best()
-        if isinstance(self.keep_since, str | timedelta):
-            as_duration(self.keep_since, what="keep_since")
-        elif isinstance(self.keep_since, datetime) and self.keep_since.tzinfo is None:
-            raise InvalidInputError(
-                f"keep_since {self.keep_since} has no time zone; give it one, such as UTC."
-            )
+        if self.keep_since is not None:
+            _since(self.keep_since)
 
     def _check_best(self) -> None:
         match self.keep_best:
@@ -130,6 +126,8 @@ def retain(catalog: Catalog, rules: Retention, *, branch: str, author: str) -> N
         expire(catalog, rules, author=author, branch=branch)
     except DcpstoreError as error:
         _log.warning("nothing expired after the save to %r: %s", branch, error)
+    except Exception:  # a mistake of ours: no reason to let a save that is done seem to have failed
+        _log.warning("nothing expired after the save to %r", branch, exc_info=True)
 
 
 def _judge(
@@ -185,7 +183,7 @@ def _kept(rules: Retention, versions: Sequence[Version]) -> Iterator[tuple[int, 
 
 def _best(rule: Best, versions: Sequence[Version]) -> list[int]:
     """Return the numbers of the versions with a metric, the best first; the newer of equals."""
-    name, sign = rule[0], -1.0 if rule[2:] == ("max",) else 1.0
+    name, sign = rule[0], -1.0 if "max" in rule[2:] else 1.0
     known = {metric for version in versions for metric in version.metrics}
     if versions and name not in known:
         raise NotFoundError.near(
@@ -200,9 +198,16 @@ def _best(rule: Best, versions: Sequence[Version]) -> list[int]:
 
 
 def _since(given: datetime | timedelta | str) -> datetime:
-    if isinstance(given, datetime):
+    if not isinstance(given, datetime):
+        return datetime.now(UTC) - as_duration(given, what="keep_since")
+    if given.tzinfo is None:
+        raise InvalidInputError(f"keep_since {given} has no time zone; give it one, such as UTC.")
+    try:
         return given.astimezone(UTC)
-    return datetime.now(UTC) - as_duration(given, what="keep_since")
+    except OverflowError:
+        raise InvalidInputError(
+            f"keep_since {given} is no time in UTC, where years go from 1 to 9999; give another."
+        ) from None
 
 
 def _told(rules: Retention) -> dict[str, object]:

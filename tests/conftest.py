@@ -1,8 +1,11 @@
 """What suites share: two databases (SQLite and a real Postgres server), and real gloo ranks."""
 
 import importlib
+import shutil
+import sqlite3
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,14 @@ from dcpstore.uids import new_uid
 from tests import servers
 from tests.ranks import RankPool
 from tests.soundness import Place, assert_sound
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if params.get("database_url") == "postgres" and item.get_closest_marker("slow_on_postgres"):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:
@@ -35,29 +46,41 @@ def postgres_server() -> Iterator[Any]:
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The URL of an empty database: no file yet on SQLite, a database of its own on Postgres.
 
-    Where there is a `place`, that on Postgres holds a repository, copied in a fifth of the time
-    that it takes to make one.
+    Where there is a `place`, it holds a repository, copied in a fifth of the time that it takes to
+    make one.
     """
+    is_made = "place" in request.fixturenames
+    said = (new_uid(), str(tmp_path / "data"))
+    if is_made:
+        (tmp_path / "data").mkdir()
     if request.param == "sqlite":
-        yield sqlite_url(tmp_path / "catalog.db")
+        file = tmp_path / "catalog.db"
+        if is_made:
+            shutil.copy(request.getfixturevalue("made_file"), file)
+            with closing(sqlite3.connect(file)) as own, own:
+                own.execute("UPDATE repository SET uid = ?, data_url = ?", said)
+        yield sqlite_url(file)
         return
     server = request.getfixturevalue("postgres_server")
-    if "place" not in request.fixturenames:
-        with servers.new_database(server) as url:
-            yield url
-        return
-    with servers.new_database(server, like=request.getfixturevalue("made_database")) as url:
-        data = tmp_path / "data"
-        data.mkdir()
-        with psycopg.connect(url) as connection:
-            said = [new_uid(), str(data)]
-            connection.execute("UPDATE repository SET uid = %s, data_url = %s", said)
+    like = request.getfixturevalue("made_database") if is_made else "template1"
+    with servers.new_database(server, like=like) as url:
+        if is_made:
+            with psycopg.connect(url) as connection:
+                connection.execute("UPDATE repository SET uid = %s, data_url = %s", said)
         yield url
 
 
 @pytest.fixture(scope="session")
+def made_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file that holds a repository."""
+    folder = tmp_path_factory.mktemp("made")
+    Place(sqlite_url(folder / "catalog.db"), str(folder / "data")).open().close()
+    return folder / "catalog.db"
+
+
+@pytest.fixture(scope="session")
 def made_database(postgres_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The name of a database that holds a repository, and that nobody is connected to."""
+    """The name of a Postgres database that holds a repository, and that nobody is connected to."""
     with servers.new_database(postgres_server) as url:
         Place(url, str(tmp_path_factory.mktemp("made"))).open().close()
         yield conninfo_to_dict(url)["dbname"]

@@ -268,4 +268,8 @@ class Catalog:
 
     def query(self, sql_text: str, params: Mapping[str, object]) -> list[Row]:
         """Return the rows of one SQL query, on a connection that cannot write."""
+        return self.table(sql_text, params)[1]
+
+    def table(self, sql_text: str, params: Mapping[str, object]) -> sql.Table:
+        """Return the columns of such a query too, which are there without any row."""
         return sql.run_query(self._database, sql_text, params)

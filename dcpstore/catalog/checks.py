@@ -12,9 +12,19 @@ from dcpstore.errors import AlreadyExistsError, InvalidInputError
 from dcpstore.records import VersionDraft
 from dcpstore.refs import check_name
 
-__all__ = ["can_be_kept", "check_draft", "check_labels", "check_metrics", "check_text"]
+__all__ = [
+    "can_be_kept",
+    "check_draft",
+    "check_key",
+    "check_labels",
+    "check_limit",
+    "check_metrics",
+    "check_steps",
+    "check_text",
+]
 
-_MAX_STEP = 2**63 - 1
+_MAX_KEY = 2000  # bytes: a row of Postgres' indexes has 2,704, and other columns beside the text
+_MAX_NUMBER = 2**63 - 1  # a larger one fits no column, and no database takes it to compare
 
 
 def check_draft(draft: VersionDraft) -> None:
@@ -29,8 +39,8 @@ def check_draft(draft: VersionDraft) -> None:
             f"{draft.branch!r} cannot be both the branch and a tag; choose another tag."
         )
     step = draft.step
-    if step is not None and (type(step) is not int or not 0 <= step <= _MAX_STEP):
-        raise InvalidInputError(f"step {step!r} is not a whole number from 0 to {_MAX_STEP}.")
+    if step is not None and (type(step) is not int or not 0 <= step <= _MAX_NUMBER):
+        raise InvalidInputError(f"step {step!r} is not a whole number from 0 to {_MAX_NUMBER}.")
     check_metrics(draft.metrics)
     check_labels(draft.labels)
     texts = {"message": draft.message, "author": draft.author, "host": draft.host}
@@ -38,10 +48,28 @@ def check_draft(draft: VersionDraft) -> None:
         check_text(text, what=what)
 
 
+def check_limit(limit: int | None) -> None:
+    """Raise InvalidInputError for a number of rows that cannot be meant; None is all of them."""
+    if limit is not None and (type(limit) is not int or not 0 <= limit <= _MAX_NUMBER):
+        raise InvalidInputError(
+            f"limit is {limit!r}; give a whole number from 0 to {_MAX_NUMBER}, or None for all."
+        )
+
+
+def check_steps(steps: tuple[int | None, int | None]) -> None:
+    """Raise InvalidInputError for a first or last step that no step can be compared with."""
+    for step in steps:
+        if step is not None and (type(step) is not int or abs(step) > _MAX_NUMBER):
+            raise InvalidInputError(
+                f"steps are {steps!r}; give the first and the last one, whole numbers up to "
+                f"{_MAX_NUMBER}, or None for no end."
+            )
+
+
 def check_metrics(metrics: Mapping[str, float]) -> None:
     """Raise InvalidInputError for a metric whose name or value cannot be kept."""
     for name, value in metrics.items():
-        check_text(name, what="metric name")
+        check_key(name, what="metric name")
         fits = isinstance(value, float) or (type(value) is int and abs(value) <= sys.float_info.max)
         if not fits:
             raise InvalidInputError(f"metric {name!r} is {value!r}; give a number that is a float.")
@@ -50,8 +78,22 @@ def check_metrics(metrics: Mapping[str, float]) -> None:
 def check_labels(labels: Mapping[str, str]) -> None:
     """Raise InvalidInputError for a label whose name or text cannot be kept."""
     for name, text in labels.items():
-        check_text(name, what="label name")
+        check_key(name, what="label name")
         check_text(text, what=f"label {name!r}")
+
+
+def check_key(text: str, *, what: str) -> None:
+    """Raise InvalidInputError for text by which no row can be found: as `check_text`, or too long.
+
+    Names of branches and tags are shorter by their grammar.
+    """
+    check_text(text, what=what)
+    nbytes = len(text.encode())
+    if nbytes > _MAX_KEY:
+        raise InvalidInputError(
+            f"the {what} {text[:40]!r}… has {nbytes} bytes, and {_MAX_KEY} are the most that a "
+            "database finds again; shorten it."
+        )
 
 
 def check_text(text: str, *, what: str) -> None:

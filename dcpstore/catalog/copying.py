@@ -8,17 +8,18 @@ from datetime import UTC, datetime
 from sqlalchemy import Connection, select, update
 
 from dcpstore.catalog import schema
+from dcpstore.catalog.checks import check_draft
 from dcpstore.catalog.contents import write_content, write_plan
 from dcpstore.catalog.lineage import is_ancestor, lineage_below
 from dcpstore.catalog.operations import Change, append_operations, take_operations, take_version
 from dcpstore.catalog.refs import find_refs
-from dcpstore.catalog.saves import find_committed
+from dcpstore.catalog.saves import find_committed, insert_pending
 from dcpstore.catalog.versions import id_of_number, load_versions
 from dcpstore.catalog.wanted import wanted_names
 from dcpstore.errors import ConflictError
 from dcpstore.records import Version, VersionContent, VersionDraft
 
-__all__ = ["advance_branch", "commit_copy", "find_copied", "known_uids"]
+__all__ = ["advance_branch", "begin_copy", "commit_copy", "find_copied", "known_uids"]
 
 _version = schema.version
 
@@ -31,6 +32,20 @@ def known_uids(connection: Connection, uids: Iterable[str]) -> dict[str, tuple[i
         )
     )
     return {row.uid: (row.number, row.status) for row in rows}
+
+
+def begin_copy(connection: Connection, draft: VersionDraft) -> bool:
+    """Insert a pending version that is to be a copy; return True.
+
+    Its branch says where it was saved in its own repository, and may be the name of a tag in this
+    one: a copy moves no ref.
+
+    Raises:
+        InvalidInputError: a name, step, metric or text cannot be kept.
+    """
+    check_draft(draft)
+    insert_pending(connection, draft, parent=None)
+    return True
 
 
 def find_copied(connection: Connection, uid: str, final: str) -> Version | None:
@@ -101,9 +116,11 @@ def commit_copy(
 
 
 def advance_branch(connection: Connection, name: str, number: int, *, author: str) -> bool:
-    """Move a branch on to a version below its tip; False where it does not lie below it."""
+    """Move a branch on to a version below its tip; False where that is none, or no branch is."""
     first = take_operations(connection, 0)
-    tip = find_refs(connection, [name])[name]
+    tip = find_refs(connection, [name]).get(name)
+    if tip is None or tip.kind != "branch":
+        return False
     target = id_of_number(connection, number)
     if tip.id == target or not is_ancestor(connection, tip.id, of=target):
         return tip.id == target

@@ -6,7 +6,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from sqlalchemy import (
@@ -23,7 +23,7 @@ from sqlalchemy import (
 )
 
 from dcpstore.catalog import schema
-from dcpstore.catalog.checks import check_labels, check_text
+from dcpstore.catalog.checks import check_labels, check_steps, check_text
 from dcpstore.catalog.versions import is_visible, load_versions
 from dcpstore.errors import InvalidInputError, NotFoundError
 from dcpstore.records import Version
@@ -112,15 +112,16 @@ def best_version(
 def _conditions(connection: Connection, wanted: LogFilter) -> Iterator[ColumnElement[bool]]:
     for text in wanted.where:
         yield _compares(connection, text)
+    check_steps(wanted.steps)
     first, last = wanted.steps
     if first is not None:
         yield _version.c.step >= first
     if last is not None:
         yield _version.c.step <= last
     if wanted.since is not None:
-        yield _version.c.created_at >= wanted.since.astimezone()
+        yield _version.c.created_at >= _in_utc(wanted.since, what="since")
     if wanted.until is not None:
-        yield _version.c.created_at <= wanted.until.astimezone()
+        yield _version.c.created_at <= _in_utc(wanted.until, what="until")
     check_labels(wanted.labels)
     for name, text in wanted.labels.items():
         yield _has_label(connection, name, text)
@@ -128,6 +129,17 @@ def _conditions(connection: Connection, wanted: LogFilter) -> Iterator[ColumnEle
         yield _has_tag(connection, wanted.tag)
     if wanted.branch is not None:
         yield _on_branch(connection, wanted.branch)
+
+
+def _in_utc(time: datetime, *, what: str) -> datetime:
+    if not isinstance(time, datetime):
+        raise InvalidInputError(f"{what}={time!r} is no time; give a datetime.")
+    try:
+        return time.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise InvalidInputError(
+            f"{what}={time} is no time in UTC, where years go from 1 to 9999; give another."
+        ) from None
 
 
 def _compares(connection: Connection, text: str) -> ColumnElement[bool]:
@@ -153,8 +165,10 @@ def _compares(connection: Connection, text: str) -> ColumnElement[bool]:
 
 def _check_metric(connection: Connection, name: str) -> None:
     """Raise NotFoundError for a metric that no version has."""
-    if not connection.scalar(select(exists().where(_metric.c.name == name))):
-        known = connection.scalars(select(_metric.c.name).distinct()).all()
+    names = select(_metric.c.name).join(_version, _version.c.id == _metric.c.version)
+    names = names.where(is_visible())
+    if connection.scalar(names.where(_metric.c.name == name).limit(1)) is None:
+        known = connection.scalars(names.distinct()).all()
         raise NotFoundError.near("metric", name, known, f"There are: {', '.join(sorted(known))}.")
 
 
@@ -183,7 +197,7 @@ def _has_tag(connection: Connection, glob: str) -> ColumnElement[bool]:
 def _on_branch(connection: Connection, branch: str) -> ColumnElement[bool]:
     on_branch = _version.c.branch == branch
     check_text(branch, what="branch")
-    if not connection.scalar(select(exists().where(on_branch))):
-        known = connection.scalars(select(_version.c.branch).distinct()).all()
+    if not connection.scalar(select(exists().where(on_branch, is_visible()))):
+        known = connection.scalars(select(_version.c.branch).where(is_visible()).distinct()).all()
         raise NotFoundError.near("branch", branch, known, "See 'dcpstore branch' for all of them.")
     return on_branch

@@ -30,6 +30,7 @@ __all__ = [
     "mark_stale",
     "plan_pack",
     "switch_pack",
+    "unplan_pack",
 ]
 
 _version, _pack, _chunk = schema.version, schema.pack, schema.chunk
@@ -70,10 +71,17 @@ def condemn(
         update(_pack)
         .where((_pack.c.status == "live") & unreached | lapsed)
         .values(status="condemned", condemned_at=now)
-        .returning(_pack.c.key, _pack.c.nbytes)
+        .returning(_pack.c.key, _pack.c.nbytes, _pack.c.version)
     ).all()
-    condemned = sorted((PackRecord(*row) for row in rows), key=lambda pack: pack.key)
+    condemned = sorted((PackRecord(*row[:2]) for row in rows), key=lambda pack: pack.key)
     if condemned:
+        # Of two saves that wrote the same at once, the second's manifest names its own pack still.
+        writers = wanted_ids(connection, {row.version for row in rows})
+        connection.execute(
+            update(_version)
+            .where(_version.c.id.in_(writers), _version.c.status == "committed")
+            .values(stale=secrets.token_hex(8))
+        )
         _record(connection, "condemned", [pack.key for pack in condemned], author=author, at=now)
     return Condemned(condemned, _sparse(connection, live_share), crashed)
 
@@ -90,6 +98,11 @@ def plan_pack(connection: Connection, old: str, new: str, *, now: datetime) -> b
         insert(_pack).values(key=new, nbytes=0, version=version, status="planned", planned_at=now)
     )
     return True
+
+
+def unplan_pack(connection: Connection, key: str) -> None:
+    """Forget a pack that was announced and will not be written."""
+    connection.execute(delete(_pack).where(_pack.c.key == key, _pack.c.status == "planned"))
 
 
 def switch_pack(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, insert, select, update
 
 from dcpstore.catalog import schema
+from dcpstore.catalog.checks import check_limit
 from dcpstore.records import Operation
 
 __all__ = ["Change", "append_operations", "list_operations", "take_operations", "take_version"]
@@ -56,7 +57,12 @@ def append_operations(
 
 
 def list_operations(connection: Connection, *, limit: int | None) -> list[Operation]:
-    """Return the operations, newest first."""
+    """Return the operations, newest first.
+
+    Raises:
+        InvalidInputError: `limit` is no number of rows.
+    """
+    check_limit(limit)
     operation = schema.operation
     old, new = schema.version.alias("old_version"), schema.version.alias("new_version")
     rows = connection.execute(

@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, Select, select
 
 from dcpstore.catalog import schema
+from dcpstore.catalog.checks import check_limit
 from dcpstore.catalog.filters import LogFilter, filtered
 from dcpstore.catalog.tensors import load_tensors
 from dcpstore.catalog.versions import ancestors, id_of_number, load_versions
@@ -37,8 +38,13 @@ def list_log(
     limit: int | None,
     wanted: LogFilter | None = None,
 ) -> list[Version]:
-    """Return versions, newest first: all, or `start` and its ancestors; those `wanted` only."""
-    if limit is not None and limit <= 0:
+    """Return versions, newest first: all, or `start` and its ancestors; those `wanted` only.
+
+    Raises:
+        InvalidInputError: `limit` is no number of rows, or `wanted` cannot be meant.
+    """
+    check_limit(limit)
+    if limit == 0:
         return []
     ids: Select[Any] | None = None
     if start is not None:

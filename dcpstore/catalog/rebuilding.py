@@ -1,16 +1,18 @@
 """A catalog restored from what the data folder says, in one transaction.
 
 The operations are replayed in order: versions and what is known of them, refs, packs. What a
-committed version holds comes from its manifest. A version without a sound manifest keeps its row,
-as an expired one does, so that parents and operations still resolve.
+committed version holds comes from its manifest, and so do packs that no operation tells of. A
+version without a sound manifest keeps its row, as an expired one does, so that parents and
+operations still resolve.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 from sqlalchemy import Connection, insert, select, update
 
@@ -26,10 +28,22 @@ __all__ = ["Contents", "Restored", "restore"]
 
 # JSON as read: what it holds is checked by use, so `Any`.
 Json = Mapping[str, Any]
-# Returns what a version holds, or None where its manifest is missing or damaged.
-Contents = Callable[[str], VersionContent | None]
 
 _version, _pack = schema.version, schema.pack
+_WITHOUT_REF = ("expire", "gc")  # their target, if any, is no ref
+
+
+class Contents(Protocol):
+    """What the data folder holds beside its journal."""
+
+    def content(self, uid: str) -> VersionContent | None:
+        """Return what a version holds; None, and it is told why, where no sound manifest says."""
+
+    def pack_size(self, key: str) -> int | None:
+        """Return the length of a pack, or None where there is none."""
+
+    def lose(self, uid: str, reason: str) -> None:
+        """Hear why a version is lost whose manifest is sound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +77,17 @@ def restore(connection: Connection, operations: Iterable[Json], contents: Conten
     lost = [
         uid
         for uid in state.facts
-        if uid not in state.expired and not _fill(connection, ids[uid], contents(uid), state)
+        if uid not in state.expired and not _fill(connection, uid, contents, state, ids)
     ]
-    dropped = _write_refs(connection, state, ids, lost)
+    refs = _write_refs(connection, state, ids, lost)
     numbers = {uid: state.facts[uid]["number"] for uid in state.facts}
     if lost:
         _record_loss(connection, [ids[uid] for uid in lost], [numbers[uid] for uid in lost])
+    _record_undone(connection, told, state, ids, refs)
     return Restored(
         versions=sorted(n for uid, n in numbers.items() if uid not in {*state.expired, *lost}),
         lost=sorted(numbers[uid] for uid in lost),
-        dropped_refs=dropped,
+        dropped_refs=[name for name, uid in state.refs.items() if refs.get(name) != uid],
     )
 
 
@@ -90,6 +105,8 @@ def _replay(operations: Iterable[Json]) -> _State:
             _replay_gc(state, detail, at)
         elif said["target"]:
             _replay_ref(state, said)
+    state.refs = dict(sorted(state.refs.items()))
+    state.packs = {key: pack for key, pack in state.packs.items() if pack[1] in state.facts}
     return state
 
 
@@ -199,6 +216,7 @@ def _write_operations(
 
 
 def _write_packs(connection: Connection, state: _State, ids: Mapping[str, int]) -> None:
+    """Insert the packs that the journal tells of."""
     rows = [
         {
             "key": key,
@@ -208,31 +226,35 @@ def _write_packs(connection: Connection, state: _State, ids: Mapping[str, int]) 
             "condemned_at": state.condemned.get(key),
         }
         for key, (nbytes, uid) in state.packs.items()
-        if uid in ids
     ]
     if rows:
         connection.execute(insert(_pack), rows)
 
 
 def _fill(
-    connection: Connection, version: int, content: VersionContent | None, state: _State
+    connection: Connection, uid: str, contents: Contents, state: _State, ids: Mapping[str, int]
 ) -> bool:
     """Give a version its entries and chunks, and tell whether that was possible."""
+    content, version = contents.content(uid), ids[uid]
     if content is None:
         return False
-    named = {chunk.pack for tensor in content.tensors for chunk in tensor.chunks}
-    if not named <= state.packs.keys():
-        return False
-    if named & state.condemned.keys():  # the chunks moved, and the crash came before the manifest
-        connection.execute(
-            update(_pack)
-            .where(_pack.c.key.in_(wanted_names(connection, named)))
-            .values(status="live", condemned_at=None)
-        )
+    needed: dict[str, int] = {}
+    for chunk in (chunk for tensor in content.tensors for chunk in tensor.chunks):
+        needed[chunk.pack] = max(needed.get(chunk.pack, 0), chunk.offset + chunk.length)
+    moved = needed.keys() & state.condemned.keys()
     try:
         with connection.begin_nested():
-            # The packs are there already, those of expired versions too.
-            write_content(connection, version, _without_packs(content))
+            if moved:  # the chunks did, and the crash came before the manifest
+                connection.execute(
+                    update(_pack)
+                    .where(_pack.c.key.in_(wanted_names(connection, moved)))
+                    .values(status="live", condemned_at=None)
+                )
+            # What a sound manifest names is the version's, whatever became of the operation that
+            # told of it. The rows of all other packs are there, those of expired versions too.
+            untold = {key: needed[key] for key in needed if key not in state.packs}
+            _write_untold(connection, untold, version, contents, ids)
+            write_content(connection, version, replace(content, packs=()))
             connection.execute(
                 update(_version)
                 .where(_version.c.id == version)
@@ -241,46 +263,75 @@ def _fill(
                     expired_at=None,
                     plan=write_plan(connection, content.plan),
                     planner_data=content.planner_data,
+                    # Another manifest may know of a place that chunks moved to since.
+                    stale=None
+                    if needed.keys() <= _packs_of(connection, version)
+                    else secrets.token_hex(8),
                 )
             )
-    except ConflictError:
+    except ConflictError as error:
+        contents.lose(uid, str(error))
         return False
+    state.packs |= {key: (nbytes, uid) for key, nbytes in untold.items()}
     return True
 
 
-def _without_packs(content: VersionContent) -> VersionContent:
-    return VersionContent(
-        entries=content.entries,
-        tensors=content.tensors,
-        packs=(),
-        plan=content.plan,
-        nbytes=content.nbytes,
-        nbytes_written=content.nbytes_written,
-        nbytes_reused=content.nbytes_reused,
-        seconds=content.seconds,
-        created_at=content.created_at,
-        aliases=content.aliases,
-        planner_data=content.planner_data,
+def _write_untold(
+    connection: Connection,
+    needed: Mapping[str, int],
+    version: int,
+    contents: Contents,
+    ids: Mapping[str, int],
+) -> None:
+    """Insert packs that no operation tells of, of which so many bytes are needed.
+
+    Raises:
+        ConflictError: the data folder does not hold so much of one.
+    """
+    rows = []
+    for key, nbytes in needed.items():
+        size = contents.pack_size(key)
+        if size is None or size < nbytes:
+            held = "nothing" if size is None else f"{size} bytes"
+            raise ConflictError(
+                f"it names {nbytes} bytes of {key}, of which no operation tells, and the data "
+                f"folder holds {held} of it; restore it from a copy and rebuild anew"
+            )
+        owner = ids.get(key.split("/")[1], version)
+        rows.append({"key": key, "nbytes": size, "version": owner, "status": "live"})
+    if rows:
+        connection.execute(insert(_pack), rows)
+
+
+def _packs_of(connection: Connection, version: int) -> set[str]:
+    """Return the keys of the packs in which chunks of a version lie."""
+    chunk, entry = schema.chunk, schema.entry
+    return set(
+        connection.scalars(
+            select(_pack.c.key)
+            .join(chunk, chunk.c.pack == _pack.c.id)
+            .join(entry, entry.c.tensor == chunk.c.tensor)
+            .where(entry.c.version == version)
+            .distinct()
+        )
     )
 
 
 def _write_refs(
     connection: Connection, state: _State, ids: Mapping[str, int], lost: list[str]
-) -> list[str]:
-    """Insert the refs; a branch whose tip is lost goes back to the nearest version that is not."""
-    dropped = []
-    for name, uid in sorted(state.refs.items()):
+) -> dict[str, str]:
+    """Insert the refs and return them; a branch whose tip is lost goes back to what is left."""
+    there: dict[str, str] = {}
+    for name, uid in state.refs.items():
         kind = state.kinds.get(name, "branch")
         found: str | None = uid
         while found is not None and (found in lost or found in state.expired):
             found = _parent(state, found) if kind == "branch" else None
         if found is None or found not in ids:
-            dropped.append(name)
             continue
-        if found != uid:
-            dropped.append(name)
+        there[name] = found
         connection.execute(insert(schema.ref).values(name=name, kind=kind, version=ids[found]))
-    return dropped
+    return there
 
 
 def _parent(state: _State, uid: str) -> str | None:
@@ -302,3 +353,35 @@ def _record_loss(connection: Connection, ids: list[int], numbers: list[int]) -> 
     append_operations(
         connection, take_operations(connection), [change], author="", at=datetime.now(UTC)
     )
+
+
+def _record_undone(
+    connection: Connection,
+    operations: Iterable[Json],
+    state: _State,
+    ids: Mapping[str, int],
+    refs: Mapping[str, str],
+) -> None:
+    """Record what did not leave its ref where the next operation, or the rebuild, has it: undone.
+
+    So an undo, which takes back one operation after another, goes on from where each ref is.
+    """
+    told = [said for said in operations if said["target"] and said["kind"] not in _WITHOUT_REF]
+    undone = {said["detail"]["undoes"] for said in told if said["kind"] == "undo"}
+    wanted: dict[str, str | None] = {name: refs.get(name) for name in {s["target"] for s in told}}
+    here: dict[str, str | None] = dict(state.refs)
+    changes = []
+    for said in reversed(told):
+        name = said["target"]
+        if said["kind"] == "undo" or said["operation"] in undone:
+            continue
+        old, new = (None if end is None else end["uid"] for end in (said["old"], said["new"]))
+        if new == wanted[name]:
+            wanted[name] = old
+            continue
+        from_, to = (None if u is None else ids.get(u) for u in (here.get(name), refs.get(name)))
+        changes.append(Change("undo", name, from_, to, {"undoes": said["operation"]}))
+        here[name] = refs.get(name)
+    if changes:
+        first = take_operations(connection, len(changes))
+        append_operations(connection, first, changes, author="", at=datetime.now(UTC))

@@ -64,8 +64,16 @@ def resolve(connection: Connection, ref: str | int | None) -> Version:
 
 
 def find_refs(connection: Connection, names: Iterable[str]) -> dict[str, RefRow]:
-    """Return the branches and tags of these names, by name."""
-    wanted = wanted_names(connection, list(names))
+    """Return the branches and tags of these names, by name.
+
+    Raises:
+        InvalidInputError: a name is no text.
+    """
+    asked = list(names)
+    for name in asked:
+        if not isinstance(name, str):
+            raise InvalidInputError(f"{name!r} names no branch or tag; give its name, a text.")
+    wanted = wanted_names(connection, asked)
     rows = connection.execute(_rows().where(schema.ref.c.name.in_(wanted)))
     return {row.name: RefRow(*row) for row in rows}
 
@@ -163,6 +171,11 @@ def _start(connection: Connection, ref: Ref) -> int:
             f"no version has a uid that begins with {ref.uid!r}. See 'dcpstore log --json'."
         )
     known = connection.scalars(select(schema.ref.c.name)).all()
+    if not known and connection.scalar(select(exists().where(is_visible()))):
+        raise NotFoundError(
+            f"no branch or tag {ref.name!r}: the repository has versions, but none has a name. See "
+            "'dcpstore log' for their numbers, and begin a branch with 'dcpstore branch --at'."
+        )
     if not known:
         raise NotFoundError(
             f"no branch or tag {ref.name!r}: the repository is empty. Save a version first."

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from sqlalchemy import Connection, Row, insert, select, update
 
 from dcpstore.catalog import schema
-from dcpstore.catalog.checks import can_be_kept, check_draft, check_text
+from dcpstore.catalog.checks import can_be_kept, check_draft, check_key, check_text
 from dcpstore.catalog.contents import write_content, write_plan
 from dcpstore.catalog.lineage import lineage_below
 from dcpstore.catalog.operations import (
@@ -27,7 +27,14 @@ from dcpstore.catalog.versions import id_of_number, load_versions
 from dcpstore.errors import ConflictError, NotFoundError
 from dcpstore.records import Version, VersionContent, VersionDraft
 
-__all__ = ["abort_save", "begin_save", "commit_save", "find_begun", "find_committed"]
+__all__ = [
+    "abort_save",
+    "begin_save",
+    "commit_save",
+    "find_begun",
+    "find_committed",
+    "insert_pending",
+]
 
 _version = schema.version
 
@@ -45,6 +52,12 @@ def begin_save(connection: Connection, draft: VersionDraft) -> bool:
     parent = None if draft.parent is None else id_of_number(connection, draft.parent)
     refs = _free_refs(connection, draft.branch, draft.tags)
     _check_tip(refs, draft.branch, parent=parent, expect_tip=draft.expect_tip)
+    insert_pending(connection, draft, parent=parent)
+    return True
+
+
+def insert_pending(connection: Connection, draft: VersionDraft, *, parent: int | None) -> None:
+    """Insert a pending version whose draft is checked; `parent` is an id."""
     now = datetime.now(UTC)
     pending = connection.execute(
         insert(_version)
@@ -74,7 +87,6 @@ def begin_save(connection: Connection, draft: VersionDraft) -> bool:
                 for name, value in draft.metrics.items()
             ],
         )
-    return True
 
 
 def find_begun(connection: Connection, uid: str) -> bool | None:
@@ -110,7 +122,7 @@ def commit_save(connection: Connection, uid: str, content: VersionContent) -> Ve
     _check_tip(refs, pending.branch, parent=pending.parent, expect_tip=pending.expect_tip)
     tip = refs.get(pending.branch)
     for entry in content.entries:
-        check_text(entry.fqn, what="FQN")
+        check_key(entry.fqn, what="FQN")
         if entry.value is not None:
             check_text(entry.value, what=f"value of {entry.fqn!r}")
     parent = pending.parent if tip is None else tip.id

@@ -56,11 +56,15 @@ def undo_last(connection: Connection, *, expect: int | None, author: str) -> Ope
     and gc did cannot be taken back, and is passed over.
 
     Raises:
-        InvalidInputError: nothing is left to undo.
+        InvalidInputError: nothing is left to undo, or `expect` is no number.
         NotFoundError: a version that a ref would go back to was expired.
         ConflictError: the operation is not number `expect`, or a ref is not where it put it.
     """
     check_text(author, what="author")
+    if expect is not None and type(expect) is not int:
+        raise InvalidInputError(
+            f"expect is {expect!r}; give the number of an operation, as 'dcpstore ops' shows it."
+        )
     take_operations(connection, 0)
     rows = _last_not_undone(connection)
     last = rows[0]

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from dcpstore.catalog import checking, copying, exporting, garbage, journal, retention
+from dcpstore.catalog import checking, copying, exporting, garbage, journal, retention, saves
 from dcpstore.catalog.checking import Fault, PackedChunk, PackState, Reached
 from dcpstore.catalog.engine import Database
 from dcpstore.catalog.garbage import Condemned
@@ -61,6 +61,10 @@ class Upkeep:
     def plan_pack(self, old: str, new: str, *, now: datetime) -> bool:
         """Announce a pack that takes over the live chunks of another; False: that one is gone."""
         return self._database.change(garbage.plan_pack, old, new, now=now)
+
+    def unplan_pack(self, key: str) -> None:
+        """Take back the announcement of a pack that was not written."""
+        self._database.change_again(garbage.unplan_pack, key)
 
     def switch_pack(
         self, old: str, new: PackRecord, moves: Mapping[int, int], *, now: datetime, author: str
@@ -157,6 +161,13 @@ class Upkeep:
     def known_uids(self, uids: Iterable[str]) -> dict[str, tuple[int, str]]:
         """Return the number and status of numbered versions by uid."""
         return self._database.ask(copying.known_uids, list(uids))
+
+    def begin_copy(self, draft: VersionDraft) -> None:
+        """Store a version as pending that is to be a copy; its branch is no ref here."""
+        self._database.change_once(
+            lambda connection: copying.begin_copy(connection, draft),
+            lambda connection: saves.find_begun(connection, draft.uid),
+        )
 
     def commit_copy(
         self, uid: str, draft: VersionDraft, content: VersionContent, *, parent: str | None

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 
 import click
 
@@ -44,7 +45,7 @@ Cells = dict[str, object]  # a row by column, before it is printed
 @click.option("--depth", type=click.IntRange(1, 1000), help="Roll up by so many names of the FQN.")
 @click.option("--sort", type=click.Choice(_SORTS), metavar="COLUMN", help="Sort by a column.")
 @click.option("--all", "show_all", is_flag=True, help="List what is unchanged too.")
-@click.option("--along", metavar="BRANCH", help="Compare each version of BRANCH with its parent.")
+@click.option("--along", metavar="BRANCH", help="Compare each version of BRANCH with the next.")
 @click.option("--plot", metavar="PATH", help="Draw the relative change, to a .png or .svg file.")
 @repo_options
 def diff(
@@ -92,20 +93,17 @@ def diff(
 
 
 def _diffs_along(repo: Repository, branch: str, refs: Sequence[str], *, stats: bool) -> list[Diff]:
-    """Return the diffs of the versions of a branch, each from its parent on."""
+    """Return the diffs of the versions of a branch, each from the one before that is left."""
     last = repo.show(refs[1]) if len(refs) > 1 else repo.show(branch)
-    line = {version.number: version for version in repo.log(branch)}
-    first = repo.show(refs[0]) if refs else line[min(line)]
+    line = sorted(version.number for version in repo.log(branch))  # what expired is not there
+    first = repo.show(refs[0] if refs else line[0])
     for end in (first, last):
         if end.number not in line:
             raise InvalidInputError(
                 f"{end} is no ancestor of {branch!r}. See 'dcpstore log {branch}' for all of them."
             )
-    return [
-        repo.diff(version.parent, number, stats=stats)
-        for number, version in sorted(line.items())
-        if first.number < number <= last.number and version.parent in line
-    ]
+    asked = [number for number in line if first.number <= number <= last.number]
+    return [repo.diff(old, new, stats=stats) for old, new in pairwise(asked)]
 
 
 def _print_diff(

@@ -92,7 +92,7 @@ def _since(text: str) -> datetime | str:
     """Return a time, where the text is one; a span is left to the repository."""
     try:
         return datetime.fromisoformat(text).astimezone()
-    except ValueError:
+    except (ValueError, OverflowError):
         return text
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "Column",
     "counted",
     "human_bytes",
+    "human_number",
     "human_time",
     "note",
     "print_csv",
@@ -66,6 +67,11 @@ def human_bytes(count: int) -> str:
         if size < 1023.95 or unit == _UNITS[-1]:  # what rounds to 1024.0 belongs to the next
             break
     return f"{size:.1f} {unit}"
+
+
+def human_number(value: float) -> str:
+    """Return a number with all its digits, and without those of a fraction where there is none."""
+    return repr(value).removesuffix(".0")
 
 
 def counted(count: int, noun: str) -> str:

@@ -42,5 +42,5 @@ def rebuild(ctx: click.Context, session: Session, data: str, into: str) -> None:
             note(f"refs that named them: {visible(', '.join(report.moved_refs))}")
         count = counted(len(report.versions), "version")
         click.echo(f"rebuilt {count} from {counted(report.operations, 'operation')}")
-    if report.problems:
+    if report.problems or report.lost:
         ctx.exit(DAMAGE)

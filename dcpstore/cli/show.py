@@ -6,7 +6,14 @@ from collections.abc import Iterator
 
 import click
 
-from dcpstore.cli.output import human_bytes, human_time, print_json, print_pairs, visible
+from dcpstore.cli.output import (
+    human_bytes,
+    human_number,
+    human_time,
+    print_json,
+    print_pairs,
+    visible,
+)
 from dcpstore.cli.session import Session, repo_options
 from dcpstore.records import Version
 
@@ -43,7 +50,7 @@ def _pairs(version: Version) -> Iterator[tuple[str, str]]:
     )
     seconds = [f"{phase} {value:.2f}" for phase, value in version.seconds.items()]
     yield "seconds", ", ".join(map(visible, seconds)) or "-"
-    metrics = [f"{visible(name)} {value:g}" for name, value in version.metrics.items()]
+    metrics = [f"{visible(name)} {human_number(value)}" for name, value in version.metrics.items()]
     yield "metrics", "\n".join(metrics) or "-"
     labels = [f"{visible(name)} {visible(value)}" for name, value in version.labels.items()]
     yield "labels", "\n".join(labels) or "-"

@@ -42,15 +42,15 @@ def sql(session: Session, query: str, params: tuple[str, ...], as_csv: bool) -> 
     values = dict(map(_param, params))
     with session.open() as repo:
         text = _utf8(sys.stdin.read() if query == "-" else query)
-        rows = repo.sql(text, **values)
+        columns, rows = repo.catalog.table(text, values)
     if session.json:
         print_json([_object(row) for row in rows])
+    elif as_csv:
+        print_csv(columns, rows)
     elif not rows:
         note("no rows.")
-    elif as_csv:
-        print_csv(rows[0].columns, rows)
     else:
-        print_table(_columns(rows), [[_text(value) for value in row] for row in rows])
+        print_table(_columns(columns, rows), [[_text(value) for value in row] for row in rows])
 
 
 def _param(text: str) -> tuple[str, object]:
@@ -84,11 +84,11 @@ def _object(row: Row) -> dict[str, object]:
     return found
 
 
-def _columns(rows: Sequence[Row]) -> list[Column]:
+def _columns(names: Sequence[str], rows: Sequence[Row]) -> list[Column]:
     """Return the columns, those of numbers to the right."""
     return [
         Column(name, right=all(isinstance(row[i], int | float | None) for row in rows))
-        for i, name in enumerate(rows[0].columns)
+        for i, name in enumerate(names)
     ]
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import getpass
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Literal
 
 from dcpstore.catalog import Catalog
+from dcpstore.catalog.authors import this_user
 from dcpstore.catalog.filters import LogFilter
 from dcpstore.history.diff import Diff, diff_versions
 from dcpstore.journal import journaled
@@ -122,7 +122,7 @@ class Recorded:
         """
         expected = None if expect_tip is None else self.catalog.resolve(expect_tip).number
         return self.catalog.history().roll_back(
-            branch, ref, force=force, expect_tip=expected, author=getpass.getuser()
+            branch, ref, force=force, expect_tip=expected, author=this_user()
         )
 
     @journaled
@@ -143,7 +143,7 @@ class Recorded:
             NotFoundError: a ref would go back to a version that was expired.
             ConflictError: another operation came in; it is not number `expect`.
         """
-        return self.catalog.history().undo(expect=expect, author=getpass.getuser())
+        return self.catalog.history().undo(expect=expect, author=this_user())
 
     @journaled
     def add_metrics(self, ref: str | int | None, metrics: Mapping[str, float]) -> Version:
@@ -152,7 +152,7 @@ class Recorded:
         Raises:
             AlreadyExistsError: a metric is there with another value.
         """
-        return self.catalog.history().add_metrics(ref, metrics, author=getpass.getuser())
+        return self.catalog.history().add_metrics(ref, metrics, author=this_user())
 
     @journaled
     def add_labels(self, ref: str | int | None, labels: Mapping[str, str]) -> Version:
@@ -161,7 +161,7 @@ class Recorded:
         Raises:
             AlreadyExistsError: a label is there with another text.
         """
-        return self.catalog.history().add_labels(ref, labels, author=getpass.getuser())
+        return self.catalog.history().add_labels(ref, labels, author=this_user())
 
     def diff(self, old: str | int, new: str | int | None = None, *, stats: bool = False) -> Diff:
         """Return what changed from one version to another.
@@ -187,6 +187,4 @@ class Recorded:
         self, name: str, kind: Literal["tag", "branch"], expect: str | int | None
     ) -> RefRecord:
         expected = None if expect is None else self.catalog.resolve(expect).number
-        return self.catalog.history().delete_ref(
-            name, kind, expect=expected, author=getpass.getuser()
-        )
+        return self.catalog.history().delete_ref(name, kind, expect=expected, author=this_user())

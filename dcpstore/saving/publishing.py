@@ -6,15 +6,16 @@ Invariant: the manifest is durable before the one transaction that makes the ver
 
 from __future__ import annotations
 
-import getpass
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import SupportsFloat
 
 from dcpstore.catalog import Catalog
+from dcpstore.catalog.authors import this_user
+from dcpstore.catalog.checks import check_draft
 from dcpstore.encoding.values import encode_value
 from dcpstore.errors import ConflictError, DcpstoreError, InvalidInputError
 from dcpstore.journal import write_journal
@@ -90,11 +91,25 @@ def make_request(
     """Return the request that a caller's arguments mean: metrics as floats, labels as text.
 
     Raises:
-        InvalidInputError: `tags` is one text, or a metric is no number.
+        InvalidInputError: `tags` is no list of texts, `metrics` or `labels` no mapping, a metric no
+            number, or `retention` no rules; or a catalog cannot keep a name, step or text.
+        AlreadyExistsError: the branch is one of the tags.
     """
     if isinstance(tags, str):
         raise InvalidInputError(f"tags={tags!r} is one text; pass a list: [{tags!r}].")
-    return SaveRequest(
+    if not isinstance(tags, Iterable):
+        raise InvalidInputError(f"tags={tags!r} is no list; pass one such as ['best'], or [].")
+    for name, given in (("metrics", metrics), ("labels", labels)):
+        if given is not None and not isinstance(given, Mapping):
+            raise InvalidInputError(
+                f"{name}={given!r} is no mapping; pass a dict of names and values, or None."
+            )
+    if retention is not None and not isinstance(retention, Retention):
+        raise InvalidInputError(
+            f"retention={retention!r} is no set of rules; pass one, such as "
+            "dcpstore.Retention(keep_last=5)."
+        )
+    request = SaveRequest(
         branch=branch,
         step=step,
         message=message,
@@ -106,6 +121,8 @@ def make_request(
         expect_tip=expect_tip,
         retention=retention,
     )
+    check_draft(_draft(request, author=author))
+    return request
 
 
 def draft_version(
@@ -116,19 +133,27 @@ def draft_version(
     Raises:
         NotFoundError: `parent` or `expect_tip` names nothing.
     """
-    return VersionDraft(
+    return replace(
+        _draft(request, author=request.author or this_user()),
         uid=uid or new_uid(),
+        host=socket.gethostname(),
+        ranks=ranks,
+        parent=_number(catalog, request.parent),
+        expect_tip=_number(catalog, request.expect_tip),
+    )
+
+
+def _draft(request: SaveRequest, *, author: str) -> VersionDraft:
+    """Return what a request says of a draft before a catalog is asked."""
+    return VersionDraft(
+        uid="",
         branch=request.branch,
         step=request.step,
         message=request.message,
         tags=request.tags,
         metrics=request.metrics,
         labels=request.labels,
-        author=request.author or getpass.getuser(),
-        host=socket.gethostname(),
-        ranks=ranks,
-        parent=_number(catalog, request.parent),
-        expect_tip=_number(catalog, request.expect_tip),
+        author=author,
     )
 
 
@@ -250,5 +275,7 @@ def _number(catalog: Catalog, ref: str | int | None) -> int | None:
 def _as_float(name: str, value: SupportsFloat) -> float:
     try:
         return float(value)
+    except OverflowError as error:  # an integer, whose digits nobody wants to read
+        raise InvalidInputError(f"metric {name!r} is past what a float holds.") from error
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInputError(f"metric {name!r} is {value!r}; give a number.") from error

@@ -67,7 +67,10 @@ def number(found: Any) -> float:
     """Return a float; "nan" and "inf" are texts in JSON."""
     if not isinstance(found, int | float) and found not in ("nan", "inf", "-inf"):
         raise TypeError(f"{_short(found)} is no number")
-    return float(found)
+    try:
+        return float(found)
+    except OverflowError as error:  # JSON has integers of any length
+        raise ValueError(f"{_short(found)} is past every float") from error
 
 
 def optional(take: Callable[[Any], T]) -> Callable[[Any], T | None]:

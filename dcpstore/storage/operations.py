@@ -80,7 +80,7 @@ def _check(said: Json) -> None:
     if target and kind not in _WITHOUT_REF:
         check_name(target, kind="ref")
     for end in ("old", "new"):
-        fields.optional(lambda version: fields.uid(version["uid"]))(said[end])
+        fields.optional(_check_named)(said[end])
     fields.text(said["author"])
     fields.time(said["created_at"])
     detail = {} if said["detail"] is None else said["detail"]
@@ -94,6 +94,11 @@ def _check(said: Json) -> None:
         fields.natural(about["chunk_nbytes"])
         fields.text(about["chunk_codec"])
         fields.time(about["created_at"])
+
+
+def _check_named(version: Json) -> None:
+    fields.uid(version["uid"])
+    fields.natural(version["version"])
 
 
 def _check_detail(kind: str, detail: Json) -> None:

@@ -107,7 +107,7 @@ def _copy(version: Version, source: Place, target: Place) -> tuple[int, int]:
     parent = next((uid for uid in lineage if uid in known), None)
     # Under a uid of its own until it is committed: packs of a copy that died are then no one's.
     pending = replace(draft, uid=new_uid(), parent=None, tags=(), expect_tip=None)
-    catalog.begin(pending)
+    catalog.upkeep().begin_copy(pending)
     writer = PackWriter(storage, pending.uid, 0)
     try:
         with kept_lease(catalog, pending.uid):

@@ -21,7 +21,7 @@ from dcpstore.progress import ProgressBar
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackReader
 from dcpstore.upkeep.chunks import check_chunk
-from dcpstore.upkeep.verify import ChunkDamage
+from dcpstore.upkeep.verify import ChunkDamage, is_of_quick_look
 
 __all__ = ["check_packs"]
 
@@ -72,6 +72,8 @@ def check_packs(
                 if reason is not None:
                     bad.append(_damage(catalog, pack.key, chunk, reason))
             damage = f"{len(bad)} damaged chunks: {bad[0].reason}" if bad else None
+            if is_of_quick_look(pack.damage):
+                damage = pack.damage
             upkeep.mark_pack(pack.key, damage=damage, verified_at=datetime.now(UTC))
             found(pack, bad)
             count += len(chunks)

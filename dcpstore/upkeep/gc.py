@@ -16,10 +16,11 @@ from datetime import UTC, datetime, timedelta
 
 from dcpstore.catalog import Catalog
 from dcpstore.durations import Duration, as_duration
-from dcpstore.errors import NotFoundError
+from dcpstore.errors import CorruptionError, NotFoundError, SchemaError
 from dcpstore.journal import check_owner, write_journal
 from dcpstore.records import PackRecord
 from dcpstore.storage.interface import Storage
+from dcpstore.storage.manifests import decode_manifest
 from dcpstore.uids import uid_time
 
 __all__ = ["GcReport", "collect"]
@@ -98,16 +99,16 @@ def collect(
             from dcpstore.upkeep.repacking import repack  # noqa: PLC0415 (loads torch)
 
             repacked = list(repack(catalog, storage, found.sparse, author=author))
+        write_journal(catalog, storage)  # before a manifest names what is new
         if upkeep.stale_versions():
             from dcpstore.upkeep.manifests import renew_manifests  # noqa: PLC0415 (loads torch)
 
             renew_manifests(catalog, storage)
-        write_journal(catalog, storage)
     deleted = _delete_packs(
         catalog, storage, before=clock() - grace, author=author, dry_run=dry_run
     )
     if dry_run and not grace:
-        deleted += found.condemned
+        deleted += found.condemned + found.sparse
     cleared, unknown, nbytes = _clear_leftovers(
         catalog,
         storage,
@@ -169,10 +170,13 @@ def _clear_leftovers(
     leftovers += _half_written(storage, old)
     uids = dict(keys)
     described = {uid for key, uid in keys if key.startswith("manifests/")}
+    named = _named_packs(storage, [key for key in strange if key.startswith("manifests/")])
     unknown = []
     for key in strange:
         # Of a save that died before it began, or a repacking that did: without a manifest, and old.
-        if uids[key] not in described and _is_older(uids[key], old):
+        # A copy's packs lie under another uid than its manifest, and repacked ones have none.
+        is_named = named is None or key in named
+        if uids[key] not in described and not is_named and _is_older(uids[key], old):
             leftovers.append(key)
         else:
             unknown.append(key)
@@ -185,6 +189,20 @@ def _clear_leftovers(
         if not dry_run:
             storage.delete(key)
     return leftovers, unknown, nbytes
+
+
+def _named_packs(storage: Storage, manifests: Sequence[str]) -> set[str] | None:
+    """Return the packs that manifests name; None where one of them cannot be read."""
+    named: set[str] = set()
+    for key in manifests:
+        try:
+            content = decode_manifest(storage.get(key)).content
+        except NotFoundError:
+            continue
+        except (CorruptionError, SchemaError):
+            return None
+        named |= {chunk.pack for tensor in content.tensors for chunk in tensor.chunks}
+    return named
 
 
 def _listed(storage: Storage) -> list[str]:

@@ -1,7 +1,7 @@
 """A lost catalog comes back from the data folder alone: its journal and its manifests.
 
 Rebuilt and original answer alike, as of the last operation that was finished. What is damaged or
-missing is reported, and its versions left out; nothing in the data folder is changed by that.
+missing is reported, and its versions left out; in the data folder only the journal is mended.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from typing import Any
 
 from dcpstore.catalog import Catalog
 from dcpstore.catalog.lifecycle import FORMAT_VERSION
-from dcpstore.errors import CorruptionError, NotFoundError
+from dcpstore.errors import CorruptionError, InvalidInputError, NotFoundError
 from dcpstore.journal import write_journal
 from dcpstore.places import absolute_data, locate
 from dcpstore.records import ChunkDefaults, RepositoryRecord, VersionContent
 from dcpstore.storage.folder import LocalFolder
 from dcpstore.storage.interface import Storage
-from dcpstore.storage.manifests import decode_manifest, manifest_key
+from dcpstore.storage.manifests import Manifest, decode_manifest, manifest_key
 from dcpstore.storage.operations import decode_operation, operation_key, operation_number
 from dcpstore.storage.urls import open_storage
+from dcpstore.upkeep.gaps import find_lost, stand_ins
 
 __all__ = ["RebuildReport", "rebuild"]
 
@@ -37,8 +38,9 @@ class RebuildReport:
 
     `versions` are those that load again, `lost` those that do not, by number; `moved_refs` are tags
     that are gone and branches that went back, for they named one of the lost. `problems` say what
-    is damaged or missing, object by object. `unfinished` are the uids of manifests that no
-    operation names: of saves that never committed, or did so just before the catalog was lost.
+    is damaged or missing, object by object, and why each version is lost. `unfinished` are the uids
+    of manifests that no operation names: of saves that never committed, or did so just before the
+    catalog was lost.
     """
 
     versions: tuple[int, ...]
@@ -64,7 +66,7 @@ def rebuild(data: str | os.PathLike[str], into: str | os.PathLike[str]) -> Rebui
     data_url = absolute_data(os.fspath(data))
     storage = open_storage(data_url)
     problems: list[str] = []
-    operations = _read_journal(storage, problems)
+    operations, lost = _read_journal(storage, problems)
     if not operations:
         raise NotFoundError(
             f"{storage.url!r} has no operations to rebuild a catalog from; give the data folder "
@@ -72,16 +74,17 @@ def rebuild(data: str | os.PathLike[str], into: str | os.PathLike[str]) -> Rebui
         )
     if folder is not None and Path(os.path.realpath(folder)) == Path(storage.url):
         data_url = "."  # as `open` makes it, so that the folder can move as a whole
-
-    def content(uid: str) -> VersionContent | None:
-        return _read_content(storage, uid, problems)
-
+    found = _Found(storage, problems)
+    made, found.unnamed = stand_ins(operations, lost, found.manifest)
+    whole = sorted([*operations, *made], key=lambda said: int(said["operation"]))
     if folder is not None:
         LocalFolder(folder, create=True)  # for the catalog itself
-    done = Catalog.rebuild(url, _repository(operations, data_url), operations, content)
+    done = Catalog.rebuild(url, _repository(operations, data_url), whole, found)
     with Catalog.open(url) as catalog:
+        if lost:
+            catalog.upkeep().journal_again(lost[0])
         write_journal(catalog, storage)
-    told = {said["version"]["uid"] for said in operations if "version" in said}
+    told = {said["version"]["uid"] for said in whole if "version" in said}
     return RebuildReport(
         versions=tuple(done.versions),
         lost=tuple(done.lost),
@@ -92,8 +95,57 @@ def rebuild(data: str | os.PathLike[str], into: str | os.PathLike[str]) -> Rebui
     )
 
 
-def _read_journal(storage: Storage, problems: list[str]) -> list[Json]:
-    """Return every sound operation, in order."""
+class _Found:
+    """What is found in the data folder beside the journal; what is not is told once.
+
+    Attributes:
+        unnamed: versions that nothing tells of, by the uids that were made up for them.
+    """
+
+    def __init__(self, storage: Storage, problems: list[str]) -> None:
+        self._storage, self._problems = storage, problems
+        self._unsound: set[str] = set()
+        self.unnamed: dict[str, int] = {}
+
+    def manifest(self, uid: str) -> Manifest | None:
+        """Return the manifest of a version, or None where it is missing or damaged."""
+        if uid in self._unsound:
+            return None
+        try:
+            manifest = decode_manifest(self._storage.get(manifest_key(uid)))
+            reason = f"it is of version {manifest.draft.uid}"
+            if manifest.draft.uid == uid:
+                return manifest
+        except NotFoundError:
+            reason = "it is missing"
+        except CorruptionError as error:
+            reason = str(error)
+        self._unsound.add(uid)
+        self.lose(uid, reason)
+        return None
+
+    def content(self, uid: str) -> VersionContent | None:
+        """Return what a version holds, or None where no sound manifest says."""
+        if uid in self.unnamed:
+            self._problems.append(f"v{self.unnamed[uid]}: no operation that is left names it")
+            return None
+        manifest = self.manifest(uid)
+        return None if manifest is None else manifest.content
+
+    def pack_size(self, key: str) -> int | None:
+        """Return the length of a pack, or None where there is none."""
+        try:
+            return self._storage.size(key)
+        except (NotFoundError, InvalidInputError, CorruptionError):  # or its link leads out
+            return None
+
+    def lose(self, uid: str, reason: str) -> None:
+        """Tell why a version is lost whose manifest is sound."""
+        self._problems.append(f"{manifest_key(uid)}: {reason}")
+
+
+def _read_journal(storage: Storage, problems: list[str]) -> tuple[list[Json], list[int]]:
+    """Return every sound operation, in order, and the numbers of those that are lost."""
     numbers = [n for n in map(operation_number, storage.list("operations")) if n]
     found = []
     before = 0
@@ -119,7 +171,7 @@ def _read_journal(storage: Storage, problems: list[str]) -> list[Json]:
             continue
         found.append(said)
     _check_numbers(found)
-    return found
+    return found, find_lost(numbers, {said["operation"] for said in found})
 
 
 def _check_numbers(operations: list[Json]) -> None:
@@ -131,22 +183,6 @@ def _check_numbers(operations: list[Json]) -> None:
             f"the journal names {len(told)} versions by {len(uids)} uids and {len(numbers)} "
             "numbers, so it is not of one repository; restore 'operations' from a copy."
         )
-
-
-def _read_content(storage: Storage, uid: str, problems: list[str]) -> VersionContent | None:
-    key = manifest_key(uid)
-    try:
-        manifest = decode_manifest(storage.get(key))
-    except NotFoundError:
-        problems.append(f"{key}: it is missing")
-        return None
-    except CorruptionError as error:
-        problems.append(f"{key}: {error}")
-        return None
-    if manifest.draft.uid != uid:
-        problems.append(f"{key}: it is of version {manifest.draft.uid}")
-        return None
-    return manifest.content
 
 
 def _repository(operations: list[Json], data_url: str) -> RepositoryRecord:

@@ -33,18 +33,24 @@ def repack(
     upkeep, uid = catalog.upkeep(), new_uid()
     done = []
     for rank, old in enumerate(packs):
-        if not upkeep.plan_pack(old.key, pack_key(uid, rank, 0), now=datetime.now(UTC)):
+        key = pack_key(uid, rank, 0)
+        if not upkeep.plan_pack(old.key, key, now=datetime.now(UTC)):
             continue
         writer = PackWriter(storage, uid, rank, limit=_WHOLE)
         try:
             moves = _copy(catalog, storage, old, writer)
-            (new,) = writer.finish()
+            made = writer.finish()
         except CorruptionError:
             writer.discard()
+            upkeep.unplan_pack(key)
             continue
         except BaseException:
             writer.discard()
             raise
+        if not made:  # another collection left no live chunk in it meanwhile
+            upkeep.unplan_pack(key)
+            continue
+        (new,) = made
         if upkeep.switch_pack(old.key, new, moves, now=datetime.now(UTC), author=author):
             done.append((old, new))
     return done

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import getpass
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from dcpstore.catalog import Catalog
+from dcpstore.catalog.authors import this_user
 from dcpstore.durations import Duration
 from dcpstore.errors import InvalidInputError
 from dcpstore.journal import journaled
@@ -60,7 +60,7 @@ class Upkept:
             NotFoundError: no version has that metric, or was saved to that branch.
         """
         rules = Retention(keep_last, keep_every, keep_best, keep_tagged, keep_since)
-        return expire(self.catalog, rules, author=getpass.getuser(), branch=branch, dry_run=dry_run)
+        return expire(self.catalog, rules, author=this_user(), branch=branch, dry_run=dry_run)
 
     @journaled
     def gc(
@@ -85,7 +85,7 @@ class Upkept:
             self.storage,
             grace=grace,
             lease=lease,
-            author=getpass.getuser(),
+            author=this_user(),
             dry_run=dry_run,
         )
 
@@ -136,5 +136,5 @@ class Upkept:
                 (self.catalog, self.storage),
                 (other.catalog, other.storage),
                 refs,
-                author=getpass.getuser(),
+                author=this_user(),
             )

@@ -13,13 +13,21 @@ from dataclasses import dataclass
 
 from dcpstore.catalog import Catalog
 from dcpstore.catalog.checking import PackState, Reached
-from dcpstore.errors import CorruptionError, InvalidInputError, NotFoundError
+from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, NotFoundError
+from dcpstore.journal import check_owner
 from dcpstore.records import Version
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.manifests import decode_manifest, manifest_key
 from dcpstore.storage.operations import decode_operation, operation_key
 
-__all__ = ["ChunkDamage", "Damage", "DamagedVersion", "VerifyReport", "verify"]
+__all__ = [
+    "ChunkDamage",
+    "Damage",
+    "DamagedVersion",
+    "VerifyReport",
+    "is_of_quick_look",
+    "verify",
+]
 
 _QUICK = ("missing: ", "size: ")  # how damage begins that a look without reading finds
 
@@ -115,6 +123,11 @@ def verify(
     )
 
 
+def is_of_quick_look(damage: str | None) -> bool:
+    """Tell whether damage is of a pack as a whole: no digest that is right makes up for it."""
+    return damage is not None and damage.startswith(_QUICK)
+
+
 class _Look:
     """Collects what is found; one entry for each thing that is damaged."""
 
@@ -134,16 +147,17 @@ class _Look:
             self._enter("catalog", str(i), fault.text, held)
 
     def at_packs(self) -> list[PackState]:
-        """Look whether every pack is there whole; return those that were looked at."""
-        packs = self._upkeep.packs()
-        for pack in packs:
-            reason = self._quick_look(pack)
-            if reason is None and pack.damage is not None and pack.damage.startswith(_QUICK):
-                self._upkeep.mark_pack(pack.key, damage=None, verified_at=None)
-            elif reason is not None or pack.damage is not None:
-                self._enter_pack(pack, reason or str(pack.damage))
-                if reason is not None and reason != pack.damage:
-                    self._upkeep.mark_pack(pack.key, damage=reason, verified_at=None)
+        """Look whether every pack is there whole; return them with the damage found so far."""
+        packs = []
+        for pack in self._upkeep.packs():
+            damage = self._quick_look(pack)
+            if damage is None and not is_of_quick_look(pack.damage):
+                damage = pack.damage  # for a deep look to find mended
+            if damage is not None:
+                self._enter_pack(pack, damage)
+            if damage != pack.damage:
+                self._upkeep.mark_pack(pack.key, damage=damage, verified_at=None)
+            packs.append(pack._replace(damage=damage))
         return packs
 
     def at_manifests(self) -> int:
@@ -176,20 +190,19 @@ class _Look:
                 reason = str(error)
             if reason is not None:
                 self._found["operation", key] = Damage("operation", key, reason)
-                if number > 1:  # the first says whose data it is: nobody writes over that
+                if number > 1 or self._is_own():
                     self._upkeep.journal_again(number)
 
     def found_in_pack(self, pack: PackState, bad: Sequence[ChunkDamage]) -> None:
         """Take what a deep look found in one pack; nothing, where all is well."""
+        if is_of_quick_look(pack.damage):  # told already, as a whole
+            return
         if not bad:
             self._found.pop(("pack", pack.key), None)
             return
         held = self._upkeep.reached(pack.key, [chunk.offset for chunk in bad])
         if not held and not self._is_live(pack.key):  # collected while it was looked at
             return
-        known = self._found.get(("pack", pack.key))
-        if known is not None and known.reason.startswith(_QUICK):
-            return  # it is missing or short as a whole: told already
         count = f"{len(bad)} chunk{'s' if len(bad) > 1 else ''}"
         self._enter("pack", pack.key, f"{count} damaged: {bad[0].reason}", held, bad)
 
@@ -226,6 +239,14 @@ class _Look:
             fqns=tuple(sorted({one.fqn for one in held})),
             chunks=tuple(chunks),
         )
+
+    def _is_own(self) -> bool:
+        """Tell whether the first operation, which says whose data it is, is the catalog's."""
+        try:
+            check_owner(self._catalog, self._storage)
+        except DcpstoreError:
+            return False
+        return True
 
     def _is_live(self, key: str) -> bool:
         """Tell whether a pack is one still: a collection may have been faster."""

@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import CheckConstraint, Connection, inspect, text
 
+import dcpstore
 from dcpstore.catalog import Catalog, schema, sqlite_url
 from dcpstore.catalog import migrating as migrating_module
 from dcpstore.catalog.engine import Database
@@ -20,6 +22,8 @@ from dcpstore.catalog.migrating import migrations_folder
 from dcpstore.catalog.views import VIEWS
 from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError, SchemaError
 from dcpstore.records import ChunkDefaults
+from dcpstore.upkeep.rebuild import rebuild
+from tests.soundness import Place, assert_sound
 
 
 @contextmanager
@@ -225,3 +229,19 @@ def test_opening_loads_neither_alembic_nor_torch(tmp_path: Path) -> None:
         [sys.executable, "-c", code, url], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_lost_catalog_is_never_replaced_by_an_empty_one(place: Place) -> None:
+    with place.open() as repo:
+        dcpstore.save({"w": torch.ones(3)}, repo)
+    catalog = Path(place.data).parent / "catalog.db"
+    for lose in (catalog.unlink, lambda: catalog.write_bytes(b"")):
+        lose()
+        for call in (place.open, lambda: dcpstore.save({"w": torch.zeros(3)}, place.data)):
+            with pytest.raises(AlreadyExistsError, match=r"catalog is not here.*dcpstore rebuild"):
+                call()
+    report = rebuild(place.data, place.url)
+    assert report.versions == (1,)
+    with place.open() as repo:
+        assert_sound(repo)

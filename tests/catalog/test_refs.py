@@ -65,6 +65,16 @@ def test_unknown_refs_say_what_is_near(catalog: Catalog) -> None:
             catalog.resolve(ref)
 
 
+def test_versions_without_a_name_are_told_from_no_versions(catalog: Catalog, save: Save) -> None:
+    with pytest.raises(NotFoundError, match="'main': the repository is empty"):
+        catalog.resolve(None)
+    save()
+    catalog.history().undo(expect=None, author="")
+    with pytest.raises(NotFoundError, match=r"has versions, but none has a name\. See.* log'"):
+        catalog.resolve(None)
+    assert catalog.resolve(1).number == 1
+
+
 def test_what_is_no_ref_is_refused(catalog: Catalog) -> None:
     with pytest.raises(InvalidInputError, match="is not a ref"):
         catalog.resolve("best; DROP TABLE ref")

@@ -1,13 +1,23 @@
 """SQL by people: any question, and no change."""
 
+import os
+import signal
+import sqlite3
+import threading
+import time
+from contextlib import closing
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 
 import pytest
 
 from dcpstore.catalog import Catalog
-from dcpstore.errors import InvalidInputError
+from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, NotFoundError
 
 from .conftest import Save
+
+# What only its SQL can say.
+on_postgres = pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
 
 
 def test_questions_are_answered(catalog: Catalog, save: Save) -> None:
@@ -50,6 +60,19 @@ def test_values_are_the_same_on_both(catalog: Catalog, save: Save) -> None:
     assert catalog.query(since, {"t": datetime(2000, 1, 1, tzinfo=UTC)}) == [(1,), (2,)]
 
 
+@on_postgres
+def test_numbers_without_end_are_floats(catalog: Catalog) -> None:
+    for text in ("Infinity", "-Infinity", "NaN"):
+        (row,) = catalog.query(f"SELECT '{text}'::numeric AS x", {})
+        assert repr(row.x) == repr(float(text))
+
+
+@on_postgres
+def test_strings_with_escapes_hide_colons_too(catalog: Catalog) -> None:
+    query = r"SELECT E'it\'s :x' AS a, e'\\' AS b, 'c:\' AS c, :y ::text AS d"
+    assert catalog.query(query, {"y": "z"}) == [("it's :x", "\\", "c:\\", "z")]
+
+
 CHANGES = [
     "DELETE FROM version",
     "INSERT INTO plan (digest, ranks) VALUES ('x', 1)",
@@ -88,19 +111,77 @@ def test_nothing_can_be_changed(catalog: Catalog, save: Save) -> None:
     assert catalog.query("SELECT count(*) AS n FROM version", {})[0].n == 2
 
 
-@pytest.mark.parametrize(
-    ("sql", "params", "match"),
-    [
-        ("SELECT nothing FROM history", {}, "nothing"),
-        ("SELECT * FROM histroy", {}, "histroy(?s:.*)The views to ask are history, entries"),
-        ("SELECT :a AS x", {}, "a"),
-        ("SELECT :a AS x", {"a": object()}, "refused"),
-        ("SELEC 1", {}, "is not a query; begin with SELECT"),
-        ("SELECT 'unended", {}, "refused"),
-    ],
-)
-def test_errors_are_the_databases_own_words(
-    catalog: Catalog, sql: str, params: dict[str, object], match: str
+WRONG: list[tuple[str, dict[str, object], str]] = [
+    ("SELECT nothing FROM history", {}, "nothing"),
+    ("SELECT * FROM histroy", {}, "histroy(?s:.*)The views to ask are history, entries"),
+    ("SELECT :a AS x", {}, "a"),
+    ("SELECT :a AS x", {"a": object()}, "refused"),
+    ("SELEC 1", {}, "is not a query; begin with SELECT"),
+    ("SELECT 'unended", {}, "refused"),
+    ("SELECT 1\0", {}, "the query .* is not text"),
+    ("SELECT '\udc80'", {}, "the query .* is not text"),
+    ("SELECT :a AS x", {"a": "\udc80"}, "the parameter 'a' .* is not text"),
+    ("SELECT :a AS x", {"a": "a\0"}, "the parameter 'a' .* is not text"),
+    ("SELECT :a AS x", {"a": datetime.max.replace(tzinfo=timezone.min)}, "refused"),
+    ("SELECT json('malformed')", {}, "refused"),
+]
+
+
+def test_errors_are_the_databases_own_words(catalog: Catalog, subtests: pytest.Subtests) -> None:
+    for sql, params, match in WRONG:
+        with subtests.test(sql=sql), pytest.raises(InvalidInputError, match=match):
+            catalog.query(sql, params)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_damage_is_no_mistake_of_who_asks(catalog: Catalog, save: Save, tmp_path: Path) -> None:
+    save()
+    with closing(sqlite3.connect(tmp_path / "catalog.db")) as own:
+        own.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (size,) = own.execute("PRAGMA page_size").fetchone()
+        (page,) = own.execute(
+            "SELECT rootpage FROM sqlite_schema WHERE name = 'version'"
+        ).fetchone()
+    with (tmp_path / "catalog.db").open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
+    with pytest.raises(CorruptionError, match="is damaged"):
+        catalog.query("SELECT * FROM history", {})
+
+
+@on_postgres
+def test_a_session_that_ends_is_no_mistake_either(
+    catalog: Catalog, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(InvalidInputError, match=match):
-        catalog.query(sql, params)
+    with pytest.raises(NotFoundError, match="cannot connect to the catalog"):
+        catalog.query("SELECT pg_terminate_backend(pg_backend_pid())", {})
+    assert caplog.text == ""  # what a pool logs reaches people's terminals
+    with pytest.raises(DcpstoreError, match="canceling statement") as caught:
+        catalog.query("SELECT pg_cancel_backend(pg_backend_pid()), pg_sleep(60)", {})
+    assert not isinstance(caught.value, InvalidInputError)
+    assert catalog.query("SELECT 1", {}) == [(1,)]
+
+
+class Rung(Exception):
+    """What the handler of a signal raises."""
+
+
+def test_a_signal_ends_a_long_query(catalog: Catalog, database_url: str) -> None:
+    def ring(*args: object) -> None:
+        raise Rung
+
+    query = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
+    if not database_url.startswith("sqlite"):
+        query = "SELECT pg_sleep(600)"
+    before = signal.signal(signal.SIGUSR1, ring)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1))
+    began = time.monotonic()
+    try:
+        timer.start()
+        with pytest.raises(Rung):
+            catalog.query(query, {})
+        assert time.monotonic() - began < 30
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        timer.join()
+    assert catalog.query("SELECT 1", {}) == [(1,)]

@@ -85,31 +85,32 @@ def test_several_files_and_shards(empty: str, run: Run, tmp_path: Path) -> None:
     assert run("import", *files, str(tmp_path), repo=empty).exit_code == 2
 
 
-@pytest.mark.parametrize(
-    ("args", "code", "told"),
-    [
-        (("import", "nix"), 1, "nothing is at 'nix'"),
-        (("import", "void"), 1, "neither"),
-        (("import", "in.pt", "in.pt"), 2, "no safetensors file"),
-        (("import", "bad.pt"), 3, "truncated"),
-        (("import", "bad.safetensors"), 3, "safetensors"),
-        (("import", "in.pt", "--dtype", "int7"), 2, "int7"),
-        (("import", "in.pt", "--branch", "a..b"), 2, "a..b"),
-        (("import",), 2, "SOURCE"),
-        (("export", "main", "in.pt", "--format", "torch"), 11, "exists"),
-        (("export", "nix", "out", "--format", "torch"), 1, "nix"),
-        (("export", "main", "no/out", "--format", "zarr"), 1, "missing"),
-        (("export", "main", "out"), 2, "--format"),
-        (("export", "main", "out", "--format", "dcp", "--max-shard-size", "1"), 2, "safetensors"),
-        (("export", "main", "out", "--format", "zarr", "--allow-pickle"), 2, "pickle"),
-        (("export", "main", "out", "--format", "safetensors", "--max-shard-size", "x"), 2, "'x'"),
-    ],
-)
+FAILURES: list[tuple[tuple[str, ...], int, str]] = [
+    (("import", "nix"), 1, "nothing is at 'nix'"),
+    (("import", "void"), 1, "neither"),
+    (("import", "in.pt", "in.pt"), 2, "no safetensors file"),
+    (("import", "bad.pt"), 3, "truncated"),
+    (("import", "bad.safetensors"), 3, "safetensors"),
+    (("import", "in.pt", "--dtype", "int7"), 2, "int7"),
+    (("import", "in.pt", "--branch", "a..b"), 2, "a..b"),
+    (("import",), 2, "SOURCE"),
+    (("export", "main", "in.pt", "--format", "torch"), 11, "exists"),
+    (("export", "nix", "out", "--format", "torch"), 1, "nix"),
+    (("export", "main", "no/out", "--format", "zarr"), 1, "missing"),
+    (("export", "main", "out"), 2, "--format"),
+    (("export", "main", "out", "--format", "dcp", "--max-shard-size", "1"), 2, "safetensors"),
+    (("export", "main", "out", "--format", "zarr", "--allow-pickle"), 2, "pickle"),
+    (("export", "main", "out", "--format", "safetensors", "--max-shard-size", "x"), 2, "'x'"),
+]
+
+
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_failures(filled: str, run: Run, args: tuple[str, ...], code: int, told: str) -> None:
-    done = run(*args, repo=filled)
-    assert (done.exit_code, told in done.output) == (code, True), done.output
-    assert len(json.loads(run("log", "--json", repo=filled).output)) == 1
+def test_failures(filled: str, run: Run, subtests: pytest.Subtests) -> None:
+    for args, code, told in FAILURES:
+        with subtests.test(args=args):
+            done = run(*args, repo=filled)
+            assert (done.exit_code, told in done.output) == (code, True), done.output
+            assert len(json.loads(run("log", "--json", repo=filled).output)) == 1
 
 
 def test_no_repository(run: Run, source: Path, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def test_every_error_has_its_code() -> None:
         (("tag", "best"), 11),
     ],
 )
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_codes_and_messages_of_a_process(target: str, args: tuple[str, ...], code: int) -> None:
     result = run_process(*args, repo=target)
     assert result.returncode == code, result.stderr
@@ -140,7 +141,7 @@ def test_a_closed_pipe_is_quiet(target: str) -> None:
     assert (result.returncode, result.stderr) == (141, "")
 
 
-@pytest.mark.parametrize("moment", ["import", "command"])
+@pytest.mark.parametrize("moment", ["import", "command", "query"])
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_an_interrupt_is_quiet(target: str, moment: str) -> None:
     interrupt = "os.kill(os.getpid(), signal.SIGINT); time.sleep(30)"
@@ -156,6 +157,16 @@ main()
 class Keyboard:
     def read(self):
         {interrupt}
+sys.stdin = Keyboard()
+sys.argv = ["dcpstore", "sql", "-"]
+main()
+""",
+        "query": """
+import threading
+class Keyboard:
+    def read(self):
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT 1 FROM n) SELECT max(i) FROM n"
 sys.stdin = Keyboard()
 sys.argv = ["dcpstore", "sql", "-"]
 main()

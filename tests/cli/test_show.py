@@ -32,6 +32,14 @@ def test_tells_all(run: Run, target: str) -> None:
     assert "\n         val_loss 1.87\n" in output
 
 
+def test_no_digit_of_a_metric_is_lost(run: Run, catalog: Catalog, target: str) -> None:
+    told = {"tokens": 123456789, "loss": 1.23456789, "big": 1e22, "none": 0, "odd": float("nan")}
+    save_version(catalog, 4, metrics=told)
+    shown = run("show", repo=target).stdout
+    for line in ("tokens 123456789", "loss 1.23456789", "big 1e+22", "none 0", "odd nan"):
+        assert f"  {line}\n" in shown
+
+
 def test_every_field_is_in_the_json(run: Run, target: str) -> None:
     shown = json.loads(run("show", "v2", "--json", repo=target).stdout)
     assert shown == json.loads(run("log", "v2", "-n1", "--json", repo=target).stdout)[0]

@@ -52,6 +52,8 @@ def test_expire_explains_and_then_forgets(run: Run, folder: str) -> None:
         ("--keep-best", "loss"),
         ("--keep-best", "loss:few"),
         ("--keep-since", "soon"),
+        ("--keep-since", "99999999d"),
+        ("--keep-since", "0001-01-01T00:00+09:00"),
         ("--keep-last", "0"),
     ],
     ids=str,
@@ -81,7 +83,8 @@ def test_gc_frees_what_expired(run: Run, folder: str) -> None:
     assert "deleted    3 packs" in result.output
     assert would["dry_run"] is True
     assert len(would["deleted"]) == 3
-    assert run("gc", "--grace", "soon", repo=folder).exit_code == 2
+    for args in (("--grace", "soon"), ("--grace", "99999999d"), ("--lease", "99999999d")):
+        assert run("gc", *args, repo=folder).exit_code == 2
 
 
 def test_verify_exits_with_3_and_names_the_damage(run: Run, folder: str) -> None:

@@ -21,6 +21,7 @@ def benchmark() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sqlite", "postgres"])
 def test_it_times_every_question(
     benchmark: ModuleType, name: str, tmp_path: Path, request: pytest.FixtureRequest

@@ -175,6 +175,31 @@ def test_damage_is_named_and_only_the_chunks_show_it(small: Repository, place: P
         small.diff("v1", "v2", stats=True)
 
 
+def test_along_a_branch_each_version_is_compared_with_the_next_that_is_left(
+    small: Repository, place: Place
+) -> None:
+    for step in range(1, 6):
+        dcpstore.save(state(lr=step // 4), small, step=step)
+    small.expire(keep_every=3)
+    small.tag("start", 3)
+    dcpstore.save(state(lr=1), small, step=6)
+    small.expire(keep_every=3)
+    assert [version.number for version in small.log()] == [6, 3]
+    dcpstore.save(state(lr=1), small, step=7)
+
+    def run(*args: str) -> Any:
+        command = ["diff", "--along", "main", *args]
+        return CliRunner(env={"DCPSTORE_REPO": place.url}).invoke(commands, command)
+
+    told = run("--json")
+    assert told.exit_code == 1
+    assert [(one["old"], one["new"]) for one in json.loads(told.stdout)] == [(3, 6), (6, 7)]
+    assert run("v3", "v6").exit_code == 1
+    assert run("v6", "v7").exit_code == 0
+    alone = run("v6", "v6")
+    assert (alone.exit_code, alone.stderr[:11]) == (0, "one version")
+
+
 def test_the_command(small: Repository, place: Place, tmp_path: Path) -> None:
     dcpstore.save(state(), small, step=1)
     changed = state(lr=0.2)

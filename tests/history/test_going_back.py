@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -213,6 +215,51 @@ def test_a_rebuilt_catalog_has_undone_what_was_undone(repo: Repository, place: P
         assert (refs(rebuilt), rebuilt.log(), rebuilt.operations()) == told
         rebuilt.catalog.history().undo(expect=None, author="")  # past the journal, which both share
         assert refs(rebuilt)["main"] == 2
+
+
+def test_who_has_no_name_may_change_all_that_there_is(
+    repo: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # as 'docker run --user 54321' has it
+    for i in range(3):
+        save(repo, i)
+    repo.tag("a", 1)
+    repo.branch("b", at=2)
+    repo.delete_tag("a")
+    repo.undo()
+    repo.add_metrics(1, {"late": 1.0})
+    repo.add_labels(1, {"late": "x"})
+    repo.rollback("main~1")
+    repo.tag("c", 2)
+    repo.delete_branch("main")
+    repo.expire(keep_tagged=True)
+    repo.gc(grace="0s")
+    done = [operation for operation in repo.operations() if operation.kind != "init"]
+    assert {operation.author for operation in done} == {"54321"}
+    with dcpstore.open(tmp_path / "other") as other:
+        assert len(repo.copy_to(other).copied) == len(repo.log())
+
+
+def test_what_names_nothing_is_refused(repo: Repository) -> None:
+    save(repo, 1)
+    before = everything(repo)
+    for call in (
+        lambda: repo.delete_tag(None),  # type: ignore[arg-type]
+        lambda: repo.delete_branch(1),  # type: ignore[arg-type]
+        lambda: repo.rollback("v1", branch=None),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InvalidInputError, match="names no branch or tag"):
+            call()
+    with pytest.raises(InvalidInputError, match="expect is '2'; give the number"):
+        repo.undo(expect="2")  # type: ignore[arg-type]
+    for limit in (-1, 2**70, True, "3"):
+        with pytest.raises(InvalidInputError, match="limit is"):
+            repo.operations(limit=limit)  # type: ignore[arg-type]
+    assert everything(repo) == before
+    assert repo.operations(limit=0) == []
+    assert len(repo.operations(limit=2**63 - 1)) == len(before[1])
 
 
 steps = st.lists(

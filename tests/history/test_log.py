@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from dcpstore.catalog.lineage import ancestor_at, is_ancestor, lineage_below
 from dcpstore.cli.commands import commands
 from dcpstore.cli.graph import draw_graph
 from dcpstore.errors import InvalidInputError, NotFoundError
-from dcpstore.records import Version
+from dcpstore.records import Version, VersionDraft
 from dcpstore.repository import Repository
 from tests.cli.history import START, save_version
 from tests.soundness import Place
@@ -34,51 +35,72 @@ def told(place: Place) -> Iterator[Repository]:
         yield repo
 
 
-@pytest.mark.parametrize(
-    ("wanted", "numbers"),
-    [
-        ({}, [4, 3, 2, 1]),
-        ({"where": "loss<2.5"}, [4, 2]),
-        ({"where": ["loss <= 3", "acc>=0.5"]}, [2]),
-        ({"where": "loss!=2"}, [1]),
-        ({"where": "loss == 2", "limit": 1}, [4]),
-        ({"steps": (20, None)}, [4, 3, 2]),
-        ({"steps": (None, 20), "ref": "main"}, [2, 1]),
-        ({"since": START + timedelta(minutes=34), "until": START + timedelta(minutes=51)}, [3, 2]),
-        ({"labels": {"lr": "2"}}, [4]),
-        ({"labels": {"lr": "1", "q": 'a"b'}}, [1]),
-        ({"labels": {"nothing": "1"}}, []),
-        ({"tag": "b*"}, [2]),
-        ({"tag": "?"}, [4]),
-        ({"tag": "b?2"}, [2]),
-        ({"tag": "bX2"}, []),
-        ({"branch": "try"}, [3]),
-        ({"branch": "main", "ref": "try"}, [1]),
-        ({"ref": "main", "where": "loss<2.5", "branch": "main", "limit": 5}, [4, 2]),
-    ],
-)
-def test_filters(told: Repository, wanted: dict[str, Any], numbers: list[int]) -> None:
-    assert [v.number for v in told.log(**wanted)] == numbers
+EARLIEST, LATEST = datetime.min, datetime.max
+EAST, WEST = timezone(timedelta(hours=9)), timezone(timedelta(hours=-5))
+FILTERS: list[tuple[dict[str, Any], list[int]]] = [
+    ({}, [4, 3, 2, 1]),
+    ({"where": "loss<2.5"}, [4, 2]),
+    ({"where": ["loss <= 3", "acc>=0.5"]}, [2]),
+    ({"where": "loss!=2"}, [1]),
+    ({"where": "loss == 2", "limit": 1}, [4]),
+    ({"steps": (20, None)}, [4, 3, 2]),
+    ({"steps": (None, 20), "ref": "main"}, [2, 1]),
+    ({"since": START + timedelta(minutes=34), "until": START + timedelta(minutes=51)}, [3, 2]),
+    ({"labels": {"lr": "2"}}, [4]),
+    ({"labels": {"lr": "1", "q": 'a"b'}}, [1]),
+    ({"labels": {"nothing": "1"}}, []),
+    ({"tag": "b*"}, [2]),
+    ({"tag": "?"}, [4]),
+    ({"tag": "b?2"}, [2]),
+    ({"tag": "bX2"}, []),
+    ({"branch": "try"}, [3]),
+    ({"branch": "main", "ref": "try"}, [1]),
+    ({"ref": "main", "where": "loss<2.5", "branch": "main", "limit": 5}, [4, 2]),
+]
+MEANINGLESS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"where": "loss"}, InvalidInputError, "compares no metric"),
+    ({"where": "loss<low"}, InvalidInputError, "compares no metric"),
+    ({"where": "loss=<2"}, InvalidInputError, "compares no metric"),
+    ({"where": "lss<2"}, NotFoundError, r"no metric 'lss'\. Did you mean 'loss'"),
+    ({"branch": "tri"}, NotFoundError, r"no branch 'tri'\. Did you mean 'try'"),
+    ({"tag": "[ab]"}, InvalidInputError, "names no tags"),
+    ({"labels": {"a": "\0"}}, InvalidInputError, "label 'a'"),
+    ({"ref": "v9", "where": "loss<2"}, NotFoundError, "no version v9"),
+    ({"limit": -1}, InvalidInputError, "limit is -1"),
+    ({"limit": 2**70, "ref": "main"}, InvalidInputError, "limit is 118"),
+    ({"steps": (0, 2**70)}, InvalidInputError, r"steps are \(0, 118"),
+    ({"steps": (-(2**70), None)}, InvalidInputError, "steps are"),
+    ({"since": EARLIEST.replace(tzinfo=EAST)}, InvalidInputError, "no time in UTC"),
+    ({"until": LATEST.replace(tzinfo=WEST)}, InvalidInputError, "no time in UTC"),
+    ({"since": "2026-03-01"}, InvalidInputError, "give a datetime"),
+]
 
 
-@pytest.mark.parametrize(
-    ("wanted", "error", "message"),
-    [
-        ({"where": "loss"}, InvalidInputError, "compares no metric"),
-        ({"where": "loss<low"}, InvalidInputError, "compares no metric"),
-        ({"where": "loss=<2"}, InvalidInputError, "compares no metric"),
-        ({"where": "lss<2"}, NotFoundError, r"no metric 'lss'\. Did you mean 'loss'"),
-        ({"branch": "tri"}, NotFoundError, r"no branch 'tri'\. Did you mean 'try'"),
-        ({"tag": "[ab]"}, InvalidInputError, "names no tags"),
-        ({"labels": {"a": "\0"}}, InvalidInputError, "label 'a'"),
-        ({"ref": "v9", "where": "loss<2"}, NotFoundError, "no version v9"),
-    ],
-)
-def test_what_cannot_be_meant(
-    told: Repository, wanted: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        told.log(**wanted)
+def test_only_what_is_there_can_be_meant(told: Repository) -> None:
+    """A save that came to nothing, or a version that expired, has no branch and no metric."""
+    typo = VersionDraft(uid="typo", branch="mian", metrics={"lss": 1.0})
+    told.catalog.begin(typo)
+    told.catalog.abort("typo", "")
+    save_version(told.catalog, 5, branch="mani", metrics={"loos": 1.0})
+    told.undo()
+    save_version(told.catalog, 6)
+    told.expire(keep_best=("loss", 9))
+    assert [v.number for v in told.log()] == [6, 4, 3, 2, 1]
+    for wanted in ({"branch": "mian"}, {"branch": "mani"}, {"where": "lss<9"}, {"where": "loos<9"}):
+        with pytest.raises(NotFoundError, match=r"Did you mean '(main|loss)'"):
+            told.log(**wanted)  # type: ignore[arg-type]
+
+
+def test_filters(told: Repository, subtests: pytest.Subtests) -> None:
+    for wanted, numbers in FILTERS:
+        with subtests.test(wanted=wanted):
+            assert [v.number for v in told.log(**wanted)] == numbers
+
+
+def test_what_cannot_be_meant(told: Repository, subtests: pytest.Subtests) -> None:
+    for wanted, error, message in MEANINGLESS:
+        with subtests.test(wanted=wanted), pytest.raises(error, match=message):
+            told.log(**wanted)
 
 
 def test_the_best(told: Repository) -> None:
@@ -126,7 +148,9 @@ def test_uids_that_begin_alike_and_those_that_read_as_numbers(told: Repository) 
     assert told.show("abcdef").number == 4
 
 
-def test_the_command_filters_and_draws(told: Repository, place: Place) -> None:
+def test_the_command_filters_and_draws(
+    told: Repository, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run(*args: str) -> Any:
         return CliRunner(env={"DCPSTORE_REPO": place.url}).invoke(commands, ["log", *args])
 
@@ -136,6 +160,12 @@ def test_the_command_filters_and_draws(told: Repository, place: Place) -> None:
     shown = run("--steps", "20:", "--since", since, "--label", "lr=2", "--where", "loss<3").stdout
     assert [line.split()[0] for line in shown.splitlines()[1:]] == ["v4"]
     assert run("--tag", "no*").stderr == "no such versions.\n"
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    far = run("--since", "0001-01-01")
+    monkeypatch.undo()
+    time.tzset()
+    assert (far.exit_code, "years go from 1 to 9999" in far.stderr) == (2, True)
     for args in (["--steps", "x"], ["--since", "soon"], ["--label", "lr"], ["--where", "x"]):
         assert run(*args).exit_code == 2
 

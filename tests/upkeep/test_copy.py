@@ -7,15 +7,20 @@ import torch
 
 import dcpstore
 from dcpstore import (
+    AlreadyExistsError,
     ConflictError,
     CorruptionError,
     InvalidInputError,
     NotFoundError,
     Repository,
 )
+from dcpstore.repository import open as open_repository
 from dcpstore.storage.manifests import decode_manifest, manifest_key
+from dcpstore.upkeep.rebuild import rebuild
 from tests.soundness import Place, assert_sound
 from tests.upkeep.conftest import Save, packs_of, saver, views
+
+pytestmark = pytest.mark.slow_on_postgres
 
 
 def contents(repo: Repository) -> dict[str, dict[str, str]]:
@@ -114,6 +119,37 @@ def test_a_tag_that_means_something_else_there_stays(
     report = repo.copy_to(other)
     assert report.left == ("best", "main")
     assert other.show("best").number == 1
+
+
+def test_a_tag_that_is_called_as_a_branch_of_the_source_stops_no_copy(
+    repo: Repository, other: Repository, save: Save, tmp_path: Path
+) -> None:
+    save(branch="exp")
+    save(branch="exp")
+    there = saver(other)
+    there(tags=["exp"])
+    report = repo.copy_to(other)
+    assert (report.copied, report.refs, report.left) == (((1, 2), (2, 3)), (), ("exp",))
+    assert other.show("exp").number == 1  # the tag is what it was
+    assert [version.branch for version in other.log()] == ["exp", "exp", "main"]
+    with pytest.raises(AlreadyExistsError, match="'exp' is taken: it is a tag of v1"):
+        there(branch="exp")
+    repo.delete_branch("exp")
+    repo.tag("exp", 2)  # where it was saved, it is a tag by now
+    assert repo.copy_to(other, ["exp"]).left == ("exp",)
+    assert_sound(other)
+    rebuild(str(tmp_path / "other"), into=str(tmp_path / "again"))
+    with open_repository(tmp_path / "again") as again:
+        assert again.log() == other.log()
+
+
+def test_a_branch_that_went_or_is_a_tag_by_now_is_not_moved(repo: Repository, save: Save) -> None:
+    save(tags=["a"])
+    save()
+    advance = repo.catalog.upkeep().advance_branch
+    assert not advance("gone", 2, author="ada")
+    assert not advance("a", 2, author="ada")
+    assert repo.show("a").number == 1
 
 
 def test_damage_is_not_copied(place: Place, repo: Repository, other: Repository) -> None:

@@ -1,7 +1,7 @@
 """Which versions expire, what stays of them, and what a save with retention does."""
 
 import logging
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
@@ -43,7 +43,8 @@ def test_rules_are_a_union_and_say_what_they_keep(repo: Repository, save: Save) 
 def test_the_largest_may_be_best(repo: Repository, save: Save) -> None:
     for accuracy in (0.5, 0.9, 0.7, 0.1):
         save(metrics={"accuracy": accuracy})
-    assert repo.expire(keep_best=("accuracy", 1, "max")).kept == (2, 4)
+    assert repo.expire(keep_best=("accuracy", 1, "max"), dry_run=True).kept == (2, 4)
+    assert repo.expire(keep_best=["accuracy", 1, "max"]).kept == (2, 4)  # type: ignore[arg-type]
 
 
 def test_tips_tagged_and_newest_versions_never_expire(repo: Repository, save: Save) -> None:
@@ -85,6 +86,9 @@ def test_keep_since_takes_times_and_spans(repo: Repository, save: Save) -> None:
     assert repo.expire(keep_since=middle, dry_run=True).expired == (1,)
     assert repo.expire(keep_since="1h", dry_run=True).expired == ()
     assert repo.expire(keep_since="0s", dry_run=True).expired == (1, 2)
+    assert repo.expire(keep_since="100000d", dry_run=True).expired == ()
+    with pytest.raises(InvalidInputError, match="longer than 100,000 days"):
+        repo.expire(keep_since="100001d")
 
 
 def test_an_expired_version_resolves_to_when_it_expired(repo: Repository, save: Save) -> None:
@@ -106,30 +110,35 @@ def test_an_expired_version_resolves_to_when_it_expired(repo: Repository, save: 
     assert {row.version for row in repo.sql("SELECT version FROM entries")} == {1, 4}
 
 
-@pytest.mark.parametrize(
-    "rules",
-    [
-        {},
-        {"keep_last": 0},
-        {"keep_last": True},
-        {"keep_every": -1},
-        {"keep_best": ("loss", 0)},
-        {"keep_best": ("loss", 1, "least")},
-        {"keep_best": "loss"},
-        {"keep_since": "soon"},
-        {"keep_since": datetime(2026, 1, 1)},  # of which zone?
-        {"keep_since": timedelta(days=-1)},
-    ],
-    ids=str,
-)
+MEANINGLESS: list[dict[str, object]] = [
+    {},
+    {"keep_last": 0},
+    {"keep_last": True},
+    {"keep_every": -1},
+    {"keep_best": ("loss", 0)},
+    {"keep_best": ("loss", 1, "least")},
+    {"keep_best": "loss"},
+    {"keep_since": "soon"},
+    {"keep_since": datetime(2026, 1, 1)},  # of which zone?
+    {"keep_since": timedelta(days=-1)},
+    {"keep_since": "99999999d"},  # before there was time
+    {"keep_since": "9999999999999999w"},
+    {"keep_since": timedelta.max},
+    {"keep_since": datetime.min.replace(tzinfo=timezone(timedelta(hours=9)))},
+    {"keep_since": 7},
+]
+
+
 def test_rules_that_cannot_be_meant_change_nothing(
-    repo: Repository, save: Save, rules: dict[str, object]
+    repo: Repository, save: Save, subtests: pytest.Subtests
 ) -> None:
     save()
     save()
-    with pytest.raises(InvalidInputError):
-        repo.expire(**rules)  # type: ignore[arg-type]
-    assert numbers(repo) == [1, 2]
+    for rules in MEANINGLESS:
+        with subtests.test(rules=rules):
+            with pytest.raises(InvalidInputError):
+                repo.expire(**rules)  # type: ignore[arg-type]
+            assert numbers(repo) == [1, 2]
 
 
 def test_a_metric_that_no_version_has_expires_nothing(repo: Repository, save: Save) -> None:
@@ -159,3 +168,27 @@ def test_retention_that_fails_leaves_the_save(
     assert "no metric 'loss'" in caplog.text
     with pytest.raises(InvalidInputError, match="no rule"):
         dcpstore.Retention()
+
+
+def test_a_mistake_of_ours_in_retention_leaves_the_save(
+    repo: Repository, save: Save, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **said: object) -> None:
+        raise OverflowError("date value out of range")
+
+    monkeypatch.setattr("dcpstore.retention.expire", fail)
+    with caplog.at_level(logging.WARNING):
+        version = save(retention=Retention(keep_last=1))
+    assert repo.show() == version
+    assert "nothing expired after the save to 'main'" in caplog.text
+    assert "date value out of range" in caplog.text
+
+
+def test_retention_that_is_none_is_refused_before_anything_is_saved(
+    repo: Repository, save: Save
+) -> None:
+    for retention in ({"keep_last": 1}, "7d", 5):
+        with pytest.raises(InvalidInputError, match="is no set of rules"):
+            save(retention=retention)
+    assert repo.log() == []
+    assert repo.sql("SELECT count(*) AS n FROM version")[0].n == 0

@@ -66,8 +66,10 @@ def test_a_dry_run_changes_nothing(repo: Repository, save: Save) -> None:
         before
     )
     real = repo.gc(grace=NOW)
+    assert real.repacked  # and the old packs deleted
     assert set(report.condemned) <= set(real.condemned)
-    assert report.cleared == real.cleared
+    assert set(report.deleted) == set(real.deleted)
+    assert (report.cleared, report.nbytes_freed) == (real.cleared, real.nbytes_freed)
 
 
 def test_a_pack_mostly_dead_is_repacked_and_versions_stay_readable(repo: Repository) -> None:
@@ -165,6 +167,26 @@ def test_a_save_goes_through_while_what_it_reuses_is_repacked(
     assert torch.equal(repo.read()["small"], small)
 
 
+def test_no_manifest_names_what_goes_of_two_saves_that_wrote_the_same(
+    repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = torch.randn(100)
+    commit = repo.catalog.commit
+
+    def commit_second(*said: Any) -> Any:
+        monkeypatch.setattr(repo.catalog, "commit", commit)
+        dcpstore.save({"same": same}, repo, branch="rival")
+        return commit(*said)
+
+    monkeypatch.setattr(repo.catalog, "commit", commit_second)
+    version = dcpstore.save({"same": same}, repo)
+    (gone,) = repo.gc(grace=NOW).deleted
+    assert gone.key == f"packs/{version.uid}/0-0.pack"
+    manifest = decode_manifest(repo.storage.get(manifest_key(version.uid)))
+    named = {chunk.pack for tensor in manifest.content.tensors for chunk in tensor.chunks}
+    assert named == packs_of(repo)
+
+
 def test_what_crashed_saves_left_is_cleared_after_their_lease(repo: Repository, save: Save) -> None:
     save()
     draft = begin(repo)
@@ -196,6 +218,8 @@ def test_a_save_that_lapses_while_gc_runs_keeps_what_it_wrote(
     listed = repo.storage.list
 
     def lapse_and_list(prefix: str = "") -> Any:
+        if prefix != "packs":  # which is listed once crashed saves were told
+            return listed(prefix)
         with repo.catalog._database.write() as connection:
             silent = datetime.now(UTC) - timedelta(hours=2)
             connection.execute(update(schema.version).values(touched_at=silent))
@@ -282,10 +306,10 @@ def test_unknown_objects_are_left_alone_until_they_are_old(
 def test_a_data_folder_of_another_repository_is_left_alone(
     place: Place, repo: Repository, tmp_path: Path
 ) -> None:
-    dcpstore.save({"w": torch.ones(3)}, repo)
-    journal = [repo.storage.get(key) for key in repo.storage.list("operations")]
     (tmp_path / "second").mkdir()
     with open_repository(tmp_path / "second", data=place.data) as second:
+        dcpstore.save({"w": torch.ones(3)}, repo)
+        journal = [repo.storage.get(key) for key in repo.storage.list("operations")]
         dcpstore.save({"w": torch.zeros(3)}, second)
         second.tag("mine")
         with pytest.raises(DcpstoreError, match="belongs to repository"):
@@ -315,6 +339,42 @@ def test_two_collections_at_once_do_no_harm(place: Place, repo: Repository, save
         thread.join()
     assert failures == []
     assert repo.verify(deep=True).damaged == ()
+
+
+@pytest.mark.parametrize("how", ["emptied", "damaged"])
+def test_a_pack_that_cannot_be_repacked_is_passed_over(
+    place: Place, repo: Repository, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    kept, more = torch.randn(10), torch.randn(10)
+    dcpstore.save({"big": torch.randn(1000), "kept": kept}, repo)
+    dcpstore.save({"big": torch.randn(1000), "more": more}, repo)
+    dcpstore.save({"kept": kept}, repo)
+    dcpstore.save({"more": more}, repo)
+    repo.expire(keep_every=2, keep_last=2)
+    upkeep = type(repo.catalog.upkeep())
+    plan = upkeep.plan_pack
+
+    spoilt: list[tuple[Path, bytes]] = []
+
+    def plan_and_spoil(self: Any, old: str, new: str, **said: Any) -> bool:
+        monkeypatch.setattr(upkeep, "plan_pack", plan)
+        if how == "damaged":
+            path = Path(place.data) / old
+            spoilt.append((path, path.read_bytes()))
+            path.write_bytes(b"")
+        done = plan(self, old, new, **said)
+        if how == "emptied":  # by another collection
+            with place.open() as rival:
+                rival.expire(keep_last=1)
+                rival.gc(grace="1h")
+        return done
+
+    monkeypatch.setattr(upkeep, "plan_pack", plan_and_spoil)
+    repo.gc(grace="1h")
+    assert {row.status for row in repo.sql("SELECT status FROM pack")} == {"live", "condemned"}
+    for path, whole in spoilt:
+        path.write_bytes(whole)
+    assert torch.equal(repo.read()["more"], more)
 
 
 @pytest.mark.parametrize("step", ["copied", "switched", "renewed", "deleted"])
@@ -373,6 +433,14 @@ def test_grace_is_a_span_of_time(repo: Repository) -> None:
             repo.gc(grace=wrong)  # type: ignore[arg-type]
     for right in ("1.5h", "2w", "30 m", timedelta(days=1)):
         assert repo.gc(grace=right).nbytes_freed == 0
+
+
+def test_the_longest_span_is_taken(repo: Repository, save: Save) -> None:
+    save()
+    save()
+    repo.expire(keep_last=1)
+    report = repo.gc(grace="100000d", lease="100000d")
+    assert (report.deleted, report.cleared, report.crashed) == ((), (), ())
 
 
 def test_dead_plans_and_tensors_leave_no_rows(repo: Repository) -> None:

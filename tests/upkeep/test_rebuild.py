@@ -18,6 +18,8 @@ from dcpstore.upkeep.rebuild import rebuild
 from tests.soundness import Place, assert_sound
 from tests.upkeep.conftest import Save, views
 
+pytestmark = pytest.mark.slow_on_postgres
+
 
 @pytest.fixture
 def repo(place: Place) -> Iterator[Repository]:

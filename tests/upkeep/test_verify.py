@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dcpstore
-from dcpstore import CorruptionError, InvalidInputError, Repository, Version
+from dcpstore import CorruptionError, DcpstoreError, InvalidInputError, Repository, Version
 from dcpstore.repository import open as open_repository
 from dcpstore.storage.manifests import manifest_key
 from tests.cli.conftest import ask_database
@@ -113,6 +113,26 @@ def test_a_short_pack_is_found_without_reading(place: Place, repo: Repository) -
     assert_sound(repo)
 
 
+def test_a_pack_of_the_wrong_size_is_damaged_though_every_digest_is_right(
+    place: Place, repo: Repository
+) -> None:
+    versions = saved(repo)
+    path = pack_file(place, versions[2])
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"0123456789")
+    for deep in (False, True, False, True):
+        report = repo.verify(deep=deep)
+        assert [d.reason for d in report.damaged] == [
+            f"size: {len(whole) + 10} bytes instead of 400"
+        ]
+        assert [d.versions for d in report.damaged] == [(3,)]
+        (row,) = repo.sql("SELECT damage FROM pack WHERE damage IS NOT NULL")
+        assert row.damage == report.damaged[0].reason
+    path.write_bytes(whole)
+    assert repo.verify(deep=True).damaged == ()
+    assert_sound(repo)
+
+
 def test_saving_the_content_again_heals_it_for_every_version(
     place: Place, repo: Repository
 ) -> None:
@@ -172,6 +192,51 @@ def test_a_damaged_operation_is_written_anew_by_the_next_change(
     repo.tag("next", "v1")
     assert repo.verify(deep=True).damaged == ()
     assert_sound(repo)
+
+
+@pytest.mark.parametrize("how", ["gone", "flipped", "another"])
+def test_the_first_operation_is_written_anew_where_the_others_are_ours(
+    place: Place, repo: Repository, how: str
+) -> None:
+    saved(repo)
+    path = Path(place.data) / "operations" / "000000000001.json"
+    whole = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    elif how == "flipped":
+        flip(path, 150)
+    else:
+        path.write_bytes(path.with_name("000000000002.json").read_bytes())
+    (damage,) = repo.verify(deep=True).damaged
+    assert (damage.kind, damage.key) == ("operation", "operations/000000000001.json")
+    repo.gc()
+    assert path.read_bytes() == whole
+    assert repo.verify(deep=True).damaged == ()
+    assert_sound(repo)
+
+
+@pytest.mark.parametrize("how", ["gone", "flipped", "alone"])
+def test_the_first_operation_of_another_repository_stays(
+    place: Place, repo: Repository, tmp_path: Path, how: str
+) -> None:
+    (tmp_path / "second").mkdir()
+    with open_repository(tmp_path / "second", data=place.data) as second:
+        saved(repo)
+        path = Path(place.data) / "operations" / "000000000001.json"
+        if how == "gone":
+            path.unlink()
+        else:
+            flip(path, 150)
+        if how == "alone":
+            for number in (2, 3, 4):
+                path.with_name(f"{number:012}.json").unlink()
+        journal = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+        dcpstore.save({"w": torch.zeros(3)}, second)
+        with pytest.raises(DcpstoreError, match=r"nothing was changed|cannot tell whose"):
+            second.gc(grace="0s", lease="0s")
+        second.verify(deep=True)
+        second.tag("mine")
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == journal
 
 
 def test_a_damaged_part_of_a_tensor_is_a_fault_and_no_crash(place: Place, repo: Repository) -> None:
