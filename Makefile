@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow torture docs lint clean
+.PHONY: demo test slow torture bench docs lint clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -12,7 +12,7 @@ demo: .venv/installed  ## Train on 2 ranks, go on on 1 and 4, and prove it; unde
 	$(BIN)/python examples/demo.py demo
 
 test: .venv/installed  ## Every test but the slow ones.
-	$(BIN)/pytest -q -n 2 --dist worksteal -m 'not slow'
+	$(BIN)/pytest -q -n 3 --dist worksteal -m 'not slow'
 
 slow: .venv/installed  ## The tests that take long, or gigabytes.
 	$(BIN)/pytest -q -m slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any, SupportsFloat, overload
 
 import torch
@@ -22,13 +21,12 @@ from dcpstore.errors import InvalidInputError
 from dcpstore.loading import LoadSource, load_version
 from dcpstore.planning import DefaultLoadPlanner, DefaultSavePlanner
 from dcpstore.planning.load_options import LoadOptions, OnDtype, Rename
-from dcpstore.planning.stateful import optimizer_names, own_names
 from dcpstore.records import LoadReport, Version
 from dcpstore.repository import Repository, opened
 from dcpstore.retention import Retention
 from dcpstore.saving import SaveRequest, SaveTarget, make_request, save_version
 
-__all__ = ["RepositoryLike", "load", "save", "target_of"]
+__all__ = ["RepositoryLike", "load", "save", "target_of", "where_given"]
 
 RepositoryLike = Repository | str | os.PathLike[str]
 
@@ -154,7 +152,7 @@ def save(
     with ExitStack() as stack:
         return save_version(
             state_dict,
-            lambda: target_of(repo, checkpoint_id, stack),
+            lambda: target_of(where_given(repo, checkpoint_id), stack),
             request,
             ranks=ranks,
             planner=planner,
@@ -246,9 +244,10 @@ def load(
 
     Raises:
         MismatchError: everything that is missing or differs, on any rank; no tensor was touched.
+        InvalidInputError: an argument, or a place in the state, that cannot be meant or filled.
         NotFoundError: no such version or repository.
         CorruptionError: stored bytes are damaged; tensors before the damage are filled already.
-        UnsafeDataError: a value is a pickle, and pickle is not allowed.
+        UnsafeDataError: a value is a pickle, and pickle is not allowed; no tensor was touched.
         RankFailure: some ranks failed, with each one's error.
     """
     if storage_reader is not None:
@@ -265,7 +264,7 @@ def load(
     with ExitStack() as stack:
 
         def open_source() -> LoadSource:
-            where = _where(repo, checkpoint_id)
+            where = where_given(repo, checkpoint_id)
             repository = stack.enter_context(opened(where, create=False))
             return LoadSource(repository.catalog, repository.storage)
 
@@ -278,8 +277,7 @@ def load(
                 on_dtype=on_dtype,
             )
             if planner is None:
-                optional = [*own_names(state_dict, rank=ranks.rank), *optimizer_names(state_dict)]
-                return DefaultLoadPlanner(options=replace(options, optional=optional))
+                return DefaultLoadPlanner(options=options)
             if options != LoadOptions():
                 raise InvalidInputError(
                     "include, exclude, rename, strict, on_dtype and init_missing are for our own "
@@ -300,9 +298,14 @@ def load(
         )
 
 
-def _where(
+def where_given(
     repo: RepositoryLike | None, checkpoint_id: str | os.PathLike[str] | None
 ) -> RepositoryLike:
+    """Return the repository that a caller names, by torch's argument or by ours.
+
+    Raises:
+        InvalidInputError: neither of them is given, or both are.
+    """
     if (repo is None) == (checkpoint_id is None):
         raise InvalidInputError(
             f"{'neither' if repo is None else 'both'} of repo and checkpoint_id are given; pass "
@@ -311,9 +314,7 @@ def _where(
     return repo if repo is not None else os.fspath(checkpoint_id or "")
 
 
-def target_of(
-    repo: RepositoryLike | None, checkpoint_id: str | os.PathLike[str] | None, stack: ExitStack
-) -> SaveTarget:
+def target_of(where: RepositoryLike, stack: ExitStack) -> SaveTarget:
     """Return the parts of the repository to save to, open until `stack` closes."""
-    repository = stack.enter_context(opened(_where(repo, checkpoint_id), create=True))
+    repository = stack.enter_context(opened(where, create=True))
     return SaveTarget(repository.catalog, repository.storage, repository.memory)

@@ -18,10 +18,11 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from dcpstore.collectives import Alone, Collectives, RankGroup, in_step
 from dcpstore.errors import ConflictError, InvalidInputError
+from dcpstore.planning.plain import check_state, nesting_checked, resolved, storage_nbytes
 from dcpstore.planning.stateful import check_keys, take_state
 from dcpstore.records import Version
 
-__all__ = ["IfBusy", "PendingSave", "find_saver", "raise_unseen"]
+__all__ = ["Background", "IfBusy", "PendingSave", "find_saver", "raise_unseen"]
 
 _log = logging.getLogger(__name__)
 
@@ -78,35 +79,34 @@ class _Saver:
         self._asking: Collectives = Alone() if is_alone else RankGroup(group)
         self._saving: Collectives = Alone() if is_alone else RankGroup(_twin(group))
         self._thread = ThreadPoolExecutor(1, "dcpstore-async-save")
-        on_device = torch.accelerator.is_available()
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=torch.cuda.is_available(),
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=on_device,
-            )
-        )
+        self._stager = _new_stager()
         self._last: PendingSave | None = None
 
     def begin(
         self,
         state_dict: Mapping[str, Any],
-        save: Background,
+        prepare: Callable[[], Background],
         *,
         if_busy: IfBusy,
         staging_limit: int | None,
     ) -> PendingSave:
-        """Stage the state and hand it to the thread, once the save before has ended."""
+        """Stage the state and hand it to the thread, once the save before has ended.
+
+        `prepare` is called first; what it raises, all ranks raise, and nothing is begun.
+        """
+        save: Background
 
         def ask() -> tuple[bool, BaseException | None, tuple[str, ...]]:
+            nonlocal save
             if if_busy not in ("wait", "refuse"):
                 raise InvalidInputError(f"if_busy={if_busy!r}; write 'wait' or 'refuse'.")
+            names = check_keys(state_dict)
+            save = prepare()
             is_busy = self._last is not None and not self._last.done()
             if is_busy and if_busy == "wait":
                 self.wait()
                 is_busy = False
-            return is_busy, self.take_unseen(), check_keys(state_dict)
+            return is_busy, self.take_unseen(), names
 
         def agree(told: list[tuple[bool, BaseException | None, tuple[str, ...]]]) -> list[str]:
             failure = next((error for _, error, _ in told if error is not None), None)
@@ -120,10 +120,12 @@ class _Saver:
             return sorted({key for _, _, keys in told for key in keys})
 
         def stage() -> tuple[dict[str, Any], bool]:
-            taken = take_state(state_dict, keys, rank=self._asking.rank)
-            fits = staging_limit is None or _nbytes(taken) <= staging_limit
-            staged: Any = self._stager.stage(taken) if fits else taken
-            return staged, fits
+            with nesting_checked():
+                taken = take_state(state_dict, keys, rank=self._asking.rank)
+                check_state(taken)
+                fits = staging_limit is None or storage_nbytes(taken) <= staging_limit
+                # copies of storages have no bit that says that they are to be conjugated
+                return self._staged(resolved(taken)) if fits else taken, fits
 
         keys = in_step(self._asking, "begin an asynchronous save", ask, agree)
         kept: list[tuple[dict[str, Any], bool]] = []
@@ -135,6 +137,17 @@ class _Saver:
             _log.info("the state exceeds staging_limit=%s; saving before returning", staging_limit)
             self.wait()
         return pending
+
+    def _staged(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return a copy of a state in the buffers of the saves before."""
+        staged: Any
+        try:
+            staged = self._stager.stage(state)
+        except AssertionError:  # torch's: a storage was resized, and does not fit its buffer
+            self._stager = _new_stager()
+            staged = self._stager.stage(state)
+        copied: dict[str, Any] = staged
+        return copied
 
     def wait(self) -> None:
         """Wait for the running save to end; its failure stays for `take_unseen`."""
@@ -152,7 +165,9 @@ _savers: dict[tuple[dist.ProcessGroup | None, bool], _Saver] = {}
 
 def find_saver(group: dist.ProcessGroup | None, *, no_dist: bool) -> _Saver:
     """Return the saver of a group; the first call makes it, on all ranks of the group together."""
-    key = (group, no_dist or not dist.is_available() or not dist.is_initialized())
+    is_alone = no_dist or not dist.is_available() or not dist.is_initialized()
+    # the group itself, not None: another job's default group may follow in the same process
+    key = (None if is_alone else group or dist.group.WORLD, is_alone)
     if key not in _savers:
         if not _savers:
             # not atexit: by then no thread pool of Python's takes work, and a save needs one
@@ -179,6 +194,17 @@ def _finish() -> None:
             _log.error("an asynchronous save failed: %s", failure)
 
 
+def _new_stager() -> DefaultStager:
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=torch.cuda.is_available(),
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=torch.accelerator.is_available(),
+        )
+    )
+
+
 def _twin(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """Return a new gloo group of the same ranks."""
     ranks = None if group is None else dist.get_process_group_ranks(group)
@@ -186,15 +212,3 @@ def _twin(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
         ranks, backend="gloo", use_local_synchronization=ranks is not None
     )
     return twin
-
-
-def _nbytes(value: Any) -> int:
-    """Return the bytes that this process holds of all tensors in a state."""
-    if isinstance(value, torch.Tensor):
-        local = value.to_local() if hasattr(value, "to_local") else value
-        return int(local.nbytes)
-    if isinstance(value, Mapping):
-        return sum(map(_nbytes, value.values()))
-    if isinstance(value, list | tuple):
-        return sum(map(_nbytes, value))
-    return 0

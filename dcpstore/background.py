@@ -19,14 +19,14 @@ from torch.distributed.checkpoint.state_dict_saver import (
 from torch.distributed.checkpoint.state_dict_saver import async_save as torch_async_save
 from torch.distributed.checkpoint.storage import StorageWriter
 
-from dcpstore.api import RepositoryLike, target_of
-from dcpstore.async_saving import IfBusy, PendingSave, find_saver, raise_unseen
+from dcpstore.api import RepositoryLike, target_of, where_given
+from dcpstore.async_saving import Background, IfBusy, PendingSave, find_saver, raise_unseen
 from dcpstore.collectives import Collectives
 from dcpstore.planning import DefaultSavePlanner
 from dcpstore.records import Version
 from dcpstore.repository import Repository
 from dcpstore.retention import Retention
-from dcpstore.saving import SaveRequest, make_request, save_version
+from dcpstore.saving import make_request, save_version
 
 __all__ = ["async_save"]
 
@@ -108,8 +108,8 @@ def async_save(
         state_dict, repo, branch, step, tags, message, metrics, labels, author, parent, expect_tip,
             retention, planner, process_group, no_dist, allow_pickle, checkpoint_id: as for `save`.
         if_busy: whether to wait for a save that still runs, or to raise ConflictError.
-        staging_limit: bytes of a rank's state that may be copied; a rank with more saves before it
-            returns, without a copy.
+        staging_limit: bytes that may be copied of a rank's state, which are those of the storages
+            that its tensors lie in; a rank with more saves before it returns, without a copy.
         storage_writer: any storage of torch's instead of `repo`; the save is then torch's own
             `async_save`, with our planner, and returns what torch's does.
         async_checkpointer_type, async_stager, use_collectives: as torch's, for a `storage_writer`.
@@ -118,6 +118,7 @@ def async_save(
         The pending save: `staged` is done, `result()` waits for the version.
 
     Raises:
+        InvalidInputError: an argument or a tensor that cannot be meant; nothing was begun.
         ConflictError: a save still runs and `if_busy` is "refuse".
         DcpstoreError: a failure of the save before that nobody has heard of.
     """
@@ -135,8 +136,9 @@ def async_save(
         )
         return response
 
-    def request() -> SaveRequest:
-        return make_request(
+    def prepare() -> Background:
+        where = where_given(repo, checkpoint_id)
+        request = make_request(  # now: a metric may be a tensor, which training changes
             branch=branch,
             step=step,
             message=message,
@@ -149,19 +151,21 @@ def async_save(
             retention=retention,
         )
 
-    def save_staged(staged: dict[str, Any], ranks: Collectives) -> Version:
-        with ExitStack() as stack:
-            return save_version(
-                staged,
-                lambda: target_of(repo, checkpoint_id, stack),
-                request,
-                ranks=ranks,
-                planner=planner,
-                allow_pickle=allow_pickle,
-            )
+        def save_staged(staged: dict[str, Any], ranks: Collectives) -> Version:
+            with ExitStack() as stack:
+                return save_version(
+                    staged,
+                    lambda: target_of(where, stack),
+                    lambda: request,
+                    ranks=ranks,
+                    planner=planner,
+                    allow_pickle=allow_pickle,
+                )
+
+        return save_staged
 
     saver = find_saver(process_group, no_dist=no_dist)
-    pending = saver.begin(state_dict, save_staged, if_busy=if_busy, staging_limit=staging_limit)
+    pending = saver.begin(state_dict, prepare, if_busy=if_busy, staging_limit=staging_limit)
     if isinstance(repo, Repository):
         repo.finish_before_close(raise_unseen)
     return pending

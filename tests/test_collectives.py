@@ -231,3 +231,29 @@ def test_one_process_asks_nobody_and_keeps_its_own_error() -> None:
     assert in_turn(Alone(), "s", lambda: value, lambda told: told) is value
     with pytest.raises(OSError, match="no"):
         in_step(Alone(), "s", refuse, list)
+
+
+class OnlyOnRank0:
+    """An answer that rank 1 cannot open."""
+
+    def __reduce__(self) -> tuple[Callable[[], str], tuple[()]]:
+        return open_on_rank_0, ()
+
+
+def open_on_rank_0() -> str:
+    if dist.get_rank() == 1:
+        raise ImportError("no module here")
+    return "opened"
+
+
+def open_answer(rank: int) -> str:
+    try:
+        return str(in_step(RankGroup(), "s", lambda: rank, lambda _: OnlyOnRank0()))
+    except DcpstoreError as error:
+        return str(error)
+
+
+def test_an_answer_that_a_rank_cannot_open_is_an_error_of_ours(three_ranks: RankPool) -> None:
+    first, second, third = three_ranks.run(open_answer)
+    assert (first, third) == ("opened", "opened")
+    assert second.startswith("the coordinator's answer cannot be read on this rank (ImportError:")

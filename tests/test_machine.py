@@ -214,6 +214,7 @@ class Machine(RuleBasedStateMachine):
         assert_sound(self.repo)
 
 
+@pytest.mark.slow_on_postgres
 @pytest.mark.parametrize("runs", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_repository_behaves_as_a_dict(database_url: str, tmp_path: Path, runs: int) -> None:
     data = tmp_path / "data"

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from dcpstore.collectives.meeting import Meeting
 from dcpstore.collector import collector_free
+from dcpstore.errors import InvalidInputError
 
 __all__ = ["Alone", "Collectives", "RankGroup", "find_collectives"]
 
@@ -96,12 +97,20 @@ class RankGroup:
 
     The deadline is the timeout with which the job's process group was made. All ranks make theirs
     on a group in the same order.
+
+    Raises:
+        InvalidInputError: this process is no member of the group.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, coordinator: int = 0) -> None:
         self._group = group
         self._coordinator = coordinator
         self.rank = dist.get_rank(group)
+        if self.rank < 0:
+            raise InvalidInputError(
+                "this process is no member of the process group that was given; call on the ranks "
+                "of the group alone, or give one that has this rank."
+            )
         self.size = dist.get_world_size(group)
         self._meeting: Meeting | None = None
         if self.size > 1 and dist.get_backend(group) not in _WITHOUT_STORE:

@@ -124,7 +124,13 @@ def _packed(outcome: _Outcome) -> bytes:
 def _opened(mine: _Outcome, packed: bytes) -> Any:
     if mine.error is not None and not isinstance(mine.error, Exception):
         raise mine.error  # an interrupt stays one on the rank that was interrupted
-    outcome: _Outcome = pickle.loads(packed)
+    try:
+        outcome: _Outcome = pickle.loads(packed)
+    except Exception as error:  # whatever the classes that it names raise
+        raise DcpstoreError(
+            f"the coordinator's answer cannot be read on this rank ({type(error).__name__}: "
+            f"{error}); make what a planner returns importable on every rank."
+        ) from error
     if outcome.error is None:
         return outcome.value
     if mine.error is not None:

@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dcpstore.convert.file_tensors import MOST_DIMS
 from dcpstore.convert.sources import inside
+from dcpstore.encoding.dtypes import MOST_DIMS
 from dcpstore.errors import CorruptionError, NotFoundError, UnsafeDataError
 
 __all__ = ["DESCRIPTION", "read_description", "stored_at"]

@@ -18,22 +18,23 @@ from dcpstore.encoding.dtypes import as_bytes, dtype_name, numpy_dtype
 from dcpstore.errors import CorruptionError
 from dcpstore.geometry.boxes import Box, find_overlap
 
-__all__ = ["MOST_DIMS", "FileBox", "FileTensor", "row_major"]
-
-MOST_DIMS = 64  # numpy's limit
+__all__ = ["FileBox", "FileTensor", "row_major"]
 
 
 @dataclass(frozen=True, slots=True)
 class FileBox:
     """A box of a tensor as it lies in a file, little-endian.
 
-    `offset` is where its first element lies, in bytes; `strides` are in elements.
+    `offset` is where its first element lies, in bytes; `strides` are in elements. What lies there
+    is still to be conjugated, or negated, where `is_conj` or `is_neg` say so.
     """
 
     path: Path
     box: Box
     offset: int
     strides: tuple[int, ...]
+    is_conj: bool = False
+    is_neg: bool = False
 
     def read(self, box: Box, dtype: torch.dtype) -> torch.Tensor:
         """Return a copy of the elements of `box`, which lies inside this one.
@@ -66,7 +67,10 @@ class FileBox:
             )
             copied = lying.copy(order="C")
             del lying  # the map cannot be closed under it
-        return torch.from_numpy(copied).view(dtype)
+        tensor = torch.from_numpy(copied).view(dtype)
+        if self.is_conj:
+            tensor = tensor.conj().resolve_conj()
+        return tensor.neg() if self.is_neg else tensor
 
     def check(self, dtype: torch.dtype, size: int) -> None:
         """Check that a file of `size` bytes holds this box.

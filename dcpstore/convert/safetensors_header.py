@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from dcpstore.convert.file_tensors import MOST_DIMS
+from dcpstore.encoding.dtypes import MOST_DIMS
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError
 
 __all__ = [

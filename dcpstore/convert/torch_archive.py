@@ -28,6 +28,7 @@ __all__ = [
 
 _MAGIC = b"PK\x03\x04"
 _TELLING = "unsupported"  # what torch says of code that it does not run
+_QUANTIZED = "QuantizedMeta"  # what torch says of tensors that it cannot load without their bytes
 _MOST_SPREAD = 1 << 30  # bytes that a tensor may have in memory, though fewer lie in the file
 
 
@@ -42,6 +43,7 @@ def load_archive(file: IO[bytes], name: str, *, device: str, allow_pickle: bool)
 
     Raises:
         UnsafeDataError: it names code, and that is not allowed.
+        InvalidInputError: it holds quantized tensors.
         CorruptionError: it is damaged.
         DcpstoreError: it names what cannot be built here.
     """
@@ -58,6 +60,11 @@ def load_archive(file: IO[bytes], name: str, *, device: str, allow_pickle: bool)
             ) from error
         raise _damaged(name, error) from error
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, OSError) as error:
+        if _QUANTIZED in str(error):
+            raise InvalidInputError(
+                f"{name} holds quantized tensors, which have no plain bytes; save what "
+                "tensor.dequantize() gives, or int_repr() and the scales."
+            ) from error
         raise _damaged(name, error) from error
     except Exception as error:  # whatever the code that an allowed pickle names raises
         raise DcpstoreError(
@@ -110,7 +117,12 @@ def locate_tensor(
         )
     first = offset + int(tensor.storage_offset()) * tensor.itemsize
     found = FileBox(
-        path, box or Box.whole(tensor.shape), start + first, tuple(map(int, tensor.stride()))
+        path,
+        box or Box.whole(tensor.shape),
+        start + first,
+        tuple(map(int, tensor.stride())),
+        is_conj=tensor.is_conj(),
+        is_neg=tensor.is_neg(),
     )
     found.check(tensor.dtype, start + offset + storage.nbytes())
     found.check(tensor.dtype, path.stat().st_size)

@@ -36,7 +36,7 @@ from dcpstore.records import ChunkPlace, PackRecord, Version, VersionDraft
 from dcpstore.repository import Repository, opened
 from dcpstore.saving.assembly import Books
 from dcpstore.saving.chunking import Digested, RankData, RawChunk
-from dcpstore.saving.layouts import Layout, lay_out
+from dcpstore.saving.layouts import Layout, join_layouts, lay_out
 from dcpstore.saving.publishing import (
     SaveRequest,
     SaveTarget,
@@ -122,6 +122,7 @@ class RepositoryWriter(StorageWriter):
         self._checkpoint_id: str | os.PathLike[str] | None = None
         self._rank = 0
         self._is_alone = False  # torch was told to use no collectives: each rank its own version
+        self._is_cached = False  # torch sent plans of this save in part only
         self._is_spent = False  # `save_id` belongs to a save that was begun
         self._is_pending = False  # its version waits for commit or abort; on the coordinator
         self.save_id = new_uid()
@@ -167,12 +168,15 @@ class RepositoryWriter(StorageWriter):
             InvalidInputError: the plans do not tile their tensors.
             ConflictError, AlreadyExistsError, NotFoundError: as the catalog finds the refs.
         """
-        if not any(plan.usable for plan in plans):  # torch's plan cache: every rank has its plan
+        # torch's plan cache: a rank whose plan is as before has it, and is told so by an empty one
+        self._is_cached = not all(plan.usable for plan in plans)
+        if not any(plan.usable for plan in plans):
             with self._opened() as target:
                 self._begin(target, ranks=len(plans))
             return plans
         table = GlobalTable.of([PlanTable.of(plan) for plan in plans])
-        if not self._is_alone:
+        is_whole = not self._is_alone and not self._is_cached
+        if is_whole:
             check_agreement(table)
             check_tiling(table)
         with self._opened() as target, self._aborting(target):
@@ -181,8 +185,8 @@ class RepositoryWriter(StorageWriter):
             layouts = lay_out(
                 table,
                 chunk=target.catalog.repository.chunk,
-                parent=before,
-                are_whole=not self._is_alone,
+                parent={} if self._is_alone else before,
+                are_whole=is_whole,
             )
         return [
             dataclasses.replace(
@@ -256,12 +260,18 @@ class RepositoryWriter(StorageWriter):
         paths, planner_data = kept_planner_data(metadata.planner_data)
         with self._opened() as target, self._aborting(target):
             draft = self._begin(target, ranks=len(reports))
+            layouts = {fqn: layout for report in reports for fqn, layout in report.layouts.items()}
+            if self._is_cached and not self._is_alone:  # only now is the whole plan known
+                check_agreement(table)
+                check_tiling(table)
+                layouts = join_layouts(table, [report.layouts for report in reports])
             books = Books(
                 table,
-                {fqn: layout for report in reports for fqn, layout in report.layouts.items()},
+                layouts,
                 [report.digested for report in reports],
                 paths=paths,
                 chunk=target.catalog.repository.chunk,
+                are_whole=not self._is_alone,
             )
             books.look_up(target.catalog, {})
             for report in reports:

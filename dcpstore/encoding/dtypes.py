@@ -9,10 +9,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.parameter import is_lazy
 
 from dcpstore.errors import InvalidInputError
 
-__all__ = ["as_bytes", "dtype_name", "numpy_dtype", "torch_dtype"]
+__all__ = ["MOST_DIMS", "as_bytes", "check_plain", "dtype_name", "numpy_dtype", "torch_dtype"]
+
+MOST_DIMS = 64  # numpy's limit
 
 _NATIVE = [
     "bool",
@@ -84,6 +87,67 @@ def numpy_dtype(name: str) -> np.dtype[np.generic]:
     return _NUMPY[name]
 
 
+def check_plain(tensor: torch.Tensor) -> None:
+    """Check that a tensor, of any device, has plain bytes and owns them.
+
+    Raises:
+        InvalidInputError: a dtype without plain bytes; a sparse, nested, lazy or otherwise special
+            tensor; one without data, for it is on the meta device or its storage was freed.
+    """
+    kind = type(tensor)
+    is_tensor = kind is torch.Tensor or kind is torch.nn.Parameter  # mostly, and quick
+    if not is_tensor and is_lazy(tensor):
+        raise InvalidInputError(
+            f"a {kind.__name__} has neither shape nor bytes yet; run its module once, or leave it "
+            "out."
+        )
+    if tensor.is_nested:
+        raise InvalidInputError(
+            "a nested tensor has no plain bytes; store tensor.to_padded_tensor(...), or its parts "
+            "by tensor.unbind()."
+        )
+    if not is_tensor and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise InvalidInputError(
+            f"a {kind.__module__}.{kind.__qualname__} has no plain bytes of its own; store the "
+            "tensors that it is made of."
+        )
+    if tensor.layout is not torch.strided:
+        raise InvalidInputError(
+            f"a tensor of layout {tensor.layout} has no plain bytes; store tensor.to_dense(), or "
+            "its indices and values."
+        )
+    dtype_name(tensor.dtype)
+    if tensor.is_meta:
+        raise InvalidInputError(
+            "a tensor on the meta device has no data; fill it first, or leave it out."
+        )
+    if tensor.dim() > MOST_DIMS:
+        raise InvalidInputError(
+            f"a tensor of {tensor.dim()} dimensions has more than {MOST_DIMS}; reshape it."
+        )
+    _check_owned(tensor)
+
+
+def _check_owned(tensor: torch.Tensor) -> None:
+    """Check that a tensor's storage, which can be resized under it, holds all of its elements."""
+    try:
+        held = tensor.untyped_storage().nbytes()
+    except NotImplementedError:  # of a device whose memory torch does not see
+        return
+    last = (
+        tensor.numel() - 1
+        if tensor.is_contiguous()
+        else sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    )
+    reached = (int(tensor.storage_offset()) + last + 1) * tensor.itemsize
+    if tensor.numel() and reached > held:
+        raise InvalidInputError(
+            f"a tensor of {tensor.nbytes} bytes reaches to byte {reached} of a storage that has "
+            f"{held}: it was freed or resized; give it its memory back first, as FSDP does for "
+            "state_dict()."
+        )
+
+
 def as_bytes(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
     """Return a view of a CPU tensor as an array of the stored dtype, of the same shape and strides.
 
@@ -91,14 +155,10 @@ def as_bytes(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
     array writes through to the tensor, except for those.
 
     Raises:
-        InvalidInputError: a dtype without plain bytes, or a sparse or otherwise special layout.
+        InvalidInputError: it has no plain bytes, as `check_plain` says.
     """
-    if tensor.layout is not torch.strided:
-        raise InvalidInputError(
-            f"a tensor of layout {tensor.layout} has no plain bytes; store tensor.to_dense(), or "
-            "its indices and values."
-        )
-    name = dtype_name(tensor.dtype)
+    check_plain(tensor)
+    name = _NAMES[tensor.dtype]
     tensor = tensor.detach().resolve_conj().resolve_neg()
     if name in _REINTERPRETED:
         tensor = tensor.view(_DTYPES[f"uint{8 * tensor.dtype.itemsize}"])

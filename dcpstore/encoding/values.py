@@ -19,7 +19,7 @@ import torch
 from dcpstore.encoding.scalars import NotPlainError, PlannerBytes, decode_scalar, encode_scalar
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, UnsafeDataError
 
-__all__ = ["EncodedValue", "PlannerBytes", "decode_value", "encode_value"]
+__all__ = ["EncodedValue", "PlannerBytes", "check_safe", "decode_value", "encode_value"]
 
 _LONGEST = 64 * 1024  # bytes of typed JSON that a catalog keeps as text
 _DEEPEST = 100  # containers one in another
@@ -101,12 +101,9 @@ def decode_value(text: str, data: bytes | None = None, *, allow_pickle: bool) ->
         CorruptionError: it is not what `encode_value` makes.
         DcpstoreError: a pickle names what cannot be imported or built here.
     """
+    if not allow_pickle:
+        check_safe(text)
     if text == _PICKLE_BLOB:
-        if not allow_pickle:
-            raise UnsafeDataError(
-                "a value is a pickle, which runs code when it is read; if you trust whoever wrote "
-                "the version, load with allow_pickle=True."
-            )
         return _unpickled(data)
     try:
         source = _present(data).decode() if text == _JSON_BLOB else text
@@ -117,6 +114,19 @@ def decode_value(text: str, data: bytes | None = None, *, allow_pickle: bool) ->
             f"a value does not decode ({type(error).__name__}: {error}): {text[:80]!r}; run "
             "'dcpstore verify' to see which versions are hurt."
         ) from error
+
+
+def check_safe(text: str) -> None:
+    """Check that what `encode_value` made of a value decodes without running code.
+
+    Raises:
+        UnsafeDataError: it is a pickle.
+    """
+    if text == _PICKLE_BLOB:
+        raise UnsafeDataError(
+            "a value is a pickle, which runs code when it is read; if you trust whoever wrote the "
+            "version, load with allow_pickle=True."
+        )
 
 
 def _encode(obj: Any, around: tuple[int, ...]) -> object:

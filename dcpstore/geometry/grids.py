@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from dcpstore.geometry.boxes import Box
 
-__all__ = ["Grid", "lay_grids", "lay_parts", "lay_regular"]
+__all__ = ["Grid", "cover", "lay_grids", "lay_parts", "lay_regular"]
 
 _TILE = 256 << 10  # bytes down to which what several ranks write is cut along every dimension
 
@@ -131,6 +131,16 @@ class Grid:
         )
 
 
+def cover(grids: Sequence[Grid], shape: tuple[int, ...]) -> bool:
+    """Tell whether grids, which do not overlap, cover every element of a tensor of `shape`.
+
+    Those of a rank that saved for itself hold its own boxes only.
+    """
+    if len(grids) == 1 and grids[0].shape == shape:  # mostly, and quick
+        return True
+    return sum(math.prod(grid.shape) for grid in grids) == math.prod(shape)
+
+
 def lay_grids(
     shape: Sequence[int],
     itemsize: int,
@@ -151,7 +161,8 @@ def lay_grids(
         target: raw bytes of a chunk, aimed at and not passed but where a dimension does not divide.
         parent: the grids of the same FQN, shape and dtype in the parent version.
     """
-    if parent and all(grid.holds_whole_cells(box) for box in boxes for grid in parent):
+    covers = parent and cover(parent, tuple(shape))
+    if covers and all(grid.holds_whole_cells(box) for box in boxes for grid in parent):
         return tuple(parent)
     live = {box for box in boxes if box.volume}
     steps = tuple(_step(n, dim, live) for dim, n in enumerate(shape))

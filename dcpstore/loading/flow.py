@@ -2,28 +2,30 @@
 
 The coordinator resolves the ref and reads the entries; each rank plans against them; all agree that
 everything fits before any rank touches a tensor; then each rank asks the catalog for just its
-chunks and reads them.
+chunks and reads them; when all have, each hands its objects their state.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from dcpstore.catalog import Catalog
 from dcpstore.collectives import Collectives, in_step, in_turn
 from dcpstore.collector import collector_held
-from dcpstore.errors import InvalidInputError, MismatchError
-from dcpstore.loading.items import ItemReads
+from dcpstore.errors import InvalidInputError, MismatchError, UnsafeDataError
+from dcpstore.loading.items import ItemReads, check_values
 from dcpstore.planning.described import describe_entries
+from dcpstore.planning.load_options import LoadOptions
 from dcpstore.planning.load_planner import DefaultLoadPlanner
-from dcpstore.planning.stateful import check_keys, give_state, take_template
+from dcpstore.planning.stateful import Template, check_fillable, give_state, take_template
 from dcpstore.progress import ProgressBar
 from dcpstore.records import EntryRecord, LoadReport, Version
 from dcpstore.storage.interface import Storage
@@ -55,7 +57,7 @@ class _Told:
 
 @collector_held()
 def load_version(
-    state_dict: dict[str, Any],
+    state_dict: MutableMapping[str, Any],
     open_source: Callable[[], LoadSource],
     ref: str | int | None,
     *,
@@ -75,18 +77,18 @@ def load_version(
         MismatchError: everything that is missing or differs, on any rank; no tensor was touched.
         NotFoundError: no such version.
         CorruptionError: stored bytes are damaged.
-        UnsafeDataError: a value is a pickle, and pickle is not allowed.
+        UnsafeDataError: a value is a pickle, and pickle is not allowed; no tensor was touched.
         RankFailure: some ranks failed.
     """
     began = time.perf_counter()
     source: LoadSource
     planner: LoadPlanner
-    template: dict[str, Any]
+    template: Template
 
     def begin() -> _Opening:
         nonlocal source, planner
         source = open_source()
-        keys = check_keys(state_dict)
+        keys = check_fillable(state_dict)
         planner = make_planner()
         return _Opening(source.catalog.repository.uid, ref, dry_run, keys)
 
@@ -99,16 +101,22 @@ def load_version(
 
     def local_plan() -> LoadPlan:
         nonlocal template
-        template = take_template(state_dict, keys, entries, rank=ranks.rank)
-        planner.set_up_planner(template, described, ranks.leads)
-        return planner.create_local_plan()
+        template = _template(
+            state_dict, keys, entries, planner=planner, rank=ranks.rank, dry_run=dry_run
+        )
+        plan = _fitting_plan(planner, template, described, leads=ranks.leads)
+        if not allow_pickle:
+            check_values(plan, by_fqn, version=version.number)
+        return plan
 
     def foretell() -> _Told:
         try:
             plan = local_plan()
         except MismatchError as error:
             return _Told(asked=_asked(planner, None), differences=error.differences)
-        reads = ItemReads(plan, planner, {e.fqn: e for e in entries})
+        except UnsafeDataError as error:
+            return _Told(asked=_asked(planner, None), differences=(str(error),))
+        reads = ItemReads(plan, planner, by_fqn)
         chunks, nbytes = reads.measure(source.catalog, version=version.number)
         return _told(planner, plan, chunks, nbytes)
 
@@ -119,7 +127,7 @@ def load_version(
             ProgressBar("load", shown=ranks.leads) as bar,
             closing(PackReader(source.storage)) as packs,
         ):
-            reads = ItemReads(plan, planner, {e.fqn: e for e in entries})
+            reads = ItemReads(plan, planner, by_fqn)
             chunks, nbytes = reads.run(
                 source.catalog,
                 packs,
@@ -148,11 +156,17 @@ def load_version(
 
     version, entries, keys = in_step(ranks, "open", begin, resolve)
     described = describe_entries(entries)
+    by_fqn = {entry.fqn: entry for entry in entries}
     if dry_run:
         return in_step(ranks, "plan", foretell, report)
     mine: LoadPlan = in_turn(ranks, "plan", local_plan, planner.create_global_plan)
     done = in_step(ranks, "read", read, report)
-    give_state(state_dict, template, rank=ranks.rank)
+    in_step(
+        ranks,
+        "load_state_dict",
+        lambda: give_state(state_dict, template, rank=ranks.rank),
+        lambda _: None,
+    )
     return done
 
 
@@ -164,6 +178,37 @@ class _Opening:
     ref: str | int | None
     dry_run: bool
     keys: tuple[str, ...]
+
+
+def _template(
+    state_dict: Mapping[str, Any],
+    keys: Sequence[str],
+    entries: Sequence[EntryRecord],
+    *,
+    planner: LoadPlanner,
+    rank: int,
+    dry_run: bool,
+) -> Template:
+    if not isinstance(planner, DefaultLoadPlanner):  # torch's own cannot do without memory
+        return take_template(state_dict, keys, entries, LoadOptions(), rank=rank, dry_run=False)
+    template = take_template(state_dict, keys, entries, planner.options, rank=rank, dry_run=dry_run)
+    planner.optional = template.optional
+    return template
+
+
+def _fitting_plan(
+    planner: LoadPlanner, template: Template, described: Metadata, *, leads: bool
+) -> LoadPlan:
+    """Return this rank's plan, if neither the planner nor the template found a difference."""
+    differences = [*template.differences]
+    planner.set_up_planner(template.state, described, leads)
+    try:
+        plan = planner.create_local_plan()
+    except MismatchError as error:
+        differences += error.differences
+    if differences:
+        raise MismatchError.listing(differences)
+    return plan
 
 
 def _told(
@@ -198,6 +243,7 @@ def _joined(told: Iterable[Iterable[str]]) -> tuple[str, ...]:
 @torch.no_grad()
 def _initialise(planner: LoadPlanner, init_missing: Callable[[str, torch.Tensor], object]) -> None:
     assert isinstance(planner, DefaultLoadPlanner)
+    planner.give_room(planner.missing)
     for fqn in planner.missing:
         tensor = planner.state_dict[fqn]
         if isinstance(tensor, torch.Tensor):

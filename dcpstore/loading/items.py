@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from typing import TypeGuard
 
 import torch
@@ -10,8 +11,8 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 
 from dcpstore.catalog import Catalog
 from dcpstore.collector import collector_free
-from dcpstore.encoding.values import PlannerBytes
-from dcpstore.errors import InvalidInputError
+from dcpstore.encoding.values import PlannerBytes, check_safe
+from dcpstore.errors import InvalidInputError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
 from dcpstore.planning.load_planner import DefaultLoadPlanner
 from dcpstore.progress import ProgressBar
@@ -20,7 +21,22 @@ from dcpstore.reading.values import read_values
 from dcpstore.records import EntryRecord
 from dcpstore.storage.packs import PackReader
 
-__all__ = ["ItemReads"]
+__all__ = ["ItemReads", "check_values"]
+
+
+def check_values(plan: LoadPlan, entries: Mapping[str, EntryRecord], *, version: int) -> None:
+    """Check that no value that a plan asks for is a pickle.
+
+    Raises:
+        UnsafeDataError: one is, naming it.
+    """
+    for item in plan.items:
+        entry = entries.get(item.storage_index.fqn)
+        if entry is not None and entry.value is not None:
+            try:
+                check_safe(entry.value)
+            except UnsafeDataError as error:
+                raise UnsafeDataError(f"v{version}: {entry.fqn!r}: {error}") from error
 
 
 class ItemReads:
@@ -30,7 +46,7 @@ class ItemReads:
         self,
         plan: LoadPlan,
         planner: LoadPlanner,
-        entries: dict[str, EntryRecord],
+        entries: Mapping[str, EntryRecord],
     ) -> None:
         self._planner = planner
         self._tensors: list[tuple[ReadItem, torch.Tensor]] = []
@@ -73,7 +89,23 @@ class ItemReads:
         verify: bool,
         allow_pickle: bool,
     ) -> tuple[int, int]:
-        """Read everything; return the chunks and encoded bytes that it took."""
+        """Read everything; return the chunks and encoded bytes that it took.
+
+        Values are read first, so that one which cannot be leaves the tensors as they are.
+        """
+        for item, target in self._tensors:
+            if target.is_meta:
+                raise InvalidInputError(
+                    f"the planner gives a tensor on the meta device for {item.dest_index.fqn!r}, "
+                    "which has no memory to fill; have it make room in finish_plan."
+                )
+        values = read_values(
+            [entry for _, entry in self._values],
+            catalog,
+            packs,
+            version=version,
+            allow_pickle=allow_pickle,
+        )
         nbytes = sum(request.target.nbytes for request in self._requests)
         bar.begin("read", nbytes)
         with collector_free(nbytes):
@@ -82,13 +114,6 @@ class ItemReads:
             )
         for item, target in self._tensors:
             self._planner.commit_tensor(item, target)
-        values = read_values(
-            [entry for _, entry in self._values],
-            catalog,
-            packs,
-            version=version,
-            allow_pickle=allow_pickle,
-        )
         for (item, _), value in zip(self._values, values, strict=True):
             if _takes_values(self._planner) and not isinstance(value, PlannerBytes):
                 self._planner.load_value(item, value)

@@ -2,7 +2,7 @@
 
 from dcpstore.planning.load_options import LoadOptions
 from dcpstore.planning.load_planner import DefaultLoadPlanner
+from dcpstore.planning.per_rank import PerRank
 from dcpstore.planning.save_planner import DefaultSavePlanner
-from dcpstore.planning.stateful import PerRank
 
 __all__ = ["DefaultLoadPlanner", "DefaultSavePlanner", "LoadOptions", "PerRank"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from dcpstore.errors import InvalidInputError
 
-__all__ = ["LoadOptions", "OnDtype", "Rename"]
+__all__ = ["LoadOptions", "OnDtype", "Rename", "lies_below"]
 
 OnDtype = Literal["error", "cast"]
 Rename = Mapping[str, str] | Callable[[str], str]
@@ -47,8 +47,9 @@ class LoadOptions:
 
     def asks_for(self, fqn: str) -> bool:
         """Tell whether the load is to fill an FQN of the state."""
-        is_in = self.include is None or any(fnmatch.fnmatchcase(fqn, g) for g in self.include)
-        return is_in and not any(fnmatch.fnmatchcase(fqn, g) for g in self.exclude)
+        if self.include is not None and not _matches(fqn, self.include):
+            return False
+        return not (self.exclude and _matches(fqn, self.exclude))
 
     def stored_name(self, fqn: str) -> str:
         """Return the FQN in the version of an FQN in the state.
@@ -67,6 +68,13 @@ class LoadOptions:
 
     def may_lack(self, fqn: str) -> bool:
         """Tell whether the version may lack an FQN of the state."""
-        return not self.strict or any(
-            fqn == below or fqn.startswith(f"{below}.") for below in self.optional
-        )
+        return not self.strict or lies_below(fqn, self.optional)
+
+
+def _matches(fqn: str, globs: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(fqn, glob) for glob in globs)
+
+
+def lies_below(fqn: str, names: Iterable[str]) -> bool:
+    """Tell whether an FQN is one of `names`, or below it."""
+    return any(fqn == name or fqn.startswith(f"{name}.") for name in names)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import io
 import pickle
-from collections.abc import Iterator, MutableMapping, MutableSequence
+from collections.abc import Iterable, Iterator, MutableMapping, MutableSequence, Sequence
 from typing import Any
 
 import torch
@@ -22,13 +22,15 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 
 from dcpstore.errors import InvalidInputError, MismatchError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
-from dcpstore.planning.load_options import LoadOptions
-from dcpstore.planning.room import make_room
-from dcpstore.planning.shards import local_shards
+from dcpstore.planning.load_options import LoadOptions, lies_below
+from dcpstore.planning.room import check_room, make_room
+from dcpstore.planning.shards import LocalShard, local_shards
+from dcpstore.planning.targets import target_fault
 
 __all__ = ["DefaultLoadPlanner"]
 
 _NO_OFFSET = torch.Size((0,))
+_PACKED = torch.float4_e2m1fn_x2  # an element is two numbers, and so converts to none
 
 
 class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
@@ -42,6 +44,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         missing: FQNs of the state that the version lacks, after `create_local_plan`.
         cast: FQNs whose values are converted to the dtype of the state.
         stored: FQNs of the version that the state asks for.
+        optional: FQNs below these may be missing too; `load` sets it, for optimizers and `PerRank`.
     """
 
     def __init__(
@@ -57,6 +60,8 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         self.missing: list[str] = []
         self.cast: list[str] = []
         self.stored: set[str] = set()
+        self.optional: Sequence[str] = ()
+        self._rooms: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._views: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 
     def set_up_planner(
@@ -70,7 +75,6 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         Raises:
             InvalidInputError: two items flatten to the same FQN.
         """
-        make_room(state_dict)
         self.original_state_dict = state_dict
         self.metadata = metadata
         self.is_coordinator = is_coordinator
@@ -84,14 +88,17 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
                 f"{error}: two items of the state have the same FQN; rename one of the keys."
             ) from error
         self.state_dict = state_dict
-        self._views = {}
+        self._rooms, self._views = {}, {}
         self.missing, self.cast, self.stored = [], [], set()
 
     def create_local_plan(self) -> LoadPlan:
         """Return the read items of this rank.
 
         Raises:
-            MismatchError: every FQN that is missing, or differs in kind, shape or dtype.
+            MismatchError: every FQN that is missing, differs in kind, shape or dtype, is stored in
+                part only, or has no memory of its own to be filled.
+            InvalidInputError: a value lies where none can be replaced; a tensor on the meta device
+                is of a class for which no one can make room.
         """
         assert self.metadata is not None
         stored = self.metadata.state_dict_metadata
@@ -105,15 +112,16 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
             kept = stored.get(name)
             if kept is None:
                 self.missing.append(fqn)
-                if not (self.allow_partial_load or self.options.may_lack(fqn)):
+                if not self._may_lack(fqn):
                     differences.append(_absent(fqn, name, stored))
                 continue
             difference = self._difference(fqn, wanted, kept)
             if difference is not None:
                 differences.append(difference)
             elif isinstance(kept, TensorStorageMetadata):
-                items += self._tensor_items(fqn, name, wanted, kept)
+                items += self._tensor_items(fqn, name, wanted, kept, differences)
             else:
+                self._check_place(fqn)
                 items.append(_value_item(fqn, name))
         if differences:
             raise MismatchError.listing(differences)
@@ -128,20 +136,36 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         dtype = kept.properties.dtype
         if wanted.dtype == dtype:
             return None
-        if self.options.on_dtype == "cast":
-            self.cast.append(fqn)
-            return None
-        return f"{fqn!r} has dtype {dtype} in the version, and {wanted.dtype} in the state"
+        differs = f"{fqn!r} has dtype {dtype} in the version, and {wanted.dtype} in the state"
+        if self.options.on_dtype == "error":
+            return differs
+        if _PACKED in {dtype, wanted.dtype}:
+            return f"{differs}, which cannot be converted"
+        self.cast.append(fqn)
+        return None
 
     def _tensor_items(
-        self, fqn: str, name: str, wanted: torch.Tensor, kept: TensorStorageMetadata
+        self,
+        fqn: str,
+        name: str,
+        wanted: torch.Tensor,
+        kept: TensorStorageMetadata,
+        differences: list[str],
     ) -> Iterator[ReadItem]:
+        """Yield the items of a tensor, and add to `differences` what keeps it from being filled."""
+        if wanted.is_meta:
+            check_room(fqn, wanted)
+            self._check_place(fqn)
         stored = [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in kept.chunks]
-        for shard in local_shards(fqn, wanted):
-            self._views[fqn, shard.box.offsets] = shard.data
+        for shard in self._seen(fqn, wanted):
+            fault = None if wanted.is_meta else target_fault(shard.data)
+            if fault is not None:
+                differences.append(f"{fqn!r} {fault}")
+            lacking = shard.box.volume
             for i, box in enumerate(stored):
                 shared = box.intersect(shard.box)
                 if shared is not None:
+                    lacking -= shared.volume
                     yield ReadItem(
                         type=LoadItemType.TENSOR,
                         dest_index=MetadataIndex(fqn, shard.box.offsets),
@@ -150,6 +174,48 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
                         storage_offsets=torch.Size(shared.relative_to(box).offsets),
                         lengths=torch.Size(shared.sizes),
                     )
+            if lacking > 0:
+                differences.append(
+                    f"the version holds only part of {fqn!r}, and lacks {lacking} elements of the "
+                    f"box at {shard.box.offsets} of sizes {shard.box.sizes}, as that of one rank "
+                    "that saved for itself does; load it with the mesh of the save, each rank its "
+                    "own version"
+                )
+
+    def _seen(self, fqn: str, tensor: torch.Tensor) -> list[LocalShard]:
+        """Return the local shards of a tensor; `lookup_tensor` finds them again."""
+        shards = local_shards(fqn, tensor)
+        for shard in shards:
+            self._views[fqn, shard.box.offsets] = shard.data
+        return shards
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        """Return the plan, and make room for what is to be filled and is on the meta device."""
+        missing = set(self.missing)
+        self.give_room(
+            fqn
+            for fqn, tensor in self.state_dict.items()
+            if isinstance(tensor, torch.Tensor)
+            and tensor.is_meta
+            and fqn not in missing
+            and self.options.asks_for(fqn)
+        )
+        return super().finish_plan(central_plan)
+
+    def give_room(self, fqns: Iterable[str]) -> None:
+        """Put uninitialised tensors in the place of those of the state that are on the meta device.
+
+        One tensor by several FQNs stays one.
+        """
+        for fqn in fqns:
+            tensor = self.state_dict[fqn]
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                # with the tensor itself, or another might get its id
+                if id(tensor) not in self._rooms:
+                    self._rooms[id(tensor)] = (tensor, make_room(tensor))
+                _, room = self._rooms[id(tensor)]
+                self._set_item(fqn, room)
+                self._seen(fqn, room)
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         """Return the local view of the box that `index` names."""
@@ -174,23 +240,44 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
 
     def load_value(self, read_item: ReadItem, value: object) -> None:
         """Set a value in the caller's state, under the caller's own keys."""
-        fqn = read_item.dest_index.fqn
-        if not self.flatten_state_dict:
-            self.state_dict[fqn] = value
-            return
-        *parents, last = self.mappings[fqn]
+        self._set_item(read_item.dest_index.fqn, value)
+
+    def _set_item(self, fqn: str, value: object) -> None:
+        self.state_dict[fqn] = value  # which may be a copy, or flat
+        container, key = self._place(fqn)
+        if key is not None:
+            container[key] = value
+
+    def _place(self, fqn: str) -> tuple[Any, Any]:
+        """Return the container that holds an item in the caller's state, and its key there.
+
+        The key is None where a planner has renamed the items of `state_dict`.
+        """
+        *parents, last = self.mappings.get(fqn, (fqn,)) if self.flatten_state_dict else (fqn,)
         container: Any = self.original_state_dict
         for part in parents:
             container = container[_own_key(container, part)]
-        container[_own_key(container, last)] = value
+        return container, _own_key(container, last)
+
+    def _check_place(self, fqn: str) -> None:
+        container, _ = self._place(fqn)
+        if not isinstance(container, MutableMapping | MutableSequence):
+            raise InvalidInputError(
+                f"{fqn!r} lies in a {type(container).__name__}, in which nothing can be replaced; "
+                "have a dict there."
+            )
+
+    def _may_lack(self, fqn: str) -> bool:
+        return (
+            self.allow_partial_load or self.options.may_lack(fqn) or lies_below(fqn, self.optional)
+        )
 
 
 def _own_key(container: Any, part: str | int) -> Any:
     """Return the key that flattening wrote as `part`: torch turns every mapping key into text."""
     if isinstance(container, MutableSequence) or part in container:
         return part
-    assert isinstance(container, MutableMapping)
-    return next(key for key in container if str(key) == part)
+    return next((key for key in container if str(key) == part), None)
 
 
 def _value_item(fqn: str, name: str) -> ReadItem:

@@ -1,12 +1,10 @@
 """Room for tensors on the meta device, made before a load fills them.
 
 Torch makes such room too, but needs a process group for it, and turns every value of a kind that it
-does not know into None. Invariant: nothing but a tensor on the meta device is replaced.
+does not know into None. Invariant: nothing is allocated before all ranks agree that all fits.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,45 +12,54 @@ from torch.distributed.tensor import DTensor
 
 from dcpstore.errors import InvalidInputError
 
-__all__ = ["make_room"]
+__all__ = ["check_room", "make_room", "without_memory"]
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
-def make_room(state: Any) -> Any:
-    """Replace, in place, the tensors of nested dicts and lists that are on the meta device.
-
-    What comes in their place is uninitialised: on the CPU, or on the accelerator where the process
-    group is for accelerators alone; a DTensor's is on the device of its mesh.
+def check_room(fqn: str, tensor: torch.Tensor) -> None:
+    """Check that `make_room` can make room for a tensor on the meta device.
 
     Raises:
         InvalidInputError: a tensor class of torch's that no one can make without its ranks.
     """
-    if isinstance(state, torch.Tensor):
-        return _room(state) if state.is_meta else state
-    if isinstance(state, dict):
-        for key, value in state.items():
-            state[key] = make_room(value)
-    elif isinstance(state, list):
-        state[:] = [make_room(value) for value in state]
-    return state
-
-
-def _room(tensor: torch.Tensor) -> torch.Tensor:
-    if isinstance(tensor, DTensor):
-        mesh = tensor.device_mesh
-        return DTensor.from_local(
-            torch.empty_like(tensor.to_local(), device=mesh.device_type),
-            mesh,
-            tensor.placements,
-            run_check=False,
-            shape=tensor.size(),
-            stride=tensor.stride(),
-        )
-    if type(tensor) not in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}:
+    if not isinstance(tensor, DTensor) and type(tensor) not in _PLAIN:
         raise InvalidInputError(
-            f"a {type(tensor).__name__} of shape {tuple(tensor.shape)} is on the meta device, and "
-            "a load cannot make room for it; move it to a real device (module.to_empty) first."
+            f"{fqn!r}, a {type(tensor).__name__} of shape {tuple(tensor.shape)}, is on the meta "
+            "device, and a load cannot make room for it; move it to a real device "
+            "(module.to_empty) first."
         )
+
+
+def make_room(tensor: torch.Tensor) -> torch.Tensor:
+    """Return an uninitialised tensor like one that is on the meta device.
+
+    It is on the CPU, or on the accelerator where the process group is for accelerators alone; a
+    DTensor's is on the device of its mesh.
+    """
+    if isinstance(tensor, DTensor):
+        device = torch.device(tensor.device_mesh.device_type)
+        return _like_dtensor(tensor, torch.empty_like(tensor.to_local(), device=device))
     return torch.empty_like(tensor, device=_device())
+
+
+def without_memory(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor on the meta device, laid out as `tensor` is over the ranks."""
+    if isinstance(tensor, DTensor):
+        local = torch.empty_like(tensor.to_local(), dtype=dtype, device="meta", requires_grad=False)
+        return _like_dtensor(tensor, local)
+    return torch.empty(tensor.shape, dtype=dtype, device="meta")
+
+
+def _like_dtensor(tensor: DTensor, local: torch.Tensor) -> DTensor:
+    return DTensor.from_local(
+        local,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.size(),
+        stride=tensor.stride(),
+    )
 
 
 def _device() -> torch.device:

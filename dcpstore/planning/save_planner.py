@@ -12,6 +12,7 @@ from collections import ChainMap
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint import default_planner as torch_planner
 from torch.distributed.checkpoint.metadata import (
@@ -33,7 +34,8 @@ from torch.distributed.checkpoint.planner import (
 from dcpstore.errors import InvalidInputError
 from dcpstore.planning.balance import share_out
 from dcpstore.planning.checks import check_agreement, check_tiling
-from dcpstore.planning.shards import is_sharded, local_shards
+from dcpstore.planning.plain import nesting_checked
+from dcpstore.planning.shards import is_sharded, local_shards, no_shard
 from dcpstore.planning.tables import GlobalTable, PlanTable
 
 __all__ = ["DefaultSavePlanner", "plan_globally"]
@@ -56,18 +58,22 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
         """Take the state to save.
 
         Raises:
-            InvalidInputError: two items flatten to the same FQN.
+            InvalidInputError: two items flatten to the same FQN, or it is nested without end.
         """
-        try:
-            super().set_up_planner(state_dict, storage_meta, is_coordinator)
-        except ValueError as error:
-            raise InvalidInputError(
-                f"{error}: two items of the state have the same FQN; rename one of the keys."
-            ) from error
+        with nesting_checked():
+            try:
+                super().set_up_planner(state_dict, storage_meta, is_coordinator)
+            except ValueError as error:
+                raise InvalidInputError(
+                    f"{error}: two items of the state have the same FQN; rename one of the keys."
+                ) from error
         self._views: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 
     def create_local_plan(self) -> SavePlan:
-        """Return one item for each box that this rank holds, and one for each value."""
+        """Return one item for each box that this rank holds, and one for each value.
+
+        A tensor of which it holds nothing is an empty box, so that one which nobody holds is found.
+        """
         items: list[WriteItem] = []
         for fqn, value in self.state_dict.items():
             if isinstance(value, torch.Tensor):
@@ -80,7 +86,7 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
     def _tensor_items(self, fqn: str, tensor: torch.Tensor) -> list[WriteItem]:
         kind = WriteItemType.SHARD if is_sharded(tensor) else WriteItemType.TENSOR
         items = []
-        for shard in local_shards(fqn, tensor):
+        for shard in local_shards(fqn, tensor) or no_shard(tensor):
             offsets = torch.Size(shard.box.offsets)
             self._views[fqn, shard.box.offsets] = shard.data
             items.append(
@@ -144,9 +150,17 @@ def plan_globally(tables: Sequence[PlanTable], *, to_lowest_rank: bool) -> Globa
     """
     table = GlobalTable.of(tables)
     check_agreement(table)
-    table = share_out(table, to_lowest_rank=to_lowest_rank)
+    table = share_out(_without_empty(table), to_lowest_rank=to_lowest_rank)
     check_tiling(table)
     return table
+
+
+def _without_empty(table: GlobalTable) -> GlobalTable:
+    """Leave out the empty boxes of tensors of which some rank holds elements."""
+    is_live = table.rows.volumes > 0
+    is_held = np.bincount(table.rows.tensor[is_live], minlength=len(table.names)) > 0
+    kept = is_live | ~is_held[table.rows.tensor]
+    return table if kept.all() else table.take(np.flatnonzero(kept))
 
 
 def _describe(plans: list[SavePlan]) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:

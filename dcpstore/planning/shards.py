@@ -20,7 +20,7 @@ from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.shards import Split, local_boxes
 
-__all__ = ["LocalShard", "is_sharded", "local_shards"]
+__all__ = ["LocalShard", "is_sharded", "local_shards", "no_shard"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,17 @@ def local_shards(fqn: str, tensor: torch.Tensor) -> list[LocalShard]:
             for s in tensor.local_shards()
         ]
     return _of_checkpointable(fqn, tensor)
+
+
+def no_shard(tensor: torch.Tensor) -> list[LocalShard]:
+    """Return an empty box of a tensor, which says that there is such a tensor and no more.
+
+    One without dimensions has no empty box, and is not told of.
+    """
+    if not tensor.dim():
+        return []
+    sizes = (0,) * tensor.dim()
+    return [LocalShard(Box(sizes, sizes), torch.empty(sizes, dtype=tensor.dtype))]
 
 
 @torch.no_grad()

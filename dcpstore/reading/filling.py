@@ -36,7 +36,11 @@ class Filling:
         self._tensor = request.entry.tensor
         self._box, self._target = request.box, request.target
         self._dtype = torch_dtype(self._tensor.dtype)
-        is_plain = self._target.device.type == "cpu" and self._target.dtype == self._dtype
+        is_plain = (
+            self._target.device.type == "cpu"
+            and self._target.dtype == self._dtype
+            and not (self._target.is_conj() or self._target.is_neg())  # their bytes are others
+        )
         self._memory = as_bytes(self._target) if is_plain else None
         parts = self._tensor.parts
         # most tensors are small: one chunk, wanted whole
@@ -60,4 +64,5 @@ class Filling:
             return
         source = torch.from_numpy(piece.copy())
         same = source.dtype == self._dtype
-        self._target[where].copy_(source if same else source.view(self._dtype))
+        with torch.inference_mode(self._target.is_inference()):  # where alone those are written
+            self._target[where].copy_(source if same else source.view(self._dtype))

@@ -81,14 +81,14 @@ def _boxed(fqn: str, shape: tuple[int, ...], index: Index) -> tuple[Box, tuple[i
     if dims > len(shape) or dims < len(given) - 1:
         raise InvalidInputError(f"index {index!r} does not fit {fqn!r} of shape {shape}.")
     fill = [slice(None)] * (len(shape) - dims)
-    at = given.index(...) if ... in given else len(given)
+    at = next((i for i, part in enumerate(given) if part is ...), len(given))
     full = [*given[:at], *fill, *given[at + 1 :]]
     offsets: list[int] = []
     sizes: list[int] = []
     rest: list[int | slice] = []
     for part, n in zip(full, shape, strict=True):
-        if isinstance(part, slice) and (part.step is None or part.step > 0):
-            start, stop, step = part.indices(n)
+        if isinstance(part, slice) and (bounds := _bounds(part, n)) is not None:
+            start, stop, step = bounds
             offsets.append(start)
             sizes.append(max(stop - start, 0))
             rest.append(slice(None, None, step))
@@ -102,3 +102,12 @@ def _boxed(fqn: str, shape: tuple[int, ...], index: Index) -> tuple[Box, tuple[i
                 "slices with a positive step, or '...'."
             )
     return Box(tuple(offsets), tuple(sizes)), tuple(rest)
+
+
+def _bounds(part: slice, n: int) -> tuple[int, int, int] | None:
+    """Return start, stop and step inside `n`, or None where a slice is not of use here."""
+    try:
+        start, stop, step = part.indices(n)
+    except (TypeError, ValueError):  # no integers, or a step of zero
+        return None
+    return (start, stop, step) if step > 0 else None

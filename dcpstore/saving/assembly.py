@@ -16,6 +16,7 @@ import numpy as np
 from dcpstore.catalog import Catalog
 from dcpstore.encoding.digests import content_digest
 from dcpstore.errors import InvalidInputError
+from dcpstore.geometry.grids import cover
 from dcpstore.geometry.tables import Ints
 from dcpstore.planning.tables import GlobalTable
 from dcpstore.records import (
@@ -52,7 +53,10 @@ class _Content:
 
 
 class Books:
-    """Put together from the plan and every rank's digests; then asked, in the order of a save."""
+    """Put together from the plan and every rank's digests; then asked, in the order of a save.
+
+    `are_whole` says that the plan is that of all ranks, so that each tensor must be there whole.
+    """
 
     def __init__(
         self,
@@ -62,6 +66,7 @@ class Books:
         *,
         paths: Mapping[str, ObjectPath],
         chunk: ChunkDefaults,
+        are_whole: bool = True,
     ) -> None:
         self._table = table
         self._paths = paths
@@ -79,6 +84,8 @@ class Books:
                 f"the plan and what the ranks resolved differ in {sorted(differing)[:8]}; "
                 "make the planner's plan and its data agree."
             )
+        if are_whole:
+            _check_whole(self._layouts)
         self._fqns = list(self._layouts)
         self._cells = Cells.of(table, self._fqns, self._layouts, told)
         self._contents = self._gathered_contents()
@@ -268,4 +275,16 @@ def _cut_otherwise(layout: Layout, stored: TensorRecord | None) -> bool:
         stored is not None
         and (stored.dtype, stored.shape) == (layout.dtype, layout.shape)
         and stored.parts != layout.grids
+        and cover(stored.parts, layout.shape)
     )
+
+
+def _check_whole(layouts: Mapping[str, Layout]) -> None:
+    """Check that the grids of each tensor hold all of it (design, invariant 4)."""
+    for fqn, layout in layouts.items():
+        if not cover(layout.grids, layout.shape):
+            held = sum(grid.box.volume for grid in layout.grids)
+            raise InvalidInputError(
+                f"{fqn!r} of shape {layout.shape}: {held} of {math.prod(layout.shape)} elements "
+                "would be stored; report this as a bug of dcpstore, and save to a new branch."
+            )

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 
 from dcpstore.batches import in_batches
 from dcpstore.encoding.digests import chunk_digest
-from dcpstore.encoding.dtypes import as_bytes
+from dcpstore.encoding.dtypes import as_bytes, check_plain
 from dcpstore.encoding.values import EncodedValue, PlannerBytes, encode_value
 from dcpstore.errors import InvalidInputError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
@@ -137,7 +137,13 @@ class RankData:
         if self._resolver is not None:
             return None
         tensor = self._tensor(item, box)
-        return as_bytes(tensor) if tensor.device.type == "cpu" else None
+        try:
+            if tensor.device.type == "cpu":
+                return as_bytes(tensor)
+            check_plain(tensor)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{item.index.fqn!r}: {error}") from error
+        return None
 
     def _source(self, item: WriteItem, box: Box) -> Source:
         if self._resolver is not None:

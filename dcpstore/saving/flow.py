@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from dcpstore.collectives import Collectives, in_step, in_turn
 from dcpstore.collector import collector_free, collector_held
 from dcpstore.leases import kept_lease
+from dcpstore.planning.plain import check_state, nesting_checked
 from dcpstore.planning.save_planner import DefaultSavePlanner
 from dcpstore.planning.stateful import check_keys, take_state
 from dcpstore.progress import ProgressBar
@@ -72,8 +73,10 @@ def save_version(
 
     def local_plan() -> Offer:
         nonlocal local
-        state = take_state(state_dict, keys, rank=ranks.rank)
-        planner.set_up_planner(state, is_coordinator=ranks.leads)
+        with nesting_checked():
+            state = take_state(state_dict, keys, rank=ranks.rank)
+            check_state(state)
+            planner.set_up_planner(state, is_coordinator=ranks.leads)
         local = LocalPlan(planner.create_local_plan(), planner, target.memory)
         return local.offer()
 

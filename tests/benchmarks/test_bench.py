@@ -85,6 +85,7 @@ def test_every_workload_has_its_rows_here() -> None:
     assert set(ROWS) == set(WORKLOADS)
 
 
+@pytest.mark.slow
 def test_the_table_and_the_json_have_every_row(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"# Before\n\n{BEGIN}\nold\n{END}\n\nAfter\n")

@@ -43,6 +43,18 @@ def trained() -> dict[str, Any]:
     }
 
 
+def lazy() -> dict[str, torch.Tensor]:
+    """Return tensors whose bytes in memory, and so in files, are not yet what they are."""
+    pairs = torch.tensor([[1 + 2j, 3 - 4j], [5 + 6j, -7j]])
+    return {
+        "conj": pairs.conj(),
+        "turned": pairs.mH,
+        "double": pairs.to(torch.complex128).conj(),
+        "neg": pairs.clone().conj().imag,
+        "both": torch._neg_view(pairs.conj()),
+    }
+
+
 def equal(a: Any, b: Any) -> bool:
     """Tell whether two nested states are equal, with every bit of their tensors."""
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):

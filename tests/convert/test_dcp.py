@@ -38,10 +38,13 @@ from dcpstore.convert import (
     import_dcp,
     import_torch,
 )
-from tests.convert.states import assert_holds, equal, every_dtype, same, trained
+from tests.convert.states import assert_holds, equal, every_dtype, lazy, same, trained
 from tests.ranks import RankPool, mesh
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+    pytest.mark.slow_on_postgres,
+]
 
 
 def write_dcp(state: dict[str, Any], folder: Path, **options: Any) -> Path:
@@ -64,6 +67,11 @@ def test_every_dtype_comes_in(repo: Repository, tmp_path: Path, threads: int) ->
     folder = write_dcp(state, tmp_path / "in", thread_count=threads)
     version = import_dcp(folder, repo)
     assert_holds(repo, version.number, state)
+
+
+def test_lazily_conjugated_and_negated_tensors_come_in(repo: Repository, tmp_path: Path) -> None:
+    import_dcp(write_dcp(lazy(), tmp_path / "in"), repo)
+    assert_holds(repo, "main", lazy())
 
 
 def test_every_dtype_goes_out(repo: Repository, tmp_path: Path) -> None:
@@ -225,20 +233,21 @@ def test_a_foreign_description_runs_no_code(repo: Repository, tmp_path: Path) ->
     assert repo.log() == []
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        b"cbuiltins\neval\n(V1\ntR.",
-        b"ctorch\nload\n(V/etc/passwd\ntR.",
-        b"ctorch.serialization\nload\n(V/etc/passwd\ntR.",
-        b"\x80\x04\x8c\x05torch\x8c\x08hub.load\x93.",
-        b"cbuiltins\ngetattr\n.",
-    ],
-)
-def test_no_function_is_let_in(repo: Repository, tmp_path: Path, code: bytes) -> None:
-    (tmp_path / ".metadata").write_bytes(code)
-    with pytest.raises(UnsafeDataError, match="would run code"):
-        import_dcp(tmp_path, repo)
+CODES = [
+    b"cbuiltins\neval\n(V1\ntR.",
+    b"ctorch\nload\n(V/etc/passwd\ntR.",
+    b"ctorch.serialization\nload\n(V/etc/passwd\ntR.",
+    b"\x80\x04\x8c\x05torch\x8c\x08hub.load\x93.",
+    b"cbuiltins\ngetattr\n.",
+]
+
+
+def test_no_function_is_let_in(repo: Repository, tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for code in CODES:
+        with subtests.test(code=code):
+            (tmp_path / ".metadata").write_bytes(code)
+            with pytest.raises(UnsafeDataError, match="would run code"):
+                import_dcp(tmp_path, repo)
 
 
 def change_info(**changes: Any) -> Callable[[Metadata, Path], None]:

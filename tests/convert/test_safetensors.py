@@ -43,6 +43,8 @@ from tests.convert.states import (
     trained,
 )
 
+pytestmark = pytest.mark.slow_on_postgres
+
 INDEX = "model.safetensors.index.json"
 # The library's own writer in torch lacks it; its Rust side has it, and reads it.
 NOT_WRITTEN_BY_LIBRARY = (*NOT_IN_SAFETENSORS, torch.float8_e8m0fnu)

@@ -21,6 +21,8 @@ from tests.convert.states import every_dtype, trained
 from tests.ranks import RankPool, mesh
 from tests.soundness import Place
 
+pytestmark = pytest.mark.slow_on_postgres
+
 
 def test_every_dtype_goes_out(repo: Repository, tmp_path: Path) -> None:
     state = every_dtype()

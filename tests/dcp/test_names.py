@@ -36,6 +36,7 @@ def test_on_one_rank(name: str, tmp_path: Path) -> None:
     quietly(0, name, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", USES)
 def test_on_two_ranks(name: str, tmp_path: Path, two_ranks: RankPool) -> None:
     two_ranks.run(quietly, name, tmp_path)

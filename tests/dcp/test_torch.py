@@ -13,7 +13,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.format_utils import torch_save_to_dcp
-from torch.distributed.checkpoint.planner import WriteItemType
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_loader import (
     _load_state_dict,
     _load_state_dict_from_keys,
@@ -232,6 +237,82 @@ def test_plan_caching_keeps_saving_what_is_there_now(repo: Repository) -> None:
         dcpstore.save({"w": torch.full((4,), float(step)), "step": step}, repo, planner=planner)
         assert torch.equal(repo.read()["w"], torch.full((4,), float(step)))
     assert len(repo.log()) == 6
+
+
+def save_cached_on_ranks(rank: int, place: Place) -> None:
+    """Save through torch with cached plans, of which those of one rank change now and then."""
+    cached = type(f"Cached{place.url}", (dcp.DefaultSavePlanner,), {})  # the cache goes by name
+    for step in range(5):
+        whole = torch.arange(35.0).reshape(7, 5) + step
+        own = torch.full((3 + (step > 0) + (step > 3),), float(step))
+        state = {
+            "w": distribute_tensor(whole, mesh((2,)), [Shard(0)]),
+            f"own{rank}": own if rank else own[:2],
+        }
+        dcp.save(
+            state,
+            # a new branch has no parent whose cutting could be kept
+            storage_writer=Writer(place.url, branch="main" if step < 4 else "new"),
+            planner=cached(enable_plan_caching=True),
+        )
+
+
+def test_plan_caching_where_the_plan_of_one_rank_changes(place: Place, two_ranks: RankPool) -> None:
+    place.open().close()
+    two_ranks.run(save_cached_on_ranks, place)
+    with place.open() as repo:
+        for step in range(5):
+            read = repo.read(step + 1)
+            assert torch.equal(read["w"], torch.arange(35.0).reshape(7, 5) + step)
+            assert read["own0"].tolist() == [step] * 2
+            assert read["own1"].tolist() == [step] * (3 + (step > 0) + (step > 3))
+        assert_sound(repo)
+
+
+class Pieces(torch.Tensor):
+    """A tensor of which this rank holds two pieces, as sharded subclasses tell it to torch."""
+
+    PLACES = (0, 6)
+    SIZES = torch.Size([3])
+
+    def __create_write_items__(self, fqn: str, tensor: Any) -> list[WriteItem]:
+        return [
+            WriteItem(
+                MetadataIndex(fqn, torch.Size([at])),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    ChunkStorageMetadata(torch.Size([at]), self.SIZES),
+                    TensorProperties(dtype=self.dtype),
+                    self.size(),
+                ),
+            )
+            for at in self.PLACES
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size([at]), self.SIZES) for at in self.PLACES]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        (at,) = index.offset
+        return self.as_subclass(torch.Tensor)[at : at + 3]
+
+
+def test_a_whole_save_after_a_partial_parent_is_whole(repo: Repository) -> None:
+    held = torch.arange(12.0)
+    dcp.save(
+        {"w": held.as_subclass(Pieces), "v": held[:9].as_subclass(Pieces)},
+        storage_writer=Writer(repo),
+        planner=dcp.DefaultSavePlanner(),
+        no_dist=True,
+        use_collectives=False,
+    )
+    assert repo.show("main/rank-0").nbytes == 48
+    for branch, added in (("same", 0), ("other", 100)):
+        state = {"w": held + added, "v": held[:9] + added}
+        version = dcpstore.save(state, repo, branch=branch, parent="main/rank-0")
+        assert version.nbytes == 84
+        read = repo.read(branch)
+        assert all(torch.equal(read[fqn], state[fqn]) for fqn in state)
 
 
 def torch_on_ranks(rank: int, place: Place, how: dict[str, Any]) -> None:

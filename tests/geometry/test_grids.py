@@ -79,6 +79,15 @@ def test_chunks_aim_at_the_target_and_stay_contiguous() -> None:
     assert lay_grids((4096, 4096), 4, halves, target=1 << 20, parent=(grid,)) == (grid,)
 
 
+def test_grids_of_a_parent_that_is_not_whole_are_not_kept() -> None:
+    halves = (Grid((0,), (3,), (3,)), Grid((6,), (3,), (3,)))
+    for parent in (halves, halves[:1], halves[1:]):
+        (grid,) = lay_grids((12,), 4, [Box.whole((12,))], target=1024, parent=parent)
+        assert grid.box == Box.whole((12,))
+    whole = (Grid((0,), (6,), (6,)), Grid((6,), (6,), (3,)))
+    assert lay_grids((12,), 4, [Box.whole((12,))], target=1024, parent=whole) == whole
+
+
 def test_shards_are_cut_along_every_dimension() -> None:
     halves = [Box((0, 0), (384, 768)), Box((384, 0), (384, 768))]
     (grid,) = lay_grids((768, 768), 4, halves, target=8 << 20)

@@ -8,14 +8,16 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import dcpstore
-from dcpstore import ConflictError, DcpstoreError, Repository
+from dcpstore import ConflictError, DcpstoreError, InvalidInputError, Repository
 from tests.ranks import RankPool, mesh
 from tests.soundness import Place
 
@@ -30,6 +32,105 @@ def test_what_is_saved_is_what_was_staged(repo: Repository) -> None:
     assert (version.step, version.tags) == (1, ("t",))
     assert torch.equal(repo.read()["w"], torch.ones(1000))
     assert repo.read()["l"] == [1, 2]
+
+
+def test_lazily_conjugated_and_negated_tensors_are_staged_as_they_are(repo: Repository) -> None:
+    pairs = torch.tensor([1 + 2j, 3 - 4j])
+    state = {"conj": pairs.conj(), "in": [{"neg": pairs.conj().imag}], "w": pairs}
+    dcpstore.async_save(state, repo).result()
+    read = repo.read()
+    assert torch.equal(read["conj"], pairs.conj())
+    assert torch.equal(read["in.0.neg"], pairs.conj().imag)
+    assert torch.equal(read["w"], pairs)
+
+
+class Loss:
+    """A metric that remembers who asked for it."""
+
+    def __float__(self) -> float:
+        self.asked_by = threading.current_thread()
+        return 2.5
+
+
+def test_a_request_is_as_it_was_when_it_was_made(repo: Repository) -> None:
+    loss, labels, tags = Loss(), {"lr": "1"}, ["t"]
+    pending = dcpstore.async_save(
+        {"w": torch.ones(3)}, repo, metrics={"loss": loss}, labels=labels, tags=tags
+    )
+    assert loss.asked_by is threading.main_thread()
+    labels["lr"] = "2"
+    tags.append("u")
+    version = pending.result()
+    assert (version.metrics, version.labels, version.tags) == ({"loss": 2.5}, {"lr": "1"}, ("t",))
+
+
+def test_bad_arguments_are_refused_before_anything_is_begun(
+    repo: Repository, subtests: pytest.Subtests
+) -> None:
+    bad: dict[str, dict[str, Any]] = {
+        "one text": {"tags": "best"},
+        "branch name": {"branch": "a b"},
+        "give a number": {"metrics": {"loss": "low"}},
+        "whole number": {"step": -1},
+        "both of repo and": {"checkpoint_id": "elsewhere"},
+        "text that a database": {"labels": {"a": "\0"}},
+    }
+    for said, arguments in bad.items():
+        with subtests.test(said), pytest.raises(InvalidInputError, match=said):
+            dcpstore.async_save({"w": torch.ones(3)}, repo, **arguments)
+    assert repo.sql("SELECT count(*) AS begun FROM version")[0].begun == 0
+
+
+def refused_on_ranks(rank: int, place: Place) -> str:
+    with place.open() as repo:
+        try:
+            dcpstore.async_save({"w": torch.ones(3)}, repo, tags=["a b"])
+        except InvalidInputError as error:
+            return str(error)
+    return "begun"
+
+
+def test_bad_arguments_are_refused_on_every_rank(place: Place, two_ranks: RankPool) -> None:
+    place.open().close()
+    first, second = two_ranks.run(refused_on_ranks, place)
+    assert first == second
+    assert "'a b'" in first
+
+
+def test_a_tensor_may_change_its_size_between_saves(repo: Repository) -> None:
+    tensor = torch.ones(2)
+    for size in (2, 50, 3):
+        tensor.resize_(size).fill_(size)
+        dcpstore.async_save({"w": tensor, "same": torch.ones(4)}, repo).result()
+        assert torch.equal(repo.read()["w"], torch.full((size,), float(size)))
+
+
+def test_the_limit_is_on_what_is_copied(repo: Repository) -> None:
+    whole = torch.ones(1000)
+    state = {"a": whole[:1], "b": whole[1:2]}  # two views of 4,000 bytes
+    assert dcpstore.async_save(state, repo, staging_limit=3999).done()
+    go = threading.Event()
+    pending = dcpstore.async_save(state, repo, staging_limit=4000, planner=Slow(go))
+    assert not pending.done()
+    go.set()
+    pending.result()
+
+
+def save_in_two_jobs(rank: int, folder: str) -> list[int]:
+    """Save in a group of both ranks, then in one that each rank makes for itself."""
+    ranks = [dcpstore.async_save({f"w{rank}": torch.ones(2)}, f"{folder}/both").result().ranks]
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{rank}", rank=0, world_size=1)
+    alone = dcpstore.async_save({f"w{rank}": torch.ones(2)}, f"{folder}/alone{rank}").result()
+    return [*ranks, alone.ranks]
+
+
+def test_a_new_process_group_has_savers_of_its_own(tmp_path: Path) -> None:
+    pool = RankPool(2, tmp_path)  # of this test, for it is left without its group
+    try:
+        assert pool.run(save_in_two_jobs, str(tmp_path)) == [[2, 1]] * 2
+    finally:
+        pool.close()
 
 
 def test_a_second_save_waits(repo: Repository) -> None:
@@ -200,6 +301,7 @@ def save_twenty_times(rank: int, place: Place) -> tuple[tuple[int, int], tuple[i
         return first, resources()
 
 
+@pytest.mark.slow
 def test_twenty_saves_leave_descriptors_and_threads_as_they_were(
     place: Place, two_ranks: RankPool
 ) -> None:

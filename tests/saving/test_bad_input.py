@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+import random
+import string
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor, Partial, Shard
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.masked import masked_tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 import dcpstore
 from dcpstore import (
@@ -47,46 +54,136 @@ def unchanged(repo: Repository) -> None:
 W = {"w": torch.ones(3)}
 
 
+def freed() -> torch.Tensor:
+    tensor = torch.arange(1000.0)[10:20]
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def fake() -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.ones(3)
+
+
+# Tensors that have no bytes to store, and what is said of each.
+NOT_PLAIN: dict[str, tuple[str, Callable[[], torch.Tensor]]] = {
+    "freed": ("was freed or resized", freed),
+    "meta": ("on the meta device", lambda: torch.ones(3, device="meta")),
+    "sparse": ("layout torch.sparse_coo", lambda: torch.eye(3).to_sparse()),
+    "nested": ("a nested tensor", lambda: torch.nested.nested_tensor([torch.ones(2)])),
+    "jagged": (
+        "a nested tensor",
+        lambda: torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged),
+    ),
+    "lazy": ("neither shape nor bytes", lambda: torch.nn.LazyLinear(3).weight),
+    "wrapped": ("TwoTensor", lambda: TwoTensor(torch.ones(2), torch.ones(2))),
+    "fake": ("FakeTensor", fake),
+    "masked": ("MaskedTensor", lambda: masked_tensor(torch.ones(2), torch.ones(2).bool())),
+    "dimensions": ("70 dimensions", lambda: torch.ones(1).reshape((1,) * 70)),
+    "quantized": (
+        "qint8 cannot be stored",
+        lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    ),
+}
+
+
+def endless() -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    state["again"] = state
+    return state
+
+
+def deep() -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    for _ in range(5000):
+        state = {"in": state}
+    return state
+
+
 def _stale_tip(repo: Repository) -> None:
     dcpstore.save(W, repo, expect_tip="best", branch="new")
 
 
-@pytest.mark.parametrize(
-    ("error", "match", "call"),
-    [
-        (AlreadyExistsError, "best", lambda r: dcpstore.save(W, r, tags=["best"])),
-        (AlreadyExistsError, "best", lambda r: r.tag("best", "v1")),
-        (AlreadyExistsError, "best", lambda r: r.branch("best", at="v1")),
-        (AlreadyExistsError, "best", lambda r: dcpstore.save(W, r, branch="best")),
-        (InvalidInputError, "a b", lambda r: dcpstore.save(W, r, tags=["a b"])),
-        (InvalidInputError, "v3", lambda r: dcpstore.save(W, r, branch="v3")),
-        (InvalidInputError, "one text", lambda r: dcpstore.save(W, r, tags="best2")),
-        (NotFoundError, "side", lambda r: dcpstore.save(W, r, branch="x", parent="side")),
-        (ConflictError, "expect_tip", _stale_tip),
-        (UnsafeDataError, "Opaque", lambda r: dcpstore.save({"o": Opaque()}, r)),
-        (UnsafeDataError, "'deep.o'", lambda r: dcpstore.save({"deep": {"o": Opaque()}}, r)),
-        (InvalidInputError, "same FQN", lambda r: dcpstore.save({"a": {"b": 1}, "a.b": 2}, r)),
-        (InvalidInputError, "keys must be text", lambda r: dcpstore.save({1: torch.ones(3)}, r)),
-        (NotFoundError, "'best'", lambda r: dcpstore.load(dict(W), r, "bets")),
-        (NotFoundError, "v9", lambda r: dcpstore.load(dict(W), r, 9)),
-        (InvalidInputError, "is not a ref", lambda r: dcpstore.load(dict(W), r, "a b")),
-        (NotFoundError, "'w'", lambda r: r.read("best", ["ww"])),
-        (InvalidInputError, "shape", lambda r: r.read("best", {"w": (slice(0, 1), 0)})),
-        (InvalidInputError, "one text", lambda r: r.read("best", "w")),
-        (MismatchError, "'v' is not", lambda r: dcpstore.load({"v": torch.ones(3)}, r)),
-        (MismatchError, "shape", lambda r: dcpstore.load({"w": torch.ones(4)}, r)),
-        (MismatchError, "dtype", lambda r: dcpstore.load({"w": torch.ones(3).int()}, r)),
-        (MismatchError, "is a value", lambda r: dcpstore.load({"lr": torch.ones(3)}, r)),
-        (MismatchError, "is a tensor", lambda r: dcpstore.load({"w": 3}, r)),
-        (InvalidInputError, "INSERT", lambda r: r.sql("INSERT INTO ref VALUES (1)")),
-    ],
-)
+PAST: Any = {"loss": 10**400}
+LONG: Any = {"m" * 2001: 1}
+
+BAD: list[tuple[type[Exception], str, Callable[[Repository], Any]]] = [
+    (AlreadyExistsError, "best", lambda r: dcpstore.save(W, r, tags=["best"])),
+    (AlreadyExistsError, "best", lambda r: r.tag("best", "v1")),
+    (AlreadyExistsError, "best", lambda r: r.branch("best", at="v1")),
+    (AlreadyExistsError, "best", lambda r: dcpstore.save(W, r, branch="best")),
+    (InvalidInputError, "a b", lambda r: dcpstore.save(W, r, tags=["a b"])),
+    (InvalidInputError, "v3", lambda r: dcpstore.save(W, r, branch="v3")),
+    (InvalidInputError, "one text", lambda r: dcpstore.save(W, r, tags="best2")),
+    (NotFoundError, "side", lambda r: dcpstore.save(W, r, branch="x", parent="side")),
+    (ConflictError, "expect_tip", _stale_tip),
+    (InvalidInputError, "tags=None is no list", lambda r: dcpstore.save(W, r, tags=None)),
+    (InvalidInputError, "metrics=.* no mapping", lambda r: dcpstore.save(W, r, metrics=[1])),
+    (InvalidInputError, "labels=.* no mapping", lambda r: dcpstore.save(W, r, labels=["a"])),
+    (InvalidInputError, "past what a float", lambda r: dcpstore.save(W, r, metrics=PAST)),
+    (InvalidInputError, "nested too deep", lambda r: dcpstore.save({"e": endless()}, r)),
+    (InvalidInputError, "nested too deep", lambda r: dcpstore.save(deep(), r)),
+    (InvalidInputError, "FQN 'xx.* 2001 bytes", lambda r: dcpstore.save({"x" * 2001: 1}, r)),
+    (InvalidInputError, "FQN .* 3000 bytes", lambda r: dcpstore.save({"日" * 1000: W["w"]}, r)),
+    (InvalidInputError, "metric name 'm.* 2001", lambda r: dcpstore.save(W, r, metrics=LONG)),
+    (InvalidInputError, "label name 'm.* 2001", lambda r: dcpstore.save(W, r, labels=LONG)),
+    (UnsafeDataError, "Opaque", lambda r: dcpstore.save({"o": Opaque()}, r)),
+    (UnsafeDataError, "'deep.o'", lambda r: dcpstore.save({"deep": {"o": Opaque()}}, r)),
+    (InvalidInputError, "same FQN", lambda r: dcpstore.save({"a": {"b": 1}, "a.b": 2}, r)),
+    (InvalidInputError, "keys must be text", lambda r: dcpstore.save({1: torch.ones(3)}, r)),
+    (NotFoundError, "'best'", lambda r: dcpstore.load(dict(W), r, "bets")),
+    (NotFoundError, "v9", lambda r: dcpstore.load(dict(W), r, 9)),
+    (InvalidInputError, "is not a ref", lambda r: dcpstore.load(dict(W), r, "a b")),
+    (NotFoundError, "'w'", lambda r: r.read("best", ["ww"])),
+    (InvalidInputError, "shape", lambda r: r.read("best", {"w": (slice(0, 1), 0)})),
+    (InvalidInputError, "one text", lambda r: r.read("best", "w")),
+    (MismatchError, "'v' is not", lambda r: dcpstore.load({"v": torch.ones(3)}, r)),
+    (MismatchError, "shape", lambda r: dcpstore.load({"w": torch.ones(4)}, r)),
+    (MismatchError, "dtype", lambda r: dcpstore.load({"w": torch.ones(3).int()}, r)),
+    (MismatchError, "is a value", lambda r: dcpstore.load({"lr": torch.ones(3)}, r)),
+    (MismatchError, "is a tensor", lambda r: dcpstore.load({"w": 3}, r)),
+    (InvalidInputError, "INSERT", lambda r: r.sql("INSERT INTO ref VALUES (1)")),
+]
+
+
 def test_bad_input_leaves_the_repository_as_it_was(
-    kept: Repository, error: type[Exception], match: str, call: Callable[[Repository], Any]
+    kept: Repository, subtests: pytest.Subtests
 ) -> None:
-    with pytest.raises(error, match=match):
-        call(kept)
-    unchanged(kept)
+    for error, match, call in BAD:
+        with subtests.test(error=error.__name__, match=match):
+            with pytest.raises(error, match=match):
+                call(kept)
+            unchanged(kept)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The PyTorch API of", "ignore:Lazy modules", "ignore:.*quantize_per_tensor"
+)
+@pytest.mark.parametrize("save", [dcpstore.save, dcpstore.async_save])
+def test_a_tensor_without_plain_bytes_is_named(
+    kept: Repository, save: Callable[..., object], subtests: pytest.Subtests
+) -> None:
+    for what, (said, make) in NOT_PLAIN.items():
+        with subtests.test(what=what):
+            with pytest.raises(InvalidInputError, match=rf"'deep\.0\.w': .*{said}"):
+                save({"deep": [{"w": make()}], "b": torch.ones(1)}, kept)
+            unchanged(kept)
+
+
+def test_names_of_any_kept_length_come_back(repo: Repository) -> None:
+    rng = random.Random(0)  # what no database can compress
+    name = "".join(rng.choices(string.ascii_letters, k=2000))
+    state = {name: torch.ones(2), f"{name[:-2]}.v": 1}
+    version = dcpstore.save(state, repo, metrics={name: 1.0}, labels={name: "a"})
+    assert (version.metrics, version.labels) == ({name: 1.0}, {name: "a"})
+    assert repo.read()[name].tolist() == [1, 1]
+
+
+def test_a_mapping_that_cannot_be_changed_is_saved(repo: Repository) -> None:
+    state = {"c": MappingProxyType({"lr": 0.1, "w": torch.ones(2)})}
+    for save in (dcpstore.save, lambda *given: dcpstore.async_save(*given).result()):
+        save(MappingProxyType(state), repo)
+        assert repo.read()["c.lr"] == 0.1
 
 
 def test_every_difference_is_named_at_once(kept: Repository) -> None:
@@ -171,6 +268,10 @@ WRONG: dict[str, Callable[[Repository, bool], Any]] = {
     "shards": lambda r, odd: dcpstore.save({"w": sharded(2) if odd else torch.ones(4, 3)}, r),
     "half": lambda r, odd: dcpstore.save({} if odd else {"w": sharded(2)}, r),
     "partial": lambda r, odd: dcpstore.save({"w": partial()}, r),
+    "no member": lambda r, odd: dcpstore.save(
+        W, r, process_group=dist.GroupMember.NON_GROUP_MEMBER
+    ),
+    "meta": lambda r, odd: dcpstore.save({"w": W["w"].to("meta") if odd else W["w"]}, r),
     "object": lambda r, odd: dcpstore.save({f"o{odd}": Opaque() if odd else 1}, r),
     "ref": lambda r, odd: dcpstore.load(dict(W), r, "main" if odd else "best"),
     "no ref": lambda r, odd: dcpstore.load(dict(W), r, "bets"),
@@ -185,38 +286,58 @@ def do_wrong(rank: int, place: Place, what: str) -> tuple[str, str, dict[int, st
         return caught(lambda: WRONG[what](repo, rank == 1))
 
 
-@pytest.mark.parametrize(
-    ("what", "expected"),
-    [
-        ("branch", ("InvalidInputError", "disagree about branch")),
-        ("tags", ("InvalidInputError", "disagree about tags")),
-        ("parent", ("InvalidInputError", "disagree about parent")),
-        ("shape", ("InvalidInputError", r"'w' is float32 (3,) on rank 0, float32 (4,) on rank 1")),
-        ("dtype", ("InvalidInputError", r"'w' is float32 (3,) on rank 0, int32 (3,) on rank 1")),
-        ("kind", ("InvalidInputError", r"'w' is float32 (3,) on rank 0, a value on rank 1")),
-        ("shards", ("InvalidInputError", "overlaps")),
-        ("half", ("InvalidInputError", "rank 0 hold 6 of 12 elements")),
-        ("partial", ("InvalidInputError", "redistribute")),
-        ("object", ("RankFailure", "Opaque")),
-        ("ref", ("InvalidInputError", "pass the same ref")),
-        ("no ref", ("NotFoundError", "'best'")),
-        ("missing", ("MismatchError", "'u' is not in the version")),
-        ("repository", ("InvalidInputError", "pass the same repository")),
-        ("no repository", ("NotFoundError", "data-none")),
-    ],
-)
+HEARD = {
+    "branch": ("InvalidInputError", "disagree about branch"),
+    "tags": ("InvalidInputError", "disagree about tags"),
+    "parent": ("InvalidInputError", "disagree about parent"),
+    "shape": ("InvalidInputError", r"'w' is float32 (3,) on rank 0, float32 (4,) on rank 1"),
+    "dtype": ("InvalidInputError", r"'w' is float32 (3,) on rank 0, int32 (3,) on rank 1"),
+    "kind": ("InvalidInputError", r"'w' is float32 (3,) on rank 0, a value on rank 1"),
+    "shards": ("InvalidInputError", "overlaps"),
+    "half": ("InvalidInputError", "rank 0 hold 6 of 12 elements"),
+    "partial": ("InvalidInputError", "redistribute"),
+    "no member": ("InvalidInputError", "is no member of the process group"),
+    "meta": ("RankFailure", "'w': a tensor on the meta device has no data"),
+    "object": ("RankFailure", "Opaque"),
+    "ref": ("InvalidInputError", "pass the same ref"),
+    "no ref": ("NotFoundError", "'best'"),
+    "missing": ("MismatchError", "'u' is not in the version"),
+    "repository": ("InvalidInputError", "pass the same repository"),
+    "no repository": ("NotFoundError", "data-none"),
+}
+
+
 def test_ranks_that_disagree_all_hear_the_same(
-    kept: Repository, place: Place, two_ranks: RankPool, what: str, expected: tuple[str, str]
+    kept: Repository, place: Place, two_ranks: RankPool, subtests: pytest.Subtests
 ) -> None:
-    first, second = two_ranks.run(do_wrong, place, what)
-    assert first == second
-    assert first[0] == expected[0], first
-    assert expected[1] in first[1]
-    if what == "object":
-        assert first[2] == {1: "UnsafeDataError"}
-    if what == "missing":
-        assert "'v' is not in the version" in first[1]
-    unchanged(kept)
+    assert HEARD.keys() == WRONG.keys()
+    for what, (kind, message) in HEARD.items():
+        with subtests.test(what=what):
+            first, second = two_ranks.run(do_wrong, place, what)
+            assert first == second
+            assert first[0] == kind, first
+            assert message in first[1]
+            if what == "object":
+                assert first[2] == {1: "UnsafeDataError"}
+            if what == "missing":
+                assert "'v' is not in the version" in first[1]
+            unchanged(kept)
+
+
+def save_alone(rank: int, place: Place) -> tuple[str, str, dict[int, str]]:
+    """Save on each rank alone a tensor of which the second one holds nothing."""
+    whole = distribute_tensor(torch.ones(1, 4), mesh((2,)), [Shard(0)])
+    state = {"w": whole, "b": torch.ones(1)}
+    with place.open() as repo:
+        return caught(lambda: dcpstore.save(state, repo, branch=f"rank{rank}", no_dist=True))
+
+
+def test_a_rank_alone_must_hold_what_it_names(place: Place, two_ranks: RankPool) -> None:
+    place.open().close()
+    first, second = two_ranks.run(save_alone, place)
+    assert first[0] == "nothing"
+    assert second[0] == "InvalidInputError"
+    assert "'w' of shape (1, 4): rank 0 hold 0 of 4 elements" in second[1]
 
 
 def fail_in_write(rank: int, place: Place) -> tuple[str, str, dict[int, str]]:

@@ -20,23 +20,24 @@ from tests.tensors import DTYPES, raw, same
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype_comes_back_bit_by_bit(repo: Repository, dtype: torch.dtype) -> None:
-    state = {
-        "matrix": raw(dtype, 5, 7),
-        "zero-dimensional": raw(dtype, 3)[1],
-        "empty": raw(dtype, 0, 3),
-        "transposed": raw(dtype, 4, 6).T,
-        "strided": raw(dtype, 10, 3)[::2],
-    }
-    dcpstore.save(state, repo)
-    read = repo.read()
-    filled = {fqn: torch.empty_like(tensor) for fqn, tensor in state.items()}
-    report = dcpstore.load(filled, repo)
-    assert report.missing == report.unexpected == ()
-    for fqn, tensor in state.items():
-        assert same(read[fqn], tensor), fqn
-        assert same(filled[fqn], tensor), fqn
+def test_every_dtype_comes_back_bit_by_bit(repo: Repository, subtests: pytest.Subtests) -> None:
+    for dtype in DTYPES:
+        with subtests.test(dtype=dtype):
+            state = {
+                "matrix": raw(dtype, 5, 7),
+                "zero-dimensional": raw(dtype, 3)[1],
+                "empty": raw(dtype, 0, 3),
+                "transposed": raw(dtype, 4, 6).T,
+                "strided": raw(dtype, 10, 3)[::2],
+            }
+            version = dcpstore.save(state, repo)
+            read = repo.read(version.number)
+            filled = {fqn: torch.empty_like(tensor) for fqn, tensor in state.items()}
+            report = dcpstore.load(filled, repo, version.number)
+            assert report.missing == report.unexpected == ()
+            for fqn, tensor in state.items():
+                assert same(read[fqn], tensor), fqn
+                assert same(filled[fqn], tensor), fqn
 
 
 def test_tied_and_aliased_tensors_are_stored_once(repo: Repository) -> None:

@@ -34,6 +34,7 @@ def test_a_version_too_many_is_found_out() -> None:
         assert "v{1, 2, 3, 4, 5} are there" in outcome.detail
 
 
+@pytest.mark.slow
 def test_every_kind_of_step_is_found() -> None:
     with prepared(long=True) as ground:
         kills = Kills(ground, FORGETFUL, "sqlite")

@@ -1,0 +1,108 @@
+"""What of a plain state can be saved: tensors that have bytes, nested with an end.
+
+Asked before a planner sees the state, and before a copy of it is made, so that one error names what
+cannot be stored, whatever torch would raise of it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor
+
+from dcpstore.encoding.dtypes import check_plain
+from dcpstore.errors import InvalidInputError
+from dcpstore.planning.shards import is_sharded
+
+__all__ = ["check_state", "nesting_checked", "resolved", "storage_nbytes"]
+
+Path = tuple[object, ...]
+
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """Check that every tensor of a nested state has plain bytes here.
+
+    Raises:
+        InvalidInputError: one has none, by its FQN.
+    """
+
+    def check(path: Path, tensor: torch.Tensor) -> None:
+        try:
+            check_plain(tensor)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{'.'.join(map(str, path))!r}: {error}") from error
+
+    _visit(state, (), check)
+
+
+def storage_nbytes(state: Mapping[str, Any]) -> int:
+    """Return the bytes of the storages that tensors of a state lie in, each storage once."""
+    storages: dict[int, int] = {}
+
+    def note(path: Path, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+
+    _visit(state, (), note)
+    return sum(storages.values())
+
+
+def resolved(value: Any) -> Any:
+    """Return a state whose tensors' bytes are what they mean: conjugated and negated ones copied.
+
+    All else comes back as it is, but for mappings that are no dict, which not everything can copy.
+    """
+    if isinstance(value, torch.Tensor):
+        if (is_sharded(value) and not isinstance(value, DTensor)) or not (
+            value.is_conj() or value.is_neg()
+        ):
+            return value
+        return value.resolve_conj().resolve_neg()
+    if isinstance(value, Mapping):
+        items = {key: resolved(inner) for key, inner in value.items()}
+        if isinstance(value, dict) and all(items[key] is value[key] for key in items):
+            return value
+        return OrderedDict(items) if isinstance(value, OrderedDict) else items
+    if type(value) in (list, tuple):
+        return type(value)(map(resolved, value))
+    return value
+
+
+@contextmanager
+def nesting_checked() -> Iterator[None]:
+    """Raise InvalidInputError where the block comes to no end in a nested state."""
+    try:
+        yield
+    except RecursionError as error:
+        raise InvalidInputError(
+            "the state is nested too deep, or contains itself; flatten it, or break the loop."
+        ) from error
+
+
+def _visit(value: Any, path: Path, visit: Callable[[Path, torch.Tensor], None]) -> None:
+    """Call `visit` with each plain tensor that this process holds, as DCP flattens a state."""
+    if isinstance(value, torch.Tensor):
+        for local in _local_tensors(value):
+            visit(path, local)
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            _visit(inner, (*path, key), visit)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            _visit(inner, (*path, i), visit)
+
+
+def _local_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    if not is_sharded(tensor):
+        return [tensor]
+    if isinstance(tensor, DTensor):
+        with torch.no_grad():
+            return [tensor.to_local()]
+    if isinstance(tensor, ShardedTensor):
+        return [shard.tensor for shard in tensor.local_shards()]
+    return []  # a subclass that gives its parts when it is asked for them, by torch's protocol

@@ -1,0 +1,128 @@
+"""Optimizers that have taken no step yet get the state of those that have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dcpstore
+from dcpstore import MismatchError
+from dcpstore.state_dict import get_optimizer_state_dict
+
+Job = tuple[torch.nn.Module, torch.optim.Optimizer]
+
+
+def fresh(kind: Callable[..., torch.optim.Optimizer]) -> Job:
+    torch.manual_seed(1)
+    model = torch.nn.Linear(3, 2)
+    return model, kind(model.parameters(), lr=0.1)
+
+
+def step(job: Job) -> Job:
+    model, optimizer = job
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        found: torch.Tensor = (model(torch.arange(6.0).reshape(2, 3)) ** 2).mean()
+        found.backward()
+        return found
+
+    optimizer.step(loss)  # type: ignore[arg-type]  # torch's stub takes a float
+    return job
+
+
+def assert_same(one: Job, other: Job) -> None:
+    """Check that both go on alike."""
+    for (_, a), (_, b) in zip(
+        step(one)[0].named_parameters(), step(other)[0].named_parameters(), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def short_lbfgs(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    return torch.optim.LBFGS(*args, **kwargs, max_iter=4)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, short_lbfgs])
+def test_state_of_any_depth_is_restored(tmp_path: Path, kind: Any) -> None:
+    saved = step(fresh(kind))
+    dcpstore.save({"model": saved[0], "optim": saved[1]}, tmp_path)
+    new = fresh(kind)
+    report = dcpstore.load({"model": new[0], "optim": new[1]}, tmp_path)
+    assert (report.missing, report.unexpected) == ((), ())
+    found, held = new[1].state_dict()["state"][0], saved[1].state_dict()["state"][0]
+    assert {key: type(value) for key, value in found.items()} == {
+        key: type(value) for key, value in held.items()
+    }
+    assert_same(saved, new)
+
+
+def swapped(fqn: str) -> str:
+    """Rename an optimizer, and number its two parameters the other way round."""
+    name = fqn.replace("optim.", "optimizer.", 1)
+    return name.translate(str.maketrans("01", "10")) if ".state." in name else name
+
+
+def test_rename_finds_the_state_of_a_new_optimizer(tmp_path: Path) -> None:
+    model, optimizer = step(fresh(torch.optim.AdamW))
+    dcpstore.save({"optimizer": optimizer}, tmp_path)
+    named: dict[str, Callable[[str], str]] = {
+        "function": lambda fqn: fqn.replace("optim.", "optimizer.", 1),
+        "swapped": swapped,
+    }
+    other = torch.nn.ParameterList([torch.zeros(2), torch.zeros(2, 3)])
+    for how, parameters in (("function", [*model.parameters()]), ("swapped", [*other])):
+        new = torch.optim.AdamW(parameters)
+        report = dcpstore.load({"optim": new}, tmp_path, rename=named[how])
+        assert (report.missing, report.unexpected) == ((), ())
+        found, held = new.state_dict()["state"], optimizer.state_dict()["state"]
+        for index in (0, 1):
+            stored = held[1 - index if how == "swapped" else index]
+            assert torch.equal(found[index]["exp_avg"], stored["exp_avg"])
+
+
+@pytest.mark.parametrize("has_stepped", [False, True])
+def test_state_by_name_is_refused_with_the_way_out(tmp_path: Path, has_stepped: bool) -> None:
+    model, optimizer = step(fresh(torch.optim.AdamW))
+    dcpstore.save({"optim": get_optimizer_state_dict(model, optimizer)}, tmp_path)
+    _, other = step(fresh(torch.optim.AdamW)) if has_stepped else fresh(torch.optim.AdamW)
+    with pytest.raises(MismatchError, match=r"'bias', 'weight'(.|\n)*set_optimizer_state_dict"):
+        dcpstore.load({"optim": other}, tmp_path)
+    dcpstore.load({"optim": other}, tmp_path, exclude=["optim.*"])
+
+
+def test_groups_of_other_sizes_are_refused_before_anything_is_touched(tmp_path: Path) -> None:
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    dcpstore.save({"optim": torch.optim.SGD(parameters), "w": torch.ones(2)}, tmp_path)
+    state = {"optim": torch.optim.SGD(parameters[:2]), "w": torch.zeros(2)}
+    with pytest.raises(MismatchError, match="group 0 of optimizer 'optim' has 3 parameters"):
+        dcpstore.load(state, tmp_path)
+    assert torch.equal(state["w"], torch.zeros(2))  # type: ignore[arg-type]
+
+
+def test_a_part_of_the_state_is_refused_and_none_is_none(tmp_path: Path) -> None:
+    _, optimizer = step(fresh(torch.optim.AdamW))
+    dcpstore.save({"optim": optimizer}, tmp_path)
+    _, new = fresh(torch.optim.AdamW)
+    with pytest.raises(MismatchError, match=r"without 'optim.state.0.exp_avg_sq'"):
+        dcpstore.load({"optim": new}, tmp_path, exclude=["*.exp_avg_sq"])
+    dcpstore.load({"optim": new}, tmp_path, exclude=["optim.state.*"])
+    assert new.state_dict()["state"] == {}
+
+
+def test_a_dry_run_allocates_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, optimizer = step(fresh(torch.optim.AdamW))
+    dcpstore.save({"optim": optimizer}, tmp_path)
+    _, new = fresh(torch.optim.AdamW)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("allocated")
+
+    monkeypatch.setattr(torch, "zeros_like", refuse)
+    report = dcpstore.load({"optim": new}, tmp_path, dry_run=True)
+    assert (report.differences, report.missing, report.unexpected) == ((), (), ())
+    assert not new.state_dict()["state"]
