@@ -356,6 +356,7 @@ def torch_on_ranks(rank: int, place: Place, how: dict[str, Any]) -> None:
             assert torch.equal(filled[fqn].to_local(), tensor.to_local())
 
 
+@pytest.mark.slow_on_postgres
 @pytest.mark.parametrize(
     "how",
     [

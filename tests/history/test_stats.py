@@ -114,7 +114,7 @@ def test_another_dtype_is_compared_by_value() -> None:
     assert stats.max_abs == pytest.approx(abs(float(tenth) - float(tenth.bfloat16())))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(
     shape=st.lists(st.integers(1, 9), max_size=3),
     chunk=st.sampled_from([4, 32, 1 << 20]),

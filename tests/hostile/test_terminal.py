@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -18,9 +19,15 @@ EVIL = "a\x1b[2J\x1b]0;owned\x07\r\x08\x9b31m\u202e\u2028\x0b\x85b"
 
 
 @pytest.fixture
-def repo(tmp_path: Path) -> str:
+def repo(made: str, tmp_path: Path) -> str:
     """A repository in which everything that can be evil is, and two versions that differ."""
-    path = str(tmp_path / "repo")
+    return shutil.copytree(made, str(tmp_path / "repo"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The one that each test copies."""
+    path = str(tmp_path_factory.mktemp("made") / "repo")
     for step in (1, 2):
         state = {EVIL: torch.full((2,), step), "value": EVIL, f"k{EVIL}": {EVIL: step}}
         dcpstore.save(

@@ -163,7 +163,8 @@ def saved(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Half]
     return saved
 
 
-@pytest.mark.parametrize("case", told_apart(CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_saved_under_one_and_loaded_under_another(
     case: Case, run: Run, saved: Callable[[Half], tuple[Path, Outcome]]
 ) -> None:

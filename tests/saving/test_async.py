@@ -206,6 +206,7 @@ def test_a_failure_is_raised_once_and_kept(place: Place, heard: str) -> None:
     repo.close()
 
 
+@pytest.mark.slow
 def test_a_failure_at_exit_is_not_silent(tmp_path: Path) -> None:
     code = f"""
 import torch, dcpstore, pathlib
@@ -218,6 +219,7 @@ dcpstore.async_save({{"w": torch.ones(3)}}, repo)
     assert "packs" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_save_that_runs_at_exit_is_finished(tmp_path: Path) -> None:
     code = f"""
 import torch, dcpstore
