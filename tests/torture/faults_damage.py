@@ -76,7 +76,7 @@ class Files:
                     return outcome  # every chunk is where it was: a deep look finds all well
                 if outcome.verdict is Verdict.SURVIVED and not repo.verify(deep=True).damaged:
                     return Outcome(Verdict.LOST, "verify found nothing")
-                if self._folder == "operations" and not point.key.endswith("/000000000001.json"):
+                if self._folder == "operations":
                     write_journal(repo.catalog, repo.storage)
                     if not _same_operation(path.read_bytes(), whole):
                         return Outcome(Verdict.LOST, "the next change did not write it anew")
