@@ -1,13 +1,13 @@
-"""Spans of time as people write them: `90s`, `30m`, `24h`, `7d`, `2w`."""
+"""Spans of time as people write them, `90s`, `30m`, `24h`, `7d`, `2w`, and moments in UTC."""
 
 from __future__ import annotations
 
 import re
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 from dcpstore.errors import InvalidInputError
 
-__all__ = ["Duration", "as_duration"]
+__all__ = ["Duration", "as_duration", "in_utc"]
 
 Duration = timedelta | str
 _TEXT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([smhdw])")
@@ -37,3 +37,19 @@ def as_duration(given: Duration, *, what: str) -> timedelta:
             f"{what} {given!r} is longer than {_MOST.days:,} days; give a shorter span."
         )
     return span
+
+
+def in_utc(given: datetime, *, what: str) -> datetime:
+    """Return a moment in UTC; one without a zone is by this machine's.
+
+    Raises:
+        InvalidInputError: `given` is none, or there is none in UTC; the message calls it `what`.
+    """
+    if not isinstance(given, datetime):
+        raise InvalidInputError(f"{what}={given!r} is no time; give a datetime.")
+    try:
+        return given.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise InvalidInputError(
+            f"{what}={given} is no time in UTC, where years go from 1 to 9999; give another."
+        ) from None

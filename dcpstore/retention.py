@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 
 from dcpstore.catalog import Catalog
-from dcpstore.durations import as_duration
+from dcpstore.durations import as_duration, in_utc
 from dcpstore.errors import DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.records import RefRecord, Version
 
@@ -202,12 +202,7 @@ def _since(given: datetime | timedelta | str) -> datetime:
         return datetime.now(UTC) - as_duration(given, what="keep_since")
     if given.tzinfo is None:
         raise InvalidInputError(f"keep_since {given} has no time zone; give it one, such as UTC.")
-    try:
-        return given.astimezone(UTC)
-    except OverflowError:
-        raise InvalidInputError(
-            f"keep_since {given} is no time in UTC, where years go from 1 to 9999; give another."
-        ) from None
+    return in_utc(given, what="keep_since")
 
 
 def _told(rules: Retention) -> dict[str, object]:

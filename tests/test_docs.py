@@ -14,17 +14,16 @@ import re
 import subprocess
 import sys
 import tomllib
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-import psycopg
 import pytest
 
 from dcpstore.cli.commands import commands
 from tests.ranks import ROOT
+from tests.servers import new_database
 
 PAGES = ["README.md", "docs/design.md", "docs/convert.md"]
 SLOW = {"README.md", "docs/convert.md"}
@@ -76,11 +75,8 @@ def masked(text: str) -> str:
 @pytest.fixture
 def server_url(postgres_server: Any) -> Iterator[str]:
     """The URL of an empty database, which stands for that of docker-compose."""
-    name = f"docs_{uuid.uuid4().hex[:8]}"
-    with psycopg.connect(postgres_server.get_uri(), autocommit=True) as connection:
-        connection.execute(f'CREATE DATABASE "{name}"')
-        yield postgres_server.get_uri(name)
-        connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+    with new_database(postgres_server) as url:
+        yield url
 
 
 @pytest.fixture

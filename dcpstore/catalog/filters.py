@@ -6,7 +6,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Literal
 
 from sqlalchemy import (
@@ -25,6 +25,7 @@ from sqlalchemy import (
 from dcpstore.catalog import schema
 from dcpstore.catalog.checks import check_labels, check_steps, check_text
 from dcpstore.catalog.versions import is_visible, load_versions
+from dcpstore.durations import in_utc
 from dcpstore.errors import InvalidInputError, NotFoundError
 from dcpstore.records import Version
 
@@ -119,9 +120,9 @@ def _conditions(connection: Connection, wanted: LogFilter) -> Iterator[ColumnEle
     if last is not None:
         yield _version.c.step <= last
     if wanted.since is not None:
-        yield _version.c.created_at >= _in_utc(wanted.since, what="since")
+        yield _version.c.created_at >= in_utc(wanted.since, what="since")
     if wanted.until is not None:
-        yield _version.c.created_at <= _in_utc(wanted.until, what="until")
+        yield _version.c.created_at <= in_utc(wanted.until, what="until")
     check_labels(wanted.labels)
     for name, text in wanted.labels.items():
         yield _has_label(connection, name, text)
@@ -129,17 +130,6 @@ def _conditions(connection: Connection, wanted: LogFilter) -> Iterator[ColumnEle
         yield _has_tag(connection, wanted.tag)
     if wanted.branch is not None:
         yield _on_branch(connection, wanted.branch)
-
-
-def _in_utc(time: datetime, *, what: str) -> datetime:
-    if not isinstance(time, datetime):
-        raise InvalidInputError(f"{what}={time!r} is no time; give a datetime.")
-    try:
-        return time.astimezone(UTC)
-    except (ValueError, OverflowError):
-        raise InvalidInputError(
-            f"{what}={time} is no time in UTC, where years go from 1 to 9999; give another."
-        ) from None
 
 
 def _compares(connection: Connection, text: str) -> ColumnElement[bool]:

@@ -30,7 +30,6 @@ __all__ = ["Contents", "Restored", "restore"]
 Json = Mapping[str, Any]
 
 _version, _pack = schema.version, schema.pack
-_WITHOUT_REF = ("expire", "gc")  # their target, if any, is no ref
 
 
 class Contents(Protocol):
@@ -366,7 +365,7 @@ def _record_undone(
 
     So an undo, which takes back one operation after another, goes on from where each ref is.
     """
-    told = [said for said in operations if said["target"] and said["kind"] not in _WITHOUT_REF]
+    told = [said for said in operations if said["target"] and (said["old"] or said["new"])]
     undone = {said["detail"]["undoes"] for said in told if said["kind"] == "undo"}
     wanted: dict[str, str | None] = {name: refs.get(name) for name in {s["target"] for s in told}}
     here: dict[str, str | None] = dict(state.refs)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from dcpstore.errors import InvalidInputError
 
-__all__ = ["LoadOptions", "OnDtype", "Rename", "lies_below"]
+__all__ = ["LoadOptions", "OnDtype", "Rename"]
 
 OnDtype = Literal["error", "cast"]
 Rename = Mapping[str, str] | Callable[[str], str]
@@ -25,7 +25,6 @@ class LoadOptions:
         rename: the FQN in the version of an FQN in the state, as a mapping or a function.
         strict: whether an FQN that the version lacks is an error, or is left as it is.
         on_dtype: whether a dtype that differs is an error, or values are converted.
-        optional: FQNs below these may be missing even if `strict`.
 
     Raises:
         InvalidInputError: an option that cannot be meant.
@@ -36,7 +35,6 @@ class LoadOptions:
     rename: Rename | None = None
     strict: bool = True
     on_dtype: OnDtype = "error"
-    optional: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name, globs in (("include", self.include), ("exclude", self.exclude)):
@@ -66,15 +64,6 @@ class LoadOptions:
             raise InvalidInputError(f"rename {how} {fqn!r} to {name!r}, which is not an FQN.")
         return name
 
-    def may_lack(self, fqn: str) -> bool:
-        """Tell whether the version may lack an FQN of the state."""
-        return not self.strict or lies_below(fqn, self.optional)
-
 
 def _matches(fqn: str, globs: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(fqn, glob) for glob in globs)
-
-
-def lies_below(fqn: str, names: Iterable[str]) -> bool:
-    """Tell whether an FQN is one of `names`, or below it."""
-    return any(fqn == name or fqn.startswith(f"{name}.") for name in names)

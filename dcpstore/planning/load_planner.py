@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 
 from dcpstore.errors import InvalidInputError, MismatchError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
-from dcpstore.planning.load_options import LoadOptions, lies_below
+from dcpstore.planning.load_options import LoadOptions
 from dcpstore.planning.room import check_room, make_room
 from dcpstore.planning.shards import LocalShard, local_shards
 from dcpstore.planning.targets import target_fault
@@ -268,9 +268,9 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
             )
 
     def _may_lack(self, fqn: str) -> bool:
-        return (
-            self.allow_partial_load or self.options.may_lack(fqn) or lies_below(fqn, self.optional)
-        )
+        if self.allow_partial_load or not self.options.strict:
+            return True
+        return any(fqn == name or fqn.startswith(f"{name}.") for name in self.optional)
 
 
 def _own_key(container: Any, part: str | int) -> Any:

@@ -170,16 +170,13 @@ def _clear_leftovers(
     leftovers += _half_written(storage, old)
     uids = dict(keys)
     described = {uid for key, uid in keys if key.startswith("manifests/")}
-    named = _named_packs(storage, [key for key in strange if key.startswith("manifests/")])
-    unknown = []
-    for key in strange:
-        # Of a save that died before it began, or a repacking that did: without a manifest, and old.
-        # A copy's packs lie under another uid than its manifest, and repacked ones have none.
-        is_named = named is None or key in named
-        if uids[key] not in described and not is_named and _is_older(uids[key], old):
-            leftovers.append(key)
-        else:
-            unknown.append(key)
+    # Of a save that died before it began, or a repacking that did: without a manifest, and old.
+    strays = {k for k in strange if uids[k] not in described and _is_older(uids[k], old)}
+    if strays:  # a copy's packs lie under another uid than its manifest, and repacked ones too
+        named = _named_packs(storage, [key for key in strange if key.startswith("manifests/")])
+        strays = set() if named is None else strays - named
+    leftovers += sorted(strays)
+    unknown = [key for key in strange if key not in strays]
     nbytes = 0
     for key in leftovers:
         try:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 import dcpstore
 from dcpstore import Repository, Version
 from dcpstore.catalog.views import VIEWS
+from dcpstore.records import VersionDraft
 from dcpstore.repository import open as open_repository
+from dcpstore.uids import new_uid
 
 Save = Callable[..., Version]
 
@@ -40,6 +43,13 @@ def other(tmp_path: Path) -> Iterator[Repository]:
         yield opened
 
 
+def begin(repo: Repository, **said: Any) -> VersionDraft:
+    """Begin a save that goes no further."""
+    draft = VersionDraft(uid=new_uid(), branch="main", author="ada", host="node1", **said)
+    repo.catalog.begin(draft)
+    return draft
+
+
 def packs_of(repo: Repository) -> set[str]:
     """Return the keys of the stored packs."""
     return set(repo.storage.list("packs"))
@@ -48,3 +58,18 @@ def packs_of(repo: Repository) -> set[str]:
 def views(repo: Repository) -> dict[str, list[tuple[Any, ...]]]:
     """Return the rows of every view, in an order that they have in any catalog."""
     return {name: sorted(map(tuple, repo.sql(f"SELECT * FROM {name}")), key=repr) for name in VIEWS}
+
+
+@contextmanager
+def no_room_for_operations(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the storage refuse the journal, and nothing else."""
+    put = repo.storage.put
+
+    def refuse(key: str, data: bytes) -> None:
+        if key.startswith("operations/"):
+            raise dcpstore.DcpstoreError("the disk is full")
+        put(key, data)
+
+    with monkeypatch.context() as full:
+        full.setattr(repo.storage, "put", refuse)
+        yield

@@ -8,28 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from sqlalchemy import update
 
 import dcpstore
 from dcpstore import ConflictError, DcpstoreError, InvalidInputError, NotFoundError, Repository
-from dcpstore.catalog import schema
-from dcpstore.leases import kept_lease
-from dcpstore.records import VersionDraft
 from dcpstore.repository import open as open_repository
 from dcpstore.storage.manifests import decode_manifest, manifest_key
-from dcpstore.storage.packs import PackReader, PackWriter
+from dcpstore.storage.packs import PackReader
 from dcpstore.uids import new_uid
 from tests.soundness import Place
 from tests.upkeep.conftest import Save, packs_of
 
 NOW = "0s"
-
-
-def begin(repo: Repository, **said: Any) -> VersionDraft:
-    """Begin a save that goes no further."""
-    draft = VersionDraft(uid=new_uid(), branch="main", author="ada", host="node1", **said)
-    repo.catalog.begin(draft)
-    return draft
 
 
 def test_condemned_first_deleted_after_the_grace_time(repo: Repository, save: Save) -> None:
@@ -187,55 +176,6 @@ def test_no_manifest_names_what_goes_of_two_saves_that_wrote_the_same(
     assert named == packs_of(repo)
 
 
-def test_what_crashed_saves_left_is_cleared_after_their_lease(repo: Repository, save: Save) -> None:
-    save()
-    draft = begin(repo)
-    writer = PackWriter(repo.storage, draft.uid, 0)
-    writer.append(b"x" * 1000)
-    writer.finish()
-    killed = repo.storage.create(f"packs/{draft.uid}/1-0.pack")
-    killed.write(b"y" * 10_000)
-    repo.storage.put(manifest_key(draft.uid), b"{}")
-    assert repo.gc().cleared == ()
-    report = repo.gc(lease=NOW, grace=NOW)
-    assert report.crashed == (draft.uid,)
-    assert len(report.cleared) in (2, 3)  # what was buffered of the third may not be a file yet
-    assert not [key for key in repo.storage.list() if draft.uid in key]
-    killed.discard()
-    with pytest.raises(ConflictError, match="aborted"):
-        repo.catalog.commit(draft.uid, None)  # type: ignore[arg-type]
-    assert repo.gc(lease=NOW, grace=NOW).cleared == ()
-
-
-def test_a_save_that_lapses_while_gc_runs_keeps_what_it_wrote(
-    repo: Repository, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing has told its commit that it was given up, so it may still succeed."""
-    draft = begin(repo)
-    writer = PackWriter(repo.storage, draft.uid, 0)
-    writer.append(b"x" * 1000)
-    writer.finish()
-    listed = repo.storage.list
-
-    def lapse_and_list(prefix: str = "") -> Any:
-        if prefix != "packs":  # which is listed once crashed saves were told
-            return listed(prefix)
-        with repo.catalog._database.write() as connection:
-            silent = datetime.now(UTC) - timedelta(hours=2)
-            connection.execute(update(schema.version).values(touched_at=silent))
-        return listed(prefix)
-
-    monkeypatch.setattr(repo.storage, "list", lapse_and_list)
-    report = repo.gc()
-    monkeypatch.undo()
-    assert (report.crashed, report.cleared) == ((), ())
-    told = repo.gc(dry_run=True)
-    assert told.crashed == (draft.uid,)
-    assert told.cleared == (f"packs/{draft.uid}/0-0.pack",)
-    report = repo.gc()  # gives it up first
-    assert (report.crashed, report.cleared) == (told.crashed, told.cleared)
-
-
 def test_what_died_while_it_wrote_the_journal_or_a_manifest_is_cleared(
     repo: Repository, save: Save
 ) -> None:
@@ -249,43 +189,6 @@ def test_what_died_while_it_wrote_the_journal_or_a_manifest_is_cleared(
     assert not [key for key in repo.storage.list() if key.endswith(".tmp")]
     for sink in killed:
         sink.discard()
-
-
-def test_a_grace_shorter_than_a_running_save_is_refused(repo: Repository, save: Save) -> None:
-    save()
-    save()
-    repo.expire(keep_last=1)
-    draft = begin(repo)
-    before = repo.operations()
-    with pytest.raises(InvalidInputError, match="'ada' on 'node1'"):
-        repo.gc(grace=NOW)
-    assert repo.operations() == before
-    assert repo.gc(grace="1h").repacked
-    repo.catalog.abort(draft.uid, "given up")
-    assert repo.gc(grace=NOW).deleted
-
-
-def test_a_running_save_renews_its_lease(repo: Repository) -> None:
-    draft = begin(repo)
-
-    def touched() -> datetime:
-        (row,) = repo.sql("SELECT touched_at FROM version WHERE uid = :uid", uid=draft.uid)
-        at = row.touched_at
-        return datetime.fromisoformat(at) if isinstance(at, str) else at.replace(tzinfo=None)
-
-    before = touched()
-    renewed = threading.Event()
-    touch = repo.catalog.touch
-
-    def touch_and_tell(*args: Any) -> None:
-        touch(*args)
-        renewed.set()
-
-    repo.catalog.touch = touch_and_tell  # type: ignore[method-assign]
-    with kept_lease(repo.catalog, draft.uid, seconds=0.01):
-        assert renewed.wait(10)
-    assert touched() > before
-    repo.catalog.abort(draft.uid, "done")
 
 
 def test_unknown_objects_are_left_alone_until_they_are_old(

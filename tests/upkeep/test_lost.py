@@ -20,6 +20,7 @@ from dcpstore.storage.operations import operation_key
 from dcpstore.upkeep import gc
 from dcpstore.upkeep.rebuild import RebuildReport, rebuild
 from tests.soundness import assert_sound
+from tests.upkeep.conftest import no_room_for_operations
 
 pytestmark = pytest.mark.slow_on_postgres
 
@@ -87,16 +88,8 @@ def test_no_manifest_names_a_pack_of_which_the_journal_has_not_heard(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def collect(repo: Repository) -> None:
-        put = repo.storage.put
         told = {key: repo.storage.get(key) for key in repo.storage.list("manifests")}
-
-        def refuse(key: str, data: bytes) -> None:
-            if key.startswith("operations/"):
-                raise dcpstore.DcpstoreError("the disk is full")
-            put(key, data)
-
-        with monkeypatch.context() as full:
-            full.setattr(repo.storage, "put", refuse)
+        with no_room_for_operations(repo, monkeypatch):
             assert repo.gc(grace=NOW).repacked
             left = {manifest_key(v.uid) for v in repo.log()}
             assert {key: repo.storage.get(key) for key in left} == {key: told[key] for key in left}

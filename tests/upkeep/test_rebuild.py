@@ -16,7 +16,7 @@ from dcpstore.storage.manifests import manifest_key
 from dcpstore.storage.operations import operation_key
 from dcpstore.upkeep.rebuild import rebuild
 from tests.soundness import Place, assert_sound
-from tests.upkeep.conftest import Save, views
+from tests.upkeep.conftest import Save, no_room_for_operations, views
 
 pytestmark = pytest.mark.slow_on_postgres
 
@@ -227,15 +227,7 @@ def test_a_journal_that_cannot_be_written_fails_no_change(
     repo: Repository, save: Save, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     save()
-    put = repo.storage.put
-
-    def refuse(key: str, data: bytes) -> None:
-        if key.startswith("operations/"):
-            raise dcpstore.DcpstoreError("the disk is full")
-        put(key, data)
-
-    with monkeypatch.context() as full:
-        full.setattr(repo.storage, "put", refuse)
+    with no_room_for_operations(repo, monkeypatch):
         repo.tag("made")
         assert save().number == 2
     assert "the disk is full" in caplog.text

@@ -175,18 +175,23 @@ def test_a_damaged_manifest_is_written_anew_by_gc(place: Place, repo: Repository
     assert_sound(repo)
 
 
-@pytest.mark.parametrize("how", ["gone", "flipped", "another"])
-def test_a_damaged_operation_is_written_anew_by_the_next_change(
-    place: Place, repo: Repository, how: str
-) -> None:
-    saved(repo)
-    path = Path(place.data) / "operations" / "000000000003.json"
+def damage_operation(path: Path, how: str) -> None:
+    """Take an operation away, flip a bit of it, or put another one in its place."""
     if how == "gone":
         path.unlink()
     elif how == "flipped":
         flip(path, 150)
     else:
         path.write_bytes(path.with_name("000000000002.json").read_bytes())
+
+
+@pytest.mark.parametrize("how", ["gone", "flipped", "another"])
+def test_a_damaged_operation_is_written_anew_by_the_next_change(
+    place: Place, repo: Repository, how: str
+) -> None:
+    saved(repo)
+    path = Path(place.data) / "operations" / "000000000003.json"
+    damage_operation(path, how)
     (damage,) = repo.verify(deep=True).damaged
     assert (damage.kind, damage.key) == ("operation", "operations/000000000003.json")
     repo.tag("next", "v1")
@@ -201,12 +206,7 @@ def test_the_first_operation_is_written_anew_where_the_others_are_ours(
     saved(repo)
     path = Path(place.data) / "operations" / "000000000001.json"
     whole = path.read_bytes()
-    if how == "gone":
-        path.unlink()
-    elif how == "flipped":
-        flip(path, 150)
-    else:
-        path.write_bytes(path.with_name("000000000002.json").read_bytes())
+    damage_operation(path, how)
     (damage,) = repo.verify(deep=True).damaged
     assert (damage.kind, damage.key) == ("operation", "operations/000000000001.json")
     repo.gc()
