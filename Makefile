@@ -8,7 +8,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev]'
 	touch $@
 
-demo: .venv/installed  ## Train on 2 ranks, go on on 1 and 4, and prove it; under two minutes.
+demo: .venv/installed  ## Train on 2 ranks, go on on 1 and 4, and prove it; about two minutes.
 	$(BIN)/python examples/demo.py demo
 
 test: .venv/installed  ## Every test but the slow ones.
