@@ -6,6 +6,7 @@ BIN := .venv/bin
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev]'
+	$(BIN)/python -m compileall -q dcpstore  # as pip does for all that it does not link
 	touch $@
 
 demo: .venv/installed  ## Train on 2 ranks, go on on 1 and 4, and prove it; about two minutes.

@@ -22,6 +22,7 @@ from sqlalchemy import (
 
 from dcpstore.catalog import schema
 from dcpstore.catalog.wanted import wanted_ids
+from dcpstore.collector import collector_held
 from dcpstore.errors import NotFoundError
 from dcpstore.records import Version
 
@@ -29,14 +30,33 @@ __all__ = ["ancestors", "gone", "id_of_number", "is_visible", "load_versions"]
 
 _version = schema.version
 _parent = schema.version.alias("parent_version")
+_TOLD = (  # what a record is made of, in its order from `labels` on; other columns can be long
+    _version.c.id,
+    _version.c.number,
+    _version.c.uid,
+    _parent.c.number,
+    _version.c.branch,
+    _version.c.step,
+    _version.c.message,
+    _version.c.labels,
+    _version.c.author,
+    _version.c.created_at,
+    _version.c.ranks,
+    _version.c.nbytes,
+    _version.c.nbytes_written,
+    _version.c.nbytes_reused,
+    _version.c.seconds,
+)
 
 
+@collector_held()
 def load_versions(
     connection: Connection, ids: Select[Any] | None, *, limit: int | None
 ) -> list[Version]:
     """Return the committed versions, newest first: all, or those whose ids a query yields."""
     query = (
-        select(_version, _parent.c.number.label("parent_number"))
+        select(*_TOLD)
+        .select_from(_version)
         .outerjoin(_parent, _parent.c.id == _version.c.parent)
         .where(is_visible())
         .order_by(_version.c.number.desc())
@@ -62,24 +82,17 @@ def load_versions(
         metrics.setdefault(value.version, {})[value.name] = value.value
     return [
         Version(
-            number=row.number,
-            uid=row.uid,
-            parent=row.parent_number,
-            branch=row.branch,
-            step=row.step,
-            tags=tuple(tags.get(row.id, ())),
-            message=row.message,
-            metrics=metrics.get(row.id, {}),
-            labels=row.labels,
-            author=row.author,
-            created_at=row.created_at,
-            ranks=row.ranks,
-            nbytes=row.nbytes,
-            nbytes_written=row.nbytes_written,
-            nbytes_reused=row.nbytes_reused,
-            seconds=row.seconds,
+            number,
+            uid,
+            parent,
+            branch,
+            step,
+            tuple(tags.get(id_, ())),
+            message,
+            metrics.get(id_, {}),
+            *told,
         )
-        for row in rows
+        for id_, number, uid, parent, branch, step, message, *told in rows
     ]
 
 

@@ -6,8 +6,11 @@ the way out, `failures` what a failure is to the shell. No command loads torch.
 
 from __future__ import annotations
 
+import gc
 import sys
 from importlib import import_module
+
+from dcpstore.collector import collector_held
 
 __all__ = ["INTERRUPTED", "main"]
 
@@ -17,6 +20,9 @@ INTERRUPTED = 130  # as a shell shows death by SIGINT
 def main() -> None:
     """Run the command line; Ctrl-C ends it quietly from its first import on."""
     try:
-        import_module("dcpstore.cli.commands").run()
+        with collector_held():
+            commands = import_module("dcpstore.cli.commands")
+        gc.freeze()  # what was loaded stays; to walk through it costs more than many a command
+        commands.run()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

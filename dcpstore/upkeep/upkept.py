@@ -13,11 +13,11 @@ from dcpstore.errors import InvalidInputError
 from dcpstore.journal import journaled
 from dcpstore.retention import Best, ExpireReport, Retention, expire
 from dcpstore.storage.interface import Storage
-from dcpstore.upkeep.gc import GcReport, collect
-from dcpstore.upkeep.verify import VerifyReport, verify
 
 if TYPE_CHECKING:
     from dcpstore.upkeep.copying import CopyReport
+    from dcpstore.upkeep.gc import GcReport
+    from dcpstore.upkeep.verify import VerifyReport
 
 __all__ = ["Upkept"]
 
@@ -80,6 +80,8 @@ class Upkept:
         Raises:
             InvalidInputError: a save has been running for longer than `grace`.
         """
+        from dcpstore.upkeep.gc import collect  # noqa: PLC0415 (what only looks need not load it)
+
         return collect(
             self.catalog,
             self.storage,
@@ -104,6 +106,8 @@ class Upkept:
         Raises:
             InvalidInputError: `limit` is not positive, or `resume` is given without `deep`.
         """
+        from dcpstore.upkeep.verify import verify  # noqa: PLC0415 (as for gc)
+
         if limit is not None and not limit > 0:
             raise InvalidInputError(f"limit is {limit!r}; give bytes a second, more than 0.")
         if resume and not deep:
