@@ -56,8 +56,8 @@ def parse_url(url: str) -> URL:
     )
 
 
-def server_engine(url: URL, **pool: Any) -> Engine:
-    """Return an engine for a Postgres database, with a pool as SQLAlchemy's options say.
+def server_engine(url: URL, **options: Any) -> Engine:
+    """Return an engine for a Postgres database; SQLAlchemy's options say with what pool.
 
     Raises:
         InvalidInputError: psycopg is missing.
@@ -67,7 +67,7 @@ def server_engine(url: URL, **pool: Any) -> Engine:
             url.update_query_dict(
                 {name: value for name, value in _CONNECT.items() if name not in url.query}
             ),
-            **pool,
+            **options,
         )
     except ImportError:
         raise InvalidInputError(

@@ -21,6 +21,7 @@ from sqlalchemy import Connection, NullPool, QueuePool, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from dcpstore.catalog.compiled import compiled_statements
 from dcpstore.catalog.connecting import keep_to_process, parse_url, server_engine
 from dcpstore.catalog.faults import (
     BUSY_SECONDS,
@@ -65,12 +66,14 @@ class Database:
         self._was_connected = False
         self._keeping = threading.Lock()
         self._keepers = 0
+        options = {"compiled_cache": compiled_statements}
         if self.is_sqlite:
             self._engine = create_engine(
                 "sqlite://",
                 creator=self._connect_sqlite,
                 poolclass=QueuePool,
                 max_overflow=-1,  # threads wait for the database's lock, never for a connection
+                execution_options=options,
             )
             event.listen(self._engine, "begin", _begin_sqlite)
         else:
@@ -80,6 +83,7 @@ class Database:
                 max_overflow=-1,
                 pool_recycle=_FRESH_SECONDS,
                 pool_pre_ping=True,  # the server may end what is kept
+                execution_options=options,
             )
         keep_to_process(self._engine)
 
