@@ -11,8 +11,10 @@ import contextlib
 import errno
 import mmap
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from typing_extensions import Buffer
 
@@ -77,8 +79,8 @@ class LocalFolder:
     def get(self, key: str) -> bytes:
         """Return a whole object."""
         path = self._locate(key)
-        with _explained("read", path):
-            return path.read_bytes()
+        with _explained("read", path), _open_file(path) as file:
+            return file.read()
 
     def open(self, key: str) -> MappedFile:
         """Return a mapped object to read ranges of."""
@@ -161,7 +163,7 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with path.open("rb") as file:
+        with _open_file(path) as file:
             self.size = os.fstat(file.fileno()).st_size
             self._view = memoryview(b"")
             self._map: mmap.mmap | None = None
@@ -185,6 +187,17 @@ class MappedFile:
         if self._map is not None and length and hasattr(self._map, "madvise"):
             start = offset // mmap.PAGESIZE * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_DONTNEED, start, offset + length - start)
+
+
+def _open_file(path: Path) -> BinaryIO:
+    """Open a file to read; a pipe or a device is none, and could keep us waiting for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CorruptionError(
+            f"{str(path)!r} is no regular file; remove it, and restore the file from a copy."
+        )
+    return os.fdopen(descriptor, "rb")
 
 
 @contextlib.contextmanager

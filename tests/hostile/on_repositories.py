@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,22 @@ def a_link_out_of_the_data_folder(folder: Path) -> None:
         with pytest.raises(DcpstoreError):
             dcpstore.save({"w": torch.ones(3)}, opened)
     assert len(list((folder / "elsewhere").rglob("*.pack"))) == 1
+
+
+@attack
+def pipes_in_the_place_of_files(folder: Path) -> None:
+    repo = Path(saved(folder))
+    for path in [*repo.glob("packs/*/*"), *repo.glob("manifests/*"), *repo.glob("operations/*")]:
+        path.unlink()
+        os.mkfifo(path)  # opening one to read waits for a writer
+    with dcpstore.open(repo) as opened:
+        with pytest.raises(CorruptionError, match="no regular file"):
+            opened.read(None, ["w"])
+        with pytest.raises(CorruptionError, match="no regular file"):
+            dcpstore.load({"w": torch.ones(6)}, opened)
+        assert opened.verify(deep=True).damaged
+    with pytest.raises(DcpstoreError):
+        rebuild(str(repo), folder / "new")
 
 
 @attack

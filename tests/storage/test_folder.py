@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,21 @@ def test_links_out_of_the_folder_are_not_followed(
         with pytest.raises(CorruptionError, match="by a link"):
             call(KEY)
     assert list(outside.iterdir()) == []
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_keeps_nobody_waiting(
+    folder: LocalFolder, make: Callable[[Path], None]
+) -> None:
+    folder.put(KEY, b"abc")
+    path = Path(folder.url, KEY)
+    path.unlink()
+    make(path)
+    with pytest.raises(CorruptionError, match="no regular file"):
+        folder.get(KEY)
+    with pytest.raises(CorruptionError, match="no regular file"):
+        folder.open(KEY)
 
 
 def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:
