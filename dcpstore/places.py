@@ -6,30 +6,56 @@ import os
 from pathlib import Path
 
 from dcpstore.catalog import sqlite_url
+from dcpstore.catalog.connecting import parse_url
 from dcpstore.errors import InvalidInputError
 from dcpstore.storage.urls import check_data_url
 
-__all__ = ["absolute_data", "locate"]
+__all__ = ["absolute_data", "absolute_target", "check_path", "locate"]
 
 _CATALOG_FILE = "catalog.db"
 
 
 def locate(target: str) -> tuple[str, Path | None]:
-    """Return the database URL, and the folder of an embedded repository.
+    """Return the database URL, and the folder of a repository that is named by its folder.
+
+    The URL of a file of SQLite is made absolute: the process may change its folder.
 
     Raises:
-        InvalidInputError: the target is empty, or a file.
+        InvalidInputError: the target is empty, a file, or a URL that cannot be meant.
     """
     if "://" in target:
-        return target, None
+        url = parse_url(target)
+        is_file = url.get_backend_name() == "sqlite"
+        return (sqlite_url(Path(url.database or "").absolute()) if is_file else target), None
     if not target:
         raise InvalidInputError("the repository's path is empty; pass a folder or a database URL.")
     folder = Path(target).absolute()
     if os.path.isfile(folder):  # who may not even ask is told so when the catalog is looked for
         raise InvalidInputError(
-            f"{target!r} is a file; pass its folder, or 'sqlite:///{target}' with data=."
+            f"{target!r} is a file; pass its folder, or 'sqlite:///{target}' if it is a catalog."
         )
     return sqlite_url(folder / _CATALOG_FILE), folder
+
+
+def absolute_target(target: str | os.PathLike[str]) -> str:
+    """Return what names a repository so that it does when the process has changed its folder.
+
+    Raises:
+        InvalidInputError: as `locate`.
+    """
+    url, folder = locate(check_path(target, what="the repository"))
+    return url if folder is None else str(folder)
+
+
+def check_path(path: object, *, what: str) -> str:
+    """Return a path or URL as text.
+
+    Raises:
+        InvalidInputError: it is neither.
+    """
+    if not isinstance(path, str | os.PathLike) or not isinstance(named := os.fspath(path), str):
+        raise InvalidInputError(f"{what} is {path!r}; pass a path or a URL, as text.")
+    return named
 
 
 def absolute_data(data: str) -> str:

@@ -41,6 +41,7 @@ __all__ = [
     "VersionDraft",
 ]
 
+CodecSetting = Literal["auto", "none", "blosc", "zstd"]
 EntryKind = Literal["tensor", "value", "blob"]
 ObjectPath = tuple[str | int, ...]
 PartRecord = Grid  # a part of a tensor is a chunk grid inside it
@@ -50,7 +51,8 @@ PartRecord = Grid  # a part of a tensor is a chunk grid inside it
 class ChunkDefaults:
     """How a repository cuts and encodes: target raw bytes of a chunk, and the codec's name.
 
-    "auto" takes the codec that pays for each dtype.
+    `nbytes` is from 1 to 1 GiB, and `codec` one of `CodecSetting`; "auto" takes the codec that pays
+    for each dtype.
     """
 
     nbytes: int = 8 * 1024 * 1024

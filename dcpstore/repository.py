@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from dcpstore.catalog import Catalog
 from dcpstore.catalog.authors import this_user
+from dcpstore.catalog.checks import check_chunk
 from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from dcpstore.history.recorded import Recorded
-from dcpstore.journal import journaled
-from dcpstore.places import absolute_data, locate
+from dcpstore.journal import journaled, write_journal
+from dcpstore.places import absolute_data, absolute_target, check_path, locate
 from dcpstore.records import (
     ChunkDefaults,
     EntryRecord,
@@ -235,8 +236,9 @@ def open(
         SchemaError: a database that is not ours, older or newer; the message names the cure.
         AlreadyExistsError: a new repository's data folder holds another's data.
     """
-    url, folder = locate(os.fspath(target))
-    data_url = None if data is None else absolute_data(os.fspath(data))
+    target = absolute_target(target)
+    url, _ = locate(target)
+    data_url = _data_url(data)
     try:
         catalog = Catalog.open(url, data_url=data_url)
     except NotFoundError:
@@ -249,7 +251,7 @@ def open(
                 catalog = Catalog.open(url, data_url=data_url)  # another process was faster
             except NotFoundError:
                 raise taken from None
-    return _with_storage(target, catalog, folder)
+    return _with_storage(target, catalog)
 
 
 def make(
@@ -266,12 +268,15 @@ def make(
     Raises:
         AlreadyExistsError: there is one, perhaps of a process that was faster; or the data folder
             holds another's data.
-        InvalidInputError: `data` is missing.
+        InvalidInputError: `data` is missing, or `chunk` cannot be meant.
         NotFoundError: no database server.
         SchemaError: a database that is neither empty nor ours.
     """
-    url, folder = locate(os.fspath(target))
-    data_url = None if data is None else absolute_data(os.fspath(data))
+    target = absolute_target(target)
+    url, folder = locate(target)
+    data_url = _data_url(data)
+    if chunk is not None:
+        check_chunk(chunk)
     if folder is not None:
         LocalFolder(folder, create=True)  # for the catalog itself
         # relative to the catalog, so that the folder can move as a whole
@@ -282,7 +287,14 @@ def make(
         chunk=chunk,
         make_data=lambda: _make_data(data_url or "", folder),
     )
-    return _with_storage(target, catalog, folder)
+    made = _with_storage(target, catalog)
+    with catalog.kept():
+        write_journal(catalog, made.storage)  # from now on the folder says whose it is
+    return made
+
+
+def _data_url(data: str | os.PathLike[str] | None) -> str | None:
+    return None if data is None else absolute_data(check_path(data, what="data"))
 
 
 def _make_data(data_url: str, folder: Path | None) -> None:
@@ -290,20 +302,19 @@ def _make_data(data_url: str, folder: Path | None) -> None:
     storage = open_storage(data_url, base=folder, create=True)
     if any(storage.list("operations")):
         raise AlreadyExistsError(
-            f"{storage.url!r} holds the data of a repository whose catalog is not here; nothing "
-            "was changed. Restore the catalog with 'dcpstore rebuild', or give another data folder."
+            f"{storage.url!r} holds the data of a repository that has another catalog, or had one "
+            "here; nothing was changed. Give another data folder, or restore a lost catalog with "
+            "'dcpstore rebuild'."
         )
 
 
-def _with_storage(
-    target: str | os.PathLike[str], catalog: Catalog, folder: Path | None
-) -> Repository:
+def _with_storage(target: str, catalog: Catalog) -> Repository:
     try:
-        storage = open_storage(catalog.repository.data_url, base=folder)
+        storage = open_storage(catalog.repository.data_url, base=catalog.folder)
     except BaseException:
         catalog.close()
         raise
-    return Repository(os.fspath(target), catalog, storage)
+    return Repository(target, catalog, storage)
 
 
 def _reopen(target: str) -> Repository:

@@ -74,7 +74,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
 def made_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SQLite file that holds a repository."""
     folder = tmp_path_factory.mktemp("made")
-    Place(sqlite_url(folder / "catalog.db"), str(folder / "data")).open().close()
+    _make(Place(sqlite_url(folder / "catalog.db"), str(folder / "data")))
     return folder / "catalog.db"
 
 
@@ -82,8 +82,14 @@ def made_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made_database(postgres_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The name of a Postgres database that holds a repository, and that nobody is connected to."""
     with servers.new_database(postgres_server) as url:
-        Place(url, str(tmp_path_factory.mktemp("made"))).open().close()
+        _make(Place(url, str(tmp_path_factory.mktemp("made"))))
         yield conninfo_to_dict(url)["dbname"]
+
+
+def _make(place: Place) -> None:
+    """Make a repository whose copies, each with its own data, have their journal to write yet."""
+    with place.open() as made:
+        made.catalog.upkeep().journal_again(1)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -50,6 +51,12 @@ class Catalog:
     def __init__(self, database: Database, repository: RepositoryRecord) -> None:
         self._database = database
         self.repository = repository
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of its file, from which relative places of data count; None on a server."""
+        file = self._database.file
+        return None if file is None else file.parent
 
     @classmethod
     def open(cls, url: str, *, data_url: str | None = None) -> Catalog:

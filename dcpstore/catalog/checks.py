@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from typing import get_args
 
 from dcpstore.errors import AlreadyExistsError, InvalidInputError
-from dcpstore.records import VersionDraft
+from dcpstore.records import ChunkDefaults, CodecSetting, VersionDraft
 from dcpstore.refs import check_name
 
 __all__ = [
     "can_be_kept",
+    "check_chunk",
     "check_draft",
     "check_key",
     "check_labels",
@@ -24,7 +26,19 @@ __all__ = [
 ]
 
 _MAX_KEY = 2000  # bytes: a row of Postgres' indexes has 2,704, and other columns beside the text
+_MAX_CHUNK = 1 << 30  # bytes; Blosc holds two GiB at most
 _MAX_NUMBER = 2**63 - 1  # a larger one fits no column, and no database takes it to compare
+
+
+def check_chunk(chunk: ChunkDefaults) -> None:
+    """Raise InvalidInputError for a size or a codec with which no chunk can be made."""
+    if type(chunk.nbytes) is not int or not 1 <= chunk.nbytes <= _MAX_CHUNK:
+        raise InvalidInputError(
+            f"chunks of {chunk.nbytes!r} bytes; give a whole number from 1 to {_MAX_CHUNK}."
+        )
+    if chunk.codec not in get_args(CodecSetting):
+        known = ", ".join(map(repr, get_args(CodecSetting)))
+        raise InvalidInputError(f"no codec {chunk.codec!r} for chunks; there are {known}.")
 
 
 def check_draft(draft: VersionDraft) -> None:
@@ -58,6 +72,8 @@ def check_limit(limit: int | None) -> None:
 
 def check_steps(steps: tuple[int | None, int | None]) -> None:
     """Raise InvalidInputError for a first or last step that no step can be compared with."""
+    if not isinstance(steps, tuple | list) or len(steps) != 2:
+        raise InvalidInputError(f"steps are {steps!r}; give two, the first and the last one.")
     for step in steps:
         if step is not None and (type(step) is not int or abs(step) > _MAX_NUMBER):
             raise InvalidInputError(

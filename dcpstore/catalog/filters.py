@@ -159,7 +159,8 @@ def _check_metric(connection: Connection, name: str) -> None:
     names = names.where(is_visible())
     if connection.scalar(names.where(_metric.c.name == name).limit(1)) is None:
         known = connection.scalars(names.distinct()).all()
-        raise NotFoundError.near("metric", name, known, f"There are: {', '.join(sorted(known))}.")
+        others = f"There are: {', '.join(sorted(known))}." if known else "No version has any."
+        raise NotFoundError.near("metric", name, known, others)
 
 
 def _has_label(connection: Connection, name: str, text: str) -> ColumnElement[bool]:

@@ -6,6 +6,7 @@ the look and the creation are one transaction that holds the database's write lo
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 import uuid
@@ -58,12 +59,23 @@ def open_repository(database: Database, *, data_url: str | None) -> RepositoryRe
             f"no repository at {database.shown}. Check the path or URL, or create one with "
             "'dcpstore init'."
         )
-    if data_url is not None and data_url != record.data_url:
+    kept = record.data_url
+    if database.file is not None and "://" not in kept:
+        kept = str(database.file.parent / kept)
+    if data_url is not None and not _is_same_place(data_url, kept):
         raise InvalidInputError(
-            f"the repository at {database.shown} keeps its data in {record.data_url!r}, not in "
-            f"{data_url!r}; leave data= out, or give another catalog."
+            f"the repository at {database.shown} keeps its data in {kept!r}, not in {data_url!r}; "
+            "leave data= out. If they were moved there, move them back, or make a catalog for "
+            "where they are now with 'dcpstore rebuild'."
         )
     return record
+
+
+def _is_same_place(one: str, other: str) -> bool:
+    """Tell whether two URLs or paths are one, however they are written."""
+    return one == other or (
+        "://" not in one + other and os.path.realpath(one) == os.path.realpath(other)
+    )
 
 
 def create_repository(

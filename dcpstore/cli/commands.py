@@ -11,7 +11,7 @@ import sys
 from importlib import import_module
 from io import TextIOWrapper
 from keyword import iskeyword
-from typing import NoReturn, TextIO
+from typing import Literal, NoReturn, TextIO
 
 import click
 
@@ -98,16 +98,26 @@ def commands(repo: str | None) -> None:
 
 def run() -> None:
     """Run the command that the process was given, and exit with its code."""
-    _keep_undecodable(sys.stdin, "surrogateescape")
-    _keep_undecodable(sys.stdout, "backslashreplace")
-    _keep_undecodable(sys.stderr, "backslashreplace")
-    commands(prog_name="dcpstore")
+    sys.stdin = _ready(sys.stdin, "r", "surrogateescape")
+    sys.stdout = _ready(sys.stdout, "w", "backslashreplace")
+    sys.stderr = _ready(sys.stderr, "w", "backslashreplace")
+    try:
+        commands(prog_name="dcpstore")
+    except OSError as error:  # --help and --version print before there is a command
+        report(error, as_json=False)
+        sys.exit(exit_code(error))
 
 
-def _keep_undecodable(stream: TextIO, errors: str) -> None:
-    """Let a character that the stream's encoding lacks be no reason to fail."""
+def _ready(stream: TextIO | None, mode: Literal["r", "w"], errors: str) -> TextIO:
+    """Return a stream that takes characters which its encoding lacks.
+
+    One that was closed before the process began is None: it leads nowhere then.
+    """
+    if stream is None:
+        return open(os.devnull, mode)
     if isinstance(stream, TextIOWrapper):
         stream.reconfigure(errors=errors)
+    return stream
 
 
 def _leave_pipe(ctx: click.Context) -> NoReturn:

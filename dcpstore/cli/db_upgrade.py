@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from dcpstore.catalog import Catalog, sqlite_url
+from dcpstore.catalog import Catalog
 from dcpstore.cli.output import print_json
 from dcpstore.cli.session import Session, looking_for_repository, repo_options
+from dcpstore.places import locate
 
 __all__ = ["db_upgrade"]
 
@@ -17,9 +16,8 @@ __all__ = ["db_upgrade"]
 @repo_options
 def db_upgrade(session: Session) -> None:
     """Upgrade the catalog to the schema of this dcpstore; back it up first."""
-    target = session.target
     # Not by opening the repository: an older one does not open.
-    url = target if "://" in target else sqlite_url(Path(target).absolute() / "catalog.db")
+    url, _ = locate(session.target)
     with looking_for_repository():
         before, after = Catalog.upgrade(url)
     if session.json:

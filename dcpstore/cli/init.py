@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import click
 
 from dcpstore import repository
 from dcpstore.cli.output import human_bytes, print_json, visible
 from dcpstore.cli.session import Session, json_option, looking_for_repository
 from dcpstore.errors import AlreadyExistsError, NotFoundError
-from dcpstore.records import ChunkDefaults
+from dcpstore.records import ChunkDefaults, CodecSetting
 
 __all__ = ["init"]
 
 _DEFAULTS = ChunkDefaults()
 _MIB = 1024 * 1024
-# Said here, for the module that defines them loads numpy; a test compares.
-_CODECS = ("auto", "none", "blosc", "zstd")
 
 
 @click.command()
@@ -34,7 +34,7 @@ _CODECS = ("auto", "none", "blosc", "zstd")
 )
 @click.option(
     "--codec",
-    type=click.Choice(_CODECS),
+    type=click.Choice(get_args(CodecSetting)),
     default=_DEFAULTS.codec,
     show_default=True,
     help="How chunks are encoded; auto takes what pays for each dtype.",

@@ -14,6 +14,7 @@ from torch.futures import Future
 
 from dcpstore.encoding.values import decode_value
 from dcpstore.loading.items import ItemReads
+from dcpstore.places import absolute_target
 from dcpstore.planning.described import describe_entries
 from dcpstore.progress import ProgressBar
 from dcpstore.records import EntryRecord, Version
@@ -43,7 +44,7 @@ class RepositoryReader(StorageReader):
         verify: bool = True,
         allow_pickle: bool = False,
     ) -> None:
-        self._repo = repo
+        self._repo = repo if isinstance(repo, Repository) else absolute_target(repo)
         self._ref = ref
         self._verify = verify
         self._allow_pickle = allow_pickle

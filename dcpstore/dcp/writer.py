@@ -29,6 +29,7 @@ from torch.futures import Future
 from dcpstore.catalog import Catalog
 from dcpstore.errors import DcpstoreError, InvalidInputError
 from dcpstore.leases import kept_lease
+from dcpstore.places import absolute_target
 from dcpstore.planning.balance import item_nbytes
 from dcpstore.planning.checks import check_agreement, check_tiling
 from dcpstore.planning.tables import GlobalTable, PlanTable
@@ -106,7 +107,7 @@ class RepositoryWriter(StorageWriter):
         expect_tip: str | int | None = None,
         allow_pickle: bool = False,
     ) -> None:
-        self._repo = repo
+        self._repo = repo if isinstance(repo, Repository) else absolute_target(repo)
         self._request = make_request(
             branch=branch,
             step=step,

@@ -9,6 +9,7 @@ from typing import Literal
 from dcpstore.catalog import Catalog
 from dcpstore.catalog.authors import this_user
 from dcpstore.catalog.filters import LogFilter
+from dcpstore.errors import InvalidInputError
 from dcpstore.history.diff import Diff, diff_versions
 from dcpstore.journal import journaled
 from dcpstore.records import Operation, RefRecord, Version
@@ -53,6 +54,8 @@ class Recorded:
             NotFoundError: no version has such a metric, or was saved on such a branch.
         """
         start = None if ref is None else self.catalog.resolve(ref).number
+        if not isinstance(where, Iterable):
+            raise InvalidInputError(f"where is {where!r}; give comparisons such as 'val_loss<2.5'.")
         wanted = LogFilter(
             where=(where,) if isinstance(where, str) else tuple(where),
             steps=steps,

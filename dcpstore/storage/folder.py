@@ -25,6 +25,8 @@ from dcpstore.uids import new_uid
 
 __all__ = ["LocalFolder"]
 
+_MAKE = "make the data folder"
+
 
 class LocalFolder:
     """Storage in a folder of this machine or of a shared filesystem.
@@ -42,7 +44,7 @@ class LocalFolder:
     def __init__(self, path: Path, *, create: bool = False) -> None:
         self._root = Path(os.path.realpath(path))
         if create:
-            with _explained("make the data folder", self._root):
+            with _explained(_MAKE, self._root):
                 # Every folder on the way that is new must stay: one lost takes all below along.
                 above = [folder for folder in self._root.parents if not folder.exists()]
                 self._root.mkdir(parents=True, exist_ok=True)
@@ -52,8 +54,8 @@ class LocalFolder:
             is_there, is_folder = self._root.exists(), self._root.is_dir()
         if not is_there:
             raise NotFoundError(
-                f"the data folder {str(path)!r} is missing; mount it, or give its new place as "
-                "data=."
+                f"the data folder {str(path)!r} is missing; mount it, move it back, or make a "
+                "catalog for where it is now with 'dcpstore rebuild'."
             )
         if not is_folder:
             raise DcpstoreError(f"{str(path)!r} is a file, not a data folder; choose another path.")
@@ -210,7 +212,7 @@ def _explained(action: str, path: Path) -> Iterator[None]:
 
 
 def _explain(action: str, path: Path, error: OSError) -> DcpstoreError:
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) and action != _MAKE:
         return NotFoundError(
             f"cannot {action} {str(path)!r}: it does not exist; run 'dcpstore verify', or restore "
             "it from a copy."
@@ -219,6 +221,8 @@ def _explain(action: str, path: Path, error: OSError) -> DcpstoreError:
         step = "give this user leave to write there, or choose another folder"
     elif error.errno in (errno.ENOSPC, errno.EDQUOT):
         step = "free space, with 'dcpstore expire' and 'dcpstore gc' for example, and save again"
+    elif isinstance(error, FileNotFoundError):
+        step = "no folder can be made there: choose another path"
     else:
         step = "mend the filesystem, then try again"
     return DcpstoreError(f"cannot {action} {str(path)!r}: {error.strerror}; {step}.")

@@ -131,6 +131,8 @@ class Upkept:
         """
         from dcpstore.upkeep.copying import copy_versions  # noqa: PLC0415 (loads torch)
 
+        if not isinstance(other, Upkept):
+            raise InvalidInputError(f"other is {other!r}; open that repository, and pass it.")
         if isinstance(refs, str):
             raise InvalidInputError(f"refs={refs!r} is one text; pass a list: [{refs!r}].")
         if other.catalog.repository.uid == self.catalog.repository.uid:

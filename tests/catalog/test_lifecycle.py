@@ -239,7 +239,9 @@ def test_a_lost_catalog_is_never_replaced_by_an_empty_one(place: Place) -> None:
     for lose in (catalog.unlink, lambda: catalog.write_bytes(b"")):
         lose()
         for call in (place.open, lambda: dcpstore.save({"w": torch.zeros(3)}, place.data)):
-            with pytest.raises(AlreadyExistsError, match=r"catalog is not here.*dcpstore rebuild"):
+            with pytest.raises(
+                AlreadyExistsError, match=r"another catalog, or had one here.*dcpstore rebuild"
+            ):
                 call()
     report = rebuild(place.data, place.url)
     assert report.versions == (1,)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -186,3 +187,30 @@ main()
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize("asked", [("log",), ("--help",), ("--version",)])
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_full_device_is_a_message(target: str, asked: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        done = run_process(
+            *asked, repo=target, capture_output=False, stdout=full, stderr=subprocess.PIPE
+        )
+    assert done.returncode == 1
+    assert done.stderr == "dcpstore: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_closed_streams_lead_nowhere(target: str, closed: str) -> None:
+    command = f"exec {shlex.quote(sys.executable)} -m dcpstore log {closed}"
+    done = subprocess.run(
+        ["sh", "-c", command],
+        env=process_environment(target),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("v3" in done.stdout) == (closed == "2>&-")

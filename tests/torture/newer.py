@@ -38,11 +38,12 @@ def upgrade():
 def newer_schema() -> Iterator[None]:
     """Let this process be of a dcpstore whose newest migration is one more."""
     found, head = migrating.migrations_folder, schema.HEAD
-    with tempfile.TemporaryDirectory() as folder:
-        newer = Path(folder) / "migrations"
-        with _files_of_any_length():
-            shutil.copytree(found(), newer)
-            (newer / "versions" / f"{NEWEST}_more_columns.py").write_text(_MIGRATION)
+    with _files_of_any_length():
+        folder = tempfile.TemporaryDirectory()
+        newer = Path(folder.name) / "migrations"
+        shutil.copytree(found(), newer)
+        (newer / "versions" / f"{NEWEST}_more_columns.py").write_text(_MIGRATION)
+    with folder:
         migrating.migrations_folder = lambda: newer
         schema.HEAD = NEWEST
         try:

@@ -11,12 +11,24 @@ import torch
 
 import dcpstore
 from dcpstore import Repository, Version
+from dcpstore.catalog import sqlite_url
 from dcpstore.catalog.views import VIEWS
 from dcpstore.records import VersionDraft
 from dcpstore.repository import open as open_repository
 from dcpstore.uids import new_uid
+from tests.cli.conftest import ask_database
 
 Save = Callable[..., Version]
+
+
+def open_intruder(folder: Path, data: str) -> Repository:
+    """Return a repository whose catalog somebody pointed at the data of another."""
+    open_repository(folder).close()
+    ask_database(
+        sqlite_url(folder / "catalog.db"),
+        f"UPDATE repository SET data_url = '{data}', last_journaled = 0",
+    )
+    return open_repository(folder)
 
 
 @pytest.fixture

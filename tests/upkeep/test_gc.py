@@ -11,12 +11,11 @@ import torch
 
 import dcpstore
 from dcpstore import ConflictError, DcpstoreError, InvalidInputError, NotFoundError, Repository
-from dcpstore.repository import open as open_repository
 from dcpstore.storage.manifests import decode_manifest, manifest_key
 from dcpstore.storage.packs import PackReader
 from dcpstore.uids import new_uid
 from tests.soundness import Place
-from tests.upkeep.conftest import Save, packs_of
+from tests.upkeep.conftest import Save, open_intruder, packs_of
 
 NOW = "0s"
 
@@ -209,8 +208,7 @@ def test_unknown_objects_are_left_alone_until_they_are_old(
 def test_a_data_folder_of_another_repository_is_left_alone(
     place: Place, repo: Repository, tmp_path: Path
 ) -> None:
-    (tmp_path / "second").mkdir()
-    with open_repository(tmp_path / "second", data=place.data) as second:
+    with open_intruder(tmp_path / "second", place.data) as second:
         dcpstore.save({"w": torch.ones(3)}, repo)
         journal = [repo.storage.get(key) for key in repo.storage.list("operations")]
         dcpstore.save({"w": torch.zeros(3)}, second)

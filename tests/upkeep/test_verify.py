@@ -14,6 +14,7 @@ from dcpstore.repository import open as open_repository
 from dcpstore.storage.manifests import manifest_key
 from tests.cli.conftest import ask_database
 from tests.soundness import Place, assert_sound
+from tests.upkeep.conftest import open_intruder
 
 
 @pytest.fixture
@@ -219,8 +220,7 @@ def test_the_first_operation_is_written_anew_where_the_others_are_ours(
 def test_the_first_operation_of_another_repository_stays(
     place: Place, repo: Repository, tmp_path: Path, how: str
 ) -> None:
-    (tmp_path / "second").mkdir()
-    with open_repository(tmp_path / "second", data=place.data) as second:
+    with open_intruder(tmp_path / "second", place.data) as second:
         saved(repo)
         path = Path(place.data) / "operations" / "000000000001.json"
         if how == "gone":

@@ -1,0 +1,154 @@
+"""Where a repository is: by its folder, by URL, when the process moves; and what is refused."""
+
+import copy
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dcpstore
+from dcpstore import (
+    AlreadyExistsError,
+    ChunkDefaults,
+    InvalidInputError,
+    NotFoundError,
+    RepositoryReader,
+    RepositoryWriter,
+)
+from dcpstore.catalog import sqlite_url
+from dcpstore.repository import open as open_repository
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")  # of no process group
+
+
+def state(number: float) -> dict[str, Any]:
+    return {"w": torch.full((100,), number)}
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder beside the tests' own, in which the process is."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_the_url_of_an_embedded_repository_names_its_data_too(
+    tmp_path: Path, elsewhere: Path, is_relative: bool
+) -> None:
+    folder = tmp_path / "a 100% 'r'"
+    dcpstore.save(state(1), folder)
+    file = folder / "catalog.db"
+    url = sqlite_url(Path(os.path.relpath(file)) if is_relative else file)
+    dcpstore.save(state(2), url)
+    assert list(elsewhere.iterdir()) == []
+    for target in (url, folder):
+        found = state(0)
+        dcpstore.load(found, target)
+        assert torch.equal(found["w"], state(2)["w"])
+        with open_repository(target, create=False) as repo:
+            assert repo.verify(deep=True).damaged == ()
+            assert Path(repo.storage.url) == folder
+
+
+def test_a_place_of_data_that_is_the_kept_one_may_be_said_in_any_way(
+    tmp_path: Path, elsewhere: Path
+) -> None:
+    folder = tmp_path / "r"
+    dcpstore.save(state(1), folder)
+    for target in (folder, sqlite_url(folder / "catalog.db")):
+        for data in (folder, "../r/."):
+            with open_repository(target, data=data, create=False) as repo:
+                assert len(repo.log()) == 1
+    with pytest.raises(InvalidInputError, match=r"leave data= out.*dcpstore rebuild"):
+        open_repository(folder, data=elsewhere)
+
+
+@pytest.mark.parametrize("again", [lambda repo: pickle.loads(pickle.dumps(repo)), copy.deepcopy])
+def test_a_repository_that_travels_stays_where_it_was_opened(
+    tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, again: Any
+) -> None:
+    dcpstore.save(state(1), "r")
+    dcpstore.save(state(1), open_repository("sqlite:///u.db", data="data"))
+    for target in ("r", "sqlite:///u.db"):
+        monkeypatch.chdir(elsewhere)
+        with open_repository(target) as repo:
+            monkeypatch.chdir(tmp_path)
+            with again(repo) as travelled:
+                assert travelled.log() == repo.log() != []
+
+
+def test_writers_and_readers_stay_where_they_were_made(
+    tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, reader = RepositoryWriter("r"), RepositoryReader("r")
+    monkeypatch.chdir(tmp_path)
+    torch.distributed.checkpoint.save(state(1), storage_writer=writer)
+    found = state(0)
+    torch.distributed.checkpoint.load(found, storage_reader=reader)
+    assert torch.equal(found["w"], state(1)["w"])
+    assert not (tmp_path / "r").exists()
+    with open_repository(elsewhere / "r", create=False) as repo:
+        assert len(repo.log()) == 1
+
+
+def test_data_are_of_one_repository_from_its_making_on(tmp_path: Path) -> None:
+    open_repository(tmp_path / "a", data=tmp_path / "shared").close()
+    open_repository(tmp_path / "embedded").close()
+    for data in ("shared", "embedded"):
+        with pytest.raises(AlreadyExistsError, match="another data folder"):
+            open_repository(tmp_path / "b", data=tmp_path / data)
+    with pytest.raises(NotFoundError):
+        open_repository(tmp_path / "b", create=False)
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        ChunkDefaults(nbytes=0),
+        ChunkDefaults(nbytes=-5),
+        ChunkDefaults(nbytes=2**70),
+        ChunkDefaults(nbytes=8.0),  # type: ignore[arg-type]
+        ChunkDefaults(codec="lz4"),
+        ChunkDefaults(codec=None),  # type: ignore[arg-type]
+    ],
+)
+def test_chunks_that_cannot_be_made_make_no_repository(
+    tmp_path: Path, chunk: ChunkDefaults
+) -> None:
+    with pytest.raises(InvalidInputError, match="chunks"):
+        open_repository(tmp_path / "r", chunk=chunk)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", [5, b"r", None])
+def test_what_is_no_path_is_said_to_be_none(target: Any, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="pass a path or a URL"):
+        open_repository(target)
+    with pytest.raises(InvalidInputError, match="pass a path or a URL"):
+        open_repository(tmp_path / "r", data=b"x")  # type: ignore[arg-type]
+
+
+def test_where_no_folder_can_be_made_the_cure_is_another_path() -> None:
+    with pytest.raises(dcpstore.DcpstoreError, match="choose another path"):
+        open_repository("/proc/nowhere/r")
+
+
+def test_questions_of_another_kind_are_bad_input(tmp_path: Path) -> None:
+    dcpstore.save(state(1), tmp_path / "r")
+    with open_repository(tmp_path / "r") as repo:
+        asked: list[Any] = [
+            lambda: repo.log(where=5),  # type: ignore[arg-type]
+            lambda: repo.log(steps=5),  # type: ignore[arg-type]
+            lambda: repo.log(steps=(1, 2, 3)),  # type: ignore[arg-type]
+            lambda: repo.copy_to("r"),  # type: ignore[arg-type]
+        ]
+        for call in asked:
+            with pytest.raises(InvalidInputError):
+                call()
+        with pytest.raises(NotFoundError, match=r"No version has any\.$"):
+            repo.log(where="val<1")
