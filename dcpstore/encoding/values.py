@@ -53,6 +53,10 @@ _ITEM_TAGS: dict[type, str] = {
 }
 
 
+class _HeldTensorError(NotPlainError):
+    """A tensor inside a value: planners take lists and dicts apart, but no tuples and sets."""
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedValue:
     """A value for the catalog: its JSON `text`, or a blob's bytes with their format as `text`."""
@@ -77,6 +81,12 @@ def encode_value(obj: object, *, allow_pickle: bool) -> EncodedValue:
         text = _dump(_encode(obj, ()))
     except NotPlainError as error:
         if not allow_pickle:
+            if isinstance(error, _HeldTensorError):
+                raise UnsafeDataError(
+                    f"a {error} lies inside a value, as in a tuple or set, and would need pickle; "
+                    "have it in lists and dicts only, of which each tensor is saved by itself, or "
+                    "save with allow_pickle=True."
+                ) from None
             raise UnsafeDataError(
                 f"a value of type {error} is not plain data and would need pickle; convert it to "
                 "tensors, numbers, text, lists or dicts, or save with allow_pickle=True."
@@ -134,6 +144,8 @@ def _encode(obj: Any, around: tuple[int, ...]) -> object:
     kind = type(obj)
     tag = _ITEM_TAGS.get(kind)
     if tag is None and kind not in (list, dict, OrderedDict):
+        if around and isinstance(obj, torch.Tensor):
+            raise _HeldTensorError(f"{kind.__module__}.{kind.__qualname__}")
         return encode_scalar(obj)
     if id(obj) in around:
         raise InvalidInputError(

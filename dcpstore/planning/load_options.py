@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,9 +38,16 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         for name, globs in (("include", self.include), ("exclude", self.exclude)):
-            if isinstance(globs, str):
-                raise InvalidInputError(f"{name}={globs!r} is one text; pass a list: [{globs!r}].")
-        if self.on_dtype not in ("error", "cast"):
+            _check_globs(name, globs)
+        is_rename = isinstance(self.rename, Mapping) or callable(self.rename)
+        if self.rename is not None and not is_rename:
+            raise InvalidInputError(
+                f"rename={self.rename!r} is neither a mapping nor a function; pass a dict of the "
+                "state's FQNs to the version's, or a function from one to the other."
+            )
+        if not isinstance(self.strict, bool):
+            raise InvalidInputError(f"strict={self.strict!r}; pass True or False.")
+        if not isinstance(self.on_dtype, str) or self.on_dtype not in ("error", "cast"):
             raise InvalidInputError(f"on_dtype={self.on_dtype!r}; write 'error' or 'cast'.")
 
     def asks_for(self, fqn: str) -> bool:
@@ -63,6 +70,19 @@ class LoadOptions:
             how = "maps" if is_map else "makes"
             raise InvalidInputError(f"rename {how} {fqn!r} to {name!r}, which is not an FQN.")
         return name
+
+
+def _check_globs(name: str, globs: object) -> None:
+    """Check that `globs` is None or holds texts, to be asked again and again."""
+    if isinstance(globs, str):
+        raise InvalidInputError(f"{name}={globs!r} is one text; pass a list: [{globs!r}].")
+    if globs is None:
+        return
+    if not isinstance(globs, Collection):  # an iterator would be empty after the first FQN
+        raise InvalidInputError(f"{name}={globs!r} is no list; pass one of globs: ['model.*'].")
+    odd = [glob for glob in globs if not isinstance(glob, str)]
+    if odd:
+        raise InvalidInputError(f"{name} holds {odd[0]!r}, which is no text; pass globs of FQNs.")
 
 
 def _matches(fqn: str, globs: Iterable[str]) -> bool:

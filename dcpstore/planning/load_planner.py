@@ -31,6 +31,7 @@ __all__ = ["DefaultLoadPlanner"]
 
 _NO_OFFSET = torch.Size((0,))
 _PACKED = torch.float4_e2m1fn_x2  # an element is two numbers, and so converts to none
+_NO_KEY = object()  # None is a key like any other
 
 
 class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
@@ -245,13 +246,13 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
     def _set_item(self, fqn: str, value: object) -> None:
         self.state_dict[fqn] = value  # which may be a copy, or flat
         container, key = self._place(fqn)
-        if key is not None:
+        if key is not _NO_KEY:
             container[key] = value
 
     def _place(self, fqn: str) -> tuple[Any, Any]:
         """Return the container that holds an item in the caller's state, and its key there.
 
-        The key is None where a planner has renamed the items of `state_dict`.
+        The key is `_NO_KEY` where a planner has renamed the items of `state_dict`.
         """
         *parents, last = self.mappings.get(fqn, (fqn,)) if self.flatten_state_dict else (fqn,)
         container: Any = self.original_state_dict
@@ -274,10 +275,13 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
 
 
 def _own_key(container: Any, part: str | int) -> Any:
-    """Return the key that flattening wrote as `part`: torch turns every mapping key into text."""
+    """Return the key that flattening wrote as `part`: torch turns every mapping key into text.
+
+    It is `_NO_KEY` where the container has none.
+    """
     if isinstance(container, MutableSequence) or part in container:
         return part
-    return next((key for key in container if str(key) == part), None)
+    return next((key for key in container if str(key) == part), _NO_KEY)
 
 
 def _value_item(fqn: str, name: str) -> ReadItem:

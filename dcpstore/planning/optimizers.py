@@ -21,6 +21,24 @@ from dcpstore.records import EntryRecord, ObjectPath
 __all__ = ["optimizer_names", "prepare_optimizer"]
 
 _SHOWN = 3  # names in one message
+# What torch's own optimizers make of a parameter's shape, or of that of its gradient.
+_SHAPED = frozenset(
+    [
+        "acc_delta",
+        "ax",
+        "exp_avg",
+        "exp_avg_sq",
+        "exp_inf",
+        "grad_avg",
+        "max_exp_avg_sq",
+        "momentum_buffer",
+        "prev",
+        "square_avg",
+        "step_size",
+        "sum",
+        "variance",
+    ]
+)
 
 
 def optimizer_names(state_dict: Mapping[str, Any]) -> list[str]:
@@ -74,6 +92,7 @@ def prepare_optimizer(
     if not own:
         places: dict[int, Any] = {}
         parts = [one for one in held if one.number.isdecimal()]
+        differences += _misshapen(optimizer, key, parameters, parts)
         for one in parts:
             if one.is_asked and (index := int(one.number)) < len(parameters):
                 place = _like(parameters[index], one.entry, dry_run=dry_run)
@@ -158,6 +177,36 @@ def _other_groups(
                     f"group {i} of optimizer {key!r} has {len(stored)} parameters in the version, "
                     f"and {count} in the state"
                 )
+
+
+def _misshapen(
+    optimizer: torch.optim.Optimizer,
+    key: str,
+    parameters: Sequence[torch.Tensor],
+    parts: Sequence[_Held],
+) -> Iterator[str]:
+    """Yield which moments have another shape than their parameter, which only `step` would tell.
+
+    Other people's optimizers keep under these names what they like, and hooks may change what is
+    loaded, or give it to other parameters: then nobody can tell.
+    """
+    kind = type(optimizer)
+    has_hooks = (
+        optimizer._optimizer_load_state_dict_pre_hooks
+        or optimizer._optimizer_load_state_dict_post_hooks
+    )
+    if has_hooks or getattr(torch.optim, kind.__name__, None) is not kind:
+        return
+    for one in parts:
+        stored, index = one.entry.tensor, int(one.number)
+        if not one.is_asked or stored is None or index >= len(parameters):
+            continue
+        shape = tuple(parameters[index].shape)
+        if len(one.path) == 1 and one.path[0] in _SHAPED and stored.shape != shape:
+            yield (
+                f"'{key}.state.{index}.{one.path[0]}' has shape {stored.shape} in the version, and "
+                f"its parameter {shape} in the state"
+            )
 
 
 def _like(parameter: torch.Tensor, entry: EntryRecord, *, dry_run: bool) -> Any:

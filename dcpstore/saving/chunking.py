@@ -159,12 +159,16 @@ class RankData:
 
     def _encoded(self, item: WriteItem, *, allow_pickle: bool) -> EncodedValue:
         planner = self._planner
+        if _keeps_values(planner):
+            encode = partial(encode_value, planner.lookup_object(item.index))
+        else:
+            encode = partial(_encoded_bytes, _planners_bytes(planner, item))
         try:
-            if _keeps_values(planner):
-                return encode_value(planner.lookup_object(item.index), allow_pickle=allow_pickle)
-            return _encoded_bytes(_planners_bytes(planner, item), allow_pickle=allow_pickle)
+            return encode(allow_pickle=allow_pickle)
         except UnsafeDataError as error:
             raise UnsafeDataError(f"{item.index.fqn!r}: {error}") from error
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{item.index.fqn!r}: {error}") from error
 
 
 def _checked(item: WriteItem, tensor: object, sizes: tuple[int, ...]) -> torch.Tensor:

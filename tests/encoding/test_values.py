@@ -194,6 +194,25 @@ def test_what_is_not_plain_needs_leave(value: object, name: str) -> None:
         encode_value(value, allow_pickle=False)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        (torch.ones(2), torch.zeros(3)),
+        (1, [{"w": torch.ones(2)}]),
+        [(1, torch.ones(2))],
+        {torch.ones(2)},
+        frozenset([torch.ones(2)]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_tensor_inside_a_value_is_told_where_to_go(value: object) -> None:
+    said = r"a torch\.Tensor lies inside a value, as in a tuple or set, .* in lists and dicts only"
+    with pytest.raises(UnsafeDataError, match=said) as caught:
+        encode_value(value, allow_pickle=False)
+    assert "convert it to tensors" not in str(caught.value)
+    assert encode_value(value, allow_pickle=True).text == '{"$blob":"pickle"}'
+
+
 def test_a_pickle_is_written_and_read_with_leave_only() -> None:
     encoded = encode_value({"c": Colour.RED}, allow_pickle=True)
     assert (encoded.kind, encoded.text) == ("blob", '{"$blob":"pickle"}')

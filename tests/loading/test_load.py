@@ -117,6 +117,22 @@ def test_int_keys_and_lists_are_the_callers_own(repo: Repository) -> None:
     assert torch.equal(state["l"][1], torch.ones(3))
 
 
+def test_keys_that_are_no_text_are_the_callers_own(repo: Repository) -> None:
+    keys: list[Any] = [None, True, 1.5, (1, 2), b"x"]
+    dcpstore.save({"d": {key: i for i, key in enumerate(keys)}, "t": {None: torch.ones(2)}}, repo)
+    with torch.device("meta"):
+        unfilled = torch.zeros(2)
+    state: dict[str, Any] = {"d": dict.fromkeys(keys), "t": {None: unfilled}}
+    report = dcpstore.load(state, repo)
+    assert (report.missing, report.unexpected) == ((), ())
+    assert state["d"] == {key: i for i, key in enumerate(keys)}
+    assert torch.equal(state["t"][None], torch.ones(2))
+    dcpstore.save({"d": {None: {"deep": {None: 3}}}}, repo)
+    nested: dict[str, Any] = {"d": {None: {"deep": {None: 0}}}}
+    dcpstore.load(nested, repo)
+    assert nested == {"d": {None: {"deep": {None: 3}}}}
+
+
 def test_slices_read_only_the_chunks_they_meet(tmp_path: Path) -> None:
     repo = dcpstore.open(tmp_path / "r", chunk=ChunkDefaults(nbytes=256))
     w = torch.randn(32, 8)

@@ -126,3 +126,117 @@ def test_a_dry_run_allocates_no_state(tmp_path: Path, monkeypatch: pytest.Monkey
     report = dcpstore.load({"optim": new}, tmp_path, dry_run=True)
     assert (report.differences, report.missing, report.unexpected) == ((), (), ())
     assert not new.state_dict()["state"]
+
+
+# Each of torch's optimizers, with the options that give it all the state that it may have.
+KINDS: dict[type[torch.optim.Optimizer], list[dict[str, Any]]] = {
+    torch.optim.ASGD: [{}],
+    torch.optim.Adadelta: [{}],
+    torch.optim.Adafactor: [{}],
+    torch.optim.Adagrad: [{}],
+    torch.optim.Adam: [{"amsgrad": True}],
+    torch.optim.AdamW: [{"amsgrad": True}],
+    torch.optim.Adamax: [{}],
+    torch.optim.LBFGS: [{"max_iter": 4}],
+    torch.optim.Muon: [{}],
+    torch.optim.NAdam: [{}],
+    torch.optim.RAdam: [{}],
+    torch.optim.RMSprop: [{"centered": True, "momentum": 0.9}],
+    torch.optim.Rprop: [{}],
+    torch.optim.SGD: [{}, {"momentum": 0.9}],
+    torch.optim.SparseAdam: [{}],
+}
+OF_TORCH = [(kind, options) for kind, several in KINDS.items() for options in several]
+
+
+def of_shapes(
+    kind: Callable[..., torch.optim.Optimizer], *shapes: tuple[int, ...], **options: Any
+) -> torch.optim.Optimizer:
+    return kind([torch.nn.Parameter(torch.ones(shape)) for shape in shapes], lr=0.1, **options)
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def stepped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    is_sparse = isinstance(optimizer, torch.optim.SparseAdam)
+    for parameter in parameters(optimizer):
+        grad = torch.full_like(parameter, 0.5)
+        parameter.grad = grad.to_sparse() if is_sparse else grad
+    optimizer.step(lambda: torch.tensor(1.0))  # type: ignore[arg-type]  # takes a float
+    return optimizer
+
+
+def test_every_optimizer_of_torch_is_known() -> None:
+    own = {
+        kind
+        for kind in vars(torch.optim).values()
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    }
+    assert own - {torch.optim.Optimizer} == KINDS.keys()
+
+
+@pytest.mark.parametrize(("kind", "options"), OF_TORCH)
+def test_state_of_any_shape_that_torch_makes_is_taken(
+    tmp_path: Path, kind: Any, options: dict[str, Any]
+) -> None:
+    shapes: list[tuple[int, ...]] = [(3, 4), (5,), (1,), (2, 3, 4), ()]
+    if kind is torch.optim.Muon:  # which takes matrices only
+        del shapes[1:]
+    saved, new = of_shapes(kind, *shapes, **options), of_shapes(kind, *shapes, **options)
+    dcpstore.save({"p": parameters(stepped(saved)), "optim": saved}, tmp_path)
+    state = {"p": parameters(new), "optim": new}
+    assert dcpstore.load(state, tmp_path, dry_run=True).differences == ()
+    dcpstore.load(state, tmp_path)
+    for a, b in zip(parameters(stepped(saved)), parameters(stepped(new)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("kind", "options"), OF_TORCH)
+def test_moments_of_another_shape_than_the_parameter_are_refused(
+    tmp_path: Path, kind: Any, options: dict[str, Any]
+) -> None:
+    is_flat = kind is torch.optim.Adafactor  # which factors what has two dimensions
+    saved = stepped(of_shapes(kind, (1,) if is_flat else (1, 4), **options))
+    dcpstore.save({"optim": saved, "w": torch.ones(2)}, tmp_path)
+    held = saved.state_dict()["state"].get(0, {})
+    moments = {
+        name
+        for name, value in held.items()
+        if isinstance(value, torch.Tensor) and value.dim() and kind is not torch.optim.LBFGS
+    }
+    shape = (3,) if is_flat else (3, 4)
+    new, w = of_shapes(kind, shape, **options), torch.zeros(2)
+    before = str(new.state_dict())  # Adagrad's has a state already
+    told = dcpstore.load({"optim": new, "w": w}, tmp_path, dry_run=True).differences
+    assert {line.split("'")[1].rsplit(".", 1)[1] for line in told} == moments
+    assert all(f"{shape} in the state" in line for line in told)
+    if moments:
+        with pytest.raises(MismatchError, match=r"'optim\.state\.0\.\w+' has shape"):
+            dcpstore.load({"optim": new, "w": w}, tmp_path)
+        assert str(new.state_dict()) == before
+        assert torch.equal(w, torch.zeros(2))
+    dcpstore.load({"optim": new, "w": w}, tmp_path, exclude=["optim.state.*"])
+    assert torch.equal(w, torch.ones(2))
+
+
+class Pooled(torch.optim.AdamW):
+    """Somebody else's, which keeps what it likes under a name of torch's."""
+
+
+def test_shapes_that_nobody_can_judge_are_taken(tmp_path: Path) -> None:
+    dcpstore.save({"optim": stepped(of_shapes(torch.optim.AdamW, (1, 4)))}, tmp_path)
+    pooled = of_shapes(Pooled, (3, 4))
+    dcpstore.load({"optim": pooled}, tmp_path)
+    assert pooled.state_dict()["state"][0]["exp_avg"].shape == (1, 4)
+
+    def widen(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        for name in ("exp_avg", "exp_avg_sq"):
+            state["state"][0][name] = state["state"][0][name].repeat(3, 1)
+
+    hooked = of_shapes(torch.optim.AdamW, (3, 4))
+    hooked.register_load_state_dict_pre_hook(widen)
+    dcpstore.load({"optim": hooked}, tmp_path)
+    assert hooked.state_dict()["state"][0]["exp_avg"].shape == (3, 4)
+    stepped(hooked)

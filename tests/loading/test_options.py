@@ -109,12 +109,49 @@ MEANINGLESS: list[dict[str, Any]] = [
     {"rename": lambda fqn: 3},
     {"strict": False, "planner": dcpstore.DefaultLoadPlanner()},
 ]
+# Each with what is said of it.
+WRONG_TYPES: list[tuple[dict[str, Any], str]] = [
+    ({"rename": 5}, "rename=5 is neither .*; pass a dict"),
+    ({"rename": "model.*"}, r"rename='model\.\*' is neither"),
+    ({"rename": [("a", "b")]}, "rename=.* is neither"),
+    ({"include": 5}, r"include=5 is no list; pass one of globs: \['model\.\*'\]"),
+    ({"include": [5]}, "include holds 5, which is no text; pass globs"),
+    ({"include": [None]}, "include holds None"),
+    ({"include": iter(["model.*"])}, "include=<.* is no list"),
+    ({"exclude": 5}, "exclude=5 is no list"),
+    ({"exclude": True}, "exclude=True is no list"),
+    ({"exclude": [b"model.*"]}, "exclude holds b'model"),
+    ({"strict": 0}, "strict=0; pass True or False"),
+    ({"strict": None}, "strict=None; pass True or False"),
+    ({"on_dtype": 5}, "on_dtype=5; write 'error' or 'cast'"),
+    ({"on_dtype": None}, "on_dtype=None; write"),
+    ({"on_dtype": torch.ones(2)}, "on_dtype=tensor.*; write"),
+    ({"on_dtype": ["cast"]}, "on_dtype=.*; write"),
+]
 
 
 def test_options_that_cannot_be_meant(kept: Repository, subtests: pytest.Subtests) -> None:
     for options in MEANINGLESS:
         with subtests.test(options=[*options]), pytest.raises(InvalidInputError):
             dcpstore.load(zeros(), kept, **options)
+
+
+def test_options_of_another_type_are_named(kept: Repository, subtests: pytest.Subtests) -> None:
+    for options, said in WRONG_TYPES:
+        with subtests.test(said=said):
+            with pytest.raises(InvalidInputError, match=said):
+                dcpstore.LoadOptions(**options)
+            state = zeros()
+            with pytest.raises(InvalidInputError, match=said):
+                dcpstore.load(state, kept, **options)
+            assert torch.equal(state["model"]["embed"], torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize("globs", [["model.*"], ("model.*",), {"model.*"}, {"model.*": 1}])
+def test_globs_may_lie_in_any_collection(globs: Any) -> None:
+    options = dcpstore.LoadOptions(include=globs, exclude=globs)
+    assert not options.asks_for("model.w")
+    assert dcpstore.LoadOptions(include=globs).asks_for("model.w")
 
 
 def stepped(names: list[str], frozen: str | None = None) -> tuple[torch.nn.Module, Any]:

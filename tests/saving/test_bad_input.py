@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import string
@@ -65,6 +66,12 @@ def fake() -> torch.Tensor:
         return torch.ones(3)
 
 
+def named_only(name: str) -> torch.Tensor:
+    """Return a tensor of a dtype with which torch does nothing but views."""
+    dtype: torch.dtype = getattr(torch, name)
+    return torch.ones(4, dtype=torch.uint8).view(dtype)
+
+
 # Tensors that have no bytes to store, and what is said of each.
 NOT_PLAIN: dict[str, tuple[str, Callable[[], torch.Tensor]]] = {
     "freed": ("was freed or resized", freed),
@@ -84,6 +91,10 @@ NOT_PLAIN: dict[str, tuple[str, Callable[[], torch.Tensor]]] = {
         "qint8 cannot be stored",
         lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
     ),
+    **{
+        name: (f"{name} cannot be stored", functools.partial(named_only, name))
+        for name in ("int2", "int4", "uint1", "uint4", "uint7", "bits8", "bits16")
+    },
 }
 
 
@@ -106,6 +117,7 @@ def _stale_tip(repo: Repository) -> None:
 
 PAST: Any = {"loss": 10**400}
 LONG: Any = {"m" * 2001: 1}
+TUPLE = {"deep": {"t": (torch.ones(2), torch.zeros(3))}}
 
 BAD: list[tuple[type[Exception], str, Callable[[Repository], Any]]] = [
     (AlreadyExistsError, "best", lambda r: dcpstore.save(W, r, tags=["best"])),
@@ -129,6 +141,7 @@ BAD: list[tuple[type[Exception], str, Callable[[Repository], Any]]] = [
     (InvalidInputError, "label name 'm.* 2001", lambda r: dcpstore.save(W, r, labels=LONG)),
     (UnsafeDataError, "Opaque", lambda r: dcpstore.save({"o": Opaque()}, r)),
     (UnsafeDataError, "'deep.o'", lambda r: dcpstore.save({"deep": {"o": Opaque()}}, r)),
+    (UnsafeDataError, r"'deep\.t': .* lists and dicts only", lambda r: dcpstore.save(TUPLE, r)),
     (InvalidInputError, "same FQN", lambda r: dcpstore.save({"a": {"b": 1}, "a.b": 2}, r)),
     (InvalidInputError, "keys must be text", lambda r: dcpstore.save({1: torch.ones(3)}, r)),
     (NotFoundError, "'best'", lambda r: dcpstore.load(dict(W), r, "bets")),
@@ -236,6 +249,22 @@ def test_a_pickle_needs_leave_to_be_written_and_read(repo: Repository) -> None:
         dcpstore.load(empty, repo)
     dcpstore.load(empty, repo, allow_pickle=True)
     assert empty == state
+
+
+def test_a_value_that_cannot_be_kept_is_named(kept: Repository, subtests: pytest.Subtests) -> None:
+    deep: tuple[object, ...] = ()
+    for _ in range(101):
+        deep = (deep,)
+    for said, value in (("does not pickle", lambda: 1), ("nested deeper than 100", deep)):
+        state = {"deep": {"o": value}, "w": torch.ones(3)}
+        for save in (
+            dcpstore.save,
+            lambda *given, **how: dcpstore.async_save(*given, **how).result(),
+        ):
+            with subtests.test(said=said):
+                with pytest.raises(InvalidInputError, match=rf"^'deep\.o': .*{said}"):
+                    save(state, kept, allow_pickle=True)
+                unchanged(kept)
 
 
 def caught(call: Callable[[], Any]) -> tuple[str, str, dict[int, str]]:
