@@ -27,7 +27,7 @@ from dcpstore.convert.importing import Foreign, Naming, save_foreign
 from dcpstore.convert.nesting import DEEPEST
 from dcpstore.convert.sources import FileView
 from dcpstore.convert.targets import new_folder
-from dcpstore.convert.torch_archive import load_archive, locate_tensor, open_source
+from dcpstore.convert.torch_archive import load_archive, open_source
 from dcpstore.errors import CorruptionError
 from dcpstore.geometry.boxes import Box
 from dcpstore.records import ObjectPath, Version
@@ -128,12 +128,13 @@ def _tensor(folder: Path, described: Metadata, fqn: str, kind: TensorStorageMeta
 def _piece(folder: Path, described: Metadata, fqn: str, dtype: torch.dtype, box: Box) -> FileBox:
     path, offset, length = stored_at(folder, described, MetadataIndex(fqn, box.offsets))
     with open_source(path) as file:
-        found = load_archive(
+        archive = load_archive(
             cast("IO[bytes]", FileView(file, offset, length)),
             f"{fqn!r} at {offset} of {str(path)!r}",
             device="meta",
             allow_pickle=False,
         )
+    found = archive.held
     if (
         not isinstance(found, torch.Tensor)
         or found.dtype != dtype
@@ -148,7 +149,7 @@ def _piece(folder: Path, described: Metadata, fqn: str, dtype: torch.dtype, box:
             f"{fqn!r} at {offset} of {str(path)!r} is {what}, and the folder describes {dtype} "
             f"{box.sizes}; copy it again from its source."
         )
-    return locate_tensor(found, path, fqn=fqn, start=offset, box=box)
+    return archive.locate_tensor(found, path, fqn=fqn, start=offset, box=box)
 
 
 def _value(folder: Path, described: Metadata, fqn: str, *, allow_pickle: bool) -> object:
@@ -159,7 +160,7 @@ def _value(folder: Path, described: Metadata, fqn: str, *, allow_pickle: bool) -
             f"the value {fqn!r} at {offset} of {str(path)!r}",
             device="cpu",
             allow_pickle=allow_pickle,
-        )
+        ).held
     return value
 
 

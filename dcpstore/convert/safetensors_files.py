@@ -196,10 +196,14 @@ def _read(given: Sequence[Path]) -> Foreign:
         raise InvalidInputError("no path is given; give that of a safetensors file.")
     files = [(file, read_header(file)) for path in given for file in _files(path)]
     foreign = Foreign()
+    holders: dict[str, Path] = {}
     paths = {fqn: at for _, header in files for fqn, at in paths_of(header).items()}
     for file, header in files:
         _refuse_pieces(file, header)
         for name, tensor in header.tensors.items():
+            if name in holders:
+                raise _held_twice(name, holders[name], file)
+            holders[name] = file
             whole = Box.whole(tensor.shape)
             piece = FileBox(file, whole, tensor.offset, row_major(tensor.shape))
             found = FileTensor(tensor.dtype, tensor.shape, (piece,))
@@ -211,6 +215,19 @@ def _read(given: Sequence[Path]) -> Foreign:
         for name, value in values_of(file, header).items():
             foreign.add_value(name, paths.get(name, (name,)), value)
     return foreign
+
+
+def _held_twice(name: str, first: Path, second: Path) -> InvalidInputError:
+    """Return the error that a tensor comes in twice, and mostly because its file does."""
+    if first.resolve() == second.resolve():
+        return InvalidInputError(
+            f"{str(second)!r} is given twice: by its name, by an index that names it or by its "
+            "folder; give the index alone, the folder alone, or each file once without the index."
+        )
+    return InvalidInputError(
+        f"{str(first)!r} and {str(second)!r} both hold {name!r}; give the files of one checkpoint "
+        "only, best by its index or its folder alone."
+    )
 
 
 def _files(path: Path) -> list[Path]:

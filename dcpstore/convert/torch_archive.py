@@ -7,24 +7,19 @@ from __future__ import annotations
 
 import io
 import pickle
-import struct
-import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from dcpstore.convert.file_tensors import FileBox, FileTensor
+from dcpstore.convert.torch_records import Record, damaged, make_outline, read_records
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
 
-__all__ = [
-    "is_archive",
-    "load_archive",
-    "locate_tensor",
-    "open_source",
-    "whole_tensor",
-]
+__all__ = ["Loaded", "is_archive", "load_archive", "open_source"]
 
 _MAGIC = b"PK\x03\x04"
 _TELLING = "unsupported"  # what torch says of code that it does not run
@@ -32,8 +27,78 @@ _QUANTIZED = "QuantizedMeta"  # what torch says of tensors that it cannot load w
 _MOST_SPREAD = 1 << 30  # bytes that a tensor may have in memory, though fewer lie in the file
 
 
-def load_archive(file: IO[bytes], name: str, *, device: str, allow_pickle: bool) -> Any:
-    """Return the object in an archive.
+@dataclass(frozen=True, slots=True, eq=False)
+class Loaded:
+    """The object in an archive, and where the bytes of its tensors on "meta" lie.
+
+    `places` are those of storages in the archive, by those that torch has put on them.
+    """
+
+    held: Any  # whatever was saved
+    places: Mapping[int, Record]
+
+    def locate_tensor(
+        self, tensor: torch.Tensor, path: Path, *, fqn: str, start: int = 0, box: Box | None = None
+    ) -> FileBox:
+        """Return where a tensor that was loaded on "meta" lies.
+
+        Args:
+            tensor: of this archive.
+            path: the file that holds the archive.
+            fqn: for messages.
+            start: where the archive begins in the file, in bytes.
+            box: which box of a global tensor it is; None is all of it.
+
+        Raises:
+            InvalidInputError: a sparse, quantized or otherwise special tensor.
+            CorruptionError: the tensor reaches past its storage, or that past its record.
+        """
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or (
+            tensor.layout is not torch.strided or tensor.is_quantized
+        ):
+            raise InvalidInputError(
+                f"{fqn!r} is a {type(tensor).__name__} of layout {tensor.layout}, which has no "
+                "plain bytes in the file; save a plain dense tensor (to_dense, dequantize, "
+                "full_tensor)."
+            )
+        storage = tensor.untyped_storage()
+        # torch's documented-in-code attribute of storages loaded on "meta": their place in the file
+        record = self.places.get(getattr(storage, "_checkpoint_offset", -1))
+        if record is None:
+            raise InvalidInputError(
+                f"{fqn!r} was saved on the meta device and has no data; save a real tensor."
+            )
+        size = path.stat().st_size
+        if tensor.nbytes > max(_MOST_SPREAD, size):
+            raise InvalidInputError(
+                f"{fqn!r} has {tensor.nbytes} bytes, spread by its strides over a file of "
+                f"{size}; save tensor.contiguous(), if it is meant to be so large."
+            )
+        if storage.nbytes() > record.size:
+            raise CorruptionError(
+                f"{fqn!r} has a storage of {storage.nbytes()} bytes, of which {str(path)!r} holds "
+                f"{record.size}; it is truncated or damaged: copy it again from its source."
+            )
+        offset = start + record.offset
+        found = FileBox(
+            path,
+            box or Box.whole(tensor.shape),
+            offset + int(tensor.storage_offset()) * tensor.itemsize,
+            tuple(map(int, tensor.stride())),
+            is_conj=tensor.is_conj(),
+            is_neg=tensor.is_neg(),
+        )
+        found.check(tensor.dtype, offset + storage.nbytes())
+        return found
+
+    def whole_tensor(self, tensor: torch.Tensor, path: Path, *, fqn: str) -> FileTensor:
+        """Return a tensor of the archive that is the file `path`."""
+        piece = self.locate_tensor(tensor, path, fqn=fqn)
+        return FileTensor(tensor.dtype, tuple(tensor.shape), (piece,))
+
+
+def load_archive(file: IO[bytes], name: str, *, device: str, allow_pickle: bool) -> Loaded:
+    """Return the object in an archive, and where the bytes of its tensors lie.
 
     Args:
         file: at its beginning.
@@ -43,29 +108,35 @@ def load_archive(file: IO[bytes], name: str, *, device: str, allow_pickle: bool)
 
     Raises:
         UnsafeDataError: it names code, and that is not allowed.
-        InvalidInputError: it holds quantized tensors.
+        InvalidInputError: it holds quantized tensors, or is of a kind that torch.save never writes.
         CorruptionError: it is damaged.
         DcpstoreError: it names what cannot be built here.
     """
     if not is_archive(file):
-        raise _damaged(name, ValueError("it does not begin as one"))
-    _check_records(file, name)
+        raise damaged(name, "it does not begin as one")
+    records = read_records(file, name)
+    source: IO[bytes] = file
+    places: Mapping[int, Record] = {}
+    if device == "meta":
+        outline = make_outline(file, records)
+        source, places = outline.file, outline.places
     try:
-        return torch.load(file, map_location=device, weights_only=not allow_pickle)
+        held = torch.load(source, map_location=device, weights_only=not allow_pickle, mmap=False)
+        return Loaded(held, places)
     except pickle.UnpicklingError as error:
         if _TELLING in str(error).lower():
             raise UnsafeDataError(
                 f"{name} names code that would run ({_first_line(error)}); if you trust whoever "
                 "wrote it, import it with allow_pickle (--allow-pickle)."
             ) from error
-        raise _damaged(name, error) from error
+        raise damaged(name, _first_line(error)) from error
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, OSError) as error:
         if _QUANTIZED in str(error):
             raise InvalidInputError(
                 f"{name} holds quantized tensors, which have no plain bytes; save what "
                 "tensor.dequantize() gives, or int_repr() and the scales."
             ) from error
-        raise _damaged(name, error) from error
+        raise damaged(name, _first_line(error)) from error
     except Exception as error:  # whatever the code that an allowed pickle names raises
         raise DcpstoreError(
             f"{name} cannot be built here ({type(error).__name__}: {error}); make what it names "
@@ -80,89 +151,6 @@ def is_archive(file: IO[bytes]) -> bool:
     return begins
 
 
-def locate_tensor(
-    tensor: torch.Tensor, path: Path, *, fqn: str, start: int = 0, box: Box | None = None
-) -> FileBox:
-    """Return where a tensor that was loaded on "meta" lies.
-
-    Args:
-        tensor: of an archive.
-        path: the file that holds the archive.
-        fqn: for messages.
-        start: where the archive begins in the file, in bytes.
-        box: which box of a global tensor it is; None is all of it.
-
-    Raises:
-        InvalidInputError: a sparse, quantized or otherwise special tensor.
-        CorruptionError: the tensor reaches past its storage, or that past the file.
-    """
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or (
-        tensor.layout is not torch.strided or tensor.is_quantized
-    ):
-        raise InvalidInputError(
-            f"{fqn!r} is a {type(tensor).__name__} of layout {tensor.layout}, which has no plain "
-            "bytes in the file; save a plain dense tensor (to_dense, dequantize, full_tensor)."
-        )
-    storage = tensor.untyped_storage()
-    # torch's documented-in-code attribute of storages loaded on "meta": their place in the file
-    offset: int | None = getattr(storage, "_checkpoint_offset", None)
-    if offset is None:
-        raise InvalidInputError(
-            f"{fqn!r} was saved on the meta device and has no data; save a real tensor."
-        )
-    if tensor.nbytes > max(_MOST_SPREAD, path.stat().st_size):
-        raise InvalidInputError(
-            f"{fqn!r} has {tensor.nbytes} bytes, spread by its strides over a file of "
-            f"{path.stat().st_size}; save tensor.contiguous(), if it is meant to be so large."
-        )
-    first = offset + int(tensor.storage_offset()) * tensor.itemsize
-    found = FileBox(
-        path,
-        box or Box.whole(tensor.shape),
-        start + first,
-        tuple(map(int, tensor.stride())),
-        is_conj=tensor.is_conj(),
-        is_neg=tensor.is_neg(),
-    )
-    found.check(tensor.dtype, start + offset + storage.nbytes())
-    found.check(tensor.dtype, path.stat().st_size)
-    return found
-
-
-def whole_tensor(tensor: torch.Tensor, path: Path, *, fqn: str) -> FileTensor:
-    """Return a tensor of the archive that is the file `path`."""
-    return FileTensor(tensor.dtype, tuple(tensor.shape), (locate_tensor(tensor, path, fqn=fqn),))
-
-
-def _check_records(file: IO[bytes], name: str) -> None:
-    """Check that an archive's records lie in the file as they are, each once.
-
-    Before torch looks, for it inflates compressed records to whatever size they have.
-
-    Raises:
-        CorruptionError: it is truncated, or no archive.
-        InvalidInputError: records are compressed, which torch.save never does.
-    """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            records = archive.infolist()
-    # What zipfile raises for headers that are none.
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, struct.error) as error:
-        raise _damaged(name, error) from error
-    size = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    packed = [r.filename for r in records if r.compress_type != zipfile.ZIP_STORED]
-    if packed:
-        raise InvalidInputError(
-            f"{name} holds compressed records ({packed[0]!r}), which torch.save never writes; save "
-            "it again with torch.save."
-        )
-    if len({record.filename for record in records}) < len(records):
-        raise _damaged(name, ValueError("two records have the same name"))
-    if any(record.header_offset + record.file_size > size for record in records):
-        raise _damaged(name, ValueError("a record reaches past the end"))
-
-
 def open_source(path: Path) -> io.BufferedReader:
     """Open a file to read.
 
@@ -175,13 +163,6 @@ def open_source(path: Path) -> io.BufferedReader:
         raise DcpstoreError(
             f"cannot read {str(path)!r}: {error.strerror}; check the path and this user's rights."
         ) from error
-
-
-def _damaged(name: str, error: Exception) -> CorruptionError:
-    return CorruptionError(
-        f"{name} is damaged, truncated or no archive of torch.save ({_first_line(error)}); copy it "
-        "again from its source."
-    )
 
 
 def _first_line(error: Exception) -> str:

@@ -19,12 +19,7 @@ from dcpstore.convert.importing import Foreign, Naming, flattened, save_foreign
 from dcpstore.convert.nesting import nested_state
 from dcpstore.convert.targets import new_file
 from dcpstore.convert.ties import find_ties
-from dcpstore.convert.torch_archive import (
-    is_archive,
-    load_archive,
-    open_source,
-    whole_tensor,
-)
+from dcpstore.convert.torch_archive import Loaded, is_archive, load_archive, open_source
 from dcpstore.convert.torch_writing import PlannedTensor, write_archive
 from dcpstore.encoding.values import PlannerBytes, encode_value
 from dcpstore.errors import InvalidInputError, NotFoundError, UnsafeDataError
@@ -124,21 +119,22 @@ def _plain(value: object) -> object:
 def _read(path: Path, *, allow_pickle: bool) -> Foreign:
     if not path.is_file():
         raise NotFoundError(f"no file {str(path)!r}; give a file that torch.save wrote.")
-    items, paths = flattened(_loaded(path, device="meta", allow_pickle=allow_pickle))
+    archive = _loaded(path, device="meta", allow_pickle=allow_pickle)
+    items, paths = flattened(archive.held)
     if any(_needs_pickle(item) for item in items.values()):
         # What such a value holds inside is unknown, and may be tensors: it is loaded with data.
-        whole, _ = flattened(_loaded(path, device="cpu", allow_pickle=allow_pickle))
+        whole, _ = flattened(_loaded(path, device="cpu", allow_pickle=allow_pickle).held)
         items |= {fqn: whole[fqn] for fqn, item in items.items() if _needs_pickle(item)}
     foreign = Foreign()
     for fqn, item in items.items():
         if isinstance(item, torch.Tensor):
-            foreign.add_tensor(fqn, paths[fqn], whole_tensor(item, path, fqn=fqn))
+            foreign.add_tensor(fqn, paths[fqn], archive.whole_tensor(item, path, fqn=fqn))
         else:
             foreign.add_value(fqn, paths[fqn], item)
     return foreign
 
 
-def _loaded(path: Path, *, device: str, allow_pickle: bool) -> Mapping[str, Any]:
+def _loaded(path: Path, *, device: str, allow_pickle: bool) -> Loaded:
     with open_source(path) as file:
         if not is_archive(file):
             raise InvalidInputError(
@@ -146,9 +142,10 @@ def _loaded(path: Path, *, device: str, allow_pickle: bool) -> Mapping[str, Any]
                 "torch.load reads it, save it again with torch.save, and import that."
             )
         found = load_archive(file, repr(str(path)), device=device, allow_pickle=allow_pickle)
-    if not isinstance(found, Mapping):
+    if not isinstance(found.held, Mapping):
         raise InvalidInputError(
-            f"{str(path)!r} holds a {type(found).__name__}; save a dict, such as a state_dict()."
+            f"{str(path)!r} holds a {type(found.held).__name__}; save a dict, such as a "
+            "state_dict()."
         )
     return found
 

@@ -3,6 +3,10 @@
 torch itself writes an archive only of tensors that it holds. The format is a zip archive of
 uncompressed records: a pickle whose tensors name their storages, and a record a storage, each at a
 multiple of 64 bytes so that it can be mapped.
+
+Invariant: it claims nothing that does not hold. torch's `.format_version` and `.storage_alignment`
+are left out: by them torch computes where storages lie, from the very bytes of headers that its own
+writer makes, and zipfile makes others. Without them it looks.
 """
 
 from __future__ import annotations
@@ -100,8 +104,6 @@ def write_archive(file: IO[bytes], state: object) -> None:
     pickler.dump(state)
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         _write(archive, "data.pkl", [pickled.getbuffer()])
-        _write(archive, ".format_version", [memoryview(b"1")])
-        _write(archive, ".storage_alignment", [memoryview(str(_ALIGNMENT).encode())])
         _write(archive, "byteorder", [memoryview(sys.byteorder.encode())])
         for key, planned in enumerate(pickler.planned):
             _write(archive, f"data/{key}", planned.raw())

@@ -126,8 +126,21 @@ def test_several_files_are_one_version(repo: Repository, tmp_path: Path) -> None
         save_file(part, tmp_path / f"{i}.safetensors")
     version = import_safetensors(sorted(tmp_path.glob("*.safetensors")), repo)
     assert_holds(repo, version.number, parts[0] | parts[1])
-    with pytest.raises(InvalidInputError, match="'a'"):
-        import_safetensors([tmp_path / "0.safetensors", tmp_path / "0.safetensors"], repo)
+    save_file({"a": torch.ones(3)}, tmp_path / "2.safetensors")
+    with pytest.raises(InvalidInputError, match=r"0\.safetensors.*2\.safetensors.* both hold 'a'"):
+        import_safetensors(sorted(tmp_path.glob("*.safetensors")), repo)
+    assert len(repo.log()) == 1
+
+
+def test_files_given_twice_are_refused_with_what_to_give(repo: Repository, tmp_path: Path) -> None:
+    dcpstore.save({"m": {"e": torch.randn(100), "w": torch.randn(100)}}, repo)
+    folder = tmp_path / "shards"
+    export_safetensors(repo, None, folder, max_shard_size="400B")
+    everything = sorted(folder.iterdir())  # what a shell makes of shards/*
+    first = everything[0]
+    for chosen in (everything, [folder, first], [folder, folder / INDEX], [first, first]):
+        with pytest.raises(InvalidInputError, match=r"is given twice.*give the index alone"):
+            import_safetensors(chosen, repo)
     assert len(repo.log()) == 1
 
 

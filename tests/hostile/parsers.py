@@ -157,6 +157,6 @@ PARSERS = {
         Parser("chunks", "encoding/codecs.py", _chunk),
         Parser("safetensors", "convert/safetensors_header.py", _safetensors),
         Parser("descriptions", "convert/dcp_metadata.py", _description),
-        Parser("archives", "convert/torch_archive.py", _archive),
+        Parser("archives", "convert/torch_records.py", _archive),
     )
 }
