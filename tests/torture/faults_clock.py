@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, tzinfo
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Clock:
 
     def __init__(self, ahead: float = 0.0) -> None:
         self.ahead = ahead
+        import_module("dcpstore.upkeep.gc")  # loaded late, and it is whose clock matters
         clock, time_ns = self, time.time_ns
 
         class IsDatetime(type):
