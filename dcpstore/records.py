@@ -51,8 +51,8 @@ PartRecord = Grid  # a part of a tensor is a chunk grid inside it
 class ChunkDefaults:
     """How a repository cuts and encodes: target raw bytes of a chunk, and the codec's name.
 
-    `nbytes` is from 1 to 1 GiB, and `codec` one of `CodecSetting`; "auto" takes the codec that pays
-    for each dtype.
+    `nbytes` is from 1 to 1 GiB; `codec` is "none", "blosc", "zstd", or "auto", which takes the one
+    that pays for each dtype.
     """
 
     nbytes: int = 8 * 1024 * 1024

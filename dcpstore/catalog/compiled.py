@@ -15,7 +15,7 @@ from sqlalchemy import Compiled, Dialect
 
 __all__ = ["compiled_statements"]
 
-_MOST = 1_000  # our statements are some two hundred; filters and batches make variants of a few
+_MOST = 1_000  # so that filters, each of which makes a statement of its own, cannot pile up
 
 
 class _Shared(MutableMapping[Any, Compiled]):

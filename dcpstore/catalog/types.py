@@ -93,7 +93,7 @@ class JsonText(_Checked[Any]):
         return None if value is None else json.dumps(_plain(value))
 
     def process_result_value(self, value: Any, dialect: Dialect) -> Any:
-        """Return plain Python values; most labels, metrics and seconds of a log are empty."""
+        """Return plain Python values; most versions have no labels."""
         if value == "{}":
             return {}
         return None if value is None else json.loads(value)

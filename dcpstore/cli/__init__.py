@@ -6,8 +6,8 @@ the way out, `failures` what a failure is to the shell. No command loads torch.
 
 from __future__ import annotations
 
-import gc
 import sys
+from gc import freeze
 from importlib import import_module
 
 from dcpstore.collector import collector_held
@@ -22,7 +22,7 @@ def main() -> None:
     try:
         with collector_held():
             commands = import_module("dcpstore.cli.commands")
-        gc.freeze()  # what was loaded stays; to walk through it costs more than many a command
+        freeze()  # what was loaded stays; to walk through it costs more than many a command
         commands.run()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

@@ -97,3 +97,14 @@ def test_version_and_help() -> None:
     assert result.stdout.startswith("dcpstore 0.")
     help_text = run_process("--help").stdout
     assert all(f"\n  {name} " in help_text for name in ARGS)
+
+
+def test_the_command_line_runs_again_in_one_process() -> None:
+    code = (
+        "import sys; from dcpstore.cli import main\n"
+        "for _ in range(2):\n"
+        "    sys.argv = ['dcpstore', 'gc', '--help']\n"
+        "    try: main()\n"
+        "    except SystemExit as end: assert not end.code\n"
+    )
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
