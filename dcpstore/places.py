@@ -7,12 +7,11 @@ from pathlib import Path
 
 from dcpstore.catalog import sqlite_url
 from dcpstore.catalog.connecting import parse_url
+from dcpstore.catalog.files import CATALOG_FILE
 from dcpstore.errors import InvalidInputError
 from dcpstore.storage.urls import check_data_url
 
 __all__ = ["absolute_data", "absolute_target", "check_path", "locate"]
-
-_CATALOG_FILE = "catalog.db"
 
 
 def locate(target: str) -> tuple[str, Path | None]:
@@ -34,7 +33,7 @@ def locate(target: str) -> tuple[str, Path | None]:
         raise InvalidInputError(
             f"{target!r} is a file; pass its folder, or 'sqlite:///{target}' if it is a catalog."
         )
-    return sqlite_url(folder / _CATALOG_FILE), folder
+    return sqlite_url(folder / CATALOG_FILE), folder
 
 
 def absolute_target(target: str | os.PathLike[str]) -> str:

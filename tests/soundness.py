@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dcpstore.catalog.glance import LogLine, glance_at_log
 from dcpstore.encoding.codecs import decode
 from dcpstore.encoding.digests import chunk_digest, content_digest
 from dcpstore.encoding.dtypes import numpy_dtype
 from dcpstore.geometry.boxes import find_overlap
-from dcpstore.records import ChunkDefaults, ChunkRange, StoredChunk, TensorRecord
+from dcpstore.records import ChunkDefaults, ChunkRange, StoredChunk, TensorRecord, Version
 from dcpstore.repository import Repository
 from dcpstore.repository import open as open_repository
 from dcpstore.storage.manifests import decode_manifest, manifest_key
@@ -47,6 +48,8 @@ def _assert_sound(repo: Repository) -> None:
     ]
     assert numbers == sorted(numbers, reverse=True)
     assert sorted(numbers + expired) == list(range(1, len(numbers + expired) + 1))
+    seen = glance_at_log(repo._target, limit=None)
+    assert seen is None or seen == list(map(as_line, versions))
     packs = PackReader(repo.storage)
     checked: set[int] = set()
     for version in versions:
@@ -64,6 +67,11 @@ def _assert_sound(repo: Repository) -> None:
     for ref in (*repo.tags(), *repo.branches()):
         assert repo.show(ref.name).number == ref.version
     _assert_kept(repo)
+
+
+def as_line(version: Version) -> LogLine:
+    """Return what a glance at the log shows of a version."""
+    return LogLine(*(getattr(version, name) for name in LogLine._fields))
 
 
 def _assert_kept(repo: Repository) -> None:

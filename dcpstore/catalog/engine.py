@@ -14,8 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
-from urllib.parse import quote
+from typing import Concatenate, Literal, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, NullPool, QueuePool, create_engine, event
 from sqlalchemy.exc import DBAPIError
@@ -31,6 +30,7 @@ from dcpstore.catalog.faults import (
     is_passing,
     translate,
 )
+from dcpstore.catalog.files import open_file
 from dcpstore.errors import DcpstoreError
 
 __all__ = ["Database"]
@@ -250,14 +250,9 @@ class Database:
         connection.execute("PRAGMA query_only = ON")
         return connection
 
-    def _open_sqlite(self, mode: str) -> sqlite3.Connection:
-        return sqlite3.connect(
-            f"file:{quote(os.fsencode(str(self.file)))}?mode={mode}",
-            uri=True,
-            timeout=BUSY_SECONDS,
-            isolation_level=None,  # we say BEGIN ourselves, and which
-            check_same_thread=False,  # the pool lends a connection to one thread at a time
-        )
+    def _open_sqlite(self, mode: Literal["ro", "rw", "rwc"]) -> sqlite3.Connection:
+        assert self.file is not None, "on a server the engine connects"
+        return open_file(self.file, mode=mode, timeout=BUSY_SECONDS)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

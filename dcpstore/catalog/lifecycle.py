@@ -18,8 +18,9 @@ from typing import NamedTuple, TypeVar
 
 from sqlalchemy import Connection, func, insert, inspect, select, text
 
-from dcpstore.catalog import schema
+from dcpstore.catalog import revisions, schema
 from dcpstore.catalog.engine import Database
+from dcpstore.catalog.revisions import is_older
 from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError, SchemaError
 from dcpstore.records import ChunkDefaults, RepositoryRecord
 
@@ -161,9 +162,9 @@ def upgrade_schema(database: Database) -> tuple[str, str]:
         found = _look(database, connection, older_is_fine=True)
         if found.empty:
             raise NotFoundError(f"no repository at {database.shown}. Check the path or URL.")
-        if found.revision != schema.HEAD:
+        if found.revision != revisions.HEAD:
             _migrate(connection)
-        return found.revision, schema.HEAD
+        return found.revision, revisions.HEAD
 
 
 @contextmanager
@@ -227,22 +228,17 @@ def _look(database: Database, connection: Connection, *, older_is_fine: bool = F
             f"{database.shown} is not a dcpstore catalog: it has other tables "
             f"({', '.join(sorted(names)[:5])}). Give it a database of its own."
         )
-    if revision == schema.HEAD or (older_is_fine and _is_older(revision)):
+    if revision == revisions.HEAD or (older_is_fine and is_older(revision)):
         return _Found(False, revision)
-    if _is_older(revision):
+    if is_older(revision):
         raise SchemaError(
             f"the catalog {database.shown} is of an older dcpstore (schema {revision}, now "
-            f"{schema.HEAD}). Upgrade it with 'dcpstore db-upgrade --repo {database.shown}'."
+            f"{revisions.HEAD}). Upgrade it with 'dcpstore db-upgrade --repo {database.shown}'."
         )
     raise SchemaError(
         f"the catalog {database.shown} is of a newer dcpstore (schema {revision}, this one knows "
-        f"{schema.HEAD}); update dcpstore."
+        f"{revisions.HEAD}); update dcpstore."
     )
-
-
-def _is_older(revision: str) -> bool:
-    """Tell whether a revision comes before ours: their ids are counted, in four digits."""
-    return revision.isdecimal() and len(revision) == len(schema.HEAD) and revision < schema.HEAD
 
 
 def _find_record(connection: Connection, database: Database) -> RepositoryRecord | None:

@@ -31,7 +31,6 @@ from dcpstore.catalog.types import (
 )
 
 __all__ = [
-    "HEAD",
     "alias",
     "chunk",
     "entry",
@@ -48,8 +47,6 @@ __all__ = [
     "tensor",
     "version",
 ]
-
-HEAD = "0001"  # the newest migration; a test holds it against migrations/versions
 
 tables = MetaData(
     naming_convention={

@@ -6,9 +6,12 @@ and creates them anew afterwards.
 
 from __future__ import annotations
 
-from sqlalchemy import Connection
+from typing import TYPE_CHECKING
 
-__all__ = ["VIEWS", "create_views", "drop_views"]
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+__all__ = ["VIEWS", "create_views", "drop_views", "query_of"]
 
 # Tags sorted by name. SQLite 3.44 first took ORDER BY inside the aggregate; before it, and after,
 # group_concat keeps the order of the subquery that it reads.
@@ -99,12 +102,16 @@ _HOLDERS = (
 )
 
 
+def query_of(view: str, dialect: str) -> str:
+    """Return the query that a view stands for on a database."""
+    return VIEWS[view].format(tags=_TAGS[dialect], labels=_LABELS[dialect], holders=_HOLDERS)
+
+
 def create_views(connection: Connection) -> None:
     """Create every view."""
-    dialect = connection.dialect.name
-    parts = {"tags": _TAGS[dialect], "labels": _LABELS[dialect], "holders": _HOLDERS}
-    for name, select in VIEWS.items():
-        connection.exec_driver_sql(f"CREATE VIEW {name} AS {select.format(**parts)}")
+    for name in VIEWS:
+        query = query_of(name, connection.dialect.name)
+        connection.exec_driver_sql(f"CREATE VIEW {name} AS {query}")
 
 
 def drop_views(connection: Connection) -> None:

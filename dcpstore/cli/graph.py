@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from dcpstore.records import Version
+from dcpstore.catalog.glance import LogLine
+
+if TYPE_CHECKING:
+    from dcpstore.records import Version
 
 __all__ = ["draw_graph"]
 
 
-def draw_graph(versions: Sequence[Version]) -> Iterator[tuple[str, Version | None]]:
+def draw_graph(
+    versions: Sequence[Version | LogLine],
+) -> Iterator[tuple[str, Version | LogLine | None]]:
     """Yield the lines of a graph: each version with its star, and what joins the lanes between.
 
     Versions come by number, downwards, so a parent comes below its children. A lane whose parent is

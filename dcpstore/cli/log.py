@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 import click
 
+from dcpstore.catalog.glance import LogLine, glance_at_log
 from dcpstore.cli.graph import draw_graph
 from dcpstore.cli.output import (
     Column,
@@ -17,7 +20,9 @@ from dcpstore.cli.output import (
     print_table,
 )
 from dcpstore.cli.session import Session, repo_options
-from dcpstore.records import Version
+
+if TYPE_CHECKING:
+    from dcpstore.records import Version
 
 __all__ = ["log"]
 
@@ -63,26 +68,30 @@ def log(
     branch: str | None,
 ) -> None:
     """List versions, newest first: all of them, or REF and its ancestors."""
-    with session.open() as repo:
-        versions = repo.log(
-            ref,
-            limit=limit,
-            where=where,
-            steps=(None, None) if steps is None else _steps(steps),
-            since=None if since is None else _time(since, "--since"),
-            until=None if until is None else _time(until, "--until"),
-            labels=dict(map(_label, label)),
-            tag=tag,
-            branch=branch,
-        )
-    filters = (where, steps, since, until, label, tag, branch)
+    is_filtered = any((where, steps, since, until, label, tag, branch))
+    versions: Sequence[Version | LogLine] | None = None
+    if ref is None and not is_filtered and not session.json:
+        versions = glance_at_log(session.target, limit=limit)
+    if versions is None:
+        with session.open() as repo:
+            versions = repo.log(
+                ref,
+                limit=limit,
+                where=where,
+                steps=(None, None) if steps is None else _steps(steps),
+                since=None if since is None else _time(since, "--since"),
+                until=None if until is None else _time(until, "--until"),
+                labels=dict(map(_label, label)),
+                tag=tag,
+                branch=branch,
+            )
     if session.json:
         print_json(versions)
     elif versions and graph:
         print_table(_GRAPH, map(_graph_row, draw_graph(versions)))
     elif versions:
         print_table(_COLUMNS, map(_row, versions))
-    elif any(filters):
+    elif is_filtered:
         note("no such versions.")
     else:
         note("no versions yet; dcpstore.save makes the first.")
@@ -112,12 +121,12 @@ def _label(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _graph_row(line: tuple[str, Version | None]) -> tuple[str, ...]:
+def _graph_row(line: tuple[str, Version | LogLine | None]) -> tuple[str, ...]:
     graph, version = line
     return (graph, *(("",) * len(_COLUMNS) if version is None else _row(version)))
 
 
-def _row(version: Version) -> tuple[str, ...]:
+def _row(version: Version | LogLine) -> tuple[str, ...]:
     return (
         str(version),
         version.branch,

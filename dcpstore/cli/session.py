@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
 import click
 
-from dcpstore import repository
 from dcpstore.cli.failures import NoRepositoryError
 from dcpstore.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from dcpstore.repository import Repository
 
 __all__ = ["Session", "json_option", "looking_for_repository", "repo_options"]
 
@@ -37,8 +39,10 @@ class Session:
         return self.repo
 
     @contextmanager
-    def open(self) -> Iterator[repository.Repository]:
+    def open(self) -> Iterator[Repository]:
         """Yield the repository, opened."""
+        from dcpstore import repository  # noqa: PLC0415 (loads SQLAlchemy)
+
         with looking_for_repository():
             opened = repository.open(self.target, create=False)
         with opened, opened.catalog.kept():

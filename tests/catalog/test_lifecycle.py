@@ -15,7 +15,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import CheckConstraint, Connection, inspect, text
 
 import dcpstore
-from dcpstore.catalog import Catalog, schema, sqlite_url
+from dcpstore.catalog import Catalog, revisions, schema, sqlite_url
 from dcpstore.catalog import migrating as migrating_module
 from dcpstore.catalog.engine import Database
 from dcpstore.catalog.migrating import migrations_folder
@@ -142,7 +142,7 @@ def test_upgrade_runs_what_is_missing_and_is_idempotent(
     database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Catalog.make(database_url, data_url="d").close()
-    assert Catalog.upgrade(database_url) == (schema.HEAD, schema.HEAD)
+    assert Catalog.upgrade(database_url) == (revisions.HEAD, revisions.HEAD)
     # A dcpstore of tomorrow, with one migration more.
     folder = tmp_path / "migrations"
     folder.mkdir()
@@ -157,7 +157,7 @@ def test_upgrade_runs_what_is_missing_and_is_idempotent(
         "def upgrade():\n    op.add_column('version', sa.Column('mood', sa.Text()))\n"
     )
     monkeypatch.setattr(migrating_module, "migrations_folder", lambda: folder)
-    monkeypatch.setattr(schema, "HEAD", "0002")
+    monkeypatch.setattr(revisions, "HEAD", "0002")
     with pytest.raises(SchemaError, match="older dcpstore"):
         Catalog.open(database_url)
     assert Catalog.upgrade(database_url) == ("0001", "0002")
@@ -211,7 +211,7 @@ def test_head_is_the_newest_migration_and_ids_are_counted() -> None:
     config = Config()
     config.set_main_option("script_location", str(migrations_folder()))
     scripts = list(ScriptDirectory.from_config(config).walk_revisions())
-    assert scripts[0].revision == schema.HEAD
+    assert scripts[0].revision == revisions.HEAD
     assert [s.revision for s in reversed(scripts)] == [
         f"{i:04}" for i in range(1, len(scripts) + 1)
     ]

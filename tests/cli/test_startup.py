@@ -50,7 +50,9 @@ for args in json.loads(sys.argv[1]):
 """
 
 
-def loaded(*each: Sequence[str], repo: str, folder: Path) -> list[set[str]]:
+def loaded(
+    *each: Sequence[str], repo: str, folder: Path, among: Sequence[str] = (*HEAVY, "alembic")
+) -> list[set[str]]:
     """Run commands in one process, and return which heavy modules are loaded after each."""
     result = subprocess.run(
         [sys.executable, "-c", RUN_EACH, json.dumps(each)],
@@ -61,7 +63,7 @@ def loaded(*each: Sequence[str], repo: str, folder: Path) -> list[set[str]]:
         check=True,
         timeout=60,
     )
-    return [{*json.loads(line)} & {*HEAVY, "alembic"} for line in result.stdout.splitlines()]
+    return [{*json.loads(line)} & {*among} for line in result.stdout.splitlines()]
 
 
 def test_every_command_is_tried() -> None:
@@ -74,6 +76,13 @@ def test_no_command_loads_torch(target: str, tmp_path: Path) -> None:
     found = dict(zip(ARGS, heavy, strict=True))
     assert found.pop("init") == {"alembic"}  # which migrates
     assert found == {name: set() for name in found}
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_the_plain_log_loads_no_sqlalchemy(target: str, tmp_path: Path) -> None:
+    plain = (["log"], ["log", "-n", "2"], ["log", "--graph"])
+    all_ways = loaded(*plain, ["log", "main"], repo=target, folder=tmp_path, among=["sqlalchemy"])
+    assert all_ways == [set(), set(), set(), {"sqlalchemy"}]
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from dcpstore.catalog import migrating, schema
+from dcpstore.catalog import migrating, revisions
 
 __all__ = ["NEWEST", "go_back", "newer_schema"]
 
@@ -37,7 +37,7 @@ def upgrade():
 @contextmanager
 def newer_schema() -> Iterator[None]:
     """Let this process be of a dcpstore whose newest migration is one more."""
-    found, head = migrating.migrations_folder, schema.HEAD
+    found, head = migrating.migrations_folder, revisions.HEAD
     with _files_of_any_length():
         folder = tempfile.TemporaryDirectory()
         newer = Path(folder.name) / "migrations"
@@ -45,11 +45,11 @@ def newer_schema() -> Iterator[None]:
         (newer / "versions" / f"{NEWEST}_more_columns.py").write_text(_MIGRATION)
     with folder:
         migrating.migrations_folder = lambda: newer
-        schema.HEAD = NEWEST
+        revisions.HEAD = NEWEST
         try:
             yield
         finally:
-            migrating.migrations_folder, schema.HEAD = found, head
+            migrating.migrations_folder, revisions.HEAD = found, head
 
 
 @contextmanager
