@@ -79,7 +79,7 @@ def load_entries(
     rows = connection.execute(_narrowed(query, wanted))
     found = [
         EntryRecord(fqn, tuple(path), kind, None if held is None else tensors[held], value)
-        for fqn, path, kind, held, value in rows
+        for fqn, path, kind, held, value in rows.all()
     ]
     if fqns is not None and (missing := set(fqns) - {record.fqn for record in found}):
         raise _missing(connection, version_id, version, missing)
@@ -113,7 +113,7 @@ def load_chunks(connection: Connection, wanted: Sequence[ChunkRange]) -> list[St
         )
         .join(pack, pack.c.id == chunk.c.pack)
     )
-    return sorted((StoredChunk(*row) for row in rows), key=itemgetter(4, 5, 0, 1, 2))
+    return sorted(map(StoredChunk._make, rows.all()), key=itemgetter(4, 5, 0, 1, 2))
 
 
 def load_planner_data(connection: Connection, version: int) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add, sub
 
 __all__ = ["Box", "find_overlap"]
 
@@ -24,7 +25,7 @@ class Box:
     @property
     def stops(self) -> tuple[int, ...]:
         """The first offset past the box in each dimension."""
-        return tuple(o + s for o, s in zip(self.offsets, self.sizes, strict=True))
+        return tuple(map(add, self.offsets, self.sizes))
 
     @property
     def volume(self) -> int:
@@ -34,7 +35,7 @@ class Box:
     @property
     def slices(self) -> tuple[slice, ...]:
         """The box as an index into the global tensor."""
-        return tuple(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True))
+        return tuple(map(slice, self.offsets, self.stops))
 
     def intersect(self, other: Box) -> Box | None:
         """Return the box that both share, or None where they share no element."""
@@ -49,10 +50,7 @@ class Box:
 
     def relative_to(self, origin: Box) -> Box:
         """Return this box in coordinates that begin where `origin` does."""
-        return Box(
-            tuple(mine - theirs for mine, theirs in zip(self.offsets, origin.offsets, strict=True)),
-            self.sizes,
-        )
+        return Box(tuple(map(sub, self.offsets, origin.offsets)), self.sizes)
 
 
 def find_overlap(boxes: Sequence[Box]) -> tuple[int, int] | None:
