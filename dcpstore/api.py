@@ -19,6 +19,7 @@ from dcpstore.async_saving import raise_unseen
 from dcpstore.collectives import find_collectives
 from dcpstore.errors import InvalidInputError
 from dcpstore.loading import LoadSource, load_version
+from dcpstore.places import absolute_target
 from dcpstore.planning import DefaultLoadPlanner, DefaultSavePlanner
 from dcpstore.planning.load_options import LoadOptions, OnDtype, Rename
 from dcpstore.records import LoadReport, Version
@@ -26,7 +27,7 @@ from dcpstore.repository import Repository, opened
 from dcpstore.retention import Retention
 from dcpstore.saving import SaveRequest, SaveTarget, make_request, save_version
 
-__all__ = ["RepositoryLike", "load", "save", "target_of", "where_given"]
+__all__ = ["RepositoryLike", "check_unused", "load", "save", "target_of", "where_given"]
 
 RepositoryLike = Repository | str | os.PathLike[str]
 
@@ -122,6 +123,21 @@ def save(
         RankFailure: some ranks failed, with each one's error; the repository shows nothing.
     """
     if storage_writer is not None:
+        check_unused(
+            "storage_writer",
+            repo=repo is not None,
+            branch=branch != "main",
+            step=step is not None,
+            tags=bool(tags),
+            message=bool(message),
+            metrics=bool(metrics),
+            labels=bool(labels),
+            author=bool(author),
+            parent=parent is not None,
+            expect_tip=expect_tip is not None,
+            retention=retention is not None,
+            allow_pickle=allow_pickle,
+        )
         described: Metadata = torch_save(
             state_dict,
             checkpoint_id=checkpoint_id,
@@ -168,6 +184,11 @@ def load(
     planner: LoadPlanner | None = None,
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    rename: Rename | None = None,
+    strict: bool = True,
+    on_dtype: OnDtype = "error",
     checkpoint_id: str | os.PathLike[str] | None = None,
 ) -> None: ...
 
@@ -240,7 +261,7 @@ def load(
         allow_pickle: let values that are pickles run their code.
         checkpoint_id: another name for `repo`, for code written for torch.
         storage_reader: any storage of torch's instead of `repo`; the load is then torch's own, with
-            our planner, and returns nothing.
+            our planner and the options that are its, and returns nothing.
 
     Raises:
         MismatchError: everything that is missing or differs, on any rank; no tensor was touched.
@@ -250,12 +271,43 @@ def load(
         UnsafeDataError: a value is a pickle, and pickle is not allowed; no tensor was touched.
         RankFailure: some ranks failed, with each one's error.
     """
+
+    def make_planner() -> LoadPlanner:
+        if init_missing is not None and not callable(init_missing):
+            raise InvalidInputError(
+                f"init_missing={init_missing!r} is no function; pass one of an FQN and its tensor."
+            )
+        options = LoadOptions(
+            include=include,
+            exclude=exclude,
+            rename=rename,
+            strict=strict if init_missing is None else False,
+            on_dtype=on_dtype,
+        )
+        if planner is None:
+            return DefaultLoadPlanner(options=options)
+        if options != LoadOptions():
+            raise InvalidInputError(
+                "include, exclude, rename, strict, on_dtype and init_missing are for our own "
+                "planner; leave out planner=, or give that one the options."
+            )
+        return planner
+
     if storage_reader is not None:
+        check_unused(
+            "storage_reader",
+            repo=repo is not None,
+            ref=ref is not None,
+            init_missing=init_missing is not None,
+            dry_run=dry_run,
+            verify=not verify,
+            allow_pickle=allow_pickle,
+        )
         torch_load(
             state_dict,
             checkpoint_id=checkpoint_id,
             storage_reader=storage_reader,
-            planner=planner or DefaultLoadPlanner(),
+            planner=make_planner(),
             process_group=process_group,
             no_dist=no_dist,
         )
@@ -267,23 +319,6 @@ def load(
             where = where_given(repo, checkpoint_id)
             repository = stack.enter_context(opened(where, create=False))
             return LoadSource(repository.catalog, repository.storage)
-
-        def make_planner() -> LoadPlanner:
-            options = LoadOptions(
-                include=include,
-                exclude=exclude,
-                rename=rename,
-                strict=strict and init_missing is None,
-                on_dtype=on_dtype,
-            )
-            if planner is None:
-                return DefaultLoadPlanner(options=options)
-            if options != LoadOptions():
-                raise InvalidInputError(
-                    "include, exclude, rename, strict, on_dtype and init_missing are for our own "
-                    "planner; leave out planner=, or give that one the options."
-                )
-            return planner
 
         return load_version(
             state_dict,
@@ -304,14 +339,32 @@ def where_given(
     """Return the repository that a caller names, by torch's argument or by ours.
 
     Raises:
-        InvalidInputError: neither of them is given, or both are.
+        InvalidInputError: neither of them is given, or both are, or what is given is no place.
     """
     if (repo is None) == (checkpoint_id is None):
         raise InvalidInputError(
             f"{'neither' if repo is None else 'both'} of repo and checkpoint_id are given; pass "
             "one of them: a Repository, a folder or a database URL."
         )
-    return repo if repo is not None else os.fspath(checkpoint_id or "")
+    if isinstance(repo, Repository):
+        return repo
+    named = checkpoint_id if repo is None else repo
+    assert named is not None, "one of them is given"
+    return absolute_target(named)  # an asynchronous save opens it later, perhaps from elsewhere
+
+
+def check_unused(storage: str, /, **given: bool) -> None:
+    """Check that a call on another storage has no argument that only a repository can honour.
+
+    Raises:
+        InvalidInputError: some are `given`, naming them.
+    """
+    names = [name for name, is_given in given.items() if is_given]
+    if names:
+        raise InvalidInputError(
+            f"{', '.join(names)}: for a repository only, and {storage} names another storage; "
+            f"leave them out, or give a repository in the place of {storage}."
+        )
 
 
 def target_of(where: RepositoryLike, stack: ExitStack) -> SaveTarget:

@@ -7,6 +7,7 @@ silent, for it is raised at `result()`, or else at the next save, at `close()`, 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,13 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from dcpstore.collectives import Alone, Collectives, RankGroup, in_step
 from dcpstore.errors import ConflictError, InvalidInputError
-from dcpstore.planning.plain import check_state, nesting_checked, resolved, storage_nbytes
+from dcpstore.planning.plain import (
+    check_copies,
+    check_state,
+    nesting_checked,
+    resolved,
+    storage_nbytes,
+)
 from dcpstore.planning.stateful import check_keys, take_state
 from dcpstore.records import Version
 
@@ -100,6 +107,8 @@ class _Saver:
             nonlocal save
             if if_busy not in ("wait", "refuse"):
                 raise InvalidInputError(f"if_busy={if_busy!r}; write 'wait' or 'refuse'.")
+            if not isinstance(staging_limit, int | float | None):
+                raise InvalidInputError(f"staging_limit={staging_limit!r}; give bytes, or None.")
             names = check_keys(state_dict)
             save = prepare()
             is_busy = self._last is not None and not self._last.done()
@@ -146,6 +155,9 @@ class _Saver:
         except AssertionError:  # torch's: a storage was resized, and does not fit its buffer
             self._stager = _new_stager()
             staged = self._stager.stage(state)
+        except Exception:
+            check_copies(state)
+            raise
         copied: dict[str, Any] = staged
         return copied
 
@@ -161,6 +173,7 @@ class _Saver:
 
 # One saver a process group, for as long as the process lives: its group and buffers are made once.
 _savers: dict[tuple[dist.ProcessGroup | None, bool], _Saver] = {}
+_of_parent: list[_Saver] = []  # in a process that was forked
 
 
 def find_saver(group: dist.ProcessGroup | None, *, no_dist: bool) -> _Saver:
@@ -169,9 +182,6 @@ def find_saver(group: dist.ProcessGroup | None, *, no_dist: bool) -> _Saver:
     # the group itself, not None: another job's default group may follow in the same process
     key = (None if is_alone else group or dist.group.WORLD, is_alone)
     if key not in _savers:
-        if not _savers:
-            # not atexit: by then no thread pool of Python's takes work, and a save needs one
-            threading._register_atexit(_finish)  # type: ignore[attr-defined]  # no stubs
         _savers[key] = _Saver(group, no_dist=no_dist)
     return _savers[key]
 
@@ -192,6 +202,18 @@ def _finish() -> None:
         failure = saver.take_unseen()
         if failure is not None:
             _log.error("an asynchronous save failed: %s", failure)
+
+
+def _leave_to_parent() -> None:
+    """In a process that was forked: wait for no thread of the parent's, and let no group go."""
+    _of_parent.extend(_savers.values())
+    _savers.clear()
+
+
+# not atexit: by then no thread pool of Python's takes work, and a save needs one
+threading._register_atexit(_finish)  # type: ignore[attr-defined]  # no stubs
+if hasattr(os, "register_at_fork"):  # there is no fork on Windows
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _new_stager() -> DefaultStager:

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import (
 from torch.distributed.checkpoint.state_dict_saver import async_save as torch_async_save
 from torch.distributed.checkpoint.storage import StorageWriter
 
-from dcpstore.api import RepositoryLike, target_of, where_given
+from dcpstore.api import RepositoryLike, check_unused, target_of, where_given
 from dcpstore.async_saving import Background, IfBusy, PendingSave, find_saver, raise_unseen
 from dcpstore.collectives import Collectives
 from dcpstore.planning import DefaultSavePlanner
@@ -123,6 +123,23 @@ def async_save(
         DcpstoreError: a failure of the save before that nobody has heard of.
     """
     if storage_writer is not None:
+        check_unused(
+            "storage_writer",
+            repo=repo is not None,
+            branch=branch != "main",
+            step=step is not None,
+            tags=bool(tags),
+            message=bool(message),
+            metrics=bool(metrics),
+            labels=bool(labels),
+            author=bool(author),
+            parent=parent is not None,
+            expect_tip=expect_tip is not None,
+            retention=retention is not None,
+            allow_pickle=allow_pickle,
+            if_busy=if_busy != "wait",
+            staging_limit=staging_limit is not None,
+        )
         response: Future[Metadata] | AsyncSaveResponse = torch_async_save(
             state_dict,
             checkpoint_id=checkpoint_id,

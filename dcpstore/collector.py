@@ -9,6 +9,7 @@ all who do are waiting.
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,14 @@ class _Holders:
             self._count -= 1
             if not self._count and self._was_on:
                 gc.enable()
+
+    def keep_own(self) -> None:
+        """In a process that was forked: of all threads only this one is there."""
+        self._lock = threading.Lock()
+        if self._count:
+            self._count = 1
+            if not _is_holding():
+                self.leave()
 
 
 _holders = _Holders()
@@ -83,3 +92,7 @@ def _hold(holds: bool) -> None:
         _holders.enter()
     else:
         _holders.leave()
+
+
+if hasattr(os, "register_at_fork"):  # there is no fork on Windows
+    os.register_at_fork(after_in_child=_holders.keep_own)

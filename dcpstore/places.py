@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from dcpstore.catalog import sqlite_url
+from dcpstore.catalog.checks import can_be_kept
 from dcpstore.catalog.connecting import parse_url
 from dcpstore.catalog.files import CATALOG_FILE
 from dcpstore.errors import InvalidInputError
@@ -54,6 +55,10 @@ def check_path(path: object, *, what: str) -> str:
     """
     if not isinstance(path, str | os.PathLike) or not isinstance(named := os.fspath(path), str):
         raise InvalidInputError(f"{what} is {path!r}; pass a path or a URL, as text.")
+    if not can_be_kept(named):
+        raise InvalidInputError(
+            f"{what} is {named!r}, which no catalog can keep; give a path in UTF-8, without NUL."
+        )
     return named
 
 

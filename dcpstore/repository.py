@@ -81,7 +81,7 @@ class Repository(Recorded, Upkept):
         Raises:
             NotFoundError: an FQN that the version lacks, with the nearest names.
         """
-        wanted = None if fqns is None else list(fqns)
+        wanted = _as_list(fqns)
         return self.catalog.entries(self.show(ref).number, wanted)
 
     @journaled
@@ -134,12 +134,11 @@ class Repository(Recorded, Upkept):
         """
         from dcpstore.reading.selection import read_entries  # noqa: PLC0415 (loads torch)
 
-        if isinstance(fqns, str):
-            raise InvalidInputError(f"fqns={fqns!r} is one text; pass a list: [{fqns!r}].")
+        wanted = _as_list(fqns)
         version = self.show(ref)
         with closing(PackReader(self.storage)) as packs:
             return read_entries(
-                self.catalog.entries(version.number, None if fqns is None else list(fqns)),
+                self.catalog.entries(version.number, wanted),
                 fqns if isinstance(fqns, Mapping) else {},
                 self.catalog,
                 packs,
@@ -291,6 +290,25 @@ def make(
     with catalog.kept():
         write_journal(catalog, made.storage)  # from now on the folder says whose it is
     return made
+
+
+def _as_list(fqns: Iterable[str] | None) -> list[str] | None:
+    """Return FQNs as a list; None is all of them.
+
+    Raises:
+        InvalidInputError: they are one text, or no texts.
+    """
+    if fqns is None:
+        return None
+    if isinstance(fqns, str):
+        raise InvalidInputError(f"fqns={fqns!r} is one text; pass a list: [{fqns!r}].")
+    if not isinstance(fqns, Iterable):
+        raise InvalidInputError(f"fqns={fqns!r} is no list; pass the names of entries.")
+    named = list(fqns)
+    odd = [fqn for fqn in named if not isinstance(fqn, str)]
+    if odd:
+        raise InvalidInputError(f"{odd[0]!r} is no FQN; give the names that 'dcpstore ls' shows.")
+    return named
 
 
 def _data_url(data: str | os.PathLike[str] | None) -> str | None:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 
 from dcpstore.catalog import Catalog
+from dcpstore.catalog.checks import check_text
 from dcpstore.durations import as_duration, in_utc
 from dcpstore.errors import DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.records import RefRecord, Version
@@ -144,6 +145,7 @@ def _judge(
         reasons[max(reasons)].append("newest")
     chosen = [version for version in versions if branch in (None, version.branch)]
     if branch is not None and not chosen:
+        check_text(branch, what="branch")
         raise NotFoundError.near(
             "branch with versions",
             branch,

@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dcpstore import (
     RepositoryWriter,
 )
 from dcpstore.catalog import sqlite_url
+from dcpstore.convert import export_safetensors, import_safetensors
 from dcpstore.repository import open as open_repository
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")  # of no process group
@@ -133,6 +135,54 @@ def test_what_is_no_path_is_said_to_be_none(target: Any, tmp_path: Path) -> None
         open_repository(tmp_path / "r", data=b"x")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["a\0b", os.fsdecode(b"\x81")])
+def test_a_path_that_no_catalog_keeps_is_refused(tmp_path: Path, name: str) -> None:
+    for call in (
+        lambda: open_repository(tmp_path / name),
+        lambda: open_repository(tmp_path / "r", data=tmp_path / name),
+        lambda: dcpstore.save(state(1), f"{tmp_path}/{name}"),
+    ):
+        with pytest.raises(InvalidInputError, match="in UTF-8, without NUL"):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_save_makes_no_repository(tmp_path: Path) -> None:
+    calls: list[Any] = [
+        lambda: dcpstore.save(state(1), tmp_path / "r", step="x"),  # type: ignore[call-overload]
+        lambda: dcpstore.save([1], tmp_path / "r"),  # type: ignore[call-overload]
+    ]
+    for call in calls:
+        with pytest.raises(InvalidInputError):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def on_meta() -> Iterator[None]:
+    before = torch.get_default_device()
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(before)
+
+
+@pytest.mark.usefixtures("on_meta")
+def test_the_default_device_is_for_new_models_not_for_reads(tmp_path: Path) -> None:
+    held = torch.arange(6.0, device="cpu")
+    with open_repository(tmp_path / "r") as repo:
+        dcpstore.save({"w": held, "text": "x" * 70_000}, repo)
+        dcpstore.save({"w": (held + 1).to(torch.float8_e4m3fn), "text": "y"}, repo)
+        assert torch.equal(repo.read("v1")["w"], held)
+        assert repo.read("v1")["text"] == "x" * 70_000
+        found = {"w": torch.zeros(6, device="cpu"), "text": ""}
+        dcpstore.load(found, repo, "v1")
+        assert torch.equal(found["w"], held)
+        assert repo.diff("v1", "v2", stats=True).retyped[0].stats is not None
+        export_safetensors(repo, "v2", tmp_path / "out.safetensors")
+        import_safetensors(tmp_path / "out.safetensors", repo, branch="back")
+        assert torch.equal(repo.read("back")["w"].float(), held + 1)
+
+
 def test_where_no_folder_can_be_made_the_cure_is_another_path() -> None:
     with pytest.raises(dcpstore.DcpstoreError, match="choose another path"):
         open_repository("/proc/nowhere/r")
@@ -146,6 +196,20 @@ def test_questions_of_another_kind_are_bad_input(tmp_path: Path) -> None:
             lambda: repo.log(steps=5),  # type: ignore[arg-type]
             lambda: repo.log(steps=(1, 2, 3)),  # type: ignore[arg-type]
             lambda: repo.copy_to("r"),  # type: ignore[arg-type]
+            lambda: repo.copy_to(repo, 5),  # type: ignore[arg-type]
+            lambda: repo.log(where=[1]),  # type: ignore[list-item]
+            lambda: repo.log(labels=["a"]),  # type: ignore[arg-type]
+            lambda: repo.add_labels(1, 5),  # type: ignore[arg-type]
+            lambda: repo.add_metrics(1, ["x"]),  # type: ignore[arg-type]
+            lambda: repo.read("v1", 5),  # type: ignore[arg-type]
+            lambda: repo.read("v1", [5]),  # type: ignore[list-item]
+            lambda: repo.entries("v1", [["w"]]),  # type: ignore[list-item]
+            lambda: repo.entries("v1", "w"),
+            lambda: repo.expire(keep_last=1, branch=5),  # type: ignore[arg-type]
+            lambda: repo.verify(limit="a"),  # type: ignore[arg-type]
+            lambda: open_repository(tmp_path / "s", chunk=5),  # type: ignore[arg-type]
+            lambda: dcpstore.load(state(1), repo, init_missing=5),  # type: ignore[call-overload]
+            lambda: dcpstore.load(state(1), repo, strict="no"),  # type: ignore[call-overload]
         ]
         for call in asked:
             with pytest.raises(InvalidInputError):

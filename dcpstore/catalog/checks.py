@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import get_args
+from typing import SupportsFloat, TypeVar, get_args
 
 from dcpstore.errors import AlreadyExistsError, InvalidInputError
 from dcpstore.records import ChunkDefaults, CodecSetting, VersionDraft
 from dcpstore.refs import check_name
 
 __all__ = [
+    "as_labels",
+    "as_metrics",
     "can_be_kept",
     "check_chunk",
     "check_draft",
@@ -25,6 +27,8 @@ __all__ = [
     "check_text",
 ]
 
+T = TypeVar("T")
+
 _MAX_KEY = 2000  # bytes: a row of Postgres' indexes has 2,704, and other columns beside the text
 _MAX_CHUNK = 1 << 30  # bytes; Blosc holds two GiB at most
 _MAX_NUMBER = 2**63 - 1  # a larger one fits no column, and no database takes it to compare
@@ -32,6 +36,8 @@ _MAX_NUMBER = 2**63 - 1  # a larger one fits no column, and no database takes it
 
 def check_chunk(chunk: ChunkDefaults) -> None:
     """Raise InvalidInputError for a size or a codec with which no chunk can be made."""
+    if not isinstance(chunk, ChunkDefaults):
+        raise InvalidInputError(f"chunk is {chunk!r}; give dcpstore.ChunkDefaults(nbytes=...).")
     if type(chunk.nbytes) is not int or not 1 <= chunk.nbytes <= _MAX_CHUNK:
         raise InvalidInputError(
             f"chunks of {chunk.nbytes!r} bytes; give a whole number from 1 to {_MAX_CHUNK}."
@@ -80,6 +86,41 @@ def check_steps(steps: tuple[int | None, int | None]) -> None:
                 f"steps are {steps!r}; give the first and the last one, whole numbers up to "
                 f"{_MAX_NUMBER}, or None for no end."
             )
+
+
+def as_metrics(metrics: Mapping[str, SupportsFloat] | None) -> dict[str, float]:
+    """Return metrics as floats: of numbers of any library, and of tensors of one element.
+
+    Raises:
+        InvalidInputError: they are no mapping, or a value is no number that is a float.
+    """
+    return {name: _as_float(name, value) for name, value in _as_dict("metrics", metrics).items()}
+
+
+def as_labels(labels: Mapping[str, object] | None) -> dict[str, str]:
+    """Return labels as texts.
+
+    Raises:
+        InvalidInputError: they are no mapping.
+    """
+    return {name: str(value) for name, value in _as_dict("labels", labels).items()}
+
+
+def _as_dict(name: str, given: Mapping[str, T] | None) -> Mapping[str, T]:
+    if given is not None and not isinstance(given, Mapping):
+        raise InvalidInputError(
+            f"{name}={given!r} is no mapping; pass a dict of names and values, or None."
+        )
+    return given or {}
+
+
+def _as_float(name: str, value: SupportsFloat) -> float:
+    try:
+        return float(value)
+    except OverflowError as error:  # an integer, whose digits nobody wants to read
+        raise InvalidInputError(f"metric {name!r} is past what a float holds.") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(f"metric {name!r} is {value!r}; give a number.") from error
 
 
 def check_metrics(metrics: Mapping[str, float]) -> None:

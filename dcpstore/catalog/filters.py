@@ -133,7 +133,7 @@ def _conditions(connection: Connection, wanted: LogFilter) -> Iterator[ColumnEle
 
 
 def _compares(connection: Connection, text: str) -> ColumnElement[bool]:
-    match = _COMPARISON.fullmatch(text)
+    match = _COMPARISON.fullmatch(text) if isinstance(text, str) else None
     try:
         value = float(match["value"]) if match else None
     except ValueError:

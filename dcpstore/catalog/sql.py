@@ -165,10 +165,28 @@ def _is_failure(error: BaseException, driver: Any) -> bool:
 
 
 def _parameter(name: str, value: object) -> object:
-    """Return a time as the views show it; anything else as it is."""
+    """Return a time as the views show it, and a number of numpy's as Python's; else as it is."""
     if isinstance(value, str):
         check_text(value, what=f"parameter {name!r}")
+    elif not isinstance(value, bytes | bytearray | memoryview):
+        value = _own_number(name, value)
     return _utc_text(value) if isinstance(value, datetime) else value
+
+
+def _own_number(name: str, value: Any) -> object:
+    """Return the number in an object that lends its bytes, which SQLite would take for a BLOB."""
+    try:
+        memoryview(value)
+    except TypeError:
+        return value
+    try:
+        number: object = value.item()
+    except (AttributeError, ValueError):
+        raise InvalidInputError(
+            f"parameter {name!r} is a {type(value).__name__}; give text, a number, bytes, a time "
+            "or None."
+        ) from None
+    return number
 
 
 def _value(value: object) -> object:

@@ -102,6 +102,10 @@ def _diffs_along(repo: Repository, branch: str, refs: Sequence[str], *, stats: b
             raise InvalidInputError(
                 f"{end} is no ancestor of {branch!r}. See 'dcpstore log {branch}' for all of them."
             )
+    if first.number > last.number:
+        raise InvalidInputError(
+            f"{first} comes after {last} on {branch!r}; name the earlier version first."
+        )
     asked = [number for number in line if first.number <= number <= last.number]
     return [repo.diff(old, new, stats=stats) for old, new in pairwise(asked)]
 

@@ -68,7 +68,8 @@ def log(
     branch: str | None,
 ) -> None:
     """List versions, newest first: all of them, or REF and its ancestors."""
-    is_filtered = any((where, steps, since, until, label, tag, branch))
+    given = (steps, since, until, tag, branch)
+    is_filtered = bool(where or label) or any(one is not None for one in given)
     versions: Sequence[Version | LogLine] | None = None
     if ref is None and not is_filtered and not session.json:
         versions = glance_at_log(session.target, limit=limit)

@@ -134,7 +134,7 @@ class ExportedVersion:
 
     def read(self, tensor: ExportedTensor, box: Box) -> torch.Tensor:
         """Return the elements of a box, verified, in the dtype of the export."""
-        target = torch.empty(box.sizes, dtype=tensor.dtype)
+        target = torch.empty(box.sizes, dtype=tensor.dtype, device="cpu")
         if box.volume:
             with closing(PackReader(self._repo.storage)) as packs:
                 request = BoxRequest(tensor.entry, box, target)

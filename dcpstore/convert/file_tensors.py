@@ -44,7 +44,7 @@ class FileBox:
         """
         stored = numpy_dtype(dtype_name(dtype))
         if not box.volume:
-            return torch.empty(box.sizes, dtype=dtype)
+            return torch.empty(box.sizes, dtype=dtype, device="cpu")
         inside = box.relative_to(self.box)
         skipped = sum(o * s for o, s in zip(inside.offsets, self.strides, strict=True))
         first = self.offset + skipped * stored.itemsize
@@ -102,7 +102,7 @@ class FileTensor:
         """Return a copy of the elements of `box`."""
         if len(self.pieces) == 1:
             return self.pieces[0].read(box, self.dtype)
-        whole = torch.empty(box.sizes, dtype=self.dtype)
+        whole = torch.empty(box.sizes, dtype=self.dtype, device="cpu")
         for piece in self.pieces:
             shared = piece.box.intersect(box)
             if shared is not None:

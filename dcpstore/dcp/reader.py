@@ -49,6 +49,7 @@ class RepositoryReader(StorageReader):
         self._verify = verify
         self._allow_pickle = allow_pickle
         self._checkpoint_id: str | os.PathLike[str] | None = None
+        self._is_spent = False  # the id, by a load
         self._read: tuple[Version, list[EntryRecord]] | None = None
         self.load_id = new_uid()
 
@@ -63,9 +64,9 @@ class RepositoryReader(StorageReader):
         return "sql" in os.fspath(checkpoint_id).partition("://")[0]
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin a new load."""
-        if checkpoint_id is not None:
-            self._checkpoint_id = checkpoint_id
+        """Begin a new load; an id is for this one alone."""
+        self._checkpoint_id = checkpoint_id
+        self._is_spent = False
         self._read = None
         self.load_id = new_uid()
 
@@ -78,6 +79,8 @@ class RepositoryReader(StorageReader):
         Raises:
             NotFoundError: there is no such version.
         """
+        if self._is_spent:  # torch resets for the next load only if that has an id
+            self.reset()
         ref = self._wanted_ref()
         if "rank" in kwargs:
             ref = f"{ref or 'main'}/rank-{kwargs['rank']}"
@@ -133,6 +136,7 @@ class RepositoryReader(StorageReader):
                 verify=self._verify,
                 allow_pickle=self._allow_pickle,
             )
+        self._is_spent = True
         future: Future[None] = Future()
         future.set_result(None)
         return future

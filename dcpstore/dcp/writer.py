@@ -140,10 +140,9 @@ class RepositoryWriter(StorageWriter):
         return "sql" in os.fspath(checkpoint_id).partition("://")[0]
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin a new save."""
-        if checkpoint_id is not None:
-            self._checkpoint_id = checkpoint_id
+        """Begin a new save; an id is for this one alone."""
         self._renew()
+        self._checkpoint_id = checkpoint_id
 
     def storage_meta(self) -> StorageMeta:
         """Return what torch tells the planner of this save."""
@@ -319,6 +318,7 @@ class RepositoryWriter(StorageWriter):
             except DcpstoreError as error:
                 _log.warning("the save %s was not aborted; gc will: %s", self.save_id, error)
         self.save_id = new_uid()
+        self._checkpoint_id = None  # torch resets for the next save only if that has an id
         self._is_spent = False
         self.version = None
 

@@ -77,7 +77,7 @@ def _numbers(raw: Array, dtype: str) -> Numbers:
         pairs: Numbers = np.where(nibbles & 8, -1.0, 1.0) * _FLOAT4[nibbles & 7]
         return pairs
     if dtype.startswith("float8"):
-        every = torch.arange(256, dtype=torch.uint8).view(torch_dtype(dtype))
+        every = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch_dtype(dtype))
         values: Numbers = every.to(torch.float32).numpy().astype(np.float64)[raw.view(np.uint8)]
         return values
     return raw.astype(np.complex128 if raw.dtype.kind == "c" else np.float64)

@@ -37,6 +37,9 @@ Place = tuple[int, int]  # part and ordinal of a chunk
 _KEPT = 4  # old chunks that one thread keeps at hand where the grids differ
 
 
+_PACKED = "float4_e2m1fn_x2"  # an element is two numbers
+
+
 @dataclass(frozen=True, slots=True)
 class _Task:
     """A tensor in both versions, with new chunks to measure, and the old ones below them."""
@@ -74,7 +77,10 @@ def _is_measured(entry: EntryDiff) -> bool:
     old, new = entry.old, entry.new
     if entry.change not in ("changed", "retyped") or old is None or new is None:
         return False
-    return old.kind == new.kind == "tensor" and _tensor(old).shape == _tensor(new).shape
+    if not old.kind == new.kind == "tensor" or _tensor(old).shape != _tensor(new).shape:
+        return False
+    dtypes = {_tensor(old).dtype, _tensor(new).dtype}
+    return len(dtypes) == 1 or _PACKED not in dtypes
 
 
 def _tensor(entry: EntryRecord | None) -> TensorRecord:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import Literal
+from typing import Literal, SupportsFloat
 
 from dcpstore.catalog import Catalog
 from dcpstore.catalog.authors import this_user
+from dcpstore.catalog.checks import as_labels, as_metrics
 from dcpstore.catalog.filters import LogFilter
 from dcpstore.errors import InvalidInputError
 from dcpstore.history.diff import Diff, diff_versions
@@ -33,7 +34,7 @@ class Recorded:
         steps: tuple[int | None, int | None] = (None, None),
         since: datetime | None = None,
         until: datetime | None = None,
-        labels: Mapping[str, str] | None = None,
+        labels: Mapping[str, object] | None = None,
         tag: str | None = None,
         branch: str | None = None,
     ) -> list[Version]:
@@ -61,7 +62,7 @@ class Recorded:
             steps=steps,
             since=since,
             until=until,
-            labels=labels or {},
+            labels=as_labels(labels),
             tag=tag,
             branch=branch,
         )
@@ -149,22 +150,24 @@ class Recorded:
         return self.catalog.history().undo(expect=expect, author=this_user())
 
     @journaled
-    def add_metrics(self, ref: str | int | None, metrics: Mapping[str, float]) -> Version:
+    def add_metrics(self, ref: str | int | None, metrics: Mapping[str, SupportsFloat]) -> Version:
         """Add metrics to a version, such as those of a later evaluation.
 
         Raises:
+            InvalidInputError: a name or value that cannot be kept.
             AlreadyExistsError: a metric is there with another value.
         """
-        return self.catalog.history().add_metrics(ref, metrics, author=this_user())
+        return self.catalog.history().add_metrics(ref, as_metrics(metrics), author=this_user())
 
     @journaled
-    def add_labels(self, ref: str | int | None, labels: Mapping[str, str]) -> Version:
+    def add_labels(self, ref: str | int | None, labels: Mapping[str, object]) -> Version:
         """Add labels to a version.
 
         Raises:
+            InvalidInputError: a name or text that cannot be kept.
             AlreadyExistsError: a label is there with another text.
         """
-        return self.catalog.history().add_labels(ref, labels, author=this_user())
+        return self.catalog.history().add_labels(ref, as_labels(labels), author=this_user())
 
     def diff(self, old: str | int, new: str | int | None = None, *, stats: bool = False) -> Diff:
         """Return what changed from one version to another.

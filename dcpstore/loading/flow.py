@@ -25,6 +25,7 @@ from dcpstore.loading.items import ItemReads, check_values
 from dcpstore.planning.described import describe_entries
 from dcpstore.planning.load_options import LoadOptions
 from dcpstore.planning.load_planner import DefaultLoadPlanner
+from dcpstore.planning.plain import nesting_checked
 from dcpstore.planning.stateful import Template, check_fillable, give_state, take_template
 from dcpstore.progress import ProgressBar
 from dcpstore.records import EntryRecord, LoadReport, Version
@@ -101,10 +102,11 @@ def load_version(
 
     def local_plan() -> LoadPlan:
         nonlocal template
-        template = _template(
-            state_dict, keys, entries, planner=planner, rank=ranks.rank, dry_run=dry_run
-        )
-        plan = _fitting_plan(planner, template, described, leads=ranks.leads)
+        with nesting_checked():
+            template = _template(
+                state_dict, keys, entries, planner=planner, rank=ranks.rank, dry_run=dry_run
+            )
+            plan = _fitting_plan(planner, template, described, leads=ranks.leads)
         if not allow_pickle:
             check_values(plan, by_fqn, version=version.number)
         return plan

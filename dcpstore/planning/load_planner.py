@@ -79,8 +79,6 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         self.original_state_dict = state_dict
         self.metadata = metadata
         self.is_coordinator = is_coordinator
-        if self.flatten_sharded_tensors:
-            state_dict = _flatten_sharded_tensors(state_dict)
         try:
             if self.flatten_state_dict:
                 state_dict, self.mappings = flatten_state_dict(state_dict)
@@ -88,6 +86,8 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
             raise InvalidInputError(
                 f"{error}: two items of the state have the same FQN; rename one of the keys."
             ) from error
+        if self.flatten_sharded_tensors:  # after that, as at a save: it makes mappings of its own
+            state_dict = _flatten_sharded_tensors(state_dict)
         self.state_dict = state_dict
         self._rooms, self._views = {}, {}
         self.missing, self.cast, self.stored = [], [], set()

@@ -1,7 +1,8 @@
-"""Optimizers to load into: places for the state of those that have taken no step yet.
+"""Optimizers to load into: places for state that they do not have yet.
 
-Such an optimizer has nothing that names what to load. Invariant: it gets a place for each entry
-that the version holds for its parameters and the options ask for, at any depth.
+One that has taken no step has nothing that names what to load; of one that has, a parameter may
+have been frozen. Invariant: there is a place for each entry that the version holds for an
+optimizer's parameters and the options ask for, at any depth.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def prepare_optimizer(
     *,
     dry_run: bool,
 ) -> list[str]:
-    """Give the plain `state` of an optimizer that has taken no step places to load into.
+    """Give the plain `state` of an optimizer places for all that the version holds of it.
 
     Each is laid out like its parameter where it has the same shape; in a dry run none has memory.
     Returns how the version's state of this optimizer differs from what can be loaded.
@@ -78,10 +79,11 @@ def prepare_optimizer(
             "optimizer is made, or load the model first."
         )
     held = [*_held(key, len(parameters), entries, options)]
-    own = {str(number) for number in state.get("state", ())}  # by name in some optimizers too
-    named = [one for one in held if not one.number.isdecimal() and one.number not in own]
-    if names := [*dict.fromkeys(one.number for one in named if one.is_asked)]:
-        shown = ", ".join(map(repr, names[:_SHOWN])) + (", ..." if len(names) > _SHOWN else "")
+    own = state.get("state", {})  # by number, in some optimizers by name too
+    names = {str(number) for number in own}
+    named = [one for one in held if not one.number.isdecimal() and one.number not in names]
+    if asked := [*dict.fromkeys(one.number for one in named if one.is_asked)]:
+        shown = ", ".join(map(repr, asked[:_SHOWN])) + (", ..." if len(asked) > _SHOWN else "")
         return [
             f"optimizer {key!r} has its state by name ({shown}) in the version, as "
             "get_optimizer_state_dict gives it, and by number in the state; load into "
@@ -89,25 +91,26 @@ def prepare_optimizer(
             "set_optimizer_state_dict (dcpstore.state_dict)"
         ]
     differences = [*_other_groups(optimizer, key, entries, options)]
-    if not own:
-        places: dict[int, Any] = {}
-        parts = [one for one in held if one.number.isdecimal()]
-        differences += _misshapen(optimizer, key, parameters, parts)
-        for one in parts:
-            if one.is_asked and (index := int(one.number)) < len(parameters):
-                place = _like(parameters[index], one.entry, dry_run=dry_run)
-                _put(places.setdefault(index, {}), one.path, place)
-        lacking = [one for one in parts if not one.is_asked and int(one.number) in places]
-        if lacking:
-            differences.append(
-                f"optimizer {key!r} has taken no step, and would get a part of its state, without "
-                f"{lacking[0].entry.fqn!r}; include all of it, or exclude '{key}.state.*'"
-            )
-            return differences
-        try:
-            state["state"] = {index: _listed(node) for index, node in places.items()}
-        except _GapError as error:
-            differences.append(f"the state of optimizer {key!r} {error}")
+    places: dict[int, Any] = {}
+    parts = [one for one in held if one.number.isdecimal() and not _is_there(own, one)]
+    differences += _misshapen(optimizer, key, parameters, parts)
+    for one in parts:
+        if one.is_asked and (index := int(one.number)) < len(parameters):
+            place = _like(parameters[index], one.entry, dry_run=dry_run)
+            _put(places.setdefault(index, {}), one.path, place)
+    lacking = [one for one in parts if not one.is_asked and int(one.number) in places]
+    if lacking:
+        differences.append(
+            f"optimizer {key!r} has no state of a parameter, and would get a part of it, without "
+            f"{lacking[0].entry.fqn!r}; include all of it, or exclude '{key}.state.*'"
+        )
+        return differences
+    try:
+        new = {index: {**own.get(index, {}), **_listed(node)} for index, node in places.items()}
+    except _GapError as error:
+        differences.append(f"the state of optimizer {key!r} {error}")
+    else:
+        state["state"] = {**own, **new}
     return differences
 
 
@@ -118,6 +121,12 @@ class _Held(NamedTuple):
     path: ObjectPath
     entry: EntryRecord
     is_asked: bool
+
+
+def _is_there(own: Mapping[Any, Any], one: _Held) -> bool:
+    """Tell whether an optimizer has something to fill where an entry of the version belongs."""
+    state = own.get(int(one.number), {})
+    return not isinstance(state, Mapping) or str(one.path[0]) in map(str, state)
 
 
 def _held(

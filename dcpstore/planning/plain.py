@@ -6,6 +6,7 @@ cannot be stored, whatever torch would raise of it.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from dcpstore.encoding.dtypes import check_plain
 from dcpstore.errors import InvalidInputError
 from dcpstore.planning.shards import is_sharded
 
-__all__ = ["check_state", "nesting_checked", "resolved", "storage_nbytes"]
+__all__ = ["check_copies", "check_state", "nesting_checked", "resolved", "storage_nbytes"]
 
 Path = tuple[object, ...]
 
@@ -38,6 +39,28 @@ def check_state(state: Mapping[str, Any]) -> None:
             raise InvalidInputError(f"{'.'.join(map(str, path))!r}: {error}") from error
 
     _visit(state, (), check)
+
+
+def check_copies(value: object, path: Path = ()) -> None:
+    """Check that each value of a nested state can be copied.
+
+    Raises:
+        InvalidInputError: one cannot, by its FQN.
+    """
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            check_copies(inner, (*path, key))
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            check_copies(inner, (*path, i))
+    elif not isinstance(value, torch.Tensor):
+        try:
+            copy.deepcopy(value)
+        except Exception as error:
+            raise InvalidInputError(
+                f"{'.'.join(map(str, path))!r}: a {type(value).__name__} cannot be copied "
+                f"({error}), and training goes on with it; leave it out, or save before going on."
+            ) from error
 
 
 def storage_nbytes(state: Mapping[str, Any]) -> int:

@@ -71,7 +71,7 @@ def no_shard(tensor: torch.Tensor) -> list[LocalShard]:
     if not tensor.dim():
         return []
     sizes = (0,) * tensor.dim()
-    return [LocalShard(Box(sizes, sizes), torch.empty(sizes, dtype=tensor.dtype))]
+    return [LocalShard(Box(sizes, sizes), torch.empty(sizes, dtype=tensor.dtype, device="cpu"))]
 
 
 @torch.no_grad()

@@ -86,8 +86,8 @@ def take_template(
 ) -> Template:
     """Return the plain state of `state_dict`, in which each tensor and value has its place.
 
-    An optimizer that has taken no step yet has no state to fill. It gets what the version holds for
-    its parameters.
+    An optimizer has no state to fill of a parameter with which it has taken no step yet. It gets
+    what the version holds of it.
 
     Raises:
         InvalidInputError: an optimizer's parameters are on the meta device.

@@ -66,7 +66,7 @@ def read_entries(
 def _room(fqn: str, box: Box, dtype: torch.dtype) -> torch.Tensor:
     """Return memory for a box, whose sizes are what the catalog says."""
     try:
-        return torch.empty(box.sizes, dtype=dtype)
+        return torch.empty(box.sizes, dtype=dtype, device="cpu")
     except RuntimeError as error:
         raise DcpstoreError(
             f"there is no room for {fqn!r}: {box.volume} elements of {dtype} are more than this "

@@ -32,7 +32,7 @@ def read_values(
         CorruptionError: a text or its bytes are damaged.
     """
     blobs = {
-        entry.fqn: torch.empty(entry.tensor.shape, dtype=torch.uint8)
+        entry.fqn: torch.empty(entry.tensor.shape, dtype=torch.uint8, device="cpu")
         for entry in entries
         if entry.tensor is not None
     }

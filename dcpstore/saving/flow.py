@@ -62,14 +62,13 @@ def save_version(
     lead = Lead(planner, ranks.size)
     reports = Reports(ranks)
     seconds: Seconds = {}
-    target: SaveTarget
     local: LocalPlan
     data: RankData
 
     def begin() -> Opening:
-        nonlocal target
-        target = lead.target = open_target()
-        return Opening(target.catalog.repository.uid, request(), check_keys(state_dict))
+        given = request(), check_keys(state_dict)  # first: for bad ones no repository is made
+        lead.target = open_target()
+        return Opening(lead.target.catalog.repository.uid, *given)
 
     def local_plan() -> Offer:
         nonlocal local
@@ -77,7 +76,7 @@ def save_version(
             state = take_state(state_dict, keys, rank=ranks.rank)
             check_state(state)
             planner.set_up_planner(state, is_coordinator=ranks.leads)
-        local = LocalPlan(planner.create_local_plan(), planner, target.memory)
+        local = LocalPlan(planner.create_local_plan(), planner, lead.target.memory)
         return local.offer()
 
     def digest() -> tuple[Digested, Seconds]:
@@ -88,7 +87,7 @@ def save_version(
                 planner.finish_plan(plan),
                 planner,
                 dict(layouts),
-                chunk=target.catalog.repository.chunk,
+                chunk=lead.target.catalog.repository.chunk,
                 allow_pickle=allow_pickle,
             )
             nbytes = total_nbytes(data.chunks)
@@ -100,8 +99,8 @@ def save_version(
         with _timed(seconds, "compare"), collector_free():
             return find_changed(
                 data.held(duty.compare),
-                target.catalog,
-                target.storage,
+                lead.target.catalog,
+                lead.target.storage,
                 version=duty.version,
                 pool=pool,
             )
@@ -114,7 +113,7 @@ def save_version(
             with collector_free(nbytes):
                 written = write_chunks(
                     chunks,
-                    target.storage,
+                    lead.target.storage,
                     uid=uid,
                     rank=ranks.rank,
                     pool=pool,
@@ -126,7 +125,7 @@ def save_version(
         began = time.perf_counter()
         uid, keys = in_step(ranks, "open", begin, lead.begin)
         with (
-            kept_lease(target.catalog, uid, progress=reports.heard)
+            kept_lease(lead.target.catalog, uid, progress=reports.heard)
             if ranks.leads
             else contextlib.nullcontext(),
             ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-save") as pool,

@@ -175,10 +175,19 @@ def _check_agreement(told: Sequence[Opening]) -> None:
         )
     for name in (part.name for part in fields(SaveRequest)):
         values = [getattr(one.request, name) for one in told]
-        texts = [repr(value) for value in values]  # a NaN does not equal itself
+        texts = [_text(value) for value in values]
         odd = next((rank for rank, text in enumerate(texts) if text != texts[0]), 0)
         if odd:
             raise InvalidInputError(
                 f"the ranks disagree about {name}: rank 0 says {values[0]!r}, rank {odd} says "
                 f"{values[odd]!r}; pass the same {name}= on every rank."
             )
+
+
+def _text(value: object) -> str:
+    """Return what tells two arguments apart: a NaN does not equal itself, a set has no order."""
+    if isinstance(value, Mapping):
+        value = sorted(value.items())
+    elif isinstance(value, tuple):
+        value = sorted(value)
+    return repr(value)

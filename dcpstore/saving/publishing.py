@@ -6,6 +6,7 @@ Invariant: the manifest is durable before the one transaction that makes the ver
 
 from __future__ import annotations
 
+import operator
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import SupportsFloat
 
 from dcpstore.catalog import Catalog
 from dcpstore.catalog.authors import this_user
-from dcpstore.catalog.checks import check_draft
+from dcpstore.catalog.checks import as_labels, as_metrics, check_draft
 from dcpstore.encoding.values import encode_value
 from dcpstore.errors import ConflictError, DcpstoreError, InvalidInputError
 from dcpstore.journal import write_journal
@@ -99,11 +100,6 @@ def make_request(
         raise InvalidInputError(f"tags={tags!r} is one text; pass a list: [{tags!r}].")
     if not isinstance(tags, Iterable):
         raise InvalidInputError(f"tags={tags!r} is no list; pass one such as ['best'], or [].")
-    for name, given in (("metrics", metrics), ("labels", labels)):
-        if given is not None and not isinstance(given, Mapping):
-            raise InvalidInputError(
-                f"{name}={given!r} is no mapping; pass a dict of names and values, or None."
-            )
     if retention is not None and not isinstance(retention, Retention):
         raise InvalidInputError(
             f"retention={retention!r} is no set of rules; pass one, such as "
@@ -111,11 +107,11 @@ def make_request(
         )
     request = SaveRequest(
         branch=branch,
-        step=step,
+        step=_as_whole(step),
         message=message,
         tags=tuple(tags),
-        metrics={name: _as_float(name, value) for name, value in (metrics or {}).items()},
-        labels={name: str(value) for name, value in (labels or {}).items()},
+        metrics=as_metrics(metrics),
+        labels=as_labels(labels),
         author=author,
         parent=parent,
         expect_tip=expect_tip,
@@ -123,6 +119,14 @@ def make_request(
     )
     check_draft(_draft(request, author=author))
     return request
+
+
+def _as_whole(step: int | None) -> int | None:
+    """Return a step of any library's integers as Python's; what is none, `check_draft` refuses."""
+    try:
+        return step if step is None or isinstance(step, bool) else operator.index(step)
+    except TypeError:
+        return step
 
 
 def draft_version(
@@ -270,12 +274,3 @@ def _check_whole(tensors: Sequence[NewTensor]) -> None:
 
 def _number(catalog: Catalog, ref: str | int | None) -> int | None:
     return None if ref is None else catalog.resolve(ref).number
-
-
-def _as_float(name: str, value: SupportsFloat) -> float:
-    try:
-        return float(value)
-    except OverflowError as error:  # an integer, whose digits nobody wants to read
-        raise InvalidInputError(f"metric {name!r} is past what a float holds.") from error
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidInputError(f"metric {name!r} is {value!r}; give a number.") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -108,7 +108,7 @@ class Upkept:
         """
         from dcpstore.upkeep.verify import verify  # noqa: PLC0415 (as for gc)
 
-        if limit is not None and not limit > 0:
+        if limit is not None and not (isinstance(limit, int | float) and limit > 0):
             raise InvalidInputError(f"limit is {limit!r}; give bytes a second, more than 0.")
         if resume and not deep:
             raise InvalidInputError("only a deep look is resumed; give deep=True (--deep) too.")
@@ -133,8 +133,8 @@ class Upkept:
 
         if not isinstance(other, Upkept):
             raise InvalidInputError(f"other is {other!r}; open that repository, and pass it.")
-        if isinstance(refs, str):
-            raise InvalidInputError(f"refs={refs!r} is one text; pass a list: [{refs!r}].")
+        if isinstance(refs, str) or not isinstance(refs, Iterable | None):
+            raise InvalidInputError(f"refs={refs!r} is no list of refs; pass one: [{refs!r}].")
         if other.catalog.repository.uid == self.catalog.repository.uid:
             raise InvalidInputError("source and target are the same repository.")
         with self.catalog.kept(), other.catalog.kept():

@@ -9,6 +9,7 @@ from contextlib import closing
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dcpstore.catalog import Catalog
@@ -58,6 +59,14 @@ def test_values_are_the_same_on_both(catalog: Catalog, save: Save) -> None:
     elsewhere = newest.astimezone(timezone(timedelta(hours=-7)))
     assert catalog.query(since, {"t": elsewhere}) == [(2,)]
     assert catalog.query(since, {"t": datetime(2000, 1, 1, tzinfo=UTC)}) == [(1,), (2,)]
+
+
+def test_numbers_of_numpy_are_numbers(catalog: Catalog) -> None:
+    given = {"a": np.int64(5), "b": np.float32(0.5), "c": np.uint8(7), "d": np.array([3])}
+    (row,) = catalog.query("SELECT :a + 0 AS a, :b + 0 AS b, :c + 0 AS c, :d + 0 AS d", given)
+    assert tuple(row) == (5, 0.5, 7, 3)
+    with pytest.raises(InvalidInputError, match="parameter 'a' is a ndarray"):
+        catalog.query("SELECT :a AS a", {"a": np.zeros(2)})
 
 
 @on_postgres

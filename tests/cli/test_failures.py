@@ -85,6 +85,16 @@ def test_the_repository_is_named_in_three_ways(run: Run, target: str) -> None:
     assert run("--repo", target, "tag", "--repo", "/no/repository").exit_code == 10
 
 
+@pytest.mark.parametrize("command", ["log", "show", "init"])
+def test_a_path_that_is_no_text_is_a_message(command: str, tmp_path: Path) -> None:
+    path = os.path.join(tmp_path, os.fsdecode(b"\x80"))
+    args = ["init", path] if command == "init" else ["--repo", path, command]
+    result = run_process(*args)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("dcpstore: the repository is ")
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_no_server_is_no_repository_and_no_password_is_shown(run: Run) -> None:
     result = run("log", repo="postgresql://ada:s3cret@127.0.0.1:1/db")
     assert (result.exit_code, result.stdout) == (10, "")
@@ -126,7 +136,7 @@ def test_an_error_of_the_system_is_a_message(
         raise PermissionError(13, "Permission denied", "catalog\x1b.db")
 
     monkeypatch.setattr(Repository, "log", fail)
-    result = run("log", repo=target)
+    result = run("log", "main", repo=target)
     assert result.exit_code == 1
     assert result.stderr == "dcpstore: [Errno 13] Permission denied: 'catalog\\x1b.db'\n"
 

@@ -93,6 +93,13 @@ def test_not_a_number_is_null_in_json(run: Run, catalog: Catalog, target: str) -
     assert json.loads(run("show", "--json", repo=target).stdout)["metrics"] == {"loss": None}
 
 
+@pytest.mark.parametrize("option", ["--branch", "--tag", "--since", "--until", "--steps"])
+def test_an_empty_filter_is_no_filter(run: Run, target: str, option: str) -> None:
+    for flags in ([], ["--json"]):
+        result = run("log", option, "", *flags, repo=target)
+        assert (result.exit_code, result.stdout) in ((1, ""), (2, ""))
+
+
 @pytest.mark.parametrize("limit", ["0", "-1", "x", "99999999999999999999"])
 def test_a_limit_that_cannot_be_meant(run: Run, empty: str, limit: str) -> None:
     assert run("log", "-n", limit, repo=empty).exit_code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 import dcpstore
-from dcpstore import Repository, RepositoryWriter
+from dcpstore import InvalidInputError, Repository, RepositoryReader, RepositoryWriter
 from tests.soundness import assert_sound
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
@@ -34,6 +35,71 @@ class Looking(dcpstore.DefaultSavePlanner):
         if self._fails:
             raise OSError("the device is lost")
         return super().resolve_data(write_item)
+
+
+def test_an_id_is_for_one_call(repo: Repository) -> None:
+    writer = RepositoryWriter(repo)
+    dcp.save(STATE, checkpoint_id="a", storage_writer=writer)
+    dcp.save({"w": STATE["w"] + 1}, storage_writer=writer)
+    assert [version.tags for version in repo.log()] == [(), ("a",)]
+    reader = RepositoryReader(repo, "main")
+    found = {"w": torch.zeros(6)}
+    dcp.load(found, checkpoint_id="a", storage_reader=reader)
+    assert torch.equal(found["w"], STATE["w"])
+    dcp.load(found, storage_reader=reader)
+    assert torch.equal(found["w"], STATE["w"] + 1)
+
+
+BESIDE_WRITER: dict[str, Any] = {
+    "repo": "r",
+    "branch": "b",
+    "step": 1,
+    "tags": ["t"],
+    "message": "m",
+    "metrics": {"a": 1.0},
+    "labels": {"a": "1"},
+    "author": "a",
+    "parent": "main",
+    "expect_tip": "main",
+    "retention": dcpstore.Retention(keep_last=1),
+    "allow_pickle": True,
+}
+BESIDE_READER: dict[str, Any] = {
+    "repo": "r",
+    "ref": 1,
+    "init_missing": lambda fqn, tensor: None,
+    "dry_run": True,
+    "verify": False,
+    "allow_pickle": True,
+}
+
+
+def test_what_only_a_repository_can_do_is_refused_of_another_storage(
+    tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    path = tmp_path / "c"
+    writer, reader = dcp.FileSystemWriter(path), dcp.FileSystemReader(path)
+    later = BESIDE_WRITER | {"if_busy": "refuse", "staging_limit": 1}
+    calls = [
+        (lambda **given: dcpstore.save(STATE, storage_writer=writer, **given), BESIDE_WRITER),
+        (lambda **given: dcpstore.async_save(STATE, storage_writer=writer, **given), later),
+        (lambda **given: dcpstore.load(STATE, storage_reader=reader, **given), BESIDE_READER),
+    ]
+    for call, beside in calls:
+        for name, value in beside.items():
+            with subtests.test(name), pytest.raises(InvalidInputError, match=f"^{name}: for a rep"):
+                call(**{name: value})
+    assert not path.exists()
+
+
+def test_options_of_a_load_hold_for_another_storage(tmp_path: Path) -> None:
+    dcp.save({"a": torch.ones(2), "b": torch.ones(2)}, checkpoint_id=tmp_path / "c")
+    reader = dcp.FileSystemReader(tmp_path / "c")
+    state = {"a": torch.zeros(2, dtype=torch.float64), "b": torch.zeros(2), "c": torch.zeros(2)}
+    dcpstore.load(state, storage_reader=reader, exclude=["b"], strict=False, on_dtype="cast")
+    assert [float(tensor.sum()) for tensor in state.values()] == [2, 0, 0]
+    dcpstore.load({"c": state["c"]}, storage_reader=reader, rename={"c": "a"})
+    assert float(state["c"].sum()) == 2
 
 
 def ended(repo: Repository) -> list[tuple[str, str | None]]:

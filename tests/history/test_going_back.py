@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -186,6 +187,17 @@ def test_metrics_and_labels_come_later(repo: Repository) -> None:
     repo.undo()
     assert repo.show("v1").metrics == {"loss": 2.0}
     assert repo.tags() == []
+
+
+def test_metrics_and_labels_of_any_library_are_taken_as_a_save_takes_them(
+    repo: Repository,
+) -> None:
+    dcpstore.save({"a": 1}, repo, step=np.int64(7), labels={"n": 5})
+    assert (repo.show("v1").step, repo.show("v1").labels) == (7, {"n": "5"})
+    assert repo.add_labels("v1", {"m": 6}).labels == {"n": "5", "m": "6"}
+    assert [v.number for v in repo.log(labels={"n": 5})] == [1]
+    given = {"t": torch.tensor(0.5), "f": np.float32(2)}
+    assert repo.add_metrics("v1", given).metrics == {"t": 0.5, "f": 2.0}
 
 
 def test_labels_that_no_database_holds_are_refused_at_the_save(repo: Repository) -> None:

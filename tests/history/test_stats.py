@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import dcpstore
+from dcpstore import Repository
 from dcpstore.encoding.dtypes import as_bytes, dtype_name
 from dcpstore.history import TensorStats
 from dcpstore.history.comparing import compare
@@ -78,6 +79,15 @@ def test_float4_pairs() -> None:
     assert (stats.compared, stats.changed) == (2, 1)
     assert stats.l2 == stats.max_abs == 1.0
     assert stats.squared_old == 0 + 0.25 + 36 + 36
+
+
+def test_a_tensor_that_became_pairs_has_no_stats(repo: Repository) -> None:
+    plain = torch.arange(6).to(torch.uint8)
+    for tensor in (plain, plain.view(torch.float4_e2m1fn_x2), plain):
+        dcpstore.save({"w": tensor}, repo)
+    for old, new in (("v1", "v2"), ("v2", "v3")):
+        (entry,) = repo.diff(old, new, stats=True).retyped
+        assert entry.stats is None
 
 
 def test_integers_past_the_precision_of_floats() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dcpstore
-from dcpstore import ChunkDefaults, CorruptionError, Repository
+from dcpstore import ChunkDefaults, CorruptionError, InvalidInputError, Repository
 from tests.ranks import RankPool
 from tests.soundness import Place
 
@@ -115,6 +115,30 @@ def test_int_keys_and_lists_are_the_callers_own(repo: Repository) -> None:
     assert state["s"][0]["step"] == 5
     assert state["l"][0] == {"lr": 0.1}
     assert torch.equal(state["l"][1], torch.ones(3))
+
+
+def test_an_empty_dict_in_a_list_is_no_item(repo: Repository) -> None:
+    dcpstore.save({"l": [{}, torch.ones(1)]}, repo)
+    state = {"l": [{}, torch.zeros(1)]}
+    dcpstore.load(state, repo)
+    assert state["l"][0] == {}
+    assert float(state["l"][1]) == 1
+
+
+def test_two_items_of_one_name_are_refused(repo: Repository) -> None:
+    dcpstore.save({"a": {"1": 7}}, repo)
+    state = {"a": {1: 0, "1": 0}}
+    with pytest.raises(InvalidInputError, match="same FQN"):
+        dcpstore.load(state, repo)
+    assert state == {"a": {1: 0, "1": 0}}
+
+
+def test_a_state_that_holds_itself_is_refused(repo: Repository) -> None:
+    dcpstore.save({"a": 1}, repo)
+    state: dict[str, Any] = {}
+    state["a"] = state
+    with pytest.raises(InvalidInputError, match="contains itself"):
+        dcpstore.load(state, repo)
 
 
 def test_keys_that_are_no_text_are_the_callers_own(repo: Repository) -> None:

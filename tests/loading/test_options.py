@@ -165,6 +165,28 @@ def stepped(names: list[str], frozen: str | None = None) -> tuple[torch.nn.Modul
     return model, optimizer
 
 
+def test_state_of_a_parameter_that_took_no_step_yet_is_restored(repo: Repository) -> None:
+    model, optimizer = stepped(["a", "b"])
+    dcpstore.save({"model": model, "optim": optimizer}, repo)
+    frozen, other = stepped(["a", "b"], frozen="b")
+    assert dcpstore.load({"model": frozen, "optim": other}, repo, dry_run=True).differences == ()
+    assert len(other.state_dict()["state"]) == 1
+    report = dcpstore.load({"model": frozen, "optim": other}, repo)
+    assert (report.missing, report.unexpected) == ((), ())
+    assert torch.equal(other.state[frozen["b"]]["exp_avg"], optimizer.state[model["b"]]["exp_avg"])
+
+
+def test_state_that_a_setting_of_the_version_needs_is_restored(repo: Repository) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    jobs = [torch.optim.Adam([weight], amsgrad=amsgrad) for amsgrad in (True, False)]
+    for optimizer in jobs:
+        (weight**2).sum().backward()
+        optimizer.step()
+    dcpstore.save({"optim": jobs[0]}, repo)
+    assert dcpstore.load({"optim": jobs[1]}, repo).unexpected == ()
+    jobs[1].step()
+
+
 def test_optimizer_state_is_restored_by_presence(repo: Repository) -> None:
     model, optimizer = stepped(["a", "b"], frozen="b")
     dcpstore.save({"model": model, "optim": optimizer}, repo)

@@ -18,6 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import dcpstore
 from dcpstore import ConflictError, DcpstoreError, InvalidInputError, Repository
+from dcpstore.async_saving import find_saver
 from tests.ranks import RankPool, mesh
 from tests.soundness import Place
 
@@ -74,11 +75,70 @@ def test_bad_arguments_are_refused_before_anything_is_begun(
         "whole number": {"step": -1},
         "both of repo and": {"checkpoint_id": "elsewhere"},
         "text that a database": {"labels": {"a": "\0"}},
+        "give bytes": {"staging_limit": "1"},
     }
     for said, arguments in bad.items():
         with subtests.test(said), pytest.raises(InvalidInputError, match=said):
             dcpstore.async_save({"w": torch.ones(3)}, repo, **arguments)
     assert repo.sql("SELECT count(*) AS begun FROM version")[0].begun == 0
+
+
+def test_a_value_that_cannot_be_copied_is_named(repo: Repository) -> None:
+    state = {"w": torch.ones(3), "deep": [1, {"lock": threading.Lock()}]}
+    with pytest.raises(InvalidInputError, match=r"'deep\.1\.lock': a lock cannot be copied"):
+        dcpstore.async_save(state, repo)
+    assert dcpstore.async_save({"w": torch.ones(3)}, repo).result().number == 1
+
+
+def test_a_relative_path_is_that_of_the_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    go = threading.Event()
+    find_saver(None, no_dist=False)._thread.submit(go.wait, 30)
+    monkeypatch.chdir(tmp_path / "here")
+    pending = dcpstore.async_save({"w": torch.ones(3)}, "r")
+    monkeypatch.chdir(tmp_path / "there")
+    go.set()
+    pending.result()
+    assert [path.parent.name for path in tmp_path.glob("*/r")] == ["here"]
+
+
+def test_a_process_that_is_forked_has_no_save_of_its_parent(tmp_path: Path) -> None:
+    code = """
+import gc, os, sys, threading, torch, dcpstore
+from dcpstore.collector import collector_held
+go_on = threading.Event()
+class Held(dcpstore.DefaultSavePlanner):
+    def finish_plan(self, new_plan):
+        began.set()
+        go_on.wait()
+        return super().finish_plan(new_plan)
+began = threading.Event()
+state = {"w": torch.ones(3)}
+with dcpstore.open("r") as repo:
+    pending = dcpstore.async_save(state, repo, planner=Held())
+    assert began.wait(60) and not gc.isenabled()
+    child = os.fork()
+    if not child:
+        assert gc.isenabled()
+        with collector_held():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        dcpstore.save(state, "child")
+        dcpstore.async_save(state, "child").result(60)
+        sys.exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    go_on.set()
+    pending.result()
+    assert gc.isenabled()
+sys.exit(code)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=120)
+    for name, count in (("r", 1), ("child", 2)):
+        with dcpstore.open(tmp_path / name, create=False) as repo:
+            assert len(repo.log()) == count
 
 
 def refused_on_ranks(rank: int, place: Place) -> str:

@@ -353,6 +353,26 @@ def test_ranks_that_disagree_all_hear_the_same(
             unchanged(kept)
 
 
+def save_in_any_order(rank: int, place: Place) -> tuple[tuple[str, ...], dict[str, float]]:
+    order = -1 if rank else 1
+    metrics, labels = {"x": float("nan"), "y": 2.0}, {"b": "1", "a": "2"}
+    with place.open() as repo:
+        version = dcpstore.save(
+            W,
+            repo,
+            tags=["a", "b", "c"][::order],
+            metrics=dict([*metrics.items()][::order]),
+            labels=dict([*labels.items()][::order]),
+        )
+    return version.tags, dict(version.labels)
+
+
+def test_ranks_may_name_things_in_any_order(place: Place, two_ranks: RankPool) -> None:
+    place.open().close()
+    told = two_ranks.run(save_in_any_order, place)
+    assert told == [(("a", "b", "c"), {"b": "1", "a": "2"})] * 2
+
+
 def save_alone(rank: int, place: Place) -> tuple[str, str, dict[int, str]]:
     """Save on each rank alone a tensor of which the second one holds nothing."""
     whole = distribute_tensor(torch.ones(1, 4), mesh((2,)), [Shard(0)])
