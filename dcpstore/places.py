@@ -55,6 +55,8 @@ def check_path(path: object, *, what: str) -> str:
     """
     if not isinstance(path, str | os.PathLike) or not isinstance(named := os.fspath(path), str):
         raise InvalidInputError(f"{what} is {path!r}; pass a path or a URL, as text.")
+    if not named:
+        raise InvalidInputError(f"{what}: the path is empty; name a folder or a URL.")
     if not can_be_kept(named):
         raise InvalidInputError(
             f"{what} is {named!r}, which no catalog can keep; give a path in UTF-8, without NUL."

@@ -259,7 +259,7 @@ def make(
     data: str | os.PathLike[str] | None,
     chunk: ChunkDefaults | None,
 ) -> Repository:
-    """Make a new repository; nothing is left of it where that fails.
+    """Make a new repository; no catalog is left where that fails, an empty file at most.
 
     Args:
         target, data, chunk: as for `open`.

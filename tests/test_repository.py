@@ -20,6 +20,7 @@ from dcpstore import (
     RepositoryWriter,
 )
 from dcpstore.catalog import sqlite_url
+from dcpstore.catalog.glance import glance_at_log
 from dcpstore.convert import export_safetensors, import_safetensors
 from dcpstore.repository import open as open_repository
 
@@ -147,6 +148,21 @@ def test_a_path_that_no_catalog_keeps_is_refused(tmp_path: Path, name: str) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_dots_lead_where_links_lead(elsewhere: Path) -> None:
+    (elsewhere / "deep" / "a").mkdir(parents=True)
+    (elsewhere / "link").symlink_to("deep/a")
+    with open_repository("link/../new") as repo:
+        dcpstore.save(state(1), repo)
+    assert (elsewhere / "deep" / "new" / "catalog.db").is_file()
+    assert [path.name for path in elsewhere.iterdir() if path.name == "new"] == []
+    for target in ("link/../new", "sqlite:///link/../new/catalog.db", elsewhere / "deep" / "new"):
+        with open_repository(target, create=False) as repo:
+            assert torch.equal(repo.read()["w"], state(1)["w"])
+        lines = glance_at_log(str(target), limit=None)
+        assert lines is not None
+        assert len(lines) == 1
+
+
 def test_a_refused_save_makes_no_repository(tmp_path: Path) -> None:
     calls: list[Any] = [
         lambda: dcpstore.save(state(1), tmp_path / "r", step="x"),  # type: ignore[call-overload]
@@ -160,10 +176,9 @@ def test_a_refused_save_makes_no_repository(tmp_path: Path) -> None:
 
 @pytest.fixture
 def on_meta() -> Iterator[None]:
-    before = torch.get_default_device()
     torch.set_default_device("meta")
     yield
-    torch.set_default_device(before)
+    torch.set_default_device(None)  # as before: none was set
 
 
 @pytest.mark.usefixtures("on_meta")

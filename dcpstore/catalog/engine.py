@@ -8,7 +8,6 @@ or is the database's own.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -61,7 +60,7 @@ class Database:
         self._url = parse_url(url)
         self.is_sqlite = self._url.get_backend_name() == "sqlite"
         # Absolute from now on: the process may change its folder while connections come and go.
-        self.file = Path(os.path.abspath(self._url.database or "")) if self.is_sqlite else None
+        self.file = Path(self._url.database or "").absolute() if self.is_sqlite else None
         self.may_create_file = False
         self._was_connected = False
         self._keeping = threading.Lock()

@@ -2,8 +2,9 @@
 
 SQLAlchemy takes longer to load than all the rest of `dcpstore log` takes. The query here is that of
 the view `history`, on the tables themselves. Invariant: a glance raises nothing, and returns what
-`Catalog` would; or None where anything is not as it should be, and then whoever asks turns to
-`Catalog`, which finds out what it is, and says so.
+`Catalog` would; or None where what it looks at is not as it should be, and then whoever asks turns
+to `Catalog`, which finds out what is wrong, and says so. What a log does not show, metrics for
+example, may be damaged all the same: `dcpstore verify` looks at everything.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def _lines(connection: sqlite3.Connection, folder: Path, limit: int) -> list[Log
     if at != [(revisions.HEAD,)]:
         return None
     ((data,),) = connection.execute("SELECT data_url FROM repository")
-    if "://" in data or not (folder / data).is_dir():
+    if not data or "://" in data or not (folder / data).is_dir():
         return None
     rows = connection.execute(
         "SELECT version, parent, branch, step, tags, message, created_at, nbytes"

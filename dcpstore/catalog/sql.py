@@ -75,7 +75,7 @@ def run_query(database: Database, sql: str, params: Mapping[str, object]) -> Tab
     check_text(sql, what="query")
     if not _QUERY.match(sql):
         raise InvalidInputError(
-            f"{_short(sql)!r} is not a query; begin with SELECT, WITH, VALUES, EXPLAIN or TABLE. "
+            f"{_short(sql)!r} is not a query; begin with SELECT, WITH, VALUES or EXPLAIN. "
             "The catalog changes only through dcpstore's own commands."
         )
     ask = _ask_sqlite if database.is_sqlite else _ask_postgres

@@ -27,6 +27,7 @@ __all__ = [
     "JsonText",
     "Key",
     "Metric",
+    "Name",
     "Number",
     "PathText",
     "UtcTime",
@@ -142,11 +143,25 @@ class UtcTime(_Checked[datetime]):
         return aware.astimezone(UTC)
 
 
-class Metric(TypeDecorator[float]):
+class Name(_Checked[str]):
+    """A text that people give a version; SQLite would keep bytes in its place."""
+
+    cache_ok = True
+    belongs = "a name"
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
+        """Return the text."""
+        if value is not None and not isinstance(value, str):
+            raise TypeError("not text")
+        return value
+
+
+class Metric(_Checked[float]):
     """A float whose NaN is NULL in the database."""
 
     impl = Float(53)
     cache_ok = True
+    belongs = "a number"
 
     def process_bind_param(self, value: float | None, dialect: Dialect) -> float | None:
         """Return None for a NaN."""

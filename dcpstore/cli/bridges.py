@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -23,8 +24,21 @@ _PICKLE = click.option(
 )
 
 
+class _Path(click.Path):
+    """A path that is not empty, as that of a variable of the shell which is not set would be."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        if not value:
+            self.fail("the path is empty.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @click.command("import")
-@click.argument("source", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("source", nargs=-1, required=True, type=_Path())
 @click.option("--branch", metavar="NAME", default="main", show_default=True, help="Save it there.")
 @click.option("--tag", "tags", metavar="NAME", multiple=True, help="Tag it; may be repeated.")
 @click.option("--step", type=int, help="Its step in the training run.")
@@ -69,7 +83,7 @@ def import_(
 
 @click.command()
 @click.argument("ref")
-@click.argument("dest", type=click.Path(path_type=Path))
+@click.argument("dest", type=_Path())
 @click.option(
     "--format",
     "form",
@@ -109,7 +123,8 @@ def export(
             "dcp": partial(convert.export_dcp, allow_pickle=allow_pickle),
             "torch": partial(convert.export_torch, allow_pickle=allow_pickle),
             "safetensors": partial(
-                convert.export_safetensors, max_shard_size=max_shard_size or "5GB"
+                convert.export_safetensors,
+                max_shard_size="5GB" if max_shard_size is None else max_shard_size,
             ),
             "zarr": convert.export_zarr,
         }

@@ -86,7 +86,7 @@ class _Commands(click.Group):
     metavar="PATH_OR_URL",
     envvar="DCPSTORE_REPO",
     show_envvar=True,
-    help="The repository; every command takes it too.",
+    help="The repository; every command that opens one takes it too.",
 )
 @click.version_option(package_name="dcpstore", message="dcpstore %(version)s")
 def commands(repo: str | None) -> None:

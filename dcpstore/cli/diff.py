@@ -68,6 +68,10 @@ def diff(
     if len(refs) > 2 or (not refs and along is None):
         raise click.UsageError("name the versions A and B to compare, or --along a branch.")
     stats = stats or plot is not None
+    if plot is not None:
+        from dcpstore.history.plots import check_plot  # noqa: PLC0415 (few draw)
+
+        check_plot(plot)
     with session.open() as repo:
         if along is None:
             diffs = [repo.diff(refs[0], refs[1] if len(refs) > 1 else None, stats=stats)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 
 import click
@@ -81,7 +82,7 @@ def _best(text: str) -> Best:
     else:
         *name, count = text.rsplit(":", 1)
         mode = "min"
-    if not name or not count.isdecimal():
+    if not name or not re.fullmatch("[0-9]{1,18}", count):
         raise click.BadParameter(
             f"{text!r} is not METRIC:N or METRIC:N:max.", param_hint="--keep-best"
         )

@@ -82,7 +82,7 @@ def log(
                 steps=(None, None) if steps is None else _steps(steps),
                 since=None if since is None else _time(since, "--since"),
                 until=None if until is None else _time(until, "--until"),
-                labels=dict(map(_label, label)),
+                labels=_labels(label),
                 tag=tag,
                 branch=branch,
             )
@@ -115,11 +115,15 @@ def _time(text: str, option: str) -> datetime:
         ) from error
 
 
-def _label(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise click.BadParameter(f"{text!r} is not NAME=TEXT.", param_hint="'--label'")
-    return name, value
+def _labels(texts: Sequence[str]) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{text!r} is not NAME=TEXT.", param_hint="'--label'")
+        if labels.setdefault(name, value) != value:
+            raise click.BadParameter(f"{name!r} cannot be two texts.", param_hint="'--label'")
+    return labels
 
 
 def _graph_row(line: tuple[str, Version | LogLine | None]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import UTC, datetime
 
@@ -81,7 +82,9 @@ def counted(count: int, noun: str) -> str:
 
 def human_time(time: datetime, *, zone: bool = False) -> str:
     """Return a time as the clock on the wall here shows it."""
-    return time.astimezone().strftime("%Y-%m-%d %H:%M:%S %z" if zone else "%Y-%m-%d %H:%M")
+    with suppress(OverflowError):  # at the ends of the calendar a zone may lead out of it
+        time = time.astimezone()
+    return time.strftime("%Y-%m-%d %H:%M:%S %z" if zone else "%Y-%m-%d %H:%M")
 
 
 def note(text: str) -> None:

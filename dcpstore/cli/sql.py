@@ -39,7 +39,10 @@ def sql(session: Session, query: str, params: tuple[str, ...], as_csv: bool) -> 
     """
     if as_csv and session.json:
         raise click.UsageError("--csv and --json are two formats; choose one.")
-    values = dict(map(_param, params))
+    pairs = [_param(text) for text in params]
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise click.BadParameter("a name is given twice.", param_hint="'-p'")
     with session.open() as repo:
         text = _utf8(sys.stdin.read() if query == "-" else query)
         columns, rows = repo.catalog.table(text, values)

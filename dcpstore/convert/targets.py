@@ -6,6 +6,7 @@ existing target is never touched (invariant of every export).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -39,7 +40,8 @@ def new_file(target: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise _refused(target, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong before is what to tell
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

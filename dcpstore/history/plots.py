@@ -15,7 +15,7 @@ from typing import Any
 from dcpstore.errors import InvalidInputError
 from dcpstore.history.diff import Diff
 
-__all__ = ["plot_along", "plot_diff"]
+__all__ = ["check_plot", "plot_along", "plot_diff"]
 
 _SUFFIXES = (".png", ".svg")
 _LABEL_INCHES, _ROW_INCHES, _COLUMN_INCHES = 4.0, 0.22, 0.4
@@ -28,7 +28,7 @@ def plot_diff(diff: Diff, path: str | os.PathLike[str], *, depth: int | None) ->
     Raises:
         InvalidInputError: no .png or .svg, nothing to draw, or matplotlib is missing.
     """
-    target = _checked(path)
+    target = check_plot(path)
     changes = _relative(diff, depth)
     if not changes:
         raise InvalidInputError(
@@ -51,7 +51,7 @@ def plot_along(diffs: Sequence[Diff], path: str | os.PathLike[str], *, depth: in
     Raises:
         InvalidInputError: no .png or .svg, nothing to draw, or matplotlib is missing.
     """
-    target = _checked(path)
+    target = check_plot(path)
     changes = [_relative(diff, depth) for diff in diffs]
     names = sorted({name for change in changes for name in change})
     if not names:
@@ -67,10 +67,17 @@ def plot_along(diffs: Sequence[Diff], path: str | os.PathLike[str], *, depth: in
     figure.savefig(target)
 
 
-def _checked(path: str | os.PathLike[str]) -> Path:
+def check_plot(path: str | os.PathLike[str]) -> Path:
+    """Return where to draw, before what is to be drawn is measured.
+
+    Raises:
+        InvalidInputError: no .png or .svg, or its folder is missing.
+    """
     target = Path(path)
     if target.suffix.lower() not in _SUFFIXES:
         raise InvalidInputError(f"cannot draw to {str(target)!r}; name a file .png or .svg.")
+    if not target.parent.is_dir():
+        raise InvalidInputError(f"cannot draw to {str(target)!r}: make its folder first.")
     return target
 
 

@@ -17,7 +17,7 @@ from dcpstore.catalog import Catalog
 from dcpstore.catalog.lifecycle import FORMAT_VERSION
 from dcpstore.errors import CorruptionError, InvalidInputError, NotFoundError
 from dcpstore.journal import write_journal
-from dcpstore.places import absolute_data, locate
+from dcpstore.places import absolute_data, check_path, locate
 from dcpstore.records import ChunkDefaults, RepositoryRecord, VersionContent
 from dcpstore.storage.folder import LocalFolder
 from dcpstore.storage.interface import Storage
@@ -63,7 +63,7 @@ def rebuild(data: str | os.PathLike[str], into: str | os.PathLike[str]) -> Rebui
         AlreadyExistsError: the catalog is there already, or the database is not empty.
     """
     url, folder = locate(os.fspath(into))
-    data_url = absolute_data(os.fspath(data))
+    data_url = absolute_data(check_path(data, what="the data folder"))
     storage = open_storage(data_url)
     problems: list[str] = []
     operations, lost = _read_journal(storage, problems)

@@ -88,6 +88,7 @@ def test_what_names_no_catalog_plainly_is_left_to_who_can_tell(
         "UPDATE repository SET data_url = 'elsewhere'",
         "UPDATE repository SET data_url = 's3://bucket/elsewhere'",
         "UPDATE repository SET data_url = x'00'",
+        "UPDATE repository SET data_url = ''",
         "ALTER TABLE ref RENAME TO refs",
         *(
             f"UPDATE version SET {column} = x'ff' WHERE number = 4"

@@ -122,6 +122,42 @@ def test_a_damaged_catalog(run: Run, target: str, tmp_path: Path) -> None:
     assert "is damaged" in result.stderr
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(
+    "change",
+    ["UPDATE metric SET value = 'abc'", "UPDATE ref SET name = x'00ff' WHERE kind = 'tag'"],
+)
+def test_a_damaged_name_or_number_is_damage(run: Run, target: str, change: str) -> None:
+    ask_database(target, change)
+    for args in (("log", "--json"), ("show", "v2"), ("verify",), ("ls", "v2")):
+        result = run(*args, repo=target)
+        assert (result.exit_code, "is damaged" in result.output) == (3, True), (args, result.output)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("init", "new", "--data", ""),
+        ("import", ""),
+        ("export", "v1", "", "--format", "torch"),
+        ("rebuild", "", "--into", "new"),
+        ("export", "v1", "new", "--format", "safetensors", "--max-shard-size", ""),
+        ("sql", "SELECT :a", "-p", "a=1", "-p", "a=2"),
+        ("expire", "--keep-best", f"val_loss:{'9' * 5000}"),
+        ("expire", "--keep-best", "val_loss:\uff19"),
+        ("diff", "v1", "v2", "--plot", "missing/x.png"),
+    ],
+)
+def test_what_an_unset_variable_or_a_slip_leaves_is_refused(
+    run: Run, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    result = run(*args, repo=target)
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    assert [*(tmp_path / "empty").iterdir()] == []
+
+
 def test_a_missing_data_folder(run: Run, target: str, tmp_path: Path) -> None:
     (tmp_path / "data").rename(tmp_path / "moved")
     result = run("log", repo=target)

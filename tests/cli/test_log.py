@@ -93,6 +93,26 @@ def test_not_a_number_is_null_in_json(run: Run, catalog: Catalog, target: str) -
     assert json.loads(run("show", "--json", repo=target).stdout)["metrics"] == {"loss": None}
 
 
+def test_a_label_cannot_be_two_texts(run: Run, target: str) -> None:
+    twice = run("log", "--label", "lr=1", "--label", "lr=2", repo=target)
+    assert (twice.exit_code, "cannot be two texts" in twice.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("at", ["0001-01-01 00:00:00.000000", "9999-12-31 23:59:59.000000"])
+@pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/New_York"])
+def test_times_at_the_ends_of_the_calendar_are_shown(
+    target: str, monkeypatch: pytest.MonkeyPatch, at: str, zone: str
+) -> None:
+    ask_database(target, f"UPDATE version SET created_at = '{at}' WHERE number = 2")
+    monkeypatch.setenv("TZ", zone)
+    result = run_process("log", repo=target)
+    assert (result.returncode, result.stdout.count("-01-01 ") + result.stdout.count("-12-31 ")) == (
+        0,
+        1,
+    )
+
+
 @pytest.mark.parametrize("option", ["--branch", "--tag", "--since", "--until", "--steps"])
 def test_an_empty_filter_is_no_filter(run: Run, target: str, option: str) -> None:
     for flags in ([], ["--json"]):
