@@ -355,7 +355,11 @@ class LoadReport:
 
 
 class Row(tuple[Any, ...]):
-    """One row of a query: values by position, by column name, or as an attribute."""
+    """One row of a query: values by position, by column name, or as an attribute.
+
+    A column that is named as a method of a row is (`count`, `index`, `keys`, `items`) is to be had
+    by name: `row["count"]`.
+    """
 
     columns: tuple[str, ...]
 

@@ -171,7 +171,8 @@ class Repository(Recorded, Upkept):
     def sql(self, query: str, /, **params: object) -> list[Row]:
         """Return the named rows of a query, on a connection that cannot write.
 
-        `:name` in the query stands for `params["name"]`. The views are `history`, `entries`,
+        `:name` in the query stands for `params["name"]`; a time without zone is in UTC, as those of
+        the views are. The views are `history`, `entries`,
         `storage`, `operations` and `metrics`.
 
         Raises:
