@@ -11,9 +11,38 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qs, urlsplit
 
-__all__ = ["Proxy", "proxied"]
+__all__ = ["Messages", "Proxy", "proxied"]
 
 _COMMIT = b"COMMIT\x00"
+_PROTOCOL = 3  # the major version, by which a client's greeting is told from what may precede it
+
+
+class Messages:
+    """Counts the messages in what one client sends, as Postgres's protocol frames them."""
+
+    def __init__(self) -> None:
+        self._is_greeting = True  # which has no byte that tells its kind
+        self._head = b""
+        self._left = 0  # bytes of the message that has begun
+
+    def count(self, data: bytes) -> int:
+        """Return how many messages' heads end in these bytes."""
+        found = 0
+        while data:
+            passed = min(self._left, len(data))
+            self._left, data = self._left - passed, data[passed:]
+            wanted = (8 if self._is_greeting else 5) - len(self._head)
+            self._head, data = self._head + data[:wanted], data[wanted:]
+            if len(self._head) < (8 if self._is_greeting else 5):
+                break
+            found += 1
+            if self._is_greeting:
+                self._left = int.from_bytes(self._head[:4]) - 8
+                self._is_greeting = int.from_bytes(self._head[4:6]) != _PROTOCOL
+            else:
+                self._left = int.from_bytes(self._head[1:]) - 4
+            self._head = b""
+        return found
 
 
 class Proxy:
@@ -22,7 +51,7 @@ class Proxy:
     Attributes:
         url: by which clients come through it.
         commits: how many have been asked for.
-        requests: how many packets clients have sent.
+        requests: how many messages clients have sent; how they lie in packets is up to the weather.
         connections: how many clients have come.
         lose: at the commit of this number, counted from 1, the connection breaks.
         counts: whether that is a number of commits or of requests.
@@ -72,6 +101,7 @@ class Proxy:
 
     def _serve(self, client: socket.socket) -> None:
         server = socket.socket(socket.AF_UNIX)
+        messages = Messages()
         is_answered = threading.Event()  # what comes next answers the commit that is lost
         is_lost = threading.Event()
 
@@ -101,7 +131,7 @@ class Proxy:
             answers.start()
             try:
                 while data := client.recv(1 << 16):
-                    if self._is_lost(data):
+                    if self._is_lost(data, messages.count(data)):
                         if self.what == "answer":
                             is_answered.set()
                         elif self.what == "request":
@@ -118,13 +148,16 @@ class Proxy:
             _hang_up(server)
             answers.join(10)
 
-    def _is_lost(self, data: bytes) -> bool:
-        """Count a packet of a client; tell whether it is the one to lose."""
+    def _is_lost(self, data: bytes, messages: int) -> bool:
+        """Count what a client sent in one packet; tell whether the one to lose is there."""
         is_commit = _COMMIT in data
-        self.requests += 1
+        self.requests += messages
         self.commits += is_commit
-        counted = is_commit or self.counts == "requests"
-        return counted and getattr(self, self.counts) == self.lose
+        if self.lose is None:
+            return False
+        if self.counts == "commits":
+            return is_commit and self.commits == self.lose
+        return self.requests - messages < self.lose <= self.requests
 
 
 def _nothing() -> None:

@@ -57,7 +57,7 @@ class Connections:
         commits, requests = carry_out(_count, self._operation, site)
         self._mould.discard(site)
         # Neighbours among the requests are alike: inside one transaction, mostly.
-        points = [Loss(i + 1, "requests", "request") for i in range(0, requests, 4)]
+        points = [Loss(i + 1, "requests", "request") for i in range(0, requests, 10)]
         points += [Loss(i + 1, "commits", "request") for i in range(commits)]
         points += [Loss(i + 1, "commits", "answer") for i in range(commits)]
         return self._ground.pick(points, SHORT.get(self._operation.name, 1))

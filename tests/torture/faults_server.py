@@ -83,7 +83,7 @@ class Servers:
         commits, requests = count(self._operation, self._mould)
         turns = itertools.cycle(itertools.product(WHATS, HOWS))
         # Neighbours among the requests are alike: inside one transaction, mostly.
-        points = [Blow(1 + 10 * i, "requests", *next(turns)) for i in range(requests // 10)]
+        points = [Blow(1 + 25 * i, "requests", *next(turns)) for i in range(requests // 25)]
         points += [
             Blow(number, "commits", *next(turns))
             for number in range(1, commits + 1)

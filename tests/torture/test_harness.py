@@ -2,11 +2,13 @@
 
 import os
 import signal
+import struct
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.proxy import Messages
 from tests.torture.children import start
 from tests.torture.kills import Kills
 from tests.torture.kinds import Outcome, Tally, Verdict, prepared, run
@@ -119,3 +121,13 @@ def test_what_is_synced_outlives_a_loss_of_power(tmp_path: Path, survives: bool)
     assert disk.is_synced
     disk.lose_power(lambda: survives)
     assert file.read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("cut", [1, 3, 7, 100])
+def test_requests_are_counted_however_they_lie_in_packets(cut: int) -> None:
+    asks_for_encryption = struct.pack("!ii", 8, 80877104)
+    greeting = struct.pack("!ihh", 8 + 10, 3, 0) + b"user\0postg"
+    messages = [b"Q" + struct.pack("!i", 4 + n) + b"x" * n for n in (0, 1, 5, 70)]
+    data = b"".join([asks_for_encryption, greeting, *messages])
+    counter = Messages()
+    assert sum(counter.count(data[i : i + cut]) for i in range(0, len(data), cut)) == 6
