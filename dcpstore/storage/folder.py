@@ -221,7 +221,9 @@ def _explain(action: str, path: Path, error: OSError) -> DcpstoreError:
         step = "give this user leave to write there, or choose another folder"
     elif error.errno in (errno.ENOSPC, errno.EDQUOT):
         step = "free space, with 'dcpstore expire' and 'dcpstore gc' for example, and save again"
-    elif isinstance(error, FileNotFoundError | FileExistsError | NotADirectoryError):
+    elif action == _MAKE and isinstance(
+        error, FileNotFoundError | FileExistsError | NotADirectoryError
+    ):
         step = "no folder can be made there: choose another path"
     else:
         step = "mend the filesystem, then try again"
