@@ -122,22 +122,24 @@ def save(
         ConflictError: the branch moved meanwhile.
         RankFailure: some ranks failed, with each one's error; the repository shows nothing.
     """
-    if storage_writer is not None:
-        check_unused(
-            "storage_writer",
-            repo=repo is not None,
-            branch=branch != "main",
-            step=step is not None,
-            tags=bool(tags),
-            message=bool(message),
-            metrics=bool(metrics),
-            labels=bool(labels),
-            author=bool(author),
-            parent=parent is not None,
-            expect_tip=expect_tip is not None,
-            retention=retention is not None,
-            allow_pickle=allow_pickle,
+
+    def asked() -> SaveRequest:
+        return make_request(
+            branch=branch,
+            step=step,
+            message=message,
+            tags=tags,
+            metrics=metrics,
+            labels=labels,
+            author=author,
+            parent=parent,
+            expect_tip=expect_tip,
+            retention=retention,
         )
+
+    if storage_writer is not None:
+        given = asked().named
+        check_unused("storage_writer", *given, repo=repo is not None, allow_pickle=allow_pickle)
         described: Metadata = torch_save(
             state_dict,
             checkpoint_id=checkpoint_id,
@@ -152,18 +154,7 @@ def save(
 
     def request() -> SaveRequest:
         raise_unseen()
-        return make_request(
-            branch=branch,
-            step=step,
-            message=message,
-            tags=tags,
-            metrics=metrics,
-            labels=labels,
-            author=author,
-            parent=parent,
-            expect_tip=expect_tip,
-            retention=retention,
-        )
+        return asked()
 
     with ExitStack() as stack:
         return save_version(
@@ -353,13 +344,13 @@ def where_given(
     return absolute_target(named)  # an asynchronous save opens it later, perhaps from elsewhere
 
 
-def check_unused(storage: str, /, **given: bool) -> None:
+def check_unused(storage: str, /, *named: str, **given: bool) -> None:
     """Check that a call on another storage has no argument that only a repository can honour.
 
     Raises:
-        InvalidInputError: some are `given`, naming them.
+        InvalidInputError: some are `named`, or are `given`.
     """
-    names = [name for name, is_given in given.items() if is_given]
+    names = [*named, *(name for name, is_given in given.items() if is_given)]
     if names:
         raise InvalidInputError(
             f"{', '.join(names)}: for a repository only, and {storage} names another storage; "

@@ -26,7 +26,7 @@ from dcpstore.planning import DefaultSavePlanner
 from dcpstore.records import Version
 from dcpstore.repository import Repository
 from dcpstore.retention import Retention
-from dcpstore.saving import make_request, save_version
+from dcpstore.saving import SaveRequest, make_request, save_version
 
 __all__ = ["async_save"]
 
@@ -122,20 +122,26 @@ def async_save(
         ConflictError: a save still runs and `if_busy` is "refuse".
         DcpstoreError: a failure of the save before that nobody has heard of.
     """
+
+    def asked() -> SaveRequest:
+        return make_request(
+            branch=branch,
+            step=step,
+            message=message,
+            tags=tags,
+            metrics=metrics,
+            labels=labels,
+            author=author,
+            parent=parent,
+            expect_tip=expect_tip,
+            retention=retention,
+        )
+
     if storage_writer is not None:
         check_unused(
             "storage_writer",
+            *asked().named,
             repo=repo is not None,
-            branch=branch != "main",
-            step=step is not None,
-            tags=bool(tags),
-            message=bool(message),
-            metrics=bool(metrics),
-            labels=bool(labels),
-            author=bool(author),
-            parent=parent is not None,
-            expect_tip=expect_tip is not None,
-            retention=retention is not None,
             allow_pickle=allow_pickle,
             if_busy=if_busy != "wait",
             staging_limit=staging_limit is not None,
@@ -155,18 +161,7 @@ def async_save(
 
     def prepare() -> Background:
         where = where_given(repo, checkpoint_id)
-        request = make_request(  # now: a metric may be a tensor, which training changes
-            branch=branch,
-            step=step,
-            message=message,
-            tags=tags,
-            metrics=metrics,
-            labels=labels,
-            author=author,
-            parent=parent,
-            expect_tip=expect_tip,
-            retention=retention,
-        )
+        request = asked()  # now: a metric may be a tensor, which training changes
 
         def save_staged(staged: dict[str, Any], ranks: Collectives) -> Version:
             with ExitStack() as stack:

@@ -15,20 +15,19 @@ from dcpstore.storage.urls import check_data_url
 __all__ = ["absolute_data", "absolute_target", "check_path", "locate"]
 
 
-def locate(target: str) -> tuple[str, Path | None]:
+def locate(target: str | os.PathLike[str]) -> tuple[str, Path | None]:
     """Return the database URL, and the folder of a repository that is named by its folder.
 
     The URL of a file of SQLite is made absolute: the process may change its folder.
 
     Raises:
-        InvalidInputError: the target is empty, a file, or a URL that cannot be meant.
+        InvalidInputError: the target is no path, a file, or a URL that cannot be meant.
     """
+    target = check_path(target, what="the repository")
     if "://" in target:
         url = parse_url(target)
         is_file = url.get_backend_name() == "sqlite"
         return (sqlite_url(Path(url.database or "").absolute()) if is_file else target), None
-    if not target:
-        raise InvalidInputError("the repository's path is empty; pass a folder or a database URL.")
     folder = Path(target).absolute()
     if os.path.isfile(folder):  # who may not even ask is told so when the catalog is looked for
         raise InvalidInputError(
@@ -43,7 +42,7 @@ def absolute_target(target: str | os.PathLike[str]) -> str:
     Raises:
         InvalidInputError: as `locate`.
     """
-    url, folder = locate(check_path(target, what="the repository"))
+    url, folder = locate(target)
     return url if folder is None else str(folder)
 
 

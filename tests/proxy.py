@@ -31,9 +31,10 @@ class Messages:
         while data:
             passed = min(self._left, len(data))
             self._left, data = self._left - passed, data[passed:]
-            wanted = (8 if self._is_greeting else 5) - len(self._head)
+            size = 8 if self._is_greeting else 5
+            wanted = size - len(self._head)
             self._head, data = self._head + data[:wanted], data[wanted:]
-            if len(self._head) < (8 if self._is_greeting else 5):
+            if len(self._head) < size:
                 break
             found += 1
             if self._is_greeting:

@@ -23,7 +23,7 @@ from dcpstore.catalog.views import query_of
 __all__ = ["LogLine", "glance_at_log"]
 
 _URL = re.compile(r"sqlite:///([^?#%]+)")  # in which no character stands for another
-_TABLES = "('alembic_version', 'repository', 'version', 'entry', 'ref')"
+_TABLES = ("alembic_version", "repository", "version", "entry", "ref")
 _KINDS = (int, int | None, str, int | None, str, str, str, int)
 _BUSY_SECONDS = 1.0
 
@@ -74,7 +74,7 @@ def _lines(connection: sqlite3.Connection, folder: Path, limit: int) -> list[Log
     connection.execute("PRAGMA query_only = ON")
     connection.execute("BEGIN")
     tables = f"SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name IN {_TABLES}"
-    if connection.execute(tables).fetchone() != (_TABLES.count(",") + 1,):
+    if connection.execute(tables).fetchone() != (len(_TABLES),):
         return None
     at = connection.execute("SELECT version_num FROM alembic_version").fetchall()
     if at != [(revisions.HEAD,)]:

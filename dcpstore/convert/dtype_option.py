@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dcpstore.encoding.dtypes import PACKED
 from dcpstore.errors import InvalidInputError
 
 __all__ = ["converted", "wanted_dtype"]
@@ -23,7 +24,6 @@ _NAMES = {
     "float8_e4m3fn": torch.float8_e4m3fn,
     "float8_e5m2": torch.float8_e5m2,
 }
-_PACKED = torch.float4_e2m1fn_x2  # two numbers in an element: no conversion keeps the shape
 
 
 def wanted_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -43,6 +43,6 @@ def wanted_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def converted(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     """Return what a tensor of `dtype` becomes: only floating ones are converted."""
-    if wanted is None or not dtype.is_floating_point or dtype == _PACKED:
-        return dtype
+    if wanted is None or not dtype.is_floating_point or dtype == PACKED:
+        return dtype  # of two numbers in an element no conversion keeps the shape
     return wanted

@@ -13,7 +13,15 @@ from torch.nn.parameter import is_lazy
 
 from dcpstore.errors import InvalidInputError
 
-__all__ = ["MOST_DIMS", "as_bytes", "check_plain", "dtype_name", "numpy_dtype", "torch_dtype"]
+__all__ = [
+    "MOST_DIMS",
+    "PACKED",
+    "as_bytes",
+    "check_plain",
+    "dtype_name",
+    "numpy_dtype",
+    "torch_dtype",
+]
 
 MOST_DIMS = 64  # numpy's limit
 
@@ -33,7 +41,7 @@ _NATIVE = [
     "complex64",
     "complex128",
 ]
-# An element of float4_e2m1fn_x2 is a byte that holds two numbers; torch's shapes count bytes too.
+PACKED = torch.float4_e2m1fn_x2  # an element is a byte of two numbers; torch's shapes count bytes
 _REINTERPRETED = [
     "bfloat16",
     "complex32",

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from dcpstore.catalog import Catalog
+from dcpstore.encoding.dtypes import PACKED, torch_dtype
 from dcpstore.geometry.boxes import Box
 from dcpstore.history.comparing import compare
 from dcpstore.history.diff import Diff, EntryDiff, same_grids
@@ -35,9 +36,6 @@ __all__ = ["with_stats"]
 Array = npt.NDArray[np.generic]
 Place = tuple[int, int]  # part and ordinal of a chunk
 _KEPT = 4  # old chunks that one thread keeps at hand where the grids differ
-
-
-_PACKED = "float4_e2m1fn_x2"  # an element is two numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +77,8 @@ def _is_measured(entry: EntryDiff) -> bool:
         return False
     if not old.kind == new.kind == "tensor" or _tensor(old).shape != _tensor(new).shape:
         return False
-    dtypes = {_tensor(old).dtype, _tensor(new).dtype}
-    return len(dtypes) == 1 or _PACKED not in dtypes
+    dtypes = {torch_dtype(_tensor(entry).dtype) for entry in (old, new)}
+    return len(dtypes) == 1 or PACKED not in dtypes
 
 
 def _tensor(entry: EntryRecord | None) -> TensorRecord:

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
+from dcpstore.encoding.dtypes import PACKED
 from dcpstore.errors import InvalidInputError, MismatchError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
 from dcpstore.planning.load_options import LoadOptions
@@ -30,7 +31,6 @@ from dcpstore.planning.targets import target_fault
 __all__ = ["DefaultLoadPlanner"]
 
 _NO_OFFSET = torch.Size((0,))
-_PACKED = torch.float4_e2m1fn_x2  # an element is two numbers, and so converts to none
 _NO_KEY = object()  # None is a key like any other
 
 
@@ -140,7 +140,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         differs = f"{fqn!r} has dtype {dtype} in the version, and {wanted.dtype} in the state"
         if self.options.on_dtype == "error":
             return differs
-        if _PACKED in {dtype, wanted.dtype}:
+        if PACKED in {dtype, wanted.dtype}:
             return f"{differs}, which cannot be converted"
         self.cast.append(fqn)
         return None

@@ -10,7 +10,7 @@ import operator
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from typing import SupportsFloat
 
@@ -74,6 +74,16 @@ class SaveRequest:
     parent: str | int | None = None
     expect_tip: str | int | None = None
     retention: Retention | None = None
+
+    @property
+    def named(self) -> list[str]:
+        """The names of the arguments in which this differs from a request that asks for nothing."""
+        plain = SaveRequest()
+        return [
+            field.name
+            for field in fields(self)
+            if getattr(self, field.name) != getattr(plain, field.name)
+        ]
 
 
 def make_request(

@@ -62,7 +62,7 @@ def rebuild(data: str | os.PathLike[str], into: str | os.PathLike[str]) -> Rebui
         NotFoundError: there is no data folder, or it has no journal.
         AlreadyExistsError: the catalog is there already, or the database is not empty.
     """
-    url, folder = locate(os.fspath(into))
+    url, folder = locate(into)
     data_url = absolute_data(check_path(data, what="the data folder"))
     storage = open_storage(data_url)
     problems: list[str] = []

@@ -85,7 +85,7 @@ def test_the_repository_is_named_in_three_ways(run: Run, target: str) -> None:
     assert run("--repo", target, "tag", "--repo", "/no/repository").exit_code == 10
 
 
-@pytest.mark.parametrize("command", ["log", "show", "init"])
+@pytest.mark.parametrize("command", ["log", "show", "init", "db-upgrade"])
 def test_a_path_that_is_no_text_is_a_message(command: str, tmp_path: Path) -> None:
     path = os.path.join(tmp_path, os.fsdecode(b"\x80"))
     args = ["init", path] if command == "init" else ["--repo", path, command]

@@ -1,4 +1,4 @@
-"""What bad input gets: the same error of ours on every rank, and an unchanged repository."""
+"""What bad input gets: an error of ours that names it, and an unchanged repository."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.masked import masked_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -28,31 +26,11 @@ from dcpstore import (
     InvalidInputError,
     MismatchError,
     NotFoundError,
-    RankFailure,
     Repository,
     UnsafeDataError,
 )
-from tests.ranks import RankPool, mesh
+from tests.saving.conftest import Opaque, W, unchanged
 from tests.soundness import Place, assert_sound
-
-
-class Opaque:
-    """Neither tensor nor value."""
-
-
-@pytest.fixture
-def kept(repo: Repository) -> Repository:
-    """A repository with one version, which must be all that it holds at the end."""
-    dcpstore.save({"w": torch.ones(3), "lr": 0.1}, repo, tags=["best"])
-    return repo
-
-
-def unchanged(repo: Repository) -> None:
-    assert [v.number for v in repo.log()] == [1]
-    assert [(r.name, r.kind) for r in repo.catalog.refs()] == [("best", "tag"), ("main", "branch")]
-
-
-W = {"w": torch.ones(3)}
 
 
 def freed() -> torch.Tensor:
@@ -265,156 +243,3 @@ def test_a_value_that_cannot_be_kept_is_named(kept: Repository, subtests: pytest
                 with pytest.raises(InvalidInputError, match=rf"^'deep\.o': .*{said}"):
                     save(state, kept, allow_pickle=True)
                 unchanged(kept)
-
-
-def caught(call: Callable[[], Any]) -> tuple[str, str, dict[int, str]]:
-    """Return the class and text of what a call raises, and the classes of its ranks' failures."""
-    try:
-        call()
-    except DcpstoreError as error:
-        failures = getattr(error, "failures", {})
-        kinds = {rank: type(failure).__name__ for rank, failure in failures.items()}
-        return type(error).__name__, str(error), kinds
-    return "nothing", "", {}
-
-
-def sharded(rows: int) -> DTensor:
-    return DTensor.from_local(torch.ones(rows, 3), mesh((2,)), [Shard(0)], run_check=False)
-
-
-def partial() -> DTensor:
-    return DTensor.from_local(torch.ones(3), mesh((2,)), [Partial()], run_check=False)
-
-
-# What two ranks do together, of which the second (`odd`) does something else.
-WRONG: dict[str, Callable[[Repository, bool], Any]] = {
-    "branch": lambda r, odd: dcpstore.save(W, r, branch="b" if odd else "main"),
-    "tags": lambda r, odd: dcpstore.save(W, r, tags=["t"] if odd else []),
-    "parent": lambda r, odd: dcpstore.save(W, r, parent=1 if odd else None),
-    "shape": lambda r, odd: dcpstore.save({"w": torch.ones(4 if odd else 3)}, r),
-    "dtype": lambda r, odd: dcpstore.save({"w": W["w"].int() if odd else W["w"]}, r),
-    "kind": lambda r, odd: dcpstore.save({"w": 3 if odd else W["w"]}, r),
-    "shards": lambda r, odd: dcpstore.save({"w": sharded(2) if odd else torch.ones(4, 3)}, r),
-    "half": lambda r, odd: dcpstore.save({} if odd else {"w": sharded(2)}, r),
-    "partial": lambda r, odd: dcpstore.save({"w": partial()}, r),
-    "no member": lambda r, odd: dcpstore.save(
-        W, r, process_group=dist.GroupMember.NON_GROUP_MEMBER
-    ),
-    "meta": lambda r, odd: dcpstore.save({"w": W["w"].to("meta") if odd else W["w"]}, r),
-    "object": lambda r, odd: dcpstore.save({f"o{odd}": Opaque() if odd else 1}, r),
-    "ref": lambda r, odd: dcpstore.load(dict(W), r, "main" if odd else "best"),
-    "no ref": lambda r, odd: dcpstore.load(dict(W), r, "bets"),
-    "missing": lambda r, odd: dcpstore.load({"v" if odd else "u": torch.ones(3)}, r),
-    "repository": lambda r, odd: dcpstore.save(W, f"{r.storage.url}-other" if odd else r),
-    "no repository": lambda r, odd: dcpstore.load(dict(W), f"{r.storage.url}-none"),
-}
-
-
-def do_wrong(rank: int, place: Place, what: str) -> tuple[str, str, dict[int, str]]:
-    with place.open() as repo:
-        return caught(lambda: WRONG[what](repo, rank == 1))
-
-
-HEARD = {
-    "branch": ("InvalidInputError", "disagree about branch"),
-    "tags": ("InvalidInputError", "disagree about tags"),
-    "parent": ("InvalidInputError", "disagree about parent"),
-    "shape": ("InvalidInputError", r"'w' is float32 (3,) on rank 0, float32 (4,) on rank 1"),
-    "dtype": ("InvalidInputError", r"'w' is float32 (3,) on rank 0, int32 (3,) on rank 1"),
-    "kind": ("InvalidInputError", r"'w' is float32 (3,) on rank 0, a value on rank 1"),
-    "shards": ("InvalidInputError", "overlaps"),
-    "half": ("InvalidInputError", "rank 0 hold 6 of 12 elements"),
-    "partial": ("InvalidInputError", "redistribute"),
-    "no member": ("InvalidInputError", "is no member of the process group"),
-    "meta": ("RankFailure", "'w': a tensor on the meta device has no data"),
-    "object": ("RankFailure", "Opaque"),
-    "ref": ("InvalidInputError", "pass the same ref"),
-    "no ref": ("NotFoundError", "'best'"),
-    "missing": ("MismatchError", "'u' is not in the version"),
-    "repository": ("InvalidInputError", "pass the same repository"),
-    "no repository": ("NotFoundError", "data-none"),
-}
-
-
-def test_ranks_that_disagree_all_hear_the_same(
-    kept: Repository, place: Place, two_ranks: RankPool, subtests: pytest.Subtests
-) -> None:
-    assert HEARD.keys() == WRONG.keys()
-    for what, (kind, message) in HEARD.items():
-        with subtests.test(what=what):
-            first, second = two_ranks.run(do_wrong, place, what)
-            assert first == second
-            assert first[0] == kind, first
-            assert message in first[1]
-            if what == "object":
-                assert first[2] == {1: "UnsafeDataError"}
-            if what == "missing":
-                assert "'v' is not in the version" in first[1]
-            unchanged(kept)
-
-
-def save_in_any_order(rank: int, place: Place) -> tuple[tuple[str, ...], dict[str, float]]:
-    order = -1 if rank else 1
-    metrics, labels = {"x": float("nan"), "y": 2.0}, {"b": "1", "a": "2"}
-    with place.open() as repo:
-        version = dcpstore.save(
-            W,
-            repo,
-            tags=["a", "b", "c"][::order],
-            metrics=dict([*metrics.items()][::order]),
-            labels=dict([*labels.items()][::order]),
-        )
-    return version.tags, dict(version.labels)
-
-
-def test_ranks_may_name_things_in_any_order(place: Place, two_ranks: RankPool) -> None:
-    place.open().close()
-    told = two_ranks.run(save_in_any_order, place)
-    assert told == [(("a", "b", "c"), {"b": "1", "a": "2"})] * 2
-
-
-def save_alone(rank: int, place: Place) -> tuple[str, str, dict[int, str]]:
-    """Save on each rank alone a tensor of which the second one holds nothing."""
-    whole = distribute_tensor(torch.ones(1, 4), mesh((2,)), [Shard(0)])
-    state = {"w": whole, "b": torch.ones(1)}
-    with place.open() as repo:
-        return caught(lambda: dcpstore.save(state, repo, branch=f"rank{rank}", no_dist=True))
-
-
-def test_a_rank_alone_must_hold_what_it_names(place: Place, two_ranks: RankPool) -> None:
-    place.open().close()
-    first, second = two_ranks.run(save_alone, place)
-    assert first[0] == "nothing"
-    assert second[0] == "InvalidInputError"
-    assert "'w' of shape (1, 4): rank 0 hold 0 of 4 elements" in second[1]
-
-
-def fail_in_write(rank: int, place: Place) -> tuple[str, str, dict[int, str]]:
-    """Let rank 1's tensor vanish between plan and write."""
-    with place.open() as repo:
-
-        class Late(dcpstore.DefaultSavePlanner):
-            def resolve_data(self, write_item: Any) -> Any:
-                if rank == 1:
-                    raise OSError("the device is lost")
-                return super().resolve_data(write_item)
-
-        state = {f"w{rank}": torch.ones(3)}
-        return caught(lambda: dcpstore.save(state, repo, planner=Late()))
-
-
-def test_one_rank_that_fails_makes_all_raise_and_shows_nothing(
-    kept: Repository, place: Place, two_ranks: RankPool
-) -> None:
-    first, second = two_ranks.run(fail_in_write, place)
-    assert first == second
-    assert first[0] == "RankFailure"
-    assert first[2] == {1: "OSError"}
-    unchanged(kept)
-    aborted = kept.catalog.query("SELECT status, error FROM version WHERE number IS NULL", {})
-    assert [(row.status, "device is lost" in row.error) for row in aborted] == [("aborted", True)]
-    assert dcpstore.save(W, kept).number == 2
-
-
-def test_rank_failure_is_one_of_ours() -> None:
-    assert issubclass(RankFailure, DcpstoreError)
