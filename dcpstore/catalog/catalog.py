@@ -203,8 +203,10 @@ class Catalog:
         """Return the saves that have begun and not ended, the oldest first."""
         return self._database.ask(running.list_running)
 
-    def find_chunks(self, digests: Collection[bytes], codec: str) -> dict[bytes, ChunkPlace]:
-        """Return where chunks with these digests lie in live packs, encoded with `codec`."""
+    def find_chunks(
+        self, digests: Collection[bytes], codec: str | None = None
+    ) -> dict[bytes, ChunkPlace]:
+        """Return where chunks with these digests lie in live packs, encoded with `codec` or any."""
         return self._database.ask(known.find_chunks, digests, codec)
 
     def find_tensors(self, digests: Collection[str]) -> dict[str, TensorRecord]:

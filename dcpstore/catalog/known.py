@@ -19,9 +19,9 @@ __all__ = ["find_chunks", "find_tensors", "known_tensors"]
 
 
 def find_chunks(
-    connection: Connection, digests: Collection[bytes], codec: str
+    connection: Connection, digests: Collection[bytes], codec: str | None
 ) -> dict[bytes, ChunkPlace]:
-    """Return where chunks of these digests lie, encoded with `codec`; one place each."""
+    """Return where chunks of these digests lie, encoded with `codec`, or any; one place each."""
     if not digests:
         return {}
     chunk, tensor, pack = schema.chunk, schema.tensor, schema.pack
@@ -30,6 +30,7 @@ def find_chunks(
     # the index, and never look at the others. Nested like this, neither database can turn it round
     # and begin with every tensor, or every pack; a subquery gives one value, hence the text.
     has_codec = select(tensor.c.codec).where(tensor.c.id == chunk.c.tensor).scalar_subquery()
+    serves = [] if codec is None else [has_codec == codec]
     status = (
         select(pack.c.status)
         .where(pack.c.id == chunk.c.pack, pack.c.damage.is_(None))
@@ -38,7 +39,7 @@ def find_chunks(
     key = select(pack.c.key).where(pack.c.id == chunk.c.pack).scalar_subquery()
     place = (
         select(cast(chunk.c.offset, Text) + ":" + cast(chunk.c.length, Text) + ":" + key)
-        .where(chunk.c.digest == wanted.c.digest, has_codec == codec, status == "live")
+        .where(chunk.c.digest == wanted.c.digest, status == "live", *serves)
         .order_by(chunk.c.tensor)
         .limit(1)
         .correlate(wanted)

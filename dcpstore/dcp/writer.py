@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ from dcpstore.planning.tables import GlobalTable, PlanTable
 from dcpstore.records import ChunkPlace, PackRecord, Version, VersionDraft
 from dcpstore.repository import Repository, opened
 from dcpstore.saving.assembly import Books
-from dcpstore.saving.chunking import Digested, RankData, RawChunk
+from dcpstore.saving.chunking import ChunkKey, Digested, RankData
 from dcpstore.saving.layouts import Layout, join_layouts, lay_out
 from dcpstore.saving.publishing import (
     SaveRequest,
@@ -48,13 +48,12 @@ from dcpstore.saving.publishing import (
     make_request,
     publish,
 )
-from dcpstore.saving.writing import write_chunks
+from dcpstore.saving.writing import ChunkWriter
 from dcpstore.uids import new_uid
 
 __all__ = ["RepositoryWriter"]
 
 _log = logging.getLogger(__name__)
-_DIGEST = 32  # bytes
 
 
 class _Layouts(NamedTuple):
@@ -73,7 +72,7 @@ class _Report:
     planned: PlanTable
     layouts: Mapping[str, Layout]
     digested: Digested
-    places: Mapping[tuple[str, bytes], ChunkPlace]
+    places: Mapping[ChunkKey, ChunkPlace]
     packs: Sequence[PackRecord]
     nbytes: int
 
@@ -212,11 +211,18 @@ class RepositoryWriter(StorageWriter):
                 "writer's prepare_global_plan put there."
             )
         layouts = plan.storage_data.by_fqn if plan.items else {}
+        threads = torch.get_num_threads()
         with (
             self._opened() as target,
             self._aborting(target),
             kept_lease(target.catalog, self.save_id) if self._is_pending else nullcontext(),
-            ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-save") as pool,
+            ThreadPoolExecutor(threads, "dcpstore-save") as pool,
+            ChunkWriter(
+                target.storage,
+                uid=new_uid() if self._rank else self.save_id,
+                rank=self._rank,
+                threads=threads,
+            ) as writer,
         ):
             data = RankData(
                 plan,
@@ -225,17 +231,16 @@ class RepositoryWriter(StorageWriter):
                 chunk=target.catalog.repository.chunk,
                 allow_pickle=self._allow_pickle,
             )
-            digested = data.digest(pool, lambda nbytes: None)
-            places, todo = _look_up(target.catalog, data.chunks, digested)
-            written = write_chunks(
-                [chunk for _, chunk in todo],
-                target.storage,
-                uid=new_uid() if self._rank else self.save_id,
-                rank=self._rank,
-                pool=pool,
-                advance=lambda nbytes: None,
-            )
-        places.update(zip((key for key, _ in todo), written.places, strict=True))
+            first = _first_places(data.digest_first(pool))
+            places = _look_up(target.catalog, first)
+            early = [key for key in first if key not in places]
+            writer.begin([data.chunks[first[key]] for key in early])
+            digested = data.digest(pool)
+            rest = {k: i for k, i in _first_places(data.keys).items() if k not in first}
+            places |= _look_up(target.catalog, rest)
+            late = [key for key in rest if key not in places]
+            written = writer.finish([data.chunks[rest[key]] for key in late])
+        places.update(zip([*early, *late], written.places, strict=True))
         report = _Report(
             PlanTable.of(plan), layouts, digested, places, written.packs, written.nbytes
         )
@@ -339,19 +344,21 @@ class RepositoryWriter(StorageWriter):
             yield SaveTarget(repo.catalog, repo.storage, repo.memory)
 
 
-def _look_up(
-    catalog: Catalog, chunks: Sequence[RawChunk], digested: Digested
-) -> tuple[dict[tuple[str, bytes], ChunkPlace], list[tuple[tuple[str, bytes], RawChunk]]]:
-    """Return the places of the chunks that the repository holds, and the others, each once."""
-    distinct: dict[tuple[str, bytes], RawChunk] = {}
-    for i, chunk in enumerate(chunks):
-        digest = digested.digests[i * _DIGEST : (i + 1) * _DIGEST]
-        distinct.setdefault((chunk.codec, digest), chunk)
-    places = {}
-    for codec in {codec for codec, _ in distinct}:
-        known = catalog.find_chunks([d for c, d in distinct if c == codec], codec)
-        places.update({(codec, digest): place for digest, place in known.items()})
-    return places, [(key, chunk) for key, chunk in distinct.items() if key not in places]
+def _first_places(keys: Iterable[ChunkKey]) -> dict[ChunkKey, int]:
+    """Return where each key stands first."""
+    places: dict[ChunkKey, int] = {}
+    for i, key in enumerate(keys):
+        places.setdefault(key, i)
+    return places
+
+
+def _look_up(catalog: Catalog, keys: Collection[ChunkKey]) -> dict[ChunkKey, ChunkPlace]:
+    """Return the places of the chunks that the repository holds."""
+    return {
+        (codec, digest): place
+        for codec in dict.fromkeys(codec for codec, _ in keys)
+        for digest, place in catalog.find_chunks([d for c, d in keys if c == codec], codec).items()
+    }
 
 
 def _report_of(rank: int, results: Sequence[WriteResult]) -> _Report:

@@ -29,14 +29,13 @@ from dcpstore.records import (
     NewTensor,
     ObjectPath,
     PlanRecord,
-    TensorRecord,
 )
 from dcpstore.saving.cells import DIGEST, Cells
-from dcpstore.saving.chunking import Digested
+from dcpstore.saving.chunking import ChunkKey, Digested
 from dcpstore.saving.layouts import Layout, blob_layout
 from dcpstore.saving.writing import Written
 
-__all__ = ["Books"]
+__all__ = ["Books", "is_cut_otherwise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +88,8 @@ class Books:
         self._fqns = list(self._layouts)
         self._cells = Cells.of(table, self._fqns, self._layouts, told)
         self._contents = self._gathered_contents()
-        self._asked: list[Ints] = []  # by rank, rows of `_cells`
-        self._places: dict[tuple[str, bytes], ChunkPlace] = {}
+        self._asked: list[Ints] = []  # by rank, rows of `_cells`, in the order they are written
+        self._places: dict[ChunkKey, ChunkPlace] = {}
         self._nbytes_new = 0
         self.aliases: dict[str, str] = {}
 
@@ -105,8 +104,7 @@ class Books:
             fqn
             for fqn, content in self._contents.items()
             if content.digest not in self._known
-            and (entry := before.get(fqn)) is not None
-            and _cut_otherwise(content.layout, entry.tensor)
+            and is_cut_otherwise(content.layout, before.get(fqn))
         ]
 
     def take_unchanged(self, entries: Iterable[EntryRecord]) -> None:
@@ -117,8 +115,18 @@ class Books:
             self._known[digest] = entry.tensor
             self.aliases[digest] = entry.tensor.digest
 
-    def choose_writes(self, catalog: Catalog) -> list[Sequence[int]]:
-        """Return, by rank, the places among its chunks of those that it is to write, ascending."""
+    def choose_writes(
+        self, catalog: Catalog, first: Sequence[Sequence[int]]
+    ) -> list[Sequence[int]]:
+        """Return, by rank, the places among its chunks of those that it is to write, ascending.
+
+        `first` are, by rank, the places of those that it writes already.
+        """
+        starts = self._cells.starts[:-1]
+        early = [
+            np.array(mine, np.int64) + start for mine, start in zip(first, starts, strict=True)
+        ]
+        written = set(self._keys(np.concatenate(early)))
         is_new = np.array([self._contents[f].digest not in self._known for f in self._fqns], bool)
         codecs = np.array([self._layouts[fqn].codec for fqn in self._fqns], object)
         chosen = [np.zeros(0, np.int64)]
@@ -128,12 +136,13 @@ class Books:
             digests = self._cells.digests(cells)
             found = catalog.find_chunks(digests, codec)
             self._places.update({(codec, digest): place for digest, place in found.items()})
-            chosen.append(cells[[digest not in found for digest in digests]])
+            is_asked = [d not in found and (codec, d) not in written for d in digests]
+            chosen.append(cells[is_asked])
         asked = np.sort(np.concatenate(chosen))
         bounds = np.searchsorted(asked, self._cells.starts)
-        self._asked = [asked[a:b] for a, b in itertools.pairwise(bounds)]
-        starts = self._cells.starts[:-1]
-        return [(mine - start).tolist() for mine, start in zip(self._asked, starts, strict=True)]
+        rest = [asked[a:b] for a, b in itertools.pairwise(bounds)]
+        self._asked = [np.concatenate(both) for both in zip(early, rest, strict=True)]
+        return [(mine - start).tolist() for mine, start in zip(rest, starts, strict=True)]
 
     def take_results(self, results: Sequence[Written]) -> None:
         """Enter where the ranks wrote their chunks.
@@ -146,11 +155,10 @@ class Books:
                 raise InvalidInputError(
                     f"rank {rank} wrote {len(written.places)} chunks of {len(cells)}; save again."
                 )
-            keys = zip(map(self._codec, cells), self._cells.digests(cells), strict=True)
-            self._places.update(zip(keys, written.places, strict=True))
+            self._places.update(zip(self._keys(cells), written.places, strict=True))
             self._nbytes_new += written.nbytes
 
-    def take_places(self, places: Mapping[tuple[str, bytes], ChunkPlace], nbytes: int) -> None:
+    def take_places(self, places: Mapping[ChunkKey, ChunkPlace], nbytes: int) -> None:
         """Enter where chunks lie, by codec and digest, that a rank found or wrote by itself.
 
         `nbytes` are the raw bytes that it wrote.
@@ -265,12 +273,15 @@ class Books:
                 ],
             )
 
-    def _codec(self, cell: int) -> str:
-        return self._layouts[self._fqns[self._cells.tensor[cell]]].codec
+    def _keys(self, cells: Ints) -> Iterator[ChunkKey]:
+        """Return the keys of some cells, in order."""
+        codecs = (self._layouts[self._fqns[i]].codec for i in self._cells.tensor[cells].tolist())
+        return zip(codecs, self._cells.digests(cells), strict=True)
 
 
-def _cut_otherwise(layout: Layout, stored: TensorRecord | None) -> bool:
-    """Tell whether a stored tensor differs from a layout in its grids alone."""
+def is_cut_otherwise(layout: Layout, entry: EntryRecord | None) -> bool:
+    """Tell whether the tensor of an entry differs from a layout in its grids alone."""
+    stored = None if entry is None else entry.tensor
     return (
         stored is not None
         and (stored.dtype, stored.shape) == (layout.dtype, layout.shape)

@@ -34,8 +34,9 @@ from dcpstore.reading.comparing import Held
 from dcpstore.records import ChunkDefaults, EntryRecord
 from dcpstore.saving.layouts import Layout, blob_layout, planned_chunks
 
-__all__ = ["Digested", "RankData", "RawChunk", "total_nbytes"]
+__all__ = ["ChunkKey", "Digested", "RankData", "RawChunk", "total_nbytes"]
 
+_FIRST = 5  # a fifth of the bytes takes a disk longer to write than cores to digest the others
 _ARCHIVE = b"PK\x03\x04"  # how torch.save's bytes begin
 _PLAIN_RESOLVERS = (
     torch_planner.DefaultSavePlanner.resolve_data,
@@ -44,6 +45,7 @@ _PLAIN_RESOLVERS = (
 
 Array = npt.NDArray[np.generic]
 Bytes = npt.NDArray[np.uint8]
+ChunkKey = tuple[str, bytes]  # codec and digest: chunks that share both are stored once
 Source = Callable[[Box], Array]  # of the elements of any box inside a planned one
 
 
@@ -93,6 +95,7 @@ class RankData:
         self._resolver = planner if isinstance(planner, BoxResolver) else None
         self._values: dict[str, EncodedValue] = {}
         self._boxes: dict[str, list[tuple[Box, Source]]] = {}
+        self._digests: list[bytes] = []  # of the chunks so far
         self.chunks: list[RawChunk] = []
         for item in plan.items:
             fqn = item.index.fqn
@@ -111,18 +114,38 @@ class RankData:
                 whole = Box.whole(layout.shape)
                 self.chunks += _cut(layout, whole, partial(_part, array, whole), array)
 
-    def digest(self, pool: Executor, advance: Callable[[int], None]) -> Digested:
+    def digest_first(
+        self, pool: Executor, advance: Callable[[int], None] = lambda nbytes: None
+    ) -> list[ChunkKey]:
+        """Return the keys of the first chunks, those of about a fifth of the bytes."""
+        nbytes = np.cumsum([chunk.nbytes for chunk in self.chunks])
+        end = int(np.searchsorted(nbytes, nbytes[-1] / _FIRST)) + 1 if self.chunks else 0
+        self._digest_until(end, pool, advance)
+        return self.keys
+
+    def digest(
+        self, pool: Executor, advance: Callable[[int], None] = lambda nbytes: None
+    ) -> Digested:
         """Return the digests of all chunks, and the values; `advance` hears of bytes done."""
-        digests = []
-        batches = list(in_batches(self.chunks, attrgetter("nbytes")))
-        for batch, digest in zip(batches, pool.map(_digest_all, batches), strict=True):
-            digests.append(digest)
-            advance(total_nbytes(batch))
+        self._digest_until(len(self.chunks), pool, advance)
         return Digested(
-            digests=b"".join(digests),
+            digests=b"".join(self._digests),
             values={f: v.text for f, v in self._values.items() if v.data is None},
             blobs={f: (v.text, len(v.data)) for f, v in self._values.items() if v.data is not None},
         )
+
+    def _digest_until(self, end: int, pool: Executor, advance: Callable[[int], None]) -> None:
+        batches = list(in_batches(self.chunks[len(self._digests) : end], attrgetter("nbytes")))
+        for batch, digests in zip(batches, pool.map(_digest_all, batches), strict=True):
+            self._digests += digests
+            advance(total_nbytes(batch))
+
+    @property
+    def keys(self) -> list[ChunkKey]:
+        """The keys of the chunks that are digested by now, in order."""
+        return [
+            (chunk.codec, digest) for chunk, digest in zip(self.chunks, self._digests, strict=False)
+        ]
 
     def held(self, entries: Sequence[EntryRecord]) -> list[Held]:
         """Return what this rank holds of stored tensors, to be compared with them."""
@@ -266,8 +289,8 @@ def _made(source: Source, cell: Box, chunk_shape: tuple[int, ...]) -> Bytes:
     return _as_run(np.ascontiguousarray(piece))
 
 
-def _digest_all(chunks: Sequence[RawChunk]) -> bytes:
-    return b"".join([chunk_digest(chunk.raw().data) for chunk in chunks])
+def _digest_all(chunks: Sequence[RawChunk]) -> list[bytes]:
+    return [chunk_digest(chunk.raw().data) for chunk in chunks]
 
 
 def total_nbytes(chunks: Sequence[RawChunk]) -> int:

@@ -7,7 +7,7 @@ when it knows that the save has failed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from torch.distributed.checkpoint.planner import SavePlanner
 
@@ -15,8 +15,8 @@ from dcpstore.errors import InvalidInputError
 from dcpstore.journal import write_journal
 from dcpstore.records import ChunkDefaults, EntryRecord, Version
 from dcpstore.retention import retain
-from dcpstore.saving.assembly import Books
-from dcpstore.saving.chunking import Digested
+from dcpstore.saving.assembly import Books, is_cut_otherwise
+from dcpstore.saving.chunking import ChunkKey, Digested
 from dcpstore.saving.plans import (
     Answer,
     GlobalPlan,
@@ -39,6 +39,8 @@ from dcpstore.saving.writing import Written
 __all__ = ["Duty", "Lead", "Opening", "Seconds"]
 
 Seconds = dict[str, float]  # by phase
+
+_MUCH = 64 << 20  # bytes a rank that take longer to digest than one exchange more
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ class Lead:
         self._open = False  # whether a pending version waits for commit or abort
         self._before: Mapping[str, EntryRecord] | None = None
         self._plan: GlobalPlan | None = None
+        self._first: Sequence[Sequence[int]] = [()] * size
 
     @property
     def _chunk(self) -> ChunkDefaults:
@@ -99,7 +102,7 @@ class Lead:
                 parent=self._before,
                 to_lowest_rank=self._planner.dedup_save_to_lowest_rank,
             )
-            return answers
+            return self._split(answers)
         plans = [offer.plan for offer in offers if offer.plan is not None]
         told, described = self._planner.create_global_plan(plans)
         # torch's plan cache: a rank whose plan is as before is told so, with an empty plan
@@ -107,7 +110,24 @@ class Lead:
         whole = getattr(self._planner, "global_plan", told) if is_cached else told
         self._plan, answers = answer_plans(told, whole, chunk=self._chunk, parent=self._before)
         self._plan.paths, self._plan.planner_data = kept_planner_data(described.planner_data)
-        return answers
+        return self._split(answers)
+
+    def choose_first(self, told: Sequence[Sequence[ChunkKey]]) -> Sequence[Sequence[int]]:
+        """Return which of its first chunks each rank may write whatever the others hold.
+
+        A chunk that the repository does not hold by any codec is part of no tensor that it holds.
+        """
+        seen: dict[ChunkKey, tuple[int, int]] = {}
+        for rank, keys in enumerate(told):
+            for place, key in enumerate(keys):
+                seen.setdefault(key, (rank, place))
+        held = self.target.catalog.find_chunks({digest for _, digest in seen})
+        chosen: list[list[int]] = [[] for _ in told]
+        for (_, digest), (rank, place) in seen.items():
+            if digest not in held:
+                chosen[rank].append(place)
+        self._first = chosen
+        return chosen
 
     def look_up(self, told: Sequence[tuple[Digested, Seconds]]) -> list[Duty]:
         """Find what the repository holds; have compared what digests cannot tell."""
@@ -133,7 +153,22 @@ class Lead:
         return self._writes()
 
     def _writes(self) -> list[Duty]:
-        return [Duty(write=mine) for mine in self._books.choose_writes(self.target.catalog)]
+        chosen = self._books.choose_writes(self.target.catalog, self._first)
+        return [Duty(write=mine) for mine in chosen]
+
+    def _split(self, answers: list[Answer]) -> list[Answer]:
+        """Tell the ranks to write their first chunks early, where it pays and none is in vain."""
+        assert self._before is not None
+        plan = self._plan
+        splits = (
+            plan is not None
+            and plan.table.nbytes.sum() >= self._size * _MUCH
+            and not any(
+                is_cut_otherwise(layout, self._before.get(fqn))
+                for fqn, layout in plan.layouts.items()
+            )
+        )
+        return [replace(answer, splits=True) for answer in answers] if splits else answers
 
     def commit(self, told: Sequence[tuple[Written, Seconds]]) -> Version:
         """Write the manifest and commit the version."""

@@ -75,12 +75,14 @@ class Answer:
         kept: which items of its plan it writes, by place.
         layouts: of their tensors by FQN, pickled; ranks with the same ones share the bytes.
         plan: its part of the global plan, where the planner made that.
+        splits: whether it tells of its first chunks, and writes them, before it digests the others.
     """
 
     key: bytes = b""
     kept: Ints | None = None
     layouts: bytes | None = None
     plan: SavePlan | None = None
+    splits: bool = False
 
     @property
     def asks(self) -> bool:

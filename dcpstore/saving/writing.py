@@ -1,15 +1,18 @@
 """One rank's packs: the chunks that nobody holds yet, encoded on all cores, appended in order.
 
-Invariant: what `write_chunks` returns is durable (design, invariant 2).
+The first of them may be on their way to the disk while others are still digested. Invariant: what
+`ChunkWriter.finish` returns is durable (design, invariant 2).
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import attrgetter
+from types import TracebackType
 
 from typing_extensions import Buffer
 
@@ -20,7 +23,7 @@ from dcpstore.saving.chunking import RawChunk, total_nbytes
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackWriter
 
-__all__ = ["Written", "write_chunks"]
+__all__ = ["ChunkWriter", "Written"]
 
 _AHEAD = 4  # encoded batches that may wait for the disk, which bounds their memory
 
@@ -37,44 +40,89 @@ class Written:
     nbytes: int
 
 
-def write_chunks(
-    chunks: Sequence[RawChunk],
-    storage: Storage,
-    *,
-    uid: str,
-    rank: int,
-    pool: Executor,
-    advance: Callable[[int], None],
-) -> Written:
-    """Encode and write `chunks`; return their places once all is durable.
+class ChunkWriter:
+    """Writes one rank's chunks; a context manager, which discards what was not finished.
 
-    Raises:
-        DcpstoreError: the storage refuses; what was written of it is discarded.
+    Args:
+        storage: where to write.
+        uid: of the version being saved.
+        rank: of this process in the save.
+        threads: that encode.
     """
-    writer = PackWriter(storage, uid, rank)
-    places: list[ChunkPlace] = []
-    try:
-        for batch, encoded in _encoded(chunks, pool):
-            places += map(writer.append, encoded)
+
+    def __init__(self, storage: Storage, *, uid: str, rank: int, threads: int) -> None:
+        self._packs = PackWriter(storage, uid, rank)
+        self._encoders = ThreadPoolExecutor(threads, "dcpstore-encode")
+        self._ahead = ThreadPoolExecutor(1, "dcpstore-write")
+        self._first: Sequence[RawChunk] = ()
+        self._writing: Future[list[ChunkPlace]] | None = None
+        self._is_given_up = threading.Event()
+        self._is_finished = False
+
+    def begin(self, first: Sequence[RawChunk]) -> None:
+        """Begin to write the first chunks, and return at once; `finish` raises what fails."""
+        self._first = first
+        self._writing = self._ahead.submit(self._write, first)
+
+    def finish(
+        self, chunks: Sequence[RawChunk], advance: Callable[[int], None] = lambda nbytes: None
+    ) -> Written:
+        """Write `chunks` behind the first ones; return the places of all once they are durable.
+
+        `advance` hears of raw bytes done, those of the first chunks too.
+
+        Raises:
+            DcpstoreError: the storage refuses.
+        """
+        places: list[ChunkPlace] = []
+        if self._writing is not None:
+            places += self._writing.result()
+            advance(total_nbytes(self._first))
+        places += self._write(chunks, advance)
+        written = Written(
+            places, self._packs.finish(), total_nbytes(self._first) + total_nbytes(chunks)
+        )
+        self._is_finished = True
+        return written
+
+    def __enter__(self) -> ChunkWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._is_given_up.set()
+        self._ahead.shutdown()
+        self._encoders.shutdown(cancel_futures=True)
+        if not self._is_finished:
+            self._packs.discard()
+
+    def _write(
+        self, chunks: Sequence[RawChunk], advance: Callable[[int], None] = lambda nbytes: None
+    ) -> list[ChunkPlace]:
+        places: list[ChunkPlace] = []
+        for batch, encoded in self._encoded(chunks):
+            if self._is_given_up.is_set():
+                raise CancelledError
+            places += map(self._packs.append, encoded)
             advance(total_nbytes(batch))
-        return Written(places, writer.finish(), total_nbytes(chunks))
-    except BaseException:
-        writer.discard()
-        raise
+        return places
 
-
-def _encoded(
-    chunks: Sequence[RawChunk], pool: Executor
-) -> Iterator[tuple[Sequence[RawChunk], list[Buffer]]]:
-    """Yield batches of chunks with their encoded bytes, in order, a few ahead of the writer."""
-    waiting: deque[tuple[Sequence[RawChunk], Future[list[Buffer]]]] = deque()
-    for batch in in_batches(chunks, attrgetter("nbytes")):
-        waiting.append((batch, pool.submit(_encode_all, batch)))
-        if len(waiting) > _AHEAD:
-            first, future = waiting.popleft()
+    def _encoded(
+        self, chunks: Sequence[RawChunk]
+    ) -> Iterator[tuple[Sequence[RawChunk], list[Buffer]]]:
+        """Yield batches of chunks with their encoded bytes, in order, a few ahead of the disk."""
+        waiting: deque[tuple[Sequence[RawChunk], Future[list[Buffer]]]] = deque()
+        for batch in in_batches(chunks, attrgetter("nbytes")):
+            waiting.append((batch, self._encoders.submit(_encode_all, batch)))
+            if len(waiting) > _AHEAD:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for first, future in waiting:
             yield first, future.result()
-    for first, future in waiting:
-        yield first, future.result()
 
 
 def _encode_all(chunks: Sequence[RawChunk]) -> list[Buffer]:

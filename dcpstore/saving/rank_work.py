@@ -1,0 +1,140 @@
+"""What each rank of a save does by itself, from one exchange to the next.
+
+Invariant: whatever can fail is done inside an exchange, so that every rank hears of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from typing import Any
+
+from torch.distributed.checkpoint.planner import SavePlanner
+
+from dcpstore.collectives import Collectives
+from dcpstore.collector import collector_free
+from dcpstore.planning.plain import check_state, nesting_checked
+from dcpstore.planning.stateful import take_state
+from dcpstore.progress import ProgressBar
+from dcpstore.reading.comparing import find_changed
+from dcpstore.saving.chunking import ChunkKey, Digested, RankData, RawChunk, total_nbytes
+from dcpstore.saving.lead import Duty, Seconds
+from dcpstore.saving.plans import Answer, LocalPlan, Offer
+from dcpstore.saving.publishing import SaveTarget
+from dcpstore.saving.writing import ChunkWriter, Written
+
+__all__ = ["RankWork"]
+
+
+class RankWork:
+    """One rank's own part of a save; asked in the order of a save.
+
+    Args:
+        planner: of this rank.
+        target: what is saved to.
+        pool: digests and compares.
+        writer: of this rank's packs.
+        bar: hears how far the work is.
+        allow_pickle: whether values may be kept that only a pickle can keep.
+    """
+
+    def __init__(
+        self,
+        planner: SavePlanner,
+        target: SaveTarget,
+        *,
+        pool: Executor,
+        writer: ChunkWriter,
+        bar: ProgressBar,
+        allow_pickle: bool,
+    ) -> None:
+        self._planner = planner
+        self._target = target
+        self._pool = pool
+        self._writer = writer
+        self._bar = bar
+        self._allow_pickle = allow_pickle
+        self._first: Sequence[RawChunk] = ()  # those that are written while others are digested
+        self._data: RankData | None = None
+        self._seconds: Seconds = {}
+
+    def plan(self, state_dict: Mapping[str, Any], keys: Sequence[str], ranks: Collectives) -> Offer:
+        """Return what to tell of this rank's plan of its state; `keys` are those of all ranks."""
+        with nesting_checked():
+            state = take_state(state_dict, keys, rank=ranks.rank)
+            check_state(state)
+            self._planner.set_up_planner(state, is_coordinator=ranks.leads)
+        local = self._planner.create_local_plan()
+        self._plan = LocalPlan(local, self._planner, self._target.memory)
+        return self._plan.offer()
+
+    def plan_whole(self) -> Offer:
+        """Return the whole plan, where the coordinator does not know it."""
+        return self._plan.offer(whole=True)
+
+    def take(self, answer: Answer, *, seconds: float) -> None:
+        """Note what the coordinator said to the plan, and how long it was until then."""
+        self._answer = answer
+        self._seconds["plan"] = seconds
+
+    def digest_first(self) -> list[ChunkKey]:
+        """Return the keys of the first chunks."""
+        with self._timed("digest"):
+            return self._resolved().digest_first(self._pool, self._bar.advance)
+
+    def begin_writing(self, places: Sequence[int]) -> None:
+        """Begin to write those of the first chunks that stand at these places."""
+        chunks = self._resolved().chunks
+        self._first = [chunks[i] for i in places]
+        self._writer.begin(self._first)
+
+    def digest(self) -> tuple[Digested, Seconds]:
+        """Return the digests of all chunks, and the seconds that each phase took."""
+        with self._timed("digest"):
+            data = self._resolved()
+            with collector_free(total_nbytes(data.chunks)):
+                return data.digest(self._pool, self._bar.advance), self._seconds
+
+    def compare(self, duty: Duty) -> set[str]:
+        """Return the FQNs of those entries that differ from what this rank holds of them."""
+        with self._timed("compare"), collector_free():
+            return find_changed(
+                self._resolved().held(duty.compare),
+                self._target.catalog,
+                self._target.storage,
+                version=duty.version,
+                pool=self._pool,
+            )
+
+    def write(self, duty: Duty) -> tuple[Written, Seconds]:
+        """Write what is left to write; return where all chunks of this rank lie, durable."""
+        with self._timed("write"):
+            every = self._resolved().chunks
+            chunks = [every[i] for i in duty.write]
+            nbytes = total_nbytes(chunks) + total_nbytes(self._first)
+            self._bar.begin("write", nbytes)
+            with collector_free(nbytes):
+                return self._writer.finish(chunks, self._bar.advance), self._seconds
+
+    def _resolved(self) -> RankData:
+        """Return the data of what this rank is to write, which its planner is asked for once."""
+        if self._data is None:
+            plan, layouts = self._plan.take(self._answer)
+            self._data = RankData(
+                self._planner.finish_plan(plan),
+                self._planner,
+                dict(layouts),
+                chunk=self._target.catalog.repository.chunk,
+                allow_pickle=self._allow_pickle,
+            )
+            self._bar.begin("digest", total_nbytes(self._data.chunks))
+        return self._data
+
+    @contextlib.contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        taken = time.perf_counter() - began
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + taken

@@ -1,0 +1,185 @@
+"""The first chunks of a large save are written while the others are digested; and never in vain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from typing_extensions import Buffer
+
+import dcpstore
+from dcpstore import DcpstoreError, Repository
+from dcpstore.saving.chunking import ChunkKey
+from dcpstore.saving.lead import Lead
+from dcpstore.storage.folder import FileSink
+from tests.ranks import RankPool, mesh
+from tests.soundness import Place, assert_sound
+
+
+class Early:
+    """How many chunks the ranks were told to write early, save by save."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *, much: int | None = 0) -> None:
+        """Begin to count; `much` is how many bytes a rank are worth it, None as they are."""
+        if much is not None:
+            patch.setattr("dcpstore.saving.lead._MUCH", much)
+        self.counts: list[int] = []
+        choose = Lead.choose_first
+
+        def counted(lead: Lead, told: Sequence[Sequence[ChunkKey]]) -> Sequence[Sequence[int]]:
+            chosen = choose(lead, told)
+            self.counts.append(sum(map(len, chosen)))
+            return chosen
+
+        patch.setattr(Lead, "choose_first", counted)
+
+
+@pytest.fixture
+def early(monkeypatch: pytest.MonkeyPatch) -> Early:
+    """Every save tells of its first chunks early."""
+    return Early(monkeypatch)
+
+
+def layers(count: int = 10) -> dict[str, torch.Tensor]:
+    return {f"layer{i}": torch.randn(50, 50) for i in range(count)}
+
+
+def read_back(repo: Repository, state: dict[str, torch.Tensor]) -> bool:
+    kept = repo.read()
+    return all(torch.equal(kept[fqn], tensor) for fqn, tensor in state.items())
+
+
+def test_only_a_large_save_tells_of_its_first_chunks(
+    repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    early = Early(monkeypatch, much=None)
+    small = {"w": torch.randn(100)}
+    dcpstore.save(small, repo)
+    assert early.counts == []
+    large = {"w": torch.arange(17 << 20, dtype=torch.float32)}  # 68 MiB, 17 chunks
+    version = dcpstore.save(large, repo, branch="large")
+    assert early.counts == [4]
+    assert version.nbytes_written == large["w"].nbytes
+    assert torch.equal(repo.read("large")["w"], large["w"])
+
+
+def test_what_is_held_is_not_written_early(repo: Repository, early: Early) -> None:
+    state = layers()
+    assert dcpstore.save(state, repo).nbytes_written == 100_000
+    assert dcpstore.save(state, repo).nbytes_written == 0
+    state["layer0"] += 1
+    state["layer9"] += 1
+    assert dcpstore.save(state, repo).nbytes_written == 20_000
+    assert early.counts == [2, 0, 1]
+    assert read_back(repo, state)
+
+
+def test_equal_chunks_are_written_once_whichever_comes_first(
+    repo: Repository, early: Early
+) -> None:
+    state = layers()
+    state["layer1"] = state["layer0"].clone()
+    state["layer9"] = state["layer0"].clone()
+    version = dcpstore.save(state, repo)
+    assert (version.nbytes_written, version.nbytes_reused) == (80_000, 20_000)
+    assert early.counts == [1]
+    assert read_back(repo, state)
+
+
+def test_bytes_held_by_another_codec_are_left_for_later(repo: Repository, early: Early) -> None:
+    zeros = torch.zeros(2500)
+    dcpstore.save({"w": zeros}, repo)
+    as_bytes = {"w": zeros.view(torch.uint8)}  # the same bytes, which "auto" encodes by Blosc
+    assert 0 < dcpstore.save(as_bytes, repo).nbytes_written < zeros.nbytes
+    assert early.counts == [1, 0]
+    assert read_back(repo, as_bytes)
+
+
+def save_early(rank: int, place: Place, states: list[tuple[int, float]]) -> list[tuple[int, int]]:
+    """Save a matrix along an axis, times a factor; return the bytes written and chunks early."""
+    with pytest.MonkeyPatch.context() as patch, place.open() as repo:
+        early = Early(patch)
+        written = []
+        for axis, factor in states:
+            matrix = torch.arange(40_000.0).reshape(200, 200) * factor
+            same = torch.full((5000,), 7.0)
+            state = {
+                "sharded": distribute_tensor(matrix, mesh((2,)), [Shard(axis)]),
+                "replicated": distribute_tensor(matrix[0] + 1, mesh((2,)), [Replicate()]),
+                f"of{rank}": same,  # both ranks hold it, under names of their own
+            }
+            written.append(dcpstore.save(state, repo).nbytes_written)
+            full = repo.read()
+            assert torch.equal(full["sharded"], matrix)
+            assert torch.equal(full["of0"], full["of1"])
+            assert isinstance(state["sharded"], DTensor)
+        return [*zip(written, early.counts or [0] * len(written), strict=False)]
+
+
+def test_ranks_write_early_what_none_of_them_repeats(place: Place, two_ranks: RankPool) -> None:
+    whole = 160_000 + 800 + 20_000
+    first, second = two_ranks.run(save_early, place, [(0, 1.0), (0, 1.0), (0, 2.0)])
+    assert [nbytes for nbytes, _ in second] == [whole, 0, 160_800]
+    assert first[1][1] == 0
+    assert first[0][1] >= 1 <= first[2][1]
+    with place.open() as repo:
+        assert_sound(repo)
+
+
+def test_nothing_is_early_where_only_bytes_tell_what_changed(
+    place: Place, two_ranks: RankPool
+) -> None:
+    """Rows cannot keep the grid of columns, so their digests differ though nothing changed."""
+    first, _ = two_ranks.run(save_early, place, [(1, 1.0)])
+    assert first[0][1] >= 1
+    again, _ = two_ranks.run(save_early, place, [(0, 1.0)])
+    assert again == [(0, 0)]
+    with place.open() as repo:
+        assert_sound(repo)
+
+
+@pytest.mark.parametrize("when", ["early", "late"])
+def test_a_disk_that_fails_leaves_nothing(
+    repo: Repository, early: Early, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    kept = layers()
+    dcpstore.save(kept, repo)
+    before = set(repo.storage.list("packs"))
+    write = FileSink.write
+    written = []
+
+    def failing(sink: FileSink, data: Buffer) -> None:
+        written.append(memoryview(data).nbytes)
+        if len(written) > (1 if when == "early" else 4):
+            raise DcpstoreError("the disk is full")
+        write(sink, data)
+
+    monkeypatch.setattr(FileSink, "write", failing)
+    with pytest.raises(DcpstoreError, match="disk is full"):
+        dcpstore.save(layers(), repo)
+    monkeypatch.undo()
+    assert set(repo.storage.list("packs")) == before
+    assert len(repo.log()) == 1
+    assert read_back(repo, kept)
+
+
+def test_an_interrupt_while_chunks_are_written_leaves_nothing(
+    repo: Repository, early: Early, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = layers()
+    dcpstore.save(kept, repo)
+    before = set(repo.storage.list("packs"))
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Lead, "look_up", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dcpstore.save(layers(), repo)
+    monkeypatch.undo()
+    assert early.counts[-1] > 0
+    assert set(repo.storage.list("packs")) == before
+    assert repo.status() == []
+    assert dcpstore.save(layers(), repo).number == 2
