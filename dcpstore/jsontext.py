@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import lru_cache
 from json.encoder import encode_basestring_ascii
 
 __all__ = ["encode", "integers", "path", "quoted"]
@@ -15,8 +16,9 @@ encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 quoted = encode_basestring_ascii
 
 
-def integers(values: Iterable[int]) -> str:
-    """Return offsets, sizes or a shape."""
+@lru_cache(4096)
+def integers(values: tuple[int, ...]) -> str:
+    """Return offsets, sizes or a shape; few are distinct."""
     return f"[{','.join(map(str, values))}]"
 
 

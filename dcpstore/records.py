@@ -189,8 +189,7 @@ class NewChunk(NamedTuple):
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class NewTensor:
+class NewTensor(NamedTuple):
     """A tensor content that a save commits; `chunks` is empty where the catalog knows `digest`."""
 
     digest: str
@@ -202,8 +201,7 @@ class NewTensor:
     chunks: Sequence[NewChunk] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class NewEntry:
+class NewEntry(NamedTuple):
     """An entry to commit; `tensor_digest` names a `NewTensor` of the same save or a known one."""
 
     fqn: str
@@ -213,8 +211,7 @@ class NewEntry:
     value: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ShardRecord:
+class ShardRecord(NamedTuple):
     """The box of one tensor that one rank wrote."""
 
     fqn: str

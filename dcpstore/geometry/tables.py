@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -81,9 +82,10 @@ class BoxTable:
 
 def padded(tuples: Sequence[Sequence[int]], dims: int, fill: int) -> Ints:
     """Return tuples as rows of `dims` columns, `fill` past the end of each."""
-    return np.array([(*t, *(fill,) * (dims - len(t))) for t in tuples], np.int64).reshape(
-        len(tuples), dims
-    )
+    lengths = np.fromiter(map(len, tuples), np.int64, len(tuples))
+    rows = np.full((len(tuples), dims), fill, np.int64)
+    rows[np.arange(dims) < lengths[:, None]] = np.fromiter(chain.from_iterable(tuples), np.int64)
+    return rows
 
 
 def first_equal(table: BoxTable) -> Ints:

@@ -201,11 +201,11 @@ def _held(
                 NewChunk(c.part, c.ordinal, c.digest, *places[tensor.codec, c.digest])
                 for c in tensor.chunks
             ]
-            tensors.append(replace(tensor, chunks=moved))
+            tensors.append(tensor._replace(chunks=moved))
     entries = [
         entry
         if entry.tensor_digest not in known
-        else replace(entry, tensor_digest=known[entry.tensor_digest].digest)
+        else entry._replace(tensor_digest=known[entry.tensor_digest].digest)
         for entry in content.entries
     ]
     return replace(content, entries=entries, tensors=tensors, packs=packs, aliases={})

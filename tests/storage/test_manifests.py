@@ -92,7 +92,7 @@ def test_everything_comes_back() -> None:
 
 
 def test_a_tensor_that_lost_chunks_is_refused() -> None:
-    lost = [dataclasses.replace(TENSORS[0], chunks=TENSORS[0].chunks[1:]), *TENSORS[1:]]
+    lost = [TENSORS[0]._replace(chunks=TENSORS[0].chunks[1:]), *TENSORS[1:]]
     with pytest.raises(AssertionError, match="chunks of aa"):
         encode(content=dataclasses.replace(CONTENT, tensors=lost))
 
