@@ -211,17 +211,16 @@ class RepositoryWriter(StorageWriter):
                 "writer's prepare_global_plan put there."
             )
         layouts = plan.storage_data.by_fqn if plan.items else {}
-        threads = torch.get_num_threads()
         with (
             self._opened() as target,
             self._aborting(target),
             kept_lease(target.catalog, self.save_id) if self._is_pending else nullcontext(),
-            ThreadPoolExecutor(threads, "dcpstore-save") as pool,
+            ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-save") as pool,
             ChunkWriter(
                 target.storage,
                 uid=new_uid() if self._rank else self.save_id,
                 rank=self._rank,
-                threads=threads,
+                pool=pool,
             ) as writer,
         ):
             data = RankData(

@@ -21,7 +21,7 @@ import torch
 from torch.distributed.checkpoint import default_planner as torch_planner
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
-from dcpstore.batches import in_batches
+from dcpstore.batches import in_batches, run_ahead
 from dcpstore.encoding.digests import chunk_digest
 from dcpstore.encoding.dtypes import as_bytes, check_plain
 from dcpstore.encoding.values import EncodedValue, PlannerBytes, encode_value
@@ -135,8 +135,8 @@ class RankData:
         )
 
     def _digest_until(self, end: int, pool: Executor, advance: Callable[[int], None]) -> None:
-        batches = list(in_batches(self.chunks[len(self._digests) : end], attrgetter("nbytes")))
-        for batch, digests in zip(batches, pool.map(_digest_all, batches), strict=True):
+        batches = in_batches(self.chunks[len(self._digests) : end], attrgetter("nbytes"))
+        for batch, digests in run_ahead(pool, _digest_all, batches):
             self._digests += digests
             advance(total_nbytes(batch))
 

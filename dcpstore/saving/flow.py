@@ -60,7 +60,6 @@ def save_version(
     planner = planner or DefaultSavePlanner()
     lead = Lead(planner, ranks.size)
     reports = Reports(ranks)
-    threads = torch.get_num_threads()
 
     def begin() -> Opening:
         given = request(), check_keys(state_dict)  # first: for bad ones no repository is made
@@ -74,8 +73,8 @@ def save_version(
             kept_lease(lead.target.catalog, uid, progress=reports.heard)
             if ranks.leads
             else contextlib.nullcontext(),
-            ThreadPoolExecutor(threads, "dcpstore-save") as pool,
-            ChunkWriter(lead.target.storage, uid=uid, rank=ranks.rank, threads=threads) as writer,
+            ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-save") as pool,
+            ChunkWriter(lead.target.storage, uid=uid, rank=ranks.rank, pool=pool) as writer,
             ProgressBar("save", shown=ranks.leads, tell=reports.tell) as bar,
         ):
             bar.begin("plan", 0)

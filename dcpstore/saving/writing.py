@@ -7,16 +7,15 @@ The first of them may be on their way to the disk while others are still digeste
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import attrgetter
 from types import TracebackType
 
 from typing_extensions import Buffer
 
-from dcpstore.batches import in_batches
+from dcpstore.batches import in_batches, run_ahead
 from dcpstore.encoding.codecs import encode
 from dcpstore.records import ChunkPlace, PackRecord
 from dcpstore.saving.chunking import RawChunk, total_nbytes
@@ -24,8 +23,6 @@ from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackWriter
 
 __all__ = ["ChunkWriter", "Written"]
-
-_AHEAD = 4  # encoded batches that may wait for the disk, which bounds their memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +44,12 @@ class ChunkWriter:
         storage: where to write.
         uid: of the version being saved.
         rank: of this process in the save.
-        threads: that encode.
+        pool: encodes.
     """
 
-    def __init__(self, storage: Storage, *, uid: str, rank: int, threads: int) -> None:
+    def __init__(self, storage: Storage, *, uid: str, rank: int, pool: Executor) -> None:
         self._packs = PackWriter(storage, uid, rank)
-        self._encoders = ThreadPoolExecutor(threads, "dcpstore-encode")
+        self._pool = pool
         self._ahead = ThreadPoolExecutor(1, "dcpstore-write")
         self._first: Sequence[RawChunk] = ()
         self._writing: Future[list[ChunkPlace]] | None = None
@@ -96,7 +93,6 @@ class ChunkWriter:
     ) -> None:
         self._is_given_up.set()
         self._ahead.shutdown()
-        self._encoders.shutdown(cancel_futures=True)
         if not self._is_finished:
             self._packs.discard()
 
@@ -104,25 +100,13 @@ class ChunkWriter:
         self, chunks: Sequence[RawChunk], advance: Callable[[int], None] = lambda nbytes: None
     ) -> list[ChunkPlace]:
         places: list[ChunkPlace] = []
-        for batch, encoded in self._encoded(chunks):
+        batches = in_batches(chunks, attrgetter("nbytes"))
+        for batch, encoded in run_ahead(self._pool, _encode_all, batches):
             if self._is_given_up.is_set():
                 raise CancelledError
             places += map(self._packs.append, encoded)
             advance(total_nbytes(batch))
         return places
-
-    def _encoded(
-        self, chunks: Sequence[RawChunk]
-    ) -> Iterator[tuple[Sequence[RawChunk], list[Buffer]]]:
-        """Yield batches of chunks with their encoded bytes, in order, a few ahead of the disk."""
-        waiting: deque[tuple[Sequence[RawChunk], Future[list[Buffer]]]] = deque()
-        for batch in in_batches(chunks, attrgetter("nbytes")):
-            waiting.append((batch, self._encoders.submit(_encode_all, batch)))
-            if len(waiting) > _AHEAD:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for first, future in waiting:
-            yield first, future.result()
 
 
 def _encode_all(chunks: Sequence[RawChunk]) -> list[Buffer]:
