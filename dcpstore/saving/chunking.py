@@ -94,7 +94,7 @@ class RankData:
         # asked once: such a check looks at every attribute
         self._resolver = planner if isinstance(planner, BoxResolver) else None
         self._values: dict[str, EncodedValue] = {}
-        self._boxes: dict[str, list[tuple[Box, Source]]] = {}
+        self._boxes: dict[str, list[tuple[Box, WriteItem, Array | None]]] = {}
         self._digests: list[bytes] = []  # of the chunks so far
         self.chunks: list[RawChunk] = []
         for item in plan.items:
@@ -104,15 +104,16 @@ class RankData:
             else:
                 box = item_box(item)
                 array = self._array(item, box)
-                source = self._source(item, box) if array is None else partial(_part, array, box)
-                self._boxes.setdefault(fqn, []).append((box, source))
-                self.chunks += _cut(layouts[fqn], box, source, array)
+                self._boxes.setdefault(fqn, []).append((box, item, array))
+                if array is None:
+                    self.chunks += _cut(layouts[fqn], box, self._source(item, box))
+                else:
+                    self.chunks += _cut_array(layouts[fqn], box, array)
         for _, value in sorted(self._values.items()):
             if value.data is not None:
                 layout = blob_layout(len(value.data), chunk)
                 array = np.frombuffer(value.data, np.uint8)
-                whole = Box.whole(layout.shape)
-                self.chunks += _cut(layout, whole, partial(_part, array, whole), array)
+                self.chunks += _cut_array(layout, Box.whole(layout.shape), array)
 
     def digest_first(
         self, pool: Executor, advance: Callable[[int], None] = lambda nbytes: None
@@ -150,9 +151,11 @@ class RankData:
     def held(self, entries: Sequence[EntryRecord]) -> list[Held]:
         """Return what this rank holds of stored tensors, to be compared with them."""
         return [
-            Held(entry, box, source)
+            Held(
+                entry, box, _source_of(array, box) if array is not None else self._source(item, box)
+            )
             for entry in entries
-            for box, source in self._boxes.get(entry.fqn, ())
+            for box, item, array in self._boxes.get(entry.fqn, ())
         ]
 
     def _array(self, item: WriteItem, box: Box) -> Array | None:
@@ -248,23 +251,30 @@ def _encoded_bytes(data: bytes, *, allow_pickle: bool) -> EncodedValue:
     return encode_value(PlannerBytes(data), allow_pickle=False)
 
 
-def _part(array: Array, box: Box, part: Box) -> Array:
-    """Return the elements of `part` out of an array of those of `box`."""
-    return array[part.relative_to(box).slices]
+def _source_of(array: Array, box: Box) -> Source:
+    """Return what gives the elements of any part of `box` out of an array of all of them."""
+    return lambda part: array[part.relative_to(box).slices]
 
 
-def _cut(layout: Layout, box: Box, source: Source, array: Array | None) -> Iterator[RawChunk]:
-    """Yield the chunks of a box; `array` has its elements, where they lie in host memory."""
+def _cut_array(layout: Layout, box: Box, array: Array) -> Sequence[RawChunk]:
+    """Return the chunks of a box whose elements lie in host memory: views of it, if they can be."""
     codec, itemsize = layout.codec, layout.itemsize
-    if array is not None and _is_one_cell(layout, box) and array.flags.c_contiguous:
-        yield RawChunk(codec, itemsize, array.nbytes, _as_run(array))
-        return
+    if _is_one_cell(layout, box) and array.flags.c_contiguous:
+        return (RawChunk(codec, itemsize, array.nbytes, _as_run(array)),)
+    return list(_cut(layout, box, _source_of(array, box), are_views=True))
+
+
+def _cut(
+    layout: Layout, box: Box, source: Source, *, are_views: bool = False
+) -> Iterator[RawChunk]:
+    """Yield the chunks of a box; `are_views` says that its source only looks at memory."""
+    codec, itemsize = layout.codec, layout.itemsize
     for part, ordinal in planned_chunks(layout, box):
         grid = layout.grids[part]
         cell = grid.cell(ordinal)
         held: Bytes | Callable[[], Bytes] = partial(_made, source, cell, grid.chunk_shape)
-        if array is not None and cell.sizes == grid.chunk_shape:
-            piece = _part(array, box, cell)
+        if are_views and cell.sizes == grid.chunk_shape:
+            piece = source(cell)
             if piece.flags.c_contiguous:
                 held = _as_run(piece)
         yield RawChunk(codec, itemsize, cell.volume * itemsize, held)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -62,29 +63,18 @@ def lay_out(
     steps = steps_of(live, table.shapes).tolist()
     pieces = np.bincount(live.tensor, minlength=len(table.names)).tolist()
     layouts = {}
-    alike: dict[Layout, Layout] = {}  # one of each: thousands of tensors have few, and they travel
-    for number, name in enumerate(table.names):
-        if name.dtype is None:
+    for number, (fqn, dtype, shape) in enumerate(table.names):
+        if dtype is None:
             continue
-        kept = kept_grids(parent.get(name.fqn), name.dtype, name.shape)
+        kept = kept_grids(parent.get(fqn), dtype, shape)
+        layout = None
         if are_whole:
-            grids = _grids(
-                table,
-                number,
-                steps=tuple(steps[number][: len(name.shape)]),
-                pieces=pieces[number],
-                kept=kept,
-                target=chunk.nbytes,
-            )
-        else:
+            cuts = tuple(steps[number][: len(shape)])
+            layout = _lay_by_steps(dtype, shape, kept, cuts, pieces=pieces[number], chunk=chunk)
+        if layout is None:
             boxes = table.boxes(table.rows_of(number))
-            fit = cover(kept, name.shape) and all(
-                grid.holds_whole_cells(box) for box in boxes for grid in kept
-            )
-            grids = kept if fit else lay_parts(name.itemsize, boxes, target=chunk.nbytes)
-        codec = choose_codec(chunk.codec, name.dtype)
-        layout = Layout(name.dtype, name.shape, codec, grids)
-        layouts[name.fqn] = alike.setdefault(layout, layout)
+            layout = _lay_by_boxes(dtype, shape, kept, boxes, chunk, are_whole=are_whole)
+        layouts[fqn] = layout
     return layouts
 
 
@@ -128,25 +118,57 @@ def join_layouts(table: GlobalTable, told: Sequence[Mapping[str, Layout]]) -> di
     return layouts
 
 
-def _grids(
-    table: GlobalTable,
-    number: int,
-    *,
+@lru_cache(4096)
+def _lay_by_steps(
+    dtype: str,
+    shape: tuple[int, ...],
+    kept: tuple[Grid, ...],
     steps: tuple[int, ...],
+    *,
     pieces: int,
-    kept: Sequence[Grid],
-    target: int,
-) -> tuple[Grid, ...]:
-    """Return what `lay_grids` does, and look at single boxes only where the columns cannot tell."""
-    name = table.names[number]
-    if len(kept) == 1 and kept[0].meets(name.shape, steps):
-        return tuple(kept)
-    if len(kept) < 2:
-        grid = lay_regular(name.shape, name.itemsize, steps, pieces=pieces, target=target)
-        if grid is not None:
-            return (grid,)
-    boxes = table.boxes(table.rows_of(number))
-    return lay_grids(name.shape, name.itemsize, boxes, target=target, parent=kept)
+    chunk: ChunkDefaults,
+) -> Layout | None:
+    """Return the layout of a whole tensor where one grid will do, which the columns can tell.
+
+    It is remembered, for thousands of tensors have few, and the same object travels once.
+
+    Args:
+        dtype: of the tensor, torch's name.
+        shape: of the tensor.
+        kept: the grids of the parent's.
+        steps: by dimension, the largest step that meets every boundary inside; 0 without any.
+        pieces: how many boxes with elements are written.
+        chunk: the repository's defaults.
+    """
+    itemsize = torch_dtype(dtype).itemsize
+    grid = None
+    if len(kept) == 1 and kept[0].meets(shape, steps):
+        grid = kept[0]
+    elif len(kept) < 2:
+        grid = lay_regular(shape, itemsize, steps, pieces=pieces, target=chunk.nbytes)
+    if grid is None:
+        return None
+    return Layout(dtype, shape, choose_codec(chunk.codec, dtype), (grid,))
+
+
+def _lay_by_boxes(
+    dtype: str,
+    shape: tuple[int, ...],
+    kept: tuple[Grid, ...],
+    boxes: Sequence[Box],
+    chunk: ChunkDefaults,
+    *,
+    are_whole: bool,
+) -> Layout:
+    """Return the layout of a tensor by a look at each of its boxes."""
+    itemsize, target = torch_dtype(dtype).itemsize, chunk.nbytes
+    if are_whole:
+        grids = lay_grids(shape, itemsize, boxes, target=target, parent=kept)
+    elif cover(kept, shape) and all(g.holds_whole_cells(box) for box in boxes for g in kept):
+        grids = kept
+    else:
+        grids = lay_parts(itemsize, boxes, target=target)
+    return Layout(dtype, shape, choose_codec(chunk.codec, dtype), grids)
 
 
 def blob_layout(nbytes: int, chunk: ChunkDefaults) -> Layout:
