@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 import dcpstore
 from dcpstore import ChunkDefaults, CorruptionError, Repository, batches
-from dcpstore.batches import in_batches
+from dcpstore.batches import in_batches, run_ahead
 from dcpstore.geometry.boxes import Box
 from dcpstore.reading.boxes import BoxRequest, read_boxes
 from dcpstore.records import ChunkRange, StoredChunk
@@ -36,6 +37,29 @@ def test_batches_hold_each_chunk_once_and_of_one_pack(wanted: list[tuple[str, in
     for run in runs:
         assert len({chunk.pack for chunk in run}) == 1
         assert sum(chunk.length for chunk in run[:-1]) < 50
+
+
+def test_few_run_ahead_of_who_asks_and_all_come_in_order() -> None:
+    begun: list[int] = []
+
+    def twice(n: int) -> int:
+        begun.append(n)
+        return 2 * n
+
+    with ThreadPoolExecutor(2) as pool:
+        results = run_ahead(pool, twice, range(40))
+        assert next(results) == (0, 0)
+        assert len(begun) <= 1 + batches._AHEAD
+        assert list(results) == [(n, 2 * n) for n in range(1, 40)]
+    assert sorted(begun) == list(range(40))
+
+
+def test_what_a_task_raises_is_raised_to_who_asks() -> None:
+    with ThreadPoolExecutor(2) as pool:
+        results = run_ahead(pool, lambda n: 1 // n, [1, 0, 1])
+        assert next(results) == (1, 1)
+        with pytest.raises(ZeroDivisionError):
+            next(results)
 
 
 @pytest.mark.parametrize("codec", ["none", "blosc", "zstd"])
