@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,17 +38,12 @@ from dcpstore.saving.writing import Written
 __all__ = ["Books", "is_cut_otherwise"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Content:
-    """One tensor of the save: its layout, its cells in (part, ordinal) order, its digest.
-
-    `nbytes` are the raw ones of all its parts.
-    """
+class _Content(NamedTuple):
+    """One tensor of the save: its layout, its cells in (part, ordinal) order, its digest."""
 
     layout: Layout
     cells: Ints  # rows of `Cells`
     digest: str
-    nbytes: int
 
 
 class Books:
@@ -190,7 +185,7 @@ class Books:
     @property
     def nbytes(self) -> int:
         """Raw bytes of all tensors of the version, those of tied ones each time."""
-        return sum(content.nbytes for content in self._contents.values())
+        return sum(content.layout.nbytes for content in self._contents.values())
 
     @property
     def nbytes_reused(self) -> int:
@@ -207,8 +202,7 @@ class Books:
         for fqn, (start, end) in zip(self._fqns, itertools.pairwise(starts), strict=True):
             layout, digests = self._layouts[fqn], data[start * DIGEST : end * DIGEST]
             digest = content_digest(layout.dtype, layout.shape, layout.grids, [digests])
-            volume = sum(math.prod(grid.shape) for grid in layout.grids)
-            contents[fqn] = _Content(layout, order[start:end], digest, volume * layout.itemsize)
+            contents[fqn] = _Content(layout, order[start:end], digest)
         return contents
 
     def _entry(self, fqn: str) -> NewEntry:
@@ -265,7 +259,7 @@ class Books:
                 dtype=layout.dtype,
                 shape=layout.shape,
                 codec=layout.codec,
-                nbytes=content.nbytes,
+                nbytes=layout.nbytes,
                 parts=layout.grids,
                 chunks=[
                     NewChunk(part, ordinal, digest, *self._places[layout.codec, digest])

@@ -13,7 +13,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -49,8 +49,7 @@ ChunkKey = tuple[str, bytes]  # codec and digest: chunks that share both are sto
 Source = Callable[[Box], Array]  # of the elements of any box inside a planned one
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RawChunk:
+class RawChunk(NamedTuple):
     """A chunk before it is encoded; `nbytes` are its raw ones inside its part, without padding.
 
     `held` are the raw bytes, where memory has them in one run, or else what makes them.

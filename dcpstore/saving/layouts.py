@@ -6,9 +6,10 @@ wrote together is the tensor (design, section 4, "Chunks").
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """The dtype, shape, codec and grids of one tensor; `dtype` is torch's name."""
 
@@ -44,6 +45,11 @@ class Layout:
     def itemsize(self) -> int:
         """Bytes of one element."""
         return torch_dtype(self.dtype).itemsize
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Raw bytes of all parts."""
+        return sum(math.prod(grid.shape) for grid in self.grids) * self.itemsize
 
 
 def lay_out(

@@ -83,11 +83,13 @@ def encode_manifest(
         f'{jsontext.quoted(key)}:["{{{{data}}}}/{c.pack}",{c.offset},{c.length}]'
         for key, c in references
     ]
-    body = (
-        f'"templates":{jsontext.encode({"data": data_url})},"refs":{{{",".join(refs)}}},'
-        f'"dcpstore":{_encode_version(draft, content)}}}'
-    ).encode()
-    return _HEAD.format(blake3(b"{" + body).hexdigest()).encode() + body
+    head = f'"templates":{jsontext.encode({"data": data_url})},"refs":{{'
+    tail = f'}},"dcpstore":{_encode_version(draft, content)}}}'
+    body = [part.encode() for part in (head, ",".join(refs), tail)]  # megabytes: few copies
+    digest = blake3(b"{")
+    for part in body:
+        digest.update(part)
+    return b"".join([_HEAD.format(digest.hexdigest()).encode(), *body])
 
 
 def decode_manifest(data: bytes) -> Manifest:
