@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from typing_extensions import Buffer
 
 import dcpstore
-from dcpstore import DcpstoreError, Repository
+from dcpstore import DcpstoreError, RankFailure, Repository
 from dcpstore.saving.chunking import ChunkKey
 from dcpstore.saving.lead import Lead
 from dcpstore.storage.folder import FileSink
@@ -183,3 +183,35 @@ def test_an_interrupt_while_chunks_are_written_leaves_nothing(
     assert set(repo.storage.list("packs")) == before
     assert repo.status() == []
     assert dcpstore.save(layers(), repo).number == 2
+
+
+def save_with_a_failing_rank(rank: int, place: Place) -> tuple[str, bool]:
+    """Save on two ranks, of which the second fails while its first chunks are on their way."""
+
+    def failing(*args: object) -> None:
+        raise ValueError("a broken tensor")
+
+    with pytest.MonkeyPatch.context() as patch, place.open() as repo:
+        early = Early(patch)
+        if rank == 1:
+            patch.setattr("dcpstore.saving.rank_work.RankData.digest", failing)
+        state = {f"of{rank}.{name}": tensor for name, tensor in layers().items()}
+        try:
+            dcpstore.save(state, repo)
+        except RankFailure as error:
+            return str(error), bool(early.counts and early.counts[-1])
+    return "no failure", False
+
+
+def test_a_rank_that_fails_meanwhile_makes_all_raise_and_leaves_nothing(
+    place: Place, two_ranks: RankPool
+) -> None:
+    (first, was_early), (second, _) = two_ranks.run(save_with_a_failing_rank, place)
+    assert was_early
+    assert first == second
+    assert "rank 1: ValueError: a broken tensor" in first
+    with place.open() as repo:
+        assert list(repo.storage.list("packs")) == []
+        assert repo.log() == []
+        assert repo.status() == []
+        assert_sound(repo)
