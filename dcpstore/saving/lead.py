@@ -56,7 +56,8 @@ class Opening:
 class Duty:
     """What a rank is to do next: compare entries of a version with what it holds, or write.
 
-    `write` are places among its chunks. All ranks are given the same entries to compare.
+    `write` are places among its chunks, less those that it writes already. All ranks are given the
+    same entries to compare.
     """
 
     write: Sequence[int] = ()
