@@ -39,11 +39,15 @@ __all__ = ["Books", "is_cut_otherwise"]
 
 
 class _Content(NamedTuple):
-    """One tensor of the save: its layout, its cells in (part, ordinal) order, its digest."""
+    """One tensor of the save: its layout, its cells in (part, ordinal) order, its digest.
+
+    `nbytes` are those of the layout, which three questions ask for.
+    """
 
     layout: Layout
     cells: Ints  # rows of `Cells`
     digest: str
+    nbytes: int
 
 
 class Books:
@@ -185,7 +189,7 @@ class Books:
     @property
     def nbytes(self) -> int:
         """Raw bytes of all tensors of the version, those of tied ones each time."""
-        return sum(content.layout.nbytes for content in self._contents.values())
+        return sum(content.nbytes for content in self._contents.values())
 
     @property
     def nbytes_reused(self) -> int:
@@ -202,7 +206,7 @@ class Books:
         for fqn, (start, end) in zip(self._fqns, itertools.pairwise(starts), strict=True):
             layout, digests = self._layouts[fqn], data[start * DIGEST : end * DIGEST]
             digest = content_digest(layout.dtype, layout.shape, layout.grids, [digests])
-            contents[fqn] = _Content(layout, order[start:end], digest)
+            contents[fqn] = _Content(layout, order[start:end], digest, layout.nbytes)
         return contents
 
     def _entry(self, fqn: str) -> NewEntry:
@@ -259,7 +263,7 @@ class Books:
                 dtype=layout.dtype,
                 shape=layout.shape,
                 codec=layout.codec,
-                nbytes=layout.nbytes,
+                nbytes=content.nbytes,
                 parts=layout.grids,
                 chunks=[
                     NewChunk(part, ordinal, digest, *self._places[layout.codec, digest])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Layout:
     """The dtype, shape, codec and grids of one tensor; `dtype` is torch's name."""
 
@@ -46,7 +46,7 @@ class Layout:
         """Bytes of one element."""
         return torch_dtype(self.dtype).itemsize
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
         """Raw bytes of all parts."""
         return sum(math.prod(grid.shape) for grid in self.grids) * self.itemsize
