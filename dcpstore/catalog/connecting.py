@@ -71,7 +71,7 @@ def server_engine(url: URL, **options: Any) -> Engine:
         )
     except ImportError:
         raise InvalidInputError(
-            "a catalog in Postgres needs psycopg; install it with 'pip install dcpstore[postgres]'."
+            "a catalog in Postgres needs psycopg; install it with pip install 'psycopg[binary]'."
         ) from None
 
 

@@ -101,7 +101,7 @@ def _figure(width: float, rows: int) -> Any:
         from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
     except ImportError:
         raise InvalidInputError(
-            "drawing needs matplotlib; install it with 'pip install dcpstore[plot]'."
+            "drawing needs matplotlib; install it with 'pip install matplotlib'."
         ) from None
     height = min(_ROW_INCHES * rows + 1.5, _MOST_INCHES)
     size = (min(_LABEL_INCHES + width, _MOST_INCHES), height)

@@ -42,7 +42,7 @@ def open_storage(url: str, *, base: Path | None = None, create: bool = False) ->
             from dcpstore.storage.objects import open_object_store  # noqa: PLC0415
         except ModuleNotFoundError as error:
             raise DcpstoreError(
-                f"{url!r} needs obstore, which is not installed; pip install 'dcpstore[s3]'."
+                f"{url!r} needs obstore, which is not installed; run 'pip install obstore'."
             ) from error
         return open_object_store(url)
     raise InvalidInputError(
