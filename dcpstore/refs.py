@@ -2,30 +2,34 @@
 
     ref    := start ("~" digits)? ("@step=" digits)?
     start  := "v"? digits | name | uid
-    name   := a letter or "_", then letters, digits, ".", "_", "-" or "/"
+    name   := a letter or "_", then letters, digits and any of . _ - / = + @
     uid    := the first 6 or more of the 32 hex digits of a version's uid
 
-A name never reads as a version number, so a ref has one meaning. What could be both is a number or
-a name if there is such a version, tag or branch, and else a uid. `~n` is n parents up; `@step=n` is
-the newest version with that step on the way up from the start.
+A name never reads as a version number and never contains "@step=", so a ref has one meaning:
+`epoch=0-step=8` and `run@home+1` are names, `a@step=5` is a step of `a`. What could be both is a
+number or a name if there is such a version, tag or branch, and else a uid. `~n` is n parents up;
+`@step=n` is the newest version with that step on the way up from the start.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 
 from dcpstore.errors import InvalidInputError
 
-__all__ = ["Ref", "check_name", "parse_ref"]
+__all__ = ["NAME_CHARACTERS", "Ref", "check_name", "nearest_name", "parse_ref"]
 
-_NAME = r"[A-Za-z_][A-Za-z0-9._/-]*"
+NAME_CHARACTERS = "A-Za-z0-9._/=+@-"  # as a regular expression's class has them
+_STEP = "@step="
+_NAME = rf"[A-Za-z_](?:(?!{_STEP})[{NAME_CHARACTERS}])*"
 _MAX_NAME = 200
 _MAX_NUMBER = 2**63 - 1
 _UID = r"[0-9a-fA-F]{6,32}"
 _REF = re.compile(
     rf"(?P<start>v?(?P<number>[0-9]+)|(?P<name>{_NAME})|{_UID})"
-    r"(?:~(?P<up>[0-9]+))?(?:@step=(?P<step>[0-9]+))?"
+    rf"(?:~(?P<up>[0-9]+))?(?:{_STEP}(?P<step>[0-9]+))?"
 )
 
 
@@ -49,25 +53,49 @@ class Ref:
 
 
 def check_name(name: str, *, kind: str) -> str:
-    """Return `name` if a `kind` (tag or branch) may be called so.
+    """Return `name` if a `kind` (tag or branch) may have this name.
 
     Raises:
-        InvalidInputError: the name breaks the grammar, or reads as a version number.
+        InvalidInputError: it breaks the grammar, or reads as a version number; offers the nearest
+            name that is allowed.
     """
+    if wrong := _fault(name):
+        raise InvalidInputError(
+            f"{kind} name {_short(name)} {wrong}; {nearest_name(name)!r} is allowed."
+        )
+    return name
+
+
+def nearest_name(text: object) -> str:
+    """Return `text` if it is an allowed name, else an allowed name that looks like it."""
+    name = unicodedata.normalize("NFKD", str(text)[: 4 * _MAX_NAME])
+    name = name.encode("ascii", "ignore").decode().strip()
+    name = re.sub(f"[^{NAME_CHARACTERS}]+", "-", name).replace(_STEP, "-" + _STEP[1:])
+    name = re.sub(r"([./])\1+", r"\1", name)
+    name = re.sub(r"^[^A-Za-z0-9_]+", "", name)[:_MAX_NAME].rstrip("/.")
+    if re.match(r"[0-9]", name) or _reads_as_number(name):
+        name = f"_{name}"[:_MAX_NAME].rstrip("/.")
+    return name or "checkpoint"
+
+
+def _fault(name: object) -> str | None:
+    """Return what is wrong with a name, or None where it is allowed."""
     wrong = None
-    if not isinstance(name, str) or not re.fullmatch(_NAME, name):
-        wrong = "is not a letter or '_' followed by letters, digits, '.', '_', '-' or '/'"
-    elif re.fullmatch(r"v[0-9]+", name):
+    if not isinstance(name, str) or not re.fullmatch(f"[A-Za-z_][{NAME_CHARACTERS}]*", name):
+        wrong = "is not a letter or '_' followed by letters, digits and any of '._-/=+@'"
+    elif _STEP in name:
+        wrong = f"contains {_STEP!r}, which leads to a step in a ref"
+    elif _reads_as_number(name):
         wrong = "reads as a version number"
     elif len(name) > _MAX_NAME:
         wrong = f"is longer than {_MAX_NAME} characters"
     elif ".." in name or "//" in name or name.endswith(("/", ".")):
         wrong = "contains '..' or '//', or ends in '/' or '.'"
-    if wrong:
-        raise InvalidInputError(
-            f"{kind} name {_short(name)} {wrong}; choose a name such as 'best-lr3'."
-        )
-    return name
+    return wrong
+
+
+def _reads_as_number(name: str) -> bool:
+    return re.fullmatch(r"v[0-9]+", name) is not None
 
 
 def parse_ref(text: str | int) -> Ref:

@@ -28,6 +28,7 @@ from dcpstore.catalog.versions import is_visible, load_versions
 from dcpstore.durations import in_utc
 from dcpstore.errors import InvalidInputError, NotFoundError
 from dcpstore.records import Version
+from dcpstore.refs import NAME_CHARACTERS
 
 __all__ = ["LogFilter", "best_version", "filtered"]
 
@@ -42,7 +43,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "!=": operator.ne,
 }
 _COMPARISON = re.compile(r"\s*(?P<name>[^<>=!]*[^<>=!\s])\s*(?P<sign>[<>=!]=?)\s*(?P<value>\S+)\s*")
-_GLOB = re.compile(r"[A-Za-z0-9._/*?-]+")
+_GLOB = re.compile(f"[*?{NAME_CHARACTERS}]+")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from dcpstore.catalog import Catalog
+from dcpstore.catalog.filters import LogFilter
 from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from dcpstore.records import RefRecord
 
@@ -104,6 +105,32 @@ def test_a_new_branch_goes_on_where_it_began(catalog: Catalog, save: Save) -> No
     save()
     catalog.branch("side", 1, author="")
     assert save(branch="side").parent == 1
+
+
+FRAMEWORK_NAMES = ("epoch=0-step=8", "last+1", "run@home", "ckpts/step_100", "a@", "v1=x", "abcdef")
+
+
+def test_names_as_frameworks_give_them_resolve_alone_and_with_each_suffix(
+    catalog: Catalog, save: Save
+) -> None:
+    for step in range(2):
+        save(branch="main/rank=0", step=step)
+    for name in FRAMEWORK_NAMES:
+        tip = save(branch="main/rank=0", step=8, tags=(name,)).number
+        refs = {name: tip, f"{name}~1": tip - 1, f"{name}@step=1": 2, f"{name}~1@step=0": 1}
+        assert {ref: catalog.resolve(ref).number for ref in refs} == refs
+        (found,) = catalog.history().log(None, limit=None, wanted=LogFilter(tag=f"{name}*"))
+        assert found.tags == (name,)
+    assert catalog.resolve("main/rank=0~1").number == tip - 1
+    assert catalog.branch("try=1@2", 1, author="").version == catalog.resolve("try=1@2").number
+
+
+@pytest.mark.usefixtures("history")
+def test_a_name_that_would_read_as_a_step_is_refused_with_an_offer(catalog: Catalog) -> None:
+    for make in (catalog.tag, catalog.branch):
+        with pytest.raises(InvalidInputError, match=r"'@step='.*'best-step=5' is allowed"):
+            make("best@step=5", 1, author="")
+    assert catalog.tag("best-step=5", 1, author="").version == 1
 
 
 @pytest.mark.usefixtures("history")

@@ -94,9 +94,19 @@ def test_what_dcpstore_saves_torch_loads(repo: Repository) -> None:
     assert_equal(filled, state())
 
 
-def test_a_checkpoint_id_is_a_tag(repo: Repository) -> None:
-    dcp.save(state(), checkpoint_id="night", storage_writer=Writer(repo))
-    assert repo.show("night").tags == ("night",)
+@pytest.mark.parametrize("name", ["night", "ckpts/epoch=0-step=8", Path("run@home+1")])
+def test_a_checkpoint_id_is_a_tag(repo: Repository, name: str | Path) -> None:
+    dcp.save(state(), checkpoint_id=name, storage_writer=Writer(repo))
+    assert repo.show(str(name)).tags == (str(name),)
+    filled = empty()
+    dcp.load(filled, checkpoint_id=name, storage_reader=Reader(repo))
+    assert_equal(filled, state())
+
+
+def test_a_checkpoint_id_that_cannot_be_a_tag_comes_with_one_that_can(repo: Repository) -> None:
+    with pytest.raises(dcp.CheckpointException, match="'run/step_100' is allowed"):
+        dcp.save(state(), checkpoint_id="/run/step_100/", storage_writer=Writer(repo))
+    assert repo.log() == []
 
 
 def test_folders_by_torchs_names_and_arguments(tmp_path: Path) -> None:
