@@ -1,18 +1,33 @@
 """The life of a catalog: created whole or not at all, refused with the cure, upgraded."""
 
+import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
+import alembic.context
+import alembic.op
 import pytest
 import torch
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.operations import Operations
 from alembic.script import ScriptDirectory
-from sqlalchemy import CheckConstraint, Connection, inspect, text
+from sqlalchemy import (
+    CheckConstraint,
+    Column,
+    Connection,
+    Integer,
+    create_engine,
+    inspect,
+    text,
+)
 
 import dcpstore
 from dcpstore.catalog import Catalog, revisions, schema, sqlite_url
@@ -23,6 +38,7 @@ from dcpstore.catalog.views import VIEWS
 from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError, SchemaError
 from dcpstore.records import ChunkDefaults
 from dcpstore.upkeep.rebuild import rebuild
+from tests import servers
 from tests.soundness import Place, assert_sound
 
 
@@ -138,19 +154,10 @@ def test_older_and_newer_schemas_name_the_cure(database_url: str) -> None:
             Catalog.upgrade(database_url)
 
 
-def test_upgrade_runs_what_is_missing_and_is_idempotent(
-    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Catalog.make(database_url, data_url="d").close()
-    assert Catalog.upgrade(database_url) == (revisions.HEAD, revisions.HEAD)
-    # A dcpstore of tomorrow, with one migration more.
+def be_newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be a dcpstore of tomorrow, with one migration more."""
     folder = tmp_path / "migrations"
-    folder.mkdir()
-    for path in migrations_folder().rglob("*"):
-        if path.suffix in {".py", ".mako"}:
-            copy = folder / path.relative_to(migrations_folder())
-            copy.parent.mkdir(exist_ok=True)
-            copy.write_bytes(path.read_bytes())
+    shutil.copytree(migrations_folder(), folder, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "versions" / "0002_mood.py").write_text(
         "import sqlalchemy as sa\nfrom alembic import op\n\n"
         "revision = '0002'\ndown_revision = '0001'\n\n\n"
@@ -158,6 +165,14 @@ def test_upgrade_runs_what_is_missing_and_is_idempotent(
     )
     monkeypatch.setattr(migrating_module, "migrations_folder", lambda: folder)
     monkeypatch.setattr(revisions, "HEAD", "0002")
+
+
+def test_upgrade_runs_what_is_missing_and_is_idempotent(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Catalog.make(database_url, data_url="d").close()
+    assert Catalog.upgrade(database_url) == (revisions.HEAD, revisions.HEAD)
+    be_newer(tmp_path, monkeypatch)
     with pytest.raises(SchemaError, match="older dcpstore"):
         Catalog.open(database_url)
     assert Catalog.upgrade(database_url) == ("0001", "0002")
@@ -165,6 +180,62 @@ def test_upgrade_runs_what_is_missing_and_is_idempotent(
     with Catalog.open(database_url) as catalog:
         assert catalog.query("SELECT mood FROM version", {}) == []
         assert catalog.query("SELECT * FROM history", {}) == []
+
+
+def test_threads_create_and_upgrade_on_both_databases_at_once(
+    postgres_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 8
+    with ExitStack() as stack:
+        urls = [
+            stack.enter_context(servers.new_database(postgres_server))
+            if i % 2
+            else sqlite_url(tmp_path / f"{i}.db")
+            for i in range(count)
+        ]
+        for url in urls[::4] + urls[1::4]:  # half of each kind are there, and of today
+            Catalog.make(url, data_url="d").close()
+        be_newer(tmp_path, monkeypatch)
+        barrier = threading.Barrier(count)
+
+        def work(i: int) -> object:
+            barrier.wait()
+            if i % 4 < 2:
+                return Catalog.upgrade(urls[i])
+            with Catalog.make(urls[i], data_url="d") as made:
+                return made.log()
+
+        with ThreadPoolExecutor(count) as threads:
+            found = list(threads.map(work, range(count)))
+        assert found == [("0001", "0002") if i % 4 < 2 else [] for i in range(count)]
+        for url in urls:
+            with Catalog.open(url) as catalog:
+                assert catalog.query("SELECT mood FROM version", {}) == []
+                assert catalog.query("SELECT * FROM history", {}) == []
+                assert [operation.kind for operation in catalog.operations()] == ["init"]
+
+
+def test_many_threads_create_many_repositories(tmp_path: Path) -> None:
+    def make(i: int) -> None:
+        dcpstore.open(tmp_path / f"{i}").close()
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(make, range(24)))
+
+
+def test_migrating_leaves_the_process_wide_modules_of_alembic_alone(tmp_path: Path) -> None:
+    def proxies() -> tuple[object, object]:
+        return getattr(alembic.op, "_proxy", None), getattr(alembic.context, "_proxy", None)
+
+    # As a program does that migrates a database of its own, perhaps in another thread.
+    engine = create_engine("sqlite://")
+    with engine.connect() as connection, Operations.context(MigrationContext.configure(connection)):
+        before = proxies()
+        Catalog.make(sqlite_url(tmp_path / "catalog.db"), data_url="d").close()
+        assert proxies() == before
+        alembic.op.create_table("theirs", Column("id", Integer))
+        assert inspect(connection).get_table_names() == ["theirs"]
+    engine.dispose()
 
 
 def test_failed_creation_leaves_nothing(
