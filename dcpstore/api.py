@@ -309,7 +309,7 @@ def load(
         def open_source() -> LoadSource:
             where = where_given(repo, checkpoint_id)
             repository = stack.enter_context(opened(where, create=False))
-            return LoadSource(repository.catalog, repository.storage)
+            return LoadSource(repository.catalog, repository.storage, repository.location)
 
         return load_version(
             state_dict,
@@ -361,4 +361,6 @@ def check_unused(storage: str, /, *named: str, **given: bool) -> None:
 def target_of(where: RepositoryLike, stack: ExitStack) -> SaveTarget:
     """Return the parts of the repository to save to, open until `stack` closes."""
     repository = stack.enter_context(opened(where, create=True))
-    return SaveTarget(repository.catalog, repository.storage, repository.memory)
+    return SaveTarget(
+        repository.catalog, repository.storage, repository.memory, repository.location
+    )

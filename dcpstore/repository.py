@@ -65,6 +65,13 @@ class Repository(Recorded, Upkept):
         return PlanMemory()
 
     @property
+    def location(self) -> str | Path:
+        """The folder, or the database URL without its password: what torch's planners are given
+        as `checkpoint_id`.
+        """
+        return self.catalog.shown if "://" in self._target else Path(self._target)
+
+    @property
     def about(self) -> RepositoryRecord:
         """What was settled when the repository was made."""
         return self.catalog.repository

@@ -58,6 +58,11 @@ class Catalog:
         file = self._database.file
         return None if file is None else file.parent
 
+    @property
+    def shown(self) -> str:
+        """The database URL for people to read: no password, and no option that may hold one."""
+        return self._database.shown
+
     @classmethod
     def open(cls, url: str, *, data_url: str | None = None) -> Catalog:
         """Open the catalog at a database URL.
@@ -166,7 +171,7 @@ class Catalog:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Catalog({self._database.shown!r})"
+        return f"Catalog({self.shown!r})"
 
     # Saves
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.filesystem import SerializationFormat
-from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan
 
 from dcpstore.dcp.reader import RepositoryReader
 from dcpstore.dcp.writer import RepositoryWriter
 from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError
+from dcpstore.places import absolute_target
 from dcpstore.repository import open as open_repository
 
 __all__ = ["FileSystemReader", "FileSystemWriter"]
@@ -56,12 +57,16 @@ class FileSystemWriter(RepositoryWriter):
         if _extensions:
             raise InvalidInputError("stream extensions are not taken: packs are read by range.")
         super().__init__(path, allow_pickle=allow_pickle)
-        self.path = os.fspath(path)
+        self.path = Path(path)
         self._overwrite = overwrite
 
     @property
-    def checkpoint_id(self) -> str | os.PathLike[str]:
+    def checkpoint_id(self) -> Path:
         """The folder."""
+        return self.path
+
+    @property
+    def _lasting_id(self) -> Path:
         return self.path
 
     @classmethod
@@ -72,14 +77,9 @@ class FileSystemWriter(RepositoryWriter):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a new save, into another folder if one is given."""
         self._renew()  # first: it ends what was begun in the folder before
-        if checkpoint_id is not None:
-            self._repo = self.path = os.fspath(checkpoint_id)
-
-    def storage_meta(self) -> StorageMeta:
-        """Return what torch tells the planner of this save."""
-        meta = super().storage_meta()
-        meta.checkpoint_id = self.path
-        return meta
+        if checkpoint_id:
+            self._repo = absolute_target(checkpoint_id)
+            self.path = Path(checkpoint_id)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Return the plan as it is.
@@ -89,8 +89,8 @@ class FileSystemWriter(RepositoryWriter):
         """
         if not self._overwrite and _holds_version(self.path):
             raise AlreadyExistsError(
-                f"Checkpoint already exists in {self.path!r} and overwrite=False; choose another "
-                "folder, or let overwrite=True add a version (nothing is lost)."
+                f"Checkpoint already exists in {str(self.path)!r} and overwrite=False; choose "
+                "another folder, or let overwrite=True add a version (nothing is lost)."
             )
         return plan
 
@@ -110,10 +110,10 @@ class FileSystemReader(RepositoryReader):
         allow_pickle: bool = False,
     ) -> None:
         super().__init__(path, verify=verify, allow_pickle=allow_pickle)
-        self.path = os.fspath(path)
+        self.path = Path(path)
 
     @property
-    def checkpoint_id(self) -> str | os.PathLike[str]:
+    def checkpoint_id(self) -> Path:
         """The folder."""
         return self.path
 
@@ -124,8 +124,9 @@ class FileSystemReader(RepositoryReader):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a new load, of another folder if one is given."""
-        if checkpoint_id is not None:
-            self._repo = self.path = os.fspath(checkpoint_id)
+        if checkpoint_id:
+            self._repo = absolute_target(checkpoint_id)
+            self.path = Path(checkpoint_id)
         super().reset()
 
 
@@ -133,7 +134,7 @@ def _is_path(checkpoint_id: str | os.PathLike[str]) -> bool:
     return "://" not in os.fspath(checkpoint_id)
 
 
-def _holds_version(path: str) -> bool:
+def _holds_version(path: Path) -> bool:
     try:
         with open_repository(path, create=False) as repo:
             return bool(repo.log(limit=1))

@@ -6,7 +6,6 @@ import os
 from contextlib import closing
 from typing import Any
 
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
@@ -89,12 +88,10 @@ class RepositoryReader(StorageReader):
             entries = repo.catalog.entries(version.number)
             planner_data = repo.catalog.planner_data(version.number)
         self._read = version, entries
-        described = describe_entries(entries)
+        meta = StorageMeta(self.checkpoint_id, version.uid, self.load_id)
+        described = describe_entries(entries, meta)
         if planner_data is not None:
             described.planner_data = decode_value(planner_data, allow_pickle=self._allow_pickle)
-        described.storage_data = {}
-        described.storage_meta = StorageMeta(self._checkpoint_id, version.uid, self.load_id)
-        described.version = CURRENT_DCP_VERSION
         return described
 
     def set_up_storage_reader(

@@ -125,13 +125,18 @@ class RepositoryWriter(StorageWriter):
         self._is_cached = False  # torch sent plans of this save in part only
         self._is_spent = False  # `save_id` belongs to a save that was begun
         self._is_pending = False  # its version waits for commit or abort; on the coordinator
-        self.save_id = new_uid()
+        self.save_id, self._next_id = new_uid(), new_uid()
         self.version: Version | None = None
 
     @property
     def checkpoint_id(self) -> str | os.PathLike[str] | None:
         """What torch calls this save."""
         return self._checkpoint_id
+
+    @property
+    def _lasting_id(self) -> str | os.PathLike[str] | None:
+        """The id of a save for which torch gives none."""
+        return None
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -144,10 +149,13 @@ class RepositoryWriter(StorageWriter):
         self._checkpoint_id = checkpoint_id
 
     def storage_meta(self) -> StorageMeta:
-        """Return what torch tells the planner of this save."""
-        if self._is_spent:
-            self._renew()
-        return StorageMeta(checkpoint_id=self._checkpoint_id, save_id=self.save_id)
+        """Return what torch's planner hears of the next save, or of the one that it has begun.
+
+        After a save, `save_id` and `version` stay those of that save until the next one begins.
+        """
+        if self._is_spent:  # torch resets for the next save only if that has an id
+            return StorageMeta(self._lasting_id, self._next_id)
+        return StorageMeta(self.checkpoint_id, self.save_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Learn this process's part of the save."""
@@ -291,7 +299,7 @@ class RepositoryWriter(StorageWriter):
                 )
             self._is_pending = False
         metadata.storage_data = {r.index: r.size_in_bytes for given in results for r in given}
-        metadata.storage_meta = StorageMeta(self._checkpoint_id, self.save_id)
+        metadata.storage_meta = StorageMeta(self.checkpoint_id, self.save_id)
         metadata.version = CURRENT_DCP_VERSION
 
     def _begin(self, target: SaveTarget, *, ranks: int) -> VersionDraft:
@@ -321,8 +329,8 @@ class RepositoryWriter(StorageWriter):
                     target.catalog.abort(self.save_id, "torch gave it up, and began another save")
             except DcpstoreError as error:
                 _log.warning("the save %s was not aborted; gc will: %s", self.save_id, error)
-        self.save_id = new_uid()
-        self._checkpoint_id = None  # torch resets for the next save only if that has an id
+        self.save_id, self._next_id = self._next_id, new_uid()
+        self._checkpoint_id = None
         self._is_spent = False
         self.version = None
 
@@ -340,7 +348,7 @@ class RepositoryWriter(StorageWriter):
     @contextmanager
     def _opened(self) -> Iterator[SaveTarget]:
         with opened(self._repo, create=True) as repo:
-            yield SaveTarget(repo.catalog, repo.storage, repo.memory)
+            yield SaveTarget(repo.catalog, repo.storage, repo.memory, repo.location)
 
 
 def _first_places(keys: Iterable[ChunkKey]) -> dict[ChunkKey, int]:

@@ -11,15 +11,17 @@ import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from dcpstore.catalog import Catalog
 from dcpstore.collectives import Collectives, in_step, in_turn
 from dcpstore.collector import collector_held
+from dcpstore.encoding.values import decode_value
 from dcpstore.errors import InvalidInputError, MismatchError, UnsafeDataError
 from dcpstore.loading.items import ItemReads, check_values
 from dcpstore.planning.described import describe_entries
@@ -31,16 +33,21 @@ from dcpstore.progress import ProgressBar
 from dcpstore.records import EntryRecord, LoadReport, Version
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackReader
+from dcpstore.uids import new_uid
 
 __all__ = ["LoadSource", "load_version"]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadSource:
-    """The parts of a repository that a load reads from."""
+    """The parts of a repository that a load reads from.
+
+    `location` is what torch's planners are given as `checkpoint_id`.
+    """
 
     catalog: Catalog
     storage: Storage
+    location: str | Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +100,20 @@ def load_version(
         planner = make_planner()
         return _Opening(source.catalog.repository.uid, ref, dry_run, keys)
 
-    def resolve(told: Sequence[_Opening]) -> tuple[Version, list[EntryRecord], list[str]]:
+    def resolve(
+        told: Sequence[_Opening],
+    ) -> tuple[Version, list[EntryRecord], list[str], str | None]:
         _check_agreement(told)
         keys = sorted({key for one in told for key in one.keys})
         with source.catalog.kept():
             version = source.catalog.resolve(ref)
-            return version, source.catalog.entries(version.number), keys
+            kept = _kept_data(source.catalog, planner, version)
+            return version, source.catalog.entries(version.number), keys, kept
 
     def local_plan() -> LoadPlan:
         nonlocal template
+        meta = StorageMeta(source.location, version.uid, new_uid())
+        described = _described(entries, meta, kept, allow_pickle=allow_pickle)
         with nesting_checked():
             template = _template(
                 state_dict, keys, entries, planner=planner, rank=ranks.rank, dry_run=dry_run
@@ -156,8 +168,7 @@ def load_version(
             differences=_joined(one.differences for one in told),
         )
 
-    version, entries, keys = in_step(ranks, "open", begin, resolve)
-    described = describe_entries(entries)
+    version, entries, keys, kept = in_step(ranks, "open", begin, resolve)
     by_fqn = {entry.fqn: entry for entry in entries}
     if dry_run:
         return in_step(ranks, "plan", foretell, report)
@@ -211,6 +222,21 @@ def _fitting_plan(
     if differences:
         raise MismatchError.listing(differences)
     return plan
+
+
+def _kept_data(catalog: Catalog, planner: LoadPlanner, version: Version) -> str | None:
+    """Return what a save planner kept with a version; our own load planner asks for nothing."""
+    return None if type(planner) is DefaultLoadPlanner else catalog.planner_data(version.number)
+
+
+def _described(
+    entries: Sequence[EntryRecord], meta: StorageMeta, kept: str | None, *, allow_pickle: bool
+) -> Metadata:
+    """Return torch's description of a version, with what its save planner kept."""
+    described = describe_entries(entries, meta)
+    if kept is not None:
+        described.planner_data = decode_value(kept, allow_pickle=allow_pickle)
+    return described
 
 
 def _told(

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -24,8 +26,11 @@ from dcpstore.records import EntryRecord, TensorRecord
 __all__ = ["describe_entries"]
 
 
-def describe_entries(entries: Iterable[EntryRecord]) -> Metadata:
-    """Return torch's description of a version's entries; blobs count as values."""
+def describe_entries(entries: Iterable[EntryRecord], storage_meta: StorageMeta) -> Metadata:
+    """Return torch's description of a version's entries; blobs count as values.
+
+    Its `planner_data` is what our save planner makes: the path of each FQN in the state.
+    """
     described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     paths = {}
     for entry in entries:
@@ -43,7 +48,13 @@ def describe_entries(entries: Iterable[EntryRecord]) -> Metadata:
             )
         else:
             described[entry.fqn] = BytesStorageMetadata()
-    return Metadata(described, planner_data=paths)
+    return Metadata(
+        described,
+        planner_data=paths,
+        storage_data={},  # which chunks hold what is for the catalog to say
+        storage_meta=storage_meta,
+        version=CURRENT_DCP_VERSION,
+    )
 
 
 def _stored_boxes(tensor: TensorRecord) -> list[Box]:

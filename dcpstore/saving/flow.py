@@ -81,7 +81,9 @@ def save_version(
             work = RankWork(
                 planner, lead.target, pool=pool, writer=writer, bar=bar, allow_pickle=allow_pickle
             )
-            answer = in_turn(ranks, "plan", lambda: work.plan(state_dict, keys, ranks), lead.plan)
+            answer = in_turn(
+                ranks, "plan", lambda: work.plan(state_dict, keys, ranks, uid=uid), lead.plan
+            )
             if answer.asks:
                 answer = in_turn(ranks, "plan", work.plan_whole, lead.plan)
             work.take(answer, seconds=time.perf_counter() - began)

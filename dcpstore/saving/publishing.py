@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import SupportsFloat
 
 from dcpstore.catalog import Catalog
@@ -50,11 +51,15 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class SaveTarget:
-    """The parts of a repository that a save writes to, and what this process remembers of it."""
+    """The parts of a repository that a save writes to, and what this process remembers of it.
+
+    `location` is what torch's planners are given as `checkpoint_id`.
+    """
 
     catalog: Catalog
     storage: Storage
     memory: PlanMemory
+    location: str | Path
 
 
 @dataclass(frozen=True, slots=True)

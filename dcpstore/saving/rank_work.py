@@ -6,11 +6,14 @@ Invariant: whatever can fail is done inside an exchange, so that every rank hear
 from __future__ import annotations
 
 import contextlib
+import inspect
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import SavePlanner
 
 from dcpstore.collectives import Collectives
@@ -60,12 +63,18 @@ class RankWork:
         self._data: RankData | None = None
         self._seconds: Seconds = {}
 
-    def plan(self, state_dict: Mapping[str, Any], keys: Sequence[str], ranks: Collectives) -> Offer:
-        """Return what to tell of this rank's plan of its state; `keys` are those of all ranks."""
+    def plan(
+        self, state_dict: Mapping[str, Any], keys: Sequence[str], ranks: Collectives, *, uid: str
+    ) -> Offer:
+        """Return what to tell of this rank's plan of its state.
+
+        `keys` are those of all ranks, and `uid` that of the version to be.
+        """
         with nesting_checked():
             state = take_state(state_dict, keys, rank=ranks.rank)
             check_state(state)
-            self._planner.set_up_planner(state, is_coordinator=ranks.leads)
+            meta = StorageMeta(self._target.location, uid)
+            _set_up(self._planner, state, meta, is_coordinator=ranks.leads)
         local = self._planner.create_local_plan()
         self._plan = LocalPlan(local, self._planner, self._target.memory)
         return self._plan.offer()
@@ -138,3 +147,19 @@ class RankWork:
         yield
         taken = time.perf_counter() - began
         self._seconds[phase] = self._seconds.get(phase, 0.0) + taken
+
+
+def _set_up(
+    planner: SavePlanner, state: dict[str, Any], meta: StorageMeta, *, is_coordinator: bool
+) -> None:
+    """Give a planner the state, and what torch calls this save; one of before torch 2.3 cannot."""
+    taken = inspect.signature(planner.set_up_planner).parameters.values()
+    if any(arg.name == "storage_meta" or arg.kind is arg.VAR_KEYWORD for arg in taken):
+        planner.set_up_planner(state, storage_meta=meta, is_coordinator=is_coordinator)
+    else:
+        warnings.warn(
+            f"{type(planner).__name__}.set_up_planner takes no storage_meta; have it take one, as "
+            "torch's SavePlanner does.",
+            stacklevel=2,
+        )
+        planner.set_up_planner(state, is_coordinator)  # type: ignore[arg-type]  # as torch calls it

@@ -186,6 +186,16 @@ class Extra(dcp.DefaultSavePlanner):
         return plans, dataclasses.replace(described, planner_data=merged)
 
 
+class Asking(dcp.DefaultLoadPlanner):
+    """Asks for the planner data of the save."""
+
+    def set_up_planner(
+        self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False
+    ) -> None:
+        self.given = metadata.planner_data
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+
+
 class Doubled(dcp.DefaultLoadPlanner):
     """As torch documents: change tensors after they are read."""
 
@@ -208,6 +218,12 @@ def test_torchs_custom_planners_work_unchanged(repo: Repository, face: str) -> N
     assert repo.read()["optim.betas"] == (0.9, 0.99)
     save(Extra(), state())
     assert Reader(repo).read_metadata().planner_data == [{"mine": 1}]
+    asking = Asking()
+    if face == "torch":
+        dcp.load(empty(), storage_reader=Reader(repo), planner=asking)
+    else:
+        dcpstore.load(empty(), repo, planner=asking)
+    assert asking.given == [{"mine": 1}]
     filled = {"model": {"w": torch.zeros(4, 3)}}
     if face == "torch":
         dcp.load(filled, storage_reader=Reader(repo), planner=Doubled())
