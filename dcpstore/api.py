@@ -25,7 +25,7 @@ from dcpstore.planning.load_options import LoadOptions, OnDtype, Rename
 from dcpstore.records import LoadReport, Version
 from dcpstore.repository import Repository, opened
 from dcpstore.retention import Retention
-from dcpstore.saving import SaveRequest, SaveTarget, make_request, save_version
+from dcpstore.saving import MetricsFrom, SaveRequest, SaveTarget, make_request, save_version
 
 __all__ = ["RepositoryLike", "check_unused", "load", "save", "target_of", "where_given"]
 
@@ -56,6 +56,7 @@ def save(
     message: str = "",
     metrics: Mapping[str, SupportsFloat] | None = None,
     labels: Mapping[str, object] | None = None,
+    metrics_from: MetricsFrom = "all",
     author: str = "",
     parent: str | int | None = None,
     expect_tip: str | int | None = None,
@@ -78,6 +79,7 @@ def save(
     message: str = "",
     metrics: Mapping[str, SupportsFloat] | None = None,
     labels: Mapping[str, object] | None = None,
+    metrics_from: MetricsFrom = "all",
     author: str = "",
     parent: str | int | None = None,
     expect_tip: str | int | None = None,
@@ -101,6 +103,8 @@ def save(
         tags: immutable names for this version.
         message, metrics, labels, author: kept with the version, for `log` and for SQL; a metric is
             a number (a tensor of one element too), a label any value, kept as its text.
+        metrics_from: "all" refuses metrics and labels that differ between ranks; with "rank0" those
+            of rank 0 of the group count, and nobody looks at the others'.
         parent: where a branch that does not exist begins (a ref).
         expect_tip: the ref that the branch must still name; else ConflictError.
         retention: rules by which older versions of the branch then expire, as by
@@ -123,7 +127,7 @@ def save(
         RankFailure: some ranks failed, with each one's error; the repository shows nothing.
     """
 
-    def asked() -> SaveRequest:
+    def asked(*, leads: bool = True) -> SaveRequest:
         return make_request(
             branch=branch,
             step=step,
@@ -135,6 +139,8 @@ def save(
             parent=parent,
             expect_tip=expect_tip,
             retention=retention,
+            metrics_from=metrics_from,
+            leads=leads,
         )
 
     if storage_writer is not None:
@@ -154,7 +160,7 @@ def save(
 
     def request() -> SaveRequest:
         raise_unseen()
-        return asked()
+        return asked(leads=ranks.leads)
 
     with ExitStack() as stack:
         return save_version(

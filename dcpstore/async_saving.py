@@ -92,7 +92,7 @@ class _Saver:
     def begin(
         self,
         state_dict: Mapping[str, Any],
-        prepare: Callable[[], Background],
+        prepare: Callable[[Collectives], Background],
         *,
         if_busy: IfBusy,
         staging_limit: int | None,
@@ -110,7 +110,7 @@ class _Saver:
             if not isinstance(staging_limit, int | float | None):
                 raise InvalidInputError(f"staging_limit={staging_limit!r}; give bytes, or None.")
             names = check_keys(state_dict)
-            save = prepare()
+            save = prepare(self._asking)
             is_busy = self._last is not None and not self._last.done()
             if is_busy and if_busy == "wait":
                 self.wait()

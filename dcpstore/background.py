@@ -26,7 +26,7 @@ from dcpstore.planning import DefaultSavePlanner
 from dcpstore.records import Version
 from dcpstore.repository import Repository
 from dcpstore.retention import Retention
-from dcpstore.saving import SaveRequest, make_request, save_version
+from dcpstore.saving import MetricsFrom, SaveRequest, make_request, save_version
 
 __all__ = ["async_save"]
 
@@ -57,6 +57,7 @@ def async_save(
     message: str = "",
     metrics: Mapping[str, SupportsFloat] | None = None,
     labels: Mapping[str, object] | None = None,
+    metrics_from: MetricsFrom = "all",
     author: str = "",
     parent: str | int | None = None,
     expect_tip: str | int | None = None,
@@ -81,6 +82,7 @@ def async_save(
     message: str = "",
     metrics: Mapping[str, SupportsFloat] | None = None,
     labels: Mapping[str, object] | None = None,
+    metrics_from: MetricsFrom = "all",
     author: str = "",
     parent: str | int | None = None,
     expect_tip: str | int | None = None,
@@ -105,8 +107,9 @@ def async_save(
     and at exit. It is kept in the catalog too.
 
     Args:
-        state_dict, repo, branch, step, tags, message, metrics, labels, author, parent, expect_tip,
-            retention, planner, process_group, no_dist, allow_pickle, checkpoint_id: as for `save`.
+        state_dict, repo, branch, step, tags, message, metrics, labels, metrics_from, author,
+            parent, expect_tip, retention, planner, process_group, no_dist, allow_pickle,
+            checkpoint_id: as for `save`.
         if_busy: whether to wait for a save that still runs, or to raise ConflictError.
         staging_limit: bytes that may be copied of a rank's state, which are those of the storages
             that its tensors lie in; a rank with more saves before it returns, without a copy.
@@ -123,7 +126,7 @@ def async_save(
         DcpstoreError: a failure of the save before that nobody has heard of.
     """
 
-    def asked() -> SaveRequest:
+    def asked(*, leads: bool = True) -> SaveRequest:
         return make_request(
             branch=branch,
             step=step,
@@ -135,6 +138,8 @@ def async_save(
             parent=parent,
             expect_tip=expect_tip,
             retention=retention,
+            metrics_from=metrics_from,
+            leads=leads,
         )
 
     if storage_writer is not None:
@@ -159,9 +164,9 @@ def async_save(
         )
         return response
 
-    def prepare() -> Background:
+    def prepare(ranks: Collectives) -> Background:
         where = where_given(repo, checkpoint_id)
-        request = asked()  # now: a metric may be a tensor, which training changes
+        request = asked(leads=ranks.leads)  # now: a metric may be a tensor, which training changes
 
         def save_staged(staged: dict[str, Any], ranks: Collectives) -> Version:
             with ExitStack() as stack:

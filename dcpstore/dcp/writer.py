@@ -31,7 +31,7 @@ from dcpstore.errors import DcpstoreError, InvalidInputError
 from dcpstore.leases import kept_lease
 from dcpstore.places import absolute_target
 from dcpstore.planning.balance import item_nbytes
-from dcpstore.planning.checks import check_agreement, check_tiling
+from dcpstore.planning.checks import check_agreement, check_names, check_tiling
 from dcpstore.planning.tables import GlobalTable, PlanTable
 from dcpstore.records import ChunkPlace, PackRecord, Version, VersionDraft
 from dcpstore.repository import Repository, opened
@@ -85,7 +85,8 @@ class RepositoryWriter(StorageWriter):
 
     Args:
         repo: a `Repository`, or what `open` takes. The writer can be sent to another process.
-        branch, step, message, tags, metrics, labels, author, parent, expect_tip: as for `save`.
+        branch, step, message, tags, metrics, labels, author, parent, expect_tip: as for `save`, but
+            what the coordinator's writer was given counts, for torch moves nothing else.
         allow_pickle: let values that JSON cannot carry be stored as pickles.
 
     A `checkpoint_id` given to torch's call becomes a tag of the version.
@@ -172,7 +173,8 @@ class RepositoryWriter(StorageWriter):
         """Begin the version, and return the plans with the layouts of their tensors.
 
         Raises:
-            InvalidInputError: the plans do not tile their tensors.
+            InvalidInputError: the plans do not tile their tensors, or no catalog can keep an FQN.
+            UnsafeDataError: only a pickle could keep a plan's data.
             ConflictError, AlreadyExistsError, NotFoundError: as the catalog finds the refs.
         """
         # torch's plan cache: a rank whose plan is as before has it, and is told so by an empty one
@@ -182,6 +184,9 @@ class RepositoryWriter(StorageWriter):
                 self._begin(target, ranks=len(plans))
             return plans
         table = GlobalTable.of([PlanTable.of(plan) for plan in plans])
+        check_names(table)
+        for plan in plans:  # of which a planner makes what `finish` is given, once all is written
+            kept_planner_data(plan.planner_data)
         is_whole = not self._is_alone and not self._is_cached
         if is_whole:
             check_agreement(table)

@@ -1,7 +1,8 @@
 """What a global save plan must satisfy before a byte is written.
 
-Invariant: the boxes of each tensor lie inside its shape and tile it, and all ranks mean the same
-tensor by an FQN (design, invariant 4). A breach names the FQN and the ranks.
+Invariant: the boxes of each tensor lie inside its shape and tile it, all ranks mean the same tensor
+by an FQN (design, invariant 4), and a catalog can keep that FQN. A breach names the FQN and the
+ranks.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from torch.distributed.checkpoint.planner import WriteItem
 
+from dcpstore.catalog.checks import check_key
+from dcpstore.encoding.dtypes import MOST_DIMS
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box, find_overlap
 from dcpstore.geometry.tables import Ints, find_crowded
 from dcpstore.planning.tables import GlobalTable, Named
 
-__all__ = ["check_agreement", "check_tiling", "item_box"]
+__all__ = ["check_agreement", "check_names", "check_tiling", "item_box"]
 
 _SHOWN = 8  # problems in one message; more would bury the first
 
@@ -26,6 +29,23 @@ def item_box(item: WriteItem) -> Box:
     """Return the box of the global tensor that a tensor item writes."""
     assert item.tensor_data is not None
     return Box(tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes))
+
+
+def check_names(table: GlobalTable) -> None:
+    """Check that a catalog can keep the FQN and the shape of all that is planned.
+
+    The catalog checks it again when it commits; by then chunks and a manifest are written.
+
+    Raises:
+        InvalidInputError: naming the FQN.
+    """
+    for name in table.names:
+        check_key(name.fqn, what="FQN")
+        if len(name.shape) > MOST_DIMS:
+            raise InvalidInputError(
+                f"{name.fqn!r}: a tensor of {len(name.shape)} dimensions has more than "
+                f"{MOST_DIMS}; reshape it."
+            )
 
 
 def check_agreement(table: GlobalTable) -> None:

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner import (
 
 from dcpstore.errors import InvalidInputError
 from dcpstore.planning.balance import share_out
-from dcpstore.planning.checks import check_agreement, check_tiling
+from dcpstore.planning.checks import check_agreement, check_names, check_tiling
 from dcpstore.planning.plain import nesting_checked
 from dcpstore.planning.shards import is_sharded, local_shards, no_shard
 from dcpstore.planning.tables import GlobalTable, PlanTable
@@ -146,9 +146,11 @@ def plan_globally(tables: Sequence[PlanTable], *, to_lowest_rank: bool) -> Globa
     """Return what all ranks write together, by rank, replicas shared out.
 
     Raises:
-        InvalidInputError: ranks disagree about an FQN, or its boxes do not tile its shape.
+        InvalidInputError: ranks disagree about an FQN, its boxes do not tile its shape, or no
+            catalog can keep it.
     """
     table = GlobalTable.of(tables)
+    check_names(table)
     check_agreement(table)
     table = share_out(_without_empty(table), to_lowest_rank=to_lowest_rank)
     check_tiling(table)

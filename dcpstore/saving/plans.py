@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.tables import Ints
-from dcpstore.planning.checks import check_agreement, check_tiling
+from dcpstore.planning.checks import check_agreement, check_names, check_tiling
 from dcpstore.planning.save_planner import DefaultSavePlanner, plan_globally
 from dcpstore.planning.tables import GlobalTable, PlanTable
 from dcpstore.recent import Recent
@@ -240,6 +240,7 @@ def answer_plans(
         parent: the entries of the parent version by FQN.
     """
     table = GlobalTable.of([PlanTable.of(plan) for plan in whole])
+    check_names(table)
     check_agreement(table)
     check_tiling(table)
     plan = GlobalPlan(table, lay_out(table, chunk=chunk, parent=parent))

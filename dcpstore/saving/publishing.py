@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import SupportsFloat
+from typing import Literal, SupportsFloat, get_args
 
 from dcpstore.catalog import Catalog
 from dcpstore.catalog.authors import this_user
@@ -38,6 +38,7 @@ from dcpstore.uids import new_uid
 from dcpstore.zarr_view.manifests import write_manifest
 
 __all__ = [
+    "MetricsFrom",
     "SaveRequest",
     "SaveTarget",
     "draft_version",
@@ -47,6 +48,9 @@ __all__ = [
     "make_request",
     "publish",
 ]
+
+
+MetricsFrom = Literal["all", "rank0"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +70,15 @@ class SaveTarget:
 class SaveRequest:
     """What the caller says about the version to be; `parent` and `expect_tip` are refs.
 
-    `retention` says which versions of the branch stay once this one is there.
+    `retention` says which versions of the branch stay once this one is there, and `metrics_from`
+    whether all ranks must give the same metrics and labels, or only those of rank 0 count.
     """
 
     branch: str = "main"
     step: int | None = None
     message: str = ""
     tags: tuple[str, ...] = ()
+    metrics_from: MetricsFrom = "all"
     metrics: Mapping[str, float] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     author: str = ""
@@ -103,12 +109,17 @@ def make_request(
     parent: str | int | None,
     expect_tip: str | int | None,
     retention: Retention | None = None,
+    metrics_from: MetricsFrom = "all",
+    leads: bool = True,
 ) -> SaveRequest:
     """Return the request that a caller's arguments mean: metrics as floats, labels as text.
 
+    With `metrics_from="rank0"` those of a rank that does not lead are left out, unread.
+
     Raises:
-        InvalidInputError: `tags` is no list of texts, `metrics` or `labels` no mapping, a metric no
-            number, or `retention` no rules; or a catalog cannot keep a name, step or text.
+        InvalidInputError: `tags` is not a list of texts, `metrics` or `labels` not a mapping, a
+            metric not a number, `retention` not rules, or `metrics_from` neither of its values; or
+            a catalog cannot keep a name, step or text.
         AlreadyExistsError: the branch is one of the tags.
     """
     if isinstance(tags, str):
@@ -120,11 +131,19 @@ def make_request(
             f"retention={retention!r} is no set of rules; pass one, such as "
             "dcpstore.Retention(keep_last=5)."
         )
+    if metrics_from not in get_args(MetricsFrom):
+        raise InvalidInputError(
+            f"metrics_from={metrics_from!r}; write 'all', and every rank must give the same "
+            "metrics and labels, or 'rank0', and only those of rank 0 count."
+        )
+    if metrics_from == "rank0" and not leads:
+        metrics = labels = None
     request = SaveRequest(
         branch=branch,
         step=_as_whole(step),
         message=message,
         tags=tuple(tags),
+        metrics_from=metrics_from,
         metrics=as_metrics(metrics),
         labels=as_labels(labels),
         author=author,
@@ -203,9 +222,14 @@ def kept_planner_data(given: object) -> tuple[Mapping[str, ObjectPath], str | No
     """
     if given is None:
         return {}, None
-    if isinstance(given, Mapping) and all(isinstance(path, tuple) for path in given.values()):
+    if isinstance(given, Mapping) and all(map(_is_path, given.values())):
         return given, None
-    return {}, encode_value(given, allow_pickle=False).text
+    encoded = encode_value(given, allow_pickle=False)
+    return {}, encoded.text if encoded.data is None else encoded.data.decode()
+
+
+def _is_path(given: object) -> bool:
+    return isinstance(given, tuple) and all(type(key) in (str, int) for key in given)
 
 
 def publish(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -42,6 +42,12 @@ def partial() -> DTensor:
 
 # What two ranks do together, of which the second (`odd`) does something else.
 WRONG: dict[str, Callable[[Repository, bool], Any]] = {
+    "name": lambda r, odd: dcpstore.save({"x" * 2001 if odd else "w": W["w"]}, r),
+    "metrics": lambda r, odd: dcpstore.save(W, r, metrics={"loss": float(odd)}),
+    "metrics_from": lambda r, odd: dcpstore.save(
+        W, r, metrics={"loss": float(odd)}, metrics_from="all" if odd else "rank0"
+    ),
+    "metrics_from what": lambda r, odd: dcpstore.save(W, r, metrics_from=cast("Any", 0)),
     "branch": lambda r, odd: dcpstore.save(W, r, branch="b" if odd else "main"),
     "tags": lambda r, odd: dcpstore.save(W, r, tags=["t"] if odd else []),
     "parent": lambda r, odd: dcpstore.save(W, r, parent=1 if odd else None),
@@ -70,6 +76,10 @@ def do_wrong(rank: int, place: Place, what: str) -> tuple[str, str, dict[int, st
 
 
 HEARD = {
+    "name": ("InvalidInputError", "'… has 2001 bytes"),
+    "metrics": ("InvalidInputError", "disagree about metrics:"),
+    "metrics_from": ("InvalidInputError", "disagree about metrics_from"),
+    "metrics_from what": ("InvalidInputError", "metrics_from=0; write 'all'"),
     "branch": ("InvalidInputError", "disagree about branch"),
     "tags": ("InvalidInputError", "disagree about tags"),
     "parent": ("InvalidInputError", "disagree about parent"),
@@ -125,6 +135,24 @@ def test_ranks_may_name_things_in_any_order(place: Place, two_ranks: RankPool) -
     place.open().close()
     told = two_ranks.run(save_in_any_order, place)
     assert told == [(("a", "b", "c"), {"b": "1", "a": "2"})] * 2
+
+
+def save_by_rank0(rank: int, place: Place) -> list[tuple[dict[str, float], dict[str, str]]]:
+    """Give each rank metrics of its own; those of the second are not even numbers."""
+    metrics: dict[str, Any] = {"loss": "unread"} if rank else {"loss": torch.tensor(2.0)}
+    labels: dict[str, Any] = {f"of rank {rank}": rank}
+    made = []
+    with place.open() as repo:
+        for save in (dcpstore.save, lambda *at, **how: dcpstore.async_save(*at, **how).result()):
+            version = save(W, repo, metrics=metrics, labels=labels, metrics_from="rank0")
+            made.append((dict(version.metrics), dict(version.labels)))
+    return made
+
+
+def test_the_metrics_of_rank_0_count_where_that_is_asked(place: Place, two_ranks: RankPool) -> None:
+    place.open().close()
+    made = two_ranks.run(save_by_rank0, place)
+    assert made == [[({"loss": 2.0}, {"of rank 0": "0"})] * 2] * 2
 
 
 def save_alone(rank: int, place: Place) -> tuple[str, str, dict[int, str]]:

@@ -1,0 +1,126 @@
+"""What a catalog could not keep is refused before a pack or a manifest is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+import dcpstore
+from dcpstore import DcpstoreError, InvalidInputError, Repository, UnsafeDataError
+from dcpstore.convert import import_torch
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
+
+W = torch.ones(3)
+
+
+class Named(dcpstore.DefaultSavePlanner):
+    """Gives its plan data of its own."""
+
+    def __init__(self, data: object) -> None:
+        super().__init__()
+        self._data = data
+
+    def create_local_plan(self) -> Any:
+        return dataclasses.replace(super().create_local_plan(), planner_data=self._data)
+
+    def create_global_plan(self, all_plans: Any) -> Any:
+        plans, described = super().create_global_plan(
+            [dataclasses.replace(plan, planner_data=None) for plan in all_plans]
+        )
+        plans = [dataclasses.replace(plan, planner_data=self._data) for plan in plans]
+        return plans, dataclasses.replace(described, planner_data=self._data)
+
+
+class Deep(dcpstore.DefaultSavePlanner):
+    """Plans a tensor of more dimensions than a version can have."""
+
+    def create_local_plan(self) -> Any:
+        plan = super().create_local_plan()
+        sizes = torch.Size((1,) * 65)
+        chunk = ChunkStorageMetadata(torch.Size((0,) * 65), sizes)
+        data = TensorWriteData(chunk, TensorProperties(torch.float32), sizes)
+        odd = WriteItem(MetadataIndex("odd", chunk.offsets), WriteItemType.TENSOR, tensor_data=data)
+        return dataclasses.replace(plan, items=[*plan.items, odd])
+
+
+REFUSED: dict[str, tuple[type[DcpstoreError], str, dict[str, Any], Any]] = {
+    "long": (InvalidInputError, "FQN 'xx.* 2001 bytes", {"x" * 2001: W}, None),
+    "long in all": (InvalidInputError, "3001 bytes", {"日" * 500: {"日" * 500: W}}, None),
+    "long value": (InvalidInputError, "2001 bytes", {"x" * 2001: 1, "w": W}, None),
+    "NUL": (InvalidInputError, "FQN 'a.x00b'", {"d": W, "a\0b": W}, None),
+    "surrogate": (InvalidInputError, "FQN 'd.a.ud800'", {"d": {"a\ud800": W}, "w": W}, None),
+    "dimensions": (InvalidInputError, "'odd': a tensor of 65 dim", {"w": W}, Deep),
+    "planner data": (UnsafeDataError, "object", {"w": W}, lambda: Named({"mine": object()})),
+}
+
+
+def torchs(state: dict[str, Any], repo: Repository, planner: Any) -> None:
+    """Save by torch's own call, whose exceptions wrap ours."""
+    try:
+        dcp.save(state, storage_writer=dcpstore.RepositoryWriter(repo), planner=planner)
+    except dcp.CheckpointException as error:
+        (failure,) = error.failures.values()
+        raise failure[0] from None
+
+
+SAVES: dict[str, Callable[[dict[str, Any], Repository, Any], object]] = {
+    "save": lambda state, repo, planner: dcpstore.save(state, repo, planner=planner),
+    "async": lambda state, repo, planner: dcpstore.async_save(
+        state, repo, planner=planner
+    ).result(),
+    "torch": torchs,
+}
+
+
+def assert_nothing_written(repo: Repository) -> None:
+    assert list(repo.storage.list("packs")) == []
+    assert list(repo.storage.list("manifests")) == []
+    assert repo.log() == []
+    assert repo.catalog.query("SELECT uid FROM version WHERE status = 'pending'", {}) == []
+
+
+@pytest.mark.parametrize("save", SAVES.values(), ids=SAVES)
+def test_what_no_catalog_keeps_is_refused_before_anything_is_written(
+    repo: Repository, save: Callable[..., object], subtests: pytest.Subtests
+) -> None:
+    for what, (kind, said, state, planner) in REFUSED.items():
+        with subtests.test(what=what):
+            with pytest.raises(kind, match=said):
+                save(state, repo, planner() if planner else None)
+            assert_nothing_written(repo)
+
+
+def test_an_import_is_refused_before_anything_is_written(repo: Repository, tmp_path: Path) -> None:
+    torch.save({"w": W, "x" * 2001: W}, tmp_path / "long.pt")
+    with pytest.raises(InvalidInputError, match="2001 bytes"):
+        import_torch(tmp_path / "long.pt", repo)
+    assert_nothing_written(repo)
+
+
+@pytest.mark.parametrize("save", SAVES.values(), ids=SAVES)
+def test_planner_data_of_any_length_comes_back(
+    repo: Repository, save: Callable[..., object]
+) -> None:
+    data = {"mine": ["x" * 1000] * 100, "odd": (1.5, None)}
+    save({"w": W}, repo, Named(data))
+    assert dcpstore.RepositoryReader(repo).read_metadata().planner_data == data
+
+
+def test_planner_data_of_odd_paths_is_kept_as_it_is(repo: Repository) -> None:
+    data = {"w": (1.5, b"w")}
+    dcpstore.save({"w": W}, repo, planner=Named(data))
+    assert dcpstore.RepositoryReader(repo).read_metadata().planner_data == data
+    assert repo.read()["w"].tolist() == [1, 1, 1]
