@@ -31,7 +31,12 @@ from dcpstore.errors import DcpstoreError, InvalidInputError
 from dcpstore.leases import kept_lease
 from dcpstore.places import absolute_target
 from dcpstore.planning.balance import item_nbytes
-from dcpstore.planning.checks import check_agreement, check_names, check_tiling
+from dcpstore.planning.checks import (
+    check_agreement,
+    check_names,
+    check_results,
+    check_tiling,
+)
 from dcpstore.planning.tables import GlobalTable, PlanTable
 from dcpstore.records import ChunkPlace, PackRecord, Version, VersionDraft
 from dcpstore.repository import Repository, opened
@@ -273,7 +278,7 @@ class RepositoryWriter(StorageWriter):
         """
         reports = [_report_of(rank, given) for rank, given in enumerate(results)]
         table = GlobalTable.of([report.planned for report in reports])
-        _check_results(metadata, results, table)
+        check_results(metadata, results, table)
         paths, planner_data = kept_planner_data(metadata.planner_data)
         with self._opened() as target, self._aborting(target):
             draft = self._begin(target, ranks=len(reports))
@@ -383,23 +388,3 @@ def _report_of(rank: int, results: Sequence[WriteResult]) -> _Report:
             f"{type(report).__name__}); pass them on unchanged."
         )
     return report
-
-
-def _check_results(
-    metadata: Metadata, results: Sequence[Sequence[WriteResult]], table: GlobalTable
-) -> None:
-    """Check that every item of the plan was written, and nothing else (design, invariant 4)."""
-    for rank, given in enumerate(results):
-        planned = sorted(table.names[number].fqn for number in table.numbers_of(rank))
-        if sorted(result.index.fqn for result in given) != planned:
-            raise InvalidInputError(
-                f"rank {rank} returned {len(given)} results for {len(planned)} planned items; the "
-                "results must be those of the plan, item by item."
-            )
-    written = {result.index.fqn for given in results for result in given}
-    missing = sorted(metadata.state_dict_metadata.keys() - written)
-    if missing:
-        raise InvalidInputError(
-            f"nobody wrote {missing[:8]} ({len(missing)} in all), which the plan names; every "
-            "planned item must be written by one rank."
-        )

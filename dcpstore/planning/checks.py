@@ -11,7 +11,9 @@ import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
 
 from dcpstore.catalog.checks import check_key
 from dcpstore.encoding.dtypes import MOST_DIMS
@@ -20,7 +22,7 @@ from dcpstore.geometry.boxes import Box, find_overlap
 from dcpstore.geometry.tables import Ints, find_crowded
 from dcpstore.planning.tables import GlobalTable, Named
 
-__all__ = ["check_agreement", "check_names", "check_tiling", "item_box"]
+__all__ = ["check_agreement", "check_names", "check_results", "check_tiling", "item_box"]
 
 _SHOWN = 8  # problems in one message; more would bury the first
 
@@ -81,6 +83,30 @@ def check_tiling(table: GlobalTable) -> None:
         [problem for problem in problems if problem is not None],
         "the shards of a tensor must tile it; check the mesh and the placements",
     )
+
+
+def check_results(
+    metadata: Metadata, results: Sequence[Sequence[WriteResult]], table: GlobalTable
+) -> None:
+    """Check that every item of the plan was written, and nothing else (design, invariant 4).
+
+    Raises:
+        InvalidInputError: naming the rank, or what nobody wrote.
+    """
+    for rank, given in enumerate(results):
+        planned = sorted(table.names[number].fqn for number in table.numbers_of(rank))
+        if sorted(result.index.fqn for result in given) != planned:
+            raise InvalidInputError(
+                f"rank {rank} returned {len(given)} results for {len(planned)} planned items; the "
+                "results must be those of the plan, item by item."
+            )
+    written = {result.index.fqn for given in results for result in given}
+    missing = sorted(metadata.state_dict_metadata.keys() - written)
+    if missing:
+        raise InvalidInputError(
+            f"nobody wrote {missing[:8]} ({len(missing)} in all), which the plan names; every "
+            "planned item must be written by one rank."
+        )
 
 
 def _suspects(table: GlobalTable) -> list[int]:
