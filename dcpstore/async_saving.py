@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from dcpstore.collectives import Alone, Collectives, RankGroup, in_step
+from dcpstore.changing import refuse_inside_change
+from dcpstore.collectives import Alone, Collectives, RankGroup, alone_in_thread, in_step
 from dcpstore.errors import ConflictError, InvalidInputError
 from dcpstore.planning.plain import (
     check_copies,
@@ -136,9 +137,10 @@ class _Saver:
                 # copies of storages have no bit that says that they are to be conjugated
                 return self._staged(resolved(taken)) if fits else taken, fits
 
-        keys = in_step(self._asking, "begin an asynchronous save", ask, agree)
         kept: list[tuple[dict[str, Any], bool]] = []
-        in_step(self._asking, "stage", lambda: kept.append(stage()), lambda told: None)
+        with alone_in_thread(self._asking):
+            keys = in_step(self._asking, "begin an asynchronous save", ask, agree)
+            in_step(self._asking, "stage", lambda: kept.append(stage()), lambda told: None)
         (staged, fits) = kept.pop()
         pending = PendingSave(self._thread.submit(save, staged, self._saving))
         self._last = pending
@@ -177,7 +179,12 @@ _of_parent: list[_Saver] = []  # in a process that was forked
 
 
 def find_saver(group: dist.ProcessGroup | None, *, no_dist: bool) -> _Saver:
-    """Return the saver of a group; the first call makes it, on all ranks of the group together."""
+    """Return the saver of a group; the first call makes it, on all ranks of the group together.
+
+    Raises:
+        ConflictError: this thread is inside a save, for which the saver's thread might wait.
+    """
+    refuse_inside_change()
     is_alone = no_dist or not dist.is_available() or not dist.is_initialized()
     # the group itself, not None: another job's default group may follow in the same process
     key = (None if is_alone else group or dist.group.WORLD, is_alone)

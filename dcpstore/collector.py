@@ -23,26 +23,26 @@ class _Holders:
     """How many threads hold the collector off, and whether it was on before the first of them."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may save, too
         self._count = 0
         self._was_on = False
 
     def enter(self) -> None:
         with self._lock:
-            if not self._count:
+            self._count += 1  # first, so that who interrupts here finds it held
+            if self._count == 1:
                 self._was_on = gc.isenabled()
                 gc.disable()
-            self._count += 1
 
     def leave(self) -> None:
         with self._lock:
-            self._count -= 1
-            if not self._count and self._was_on:
+            if self._count == 1 and self._was_on:
                 gc.enable()
+            self._count -= 1  # last, for the same reason
 
     def keep_own(self) -> None:
         """In a process that was forked: of all threads only this one is there."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         if self._count:
             self._count = 1
             if not _is_holding():

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import datetime
 from functools import wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from dcpstore.catalog import Catalog
+from dcpstore.changing import changing
 from dcpstore.errors import CorruptionError, DcpstoreError, NotFoundError
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.operations import (
@@ -23,7 +25,7 @@ from dcpstore.storage.operations import (
     operation_number,
 )
 
-__all__ = ["Journaled", "check_owner", "journaled", "write_journal"]
+__all__ = ["Journaled", "changing_repository", "check_owner", "journaled", "write_journal"]
 
 P = ParamSpec("P")
 R = TypeVar("R", bound="Journaled")
@@ -44,12 +46,22 @@ def journaled(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R,
 
     @wraps(method)
     def run(self: R, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with self.catalog.kept():
+        with changing_repository(self.catalog), self.catalog.kept():
             result = method(self, *args, **kwargs)
             write_journal(self.catalog, self.storage)
         return result
 
     return run
+
+
+def changing_repository(catalog: Catalog) -> AbstractContextManager[None]:
+    """Refuse a change of a repository inside another one of this thread.
+
+    Raises:
+        ConflictError: this is one.
+    """
+    uid = catalog.repository.uid
+    return changing(f"repository {uid}", shown=f"the repository {uid}")
 
 
 def check_owner(catalog: Catalog, storage: Storage) -> None:

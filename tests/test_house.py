@@ -24,6 +24,7 @@ FLOORS = {
     "batches": 0,
     "jsontext": 0,
     "collector": 0,
+    "changing": 0,
     "durations": 0,
     "geometry": 0,
     "encoding": 1,
@@ -56,6 +57,7 @@ FLOORS = {
 # Rooms of one floor may not import one another, but for these, which build on each other in order.
 LADDERS = [
     ("errors", "records"),
+    ("errors", "changing"),
     ("errors", "refs"),
     ("errors", "durations"),
     ("geometry", "records"),

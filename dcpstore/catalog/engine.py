@@ -8,10 +8,11 @@ or is the database's own.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Concatenate, Literal, ParamSpec, TypeVar
 
@@ -30,6 +31,7 @@ from dcpstore.catalog.faults import (
     translate,
 )
 from dcpstore.catalog.files import open_file
+from dcpstore.changing import changing
 from dcpstore.errors import DcpstoreError
 
 __all__ = ["Database"]
@@ -63,7 +65,7 @@ class Database:
         self.file = Path(self._url.database or "").absolute() if self.is_sqlite else None
         self.may_create_file = False
         self._was_connected = False
-        self._keeping = threading.Lock()
+        self._keeping = threading.RLock()  # a signal handler may ask in the middle
         self._keepers = 0
         options = {"compiled_cache": compiled_statements}
         if self.is_sqlite:
@@ -210,7 +212,7 @@ class Database:
     @contextmanager
     def outside(self) -> Iterator[sqlite3.Connection]:
         """Yield SQLite's own connection outside of a transaction, for what cannot run in one."""
-        with self._translated(), self._engine.connect() as connection:
+        with self._changing(), self._translated(), self._engine.connect() as connection:
             driver = connection.connection.driver_connection
             assert isinstance(driver, sqlite3.Connection)
             yield driver
@@ -300,6 +302,11 @@ class Database:
                 if not patience.wait():
                     raise self._translate(error) from error
 
+    def _changing(self) -> AbstractContextManager[None]:
+        """Refuse a transaction that writes inside another one of this thread: both would wait."""
+        place = self.shown if self.file is None else os.path.realpath(self.file)
+        return changing(f"catalog {place}", shown=f"the catalog {self.shown}")
+
     def _is_unknown(self, error: DBAPIError, text: str) -> bool:
         """Tell whether a commit that ended with this error may have been carried out."""
         return "I/O error" in text if self.is_sqlite else is_lost(error)
@@ -319,7 +326,8 @@ class Database:
     @contextmanager
     def _connected(self, *, writes: bool) -> Iterator[Connection]:
         """Yield a connection in a transaction; errors are the database's own."""
-        with self.kept(), self._engine.connect() as connection:
+        alone = self._changing() if writes else nullcontext()
+        with alone, self.kept(), self._engine.connect() as connection:
             self._was_connected = True
             if writes:
                 connection.execution_options(**{_WRITES: True})

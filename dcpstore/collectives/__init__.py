@@ -4,7 +4,21 @@
 `steps` what a save or a load is made of.
 """
 
-from dcpstore.collectives.group import Alone, Collectives, RankGroup, find_collectives
+from dcpstore.collectives.group import (
+    Alone,
+    Collectives,
+    RankGroup,
+    alone_in_thread,
+    find_collectives,
+)
 from dcpstore.collectives.steps import in_step, in_turn
 
-__all__ = ["Alone", "Collectives", "RankGroup", "find_collectives", "in_step", "in_turn"]
+__all__ = [
+    "Alone",
+    "Collectives",
+    "RankGroup",
+    "alone_in_thread",
+    "find_collectives",
+    "in_step",
+    "in_turn",
+]

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch.distributed as dist
 
+from dcpstore.changing import changing, refuse_inside_change
 from dcpstore.collectives.meeting import Meeting
 from dcpstore.collector import collector_free
 from dcpstore.errors import InvalidInputError
 
-__all__ = ["Alone", "Collectives", "RankGroup", "find_collectives"]
+__all__ = ["Alone", "Collectives", "RankGroup", "alone_in_thread", "find_collectives"]
 
 _log = logging.getLogger(__name__)
 # Groups whose ranks share no store: in-process stand-ins, and MPI, which finds its ranks itself.
 _WITHOUT_STORE = ("fake", "mpi")
+_WITH_OTHERS = "with other ranks"
 
 
 class Collectives(Protocol):
@@ -170,10 +172,23 @@ class RankGroup:
 
 
 def find_collectives(group: dist.ProcessGroup | None, *, no_dist: bool) -> Collectives:
-    """Return the ranks of `group` (None: all), or this process alone where torch runs no group."""
+    """Return the ranks of `group` (None: all), or this process alone where torch runs no group.
+
+    Raises:
+        ConflictError: this thread is in the middle of a save with other ranks, which a second call
+            on this rank alone would bring out of step.
+    """
     if no_dist:
         return Alone()
     if not dist.is_available() or not dist.is_initialized():
         _log.info("no process group is initialised; working in this process alone")
         return Alone()
+    refuse_inside_change(_WITH_OTHERS)  # before the ranks count one call more
     return RankGroup(group)
+
+
+def alone_in_thread(ranks: Collectives) -> AbstractContextManager[None]:
+    """Hold that this thread works with other ranks, and can begin nothing else with any."""
+    if ranks.size == 1:
+        return nullcontext()
+    return changing(_WITH_OTHERS, shown="a repository with other ranks")

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.planner import SavePlanner
 
-from dcpstore.collectives import Collectives, in_step, in_turn
+from dcpstore.collectives import Collectives, alone_in_thread, in_step, in_turn
 from dcpstore.collector import collector_held
+from dcpstore.journal import changing_repository
 from dcpstore.leases import kept_lease
 from dcpstore.planning.save_planner import DefaultSavePlanner
 from dcpstore.planning.stateful import check_keys
@@ -55,6 +56,7 @@ def save_version(
         InvalidInputError: ranks disagree, or the plan does not tile its tensors.
         UnsafeDataError: an item is neither tensor nor value, and pickle is not allowed.
         ConflictError, AlreadyExistsError, NotFoundError: as the catalog finds the refs.
+        ConflictError: this thread is saving to the repository already, further up its stack.
         RankFailure: some ranks failed; the repository shows nothing of the save.
     """
     planner = planner or DefaultSavePlanner()
@@ -64,8 +66,11 @@ def save_version(
     def begin() -> Opening:
         given = request(), check_keys(state_dict)  # first: for bad ones no repository is made
         lead.target = open_target()
+        held.enter_context(changing_repository(lead.target.catalog))
         return Opening(lead.target.catalog.repository.uid, *given)
 
+    held = contextlib.ExitStack()
+    held.enter_context(alone_in_thread(ranks))
     try:
         began = time.perf_counter()
         uid, keys = in_step(ranks, "open", begin, lead.begin)
@@ -96,3 +101,5 @@ def save_version(
     except BaseException as error:
         lead.give_up(error)
         raise
+    finally:
+        held.close()

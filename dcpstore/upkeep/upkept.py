@@ -10,7 +10,7 @@ from dcpstore.catalog import Catalog
 from dcpstore.catalog.authors import this_user
 from dcpstore.durations import Duration
 from dcpstore.errors import InvalidInputError
-from dcpstore.journal import journaled
+from dcpstore.journal import changing_repository, journaled
 from dcpstore.retention import Best, ExpireReport, Retention, expire
 from dcpstore.storage.interface import Storage
 
@@ -137,7 +137,7 @@ class Upkept:
             raise InvalidInputError(f"refs={refs!r} is no list of refs; pass one: [{refs!r}].")
         if other.catalog.repository.uid == self.catalog.repository.uid:
             raise InvalidInputError("source and target are the same repository.")
-        with self.catalog.kept(), other.catalog.kept():
+        with changing_repository(other.catalog), self.catalog.kept(), other.catalog.kept():
             return copy_versions(
                 (self.catalog, self.storage),
                 (other.catalog, other.storage),

@@ -1,0 +1,280 @@
+"""A change that begins inside another one of its own thread is refused, and harms neither."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sqlalchemy import event
+
+import dcpstore
+from dcpstore import ConflictError, DefaultSavePlanner, RankFailure, Repository
+from dcpstore.catalog import Catalog
+from tests.ranks import RankPool
+from tests.soundness import Place
+
+ALREADY = "this thread is already saving to"
+
+
+class Calling:
+    """A Stateful that calls something in the middle of a save, and keeps what that returned."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call = call
+        self.ends: list[object] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        try:
+            self.ends.append(self._call())
+        except dcpstore.DcpstoreError as error:
+            self.ends.append(error)
+        return {"w": torch.ones(3)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+def test_no_change_begins_inside_a_save(repo: Repository, place: Place) -> None:
+    state = {"w": torch.zeros(3)}
+    dcpstore.save(state, repo, step=1)
+    calls: dict[str, Callable[[], object]] = {
+        "save": lambda: dcpstore.save(state, repo),
+        "save, opened again": lambda: dcpstore.save(state, place.url),
+        "async_save": lambda: dcpstore.async_save(state, repo),
+        "tag": lambda: repo.tag("inner"),
+        "branch": lambda: repo.branch("inner"),
+        "rollback": lambda: repo.rollback(1),
+        "undo": repo.undo,
+        "expire": lambda: repo.expire(keep_last=1),
+        "gc": repo.gc,
+    }
+    for step, (name, call) in enumerate(calls.items(), start=2):
+        calling = Calling(call)
+        version = dcpstore.save({"s": calling}, repo, step=step)
+        assert (version.step, version.number) == (step, step), name
+        (end,) = calling.ends
+        assert isinstance(end, ConflictError), (name, end)
+        assert ALREADY in str(end), (name, end)
+        assert "dcpstore.on_preemption" in str(end)
+        assert repo.tags() == []
+    assert dcpstore.save(state, repo).number == len(calls) + 2
+
+
+def test_reading_and_other_repositories_are_free_inside_a_save(
+    repo: Repository, tmp_path: Path
+) -> None:
+    dcpstore.save({"w": torch.arange(3.0)}, repo)
+
+    def load() -> object:
+        filled = {"w": torch.zeros(3)}
+        dcpstore.load(filled, repo)
+        return filled["w"].tolist(), repo.read()["w"].tolist(), len(repo.log())
+
+    def save_elsewhere() -> object:
+        return dcpstore.save({"w": torch.ones(3)}, tmp_path / "other").number
+
+    def save_in_a_thread() -> object:
+        made: list[int | None] = []
+        thread = threading.Thread(
+            target=lambda: made.append(dcpstore.save({"x": torch.ones(1)}, repo).number)
+        )
+        thread.start()
+        thread.join()
+        return made
+
+    for call, found in (
+        (load, ([0.0, 1.0, 2.0], [0.0, 1.0, 2.0], 1)),
+        (save_elsewhere, 1),
+        (save_in_a_thread, [4]),
+    ):
+        calling = Calling(call)
+        dcpstore.save({"s": calling}, repo)
+        assert calling.ends == [found]
+
+
+@contextmanager
+def in_a_transaction(repo: Repository, call: Callable[[], object]) -> Iterator[None]:
+    """Have `call` called once, in the middle of the next transaction that adds an operation."""
+    engine = repo.catalog._database._engine
+
+    def see(connection: Any, cursor: Any, statement: str, *rest: object) -> None:
+        if "INTO operation" in statement and calls:
+            calls.pop()()
+
+    calls = [call]
+    event.listen(engine, "before_cursor_execute", see)
+    try:
+        yield
+    finally:
+        event.remove(engine, "before_cursor_execute", see)
+    assert not calls
+
+
+def test_a_signal_a_finalizer_or_the_collector_cannot_change_inside_a_transaction(
+    repo: Repository, place: Place
+) -> None:
+    state = {"w": torch.zeros(3)}
+    ends: list[object] = []
+
+    def change(*_: object) -> None:
+        for call in (
+            lambda: dcpstore.save(state, place.url),
+            lambda: repo.tag("inner"),
+            lambda: repo.catalog.touch("nothing"),  # what no operation is around
+        ):
+            try:
+                ends.append(call())
+            except dcpstore.DcpstoreError as error:
+                ends.append(error)
+
+    class Dying:
+        def __del__(self) -> None:
+            change()
+
+    def die() -> None:
+        Dying()
+
+    def lose() -> None:
+        owner = Calling(lambda: None)
+        weakref.finalize(owner, change)
+        del owner
+
+    def collect() -> None:
+        gc.callbacks.append(first := lambda phase, info: change() if phase == "start" else None)
+        try:
+            gc.collect()
+        finally:
+            gc.callbacks.remove(first)
+
+    before = signal.signal(signal.SIGUSR1, change)
+    try:
+        ways: list[Callable[[], object]] = [
+            lambda: os.kill(os.getpid(), signal.SIGUSR1),
+            die,
+            lose,
+            collect,
+        ]
+        for number, way in enumerate(ways, start=1):
+            with in_a_transaction(repo, way):
+                version = dcpstore.save({"w": torch.full((3,), number)}, repo)
+            assert version.number == number
+            assert len(ends) == 3
+            for end in ends:
+                assert isinstance(end, ConflictError)
+                assert ALREADY in str(end)
+            ends.clear()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_hook_of_a_planner_cannot_save(repo: Repository, place: Place) -> None:
+    ends: list[object] = []
+
+    class Planner(DefaultSavePlanner):
+        def create_local_plan(self) -> Any:
+            with pytest.raises(ConflictError, match=ALREADY) as refused:
+                dcpstore.save({"w": torch.zeros(3)}, place.url)
+            ends.append(refused.value)
+            return super().create_local_plan()
+
+    dcpstore.save({"w": torch.zeros(3)}, repo, planner=Planner())
+    assert len(ends) == 1
+
+
+def test_a_repository_that_is_being_made_is_not_saved_to(database_url: str, tmp_path: Path) -> None:
+    ends: list[object] = []
+
+    def save() -> None:
+        with (
+            pytest.raises(ConflictError, match=ALREADY) as refused,
+            dcpstore.open(database_url, data=tmp_path / "data") as repo,
+        ):
+            dcpstore.save({"w": torch.zeros(3)}, repo)
+        ends.append(refused.value)
+
+    Catalog.make(database_url, data_url=str(tmp_path / "data"), make_data=save).close()
+    assert len(ends) == 1
+
+
+def test_a_save_that_was_broken_off_leaves_the_thread_free(repo: Repository) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dcpstore.save({"s": Calling(interrupt)}, repo)
+    with in_a_transaction(repo, interrupt), pytest.raises(KeyboardInterrupt):
+        dcpstore.save({"w": torch.zeros(3)}, repo)
+    assert dcpstore.save({"w": torch.zeros(3)}, repo).number == 1
+
+
+def test_a_process_forked_inside_a_save_is_free(repo: Repository) -> None:
+    def fork() -> object:
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                code = 0 if dcpstore.save({"x": torch.ones(1)}, repo).number == 1 else 2
+            finally:
+                os._exit(code)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    calling = Calling(fork)
+    assert dcpstore.save({"s": calling}, repo).number == 2
+    assert calling.ends == [0]
+
+
+def save_inside(rank: int, where: str, call: str) -> tuple[object, object, int | None]:
+    def inner() -> object:
+        if rank == 0:
+            return None
+        state = {"w": torch.zeros(2)}
+        if call == "save elsewhere":
+            return dcpstore.save(state, f"{where}-other")
+        if call == "load":
+            return dcpstore.load(state, where)
+        return dcpstore.async_save(state, where)
+
+    first = dcpstore.save({"w": torch.zeros(2)}, where).number
+    calling = Calling(inner)
+    dcpstore.save({"s": calling}, where)
+    return first, str(calling.ends[0]), dcpstore.save({"w": torch.ones(2)}, where).number
+
+
+@pytest.mark.parametrize("call", ["save elsewhere", "load", "async_save"])
+def test_a_call_that_one_rank_alone_makes_inside_a_save_leaves_the_ranks_in_step(
+    two_ranks: RankPool, tmp_path: Path, call: str
+) -> None:
+    other, calling = two_ranks.run(save_inside, str(tmp_path / "repo"), call)
+    assert other == (1, "None", 3)
+    assert ALREADY in calling[1]
+    assert (calling[0], calling[2]) == (1, 3)
+
+
+def fail_inside(rank: int, where: str) -> str:
+    class Failing(Calling):
+        def state_dict(self) -> dict[str, Any]:
+            if rank:
+                dcpstore.save({"w": torch.zeros(2)}, where)
+            return {"w": torch.zeros(2)}
+
+    with pytest.raises(RankFailure) as failed:
+        dcpstore.save({"s": Failing(lambda: None)}, where)
+    assert list(failed.value.failures) == [1]
+    return str(failed.value)
+
+
+def test_a_refusal_that_nobody_catches_is_raised_on_every_rank(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    said = two_ranks.run(fail_inside, str(tmp_path / "repo"))
+    assert said[0] == said[1]
+    assert ALREADY in said[0]
