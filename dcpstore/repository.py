@@ -92,13 +92,20 @@ class Repository(Recorded, Upkept):
         return self.catalog.entries(self.show(ref).number, wanted)
 
     @journaled
-    def tag(self, name: str, ref: str | int | None = None) -> RefRecord:
-        """Name a version for good.
+    def tag(self, name: str, ref: str | int | None = None, *, move: bool = False) -> RefRecord:
+        """Name a version.
+
+        Args:
+            name: of the tag.
+            ref: the version.
+            move: let a tag of this name move to the version, in one operation that `undo` takes
+                back. Where there is no such tag, it is made.
 
         Raises:
-            AlreadyExistsError: the name is taken, by a tag or a branch.
+            InvalidInputError: the name breaks the grammar; offers the nearest that is allowed.
+            AlreadyExistsError: the name is taken, with `move` by a branch.
         """
-        return self.catalog.tag(name, self.show(ref).number, author=this_user())
+        return self.catalog.tag(name, self.show(ref).number, author=this_user(), move=move)
 
     @journaled
     def branch(self, name: str, *, at: str | int | None = None) -> RefRecord:

@@ -115,6 +115,14 @@ class Machine(RuleBasedStateMachine):
         self.remember()
         self.model.refs[name] = "tag", self.pick(index)
 
+    @rule(name=TAGS, index=PICK)
+    def move_tag(self, name: str, index: int) -> None:
+        target = self.pick(index)
+        self.repo.tag(name, target, move=True)
+        if self.model.refs.get(name) != ("tag", target):
+            self.remember()
+            self.model.refs[name] = "tag", target
+
     @precondition(lambda self: self.model.of("tag"))
     @rule(index=PICK)
     def delete_tag(self, index: int) -> None:

@@ -224,9 +224,11 @@ class Catalog:
         """Return the version that a ref means; None is the tip of `main`."""
         return self._database.ask(refs.resolve, ref)
 
-    def tag(self, name: str, version: int, *, author: str) -> RefRecord:
-        """Name a version for good."""
-        return self._database.change(refs.make_ref, name, "tag", version=version, author=author)
+    def tag(self, name: str, version: int, *, author: str, move: bool = False) -> RefRecord:
+        """Name a version; with `move`, a tag of this name moves to it."""
+        return self._database.change(
+            refs.make_ref, name, "tag", version=version, author=author, move=move
+        )
 
     def branch(self, name: str, version: int, *, author: str) -> RefRecord:
         """Begin a branch at a version."""

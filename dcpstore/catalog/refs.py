@@ -1,6 +1,7 @@
 """Branches and tags: one name has one meaning, and a ref resolves to one version.
 
-A tag never moves; a branch moves in the transaction of a save, or back (`moves`, `undoing`).
+A tag stays where it is until someone moves it; a branch moves in the transaction of a save, or back
+(`moves`, `undoing`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import Connection, Select, exists, insert, select
+from sqlalchemy import Connection, Select, exists, insert, select, update
 
 from dcpstore.catalog import schema
 from dcpstore.catalog.checks import check_text
@@ -88,37 +89,59 @@ def list_refs(connection: Connection, kind: RefKind | None) -> list[RefRecord]:
 
 
 def make_ref(
-    connection: Connection, name: str, kind: RefKind, *, version: int, author: str
+    connection: Connection,
+    name: str,
+    kind: RefKind,
+    *,
+    version: int,
+    author: str,
+    move: bool = False,
 ) -> RefRecord:
     """Name the version of number `version`; recorded as an operation.
 
+    With `move`, a ref of this name and kind moves there; where it is there already, nothing is
+    recorded.
+
     Raises:
         InvalidInputError: the name breaks the grammar.
-        AlreadyExistsError: the name is taken.
+        AlreadyExistsError: the name is taken, with `move` by a ref of the other kind.
         NotFoundError: there is no such version.
     """
     check_name(name, kind=kind)
     check_text(author, what="author")
-    number = take_operations(connection)
+    take_operations(connection, 0)
     target = id_of_number(connection, version)
-    if existing := find_refs(connection, [name]).get(name):
-        raise taken(existing)
-    connection.execute(insert(schema.ref).values(name=name, kind=kind, version=target))
+    before = find_refs(connection, [name]).get(name)
+    if before is None:
+        connection.execute(insert(schema.ref).values(name=name, kind=kind, version=target))
+    elif not move or before.kind != kind:
+        raise taken(before, wanted=kind)
+    elif before.id == target:
+        return RefRecord(name, kind, version)
+    else:
+        connection.execute(
+            update(schema.ref).where(schema.ref.c.name == name).values(version=target)
+        )
     append_operations(
         connection,
-        number,
-        [Change(kind, name, None, target)],
+        take_operations(connection),
+        [Change(kind, name, None if before is None else before.id, target)],
         author=author,
         at=datetime.now(UTC),
     )
     return RefRecord(name, kind, version)
 
 
-def taken(existing: RefRow) -> AlreadyExistsError:
-    """Return the error for a name that has a meaning already."""
+def taken(existing: RefRow, *, wanted: RefKind) -> AlreadyExistsError:
+    """Return the error for a name that has a meaning already, and cannot be a `wanted` too."""
+    name, kind, _, number = existing
+    advice = (
+        f", or move the tag with 'dcpstore tag {name} REF --move' (repo.tag(..., move=True))"
+        if kind == wanted == "tag"
+        else ""
+    )
     return AlreadyExistsError(
-        f"the name {existing.name!r} is taken: it is a {existing.kind} of v{existing.number}. "
-        "Choose another name."
+        f"the name {name!r} is taken: it is a {kind} of v{number}. Choose another name{advice}."
     )
 
 

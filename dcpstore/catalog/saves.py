@@ -228,9 +228,9 @@ def _free_refs(
     refs = find_refs(connection, [branch, *tags])
     for tag in tags:
         if tag in refs:
-            raise taken(refs[tag])
+            raise taken(refs[tag], wanted="tag")
     if branch in refs and refs[branch].kind != "branch":
-        raise taken(refs[branch])
+        raise taken(refs[branch], wanted="branch")
     return refs
 
 

@@ -19,18 +19,23 @@ _COLUMNS = (Column("NAME"), Column("VERSION"))
 @click.argument("name", required=False)
 @click.argument("ref", required=False)
 @click.option("-d", "--delete", is_flag=True, help="Remove the tag; 'undo' brings it back.")
+@click.option(
+    "--move", is_flag=True, help="Move the tag NAME, if there is one; 'undo' moves it back."
+)
 @repo_options
-def tag(session: Session, name: str | None, ref: str | None, delete: bool) -> None:
-    """List the tags, or call the version REF (default: the tip of main) NAME for good."""
-    if delete and (name is None or ref is not None):
+def tag(session: Session, name: str | None, ref: str | None, delete: bool, move: bool) -> None:
+    """List the tags, or call the version REF (default: the tip of main) NAME."""
+    if delete and (name is None or ref is not None or move):
         raise click.UsageError("--delete takes the NAME of one tag, and nothing else.")
+    if move and name is None:
+        raise click.UsageError("--move takes the NAME of a tag, and the REF to move it to.")
     with session.open() as repo:
         if delete and name is not None:
             _print_gone(session, repo.delete_tag(name))
         elif name is None:
             _print_refs(session, repo.tags(), none="no tags yet; 'dcpstore tag NAME' makes one.")
         else:
-            _print_made(session, repo.tag(name, ref))
+            _print_made(session, repo.tag(name, ref, move=move))
 
 
 @click.command()

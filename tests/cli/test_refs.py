@@ -48,12 +48,26 @@ def test_make(run: Run, target: str) -> None:
     ]
 
 
+def test_move(run: Run, target: str) -> None:
+    refused = run("tag", "best", "v1", repo=target)
+    assert (refused.exit_code, refused.stdout) == (11, "")
+    assert "'dcpstore tag best REF --move'" in refused.stderr
+    assert run("tag", "best", "v1", "--move", repo=target).stdout == "tag best is v1\n"
+    assert run("undo", repo=target).stdout == "best is v2 again\n"
+    moved = run("tag", "new=1", "--move", "--json", repo=target)  # there is none, and no REF
+    assert json.loads(moved.stdout) == {"name": "new=1", "kind": "tag", "version": 3}
+
+
 def test_what_is_refused_changes_nothing(run: Run, target: str) -> None:
     before = ask_database(target, REFS)
     for args, code in {
         ("tag", "best", "v1"): 11,
         ("tag", "main", "v1"): 11,
         ("branch", "best"): 11,
+        ("tag", "main", "v1", "--move"): 11,
+        ("tag", "--move"): 2,
+        ("tag", "best", "--move", "--delete"): 2,
+        ("tag", "a@step=5"): 2,
         ("tag", "v7"): 2,
         ("tag", "no spaces"): 2,
         ("tag", "new", "v9"): 1,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,10 @@ from dcpstore.errors import (
     InvalidInputError,
     NotFoundError,
 )
+from dcpstore.records import RefRecord
 from dcpstore.repository import Repository
+from dcpstore.uids import new_uid
+from dcpstore.upkeep.rebuild import rebuild
 from tests.cli.history import save_version
 from tests.soundness import Place
 
@@ -35,6 +40,15 @@ def save(repo: Repository, value: float, **fields: Any) -> None:
 
 def everything(repo: Repository) -> tuple[Any, ...]:
     return refs(repo), repo.operations(), repo.log()
+
+
+@contextmanager
+def rebuilt(place: Place) -> Iterator[Repository]:
+    """Yield a repository whose catalog was made again from the data folder of another."""
+    url = sqlite_url(f"{place.data}-{new_uid()}.db")
+    assert rebuild(place.data, url).problems == ()
+    with dcpstore.open(url, create=False) as again:
+        yield again
 
 
 def test_a_rollback_moves_the_branch_and_the_next_save_goes_on_from_there(
@@ -102,6 +116,44 @@ def test_deleted_names_come_back(repo: Repository) -> None:
         with pytest.raises(error):
             call()
     assert everything(repo) == before
+
+
+def test_a_tag_moves_in_one_operation_and_back(repo: Repository, place: Place) -> None:
+    save(repo, 0, tags=["best"])
+    save(repo, 1)
+    save(repo, 2)
+    with pytest.raises(AlreadyExistsError, match=r"tag of v1\. .*'dcpstore tag best REF --move'"):
+        repo.tag("best", 2)
+    with pytest.raises(AlreadyExistsError, match="--move"):
+        save(repo, 3, tags=["best"])
+    with pytest.raises(AlreadyExistsError, match=r"branch of v3\. Choose another name\.$"):
+        repo.tag("main", 1, move=True)
+    assert repo.tag("best", "main~1", move=True) == RefRecord("best", "tag", 2)
+    (moved,) = repo.operations(limit=1)
+    assert (moved.kind, moved.target, moved.old, moved.new) == ("tag", "best", 1, 2)
+    assert repo.tag("best", 2, move=True).version == 2  # where it is already
+    assert repo.operations(limit=1) == [moved]
+    assert repo.tag("new", 1, move=True).version == 1  # where there is none
+    with rebuilt(place) as again:
+        assert refs(again) == refs(repo) == {"best": 2, "main": 3, "new": 1}
+    repo.undo(expect=moved.number + 1)
+    undone = repo.undo(expect=moved.number)
+    assert (undone.target, undone.old, undone.new) == ("best", 2, 1)
+    with rebuilt(place) as again:
+        assert refs(again) == refs(repo) == {"best": 1, "main": 3}
+
+
+def test_the_version_that_a_tag_left_may_expire_and_the_tag_does_not_go_back(
+    repo: Repository,
+) -> None:
+    for i in range(3):
+        save(repo, i, tags=["best"] if i == 0 else [])
+    assert repo.expire(keep_last=2).expired == ()
+    repo.tag("best", 2, move=True)
+    assert repo.expire(keep_last=2).expired == (1,)
+    with pytest.raises(NotFoundError, match="back to v1, which was expired"):
+        repo.undo()
+    assert refs(repo) == {"best": 2, "main": 3}
 
 
 def test_the_undo_of_a_save_takes_its_tags_and_keeps_its_version(repo: Repository) -> None:
@@ -208,8 +260,6 @@ def test_labels_that_no_database_holds_are_refused_at_the_save(repo: Repository)
 
 
 def test_a_rebuilt_catalog_has_undone_what_was_undone(repo: Repository, place: Place) -> None:
-    from dcpstore.upkeep.rebuild import rebuild  # noqa: PLC0415
-
     save(repo, 1, tags=["a"], metrics={"loss": 1.0})
     save(repo, 2, tags=["b"])
     repo.add_metrics("v1", {"late": 1.0})
@@ -221,12 +271,10 @@ def test_a_rebuilt_catalog_has_undone_what_was_undone(repo: Repository, place: P
     repo.undo()
     repo.rollback("v1")
     told = refs(repo), repo.log(), repo.operations()
-    url = sqlite_url(f"{place.data}-rebuilt.db")
-    rebuild(place.data, into=url)
-    with dcpstore.open(url, create=False) as rebuilt:
-        assert (refs(rebuilt), rebuilt.log(), rebuilt.operations()) == told
-        rebuilt.catalog.history().undo(expect=None, author="")  # past the journal, which both share
-        assert refs(rebuilt)["main"] == 2
+    with rebuilt(place) as again:
+        assert (refs(again), again.log(), again.operations()) == told
+        again.catalog.history().undo(expect=None, author="")  # past the journal, which both share
+        assert refs(again)["main"] == 2
 
 
 def test_who_has_no_name_may_change_all_that_there_is(
@@ -278,7 +326,7 @@ steps = st.lists(
     st.one_of(
         st.tuples(st.just("save"), st.sampled_from(["main", "try"]), st.booleans()),
         st.tuples(st.just("rollback"), st.integers(1, 6)),
-        st.tuples(st.just("tag"), st.sampled_from("abc"), st.integers(1, 6)),
+        st.tuples(st.just("tag"), st.sampled_from("abc"), st.integers(1, 6), st.booleans()),
         st.tuples(st.just("delete"), st.sampled_from(["a", "b", "c", "main", "try"])),
         st.tuples(st.just("undo")),
     ),
@@ -311,8 +359,8 @@ def test_undo_returns_to_every_state_before(
                         versions += 1
                     case ("rollback", number):
                         history.roll_back("main", number, force=True, expect_tip=None, author="")
-                    case ("tag", name, number):
-                        catalog.tag(name, number, author="")
+                    case ("tag", name, number, move):
+                        catalog.tag(name, number, author="", move=move)
                     case ("delete", name):
                         kind = "branch" if len(name) > 1 else "tag"
                         history.delete_ref(name, kind, expect=None, author="")

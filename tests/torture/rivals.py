@@ -227,7 +227,7 @@ def rename(site: Site, seed: int) -> int:
 
 def rename_once(repo: Repository, chance: random.Random) -> None:
     name, version = chance.choice("xyz"), chance.randint(1, 3)
-    match chance.randrange(6):
+    match chance.randrange(7):
         case 0:
             repo.tag(name, version)
         case 1:
@@ -238,6 +238,8 @@ def rename_once(repo: Repository, chance: random.Random) -> None:
             repo.rollback(version, branch=f"b{name}", force=True)
         case 4:
             repo.delete_branch(f"b{name}")
+        case 5:
+            repo.tag(name, version, move=True)
         case _:
             repo.undo()
 
