@@ -68,13 +68,30 @@ class MismatchError(DcpstoreError):
         lines = tuple(dict.fromkeys(differences))
         text = "\n  ".join(lines)
         return cls(
-            f"the state does not fit the version in {len(lines)} places:\n  {text}\n"
-            "Change the state, or load a version that fits ('dcpstore ls' lists what one holds).",
+            f"the state does not fit the version in {_count(lines, 'place')}:\n  {text}\n"
+            "Change the state, or load a version that fits ('dcpstore ls' lists what one holds); "
+            "strict=False leaves what is missing, rename= finds other names.",
+            lines,
+        )
+
+    @classmethod
+    def after_load(cls, differences: Iterable[str]) -> MismatchError:
+        """Return the one error about what owners do not hold as it was stored."""
+        lines = tuple(dict.fromkeys(differences))
+        text = "\n  ".join(lines)
+        return cls(
+            f"the state was loaded, but its owners do not hold what was stored, in "
+            f"{_count(lines, 'place')}:\n  {text}\nCorrect load_state_dict() of their owner, or leave them out by exclude=; "
+            "strict=False reports them instead.",
             lines,
         )
 
     def __reduce__(self) -> tuple[type[MismatchError], tuple[str, tuple[str, ...]]]:
         return type(self), (str(self), self.differences)
+
+
+def _count(lines: Sequence[str], noun: str) -> str:
+    return f"{len(lines)} {noun}{'' if len(lines) == 1 else 's'}"
 
 
 class SchemaError(DcpstoreError):

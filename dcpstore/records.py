@@ -336,9 +336,11 @@ class LoadReport:
 
     `missing` are FQNs that the state asked for and the version lacks (where that is allowed),
     `unexpected` those of the version that the state did not ask for, `cast` those whose values were
-    converted to the state's dtype. `differences` say, for a dry run, what would make the load fail.
-    `chunks` and `nbytes_read` (encoded bytes) are sums over the ranks; `seconds` are of the slowest
-    rank by phase.
+    converted to the state's dtype. `differences` say, for a dry run, what would make the load fail;
+    with `strict=False` also what an owner does not hold as it was stored. `unfilled` are tensors of
+    modules that are still on the meta device, for the load was not asked to fill them: buffers that
+    are not persistent, and what the options left out. `chunks` and `nbytes_read` (encoded bytes)
+    are sums over the ranks; `seconds` are of the slowest rank by phase.
     """
 
     version: Version
@@ -349,6 +351,7 @@ class LoadReport:
     seconds: Mapping[str, float]
     cast: tuple[str, ...] = ()
     differences: tuple[str, ...] = ()
+    unfilled: tuple[str, ...] = ()
 
 
 class Row(tuple[Any, ...]):

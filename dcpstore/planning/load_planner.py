@@ -10,7 +10,14 @@ from __future__ import annotations
 import difflib
 import io
 import pickle
-from collections.abc import Iterable, Iterator, MutableMapping, MutableSequence, Sequence
+from collections.abc import (
+    Collection,
+    Iterable,
+    Iterator,
+    MutableMapping,
+    MutableSequence,
+    Sequence,
+)
 from typing import Any
 
 import torch
@@ -25,13 +32,21 @@ from dcpstore.errors import InvalidInputError, MismatchError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
 from dcpstore.planning.load_options import LoadOptions
 from dcpstore.planning.room import check_room, make_room
-from dcpstore.planning.shards import LocalShard, local_shards
+from dcpstore.planning.shards import LocalShard, is_sharded, local_shards
 from dcpstore.planning.targets import target_fault
 
 __all__ = ["DefaultLoadPlanner"]
 
 _NO_OFFSET = torch.Size((0,))
 _NO_KEY = object()  # None is a key like any other
+# What torch's wrappers put into the names of a module's state: compile, DDP, activation
+# checkpointing, FSDP1.
+_WRAPPERS = (
+    "_orig_mod.",
+    "module.",
+    "_checkpoint_wrapped_module.",
+    "_fsdp_wrapped_module.",
+)
 
 
 class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
@@ -105,6 +120,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         stored = self.metadata.state_dict_metadata
         differences: list[str] = []
         items: list[ReadItem] = []
+        absent: list[tuple[str, str]] = []
         for fqn, wanted in self.state_dict.items():
             if not self.options.asks_for(fqn):
                 continue
@@ -112,9 +128,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
             self.stored.add(name)
             kept = stored.get(name)
             if kept is None:
-                self.missing.append(fqn)
-                if not self._may_lack(fqn):
-                    differences.append(_absent(fqn, name, stored))
+                absent.append((fqn, name))
                 continue
             difference = self._difference(fqn, wanted, kept)
             if difference is not None:
@@ -124,9 +138,36 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
             else:
                 self._check_place(fqn)
                 items.append(_value_item(fqn, name))
+        differences += self._missing(absent, stored)
         if differences:
             raise MismatchError.listing(differences)
         return LoadPlan(items)
+
+    def targets(self) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
+        """Yield the FQN, the offsets and the local view of each box that the load is to fill."""
+        missing = set(self.missing)
+        for (fqn, offsets), view in self._views.items():
+            if fqn not in missing:
+                yield fqn, offsets, view
+
+    def _missing(self, absent: Sequence[tuple[str, str]], stored: Collection[str]) -> list[str]:
+        """Note what the version lacks, and return the differences that follow.
+
+        A tensor that is another one of the state, by the same memory, is filled with that one.
+        """
+        if not absent:
+            return []
+        filled = {_memory(view) for view in self._views.values() if view.numel()}
+        lacked = []
+        for fqn, name in absent:
+            wanted = self.state_dict[fqn]
+            is_twin = isinstance(wanted, torch.Tensor) and not is_sharded(wanted)
+            if is_twin and wanted.numel() and _memory(wanted) in filled:
+                continue
+            self.missing.append(fqn)
+            if not self._may_lack(fqn):
+                lacked.append((fqn, name))
+        return [*(_absent(fqn, name, stored) for fqn, name in lacked), *_renames(lacked, stored)]
 
     def _difference(self, fqn: str, wanted: object, kept: object) -> str | None:
         """Return how what the state holds differs from what is stored, or None where it fits."""
@@ -139,7 +180,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
             return None
         differs = f"{fqn!r} has dtype {dtype} in the version, and {wanted.dtype} in the state"
         if self.options.on_dtype == "error":
-            return differs
+            return f"{differs}; on_dtype='cast' converts it"
         if PACKED in {dtype, wanted.dtype}:
             return f"{differs}, which cannot be converted"
         self.cast.append(fqn)
@@ -311,7 +352,50 @@ def _kind_difference(fqn: str, wanted: object, kept: object) -> str | None:
     return None
 
 
-def _absent(fqn: str, name: str, stored: dict[str, Any]) -> str:
+def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return what is the same for two tensors only if they are the same elements of memory."""
+    if tensor.is_meta:
+        return (id(tensor),)
+    return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+
+
+def _renames(absent: Sequence[tuple[str, str]], stored: Collection[str]) -> list[str]:
+    """Return the `rename` that finds what the version lacks only for the names of wrappers."""
+    if not absent:
+        return []
+    known = set(stored)
+    for wrapper in _WRAPPERS:
+        if all(wrapper in name and name.replace(wrapper, "") in known for _, name in absent):
+            return [f"the version's names lack {wrapper!r}; pass {_call(wrapper, '')}"]
+        for key in dict.fromkeys(name.partition(".")[0] for _, name in absent):
+            old, new = f"{key}.", f"{key}.{wrapper}"
+            if all(name.replace(old, new, 1) in known for _, name in absent):
+                return [f"the version's names have {wrapper!r}; pass {_call(old, new)}"]
+    plain: dict[str, str] = {}
+    for name in known:
+        plain.setdefault(_unwrapped(name), name)
+    pairs = [(fqn, plain.get(_unwrapped(name))) for fqn, name in absent]
+    if any(found is None for _, found in pairs):
+        return []
+    fqn, found = pairs[0]
+    return [
+        f"the names differ by those of wrappers ({', '.join(_WRAPPERS)}) only; pass rename= a dict "
+        f"or a function, such as {{{fqn!r}: {found!r}, ...}}"
+    ]
+
+
+def _call(old: str, new: str) -> str:
+    once = ", 1" if new else ""
+    return f"rename=lambda fqn: fqn.replace({old!r}, {new!r}{once})"
+
+
+def _unwrapped(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _absent(fqn: str, name: str, stored: Collection[str]) -> str:
     near = difflib.get_close_matches(name, stored, n=2, cutoff=0.8)
     hint = f" (near: {', '.join(map(repr, near))})" if near else ""
     renamed = f", renamed {name!r}," if name != fqn else ""

@@ -7,8 +7,9 @@ optimizer's parameters and the options ask for, at any depth.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 
@@ -16,10 +17,11 @@ from dcpstore.encoding.dtypes import torch_dtype
 from dcpstore.encoding.values import decode_value
 from dcpstore.errors import InvalidInputError
 from dcpstore.planning.load_options import LoadOptions
+from dcpstore.planning.overlay import ABSENT, GapError, Leaf, Node, lay_over, new_place, tree_of
 from dcpstore.planning.room import without_memory
 from dcpstore.records import EntryRecord, ObjectPath
 
-__all__ = ["optimizer_names", "prepare_optimizer"]
+__all__ = ["is_by_number", "optional_names", "prepare_optimizer"]
 
 _SHOWN = 3  # names in one message
 # What torch's own optimizers make of a parameter's shape, or of that of its gradient.
@@ -42,21 +44,38 @@ _SHAPED = frozenset(
 )
 
 
-def optimizer_names(state_dict: Mapping[str, Any]) -> list[str]:
-    """Return the FQNs below which optimizers keep their state: a version may lack some of it.
+def is_by_number(owner: object, own: object) -> TypeGuard[torch.optim.Optimizer]:
+    """Tell whether an owner is an optimizer whose state is by the numbers of its parameters.
 
-    A parameter that was frozen at the save has none there, and one that was added neither.
+    Containers of optimizers, which give their state by name, are owners like any other.
     """
-    return [
-        f"{key}.state"
-        for key, value in state_dict.items()
-        if isinstance(value, torch.optim.Optimizer)
-    ]
+    return (
+        isinstance(owner, torch.optim.Optimizer)
+        and isinstance(own, Mapping)
+        and own.keys() >= {"state", "param_groups"}
+    )
+
+
+def optional_names(optimizer: torch.optim.Optimizer, prefix: ObjectPath) -> list[str]:
+    """Return the FQNs at or below which a version may lack what an optimizer has.
+
+    A parameter that was frozen at the save has no state there, one that was added neither; and what
+    a scheduler or the caller adds to a group is theirs.
+    """
+    key = ".".join(map(str, prefix))
+    known = optimizer.defaults.keys() | {"params"}
+    added = (
+        f"{key}.param_groups.{i}.{name}"
+        for i, group in enumerate(optimizer.param_groups)
+        for name in group
+        if name not in known
+    )
+    return [f"{key}.state", *added]
 
 
 def prepare_optimizer(
     optimizer: torch.optim.Optimizer,
-    key: str,
+    prefix: ObjectPath,
     state: dict[str, Any],
     entries: Sequence[EntryRecord],
     options: LoadOptions,
@@ -68,9 +87,18 @@ def prepare_optimizer(
     Each is laid out like its parameter where it has the same shape; in a dry run none has memory.
     Returns how the version's state of this optimizer differs from what can be loaded.
 
+    Args:
+        optimizer: the owner.
+        prefix: its path in the state that is loaded.
+        state: what `optimizer.state_dict()` gave; changed here.
+        entries: of the version.
+        options: which entries are asked for, and under which names.
+        dry_run: allocate nothing.
+
     Raises:
         InvalidInputError: the parameters are on the meta device.
     """
+    key = ".".join(map(str, prefix))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if any(p.is_meta for p in parameters):  # the load of the model is about to replace them
         raise InvalidInputError(
@@ -78,49 +106,128 @@ def prepare_optimizer(
             "that the load gives to the model; call model.to_empty(device=...) before the "
             "optimizer is made, or load the model first."
         )
-    held = [*_held(key, len(parameters), entries, options)]
-    own = state.get("state", {})  # by number, in some optimizers by name too
-    names = {str(number) for number in own}
-    named = [one for one in held if not one.number.isdecimal() and one.number not in names]
-    if asked := [*dict.fromkeys(one.number for one in named if one.is_asked)]:
-        shown = ", ".join(map(repr, asked[:_SHOWN])) + (", ..." if len(asked) > _SHOWN else "")
-        return [
-            f"optimizer {key!r} has its state by name ({shown}) in the version, as "
-            "get_optimizer_state_dict gives it, and by number in the state; load into "
-            "get_optimizer_state_dict(model, optimizer), and hand that to "
-            "set_optimizer_state_dict (dcpstore.state_dict)"
-        ]
+    held = [*_held(prefix, "state", entries, options, count=len(parameters))]
+    own = state["state"]  # by number, in some optimizers by name too
+    if (named := _by_name(prefix, own, held, entries, options)) is not None:
+        return [named]
+    count = len(state["param_groups"])
+    groups = [*_held(prefix, "param_groups", entries, options, count=count)]
     differences = [*_other_groups(optimizer, key, entries, options)]
-    places: dict[int, Any] = {}
-    parts = [one for one in held if one.number.isdecimal() and not _is_there(own, one)]
-    differences += _misshapen(optimizer, key, parameters, parts)
-    for one in parts:
-        if one.is_asked and (index := int(one.number)) < len(parameters):
-            place = _like(parameters[index], one.entry, dry_run=dry_run)
-            _put(places.setdefault(index, {}), one.path, place)
-    lacking = [one for one in parts if not one.is_asked and int(one.number) in places]
-    if lacking:
-        differences.append(
-            f"optimizer {key!r} has no state of a parameter, and would get a part of it, without "
-            f"{lacking[0].entry.fqn!r}; include all of it, or exclude '{key}.state.*'"
-        )
+    differences += _beyond(key, state, held, groups, parameters=len(parameters))
+    parts = [one for one in held if one.number.isdecimal() and int(one.number) < len(parameters)]
+    new = [one for one in parts if not _is_there(own, one)]  # the planner sees the others
+    differences += _misshapen(optimizer, key, parameters, new)
+    differences += _partial(key, new)
+    if differences:
         return differences
+    of_number: dict[int, list[_Held]] = {}
+    for one in parts:
+        of_number.setdefault(int(one.number), []).append(one)
     try:
-        new = {index: {**own.get(index, {}), **_listed(node)} for index, node in places.items()}
-    except _GapError as error:
-        differences.append(f"the state of optimizer {key!r} {error}")
-    else:
-        state["state"] = {**own, **new}
-    return differences
+        laid = {
+            i: lay_over(
+                own.get(i, ABSENT), _tree(several), partial(_like, parameters[i], dry_run=dry_run)
+            )
+            for i, several in of_number.items()
+        }
+        of_group: dict[int, list[_Held]] = {}
+        for one in groups:
+            if one.number.isdecimal() and one.path[0] != "params":
+                of_group.setdefault(int(one.number), []).append(one)
+        new_groups = [
+            lay_over(group, _tree(of_group.get(i, [])), partial(new_place, dry_run=dry_run))
+            for i, group in enumerate(state["param_groups"])
+        ]
+    except GapError as error:
+        return [f"the state of optimizer {key!r} {error}; include all of it, or exclude it"]
+    state["state"] = {**own, **{i: node for i, node in laid.items() if node is not ABSENT}}
+    state["param_groups"] = new_groups
+    return []
 
 
 class _Held(NamedTuple):
-    """An entry of an optimizer's state: its parameter, and the path below that."""
+    """An entry of an optimizer: the number of its parameter or group, and the path below that."""
 
     number: str
     path: ObjectPath
     entry: EntryRecord
     is_asked: bool
+
+
+def _tree(held: Iterable[_Held]) -> dict[str | int, Node]:
+    return tree_of((one.path, Leaf(one.entry, one.is_asked)) for one in held)
+
+
+def _by_name(
+    prefix: ObjectPath,
+    own: Mapping[Any, Any],
+    held: Sequence[_Held],
+    entries: Sequence[EntryRecord],
+    options: LoadOptions,
+) -> str | None:
+    """Return what is wrong where the version holds the state by the names of the parameters."""
+    names = {str(number) for number in own}
+    named = [one for one in held if not one.number.isdecimal() and one.number not in names]
+    asked = [*dict.fromkeys(one.number for one in named if one.is_asked)]
+    key, depth, how = ".".join(map(str, prefix)), len(prefix), ""
+    if not asked and not held:
+        asked = [
+            str(entry.path[depth])
+            for entry in entries
+            if len(entry.path) == depth + 1
+            and entry.path[:depth] == prefix
+            and str(entry.path[depth]).startswith(("state.", "param_groups."))
+            and options.asks_for(entry.fqn)
+        ]
+        how = " with StateDictOptions(flatten_optimizer_state_dict=True)"
+    if not asked:
+        return None
+    shown = ", ".join(map(repr, asked[:_SHOWN])) + (", ..." if len(asked) > _SHOWN else "")
+    return (
+        f"optimizer {key!r} has its state by name ({shown}) in the version, as "
+        f"get_optimizer_state_dict gives it{how}, and by number in the state; load into "
+        "get_optimizer_state_dict(model, optimizer"
+        f"{', options=...' if how else ''}), and hand that to "
+        "set_optimizer_state_dict (dcpstore.state_dict)"
+    )
+
+
+def _beyond(
+    key: str,
+    state: Mapping[str, Any],
+    held: Sequence[_Held],
+    groups: Sequence[_Held],
+    *,
+    parameters: int,
+) -> Iterator[str]:
+    """Yield what the version holds of parameters and groups that the optimizer does not have."""
+    numbers = {int(one.number) for one in held if one.is_asked and one.number.isdecimal()}
+    lost = sorted(n for n in numbers if n >= parameters and n not in state["state"])
+    if lost:
+        shown = ", ".join(map(str, lost[:_SHOWN])) + (", ..." if lost[_SHOWN:] else "")
+        yield (
+            f"optimizer {key!r} has {parameters} parameters, and the version holds state of "
+            f"parameter {shown}, which would be lost; make it of all parameters, or exclude "
+            f"'{key}.state.{lost[0]}.*'"
+        )
+    count = len(state["param_groups"])
+    more = {int(one.number) for one in groups if one.is_asked and one.number.isdecimal()}
+    if more and max(more) >= count:
+        yield (
+            f"optimizer {key!r} has {count} parameter groups, and the version {max(more) + 1}; "
+            "add the others by add_param_group"
+        )
+
+
+def _partial(key: str, new: Sequence[_Held]) -> Iterator[str]:
+    """Yield whether a parameter would get a part only of the state that it does not have."""
+    asked = {one.number for one in new if one.is_asked}
+    lacking = [one for one in new if not one.is_asked and one.number in asked]
+    if lacking:
+        yield (
+            f"optimizer {key!r} has no state of a parameter, and would get a part of it, without "
+            f"{lacking[0].entry.fqn!r}; include all of it, or exclude '{key}.state.*'"
+        )
 
 
 def _is_there(own: Mapping[Any, Any], one: _Held) -> bool:
@@ -130,28 +237,38 @@ def _is_there(own: Mapping[Any, Any], one: _Held) -> bool:
 
 
 def _held(
-    key: str, count: int, entries: Sequence[EntryRecord], options: LoadOptions
+    prefix: ObjectPath,
+    section: str,
+    entries: Sequence[EntryRecord],
+    options: LoadOptions,
+    *,
+    count: int,
 ) -> Iterator[_Held]:
-    """Yield what the version holds of an optimizer's state."""
+    """Yield what the version holds of a section of an optimizer: its state, or its groups.
+
+    `count` is how many the optimizer has of what the section numbers.
+    """
+    depth = len(prefix)
     if options.rename is None:
         for entry in entries:
-            if len(entry.path) > 3 and entry.path[:2] == (key, "state"):
+            path = entry.path
+            if len(path) > depth + 2 and path[:depth] == prefix and path[depth] == section:
                 is_asked = options.asks_for(entry.fqn)
-                yield _Held(str(entry.path[2]), entry.path[3:], entry, is_asked)
+                yield _Held(str(path[depth + 1]), path[depth + 2 :], entry, is_asked)
         return
     # `rename` leads from the state's FQNs to the version's only: try all that there may be
     below = [
         path[at + 1 :]
         for path in (entry.path for entry in entries)
         for at in range(len(path) - 2)
-        if path[at] == "state"
+        if path[at] == section
     ]
     numbers = dict.fromkeys([*map(str, range(count)), *(str(path[0]) for path in below)])
     rests = dict.fromkeys(path[1:] for path in below)
     by_fqn = {entry.fqn: entry for entry in entries}
     for number in numbers:
         for rest in rests:
-            fqn = ".".join((key, "state", number, *map(str, rest)))
+            fqn = ".".join(map(str, (*prefix, section, number, *rest)))
             found = _renamed(fqn, by_fqn, options)
             if found is not None:
                 yield _Held(number, rest, found, options.asks_for(fqn))
@@ -208,7 +325,7 @@ def _misshapen(
         return
     for one in parts:
         stored, index = one.entry.tensor, int(one.number)
-        if not one.is_asked or stored is None or index >= len(parameters):
+        if not one.is_asked or stored is None:
             continue
         shape = tuple(parameters[index].shape)
         if len(one.path) == 1 and one.path[0] in _SHAPED and stored.shape != shape:
@@ -218,41 +335,12 @@ def _misshapen(
             )
 
 
-def _like(parameter: torch.Tensor, entry: EntryRecord, *, dry_run: bool) -> Any:
+def _like(parameter: torch.Tensor, entry: EntryRecord, own: Any, *, dry_run: bool) -> torch.Tensor:
     """Return an empty place for an entry of a parameter's optimizer state."""
-    if entry.tensor is None or entry.kind != "tensor":
-        return None
-    dtype = torch_dtype(entry.tensor.dtype)
+    assert entry.tensor is not None
     if entry.tensor.shape != tuple(parameter.shape):
-        return torch.zeros(entry.tensor.shape, dtype=dtype, device="meta" if dry_run else None)
+        return new_place(entry, own, dry_run=dry_run)
+    dtype = torch_dtype(entry.tensor.dtype)
     if dry_run:
         return without_memory(parameter, dtype)
     return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-
-
-class _GapError(Exception):
-    """A list of which some items are not to be had."""
-
-
-def _put(node: dict[Any, Any], path: ObjectPath, leaf: Any) -> None:
-    for part in path[:-1]:
-        node = node.setdefault(part, {})
-    node[path[-1]] = leaf
-
-
-def _listed(node: Any) -> Any:
-    """Return nested dicts with those that have numbers for keys as the lists that they stand for.
-
-    Flattening writes a mapping's keys as text, and a list's places as numbers.
-    """
-    if not isinstance(node, dict):
-        return node
-    inner = {part: _listed(value) for part, value in node.items()}
-    if not all(isinstance(part, int) for part in inner):
-        return inner
-    if sorted(inner) != [*range(len(inner))]:
-        raise _GapError(
-            f"has a list of which the version holds the items {sorted(inner)} only; load into an "
-            "optimizer that has taken a step"
-        )
-    return [inner[i] for i in range(len(inner))]

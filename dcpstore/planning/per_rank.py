@@ -5,10 +5,10 @@ Invariant: the containers of whoever owns a state are filled, and never replaced
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["PerRank", "give_own", "own_names", "with_own"]
+__all__ = ["PerRank", "give_own", "own_name", "own_names", "with_own"]
 
 
 class PerRank:
@@ -32,13 +32,13 @@ class PerRank:
 
 def own_names(state: Mapping[str, Any], *, rank: int) -> list[str]:
     """Return the FQNs below which a version may lack entries: those of `PerRank` values."""
-    return [".".join((*path, _own_name(rank))) for path in _own_paths(state, ())]
+    return [".".join((*path, own_name(rank))) for path in _own_paths(state, ())]
 
 
 def with_own(value: Any, rank: int) -> Any:
     """Return a state with each `PerRank` as a dict of this rank's value alone."""
     if isinstance(value, PerRank):
-        return {_own_name(rank): value.value}
+        return {own_name(rank): value.value}
     if not _holds_own(value):
         return value
     if isinstance(value, Mapping):
@@ -46,25 +46,43 @@ def with_own(value: Any, rank: int) -> Any:
     return [with_own(inner, rank) for inner in value]
 
 
-def give_own(owner: Any, filled: Any, rank: int) -> Any:
-    """Return what is to stand in `owner`'s place, once the state that `with_own` made is filled.
+def give_own(
+    owner: Any, filled: Any, rank: int, *, is_owner: Callable[[Any], bool] = lambda _: False
+) -> Any:
+    """Return what is to stand in `owner`'s place, once the plain state is filled.
 
-    It is `owner` itself, with what was filled in it, wherever that holds a `PerRank`.
+    It is `owner` itself, with what was filled in it, wherever that holds a `PerRank`, or an object
+    with a state of its own by `is_owner`, which stays.
     """
     if isinstance(owner, PerRank):
-        owner.value = filled[_own_name(rank)]
+        owner.value = filled[own_name(rank)]
         return owner
-    if owner is filled or not _holds_own(owner):
+    if is_owner(owner):
+        return owner
+    if owner is filled or not isinstance(owner, Mapping | list):
         return filled
+    if not _holds(owner, is_owner):
+        return filled
+    container: Any = owner
     for place, mine in [*(owner.items() if isinstance(owner, Mapping) else enumerate(owner))]:
-        given = give_own(mine, filled[place], rank)
+        given = give_own(mine, filled[place], rank, is_owner=is_owner)
         if given is not mine:
-            owner[place] = given
+            container[place] = given
     return owner
 
 
-def _own_name(rank: int) -> str:
+def own_name(rank: int) -> str:
+    """Return the key under which one rank's value of a `PerRank` is kept."""
     return f"rank-{rank}"
+
+
+def _holds(value: Any, is_owner: Callable[[Any], bool]) -> bool:
+    """Tell whether a `PerRank`, or an object with a state of its own, stands in a value."""
+    if isinstance(value, Mapping):
+        return any(_holds(inner, is_owner) for inner in value.values())
+    if isinstance(value, list):
+        return any(_holds(inner, is_owner) for inner in value)
+    return isinstance(value, PerRank) or is_owner(value)
 
 
 def _holds_own(value: Any) -> bool:
