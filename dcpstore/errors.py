@@ -80,9 +80,9 @@ class MismatchError(DcpstoreError):
         lines = tuple(dict.fromkeys(differences))
         text = "\n  ".join(lines)
         return cls(
-            f"the state was loaded, but its owners do not hold what was stored, in "
-            f"{_count(lines, 'place')}:\n  {text}\nCorrect load_state_dict() of their owner, or leave them out by exclude=; "
-            "strict=False reports them instead.",
+            "the state was loaded, but its owners do not hold what was stored, in "
+            f"{_count(lines, 'place')}:\n  {text}\nCorrect load_state_dict() of their owner, or "
+            "leave them out by exclude=; strict=False reports them instead.",
             lines,
         )
 
