@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dcpstore.catalog import Catalog
 from dcpstore.catalog.authors import this_user
 from dcpstore.catalog.checks import check_chunk
+from dcpstore.compositions import outer_fqns
 from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from dcpstore.history.recorded import Recorded
 from dcpstore.journal import journaled, write_journal
@@ -88,8 +89,21 @@ class Repository(Recorded, Upkept):
         Raises:
             NotFoundError: an FQN that the version lacks, with the nearest names.
         """
-        wanted = _as_list(fqns)
-        return self.catalog.entries(self.show(ref).number, wanted)
+        return self._entries(self.show(ref).number, _as_list(fqns))
+
+    def _entries(self, number: int, wanted: list[str] | None) -> list[EntryRecord]:
+        """Return entries of a version; of a composed tensor that is wanted, its mark and parts."""
+        try:
+            return self.catalog.entries(number, wanted)
+        except NotFoundError:
+            every = self.catalog.entries(number)
+            parts: dict[str, list[str]] = {}
+            for part, fqn in outer_fqns(entry.fqn for entry in every).items():
+                parts.setdefault(fqn, []).append(part)
+            if parts.keys().isdisjoint(wanted or ()):
+                raise
+        listed = [name for fqn in wanted or () for name in parts.get(fqn, [fqn])]
+        return self.catalog.entries(number, listed)
 
     @journaled
     def tag(self, name: str, ref: str | int | None = None, *, move: bool = False) -> RefRecord:
@@ -152,7 +166,7 @@ class Repository(Recorded, Upkept):
         version = self.show(ref)
         with closing(PackReader(self.storage)) as packs:
             return read_entries(
-                self.catalog.entries(version.number, wanted),
+                self._entries(version.number, wanted),
                 fqns if isinstance(fqns, Mapping) else {},
                 self.catalog,
                 packs,

@@ -18,6 +18,7 @@ ROOT = Path(dcpstore.__file__).parent
 FLOORS = {
     "errors": 0,
     "records": 0,
+    "compositions": 0,
     "refs": 0,
     "uids": 0,
     "recent": 0,
@@ -60,6 +61,8 @@ LADDERS = [
     ("errors", "changing"),
     ("errors", "refs"),
     ("errors", "durations"),
+    ("errors", "compositions"),
+    ("records", "compositions"),
     ("geometry", "records"),
     ("repository", "api"),
     ("convert", "cli"),

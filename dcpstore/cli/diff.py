@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import click
 
 from dcpstore.cli.output import Column, human_bytes, note, print_json, print_table
 from dcpstore.cli.session import Session, repo_options
+from dcpstore.compositions import composition_of, is_mark
 from dcpstore.errors import InvalidInputError
 from dcpstore.history import Diff, EntryDiff, ModuleDiff, TensorStats
 from dcpstore.records import EntryRecord
@@ -119,7 +120,11 @@ def _print_diff(
 ) -> None:
     if depth is None:
         entries = [entry for entry in diff.entries if show_all or entry.change != "unchanged"]
-        rows = [_entry_cells(entry) | _stats_cells(entry.stats, stats) for entry in entries]
+        rows = [
+            _entry_cells(one) | _stats_cells(one.stats, stats)
+            for entry in entries
+            for one in (entry, *_changed_parts(entry, sort))
+        ]
         columns: tuple[str, ...] = _ENTRY
     else:
         modules = [
@@ -191,6 +196,14 @@ def _text(column: str, value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _changed_parts(entry: EntryDiff, sort: str | None) -> list[EntryDiff]:
+    """Return the parts that changed, to stand below a tensor that is made of them."""
+    if sort is not None:  # they would not stay there
+        return []
+    changed = (part for part in entry.parts if part.change != "unchanged")
+    return [replace(part, fqn=f"  {part.fqn}") for part in changed]
+
+
 def _entry_cells(entry: EntryDiff) -> Cells:
     return {
         "change": entry.change,
@@ -217,6 +230,10 @@ def _stats_cells(stats: TensorStats | None, asked: bool) -> Cells:
 def _described(entry: EntryRecord | None) -> str | None:
     if entry is None:
         return None
+    if is_mark(entry):
+        is_a = composition_of(entry)
+        shape = "x".join("*" if n is None else str(n) for n in is_a.shape) or "scalar"
+        return f"{is_a.kind} {is_a.dtype} {shape}"
     if entry.tensor is None:
         return entry.value
     return f"{entry.tensor.dtype} {'x'.join(map(str, entry.tensor.shape)) or 'scalar'}"
@@ -251,7 +268,7 @@ def _entry_shape(entry: EntryDiff) -> dict[str, object]:
         "new": _side_shape(entry.new),
         "nbytes_shared": entry.nbytes_shared,
         "stats": _stats_shape(entry.stats),
-    }
+    } | ({"parts": list(map(_entry_shape, entry.parts))} if entry.parts else {})
 
 
 def _side_shape(entry: EntryRecord | None) -> dict[str, object] | None:
@@ -259,7 +276,7 @@ def _side_shape(entry: EntryRecord | None) -> dict[str, object] | None:
         return None
     tensor = entry.tensor
     return {
-        "kind": entry.kind,
+        "kind": composition_of(entry).kind if is_mark(entry) else entry.kind,
         "dtype": None if tensor is None else tensor.dtype,
         "shape": None if tensor is None else tensor.shape,
         "digest": None if tensor is None else tensor.digest,

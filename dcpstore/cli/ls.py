@@ -9,6 +9,7 @@ import click
 
 from dcpstore.cli.output import Column, human_bytes, note, print_json, print_table
 from dcpstore.cli.session import Session, repo_options
+from dcpstore.compositions import ComposedEntry, Entry, fold_entries
 from dcpstore.errors import NotFoundError
 from dcpstore.records import EntryRecord
 from dcpstore.storage.fields import value_tree
@@ -34,26 +35,24 @@ def ls(session: Session, args: tuple[str, ...], long: bool) -> None:
     """List the entries of the version REF (default: the tip of main) whose FQN a GLOB matches.
 
     In a GLOB, * stands for any characters, dots too, and ? for one. A first argument with *, ? or [
-    is a GLOB.
+    is a GLOB. A tensor that is made of tensors is one entry, with its parts below it.
     """
     named = bool(args) and not _WILD & set(args[0])
     ref, globs = (args[0], args[1:]) if named else (None, args)
     with session.open() as repo:
         version = repo.show(ref)
         entries = repo.entries(version.number)
-    chosen = _matching(entries, globs, where=str(version))
+    chosen = _matching(fold_entries(entries), globs, where=str(version))
     if session.json:
         print_json([_shape(entry) for entry in chosen])
     elif chosen:
         columns = (*_COLUMNS[:-1], *_LONG[:2], _COLUMNS[-1], _LONG[2]) if long else _COLUMNS
-        print_table(columns, [_row(entry, long=long) for entry in chosen])
+        print_table(columns, [row for entry in chosen for row in _rows(entry, long=long)])
     else:
         note(f"{version} holds no entries.")
 
 
-def _matching(
-    entries: Sequence[EntryRecord], globs: Sequence[str], *, where: str
-) -> list[EntryRecord]:
+def _matching(entries: Sequence[Entry], globs: Sequence[str], *, where: str) -> list[Entry]:
     """Return the entries that match any glob; each glob must match one, as in a shell's ls."""
     found = set()
     for glob in globs:
@@ -69,8 +68,18 @@ def _matching(
     return [entry for entry in entries if not globs or entry.fqn in found]
 
 
-def _shape(entry: EntryRecord) -> dict[str, object]:
+def _shape(entry: Entry) -> dict[str, object]:
     """Return the fields of an entry, its value as JSON instead of JSON in a text."""
+    if isinstance(entry, ComposedEntry):
+        return {
+            "fqn": entry.fqn,
+            "path": entry.path,
+            "kind": entry.composition.kind,
+            "tensor": None,
+            "value": entry.composition.to_json(),
+            "nbytes": entry.nbytes,
+            "parts": {entry.part_name(part): _shape(part) for part in entry.parts},
+        }
     return {
         "fqn": entry.fqn,
         "path": entry.path,
@@ -78,6 +87,20 @@ def _shape(entry: EntryRecord) -> dict[str, object]:
         "tensor": entry.tensor,
         "value": None if entry.value is None else value_tree(entry.fqn, entry.value),
     }
+
+
+def _rows(entry: Entry, *, long: bool) -> list[tuple[str, ...]]:
+    """Return the row of an entry; below a composed tensor those of its parts."""
+    if not isinstance(entry, ComposedEntry):
+        return [_row(entry, long=long)]
+    is_a = entry.composition
+    shape = "x".join("*" if n is None else str(n) for n in is_a.shape) or "scalar"
+    head = (entry.fqn, is_a.kind, is_a.dtype, shape, *(("", "") if long else ()))
+    rows = [(*head, human_bytes(entry.nbytes), *(("",) if long else ()))]
+    for part in entry.parts:
+        _, *rest = _row(part, long=long)
+        rows.append((f"  {entry.part_name(part)}", *rest))
+    return rows
 
 
 def _row(entry: EntryRecord, *, long: bool) -> tuple[str, ...]:

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dcpstore.compositions import MARK, Composition
+
 __all__ = ["NotPlainError", "PlannerBytes", "decode_scalar", "encode_scalar"]
 
 # A value of any type on one side, JSON of any shape on the other: hence `Any` in this module.
@@ -178,6 +180,7 @@ _CODECS: dict[str, _Codec] = {
     "$decimal": _Codec(str, _parse(Decimal)),
     "$dtype": _Codec(str, _TORCH_DTYPES.__getitem__),
     "$device": _Codec(str, _parse(torch.device)),
+    MARK: _Codec(Composition.to_json, Composition.of_json),
     "$numpy": _Codec(_encode_numpy, _decode_numpy),
     "$ndarray": _Codec(_encode_array, _decode_array),
 }
@@ -187,6 +190,7 @@ _TAGS: dict[type, str] = {
     str: "$str",
     bytes: "$bytes",
     PlannerBytes: "$planner",
+    Composition: MARK,
     bytearray: "$bytearray",
     complex: "$complex",
     datetime: "$datetime",

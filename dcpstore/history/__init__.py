@@ -6,7 +6,7 @@ imported by who asks for them.
 
 from __future__ import annotations
 
-from dcpstore.history.diff import Diff, EntryDiff, ModuleDiff, diff_versions
+from dcpstore.history.diff import Diff, EntryDiff, ModuleDiff, diff_versions, fold_diff
 from dcpstore.history.stats import TensorStats
 
-__all__ = ["Diff", "EntryDiff", "ModuleDiff", "TensorStats", "diff_versions"]
+__all__ = ["Diff", "EntryDiff", "ModuleDiff", "TensorStats", "diff_versions", "fold_diff"]

@@ -5,6 +5,7 @@ Reads the catalog alone: a tensor that is the same is the same row there, howeve
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from typing import Literal
 
 from dcpstore.catalog import Catalog
 from dcpstore.catalog.differences import SharedChunk
+from dcpstore.compositions import MARK, ComposedEntry, composition_of, fold_entries
 from dcpstore.history.stats import TensorStats
 from dcpstore.records import EntryRecord, TensorRecord, Version
 
-__all__ = ["Change", "Diff", "EntryDiff", "ModuleDiff", "diff_versions"]
+__all__ = ["Change", "Diff", "EntryDiff", "ModuleDiff", "diff_versions", "fold_diff"]
 
 Change = Literal["added", "removed", "changed", "retyped", "reshaped", "unchanged"]
 
@@ -25,7 +27,8 @@ class EntryDiff:
     """One FQN in two versions; `old` or `new` is None where that version lacks it.
 
     `nbytes_shared` are the raw bytes of the new tensor that the old one holds too. `stats`, where
-    they were asked for, are those of tensors of one shape whose content or dtype changed.
+    they were asked for, are those of tensors of one shape whose content or dtype changed. Of a
+    tensor that is made of tensors `old` and `new` are its mark, and `parts` its parts, by name.
     """
 
     fqn: str
@@ -34,10 +37,13 @@ class EntryDiff:
     new: EntryRecord | None
     nbytes_shared: int = 0
     stats: TensorStats | None = None
+    parts: tuple[EntryDiff, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Raw bytes of the new tensor, or of the old one where that went."""
+        if self.parts:
+            return sum(part.nbytes for part in self.parts)
         entry = self.new or self.old
         return 0 if entry is None or entry.tensor is None else entry.tensor.nbytes
 
@@ -133,6 +139,60 @@ def diff_versions(catalog: Catalog, old: Version, new: Version) -> Diff:
             total += tensor.nbytes
             common += tensor.nbytes if tensor.id in held else entry.nbytes_shared
     return Diff(old, new, entries, total, common)
+
+
+def fold_diff(diff: Diff) -> Diff:
+    """Return a diff with each tensor that is made of tensors as one entry."""
+    sides = [[e for one in diff.entries if (e := getattr(one, side))] for side in ("old", "new")]
+    outer: dict[str, str] = {}
+    for side in sides:
+        for one in fold_entries(side):
+            if isinstance(one, ComposedEntry):
+                outer.update((part.fqn, one.fqn) for part in (one.mark, *one.parts))
+    if not outer:
+        return diff
+    grouped: dict[str, list[EntryDiff]] = {}
+    single: list[EntryDiff] = []
+    for entry in diff.entries:
+        if entry.fqn in outer:
+            grouped.setdefault(outer[entry.fqn], []).append(entry)
+        else:
+            single.append(entry)
+    wholes = {fqn: _whole(fqn, entries) for fqn, entries in grouped.items()}
+    kept: list[EntryDiff] = []
+    for entry in single:
+        whole = wholes.get(entry.fqn)
+        if whole is None:
+            kept.append(entry)
+        else:  # a plain tensor or a value in the other version
+            old, new = entry.old or whole.old, entry.new or whole.new
+            wholes[entry.fqn] = dataclasses.replace(whole, change="retyped", old=old, new=new)
+    merged = sorted([*kept, *wholes.values()], key=lambda entry: entry.fqn)
+    return dataclasses.replace(diff, entries=tuple(merged))
+
+
+def _whole(fqn: str, entries: list[EntryDiff]) -> EntryDiff:
+    mark = next(entry for entry in entries if entry.fqn == f"{fqn}.{MARK}")
+    parts = [entry for entry in entries if entry is not mark]
+    change = mark.change
+    if change == "changed":  # another class, shape or context
+        old, new = (None if side is None else composition_of(side) for side in (mark.old, mark.new))
+        assert old is not None
+        assert new is not None
+        is_same = (old.kind, old.dtype) == (new.kind, new.dtype)
+        change = "retyped" if not is_same else "reshaped" if old.shape != new.shape else "changed"
+    elif change == "unchanged" and any(part.change != "unchanged" for part in parts):
+        change = "changed"
+    return EntryDiff(
+        fqn,
+        change,
+        mark.old,
+        mark.new,
+        sum(part.nbytes_shared for part in parts),
+        parts=tuple(
+            dataclasses.replace(part, fqn=part.fqn.removeprefix(f"{fqn}.")) for part in parts
+        ),
+    )
 
 
 def same_grids(old: TensorRecord, new: TensorRecord) -> bool:

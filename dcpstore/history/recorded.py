@@ -11,7 +11,7 @@ from dcpstore.catalog.authors import this_user
 from dcpstore.catalog.checks import as_labels, as_metrics
 from dcpstore.catalog.filters import LogFilter
 from dcpstore.errors import InvalidInputError
-from dcpstore.history.diff import Diff, diff_versions
+from dcpstore.history.diff import Diff, diff_versions, fold_diff
 from dcpstore.journal import journaled
 from dcpstore.records import Operation, RefRecord, Version
 from dcpstore.storage.interface import Storage
@@ -173,17 +173,18 @@ class Recorded:
         """Return what changed from one version to another.
 
         Without `stats` it reads the catalog alone: contents are compared by digest. With it, each
-        changed tensor is told in numbers, out of the chunks that differ.
+        changed tensor is told in numbers, out of the chunks that differ. A tensor that is made of
+        tensors is one entry, with those as its parts.
 
         Raises:
             CorruptionError: with `stats`, stored bytes are damaged.
         """
         diff = diff_versions(self.catalog, self.catalog.resolve(old), self.catalog.resolve(new))
         if not stats:
-            return diff
+            return fold_diff(diff)
         from dcpstore.history.measuring import with_stats  # noqa: PLC0415 (loads torch)
 
-        return with_stats(diff, self.catalog, self.storage)
+        return fold_diff(with_stats(diff, self.catalog, self.storage))
 
     def operations(self, *, limit: int | None = None) -> list[Operation]:
         """Return what was done to the repository, newest first."""

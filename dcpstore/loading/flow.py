@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from dcpstore.catalog import Catalog
 from dcpstore.collectives import Collectives, in_step, in_turn
 from dcpstore.collector import collector_held
+from dcpstore.compositions import compositions, outer_fqns
 from dcpstore.encoding.values import decode_value
 from dcpstore.errors import InvalidInputError, MismatchError, UnsafeDataError
 from dcpstore.loading.items import ItemReads, check_values
@@ -300,7 +301,7 @@ class _Load:
         return LoadReport(
             version=self.opened.version,
             missing=_joined(one.missing for one in ranks),
-            unexpected=tuple(e.fqn for e in self.opened.entries if e.fqn not in asked),
+            unexpected=_unexpected(self.opened.entries, asked),
             chunks=sum(one.chunks for one in ranks),
             nbytes_read=sum(one.nbytes for one in ranks),
             seconds={phase: max(one.seconds[phase] for one in ranks) for phase in ranks[0].seconds},
@@ -318,6 +319,7 @@ class _Load:
             described.planner_data = data
         if isinstance(self.planner, DefaultLoadPlanner):
             self.planner.optional = template.optional
+            self.planner.compositions = compositions(opened.entries)
         differences = [*template.differences]
         self.planner.set_up_planner(template.state, described, self._ranks.leads)
         try:
@@ -345,6 +347,12 @@ class _Load:
         return asked.union(getattr(self.planner, "state_dict", ()))
 
 
+def _unexpected(entries: Sequence[EntryRecord], asked: frozenset[str]) -> tuple[str, ...]:
+    outer = outer_fqns(entry.fqn for entry in entries)
+    fqns = (entry.fqn for entry in entries if entry.fqn not in asked)
+    return tuple(dict.fromkeys(outer.get(fqn, fqn) for fqn in fqns))
+
+
 def _joined(texts: Iterable[Iterable[str]]) -> tuple[str, ...]:
     return tuple(sorted({text for some in texts for text in some}))
 
@@ -354,8 +362,8 @@ def _initialise(planner: LoadPlanner, init_missing: Callable[[str, torch.Tensor]
     assert isinstance(planner, DefaultLoadPlanner)
     planner.give_room(planner.missing)
     for fqn in planner.missing:
-        tensor = planner.state_dict[fqn]
-        if isinstance(tensor, torch.Tensor):
+        tensor = planner.missing_tensor(fqn)
+        if tensor is not None:
             init_missing(fqn, tensor)
 
 

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
+from dcpstore.encoding.composed import parts_of
+from dcpstore.encoding.kinds import kind_of
 from dcpstore.planning.optimizers import is_by_number
 from dcpstore.planning.per_rank import with_own
 from dcpstore.planning.stateful import Owner, Template, fqn_of
@@ -201,8 +204,15 @@ def _tensor_difference(stored: torch.Tensor, found: Any) -> str | None:
 
 
 def _local(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the plain tensors that this rank holds of a tensor."""
     if isinstance(tensor, DTensor):
-        return [tensor.to_local()]
+        return _local(tensor._local_tensor)
+    kind = kind_of(tensor)
+    if kind is not None:
+        parts, _ = parts_of(kind, tensor)
+        return [*parts.values()]
+    if isinstance(tensor, LocalShardsWrapper):
+        return tensor.local_shards()
     if isinstance(tensor, ShardedTensor):
         return [shard.tensor for shard in tensor.local_shards()]
     return [tensor]

@@ -14,6 +14,7 @@ from collections.abc import (
     Collection,
     Iterable,
     Iterator,
+    Mapping,
     MutableMapping,
     MutableSequence,
     Sequence,
@@ -27,9 +28,12 @@ from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
+from dcpstore.compositions import MARK, Composition
 from dcpstore.encoding.dtypes import PACKED
 from dcpstore.errors import InvalidInputError, MismatchError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
+from dcpstore.planning.assembling import Assemblies
+from dcpstore.planning.composed import spliced
 from dcpstore.planning.load_options import LoadOptions
 from dcpstore.planning.room import check_room, make_room
 from dcpstore.planning.shards import LocalShard, is_sharded, local_shards
@@ -61,6 +65,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         cast: FQNs whose values are converted to the dtype of the state.
         stored: FQNs of the version that the state asks for.
         optional: FQNs below these may be missing too; `load` sets it, for optimizers and `PerRank`.
+        compositions: what the composed tensors of the version are, by FQN; `load` sets it too.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         self.cast: list[str] = []
         self.stored: set[str] = set()
         self.optional: Sequence[str] = ()
+        self.compositions: Mapping[str, Composition] = {}
         self._rooms: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._views: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 
@@ -94,9 +100,14 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         self.original_state_dict = state_dict
         self.metadata = metadata
         self.is_coordinator = is_coordinator
+        stored = metadata.state_dict_metadata if metadata is not None else {}
+        self._composed = Assemblies(state_dict, stored, self.options.stored_name)
+        state_dict = self._composed.state
         try:
             if self.flatten_state_dict:
                 state_dict, self.mappings = flatten_state_dict(state_dict)
+            elif self._composed:
+                state_dict = spliced(state_dict)
         except ValueError as error:
             raise InvalidInputError(
                 f"{error}: two items of the state have the same FQN; rename one of the keys."
@@ -104,6 +115,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         if self.flatten_sharded_tensors:  # after that, as at a save: it makes mappings of its own
             state_dict = _flatten_sharded_tensors(state_dict)
         self.state_dict = state_dict
+        self._composed.named(state_dict)
         self._rooms, self._views = {}, {}
         self.missing, self.cast, self.stored = [], [], set()
 
@@ -122,11 +134,18 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         items: list[ReadItem] = []
         absent: list[tuple[str, str]] = []
         for fqn, wanted in self.state_dict.items():
-            if not self.options.asks_for(fqn):
+            if not self._asks_for(fqn):
                 continue
-            name = self.options.stored_name(fqn)
+            name = self._composed.name_of(fqn)
             self.stored.add(name)
+            if isinstance(wanted, Composition):
+                self._check_composed(self._composed.outer[fqn], differences)
             kept = stored.get(name)
+            if kept is None and fqn in self._composed.outer:
+                continue  # its mark tells
+            if kept is None and f"{name}.{MARK}" in stored:
+                differences.append(self._is_composed(fqn, name, wanted))
+                continue
             if kept is None:
                 absent.append((fqn, name))
                 continue
@@ -169,6 +188,29 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
                 lacked.append((fqn, name))
         return [*(_absent(fqn, name, stored) for fqn, name in lacked), *_renames(lacked, stored)]
 
+    def _check_composed(self, fqn: str, differences: list[str]) -> None:
+        """Note that a composed tensor is missing, or how it differs from the stored one."""
+        if not self._composed.is_stored(fqn):
+            self.missing.append(fqn)
+            if self._may_lack(fqn):
+                return
+        composition = self.compositions.get(self.options.stored_name(fqn))
+        difference = self._composed.difference(fqn, composition)
+        if difference is not None:
+            differences.append(difference)
+
+    def _is_composed(self, fqn: str, name: str, wanted: object) -> str:
+        known = self.compositions.get(name)
+        kind = "composed tensor" if known is None else known.kind
+        what = "a tensor" if isinstance(wanted, torch.Tensor) else type(wanted).__name__
+        return (
+            f"{fqn!r} is a {kind} in the version, and {what} in the state; load it into one of "
+            f"that kind, or convert what repo.read(..., [{name!r}]) returns"
+        )
+
+    def _asks_for(self, fqn: str) -> bool:
+        return self.options.asks_for(self._composed.outer.get(fqn, fqn))
+
     def _difference(self, fqn: str, wanted: object, kept: object) -> str | None:
         """Return how what the state holds differs from what is stored, or None where it fits."""
         difference = _kind_difference(fqn, wanted, kept)
@@ -183,7 +225,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
             return f"{differs}; on_dtype='cast' converts it"
         if PACKED in {dtype, wanted.dtype}:
             return f"{differs}, which cannot be converted"
-        self.cast.append(fqn)
+        self.cast.append(self._composed.outer.get(fqn, fqn))
         return None
 
     def _tensor_items(
@@ -239,9 +281,10 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
             for fqn, tensor in self.state_dict.items()
             if isinstance(tensor, torch.Tensor)
             and tensor.is_meta
-            and fqn not in missing
-            and self.options.asks_for(fqn)
+            and self._composed.outer.get(fqn, fqn) not in missing
+            and self._asks_for(fqn)
         )
+        self._composed.expect(item.dest_index.fqn for item in central_plan.items)
         return super().finish_plan(central_plan)
 
     def give_room(self, fqns: Iterable[str]) -> None:
@@ -250,7 +293,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         One tensor by several FQNs stays one.
         """
         for fqn in fqns:
-            tensor = self.state_dict[fqn]
+            tensor = self.state_dict.get(fqn)  # a composed one has only its parts there
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 # with the tensor itself, or another might get its id
                 if id(tensor) not in self._rooms:
@@ -263,6 +306,10 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         """Return the local view of the box that `index` names."""
         view = self._views.get((index.fqn, tuple(index.offset or ())))
         return super().lookup_tensor(index) if view is None else view
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Hear that a tensor is filled; a composed one is put together with its last part."""
+        self._arrived(read_item.dest_index.fqn)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Set a value from torch's bytes of it.
@@ -278,11 +325,24 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
                 "that only its planner reads; save plain values, or load it with a planner that "
                 "knows it, if you trust it."
             ) from error
+        if isinstance(loaded, dict) and read_item.dest_index.fqn.endswith(f".{MARK}"):
+            loaded = Composition.of_json(loaded[MARK])
         self.load_value(read_item, loaded)
 
     def load_value(self, read_item: ReadItem, value: object) -> None:
         """Set a value in the caller's state, under the caller's own keys."""
         self._set_item(read_item.dest_index.fqn, value)
+        self._arrived(read_item.dest_index.fqn)
+
+    def missing_tensor(self, fqn: str) -> torch.Tensor | None:
+        """Return the tensor of the state by an FQN in `missing`; None for a value."""
+        found = self.state_dict[fqn] if fqn in self.state_dict else self._composed.tensor(fqn)
+        return found if isinstance(found, torch.Tensor) else None
+
+    def _arrived(self, fqn: str) -> None:
+        whole = self._composed.arrived(fqn)
+        if whole is not None and whole[1] is not self._composed.tensor(whole[0]):
+            self._set_item(*whole)
 
     def _set_item(self, fqn: str, value: object) -> None:
         self.state_dict[fqn] = value  # which may be a copy, or flat
@@ -295,7 +355,12 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
 
         The key is `_NO_KEY` where a planner has renamed the items of `state_dict`.
         """
-        *parents, last = self.mappings.get(fqn, (fqn,)) if self.flatten_state_dict else (fqn,)
+        if fqn in self._composed.outer:
+            return self._composed.place(fqn)
+        found = self._composed.path(fqn)
+        if found is None:
+            found = self.mappings.get(fqn, (fqn,)) if self.flatten_state_dict else (fqn,)
+        *parents, last = found
         container: Any = self.original_state_dict
         for part in parents:
             container = container[_own_key(container, part)]

@@ -13,13 +13,15 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 
+from dcpstore.compositions import ComposedEntry, Entry
 from dcpstore.encoding.dtypes import torch_dtype
 from dcpstore.encoding.values import decode_value
 from dcpstore.errors import InvalidInputError
+from dcpstore.planning.composed import composed_place
 from dcpstore.planning.load_options import LoadOptions
 from dcpstore.planning.overlay import ABSENT, GapError, Leaf, Node, lay_over, new_place, tree_of
 from dcpstore.planning.room import without_memory
-from dcpstore.records import EntryRecord, ObjectPath
+from dcpstore.records import ObjectPath
 
 __all__ = ["is_by_number", "optional_names", "prepare_optimizer"]
 
@@ -77,7 +79,7 @@ def prepare_optimizer(
     optimizer: torch.optim.Optimizer,
     prefix: ObjectPath,
     state: dict[str, Any],
-    entries: Sequence[EntryRecord],
+    entries: Sequence[Entry],
     options: LoadOptions,
     *,
     dry_run: bool,
@@ -150,7 +152,7 @@ class _Held(NamedTuple):
 
     number: str
     path: ObjectPath
-    entry: EntryRecord
+    entry: Entry
     is_asked: bool
 
 
@@ -162,7 +164,7 @@ def _by_name(
     prefix: ObjectPath,
     own: Mapping[Any, Any],
     held: Sequence[_Held],
-    entries: Sequence[EntryRecord],
+    entries: Sequence[Entry],
     options: LoadOptions,
 ) -> str | None:
     """Return what is wrong where the version holds the state by the names of the parameters."""
@@ -239,7 +241,7 @@ def _is_there(own: Mapping[Any, Any], one: _Held) -> bool:
 def _held(
     prefix: ObjectPath,
     section: str,
-    entries: Sequence[EntryRecord],
+    entries: Sequence[Entry],
     options: LoadOptions,
     *,
     count: int,
@@ -274,9 +276,7 @@ def _held(
                 yield _Held(number, rest, found, options.asks_for(fqn))
 
 
-def _renamed(
-    fqn: str, by_fqn: Mapping[str, EntryRecord], options: LoadOptions
-) -> EntryRecord | None:
+def _renamed(fqn: str, by_fqn: Mapping[str, Entry], options: LoadOptions) -> Entry | None:
     """Return the entry for an FQN that the state may have."""
     try:
         return by_fqn.get(options.stored_name(fqn))
@@ -287,7 +287,7 @@ def _renamed(
 def _other_groups(
     optimizer: torch.optim.Optimizer,
     key: str,
-    entries: Sequence[EntryRecord],
+    entries: Sequence[Entry],
     options: LoadOptions,
 ) -> Iterator[str]:
     """Yield which groups hold another number of parameters; a very long list is not looked at."""
@@ -335,8 +335,11 @@ def _misshapen(
             )
 
 
-def _like(parameter: torch.Tensor, entry: EntryRecord, own: Any, *, dry_run: bool) -> torch.Tensor:
+def _like(parameter: torch.Tensor, entry: Entry, own: Any, *, dry_run: bool) -> torch.Tensor:
     """Return an empty place for an entry of a parameter's optimizer state."""
+    if isinstance(entry, ComposedEntry):
+        device = torch.device("meta") if dry_run else parameter.device
+        return composed_place(entry, device=device, like=parameter)
     assert entry.tensor is not None
     if entry.tensor.shape != tuple(parameter.shape):
         return new_place(entry, own, dry_run=dry_run)

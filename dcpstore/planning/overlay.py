@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from dcpstore.compositions import ComposedEntry, Entry
 from dcpstore.encoding.dtypes import torch_dtype
-from dcpstore.records import EntryRecord, ObjectPath
+from dcpstore.planning.composed import composed_place
+from dcpstore.records import ObjectPath
 
 __all__ = ["ABSENT", "GapError", "Leaf", "Node", "lay_over", "new_place", "tree_of"]
 
@@ -25,13 +27,13 @@ ABSENT = object()  # where an owner has nothing: None is a value like any other
 class Leaf:
     """An entry of the version, and whether the load asks for it."""
 
-    entry: EntryRecord
+    entry: Entry
     is_asked: bool = True
 
 
 # What a version holds below a path. The keys of a list are its places, those of a mapping are text.
 Node = Leaf | dict[str | int, "Node"]
-Place = Callable[[EntryRecord, Any], Any]
+Place = Callable[[Entry, Any], Any]
 
 
 class GapError(Exception):
@@ -115,6 +117,8 @@ def _leaf(own: Any, stored: Leaf, place: Place, *, replaces: bool) -> Any:
     entry = stored.entry
     if not stored.is_asked:
         return own
+    if isinstance(entry, ComposedEntry):
+        return own if isinstance(own, torch.Tensor) else place(entry, own)
     if entry.kind != "tensor":
         if own is ABSENT or isinstance(own, torch.Tensor | Mapping | list):
             return None  # the load sets the value
@@ -126,8 +130,10 @@ def _leaf(own: Any, stored: Leaf, place: Place, *, replaces: bool) -> Any:
     return place(entry, own) if replaces and differs else own
 
 
-def new_place(entry: EntryRecord, own: Any, *, dry_run: bool) -> torch.Tensor:
+def new_place(entry: Entry, own: Any, *, dry_run: bool) -> torch.Tensor:
     """Return a new tensor for an entry, on the CPU; in a dry run one without memory."""
+    if isinstance(entry, ComposedEntry):
+        return composed_place(entry, device=torch.device("meta" if dry_run else "cpu"))
     assert entry.tensor is not None
     device = "meta" if dry_run else "cpu"
     return torch.zeros(entry.tensor.shape, dtype=torch_dtype(entry.tensor.dtype), device=device)

@@ -124,6 +124,8 @@ def _local_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     if not is_sharded(tensor):
         return [tensor]
     if isinstance(tensor, DTensor):
+        if hasattr(tensor._local_tensor, "__create_chunk_list__"):
+            return []
         with torch.no_grad():
             return [tensor.to_local()]
     if isinstance(tensor, ShardedTensor):

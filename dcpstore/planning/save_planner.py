@@ -31,9 +31,11 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from dcpstore.compositions import MARK, Composition
 from dcpstore.errors import InvalidInputError
 from dcpstore.planning.balance import share_out
 from dcpstore.planning.checks import check_agreement, check_names, check_tiling
+from dcpstore.planning.composed import spliced, take_apart
 from dcpstore.planning.plain import nesting_checked
 from dcpstore.planning.shards import is_sharded, local_shards, no_shard
 from dcpstore.planning.tables import GlobalTable, PlanTable
@@ -61,6 +63,9 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
             InvalidInputError: two items flatten to the same FQN, or it is nested without end.
         """
         with nesting_checked():
+            state_dict = take_apart(state_dict)
+            if not self.flatten_state_dict:
+                state_dict = spliced(state_dict)
             try:
                 super().set_up_planner(state_dict, storage_meta, is_coordinator)
             except ValueError as error:
@@ -132,6 +137,15 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
         """Return the value, or the local view of the box, that `index` names."""
         view = self._views.get((index.fqn, tuple(index.offset or ())))
         return self.state_dict[index.fqn] if view is None else view
+
+    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
+        """Return torch's bytes of a value, and a tensor as it is.
+
+        The mark of a composed tensor is a plain dict there, which other storages can read again.
+        """
+        if isinstance(object, Composition):
+            object = {MARK: object.to_json()}
+        return super().transform_object(write_item, object)
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         """Return an item's data: a local view without gradient, or torch's bytes of a value."""

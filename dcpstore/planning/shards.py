@@ -6,6 +6,7 @@ see only boxes and plain tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.shards import Split, local_boxes
 
-__all__ = ["LocalShard", "is_sharded", "local_shards", "no_shard"]
+__all__ = ["LocalShard", "is_sharded", "local_shards", "no_shard", "splits_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +77,28 @@ def no_shard(tensor: torch.Tensor) -> list[LocalShard]:
 
 @torch.no_grad()
 def _of_dtensor(fqn: str, tensor: DTensor) -> list[LocalShard]:
-    coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None:  # this rank is outside the mesh
+    if tensor.device_mesh.get_coordinate() is None:  # this rank is outside the mesh
         return []
+    if hasattr(tensor._local_tensor, "__create_chunk_list__"):
+        return _of_checkpointable(fqn, tensor._local_tensor)
     local = tensor.to_local()
     if not tensor.numel():
         return [LocalShard(Box.whole(tensor.shape), local.new_empty(tensor.shape))]
-    splits = _splits(fqn, tensor.device_mesh.shape, coordinate, tensor.placements)
     return [
-        LocalShard(box, local[inside.slices]) for box, inside in local_boxes(tensor.shape, splits)
+        LocalShard(box, local[inside.slices])
+        for box, inside in local_boxes(tensor.shape, splits_of(fqn, tensor))
     ]
+
+
+def splits_of(fqn: str, tensor: DTensor) -> list[Split]:
+    """Return how a DTensor is split over its mesh, in which this rank is.
+
+    Raises:
+        InvalidInputError: a pending reduction (`Partial`) or an unknown placement.
+    """
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    return _splits(fqn, tensor.device_mesh.shape, coordinate, tensor.placements)
 
 
 def _splits(
@@ -117,4 +130,5 @@ def _of_checkpointable(fqn: str, tensor: Any) -> list[LocalShard]:
             tensor.__get_tensor_shard__(MetadataIndex(fqn, chunk.offsets, i)),
         )
         for i, chunk in enumerate(tensor.__create_chunk_list__())
+        if math.prod(chunk.sizes)  # torch's wrapper has an empty one where it holds nothing
     ]

@@ -15,7 +15,9 @@ from typing import Any, TypeGuard
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
+from dcpstore.compositions import Entry, fold_entries
 from dcpstore.errors import InvalidInputError
+from dcpstore.planning.composed import take_apart
 from dcpstore.planning.load_options import LoadOptions
 from dcpstore.planning.optimizers import is_by_number, optional_names, prepare_optimizer
 from dcpstore.planning.overlay import ABSENT, GapError, Leaf, lay_over, new_place, tree_of
@@ -90,7 +92,7 @@ class Owner:
     owner: Any
     own: Any
     variables: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    below: Mapping[str, tuple[ObjectPath, EntryRecord]] = field(default_factory=dict)
+    below: Mapping[str, tuple[ObjectPath, Entry]] = field(default_factory=dict)
     grown: frozenset[str] = frozenset()
 
     @property
@@ -170,8 +172,12 @@ def fqn_of(path: ObjectPath) -> str:
 
 
 def take_state(state_dict: Mapping[str, Any], keys: Iterable[str], *, rank: int) -> dict[str, Any]:
-    """Return the plain state of `state_dict`; `keys` are those of all ranks, in one order."""
-    return _taken(state_dict, keys, [], rank=rank)
+    """Return the plain state of `state_dict`; `keys` are those of all ranks, in one order.
+
+    Composed tensors are taken apart.
+    """
+    taken: dict[str, Any] = take_apart(_taken(state_dict, keys, [], rank=rank))
+    return taken
 
 
 def take_template(
@@ -194,6 +200,7 @@ def take_template(
     """
     owners: list[Owner] = []
     state = _taken(state_dict, keys, owners, rank=rank)
+    stored = fold_entries(entries)
     optional = own_names(state_dict, rank=rank)
     template = Template(owners, state, (), [])
     rooms: dict[int, torch.Tensor] = {}
@@ -204,11 +211,11 @@ def take_template(
         if is_by_number(one.owner, one.own):
             optional += optional_names(one.owner, one.path)
             template.differences.extend(
-                prepare_optimizer(one.owner, one.path, mine, entries, options, dry_run=dry_run)
+                prepare_optimizer(one.owner, one.path, mine, stored, options, dry_run=dry_run)
             )
         elif one.is_module:
             _share_rooms(one, mine, rooms)
-            below = _below(one.path, entries, options)
+            below = _below(one.path, stored, options)
             extra = [
                 (path, Leaf(entry))
                 for path, entry in below.values()
@@ -218,7 +225,7 @@ def take_template(
                 template._lay(one.path, tree_of(extra), replaces=True, dry_run=dry_run)
         else:
             named = {fqn_of((*one.path, *path)) for path in _leaf_paths(mine)}
-            one.below = _below(one.path, entries, options)
+            one.below = _below(one.path, stored, options)
             one.grown = frozenset(one.below.keys() - named)
     return Template(owners, state, tuple(optional), template.differences)
 
@@ -298,8 +305,8 @@ def _at(state: Any, path: ObjectPath) -> Any:
 
 
 def _below(
-    prefix: ObjectPath, entries: Iterable[EntryRecord], options: LoadOptions
-) -> dict[str, tuple[ObjectPath, EntryRecord]]:
+    prefix: ObjectPath, entries: Iterable[Entry], options: LoadOptions
+) -> dict[str, tuple[ObjectPath, Entry]]:
     """Return the entries below an owner that are asked for, by their FQN in the state."""
     depth, key = len(prefix), fqn_of(prefix)
     found = {}

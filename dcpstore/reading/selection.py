@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from dcpstore.catalog import Catalog
+from dcpstore.compositions import ComposedEntry, fold_entries
+from dcpstore.encoding.composed import put_together
 from dcpstore.encoding.dtypes import torch_dtype
 from dcpstore.errors import DcpstoreError, InvalidInputError
 from dcpstore.geometry.boxes import Box
@@ -34,11 +36,13 @@ def read_entries(
 ) -> dict[str, Any]:
     """Return each entry's tensor, on the CPU, or value; `indices` picks from some tensors.
 
-    Only chunks that an index meets are read.
+    Only chunks that an index meets are read. The entries of a composed tensor, where they are all
+    there, come as that tensor.
 
     Raises:
         InvalidInputError: an index that a tensor of this shape does not have.
         CorruptionError, UnsafeDataError: as the reads find the stored bytes.
+        DcpstoreError: the class of a composed tensor is not installed.
     """
     found: dict[str, Any] = {}
     requests = []
@@ -60,7 +64,20 @@ def read_entries(
     plain = [entry for entry in entries if entry.kind != "tensor"]
     values = read_values(plain, catalog, packs, version=version, allow_pickle=allow_pickle)
     found.update(zip((entry.fqn for entry in plain), values, strict=True))
-    return {entry.fqn: found[entry.fqn] for entry in entries}
+    return {
+        one.fqn: _together(one, found, version)
+        if isinstance(one, ComposedEntry)
+        else found[one.fqn]
+        for one in fold_entries(entries)
+    }
+
+
+def _together(one: ComposedEntry, found: Mapping[str, Any], version: int) -> torch.Tensor:
+    parts = {one.part_name(part): found[part.fqn] for part in one.parts}
+    try:
+        return put_together(one.composition, parts)
+    except DcpstoreError as error:
+        raise type(error)(f"v{version}: {one.fqn!r}: {error}") from error
 
 
 def _room(fqn: str, box: Box, dtype: torch.dtype) -> torch.Tensor:

@@ -38,6 +38,10 @@ __all__ = ["ChunkKey", "Digested", "RankData", "RawChunk", "total_nbytes"]
 
 _FIRST = 5  # a fifth of the bytes takes a disk longer to write than cores to digest the others
 _ARCHIVE = b"PK\x03\x04"  # how torch.save's bytes begin
+_PLAIN_TRANSFORMS = (
+    torch_planner.DefaultSavePlanner.transform_object,
+    DefaultSavePlanner.transform_object,
+)
 _PLAIN_RESOLVERS = (
     torch_planner.DefaultSavePlanner.resolve_data,
     DefaultSavePlanner.resolve_data,
@@ -217,7 +221,7 @@ def _keeps_values(planner: SavePlanner) -> TypeGuard[torch_planner.DefaultSavePl
     """Tell whether the planner's bytes of a value are just torch's, so that the value will do."""
     return (
         isinstance(planner, torch_planner.DefaultSavePlanner)
-        and type(planner).transform_object is torch_planner.DefaultSavePlanner.transform_object
+        and type(planner).transform_object in _PLAIN_TRANSFORMS
         and type(planner).resolve_data in _PLAIN_RESOLVERS
     )
 

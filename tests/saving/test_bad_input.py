@@ -54,12 +54,7 @@ def named_only(name: str) -> torch.Tensor:
 NOT_PLAIN: dict[str, tuple[str, Callable[[], torch.Tensor]]] = {
     "freed": ("was freed or resized", freed),
     "meta": ("on the meta device", lambda: torch.ones(3, device="meta")),
-    "sparse": ("layout torch.sparse_coo", lambda: torch.eye(3).to_sparse()),
     "nested": ("a nested tensor", lambda: torch.nested.nested_tensor([torch.ones(2)])),
-    "jagged": (
-        "a nested tensor",
-        lambda: torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged),
-    ),
     "lazy": ("neither shape nor bytes", lambda: torch.nn.LazyLinear(3).weight),
     "wrapped": ("TwoTensor", lambda: TwoTensor(torch.ones(2), torch.ones(2))),
     "fake": ("FakeTensor", fake),

@@ -1,0 +1,231 @@
+"""Tensors of torch's own that are made of tensors: sparse ones and jagged ones, out and back."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dcpstore
+from dcpstore import InvalidInputError, MismatchError, NotFoundError, Repository
+from dcpstore.encoding.composed import parts_of
+from dcpstore.encoding.kinds import KINDS, kind_of
+from tests.tensors import same
+
+Make = Callable[[], torch.Tensor]
+INDICES = torch.tensor([[0, 1, 1, 3], [2, 0, 0, 1]])  # two of them are alike
+
+
+def coo(values: torch.Tensor | None = None, *, size: tuple[int, ...] = (4, 3)) -> torch.Tensor:
+    held = torch.tensor([1.0, float("nan"), -0.0, 4.0]) if values is None else values
+    return torch.sparse_coo_tensor(INDICES, held, size, check_invariants=True)
+
+
+def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.sparse_coo_tensor(size=size, dtype=dtype, check_invariants=True)
+
+
+def compressed(layout: torch.layout, dense: torch.Tensor | None = None) -> torch.Tensor:
+    blocks = (2, 3) if layout in (torch.sparse_bsr, torch.sparse_bsc) else None
+    matrix = coo().coalesce().to_dense().nan_to_num() if dense is None else dense
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sparse layouts are in beta
+        return matrix.to_sparse(layout=layout, blocksize=blocks)
+
+
+def jagged(*lengths: int, **options: Any) -> torch.Tensor:
+    pieces = [torch.arange(2.0 * n).reshape(n, 2) + n for n in lengths]
+    return torch.nested.nested_tensor(pieces, layout=torch.jagged, **options)
+
+
+def narrowed() -> torch.Tensor:
+    padded = torch.arange(24.0).reshape(3, 4, 2)
+    return torch.nested.narrow(padded, 1, 0, torch.tensor([1, 3, 4]), layout=torch.jagged)
+
+
+MADE: dict[str, Make] = {
+    "coo": coo,
+    "coo bfloat16": lambda: coo(torch.arange(4).bfloat16()),
+    "coo complex": lambda: coo(torch.arange(4) * 1j),
+    "coalesced": lambda: coo().coalesce(),
+    "hybrid": lambda: coo(torch.randn(4, 2, 2), size=(4, 3, 2, 2)),
+    "coo empty": lambda: empty(4, 3),
+    "coo without rows": lambda: empty(0, 3),
+    "coo with grad": lambda: coo().requires_grad_(),
+    "coo parameter": lambda: torch.nn.Parameter(coo()),
+    "csr": lambda: compressed(torch.sparse_csr),
+    "csr empty": lambda: compressed(torch.sparse_csr, torch.zeros(4, 3)),
+    "csr with grad": lambda: compressed(torch.sparse_csr).requires_grad_(),
+    "csr batched": lambda: compressed(torch.sparse_csr, torch.eye(3).repeat(2, 1, 1)),
+    "csc": lambda: compressed(torch.sparse_csc),
+    "bsr": lambda: compressed(torch.sparse_bsr),
+    "bsc": lambda: compressed(torch.sparse_bsc),
+    "jagged": lambda: jagged(3, 1, 2),
+    "jagged bfloat16": lambda: jagged(3, 1, dtype=torch.bfloat16),
+    "jagged with lengths": narrowed,
+    "jagged, turned": lambda: jagged(3, 1).transpose(1, 2),
+}
+
+
+def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Tell whether two composed tensors are the same in every part and in all else."""
+    kind = kind_of(a)
+    assert kind is not None
+    if kind_of(b) is not kind or a.dtype != b.dtype or a.requires_grad != b.requires_grad:
+        return False
+    (ours, context), (theirs, other) = parts_of(kind, a), parts_of(kind, b)
+    is_same = a.layout is torch.jagged or a.shape == b.shape
+    return (
+        is_same
+        and context == other
+        and list(ours) == list(theirs)
+        and all(same(part, theirs[name]) for name, part in ours.items())
+    )
+
+
+def other(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor to fill that holds something else, and not as much."""
+    if tensor.layout is torch.jagged:
+        turned = tensor._ragged_idx == 2  # type: ignore[attr-defined]
+        made = jagged(*([2] * tensor.shape[0]), dtype=tensor.dtype)
+        return made.transpose(1, 2) if turned else made
+    if tensor.layout is torch.sparse_coo:
+        made = empty(*tensor.shape, dtype=tensor.dtype)
+    else:
+        made = compressed(tensor.layout, torch.zeros(tensor.shape))
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(made)
+    return made.requires_grad_(tensor.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_each_comes_back_exactly(repo: Repository, subtests: pytest.Subtests) -> None:
+    made = {name: make() for name, make in MADE.items()}
+    state: dict[str, Any] = {"in": {"a list": [*made.values(), 7]}}
+    dcpstore.save(state, repo)
+    read = repo.read()
+    targets: list[Any] = [other(tensor) for tensor in made.values()]
+    kept = [*targets]
+    report = dcpstore.load(filled := {"in": {"a list": [*targets, 0]}}, repo)
+    assert report.missing == report.unexpected == report.differences == ()
+    for i, (name, tensor) in enumerate(made.items()):
+        with subtests.test(name):
+            found = read[f"in.a list.{i}"]
+            assert alike(found, tensor.detach())
+            loaded = filled["in"]["a list"][i]
+            assert type(loaded) is type(tensor)
+            if tensor.layout is not torch.jagged:
+                assert loaded is kept[i]
+                assert alike(loaded, tensor)
+            else:
+                assert alike(loaded, tensor)
+    assert filled["in"]["a list"][-1] == read[f"in.a list.{len(made)}"] == 7
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta")
+def test_modules_hold_sparse_parameters_and_buffers(tmp_path: Path) -> None:
+    def module(tensor: torch.Tensor, rows: torch.Tensor) -> torch.nn.Module:
+        made = torch.nn.Module()
+        made.w = torch.nn.Parameter(tensor)
+        made.register_buffer("b", rows)
+        return made
+
+    kept = module(coo(), compressed(torch.sparse_csr))
+    dcpstore.save({"m": kept}, tmp_path)
+    fresh = module(other(coo()), compressed(torch.sparse_csr, torch.zeros(4, 3)))
+    parameter = fresh.w
+    dcpstore.load({"m": fresh}, tmp_path)
+    assert fresh.w is parameter
+    assert alike(fresh.w, kept.w)
+    assert alike(fresh.b, kept.b)
+
+
+def test_an_asynchronous_save_keeps_what_they_were(tmp_path: Path) -> None:
+    state = {"w": coo(), "rows": compressed(torch.sparse_csr)}
+    pending = dcpstore.async_save(state, tmp_path)
+    with torch.no_grad():
+        state["rows"].values().zero_()
+        state["w"].copy_(empty(4, 3))
+    pending.result()
+    with dcpstore.open(tmp_path) as repo:
+        read = repo.read()
+    assert alike(read["w"], coo())
+    assert alike(read["rows"], compressed(torch.sparse_csr))
+
+
+def test_globs_and_names_mean_the_tensor_as_a_whole(tmp_path: Path) -> None:
+    dcpstore.save({"m": {"w": coo(), "x": coo()}, "n": torch.ones(2)}, tmp_path)
+    state = {"m": {"v": other(coo()), "x": other(coo())}}
+    report = dcpstore.load(state, tmp_path, include=["m.?"], exclude=["m.x"], rename={"m.v": "m.w"})
+    assert alike(state["m"]["v"], coo())
+    assert alike(state["m"]["x"], other(coo()))
+    assert report.unexpected == ("m.x", "n")
+    with dcpstore.open(tmp_path) as repo:
+        assert [*repo.read(None, ["m.w", "n"])] == ["m.w", "n"]
+        assert repo.read(None, ["m.w.values"])["m.w.values"].shape == (4,)
+        assert [entry.fqn for entry in repo.entries(None, ["m.x"])] == [
+            "m.x.$composed",
+            "m.x.indices",
+            "m.x.values",
+        ]
+        with pytest.raises(NotFoundError, match=r"m\.y"):
+            repo.read(None, ["m.w", "m.y"])
+
+
+def test_what_the_version_lacks_keeps_what_it_has(tmp_path: Path) -> None:
+    dcpstore.save({"n": torch.ones(2)}, tmp_path)
+    state = {"n": torch.zeros(2), "w": coo()}
+    asked: list[tuple[str, torch.Tensor]] = []
+    report = dcpstore.load(state, tmp_path, init_missing=lambda *call: asked.append(call))
+    assert report.missing == ("w",)
+    assert [(fqn, tensor is state["w"]) for fqn, tensor in asked] == [("w", True)]
+    assert alike(state["w"], coo())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta")
+def test_differences_are_named_and_touch_nothing(tmp_path: Path) -> None:
+    dcpstore.save(
+        {"a": torch.ones(2), "c": coo(), "d": coo(), "p": torch.ones(3), "w": coo()}, tmp_path
+    )
+    state = {
+        "a": torch.zeros(2),
+        "c": compressed(torch.sparse_csr),
+        "d": coo().double(),
+        "lacks": coo(),
+        "p": coo(),
+        "w": torch.zeros(4, 3),
+    }
+    told = [
+        "'c' is a torch.sparse_coo in the version, and a torch.sparse_csr in the state",
+        "'d.values' has dtype torch.float32 in the version, and torch.float64 in the state",
+        "'lacks', a torch.sparse_coo in the state, is not in the version",
+        "'p' is a tensor in the version, and a torch.sparse_coo in the state",
+        "'w' is a torch.sparse_coo in the version, and a tensor in the state",
+    ]
+    with pytest.raises(MismatchError) as caught:
+        dcpstore.load(state, tmp_path)
+    for text, difference in zip(told, sorted(caught.value.differences), strict=True):
+        assert difference.startswith(text)
+    assert torch.equal(state["a"], torch.zeros(2))
+    with pytest.raises(MismatchError, match=r"'c' has shape \(4, 3\) in the version, and \(9, 3\)"):
+        dcpstore.load({"c": empty(9, 3)}, tmp_path)
+    dcpstore.load(cast := {"d": coo().double()}, tmp_path, on_dtype="cast")
+    assert alike(cast["d"], coo().double())
+
+
+def test_a_key_of_the_mark_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"'a\.\$composed': the key '\$composed' stands"):
+        dcpstore.save({"a": {"$composed": 1}}, tmp_path)
+    with pytest.raises(InvalidInputError, match="have the same FQN"):
+        dcpstore.save({"w": coo(), "w.values": torch.ones(2)}, tmp_path)
+
+
+def test_the_page_lists_every_kind() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "composed.md").read_text()
+    listed = re.findall(r"`(torch[^`]*)`", page)
+    assert KINDS.keys() <= set(listed)
