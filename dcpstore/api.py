@@ -15,21 +15,27 @@ from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
+from dcpstore.arguments import (
+    RepositoryLike,
+    check_planner,
+    check_ref,
+    check_unused,
+    taken_reader,
+    taken_writer,
+    where_given,
+)
 from dcpstore.async_saving import raise_unseen
 from dcpstore.collectives import find_collectives
 from dcpstore.errors import InvalidInputError
 from dcpstore.loading import LoadSource, load_version
-from dcpstore.places import absolute_target
 from dcpstore.planning import DefaultLoadPlanner, DefaultSavePlanner
 from dcpstore.planning.load_options import LoadOptions, OnDtype, Rename
 from dcpstore.records import LoadReport, Version
-from dcpstore.repository import Repository, opened
+from dcpstore.repository import opened
 from dcpstore.retention import Retention
 from dcpstore.saving import MetricsFrom, SaveRequest, SaveTarget, make_request, save_version
 
-__all__ = ["RepositoryLike", "check_unused", "load", "save", "target_of", "where_given"]
-
-RepositoryLike = Repository | str | os.PathLike[str]
+__all__ = ["load", "save", "target_of"]
 
 
 @overload
@@ -115,7 +121,8 @@ def save(
         allow_pickle: let values that JSON cannot carry be stored as pickles.
         checkpoint_id: another name for `repo`, for code written for torch.
         storage_writer: any storage of torch's instead of `repo`; the save is then torch's own, with
-            our planner, and returns torch's Metadata.
+            our planner, and returns torch's Metadata. In the place of `repo` it is taken too, as by
+            torch, with a warning.
         use_collectives: as torch's, for a `storage_writer`.
 
     Raises:
@@ -143,7 +150,9 @@ def save(
             leads=leads,
         )
 
+    repo, storage_writer = taken_writer("save", repo, storage_writer)
     if storage_writer is not None:
+        check_planner(planner, SavePlanner)
         given = asked().named
         check_unused("storage_writer", *given, repo=repo is not None, allow_pickle=allow_pickle)
         described: Metadata = torch_save(
@@ -160,6 +169,7 @@ def save(
 
     def request() -> SaveRequest:
         raise_unseen()
+        check_planner(planner, SavePlanner)
         return asked(leads=ranks.leads)
 
     with ExitStack() as stack:
@@ -258,7 +268,8 @@ def load(
         allow_pickle: let values that are pickles run their code.
         checkpoint_id: another name for `repo`, for code written for torch.
         storage_reader: any storage of torch's instead of `repo`; the load is then torch's own, with
-            our planner and the options that are its, and returns nothing.
+            our planner and the options that are its, and returns nothing. In the place of `repo` it
+            is taken too, as by torch, with a warning.
 
     Raises:
         MismatchError: everything that is missing or differs, on any rank; no tensor was touched.
@@ -281,6 +292,8 @@ def load(
             strict=strict if init_missing is None else False,
             on_dtype=on_dtype,
         )
+        check_planner(planner, LoadPlanner)
+        check_ref(ref)
         if planner is None:
             return DefaultLoadPlanner(options=options)
         if options != LoadOptions():
@@ -290,6 +303,7 @@ def load(
             )
         return planner
 
+    repo, storage_reader = taken_reader("load", repo, storage_reader)
     if storage_reader is not None:
         check_unused(
             "storage_reader",
@@ -327,40 +341,6 @@ def load(
             allow_pickle=allow_pickle,
             dry_run=dry_run,
             init_missing=init_missing,
-        )
-
-
-def where_given(
-    repo: RepositoryLike | None, checkpoint_id: str | os.PathLike[str] | None
-) -> RepositoryLike:
-    """Return the repository that a caller names, by torch's argument or by ours.
-
-    Raises:
-        InvalidInputError: neither of them is given, or both are, or what is given is no place.
-    """
-    if (repo is None) == (checkpoint_id is None):
-        raise InvalidInputError(
-            f"{'neither' if repo is None else 'both'} of repo and checkpoint_id are given; pass "
-            "one of them: a Repository, a folder or a database URL."
-        )
-    if isinstance(repo, Repository):
-        return repo
-    named = checkpoint_id if repo is None else repo
-    assert named is not None, "one of them is given"
-    return absolute_target(named)  # an asynchronous save opens it later, perhaps from elsewhere
-
-
-def check_unused(storage: str, /, *named: str, **given: bool) -> None:
-    """Check that a call on another storage has no argument that only a repository can honour.
-
-    Raises:
-        InvalidInputError: some are `named`, or are `given`.
-    """
-    names = [*named, *(name for name, is_given in given.items() if is_given)]
-    if names:
-        raise InvalidInputError(
-            f"{', '.join(names)}: for a repository only, and {storage} names another storage; "
-            f"leave them out, or give a repository in the place of {storage}."
         )
 
 

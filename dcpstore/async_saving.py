@@ -11,11 +11,13 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from dcpstore.changing import refuse_inside_change
 from dcpstore.collectives import Alone, Collectives, RankGroup, alone_in_thread, in_step
@@ -35,25 +37,41 @@ __all__ = ["Background", "IfBusy", "PendingSave", "find_saver", "raise_unseen"]
 _log = logging.getLogger(__name__)
 
 IfBusy = Literal["wait", "refuse"]
-Background = Callable[[dict[str, Any], Collectives], Version]
+Background = Callable[[Mapping[str, Any], Collectives], Version]
 
 
-class PendingSave:
-    """An asynchronous save that was begun.
+class PendingSave(Future[Version], AsyncSaveResponse):
+    """An asynchronous save that was begun: a `concurrent.futures.Future` of its version.
+
+    It is torch's `AsyncSaveResponse` too, for callers that expect one: `staging_completion` is
+    `staged`, and `upload_completion` is the pending save itself. It runs from the start, on all
+    ranks, and one rank cannot cancel it. Its failure counts as seen when `result` or `exception`
+    has given it to someone; `wait`, `as_completed` and a callback that asks neither do not.
 
     Attributes:
-        staged: done when the state may be changed again, which it is when `async_save` returns.
+        staged: done when the state may be changed again, which it is when `async_save` returns,
+            unless a stager of the caller's goes on staging.
     """
 
-    def __init__(self, saved: Future[Version]) -> None:
-        self.staged: Future[None] = Future()
-        self.staged.set_result(None)
-        self._saved = saved
-        self._is_seen = False
+    # those of a Future: the dataclass would compare by its fields, and have no hash
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
-    def done(self) -> bool:
-        """Tell whether the save has ended, well or not."""
-        return self._saved.done()
+    def __init__(self, staged: Future[None]) -> None:
+        Future.__init__(self)
+        self.staged = staged
+        self._is_seen = False
+        self.set_running_or_notify_cancel()
+
+    @property
+    def staging_completion(self) -> Future[None]:  # type: ignore[override]  # read only here
+        """Torch's name of `staged`."""
+        return self.staged
+
+    @property
+    def upload_completion(self) -> Future[Version]:  # type: ignore[override]  # torch's has no value
+        """Torch's name of the save's own future, which is this one."""
+        return self
 
     def result(self, timeout: float | None = None) -> Version:
         """Wait for the save to end, `timeout` seconds at most, and return the version.
@@ -62,20 +80,65 @@ class PendingSave:
             DcpstoreError: whatever made the save fail, as `save` raises it.
             TimeoutError: it has not ended yet.
         """
-        self._saved.exception(timeout)  # until it ends, nothing has been heard of it
+        self.exception(timeout)
+        return super().result()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for the save to end, and return its failure, or None.
+
+        Raises:
+            TimeoutError: it has not ended yet.
+        """
+        failure = super().exception(timeout)  # until it ends, nothing has been heard of it
         self._is_seen = True
-        return self._saved.result()
+        return failure
 
     def wait(self) -> None:
-        """Wait for the save to end, well or not; its failure stays unheard of."""
-        self._saved.exception()
+        """Wait for the save to end, well or not; a failure stays for someone to see."""
+        super().exception()
 
     def take_unseen(self) -> BaseException | None:
-        """Return the failure of an ended save that nobody has heard of, once."""
-        if self._is_seen or not self._saved.done():
-            return None
-        self._is_seen = True
-        return self._saved.exception()
+        """Return the failure of an ended save that nobody has seen, once."""
+        return None if self._is_seen or not self.done() else self.exception()
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """What staging gave on this rank: a state, or a future of it.
+
+    `ready` ends when a stager of the caller's has been asked to synchronize.
+    """
+
+    state: Any
+    ready: Future[None] | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether staging may still go on when `async_save` returns."""
+        return self.ready is not None or isinstance(self.state, Future)
+
+    def ended(self) -> Future[None]:
+        """Return a future that ends with staging."""
+        if self.ready is not None:
+            return self.ready
+        end: Future[None] = Future()
+        if isinstance(self.state, Future):
+            self.state.add_done_callback(lambda state: _settle(end, state.result))
+        else:
+            end.set_result(None)
+        return end
+
+    def settled(self) -> Mapping[str, Any]:
+        """Wait for the end of staging; return the staged state."""
+        if self.ready is not None:
+            self.ready.result()
+        state = self.state.result() if isinstance(self.state, Future) else self.state
+        if not isinstance(state, Mapping):
+            raise InvalidInputError(
+                f"stage() of the async_stager gave a {type(state).__name__}; have it return the "
+                "staged state as a dict, or a Future of one."
+            )
+        return state
 
 
 class _Saver:
@@ -97,12 +160,16 @@ class _Saver:
         *,
         if_busy: IfBusy,
         staging_limit: int | None,
+        stager: AsyncStager | None = None,
     ) -> PendingSave:
         """Stage the state and hand it to the thread, once the save before has ended.
 
-        `prepare` is called first; what it raises, all ranks raise, and nothing is begun.
+        `prepare` is called first; what it raises, all ranks raise, and nothing is begun. A `stager`
+        of the caller's stages instead of ours, and is the caller's to close.
         """
         save: Background
+        staged: _Staged
+        fits: bool
 
         def ask() -> tuple[bool, BaseException | None, tuple[str, ...]]:
             nonlocal save
@@ -110,6 +177,16 @@ class _Saver:
                 raise InvalidInputError(f"if_busy={if_busy!r}; write 'wait' or 'refuse'.")
             if not isinstance(staging_limit, int | float | None):
                 raise InvalidInputError(f"staging_limit={staging_limit!r}; give bytes, or None.")
+            if stager is not None and not callable(getattr(stager, "stage", None)):
+                raise InvalidInputError(
+                    f"async_stager={stager!r} has no stage(); pass an AsyncStager of torch's, such "
+                    "as a DefaultStager()."
+                )
+            if stager is not None and staging_limit is not None:
+                raise InvalidInputError(
+                    "staging_limit bounds our own copy, and async_stager makes another; leave one "
+                    "of them out."
+                )
             names = check_keys(state_dict)
             save = prepare(self._asking)
             is_busy = self._last is not None and not self._last.done()
@@ -129,25 +206,54 @@ class _Saver:
                 )
             return sorted({key for _, _, keys in told for key in keys})
 
-        def stage() -> tuple[dict[str, Any], bool]:
+        def stage() -> bool:
+            nonlocal staged, fits
             with nesting_checked():
                 taken = take_state(state_dict, keys, rank=self._asking.rank)
                 check_state(taken)
                 fits = staging_limit is None or storage_nbytes(taken) <= staging_limit
+                if not fits:
+                    staged = _Staged(taken)
+                    return False
                 # copies of storages have no bit that says that they are to be conjugated
-                return self._staged(resolved(taken)) if fits else taken, fits
+                taken = resolved(taken)
+                staged = _Staged(self._staged(taken)) if stager is None else _stage(stager, taken)
+                return staged.goes_on
 
-        kept: list[tuple[dict[str, Any], bool]] = []
         with alone_in_thread(self._asking):
             keys = in_step(self._asking, "begin an asynchronous save", ask, agree)
-            in_step(self._asking, "stage", lambda: kept.append(stage()), lambda told: None)
-        (staged, fits) = kept.pop()
-        pending = PendingSave(self._thread.submit(save, staged, self._saving))
+            goes_on = in_step(self._asking, "stage", stage, any)
+        pending = PendingSave(staged.ended())
+        self._thread.submit(self._run, pending, save, staged, is_settling=goes_on)
         self._last = pending
+        if stager is not None and staged.ready is not None:
+            _settle(staged.ready, stager.synchronize_staging)
         if not fits:
             _log.info("the state exceeds staging_limit=%s; saving before returning", staging_limit)
             self.wait()
         return pending
+
+    def _run(
+        self, pending: PendingSave, save: Background, staged: _Staged, *, is_settling: bool
+    ) -> None:
+        """Save what was staged, once no rank stages any more, and end `pending` with it."""
+        state: list[Mapping[str, Any]] = []
+
+        try:
+            if is_settling:
+                in_step(
+                    self._saving,
+                    "stage",
+                    lambda: state.append(staged.settled()),
+                    lambda told: None,
+                )
+            else:
+                state.append(staged.settled())
+            version = save(state.pop(), self._saving)
+        except BaseException as error:
+            pending.set_exception(error)
+        else:
+            pending.set_result(version)
 
     def _staged(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return a copy of a state in the buffers of the saves before."""
@@ -232,6 +338,30 @@ def _new_stager() -> DefaultStager:
             use_non_blocking_copy=torch.accelerator.is_available(),
         )
     )
+
+
+def _stage(stager: AsyncStager, state: dict[str, Any]) -> _Staged:
+    """Have a stager of the caller's stage a state, by torch's protocol."""
+    given: Any = stager.stage(state)
+    asks = not isinstance(given, Future) and getattr(
+        stager, "should_synchronize_after_execute", False
+    )
+    staged = _Staged(given, Future() if asks else None)
+    if not staged.goes_on:
+        staged.settled()  # so that what is no state is refused on all ranks, before a save
+    return staged
+
+
+def _settle(future: Future[None], call: Callable[[], object]) -> None:
+    """End a future with how a call ends."""
+    try:
+        call()
+    except BaseException as error:
+        future.set_exception(error)
+        if not isinstance(error, Exception):  # an interrupt is for the caller too
+            raise
+    else:
+        future.set_result(None)
 
 
 def _twin(group: dist.ProcessGroup | None) -> dist.ProcessGroup:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, SupportsFloat, overload
 
 import torch.distributed as dist
@@ -19,9 +20,18 @@ from torch.distributed.checkpoint.state_dict_saver import (
 from torch.distributed.checkpoint.state_dict_saver import async_save as torch_async_save
 from torch.distributed.checkpoint.storage import StorageWriter
 
-from dcpstore.api import RepositoryLike, check_unused, target_of, where_given
+from dcpstore.api import target_of
+from dcpstore.arguments import (
+    RepositoryLike,
+    check_planner,
+    check_unused,
+    taken_writer,
+    where_given,
+)
 from dcpstore.async_saving import Background, IfBusy, PendingSave, find_saver, raise_unseen
 from dcpstore.collectives import Collectives
+from dcpstore.errors import InvalidInputError
+from dcpstore.other_process import check_process, save_in_process
 from dcpstore.planning import DefaultSavePlanner
 from dcpstore.records import Version
 from dcpstore.repository import Repository
@@ -69,6 +79,8 @@ def async_save(
     checkpoint_id: str | os.PathLike[str] | None = None,
     if_busy: IfBusy = "wait",
     staging_limit: int | None = None,
+    async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
+    async_stager: AsyncStager | None = None,
 ) -> PendingSave: ...
 
 
@@ -114,8 +126,15 @@ def async_save(
         staging_limit: bytes that may be copied of a rank's state, which are those of the storages
             that its tensors lie in; a rank with more saves before it returns, without a copy.
         storage_writer: any storage of torch's instead of `repo`; the save is then torch's own
-            `async_save`, with our planner, and returns what torch's does.
-        async_checkpointer_type, async_stager, use_collectives: as torch's, for a `storage_writer`.
+            `async_save`, with our planner, and returns what torch's does. In the place of `repo` it
+            is taken too, with a warning.
+        async_checkpointer_type: THREAD, or PROCESS to save in torch's background process, which a
+            process group of all ranks begins at its first save. What is saved goes to it by pickle,
+            and nothing of `planner` comes back. It is for PyTorch that holds the interpreter: a
+            thread has less to copy.
+        async_stager: stages instead of ours. Where its `stage()` returns a Future, the state may be
+            changed only when `staged` is done. It is the caller's to close, after the last save.
+        use_collectives: as torch's, for a `storage_writer`.
 
     Returns:
         The pending save: `staged` is done, `result()` waits for the version.
@@ -142,7 +161,9 @@ def async_save(
             leads=leads,
         )
 
+    repo, storage_writer = taken_writer("async_save", repo, storage_writer)
     if storage_writer is not None:
+        check_planner(planner, SavePlanner)
         check_unused(
             "storage_writer",
             *asked().named,
@@ -166,9 +187,24 @@ def async_save(
 
     def prepare(ranks: Collectives) -> Background:
         where = where_given(repo, checkpoint_id)
+        check_planner(planner, SavePlanner)
         request = asked(leads=ranks.leads)  # now: a metric may be a tensor, which training changes
+        if not isinstance(async_checkpointer_type, AsyncCheckpointerType):
+            raise InvalidInputError(
+                f"async_checkpointer_type={async_checkpointer_type!r}; pass one of torch's "
+                "AsyncCheckpointerType: THREAD or PROCESS."
+            )
+        if async_checkpointer_type is AsyncCheckpointerType.PROCESS:
+            check_process(process_group, planner, no_dist=no_dist)
+            return partial(
+                save_in_process,
+                where=where,
+                request=request,
+                planner=planner,
+                allow_pickle=allow_pickle,
+            )
 
-        def save_staged(staged: dict[str, Any], ranks: Collectives) -> Version:
+        def save_staged(staged: Mapping[str, Any], ranks: Collectives) -> Version:
             with ExitStack() as stack:
                 return save_version(
                     staged,
@@ -182,7 +218,9 @@ def async_save(
         return save_staged
 
     saver = find_saver(process_group, no_dist=no_dist)
-    pending = saver.begin(state_dict, prepare, if_busy=if_busy, staging_limit=staging_limit)
+    pending = saver.begin(
+        state_dict, prepare, if_busy=if_busy, staging_limit=staging_limit, stager=async_stager
+    )
     if isinstance(repo, Repository):
         repo.finish_before_close(raise_unseen)
     return pending

@@ -52,7 +52,8 @@ def parse_url(url: str) -> URL:
     if parsed.drivername in ("postgres", "postgresql", "postgresql+psycopg"):
         return parsed.set(drivername="postgresql+psycopg")
     raise InvalidInputError(
-        f"a catalog cannot be kept in {parsed.drivername!r}; use 'sqlite:///…' or 'postgresql://…'."
+        f"a catalog cannot be kept in {parsed.drivername!r}; use a folder, 'sqlite:///…' or "
+        "'postgresql://…', and dcpstore.open(that, data='s3://bucket/prefix') for the data alone."
     )
 
 

@@ -122,6 +122,11 @@ class RankGroup:
             self._meeting = Meeting(store, rank=self.rank, size=self.size, coordinator=coordinator)
 
     @property
+    def group(self) -> dist.ProcessGroup | None:
+        """Torch's own group; None is that of all ranks."""
+        return self._group
+
+    @property
     def leads(self) -> bool:
         """Whether this process is the coordinator."""
         return self.rank == self._coordinator

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dcpstore.api import RepositoryLike
+from dcpstore.arguments import RepositoryLike
 from dcpstore.convert.dcp_metadata import read_description, stored_at
 from dcpstore.convert.dcp_writing import ExportPlanner, write_folder
 from dcpstore.convert.exporting import Exported, ExportedVersion

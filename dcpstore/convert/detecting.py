@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dcpstore.api import RepositoryLike
+from dcpstore.arguments import RepositoryLike
 from dcpstore.convert.dcp import import_dcp
 from dcpstore.convert.dcp_metadata import DESCRIPTION
 from dcpstore.convert.safetensors_files import import_safetensors

@@ -15,7 +15,8 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem
 
-from dcpstore.api import RepositoryLike, save
+from dcpstore.api import save
+from dcpstore.arguments import RepositoryLike
 from dcpstore.convert.dtype_option import converted, wanted_dtype
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box

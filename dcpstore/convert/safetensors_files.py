@@ -11,7 +11,7 @@ from typing import IO
 
 import torch
 
-from dcpstore.api import RepositoryLike
+from dcpstore.arguments import RepositoryLike
 from dcpstore.convert.exporting import Exported, ExportedTensor, ExportedVersion
 from dcpstore.convert.file_tensors import FileBox, FileTensor, row_major
 from dcpstore.convert.importing import Foreign, Naming, save_foreign

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dcpstore.api import RepositoryLike
+from dcpstore.arguments import RepositoryLike
 from dcpstore.convert.exporting import Exported, ExportedVersion
 from dcpstore.convert.importing import Foreign, Naming, flattened, save_foreign
 from dcpstore.convert.nesting import nested_state

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dcpstore.api import RepositoryLike
+from dcpstore.arguments import RepositoryLike
 from dcpstore.convert.exporting import Exported, ExportedTensor, ExportedVersion
 from dcpstore.convert.targets import new_folder
 from dcpstore.encoding.codecs import choose_codec, encode

@@ -40,12 +40,14 @@ from dcpstore.planning.checks import (
 from dcpstore.planning.tables import GlobalTable, PlanTable
 from dcpstore.records import ChunkPlace, PackRecord, Version, VersionDraft
 from dcpstore.repository import Repository, opened
+from dcpstore.retention import Retention
 from dcpstore.saving.assembly import Books
 from dcpstore.saving.chunking import ChunkKey, Digested, RankData
 from dcpstore.saving.layouts import Layout, join_layouts, lay_out
 from dcpstore.saving.publishing import (
     SaveRequest,
     SaveTarget,
+    apply_retention,
     draft_version,
     entries_before,
     give_up,
@@ -90,8 +92,8 @@ class RepositoryWriter(StorageWriter):
 
     Args:
         repo: a `Repository`, or what `open` takes. The writer can be sent to another process.
-        branch, step, message, tags, metrics, labels, author, parent, expect_tip: as for `save`, but
-            what the coordinator's writer was given counts, for torch moves nothing else.
+        branch, step, message, tags, metrics, labels, author, parent, expect_tip, retention: as for
+            `save`, but those of the coordinator's writer count, for torch moves nothing else.
         allow_pickle: let values that JSON cannot carry be stored as pickles.
 
     A `checkpoint_id` given to torch's call becomes a tag of the version.
@@ -110,6 +112,7 @@ class RepositoryWriter(StorageWriter):
         author: str = "",
         parent: str | int | None = None,
         expect_tip: str | int | None = None,
+        retention: Retention | None = None,
         allow_pickle: bool = False,
     ) -> None:
         self._repo = repo if isinstance(repo, Repository) else absolute_target(repo)
@@ -123,6 +126,7 @@ class RepositoryWriter(StorageWriter):
             author=author,
             parent=parent,
             expect_tip=expect_tip,
+            retention=retention,
         )
         self._allow_pickle = allow_pickle
         self._checkpoint_id: str | os.PathLike[str] | None = None
@@ -308,6 +312,7 @@ class RepositoryWriter(StorageWriter):
                     planner_data=planner_data,
                 )
             self._is_pending = False
+            apply_retention(target, self._request.retention, self.version)
         metadata.storage_data = {r.index: r.size_in_bytes for given in results for r in given}
         metadata.storage_meta = StorageMeta(self.checkpoint_id, self.save_id)
         metadata.version = CURRENT_DCP_VERSION

@@ -12,9 +12,7 @@ from dataclasses import dataclass, fields, replace
 from torch.distributed.checkpoint.planner import SavePlanner
 
 from dcpstore.errors import InvalidInputError
-from dcpstore.journal import write_journal
 from dcpstore.records import ChunkDefaults, EntryRecord, Version
-from dcpstore.retention import retain
 from dcpstore.saving.assembly import Books, is_cut_otherwise
 from dcpstore.saving.chunking import ChunkKey, Digested
 from dcpstore.saving.plans import (
@@ -28,6 +26,7 @@ from dcpstore.saving.plans import (
 from dcpstore.saving.publishing import (
     SaveRequest,
     SaveTarget,
+    apply_retention,
     draft_version,
     entries_before,
     give_up,
@@ -36,7 +35,7 @@ from dcpstore.saving.publishing import (
 )
 from dcpstore.saving.writing import Written
 
-__all__ = ["Duty", "Lead", "Opening", "Seconds"]
+__all__ = ["Duty", "Lead", "Opening", "Seconds", "check_agreement"]
 
 Seconds = dict[str, float]  # by phase
 
@@ -84,7 +83,7 @@ class Lead:
 
     def begin(self, told: Sequence[Opening]) -> tuple[str, list[str]]:
         """Check that the ranks agree and begin the version; return its uid and all ranks' keys."""
-        _check_agreement(told)
+        check_agreement(told)
         self._retention = told[0].request.retention
         self.draft = draft_version(self.target.catalog, told[0].request, ranks=self._size)
         self.target.catalog.begin(self.draft)
@@ -187,11 +186,7 @@ class Lead:
             planner_data=self._plan.planner_data,
         )
         self._open = False
-        if self._retention is not None:
-            retain(
-                self.target.catalog, self._retention, branch=version.branch, author=version.author
-            )
-            write_journal(self.target.catalog, self.target.storage)
+        apply_retention(self.target, self._retention, version)
         return version
 
     def give_up(self, error: BaseException) -> None:
@@ -201,7 +196,12 @@ class Lead:
             give_up(self.target.catalog, self.draft.uid, error)
 
 
-def _check_agreement(told: Sequence[Opening]) -> None:
+def check_agreement(told: Sequence[Opening]) -> None:
+    """Check that all ranks ask for the same save, of one repository.
+
+    Raises:
+        InvalidInputError: two do not, by the argument that differs.
+    """
     uids = [one.repository for one in told]
     if len(set(uids)) > 1:
         odd = next(rank for rank, uid in enumerate(uids) if uid != uids[0])

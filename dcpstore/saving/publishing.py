@@ -30,7 +30,7 @@ from dcpstore.records import (
     VersionContent,
     VersionDraft,
 )
-from dcpstore.retention import Retention
+from dcpstore.retention import Retention, retain
 from dcpstore.saving.assembly import Books
 from dcpstore.saving.plans import PlanMemory
 from dcpstore.storage.interface import Storage
@@ -41,6 +41,7 @@ __all__ = [
     "MetricsFrom",
     "SaveRequest",
     "SaveTarget",
+    "apply_retention",
     "draft_version",
     "entries_before",
     "give_up",
@@ -259,6 +260,13 @@ def publish(
         )
     write_journal(target.catalog, target.storage)
     return version
+
+
+def apply_retention(target: SaveTarget, rules: Retention | None, version: Version) -> None:
+    """Expire versions of the branch of a new one by the rules that were asked for with it."""
+    if rules is not None:
+        retain(target.catalog, rules, branch=version.branch, author=version.author)
+        write_journal(target.catalog, target.storage)
 
 
 def give_up(catalog: Catalog, uid: str, error: BaseException) -> None:
