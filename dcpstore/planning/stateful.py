@@ -139,10 +139,9 @@ class Template:
     def _lay(self, path: ObjectPath, tree: Any, *, replaces: bool, dry_run: bool) -> None:
         """Lay what the version holds over the plain state at `path`."""
         place = partial(new_place, dry_run=dry_run)
-        container: Any = self.state
-        for part in path[:-1]:
-            container = container[part]
-        own = container[path[-1]]
+        container = _at(self.state, path[:-1])
+        key = _key(container, path[-1])
+        own = container[key]
         try:
             laid = lay_over(own, tree, place, replaces=replaces)
         except GapError as error:
@@ -150,7 +149,7 @@ class Template:
             return
         if laid is not own and hasattr(own, "_metadata"):  # the versions of a module's layers
             laid._metadata = own._metadata
-        container[path[-1]] = laid
+        container[key] = laid
 
 
 def common_growth(told: Sequence[Mapping[str, frozenset[str]]]) -> dict[str, frozenset[str]]:
@@ -295,13 +294,17 @@ def _is_stateful(value: Any) -> TypeGuard[Stateful]:
 
 
 def _at(state: Any, path: ObjectPath) -> Any:
-    """Return what stands at a path; keys that are not text are found by their text."""
+    """Return what stands at a path."""
     for part in path:
-        if isinstance(state, Mapping) and part not in state:
-            state = next(inner for key, inner in state.items() if str(key) == part)
-        else:
-            state = state[part]
+        state = state[_key(state, part)]
     return state
+
+
+def _key(container: Any, part: str | int) -> Any:
+    """Return a container's own key for a part of a path, in which a mapping's keys are text."""
+    if isinstance(container, Mapping) and part not in container:
+        return next(key for key in container if str(key) == part)
+    return part
 
 
 def _below(
