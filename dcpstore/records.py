@@ -20,6 +20,7 @@ __all__ = [
     "ChunkPlace",
     "ChunkRange",
     "EntryRecord",
+    "ForgetReport",
     "LoadReport",
     "NewChunk",
     "NewEntry",
@@ -107,6 +108,26 @@ class RefRecord:
     name: str
     kind: Literal["branch", "tag"]
     version: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetReport:
+    """What was forgotten, or would be with `dry_run`.
+
+    `versions` are the forgotten versions as they were, oldest first. `deleted` are the tags and
+    branches that went with them, as they were; `moved` are the branches that went back, as they are
+    now.
+    """
+
+    versions: tuple[Version, ...]
+    deleted: tuple[RefRecord, ...]
+    moved: tuple[RefRecord, ...]
+    dry_run: bool
+
+    @property
+    def forgotten(self) -> tuple[int, ...]:
+        """The numbers of the forgotten versions."""
+        return tuple(version.number for version in self.versions)
 
 
 @dataclass(frozen=True, slots=True)

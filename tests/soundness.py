@@ -83,7 +83,8 @@ def _assert_kept(repo: Repository) -> None:
     going = {pack.key for pack in report.condemned} | set(report.cleared)
     rows = repo.sql(
         "SELECT DISTINCT p.key FROM pack p JOIN chunk c ON c.pack = p.id "
-        "JOIN entry e ON e.tensor = c.tensor"
+        "JOIN entry e ON e.tensor = c.tensor JOIN version v ON v.id = e.version "
+        "WHERE v.expired_at IS NULL"  # what was forgotten has entries until gc
     )
     named = {row.key for row in rows}
     assert named <= reached

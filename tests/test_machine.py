@@ -41,15 +41,19 @@ class Saved:
     parent: int | None
     state: dict[str, int]
     expired: bool = False
+    may_come_back: bool = False  # forgotten, and gc did not run since
 
 
 @dataclass
 class Model:
-    """The repository as a plain dict; `before` are the refs before each operation to undo."""
+    """The repository as a plain dict; `before` is what each operation to undo changed.
+
+    That is the refs as they were, and the versions that it forgot.
+    """
 
     versions: dict[int, Saved] = field(default_factory=dict)
     refs: Refs = field(default_factory=dict)
-    before: list[Refs] = field(default_factory=list)
+    before: list[tuple[Refs, list[int]]] = field(default_factory=list)
 
     @property
     def live(self) -> list[int]:
@@ -57,6 +61,12 @@ class Model:
 
     def of(self, kind: str) -> list[str]:
         return sorted(name for name, (found, _) in self.refs.items() if found == kind)
+
+    def nearest_ancestor(self, number: int | None) -> int | None:
+        """Return a version, or the first above it that is there."""
+        while number is not None and self.versions[number].expired:
+            number = self.versions[number].parent
+        return number
 
     def keep(self, count: int) -> set[int]:
         """Return what stays where so many newest of each branch are kept."""
@@ -78,8 +88,8 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.repo.close()
 
-    def remember(self) -> None:
-        self.model.before.append(dict(self.model.refs))
+    def remember(self, forgotten: list[int] | None = None) -> None:
+        self.model.before.append((dict(self.model.refs), forgotten or []))
 
     def pick(self, index: int) -> int:
         return self.model.live[index % len(self.model.live)]
@@ -161,14 +171,47 @@ class Machine(RuleBasedStateMachine):
             with pytest.raises(InvalidInputError, match="nothing is left"):
                 self.repo.undo()
             return
-        before = self.model.before[-1]
-        changed = [ref for name, ref in before.items() if self.model.refs.get(name) != ref]
-        if any(self.model.versions[number].expired for _, number in changed):
+        before, forgotten = self.model.before[-1]
+        versions = self.model.versions
+        if not all(versions[number].may_come_back for number in forgotten):
+            with pytest.raises(NotFoundError, match="gc has dropped"):
+                self.repo.undo()
+            return
+        changed = {
+            n for name, (_, n) in before.items() if self.model.refs.get(name, ("", 0))[1] != n
+        }
+        if any(versions[number].expired for number in changed.difference(forgotten)):
             with pytest.raises(NotFoundError, match="expired"):
                 self.repo.undo()
             return
         self.repo.undo()
-        self.model.refs = self.model.before.pop()
+        self.model.refs = self.model.before.pop()[0]
+        for number in forgotten:
+            versions[number].expired = versions[number].may_come_back = False
+
+    @precondition(lambda self: len(self.model.live) > 1)
+    @rule(
+        indices=st.lists(PICK, min_size=1, max_size=2), force=st.booleans(), dry_run=st.booleans()
+    )
+    def forget_versions(self, indices: list[int], force: bool, dry_run: bool) -> None:
+        going = sorted({self.pick(index) for index in indices})[: len(self.model.live) - 1]
+        tags = [n for n, (kind, at) in self.model.refs.items() if kind == "tag" and at in going]
+        if tags and not force:
+            with pytest.raises(InvalidInputError, match="tagged"):
+                self.repo.forget(going, dry_run=dry_run)
+            return
+        assert self.repo.forget(going, force=force, dry_run=dry_run).forgotten == tuple(going)
+        if dry_run:
+            return
+        self.remember(going)
+        for number in going:
+            self.model.versions[number].expired = self.model.versions[number].may_come_back = True
+        for name, (kind, at) in list(self.model.refs.items()):
+            stays = at if kind == "tag" else self.model.nearest_ancestor(at)
+            if name in tags or stays is None:
+                del self.model.refs[name]
+            else:
+                self.model.refs[name] = kind, stays
 
     @rule(count=st.integers(1, 3), dry_run=st.booleans())
     def expire(self, count: int, dry_run: bool) -> None:
@@ -183,6 +226,9 @@ class Machine(RuleBasedStateMachine):
     @rule(grace=st.sampled_from(["0s", "1h"]), dry_run=st.booleans())
     def gc(self, grace: str, dry_run: bool) -> None:
         self.repo.gc(grace=grace, dry_run=dry_run)
+        if not dry_run:
+            for saved in self.model.versions.values():
+                saved.may_come_back = False
 
     @rule()
     def verify(self) -> None:

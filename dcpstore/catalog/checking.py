@@ -167,7 +167,7 @@ def _holders(connection: Connection, tensors: Select[tuple[int]]) -> list[Reache
     rows = connection.execute(
         select(_version.c.number, entry.c.fqn, entry.c.tensor)
         .join(_version, _version.c.id == entry.c.version)
-        .where(entry.c.tensor.in_(tensors))
+        .where(entry.c.tensor.in_(tensors), _version.c.status == "committed")
         .order_by(_version.c.number, entry.c.fqn)
     )
     return [Reached(*row) for row in rows]

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, bindparam, delete, exists, func, insert, sele
 
 from dcpstore.catalog import schema
 from dcpstore.catalog.operations import Change, append_operations, take_operations
+from dcpstore.catalog.retention import drop_forgotten
 from dcpstore.catalog.wanted import wanted_ids, wanted_names
 from dcpstore.errors import InvalidInputError
 from dcpstore.records import PackRecord
@@ -39,11 +40,15 @@ Place = tuple[int, int, int]  # tensor, part and ordinal of one chunk
 
 
 class Condemned(NamedTuple):
-    """What one look found: packs condemned now, packs mostly dead, saves that came to no end."""
+    """What one look found: packs condemned now, packs mostly dead, and versions by their uids.
+
+    `crashed` are saves that did not end; `dropped` were forgotten, and cannot come back any more.
+    """
 
     condemned: list[PackRecord]
     sparse: list[PackRecord]
     crashed: list[str]
+    dropped: list[str]
 
 
 def condemn(
@@ -55,7 +60,7 @@ def condemn(
     live_share: float,
     author: str,
 ) -> Condemned:
-    """Forget unreachable tensors, condemn packs that nothing reaches, give up crashed saves.
+    """Drop forgotten versions and unreachable tensors, condemn unreached packs, give up crashes.
 
     Raises:
         InvalidInputError: a save is running that is older than `grace`.
@@ -63,6 +68,7 @@ def condemn(
     take_operations(connection, 0)  # everyone else waits
     crashed = _give_up_crashed(connection, now=now, lease=lease)
     _check_running(connection, now=now, grace=grace)
+    dropped = drop_forgotten(connection)
     _forget_tensors(connection)
     _forget_plans(connection)
     unreached = ~exists().where(_chunk.c.pack == _pack.c.id)
@@ -82,8 +88,10 @@ def condemn(
             .where(_version.c.id.in_(writers), _version.c.status == "committed")
             .values(stale=secrets.token_hex(8))
         )
-        _record(connection, "condemned", [pack.key for pack in condemned], author=author, at=now)
-    return Condemned(condemned, _sparse(connection, live_share), crashed)
+    done = {"condemned": [pack.key for pack in condemned], "dropped": dropped}
+    if any(done.values()):
+        _record(connection, {what: n for what, n in done.items() if n}, author=author, at=now)
+    return Condemned(condemned, _sparse(connection, live_share), crashed, dropped)
 
 
 def plan_pack(connection: Connection, old: str, new: str, *, now: datetime) -> bool:
@@ -215,7 +223,7 @@ def forget_packs(
         .returning(_pack.c.key)
     ).all()
     if gone:  # or another gc was faster
-        _record(connection, "deleted", sorted(gone), author=author, at=now)
+        _record(connection, {"deleted": sorted(gone)}, author=author, at=now)
 
 
 def find_leftovers(
@@ -223,6 +231,7 @@ def find_leftovers(
     keys: Iterable[tuple[str, str]],
     *,
     crashed: Collection[str],
+    dropped: Collection[str],
     expired_before: datetime,
 ) -> tuple[list[str], list[str]]:
     """Sort stored objects that lie in the name of a version: may go, and whose nobody knows.
@@ -232,6 +241,7 @@ def find_leftovers(
     Args:
         keys: each with the uid in its name; they were listed before this transaction began.
         crashed: the saves that `condemn` gave up; after a dry run they are still pending.
+        dropped: the forgotten versions that it dropped; others may come back, and stay whole.
         expired_before: manifests of versions that expired later may still be followed.
     """
     given = list(keys)
@@ -245,7 +255,7 @@ def find_leftovers(
     rows = {
         row.uid: row
         for row in connection.execute(
-            select(_version.c.uid, _version.c.status, _version.c.expired_at).where(
+            select(_version.c.uid, _version.c.status, _version.c.expired_at, _version.c.plan).where(
                 _version.c.uid.in_(wanted_names(connection, {uid for _, uid in given}))
             )
         )
@@ -258,7 +268,7 @@ def find_leftovers(
         if row is None:
             unknown.append(key)
         elif row.status == "expired":
-            if row.expired_at <= expired_before:
+            if row.expired_at <= expired_before and (row.plan is None or uid in dropped):
                 leftovers.append(key)
         elif row.status == "pending":
             if uid in crashed:
@@ -334,8 +344,8 @@ def _sparse(connection: Connection, live_share: float) -> list[PackRecord]:
 
 
 def _record(
-    connection: Connection, what: str, keys: list[str], *, author: str, at: datetime
+    connection: Connection, detail: Mapping[str, list[str]], *, author: str, at: datetime
 ) -> None:
     number = take_operations(connection)
-    change = Change("gc", "", None, None, {what: keys})
+    change = Change("gc", "", None, None, detail)
     append_operations(connection, number, [change], author=author, at=at)

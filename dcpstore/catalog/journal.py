@@ -7,9 +7,9 @@ changed what is known of it, says all that its row says. `rebuilding` reads it b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, select, update
 
@@ -19,6 +19,8 @@ from dcpstore.catalog.wanted import wanted_ids
 __all__ = [
     "ABOUT_REFS",
     "JOURNAL_BATCH",
+    "ChangedRef",
+    "changed_refs",
     "journal_again",
     "last_journaled",
     "mark_journaled",
@@ -31,6 +33,29 @@ JOURNAL_BATCH = 500
 
 # JSON to be written: its values are of every kind, hence `Any`.
 Json = dict[str, Any]
+
+
+class ChangedRef(NamedTuple):
+    """What an operation did to one ref; `old` and `new` are versions by uid and number, or None.
+
+    `kind` is None where the operation does not say whether it is a tag or a branch.
+    """
+
+    name: str
+    kind: str | None
+    old: Mapping[str, Any] | None
+    new: Mapping[str, Any] | None
+
+
+def changed_refs(said: Mapping[str, Any]) -> Iterator[ChangedRef]:
+    """Yield what an operation, as the journal says it, did to refs: its detail may list several."""
+    detail = said["detail"] or {}
+    if "refs" in detail:
+        for ref in detail["refs"]:
+            yield ChangedRef(ref["name"], ref["kind"], ref["old"], ref["new"])
+    elif said["target"] and (said["old"] or said["new"]):
+        kind = {"tag": "tag", "branch": "branch", "save": "branch"}.get(said["kind"])
+        yield ChangedRef(said["target"], kind, said["old"], said["new"])
 
 
 def unjournaled(connection: Connection) -> list[Json]:

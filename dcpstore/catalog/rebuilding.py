@@ -18,6 +18,7 @@ from sqlalchemy import Connection, insert, select, update
 
 from dcpstore.catalog import schema
 from dcpstore.catalog.contents import write_content, write_plan
+from dcpstore.catalog.journal import ChangedRef, changed_refs
 from dcpstore.catalog.lineage import lineage_below
 from dcpstore.catalog.operations import Change, append_operations, take_operations
 from dcpstore.catalog.wanted import wanted_names
@@ -59,7 +60,8 @@ class _State:
     """The repository after the last operation that was replayed."""
 
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    expired: dict[str, datetime] = field(default_factory=dict)
+    expired: dict[str, datetime] = field(default_factory=dict)  # and forgotten
+    forgotten: set[str] = field(default_factory=set)  # those that an undo may bring back
     refs: dict[str, str] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
     packs: dict[str, tuple[int, str]] = field(default_factory=dict)
@@ -78,6 +80,8 @@ def restore(connection: Connection, operations: Iterable[Json], contents: Conten
         for uid in state.facts
         if uid not in state.expired and not _fill(connection, uid, contents, state, ids)
     ]
+    for uid in state.facts.keys() & state.forgotten:
+        _fill(connection, uid, contents, state, ids)
     refs = _write_refs(connection, state, ids, lost)
     numbers = {uid: state.facts[uid]["number"] for uid in state.facts}
     if lost:
@@ -98,12 +102,18 @@ def _replay(operations: Iterable[Json]) -> _State:
             _learn(state, fact)
             _unlearn(state, fact["uid"], (said["detail"] or {}).get("removed", {}))
         detail = said["detail"] or {}
-        if said["kind"] == "expire":
+        if said["kind"] in ("expire", "forget"):
             state.expired.update(dict.fromkeys(detail["versions"], at))
+            if said["kind"] == "forget":
+                state.forgotten.update(detail["versions"])
+        elif said["kind"] == "undo":
+            for uid in detail.get("versions", ()):
+                state.expired.pop(uid, None)
+                state.forgotten.discard(uid)
         elif said["kind"] == "gc":
             _replay_gc(state, detail, at)
-        elif said["target"]:
-            _replay_ref(state, said)
+        for change in changed_refs(said):
+            _replay_ref(state, change)
     state.refs = dict(sorted(state.refs.items()))
     state.packs = {key: pack for key, pack in state.packs.items() if pack[1] in state.facts}
     return state
@@ -131,18 +141,16 @@ def _replay_gc(state: _State, detail: Json, at: datetime) -> None:
     for key in detail.get("deleted", ()):
         state.packs.pop(key, None)
         state.condemned.pop(key, None)
+    state.forgotten.difference_update(detail.get("dropped", ()))
 
 
-def _replay_ref(state: _State, said: Json) -> None:
-    name, new = said["target"], said["new"]
-    if said["kind"] in ("tag", "branch"):
-        state.kinds[name] = said["kind"]
-    elif said["kind"] == "save":
-        state.kinds[name] = "branch"
-    if new is None:
-        state.refs.pop(name, None)
+def _replay_ref(state: _State, change: ChangedRef) -> None:
+    if change.kind is not None:
+        state.kinds[change.name] = change.kind
+    if change.new is None:
+        state.refs.pop(change.name, None)
     else:
-        state.refs[name] = new["uid"]
+        state.refs[change.name] = change.new["uid"]
 
 
 def _write_versions(connection: Connection, state: _State) -> dict[str, int]:
@@ -233,7 +241,10 @@ def _write_packs(connection: Connection, state: _State, ids: Mapping[str, int]) 
 def _fill(
     connection: Connection, uid: str, contents: Contents, state: _State, ids: Mapping[str, int]
 ) -> bool:
-    """Give a version its entries and chunks, and tell whether that was possible."""
+    """Give a version its entries and chunks, and tell whether that was possible.
+
+    One that was forgotten stays unseen: an undo may bring it back.
+    """
     content, version = contents.content(uid), ids[uid]
     if content is None:
         return False
@@ -258,8 +269,7 @@ def _fill(
                 update(_version)
                 .where(_version.c.id == version)
                 .values(
-                    status="committed",
-                    expired_at=None,
+                    **({} if uid in state.expired else {"status": "committed", "expired_at": None}),
                     plan=write_plan(connection, content.plan),
                     planner_data=content.planner_data,
                     # Another manifest may know of a place that chunks moved to since.
@@ -365,16 +375,15 @@ def _record_undone(
 
     So an undo, which takes back one operation after another, goes on from where each ref is.
     """
-    told = [said for said in operations if said["target"] and (said["old"] or said["new"])]
-    undone = {said["detail"]["undoes"] for said in told if said["kind"] == "undo"}
-    wanted: dict[str, str | None] = {name: refs.get(name) for name in {s["target"] for s in told}}
+    told = [(said, change) for said in operations for change in changed_refs(said)]
+    undone = {said["detail"]["undoes"] for said in operations if said["kind"] == "undo"}
+    wanted: dict[str, str | None] = {change.name: refs.get(change.name) for _, change in told}
     here: dict[str, str | None] = dict(state.refs)
     changes = []
-    for said in reversed(told):
-        name = said["target"]
+    for said, (name, _, *ends) in reversed(told):
         if said["kind"] == "undo" or said["operation"] in undone:
             continue
-        old, new = (None if end is None else end["uid"] for end in (said["old"], said["new"]))
+        old, new = (None if end is None else end["uid"] for end in ends)
         if new == wanted[name]:
             wanted[name] = old
             continue

@@ -22,7 +22,16 @@ from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from dcpstore.records import RefRecord, Version
 from dcpstore.refs import Ref, check_name, parse_ref
 
-__all__ = ["DEFAULT_BRANCH", "RefRow", "find_refs", "list_refs", "make_ref", "resolve", "taken"]
+__all__ = [
+    "DEFAULT_BRANCH",
+    "RefRow",
+    "find_refs",
+    "list_refs",
+    "make_ref",
+    "refs_of",
+    "resolve",
+    "taken",
+]
 
 DEFAULT_BRANCH = "main"
 _SHOWN = 10  # versions that one message names
@@ -58,7 +67,9 @@ def resolve(connection: Connection, ref: str | int | None) -> Version:
         version = schema.version
         raise gone(
             *connection.execute(
-                select(version.c.number, version.c.expired_at).where(version.c.id == found)
+                select(version.c.number, version.c.expired_at, version.c.plan).where(
+                    version.c.id == found
+                )
             ).one()
         )
     return versions[0]
@@ -86,6 +97,12 @@ def list_refs(connection: Connection, kind: RefKind | None) -> list[RefRecord]:
         query = query.where(schema.ref.c.kind == kind)
     rows = connection.execute(query)
     return [RefRecord(row.name, row.kind, row.number) for row in rows]
+
+
+def refs_of(connection: Connection, versions: Select[Any]) -> list[RefRow]:
+    """Return the refs that name versions, whose ids a query yields, sorted by name."""
+    query = _rows().where(schema.ref.c.version.in_(versions)).order_by(schema.ref.c.name)
+    return [RefRow(*row) for row in connection.execute(query)]
 
 
 def make_ref(
@@ -154,7 +171,7 @@ def _find_uid(connection: Connection, prefix: str) -> int | None:
     """
     version = schema.version
     rows = connection.execute(
-        select(version.c.id, version.c.uid, version.c.number, version.c.expired_at)
+        select(version.c.id, version.c.uid, version.c.number, version.c.expired_at, version.c.plan)
         .where(version.c.uid >= prefix, version.c.uid < prefix + "g", version.c.number.is_not(None))
         .order_by(version.c.uid)
         .limit(_SHOWN + 1)
@@ -167,7 +184,7 @@ def _find_uid(connection: Connection, prefix: str) -> int | None:
             "Write more of its digits."
         )
     if rows and rows[0].expired_at is not None:
-        raise gone(rows[0].number, rows[0].expired_at)
+        raise gone(rows[0].number, rows[0].expired_at, rows[0].plan)
     return rows[0].id if rows else None
 
 

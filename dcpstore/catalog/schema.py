@@ -114,6 +114,7 @@ version = Table(
     _words("author"),
     _words("host"),
     _number("ranks"),
+    # An expired version that has one was forgotten, and has its entries too until gc (`retention`).
     Column("plan", Key, ForeignKey("plan.id"), index=True),
     _words("planner_data", null=True),
     Column("wanted_tags", JsonText, nullable=False),

@@ -18,7 +18,8 @@ from dcpstore.catalog.additions import take_back_labels, take_back_metrics
 from dcpstore.catalog.checks import check_text
 from dcpstore.catalog.operations import Change, append_operations, list_operations, take_operations
 from dcpstore.catalog.refs import RefKind, find_refs
-from dcpstore.catalog.wanted import wanted_ids
+from dcpstore.catalog.retention import bring_back, may_come_back
+from dcpstore.catalog.wanted import wanted_ids, wanted_names
 from dcpstore.errors import ConflictError, InvalidInputError, NotFoundError
 from dcpstore.records import Operation
 
@@ -52,12 +53,14 @@ class _Move(NamedTuple):
 def undo_last(connection: Connection, *, expect: int | None, author: str) -> Operation:
     """Take back the last operation that is not undone; return the operation that did so.
 
-    A save goes together with its tags: its version stays, and the branch moves back. What expire
-    and gc did cannot be taken back, and is passed over.
+    A save goes together with its tags: its version stays, and the branch moves back. What was
+    forgotten comes back with the refs that it had. What expire and gc did cannot be taken back, and
+    is passed over.
 
     Raises:
         InvalidInputError: nothing is left to undo, or `expect` is no number.
-        NotFoundError: a version that a ref would go back to was expired.
+        NotFoundError: a version that a ref would go back to was expired, or gc dropped what was
+            forgotten.
         ConflictError: the operation is not number `expect`, or a ref is not where it put it.
     """
     check_text(author, what="author")
@@ -66,7 +69,7 @@ def undo_last(connection: Connection, *, expect: int | None, author: str) -> Ope
             f"expect is {expect!r}; give the number of an operation, as 'dcpstore ops' shows it."
         )
     take_operations(connection, 0)
-    rows = _last_not_undone(connection)
+    rows = _last_not_undone(connection, expect)
     last = rows[0]
     if expect is not None and last.number != expect:
         raise ConflictError(
@@ -75,6 +78,8 @@ def undo_last(connection: Connection, *, expect: int | None, author: str) -> Ope
         )
     if last.kind in _OF_VERSIONS:
         changes = [_take_back_addition(connection, last)]
+    elif last.kind == "forget":
+        changes = [_remember(connection, last)]
     else:
         moves = [_Move(row.target, _OF_REFS[row.kind], row.new, row.old) for row in rows]
         _check(connection, last, moves)
@@ -88,8 +93,12 @@ def undo_last(connection: Connection, *, expect: int | None, author: str) -> Ope
     return done[-1]
 
 
-def _last_not_undone(connection: Connection) -> Sequence[Row[Any]]:
-    """Return the rows of the operation to undo: one, or a save and then its tags."""
+def _last_not_undone(connection: Connection, expect: int | None) -> Sequence[Row[Any]]:
+    """Return the rows of the operation to undo: one, or a save and then its tags.
+
+    What was forgotten for good is passed over only where `expect` names another operation: who
+    wants the versions back must not lose something else instead.
+    """
     undone: set[int] = set()  # an undo comes after what it undoes, so it is met first
     parts: list[Row[Any]] = []
     for row in _newest_first(connection):
@@ -102,6 +111,10 @@ def _last_not_undone(connection: Connection) -> Sequence[Row[Any]]:
         elif (row.kind in _OF_REFS and row.target) or row.kind in _OF_VERSIONS:
             own = [part for part in parts if part.detail["save"] == row.number]
             return [row, *reversed(own)]
+        elif row.kind == "forget" and (
+            expect in {None, row.number} or may_come_back(connection, row.detail["versions"])
+        ):
+            return [row]
     raise InvalidInputError("nothing is left to undo. See 'dcpstore ops' for what was done.")
 
 
@@ -152,6 +165,32 @@ def _move(connection: Connection, moves: Sequence[_Move]) -> None:
             connection.execute(insert(_ref).values(name=name, kind=kind, version=then))
         else:
             connection.execute(update(_ref).where(_ref.c.name == name).values(version=then))
+
+
+def _remember(connection: Connection, row: Row[Any]) -> Change:
+    """Bring forgotten versions back, with the refs that they had."""
+    uids, refs = row.detail["versions"], row.detail["refs"]
+    bring_back(connection, uids, what=f"operation {row.number} (forget of {row.target!r})")
+    named = {end["uid"] for ref in refs for end in (ref["old"], ref["new"]) if end is not None}
+    ids: dict[str | None, int] = {
+        found.uid: found.id
+        for found in connection.execute(
+            select(_version.c.uid, _version.c.id).where(
+                _version.c.uid.in_(wanted_names(connection, named))
+            )
+        )
+    }
+    moves = [
+        _Move(
+            ref["name"], ref["kind"], *(end and ids[end["uid"]] for end in (ref["new"], ref["old"]))
+        )
+        for ref in refs
+    ]
+    _check(connection, row, moves)
+    _move(connection, moves)
+    back = [ref | {"old": ref["new"], "new": ref["old"]} for ref in refs]
+    detail = {"undoes": row.number, "versions": uids, "refs": back}
+    return Change("undo", row.target, None, None, detail)
 
 
 def _take_back_addition(connection: Connection, row: Row[Any]) -> Change:

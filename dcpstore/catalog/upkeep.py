@@ -11,7 +11,7 @@ from dcpstore.catalog.checking import Fault, PackedChunk, PackState, Reached
 from dcpstore.catalog.engine import Database
 from dcpstore.catalog.garbage import Condemned
 from dcpstore.catalog.retention import Choose
-from dcpstore.records import PackRecord, Version, VersionContent, VersionDraft
+from dcpstore.records import ForgetReport, PackRecord, Version, VersionContent, VersionDraft
 
 __all__ = ["Upkeep"]
 
@@ -27,6 +27,14 @@ class Upkeep:
     def expire(self, choose: Choose, *, author: str, rules: Mapping[str, Any]) -> None:
         """Expire the versions that `choose` chooses among all."""
         self._database.change(retention.expire_versions, choose, author=author, rules=rules)
+
+    def forget(
+        self, refs: Iterable[str | int], *, force: bool, dry_run: bool, author: str
+    ) -> ForgetReport:
+        """Forget the versions that refs name; with `force`, tagged ones too."""
+        return self._database.change(
+            retention.forget_versions, refs, force=force, dry_run=dry_run, author=author
+        )
 
     # Gc
 
@@ -85,11 +93,16 @@ class Upkeep:
         keys: Iterable[tuple[str, str]],
         *,
         crashed: Collection[str],
+        dropped: Collection[str],
         expired_before: datetime,
     ) -> tuple[list[str], list[str]]:
         """Sort stored objects, each with the uid in its name: may go, and unknown."""
         return self._database.ask(
-            garbage.find_leftovers, list(keys), crashed=crashed, expired_before=expired_before
+            garbage.find_leftovers,
+            list(keys),
+            crashed=crashed,
+            dropped=dropped,
+            expired_before=expired_before,
         )
 
     # Manifests written anew

@@ -103,13 +103,13 @@ def id_of_number(connection: Connection, number: int) -> int:
         NotFoundError: no version has that number, or it was expired.
     """
     found = connection.execute(
-        select(_version.c.id, _version.c.number, _version.c.expired_at).where(
+        select(_version.c.id, _version.c.number, _version.c.expired_at, _version.c.plan).where(
             _version.c.number == number
         )
     ).one_or_none()
     if found is not None:
         if found.expired_at is not None:
-            raise gone(found.number, found.expired_at)
+            raise gone(found.number, found.expired_at, found.plan)
         return int(found.id)
     newest = connection.scalar(select(schema.repository.c.last_version))
     if not newest:
@@ -128,11 +128,17 @@ def is_visible() -> ColumnElement[bool]:
     return and_(_version.c.number.is_not(None), _version.c.expired_at.is_(None))
 
 
-def gone(number: int, expired_at: datetime) -> NotFoundError:
-    """Return the error for a version that was expired: its row stays, its entries went."""
+def gone(number: int, expired_at: datetime, plan: int | None) -> NotFoundError:
+    """Return the error for a version that was expired, or that was forgotten and has a plan yet."""
+    when = f"{expired_at:%Y-%m-%d at %H:%M} UTC"
+    if plan is not None:
+        return NotFoundError(
+            f"no version v{number} any more: it was forgotten on {when}. Until the next gc, "
+            "'dcpstore undo' can bring it back; 'dcpstore ops' shows what it would undo first."
+        )
     return NotFoundError(
-        f"no version v{number} any more: it was expired on {expired_at:%Y-%m-%d at %H:%M} UTC. "
-        "See 'dcpstore log' for those that are kept."
+        f"no version v{number} any more: it was expired on {when}. See 'dcpstore log' for those "
+        "that are kept."
     )
 
 

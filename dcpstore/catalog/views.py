@@ -95,10 +95,11 @@ VIEWS = {
         WHERE v.number IS NOT NULL AND v.expired_at IS NULL""",
 }
 
-# The first and the last version that has each tensor; only versions that are kept have entries.
+# The first and the last version that has each tensor; forgotten ones have entries until gc.
 _HOLDERS = (
-    "SELECT tensor, MIN(version) AS version, MAX(version) AS last FROM entry"
-    " WHERE tensor IS NOT NULL GROUP BY tensor"
+    "SELECT e.tensor AS tensor, MIN(e.version) AS version, MAX(e.version) AS last"
+    " FROM entry e JOIN version w ON w.id = e.version"
+    " WHERE e.tensor IS NOT NULL AND w.expired_at IS NULL GROUP BY e.tensor"
 )
 
 

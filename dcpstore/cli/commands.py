@@ -40,6 +40,7 @@ _MODULES = {
     "import": "bridges",
     "export": "bridges",
     "expire": "expire",
+    "forget": "expire",
     "gc": "gc",
     "verify": "verify",
     "rebuild": "rebuild",

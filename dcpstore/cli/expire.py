@@ -1,4 +1,4 @@
-"""`dcpstore expire`: forget versions by rules."""
+"""`dcpstore expire` and `dcpstore forget`: let versions go, by rules or by name."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from datetime import datetime
 
 import click
 
-from dcpstore.cli.output import Column, counted, human_time, print_json, print_table
+from dcpstore.cli.output import Column, counted, human_time, print_json, print_table, visible
 from dcpstore.cli.session import Session, repo_options
 from dcpstore.retention import Best, Verdict
 
-__all__ = ["expire"]
+__all__ = ["expire", "forget"]
 
 _COLUMNS = (
     Column("VERSION"),
@@ -73,6 +73,31 @@ def expire(
         print_table(_COLUMNS, map(_row, report.verdicts))
     what = counted(len(report.expired), "version")
     click.echo(f"{what} would expire" if dry_run else f"{what} expired")
+
+
+@click.command()
+@click.argument("refs", metavar="REF...", nargs=-1, required=True)
+@click.option("--force", is_flag=True, help="Tagged versions too; their tags are deleted.")
+@click.option("--dry-run", is_flag=True, help="Change nothing, and say what would be forgotten.")
+@repo_options
+def forget(session: Session, refs: tuple[str, ...], force: bool, dry_run: bool) -> None:
+    """Forget the versions REF..., all or none; gc then frees their bytes.
+
+    Until then 'undo' brings them back. A branch whose tip is forgotten moves back to the nearest
+    ancestor that stays.
+    """
+    with session.open() as repo:
+        report = repo.forget(refs, force=force, dry_run=dry_run)
+    if session.json:
+        print_json(report)
+        return
+    would = "would be " if dry_run else ""
+    for version in report.versions:
+        click.echo(f"{version} {would or 'is '}forgotten")
+    for ref in report.deleted:
+        click.echo(f"{ref.kind} {visible(ref.name)} {would or 'is '}deleted; it was v{ref.version}")
+    for ref in report.moved:
+        click.echo(f"{ref.kind} {visible(ref.name)} {would or 'is '}v{ref.version}")
 
 
 def _best(text: str) -> Best:

@@ -49,6 +49,8 @@ def undo(session: Session, expect: int | None) -> None:
         done = repo.undo(expect=expect)
     if session.json:
         print_json(done)
+    elif done.target and done.old is None and done.new is None:
+        click.echo(f"brought back {done.target}")
     elif not done.target:
         click.echo(f"took back what was added to v{done.new}")
     elif done.new is None:

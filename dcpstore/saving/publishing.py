@@ -19,7 +19,7 @@ from dcpstore.catalog import Catalog
 from dcpstore.catalog.authors import this_user
 from dcpstore.catalog.checks import as_labels, as_metrics, check_draft
 from dcpstore.encoding.values import encode_value
-from dcpstore.errors import ConflictError, DcpstoreError, InvalidInputError
+from dcpstore.errors import ConflictError, DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.journal import write_journal
 from dcpstore.records import (
     EntryRecord,
@@ -203,6 +203,15 @@ def entries_before(
 
     The entries of a version that this process saved lately are remembered, without tensors' ids.
     """
+    try:
+        return _entries_of_parent(target, draft)
+    except NotFoundError:  # forgotten or expired meanwhile: the commit finds out, if it matters
+        return 0, {}
+
+
+def _entries_of_parent(
+    target: SaveTarget, draft: VersionDraft
+) -> tuple[int, Mapping[str, EntryRecord]]:
     ref: str | int | None = draft.branch
     if not any(known.name == ref for known in target.catalog.refs("branch")):
         ref = draft.parent

@@ -23,7 +23,7 @@ _FORMAT = 1
 _HEAD = '{{"format": 1, "digest": "{}", '
 _HEAD_PATTERN = re.compile(rb'\{"format": ([0-9]{1,9}), "digest": "([0-9a-f]{64})", ')
 _KEY_PATTERN = re.compile(r"operations/([0-9]{12,18})\.json")
-_WITHOUT_REF = ("expire", "gc")  # their target, if any, is no name
+_WITHOUT_REF = ("expire", "forget", "gc")  # their target, if any, is not a name
 
 # JSON: of any kind until `_check` has seen it, hence `Any`.
 Json = dict[str, Any]
@@ -77,14 +77,15 @@ def _check(said: Json) -> None:
     """Check every field that a rebuild uses."""
     fields.natural(said["operation"])
     kind, target = fields.text(said["kind"]), fields.text(said["target"])
-    if target and kind not in _WITHOUT_REF:
+    detail = {} if said["detail"] is None else said["detail"]
+    _check_detail(kind, detail)
+    is_of_versions = kind == "undo" and "versions" in detail  # the undo of a forget
+    if target and kind not in _WITHOUT_REF and not is_of_versions:
         check_name(target, kind="ref")
     for end in ("old", "new"):
         fields.optional(_check_named)(said[end])
     fields.text(said["author"])
     fields.time(said["created_at"])
-    detail = {} if said["detail"] is None else said["detail"]
-    _check_detail(kind, detail)
     if "version" in said:
         _check_version(said["version"])
     if "repository" in said:
@@ -101,12 +102,25 @@ def _check_named(version: Json) -> None:
     fields.natural(version["version"])
 
 
+def _check_ref(ref: Json) -> None:
+    """Check what an operation that changed several refs says of one."""
+    check_name(ref["name"], kind="ref")
+    if ref["kind"] not in ("tag", "branch"):
+        raise ValueError("a ref is a tag or a branch")
+    for end in ("old", "new"):
+        fields.optional(_check_named)(ref[end])
+
+
 def _check_detail(kind: str, detail: Json) -> None:
     fields.mapping(detail, lambda found: found)
-    if kind == "expire":
+    if kind in ("expire", "forget"):
         fields.items(detail["versions"], fields.uid)
+    if kind == "forget":
+        fields.items(detail["refs"], _check_ref)
     if kind == "undo":
         fields.natural(detail["undoes"])
+        fields.items(detail.get("versions", []), fields.uid)
+    fields.items(detail.get("refs", []), _check_ref)
     removed = fields.mapping(detail.get("removed", {}), lambda n: fields.items(n, fields.text))
     if not removed.keys() <= {"metrics", "labels"}:
         raise ValueError("metrics and labels can be removed, and nothing else")
@@ -115,8 +129,10 @@ def _check_detail(kind: str, detail: Json) -> None:
             fields.entries(added, fields.pack, fields.natural, fields.uid)
         else:
             fields.text(added)
-    for what in ("condemned", "deleted") if kind == "gc" else ():
-        fields.items(detail.get(what, []), fields.pack)
+    if kind == "gc":
+        for what in ("condemned", "deleted"):
+            fields.items(detail.get(what, []), fields.pack)
+        fields.items(detail.get("dropped", []), fields.uid)
 
 
 def _check_version(fact: Json) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from dcpstore.catalog.journal import changed_refs
 from dcpstore.storage.manifests import Manifest
 from dcpstore.uids import new_uid
 
@@ -49,18 +50,20 @@ def stand_ins(
     """
     uids = _named(operations)
     expired = {u for o in operations if o["kind"] == "expire" for u in o["detail"]["versions"]}
+    expired |= {
+        u for o in operations if o["kind"] == "gc" for u in (o["detail"] or {}).get("dropped", ())
+    }
     made_by = dict(_makers(operations, lost, uids))
     unnamed: dict[str, int] = {}
     made = []
     earlier = iter([*operations, None])
     following = next(earlier)
     at = operations[0]["created_at"]
-    tips: dict[str, Json | None] = {}
+    tips: dict[str, Mapping[str, Any] | None] = {}
     for number in lost:
         while following is not None and following["operation"] < number:
             at = following["created_at"]
-            if following["kind"] != "expire":
-                tips[following["target"]] = following["new"]
+            tips.update((change.name, change.new) for change in changed_refs(following))
             following = next(earlier)
         said = {
             "operation": number,
@@ -94,7 +97,8 @@ def _named(operations: Iterable[Json]) -> dict[int, str]:
     uids = {o["version"]["number"]: o["version"]["uid"] for o in operations if "version" in o}
     known = set(uids.values())
     for said in operations:
-        for end in (said["old"], said["new"]):
+        changed = (end for change in changed_refs(said) for end in (change.old, change.new))
+        for end in (said["old"], said["new"], *changed):
             if end is not None and end["version"] and end["uid"] not in known:
                 known.add(end["uid"])
                 uids.setdefault(end["version"], end["uid"])
@@ -172,7 +176,7 @@ def _parent(
     number: int,
     manifest: Manifest | None,
     uids: Mapping[int, str],
-    tips: Mapping[str, Json | None],
+    tips: Mapping[str, Mapping[str, Any] | None],
 ) -> Json:
     """Return the parent by its uid: as the manifest says, else where the branch was before."""
     parent = None

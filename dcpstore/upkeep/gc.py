@@ -113,6 +113,7 @@ def collect(
         catalog,
         storage,
         crashed=found.crashed,
+        dropped=found.dropped,
         expired_before=began - grace,
         old=began - max(grace, lease),
         dry_run=dry_run,
@@ -154,6 +155,7 @@ def _clear_leftovers(
     storage: Storage,
     *,
     crashed: Sequence[str],
+    dropped: Sequence[str],
     expired_before: datetime,
     old: datetime,
     dry_run: bool,
@@ -165,7 +167,7 @@ def _clear_leftovers(
     # Listed before the catalog is asked: what appears later may belong to a save that it misses.
     keys = [(key, key.split("/")[1].split(".")[0]) for key in _listed(storage)]
     leftovers, strange = catalog.upkeep().find_leftovers(
-        keys, crashed=crashed, expired_before=expired_before
+        keys, crashed=crashed, dropped=dropped, expired_before=expired_before
     )
     leftovers += _half_written(storage, old)
     uids = dict(keys)

@@ -11,6 +11,7 @@ from dcpstore.catalog.authors import this_user
 from dcpstore.durations import Duration
 from dcpstore.errors import InvalidInputError
 from dcpstore.journal import changing_repository, journaled
+from dcpstore.records import ForgetReport, Version
 from dcpstore.retention import Best, ExpireReport, Retention, expire
 from dcpstore.storage.interface import Storage
 
@@ -61,6 +62,39 @@ class Upkept:
         """
         rules = Retention(keep_last, keep_every, keep_best, keep_tagged, keep_since)
         return expire(self.catalog, rules, author=this_user(), branch=branch, dry_run=dry_run)
+
+    @journaled
+    def forget(
+        self,
+        refs: str | int | Iterable[str | int],
+        *,
+        force: bool = False,
+        dry_run: bool = False,
+    ) -> ForgetReport:
+        """Forget these versions, in one operation; `gc` then frees their bytes.
+
+        Until that `gc`, `undo` brings them back. The versions that were saved after them stay, and
+        keep their history. A branch whose tip is forgotten moves back to the nearest ancestor that
+        stays; where there is none, the branch goes too.
+
+        Args:
+            refs: the versions, or one of them. If one of the refs names nothing, none is forgotten.
+            force: forget tagged versions too, and delete their tags.
+            dry_run: change nothing, and tell what would be forgotten.
+
+        Raises:
+            NotFoundError: a ref names nothing.
+            InvalidInputError: a version is tagged, and `force` is not given.
+        """
+        if isinstance(refs, str | int | Version):
+            refs = [refs]
+        if not isinstance(refs, Iterable):
+            raise InvalidInputError(
+                f"refs={refs!r} are not refs; pass a list such as ['v1', 'v2']."
+            )
+        return self.catalog.upkeep().forget(
+            list(refs), force=force, dry_run=dry_run, author=this_user()
+        )
 
     @journaled
     def gc(

@@ -98,6 +98,7 @@ NEEDED = {
     "rollback": ["v1"],
     "export": ["v1", "out", "--format", "zarr"],
     "expire": ["--keep-last", "1"],
+    "forget": ["v1"],
 }
 MAY_MAKE = {"init", "import", "rebuild", "copy"}  # what they fill may be new
 

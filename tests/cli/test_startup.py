@@ -26,6 +26,7 @@ ARGS = {
     "sql": ("SELECT * FROM history",),
     "db-upgrade": (),
     "expire": ("--keep-last", "1"),
+    "forget": ("best", "--force", "--dry-run"),
     "gc": (),
     "status": (),
     "init": ("new",),  # last, for it loads more

@@ -1,4 +1,4 @@
-"""expire, gc, verify, rebuild and copy, as a shell sees them."""
+"""expire, forget, gc, verify, rebuild and copy, as a shell sees them."""
 
 import json
 from pathlib import Path
@@ -43,6 +43,31 @@ def test_expire_explains_and_then_forgets(run: Run, folder: str) -> None:
     assert [one["version"] for one in said if one["expired"]] == [2]
     shown = run("show", "v2", repo=folder)
     assert (shown.exit_code, "expired on" in shown.output) == (1, True)
+
+
+def test_forget_and_its_undo(run: Run, folder: str) -> None:
+    run("tag", "epoch=0-step=8", "v2", repo=folder)
+    refused = run("forget", "v1", "v2", repo=folder)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "v2 (epoch=0-step=8)" in refused.stderr
+    assert (run("forget", "v1", "v9", repo=folder).exit_code, run("forget").exit_code) == (1, 2)
+    args = ("forget", "v1", "epoch=0-step=8", "main", "--force")
+    assert run(*args, "--dry-run", repo=folder).stdout.splitlines() == [
+        "v1 would be forgotten",
+        "v2 would be forgotten",
+        "v4 would be forgotten",
+        "tag epoch=0-step=8 would be deleted; it was v2",
+        "branch main would be v3",
+    ]
+    said = json.loads(run(*args, "--json", repo=folder).stdout)
+    assert [version["number"] for version in said["versions"]] == [1, 2, 4]
+    assert said["deleted"] == [{"name": "epoch=0-step=8", "kind": "tag", "version": 2}]
+    assert said["moved"] == [{"name": "main", "kind": "branch", "version": 3}]
+    assert said["dry_run"] is False
+    assert [v["number"] for v in json.loads(run("log", "--json", repo=folder).stdout)] == [3]
+    undone = run("undo", repo=folder)
+    assert undone.stdout == "brought back v1-v2,v4\n"
+    assert len(json.loads(run("log", "--json", repo=folder).stdout)) == 4
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,10 @@ def check(operation: Operation, site: Site, ended: bool) -> None:
         check_versions(repo)
         if repo.operations(limit=1):
             assert_sound(repo)
+        (made,) = repo.sql("SELECT count(number) AS n FROM version")  # those forgotten, too
         saved = dcpstore.save(state(90), repo)
         # no number is left out, nor given twice
-        assert saved.number == max(operation.before | numbers, default=0) + 1
+        assert saved.number == made.n + 1
         for _ in range(2):  # the second deletes what the first condemned
             repo.gc(grace="0s", lease="0s")
         check_folder(repo)
@@ -163,6 +164,37 @@ def save_first(site: Site, rank: int) -> None:
     save(site, 1)
 
 
+def forget(site: Site, rank: int) -> None:
+    with site.open() as repo:
+        assert repo.forget(["s1", 3], force=True).forgotten == (1, 3)
+
+
+def forgotten(site: Site) -> None:
+    three_versions(site)
+    forget(site, 0)
+
+
+def undo(site: Site, rank: int) -> None:
+    with site.open() as repo:
+        repo.undo()
+
+
+def best_tagged(site: Site) -> None:
+    three_versions(site)
+    with site.open() as repo:
+        repo.tag("best", 1)
+
+
+def move_best(site: Site, rank: int) -> None:
+    with site.open() as repo:
+        repo.tag("best", 3, move=True)
+
+
+def check_best(site: Site) -> None:
+    with site.open() as repo:
+        assert repo.show("best").number in (1, 3)
+
+
 def untagged(site: Site) -> None:
     """Prepare versions of which the first three may go; the third shares a part with the second."""
     three_versions(site)
@@ -255,6 +287,9 @@ def _listed() -> list[Operation]:
         Operation("create", empty, create, none, none),
         Operation("first save", empty, save_first, none, one),
         Operation("expire", untagged, expire, four, last),
+        Operation("forget", three_versions, forget, three, frozenset({2})),
+        Operation("undo of a forget", forgotten, undo, frozenset({2}), three),
+        Operation("move a tag", best_tagged, move_best, three, three, mend=check_best),
         Operation("gc: repack", expired, repack, last, last),
         Operation("gc: delete", condemned, delete, last, last),
         Operation("rebuild", lost_catalog, rebuild_catalog, last, last, mend=rebuild_again),

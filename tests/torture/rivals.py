@@ -227,7 +227,7 @@ def rename(site: Site, seed: int) -> int:
 
 def rename_once(repo: Repository, chance: random.Random) -> None:
     name, version = chance.choice("xyz"), chance.randint(1, 3)
-    match chance.randrange(7):
+    match chance.randrange(8):
         case 0:
             repo.tag(name, version)
         case 1:
@@ -240,6 +240,8 @@ def rename_once(repo: Repository, chance: random.Random) -> None:
             repo.delete_branch(f"b{name}")
         case 5:
             repo.tag(name, version, move=True)
+        case 6:
+            repo.forget(version, force=chance.random() < 0.5)
         case _:
             repo.undo()
 
