@@ -6,9 +6,10 @@ An encoder that is called once a line costs more than the line. All of it is com
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii
+
+from dcpstore.records import ObjectPath, StatePath
 
 __all__ = ["encode", "integers", "path", "quoted"]
 
@@ -22,6 +23,9 @@ def integers(values: tuple[int, ...]) -> str:
     return f"[{','.join(map(str, values))}]"
 
 
-def path(keys: Iterable[str | int]) -> str:
-    """Return the names and numbers that lead to an object."""
-    return f"[{','.join([quoted(key) if isinstance(key, str) else str(key) for key in keys])}]"
+def path(keys: ObjectPath) -> str:
+    """Return the names and numbers that lead to an object, as `StatePath.parsed` reads them."""
+    text = f"[{','.join([quoted(key) if isinstance(key, str) else str(key) for key in keys])}]"
+    if not isinstance(keys, StatePath) or (len(keys) == 1 and not keys.marks):
+        return text
+    return f"[{text},{quoted(keys.marks)}]" if keys.marks else f"[{text}]"

@@ -7,7 +7,7 @@ never leave the catalog; torch and zarr objects never enter it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, NamedTuple, SupportsIndex, overload
@@ -35,6 +35,7 @@ __all__ = [
     "Row",
     "RunningSave",
     "ShardRecord",
+    "StatePath",
     "StoredChunk",
     "TensorRecord",
     "Version",
@@ -45,6 +46,49 @@ __all__ = [
 CodecSetting = Literal["auto", "none", "blosc", "zstd"]
 EntryKind = Literal["tensor", "value", "blob"]
 ObjectPath = tuple[str | int, ...]
+
+
+class StatePath(tuple[str | int, ...]):
+    """A path of which it is recorded what it leads through; it equals the plain tuple.
+
+    Attributes:
+        marks: one a part, as `dcpstore.planning.nesting` writes them; empty where each part is a
+            text key of a dict, or a place in a list.
+    """
+
+    marks: str = ""
+
+    def __new__(cls, parts: Iterable[str | int], marks: str = "") -> StatePath:
+        path = super().__new__(cls, parts)
+        if marks:
+            path.marks = marks
+        return path
+
+    def __reduce__(self) -> tuple[type[StatePath], tuple[ObjectPath, str]]:
+        return type(self), (tuple(self), self.marks)
+
+    @staticmethod
+    def parsed(found: Any) -> ObjectPath:
+        """Return a path out of JSON: a list of names and numbers, or of such a list and its marks.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        marks = ""
+        is_recorded = isinstance(found, list) and bool(found) and isinstance(found[0], list)
+        if is_recorded:
+            found, *rest = found
+            if rest:
+                (marks,) = rest
+        if (
+            not isinstance(found, list)
+            or not isinstance(marks, str)
+            or not all(type(part) in (str, int) for part in found)
+        ):
+            raise ValueError("not a list of names and numbers")
+        return StatePath(found, marks) if is_recorded else tuple(found)
+
+
 PartRecord = Grid  # a part of a tensor is a chunk grid inside it
 
 

@@ -66,6 +66,7 @@ LADDERS = [
     ("errors", "compositions"),
     ("records", "compositions"),
     ("geometry", "records"),
+    ("records", "jsontext"),
     ("repository", "api"),
     ("repository", "arguments"),
     ("arguments", "api"),

@@ -78,7 +78,7 @@ def load_entries(
     query = query.where(entry.c.version == version_id).order_by(entry.c.fqn)
     rows = connection.execute(_narrowed(query, wanted))
     found = [
-        EntryRecord(fqn, tuple(path), kind, None if held is None else tensors[held], value)
+        EntryRecord(fqn, path, kind, None if held is None else tensors[held], value)
         for fqn, path, kind, held, value in rows.all()
     ]
     if fqns is not None and (missing := set(fqns) - {record.fqn for record in found}):

@@ -19,7 +19,7 @@ from sqlalchemy.types import TypeDecorator
 
 from dcpstore import jsontext
 from dcpstore.errors import CorruptionError
-from dcpstore.records import ObjectPath
+from dcpstore.records import ObjectPath, StatePath
 
 __all__ = [
     "Bytes",
@@ -114,10 +114,7 @@ class PathText(_Checked[ObjectPath]):
         """Return the path."""
         if value is None:
             return None
-        path = json.loads(value)
-        if not isinstance(path, list) or not all(type(key) in (str, int) for key in path):
-            raise ValueError("not a list of names and numbers")
-        return tuple(path)
+        return StatePath.parsed(json.loads(value))
 
 
 class UtcTime(_Checked[datetime]):

@@ -21,10 +21,9 @@ from torch.distributed.checkpoint.metadata import (
 from dcpstore.arguments import RepositoryLike
 from dcpstore.convert.dcp_metadata import read_description, stored_at
 from dcpstore.convert.dcp_writing import ExportPlanner, write_folder
-from dcpstore.convert.exporting import Exported, ExportedVersion
+from dcpstore.convert.exporting import DEEPEST, Exported, ExportedVersion
 from dcpstore.convert.file_tensors import FileBox, FileTensor
 from dcpstore.convert.importing import Foreign, Naming, save_foreign
-from dcpstore.convert.nesting import DEEPEST
 from dcpstore.convert.sources import FileView
 from dcpstore.convert.targets import new_folder
 from dcpstore.convert.torch_archive import load_archive, open_source

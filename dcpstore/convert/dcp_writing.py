@@ -62,7 +62,9 @@ class ExportPlanner(DefaultSavePlanner):
         """Take the paths of the version, under which torch's loads nest it again."""
         super().set_up_planner(state_dict, storage_meta, is_coordinator)
         named = self._tensors.keys() | self._values.keys()
-        self.mappings = {fqn: p for fqn, p in self._version.paths.items() if fqn in named}
+        self.mappings = {
+            fqn: tuple(path) for fqn, path in self._version.paths.items() if fqn in named
+        }
 
     def create_local_plan(self) -> SavePlan:
         """Return an item for each box of a tensor, and one for each value."""

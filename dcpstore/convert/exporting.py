@@ -15,6 +15,7 @@ import torch
 
 from dcpstore.convert.dtype_option import converted, wanted_dtype
 from dcpstore.encoding.dtypes import as_bytes, torch_dtype
+from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box
 from dcpstore.reading.boxes import BoxRequest, read_boxes
 from dcpstore.reading.values import read_values
@@ -22,8 +23,9 @@ from dcpstore.records import EntryRecord, ObjectPath, TensorRecord, Version
 from dcpstore.repository import Repository
 from dcpstore.storage.packs import PackReader
 
-__all__ = ["Exported", "ExportedTensor", "ExportedVersion"]
+__all__ = ["DEEPEST", "Exported", "ExportedTensor", "ExportedVersion"]
 
+DEEPEST = 100  # containers one in another that a format nests, as in values
 _BOX = 64 << 20  # bytes of a tensor that are read at a time, where its chunks allow it
 
 
@@ -131,6 +133,20 @@ class ExportedVersion:
         ]
         self.plain = [e for e in entries if e.kind != "tensor" and not tensors_only]
         self.paths: dict[str, ObjectPath] = {entry.fqn: entry.path for entry in entries}
+
+    def nested_paths(self) -> dict[str, ObjectPath]:
+        """Return the paths for a format that nests the state again.
+
+        Raises:
+            InvalidInputError: one is too long for that.
+        """
+        for fqn, path in self.paths.items():
+            if len(path) > DEEPEST:
+                raise InvalidInputError(
+                    f"{fqn[:200]!r} lies {len(path)} containers deep, past {DEEPEST}; export as "
+                    "safetensors or zarr, which keep the state flat."
+                )
+        return self.paths
 
     def read(self, tensor: ExportedTensor, box: Box) -> torch.Tensor:
         """Return the elements of a box, verified, in the dtype of the export."""

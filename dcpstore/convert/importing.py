@@ -6,12 +6,10 @@ which asks for a chunk at a time (invariant: a tensor is never held as a whole).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem
 
@@ -21,6 +19,7 @@ from dcpstore.convert.dtype_option import converted, wanted_dtype
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box
 from dcpstore.planning import DefaultSavePlanner
+from dcpstore.planning.nesting import flattened, joined_path
 from dcpstore.records import ObjectPath, Version
 
 __all__ = ["Foreign", "ForeignTensor", "ImportPlanner", "Naming", "save_foreign"]
@@ -82,9 +81,9 @@ class Foreign:
         Raises:
             InvalidInputError: an FQN is taken.
         """
-        flat, paths = flattened({fqn: value})
-        for name, item in flat.items():
-            whole = (*path, *paths[name][1:])
+        flat = flattened({fqn: value})
+        for name, item in flat.items.items():
+            whole = joined_path(path, flat.paths.recorded(name))
             if isinstance(item, torch.Tensor):
                 self.add_tensor(name, whole, _InMemory(item.detach()))
             else:
@@ -98,25 +97,6 @@ class Foreign:
                 f"{path}; rename one of them before the import."
             )
         self.paths[fqn] = path
-
-
-def flattened(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, ObjectPath]]:
-    """Return the items of a nested state by FQN, and their paths, as DCP flattens it.
-
-    Raises:
-        InvalidInputError: two items have the same FQN, or it is nested without end.
-    """
-    try:
-        flat, paths = flatten_state_dict(dict(state))
-    except ValueError as error:
-        raise InvalidInputError(
-            f"{error}: two items of the checkpoint have the same FQN; rename one of the keys."
-        ) from error
-    except RecursionError as error:
-        raise InvalidInputError(
-            "the checkpoint is nested too deep, or contains itself; flatten it before the import."
-        ) from error
-    return flat, paths
 
 
 class ImportPlanner(DefaultSavePlanner):

@@ -7,16 +7,18 @@ the name that was left out, and the one that was kept.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dcpstore.convert.nesting import DEEPEST
+from dcpstore import jsontext
+from dcpstore.convert.exporting import DEEPEST
 from dcpstore.convert.safetensors_header import Header
 from dcpstore.encoding.values import decode_value, encode_value
 from dcpstore.errors import CorruptionError
-from dcpstore.records import ObjectPath
+from dcpstore.records import ObjectPath, StatePath
 
 __all__ = ["aliases", "notes", "paths_of", "plain_text", "values_of"]
 
@@ -33,7 +35,11 @@ def notes(
         paths: of the file's FQNs; those that are the FQN alone are not said.
         ties: for each name that is left out, the one that is kept.
     """
-    nested = {fqn: list(path) for fqn, path in paths.items() if path != (fqn,)}
+    nested = {
+        fqn: json.loads(jsontext.path(path))
+        for fqn, path in paths.items()
+        if path != (fqn,) or (isinstance(path, StatePath) and path.marks)
+    }
     found = {"format": "pt", **ties}
     if values:
         found[_VALUES] = json.dumps({fqn: json.loads(text) for fqn, text in values.items()})
@@ -76,14 +82,13 @@ def paths_of(header: Header) -> dict[str, ObjectPath]:
     found = _parsed(header, _PATHS)
     if not isinstance(found, dict):
         return {}
-    return {
-        fqn: tuple(path)
-        for fqn, path in found.items()
-        if isinstance(path, list)
-        and 0 < len(path) <= DEEPEST
-        and isinstance(path[0], str)
-        and all(isinstance(part, str) or type(part) is int for part in path)
-    }
+    paths = {}
+    for fqn, given in found.items():
+        with contextlib.suppress(ValueError):
+            path = StatePath.parsed(given)
+            if 0 < len(path) <= DEEPEST and isinstance(path[0], str):
+                paths[fqn] = path
+    return paths
 
 
 def _decoded(file: Path, node: object) -> object:

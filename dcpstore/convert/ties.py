@@ -13,8 +13,7 @@ import re
 
 import torch
 
-from dcpstore.convert.exporting import ExportedTensor, ExportedVersion
-from dcpstore.convert.nesting import DEEPEST
+from dcpstore.convert.exporting import DEEPEST, ExportedTensor, ExportedVersion
 
 __all__ = ["find_ties"]
 

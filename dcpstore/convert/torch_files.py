@@ -15,14 +15,14 @@ import torch
 
 from dcpstore.arguments import RepositoryLike
 from dcpstore.convert.exporting import Exported, ExportedVersion
-from dcpstore.convert.importing import Foreign, Naming, flattened, save_foreign
-from dcpstore.convert.nesting import nested_state
+from dcpstore.convert.importing import Foreign, Naming, save_foreign
 from dcpstore.convert.targets import new_file
 from dcpstore.convert.ties import find_ties
 from dcpstore.convert.torch_archive import Loaded, is_archive, load_archive, open_source
 from dcpstore.convert.torch_writing import PlannedTensor, write_archive
 from dcpstore.encoding.values import PlannerBytes, encode_value
 from dcpstore.errors import InvalidInputError, NotFoundError, UnsafeDataError
+from dcpstore.planning.nesting import flattened, nested_state
 from dcpstore.records import Version
 from dcpstore.repository import opened
 
@@ -106,7 +106,7 @@ def export_torch(
                 entry.fqn: _plain(value) for entry, value in zip(version.plain, values, strict=True)
             },
         }
-        write_archive(file, nested_state(items, version.paths))
+        write_archive(file, nested_state(items, version.nested_paths()))
         written = [tensor for tensor in version.tensors if tensor.fqn in planned]
         return version.report(target, "torch", files=1, tensors=written)
 
@@ -120,17 +120,19 @@ def _read(path: Path, *, allow_pickle: bool) -> Foreign:
     if not path.is_file():
         raise NotFoundError(f"no file {str(path)!r}; give a file that torch.save wrote.")
     archive = _loaded(path, device="meta", allow_pickle=allow_pickle)
-    items, paths = flattened(archive.held)
+    flat = flattened(archive.held)
+    items = flat.items
     if any(_needs_pickle(item) for item in items.values()):
         # What such a value holds inside is unknown, and may be tensors: it is loaded with data.
-        whole, _ = flattened(_loaded(path, device="cpu", allow_pickle=allow_pickle).held)
+        whole = flattened(_loaded(path, device="cpu", allow_pickle=allow_pickle).held).items
         items |= {fqn: whole[fqn] for fqn, item in items.items() if _needs_pickle(item)}
     foreign = Foreign()
     for fqn, item in items.items():
+        at = flat.paths.recorded(fqn)
         if isinstance(item, torch.Tensor):
-            foreign.add_tensor(fqn, paths[fqn], archive.whole_tensor(item, path, fqn=fqn))
+            foreign.add_tensor(fqn, at, archive.whole_tensor(item, path, fqn=fqn))
         else:
-            foreign.add_value(fqn, paths[fqn], item)
+            foreign.add_value(fqn, at, item)
     return foreign
 
 

@@ -37,8 +37,9 @@ from dcpstore.planning.checks import (
     check_results,
     check_tiling,
 )
+from dcpstore.planning.save_planner import recorded_by
 from dcpstore.planning.tables import GlobalTable, PlanTable
-from dcpstore.records import ChunkPlace, PackRecord, Version, VersionDraft
+from dcpstore.records import ChunkPlace, ObjectPath, PackRecord, Version, VersionDraft
 from dcpstore.repository import Repository, opened
 from dcpstore.retention import Retention
 from dcpstore.saving.assembly import Books
@@ -133,6 +134,7 @@ class RepositoryWriter(StorageWriter):
         self._rank = 0
         self._is_alone = False  # torch was told to use no collectives: each rank its own version
         self._is_cached = False  # torch sent plans of this save in part only
+        self._paths: Mapping[str, ObjectPath] = {}
         self._is_spent = False  # `save_id` belongs to a save that was begun
         self._is_pending = False  # its version waits for commit or abort; on the coordinator
         self.save_id, self._next_id = new_uid(), new_uid()
@@ -227,6 +229,7 @@ class RepositoryWriter(StorageWriter):
             UnsafeDataError: an item is neither tensor nor value, and pickle is not allowed.
         """
         self._is_spent = True
+        self._paths = recorded_by(planner)
         if plan.items and not isinstance(plan.storage_data, _Layouts):
             raise InvalidInputError(
                 "the plan has lost its storage_data on the way; a planner must keep what the "
@@ -283,7 +286,7 @@ class RepositoryWriter(StorageWriter):
         reports = [_report_of(rank, given) for rank, given in enumerate(results)]
         table = GlobalTable.of([report.planned for report in reports])
         check_results(metadata, results, table)
-        paths, planner_data = kept_planner_data(metadata.planner_data)
+        paths, planner_data = kept_planner_data(metadata.planner_data, self._paths)
         with self._opened() as target, self._aborting(target):
             draft = self._begin(target, ranks=len(reports))
             layouts = {fqn: layout for report in reports for fqn, layout in report.layouts.items()}

@@ -34,7 +34,7 @@ def describe_entries(entries: Iterable[EntryRecord], storage_meta: StorageMeta) 
     described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     paths = {}
     for entry in entries:
-        paths[entry.fqn] = entry.path
+        paths[entry.fqn] = tuple(entry.path)
         if entry.kind == "tensor":
             assert entry.tensor is not None
             shape = torch.Size(entry.tensor.shape)

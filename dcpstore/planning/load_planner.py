@@ -10,21 +10,12 @@ from __future__ import annotations
 import difflib
 import io
 import pickle
-from collections.abc import (
-    Collection,
-    Iterable,
-    Iterator,
-    Mapping,
-    MutableMapping,
-    MutableSequence,
-    Sequence,
-)
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import default_planner as torch_planner
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
-from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
@@ -35,14 +26,15 @@ from dcpstore.geometry.boxes import Box
 from dcpstore.planning.assembling import Assemblies
 from dcpstore.planning.composed import spliced
 from dcpstore.planning.load_options import LoadOptions
+from dcpstore.planning.nesting import Place, flattened, is_empty_container
+from dcpstore.planning.plain import nesting_checked
 from dcpstore.planning.room import check_room, make_room
-from dcpstore.planning.shards import LocalShard, is_sharded, local_shards
+from dcpstore.planning.shards import LocalShard, flat_shards, is_sharded, local_shards
 from dcpstore.planning.targets import target_fault
 
 __all__ = ["DefaultLoadPlanner"]
 
 _NO_OFFSET = torch.Size((0,))
-_NO_KEY = object()  # None is a key like any other
 # What torch's wrappers put into the names of a module's state: compile, DDP, activation
 # checkpointing, FSDP1.
 _WRAPPERS = (
@@ -83,6 +75,8 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         self.stored: set[str] = set()
         self.optional: Sequence[str] = ()
         self.compositions: Mapping[str, Composition] = {}
+        self._places: Mapping[str, Place] = {}
+        self._names: list[str] | None = None
         self._rooms: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._views: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 
@@ -95,29 +89,35 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         """Take the state to fill, and torch's description of what is stored.
 
         Raises:
-            InvalidInputError: two items flatten to the same FQN.
+            InvalidInputError: two items have the same FQN, or it is nested without end.
         """
         self.original_state_dict = state_dict
         self.metadata = metadata
         self.is_coordinator = is_coordinator
         stored = metadata.state_dict_metadata if metadata is not None else {}
-        self._composed = Assemblies(state_dict, stored, self.options.stored_name)
-        state_dict = self._composed.state
-        try:
-            if self.flatten_state_dict:
-                state_dict, self.mappings = flatten_state_dict(state_dict)
-            elif self._composed:
-                state_dict = spliced(state_dict)
-        except ValueError as error:
-            raise InvalidInputError(
-                f"{error}: two items of the state have the same FQN; rename one of the keys."
-            ) from error
-        if self.flatten_sharded_tensors:  # after that, as at a save: it makes mappings of its own
-            state_dict = _flatten_sharded_tensors(state_dict)
+        with nesting_checked():
+            self._composed = Assemblies(state_dict, stored, self.options.stored_name)
+        self._places, self._names = {}, None
+        if self.flatten_state_dict:
+            flat = flattened(self._composed.state, is_leaf=self._is_stored)
+            state_dict, self.mappings, self._places = flat.items, flat.paths, flat.places
+            if self._composed:  # whose state has containers that are not the caller's
+                own = flattened(self.original_state_dict, is_leaf=self._is_stored)
+                self._places = own.places
+        elif self._composed:
+            state_dict = spliced(self._composed.state)
+        if self.flatten_sharded_tensors:
+            state_dict = flat_shards(state_dict)
         self.state_dict = state_dict
         self._composed.named(state_dict)
         self._rooms, self._views = {}, {}
         self.missing, self.cast, self.stored = [], [], set()
+
+    def _is_stored(self, fqn: str) -> bool:
+        """Tell whether the version has an entry for an FQN of the state itself."""
+        if self.metadata is None:
+            return False
+        return self.options.stored_name(fqn) in self.metadata.state_dict_metadata
 
     def create_local_plan(self) -> LoadPlan:
         """Return the read items of this rank.
@@ -146,6 +146,8 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
             if kept is None and f"{name}.{MARK}" in stored:
                 differences.append(self._is_composed(fqn, name, wanted))
                 continue
+            if is_empty_container(wanted) and self._is_left(wanted, name, kept, stored):
+                continue
             if kept is None:
                 absent.append((fqn, name))
                 continue
@@ -161,6 +163,23 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         if differences:
             raise MismatchError.listing(differences)
         return LoadPlan(items)
+
+    def _is_left(
+        self, wanted: object, name: str, kept: object, stored: Mapping[str, object]
+    ) -> bool:
+        """Tell whether an empty container of the state stays as it is.
+
+        The version may hold items in its place, which the state does not ask for; and it does not
+        know of an empty dict where torch or an older dcpstore wrote it.
+        """
+        if kept is not None:
+            return False
+        if isinstance(wanted, Mapping):
+            return True
+        if self._names is None:
+            self._names = sorted(stored)
+        at = bisect_left(self._names, f"{name}.")
+        return at < len(self._names) and self._names[at].startswith(f"{name}.")
 
     def targets(self) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
         """Yield the FQN, the offsets and the local view of each box that the load is to fill."""
@@ -345,49 +364,38 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
             self._set_item(*whole)
 
     def _set_item(self, fqn: str, value: object) -> None:
+        own = self.state_dict.get(fqn)  # a composed tensor has only its parts there
+        if is_empty_container(value) and is_empty_container(own) and type(value) is type(own):
+            return  # the caller's own container is what was saved already
         self.state_dict[fqn] = value  # which may be a copy, or flat
-        container, key = self._place(fqn)
-        if key is not _NO_KEY:
-            container[key] = value
+        place = self._place(fqn)
+        if place is not None:
+            place.put(value)
 
-    def _place(self, fqn: str) -> tuple[Any, Any]:
-        """Return the container that holds an item in the caller's state, and its key there.
+    def _place(self, fqn: str) -> Place | None:
+        """Return where an item stands in the caller's state.
 
-        The key is `_NO_KEY` where a planner has renamed the items of `state_dict`.
+        It is None where a planner has renamed the items of `state_dict`.
         """
         if fqn in self._composed.outer:
-            return self._composed.place(fqn)
-        found = self._composed.path(fqn)
-        if found is None:
-            found = self.mappings.get(fqn, (fqn,)) if self.flatten_state_dict else (fqn,)
-        *parents, last = found
-        container: Any = self.original_state_dict
-        for part in parents:
-            container = container[_own_key(container, part)]
-        return container, _own_key(container, last)
+            return Place(*self._composed.place(fqn))
+        place = self._places.get(fqn)
+        if place is None and fqn in self.original_state_dict:
+            return Place(self.original_state_dict, fqn)
+        return place
 
     def _check_place(self, fqn: str) -> None:
-        container, _ = self._place(fqn)
-        if not isinstance(container, MutableMapping | MutableSequence):
+        place = self._place(fqn)
+        if place is not None and not place.is_open:
             raise InvalidInputError(
-                f"{fqn!r} lies in a {type(container).__name__}, in which nothing can be replaced; "
-                "have a dict there."
+                f"{fqn!r} lies in a {place.kind}, in which nothing can be replaced; have a dict "
+                "there."
             )
 
     def _may_lack(self, fqn: str) -> bool:
         if self.allow_partial_load or not self.options.strict:
             return True
         return any(fqn == name or fqn.startswith(f"{name}.") for name in self.optional)
-
-
-def _own_key(container: Any, part: str | int) -> Any:
-    """Return the key that flattening wrote as `part`: torch turns every mapping key into text.
-
-    It is `_NO_KEY` where the container has none.
-    """
-    if isinstance(container, MutableSequence) or part in container:
-        return part
-    return next((key for key in container if str(key) == part), _NO_KEY)
 
 
 def _value_item(fqn: str, name: str) -> ReadItem:

@@ -7,6 +7,7 @@ cannot be stored, whatever torch would raise of it.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -115,9 +116,12 @@ def _visit(value: Any, path: Path, visit: Callable[[Path, torch.Tensor], None]) 
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             _visit(inner, (*path, key), visit)
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         for i, inner in enumerate(value):
             _visit(inner, (*path, i), visit)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for one in dataclasses.fields(value):
+            _visit(getattr(value, one.name, None), (*path, one.name), visit)
 
 
 def _local_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:

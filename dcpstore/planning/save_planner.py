@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,21 +26,23 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import (
     SavePlan,
+    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
 
 from dcpstore.compositions import MARK, Composition
-from dcpstore.errors import InvalidInputError
 from dcpstore.planning.balance import share_out
 from dcpstore.planning.checks import check_agreement, check_names, check_tiling
 from dcpstore.planning.composed import spliced, take_apart
+from dcpstore.planning.nesting import FlatPaths, flattened, recorded_paths
 from dcpstore.planning.plain import nesting_checked
-from dcpstore.planning.shards import is_sharded, local_shards, no_shard
+from dcpstore.planning.shards import flat_shards, is_sharded, local_shards, no_shard
 from dcpstore.planning.tables import GlobalTable, PlanTable
+from dcpstore.records import ObjectPath
 
-__all__ = ["DefaultSavePlanner", "plan_globally"]
+__all__ = ["DefaultSavePlanner", "plan_globally", "recorded_by"]
 
 
 class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
@@ -49,7 +51,13 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
     Where it differs from torch's: replicas are spread by the bytes that each rank really writes,
     strided shards become one item a box, and a plan that does not tile its tensors is refused with
     the FQN and the ranks. The arguments are torch's.
+
+    Attributes:
+        recorded_paths: of all ranks, once the global plan is made: those of torch's description,
+            with what they lead through, which torch's own form cannot say.
     """
+
+    recorded_paths: Mapping[str, ObjectPath] = MappingProxyType({})
 
     def set_up_planner(
         self,
@@ -60,18 +68,20 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
         """Take the state to save.
 
         Raises:
-            InvalidInputError: two items flatten to the same FQN, or it is nested without end.
+            InvalidInputError: two items have the same FQN, or it is nested without end.
         """
         with nesting_checked():
             state_dict = take_apart(state_dict)
-            if not self.flatten_state_dict:
-                state_dict = spliced(state_dict)
-            try:
-                super().set_up_planner(state_dict, storage_meta, is_coordinator)
-            except ValueError as error:
-                raise InvalidInputError(
-                    f"{error}: two items of the state have the same FQN; rename one of the keys."
-                ) from error
+        self.mappings = FlatPaths()
+        if self.flatten_state_dict:
+            flat = flattened(state_dict)
+            state_dict, self.mappings = flat.items, flat.paths
+        else:
+            state_dict = spliced(state_dict)
+        if self.flatten_sharded_tensors:
+            state_dict = flat_shards(state_dict)
+        self.state_dict = state_dict
+        self.is_coordinator = is_coordinator
         self._views: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 
     def create_local_plan(self) -> SavePlan:
@@ -123,8 +133,9 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
         ]
         described = Metadata(_describe(plans))
         if self.flatten_state_dict:
-            paths = dict(ChainMap(*(plan.planner_data or {} for plan in plans)))
-            described = dataclasses.replace(described, planner_data=paths)
+            self.recorded_paths = recorded_paths(plan.planner_data for plan in plans)
+            plain = {fqn: tuple(path) for fqn, path in self.recorded_paths.items()}
+            described = dataclasses.replace(described, planner_data=plain)
         self.global_plan, self.metadata = plans, described
         return plans, described
 
@@ -154,6 +165,11 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
             found.detach() if isinstance(found, torch.Tensor) else found
         )
         return data
+
+
+def recorded_by(planner: SavePlanner) -> Mapping[str, ObjectPath]:
+    """Return the paths of all ranks that a planner has recorded; another's has none."""
+    return planner.recorded_paths if isinstance(planner, DefaultSavePlanner) else {}
 
 
 def plan_globally(tables: Sequence[PlanTable], *, to_lowest_rank: bool) -> GlobalTable:

@@ -7,12 +7,13 @@ see only boxes and plain tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -21,7 +22,7 @@ from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.shards import Split, local_boxes
 
-__all__ = ["LocalShard", "is_sharded", "local_shards", "no_shard", "splits_of"]
+__all__ = ["LocalShard", "flat_shards", "is_sharded", "local_shards", "no_shard", "splits_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,20 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return type(tensor) not in _PLAIN and (
         isinstance(tensor, DTensor | ShardedTensor) or hasattr(tensor, "__create_chunk_list__")
     )
+
+
+def flat_shards(items: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flat items with a ShardedTensor inside a ShardedTensor as one, as torch does it.
+
+    Those of which this rank holds no shard are left out.
+    """
+    sharded = {fqn: item for fqn, item in items.items() if isinstance(item, ShardedTensor)}
+    if not sharded:
+        return dict(items)
+    flat = _flatten_sharded_tensors(sharded)
+    return {
+        fqn: flat.get(fqn, item) for fqn, item in items.items() if fqn in flat or fqn not in sharded
+    }
 
 
 def local_shards(fqn: str, tensor: torch.Tensor) -> list[LocalShard]:

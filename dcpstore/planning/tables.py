@@ -7,7 +7,6 @@ the same bytes, which are opened once. Invariant: row i is item i of the rank's 
 from __future__ import annotations
 
 import pickle
-from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from dcpstore.encoding.dtypes import dtype_name, torch_dtype
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.tables import BoxTable, Ints, padded
+from dcpstore.planning.nesting import recorded_paths
 from dcpstore.records import ObjectPath, PlanRecord, ShardRecord
 
 __all__ = ["GlobalTable", "Named", "PlanTable"]
@@ -156,7 +156,7 @@ class GlobalTable:
     @cached_property
     def paths(self) -> Mapping[str, ObjectPath]:
         """The object path of each FQN, as our planner's plans carry them."""
-        return dict(ChainMap(*(data or {} for data in self.planner_data)))
+        return recorded_paths(self.planner_data)
 
     @cached_property
     def record(self) -> PlanRecord:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from torch.distributed.checkpoint.planner import SavePlanner
 
 from dcpstore.errors import InvalidInputError
+from dcpstore.planning.save_planner import recorded_by
 from dcpstore.records import ChunkDefaults, EntryRecord, Version
 from dcpstore.saving.assembly import Books, is_cut_otherwise
 from dcpstore.saving.chunking import ChunkKey, Digested
@@ -109,7 +110,9 @@ class Lead:
         is_cached = not all(plan.usable for plan in told)
         whole = getattr(self._planner, "global_plan", told) if is_cached else told
         self._plan, answers = answer_plans(told, whole, chunk=self._chunk, parent=self._before)
-        self._plan.paths, self._plan.planner_data = kept_planner_data(described.planner_data)
+        self._plan.paths, self._plan.planner_data = kept_planner_data(
+            described.planner_data, recorded_by(self._planner)
+        )
         return self._split(answers)
 
     def choose_first(self, told: Sequence[Sequence[ChunkKey]]) -> Sequence[Sequence[int]]:

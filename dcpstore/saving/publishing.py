@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, SupportsFloat, get_args
 
 from dcpstore.catalog import Catalog
@@ -224,14 +225,20 @@ def _entries_of_parent(
     return number, held
 
 
-def kept_planner_data(given: object) -> tuple[Mapping[str, ObjectPath], str | None]:
+def kept_planner_data(
+    given: object, recorded: Mapping[str, ObjectPath] = MappingProxyType({})
+) -> tuple[Mapping[str, ObjectPath], str | None]:
     """Return the object paths that a planner gives, or else what it gives as typed JSON.
+
+    They are the `recorded` ones, which say more, where those are the same paths.
 
     Raises:
         UnsafeDataError: it gives what only a pickle could keep.
     """
     if given is None:
         return {}, None
+    if given == recorded:
+        return recorded, None
     if isinstance(given, Mapping) and all(map(_is_path, given.values())):
         return given, None
     encoded = encode_value(given, allow_pickle=False)

@@ -30,6 +30,7 @@ from dcpstore.records import (
     PackRecord,
     PlanRecord,
     ShardRecord,
+    StatePath,
     VersionContent,
     VersionDraft,
 )
@@ -262,19 +263,13 @@ def _pack_or_none(found: object) -> str:
 def _decode_entry(said: Sequence[Any]) -> NewEntry:
     optional_text = fields.optional(fields.text)
     fqn, path, kind, digest, value = fields.entries(
-        said, fields.text, _decode_path, fields.text, optional_text, optional_text
+        said, fields.text, StatePath.parsed, fields.text, optional_text, optional_text
     )
     if (kind == "value") == (digest is not None) or (kind == "value" and value is None):
         raise ValueError(f"{fqn!r} is a {kind!r} of tensor {digest!r} and value {value!r}")
     if kind not in get_args(EntryKind):
         raise ValueError(f"{fqn!r} is a {kind!r}")
     return NewEntry(fqn, path, kind, digest, value)
-
-
-def _decode_path(said: object) -> tuple[str | int, ...]:
-    if not isinstance(said, list) or not all(isinstance(p, str) or type(p) is int for p in said):
-        raise TypeError(f"{type(said).__name__} is no path")
-    return tuple(said)
 
 
 def _decode_shard(said: Sequence[Any]) -> ShardRecord:
