@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     )
     from dcpstore.history import Diff
     from dcpstore.planning import DefaultLoadPlanner, DefaultSavePlanner, LoadOptions, PerRank
+    from dcpstore.preemption import Preemption, on_preemption
     from dcpstore.records import ChunkDefaults, LoadReport, Version
     from dcpstore.repository import Repository, open
     from dcpstore.retention import Retention
@@ -67,6 +68,7 @@ __all__ = [
     "NotFoundError",
     "PendingSave",
     "PerRank",
+    "Preemption",
     "RankFailure",
     "ReadItem",
     "Repository",
@@ -85,6 +87,7 @@ __all__ = [
     "async_save",
     "load",
     "load_state_dict",
+    "on_preemption",
     "open",
     "save",
     "save_state_dict",
@@ -126,6 +129,7 @@ _HOMES = {
     ),
     "dcpstore.history": ("Diff",),
     "dcpstore.planning": ("DefaultLoadPlanner", "DefaultSavePlanner", "LoadOptions", "PerRank"),
+    "dcpstore.preemption": ("Preemption", "on_preemption"),
     "dcpstore.records": ("ChunkDefaults", "LoadReport", "Version"),
     "dcpstore.repository": ("Repository", "open"),
     "dcpstore.retention": ("Retention",),

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager, Sta
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from dcpstore.changing import refuse_inside_change
-from dcpstore.collectives import Alone, Collectives, RankGroup, alone_in_thread, in_step
+from dcpstore.collectives import Alone, Collectives, RankGroup, alone_in_thread, gloo_twin, in_step
 from dcpstore.errors import ConflictError, InvalidInputError
 from dcpstore.planning.plain import (
     check_copies,
@@ -32,7 +32,14 @@ from dcpstore.planning.plain import (
 from dcpstore.planning.stateful import check_keys, take_state
 from dcpstore.records import Version
 
-__all__ = ["Background", "IfBusy", "PendingSave", "find_saver", "raise_unseen"]
+__all__ = [
+    "Background",
+    "IfBusy",
+    "PendingSave",
+    "find_saver",
+    "finish_running",
+    "raise_unseen",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -148,7 +155,7 @@ class _Saver:
         is_alone = no_dist or not dist.is_available() or not dist.is_initialized()
         # torch's calls on one group must not overlap, so the thread has a group of its own
         self._asking: Collectives = Alone() if is_alone else RankGroup(group)
-        self._saving: Collectives = Alone() if is_alone else RankGroup(_twin(group))
+        self._saving: Collectives = Alone() if is_alone else RankGroup(gloo_twin(group))
         self._thread = ThreadPoolExecutor(1, "dcpstore-async-save")
         self._stager = _new_stager()
         self._last: PendingSave | None = None
@@ -308,8 +315,8 @@ def raise_unseen() -> None:
             raise failure
 
 
-def _finish() -> None:
-    """At exit: let running saves end, and say what failed; raising would reach nobody."""
+def finish_running() -> None:
+    """Let running saves end, and log what failed: for when raising it would reach nobody."""
     for saver in _savers.values():
         saver.wait()
         failure = saver.take_unseen()
@@ -324,7 +331,7 @@ def _leave_to_parent() -> None:
 
 
 # not atexit: by then no thread pool of Python's takes work, and a save needs one
-threading._register_atexit(_finish)  # type: ignore[attr-defined]  # no stubs
+threading._register_atexit(finish_running)  # type: ignore[attr-defined]  # no stubs
 if hasattr(os, "register_at_fork"):  # there is no fork on Windows
     os.register_at_fork(after_in_child=_leave_to_parent)
 
@@ -362,12 +369,3 @@ def _settle(future: Future[None], call: Callable[[], object]) -> None:
             raise
     else:
         future.set_result(None)
-
-
-def _twin(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """Return a new gloo group of the same ranks."""
-    ranks = None if group is None else dist.get_process_group_ranks(group)
-    twin: dist.ProcessGroup = dist.new_group(
-        ranks, backend="gloo", use_local_synchronization=ranks is not None
-    )
-    return twin

@@ -48,6 +48,7 @@ FLOORS = {
     "arguments": 4,
     "async_saving": 4,
     "api": 4,
+    "preemption": 4,
     "dcp": 5,
     "other_process": 5,
     "background": 5,
@@ -74,6 +75,7 @@ LADDERS = [
     ("other_process", "background"),
     ("convert", "cli"),
     ("async_saving", "api"),
+    ("async_saving", "preemption"),
 ]
 
 # A library, and the only rooms that may import it.

@@ -186,8 +186,8 @@ def _of_postgres(error: DBAPIError, text: str, shown: str) -> DcpstoreError | No
 
 def _locked(text: str, shown: str) -> ConflictError:
     return ConflictError(
-        f"the catalog {shown} was locked by another process or thread for more than "
-        f"{BUSY_SECONDS:.0f} seconds ({text}). Try again when it has finished."
+        f"the catalog {shown} was locked by another process for more than {BUSY_SECONDS:.0f} "
+        f"seconds ({text}). Try again when it has finished."
     )
 
 

@@ -10,6 +10,7 @@ from dcpstore.collectives.group import (
     RankGroup,
     alone_in_thread,
     find_collectives,
+    gloo_twin,
 )
 from dcpstore.collectives.steps import in_step, in_turn
 
@@ -19,6 +20,7 @@ __all__ = [
     "RankGroup",
     "alone_in_thread",
     "find_collectives",
+    "gloo_twin",
     "in_step",
     "in_turn",
 ]

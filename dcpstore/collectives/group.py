@@ -18,7 +18,7 @@ from dcpstore.collectives.meeting import Meeting
 from dcpstore.collector import collector_free
 from dcpstore.errors import InvalidInputError
 
-__all__ = ["Alone", "Collectives", "RankGroup", "alone_in_thread", "find_collectives"]
+__all__ = ["Alone", "Collectives", "RankGroup", "alone_in_thread", "find_collectives", "gloo_twin"]
 
 _log = logging.getLogger(__name__)
 # Groups whose ranks share no store: in-process stand-ins, and MPI, which finds its ranks itself.
@@ -190,6 +190,15 @@ def find_collectives(group: dist.ProcessGroup | None, *, no_dist: bool) -> Colle
         return Alone()
     refuse_inside_change(_WITH_OTHERS)  # before the ranks count one call more
     return RankGroup(group)
+
+
+def gloo_twin(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """Return a new gloo group of the same ranks; every rank of the group calls it."""
+    ranks = None if group is None else dist.get_process_group_ranks(group)
+    twin: dist.ProcessGroup = dist.new_group(
+        ranks, backend="gloo", use_local_synchronization=ranks is not None
+    )
+    return twin
 
 
 def alone_in_thread(ranks: Collectives) -> AbstractContextManager[None]:
