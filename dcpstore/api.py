@@ -244,8 +244,10 @@ def load(
 ) -> LoadReport | None:
     """Fill a state in place from a version; every rank of the group calls it with its own part.
 
-    The number of ranks, the mesh and the placements may differ from those of the save. Entries of
-    the version that the state does not ask for are left alone, and named in the report.
+    The number of ranks, the mesh and the placements may differ from those of the save. Optimizers
+    and other `Stateful` objects, anywhere in the state's lists and dicts, are handed all that was
+    saved under them; modules what they name. Other entries of the version are left alone, and named
+    in the report.
 
     Args:
         state_dict: as for `save`; its tensors are filled, its values replaced.
@@ -256,7 +258,8 @@ def load(
         no_dist: load in this process alone, though a process group is there.
         include, exclude: globs of FQNs of the state ("model.*"); the rest is left as it is.
         rename: the FQN in the version of an FQN in the state, as a mapping or a function.
-        strict: False leaves what the version lacks as it is, and reports it as missing. The state
+        strict: False leaves what the version lacks as it is, and reports it as missing; what an
+            owner does not hold after the load is reported in `differences` then. The state
             of optimizers is always restored by presence: a parameter that was frozen at the save,
             or was added since, keeps what it has.
         on_dtype: "cast" converts values whose dtype differs, "error" refuses them.
@@ -273,6 +276,8 @@ def load(
 
     Raises:
         MismatchError: everything that is missing or differs, on any rank; no tensor was touched.
+            After the load, and saying so: what modules, optimizers and other `Stateful` objects do
+            not hold with the stored bits, dtype, shape and Python type, or still on meta.
         InvalidInputError: an argument, or a place in the state, that cannot be meant or filled.
         NotFoundError: no such version or repository.
         CorruptionError: stored bytes are damaged; tensors before the damage are filled already.

@@ -107,7 +107,8 @@ def load_version(
         return in_step(ranks, "plan", load.foretell, load.report)
     plan = in_turn(ranks, "plan", load.plan, load.planner.create_global_plan)
     report = in_step(ranks, "read", lambda: load.read(plan), load.report)
-    held = in_step(ranks, "load_state_dict", load.give, _Held.joined)
+    in_step(ranks, "load_state_dict", load.give, lambda _: None)
+    held = in_step(ranks, "state_dict", load.look, _Held.joined)  # which may be a collective call
     lost = held.lost
     if lost:  # what differs from one look to the next, as a clock does, was not lost
         again = in_step(ranks, "state_dict", load.look, _Held.joined).lost
@@ -283,12 +284,11 @@ class _Load:
         seconds = {"plan": planned - self._began, "read": time.perf_counter() - planned}
         return replace(self._reported(plan, *counts), seconds=seconds)
 
-    def give(self) -> _Held:
-        """Hand the owners their state; return what they do not hold of it."""
+    def give(self) -> None:
+        """Hand the owners their state."""
         self._expected = expect(self._template)
         give_state(self._state_dict, self._template, rank=self._ranks.rank)
         restore_optimizers(self._expected)
-        return self.look()
 
     def look(self) -> _Held:
         """Return what the owners do not hold as it was stored."""
