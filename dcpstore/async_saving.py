@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from dcpstore.changing import refuse_inside_change
 from dcpstore.collectives import Alone, Collectives, RankGroup, alone_in_thread, gloo_twin, in_step
 from dcpstore.errors import ConflictError, InvalidInputError
+from dcpstore.planning.buffers import buffer_names
 from dcpstore.planning.plain import (
     check_copies,
     check_state,
@@ -44,7 +45,8 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 IfBusy = Literal["wait", "refuse"]
-Background = Callable[[Mapping[str, Any], Collectives], Version]
+# Given the staged state, who saves it, and the FQNs of module buffers in it.
+Background = Callable[[Mapping[str, Any], Collectives, frozenset[str]], Version]
 
 
 class PendingSave(Future[Version], AsyncSaveResponse):
@@ -177,6 +179,7 @@ class _Saver:
         save: Background
         staged: _Staged
         fits: bool
+        buffers: frozenset[str] = frozenset()
 
         def ask() -> tuple[bool, BaseException | None, tuple[str, ...]]:
             nonlocal save
@@ -214,11 +217,13 @@ class _Saver:
             return sorted({key for _, _, keys in told for key in keys})
 
         def stage() -> bool:
-            nonlocal staged, fits
+            nonlocal staged, fits, buffers
             with nesting_checked():
                 taken = take_state(state_dict, keys, rank=self._asking.rank)
                 check_state(taken)
                 fits = staging_limit is None or storage_nbytes(taken) <= staging_limit
+                if self._asking.size > 1:
+                    buffers = buffer_names(state_dict, taken)
                 if not fits:
                     staged = _Staged(taken)
                     return False
@@ -231,7 +236,9 @@ class _Saver:
             keys = in_step(self._asking, "begin an asynchronous save", ask, agree)
             goes_on = in_step(self._asking, "stage", stage, any)
         pending = PendingSave(staged.ended())
-        self._thread.submit(self._run, pending, save, staged, is_settling=goes_on)
+        self._thread.submit(
+            self._run, pending, save, staged, buffers=buffers, is_settling=goes_on
+        )
         self._last = pending
         if stager is not None and staged.ready is not None:
             _settle(staged.ready, stager.synchronize_staging)
@@ -241,7 +248,13 @@ class _Saver:
         return pending
 
     def _run(
-        self, pending: PendingSave, save: Background, staged: _Staged, *, is_settling: bool
+        self,
+        pending: PendingSave,
+        save: Background,
+        staged: _Staged,
+        *,
+        buffers: frozenset[str],
+        is_settling: bool,
     ) -> None:
         """Save what was staged, once no rank stages any more, and end `pending` with it."""
         state: list[Mapping[str, Any]] = []
@@ -256,7 +269,7 @@ class _Saver:
                 )
             else:
                 state.append(staged.settled())
-            version = save(state.pop(), self._saving)
+            version = save(state.pop(), self._saving, buffers)
         except BaseException as error:
             pending.set_exception(error)
         else:

@@ -204,7 +204,9 @@ def async_save(
                 allow_pickle=allow_pickle,
             )
 
-        def save_staged(staged: Mapping[str, Any], ranks: Collectives) -> Version:
+        def save_staged(
+            staged: Mapping[str, Any], ranks: Collectives, buffers: frozenset[str]
+        ) -> Version:
             with ExitStack() as stack:
                 return save_version(
                     staged,
@@ -213,6 +215,7 @@ def async_save(
                     ranks=ranks,
                     planner=planner,
                     allow_pickle=allow_pickle,
+                    buffers=buffers,
                 )
 
         return save_staged

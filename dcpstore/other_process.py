@@ -62,6 +62,7 @@ def check_process(
 def save_in_process(
     staged: Mapping[str, Any],
     ranks: Collectives,
+    buffers: frozenset[str],
     *,
     where: Repository | str | os.PathLike[str],
     request: SaveRequest,

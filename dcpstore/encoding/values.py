@@ -19,11 +19,18 @@ import torch
 from dcpstore.encoding.scalars import NotPlainError, PlannerBytes, decode_scalar, encode_scalar
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, UnsafeDataError
 
-__all__ = ["EncodedValue", "PlannerBytes", "check_safe", "decode_value", "encode_value"]
+__all__ = [
+    "JSON_BLOB",
+    "EncodedValue",
+    "PlannerBytes",
+    "check_safe",
+    "decode_value",
+    "encode_value",
+]
 
 _LONGEST = 64 * 1024  # bytes of typed JSON that a catalog keeps as text
 _DEEPEST = 100  # containers one in another
-_JSON_BLOB, _PICKLE_BLOB = '{"$blob":"json"}', '{"$blob":"pickle"}'
+JSON_BLOB, _PICKLE_BLOB = '{"$blob":"json"}', '{"$blob":"pickle"}'
 
 
 def _size(items: Iterable[Any]) -> torch.Size:
@@ -94,7 +101,7 @@ def encode_value(obj: object, *, allow_pickle: bool) -> EncodedValue:
         return EncodedValue("blob", _PICKLE_BLOB, _pickled(obj))
     data = text.encode()
     if len(data) > _LONGEST:
-        return EncodedValue("blob", _JSON_BLOB, data)
+        return EncodedValue("blob", JSON_BLOB, data)
     return EncodedValue("value", text)
 
 
@@ -116,7 +123,7 @@ def decode_value(text: str, data: bytes | None = None, *, allow_pickle: bool) ->
     if text == _PICKLE_BLOB:
         return _unpickled(data)
     try:
-        source = _present(data).decode() if text == _JSON_BLOB else text
+        source = _present(data).decode() if text == JSON_BLOB else text
         return _decode(json.loads(source, parse_constant=_refuse), 0)
     # What broken text, wrong payloads and hostile nesting lead to, in json and in constructors.
     except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -124,7 +124,7 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
             InvalidInputError: ranks disagree about an FQN, or its boxes do not tile its shape.
         """
         table = plan_globally(
-            [PlanTable.of(plan) for plan in all_plans],
+            GlobalTable.of([PlanTable.of(plan) for plan in all_plans]),
             to_lowest_rank=self.dedup_save_to_lowest_rank,
         )
         plans = [
@@ -172,14 +172,13 @@ def recorded_by(planner: SavePlanner) -> Mapping[str, ObjectPath]:
     return planner.recorded_paths if isinstance(planner, DefaultSavePlanner) else {}
 
 
-def plan_globally(tables: Sequence[PlanTable], *, to_lowest_rank: bool) -> GlobalTable:
-    """Return what all ranks write together, by rank, replicas shared out.
+def plan_globally(table: GlobalTable, *, to_lowest_rank: bool) -> GlobalTable:
+    """Return what all ranks write together, of what they hold: replicas shared out.
 
     Raises:
         InvalidInputError: ranks disagree about an FQN, its boxes do not tile its shape, or no
             catalog can keep it.
     """
-    table = GlobalTable.of(tables)
     check_names(table)
     check_agreement(table)
     table = share_out(_without_empty(table), to_lowest_rank=to_lowest_rank)
