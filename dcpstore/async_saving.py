@@ -20,7 +20,15 @@ from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager, Sta
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from dcpstore.changing import refuse_inside_change
-from dcpstore.collectives import Alone, Collectives, RankGroup, alone_in_thread, gloo_twin, in_step
+from dcpstore.collectives import (
+    Alone,
+    Collectives,
+    RankGroup,
+    alone_in,
+    alone_in_thread,
+    gloo_twin,
+    in_step,
+)
 from dcpstore.errors import ConflictError, InvalidInputError
 from dcpstore.planning.buffers import buffer_names
 from dcpstore.planning.plain import (
@@ -153,11 +161,10 @@ class _Staged:
 class _Saver:
     """The thread, the process group and the buffers of the asynchronous saves of one group."""
 
-    def __init__(self, group: dist.ProcessGroup | None, *, no_dist: bool) -> None:
-        is_alone = no_dist or not dist.is_available() or not dist.is_initialized()
+    def __init__(self, group: dist.ProcessGroup | None, alone: Alone | None) -> None:
         # torch's calls on one group must not overlap, so the thread has a group of its own
-        self._asking: Collectives = Alone() if is_alone else RankGroup(group)
-        self._saving: Collectives = Alone() if is_alone else RankGroup(gloo_twin(group))
+        self._asking: Collectives = alone or RankGroup(group)
+        self._saving: Collectives = alone or RankGroup(gloo_twin(group))
         self._thread = ThreadPoolExecutor(1, "dcpstore-async-save")
         self._stager = _new_stager()
         self._last: PendingSave | None = None
@@ -300,22 +307,28 @@ class _Saver:
 
 
 # One saver a process group, for as long as the process lives: its group and buffers are made once.
-_savers: dict[tuple[dist.ProcessGroup | None, bool], _Saver] = {}
+# And one for each rank that this process is where it saves alone.
+_savers: dict[tuple[dist.ProcessGroup | None, int | None], _Saver] = {}
 _of_parent: list[_Saver] = []  # in a process that was forked
 
 
-def find_saver(group: dist.ProcessGroup | None, *, no_dist: bool) -> _Saver:
+def find_saver(group: dist.ProcessGroup | None, *, no_dist: bool, use_collectives: bool) -> _Saver:
     """Return the saver of a group; the first call makes it, on all ranks of the group together.
 
+    Without collectives it is that of this process alone.
+
     Raises:
+        InvalidInputError: this process is not a member of the group.
         ConflictError: this thread is inside a save, for which the saver's thread might wait.
     """
     refuse_inside_change()
-    is_alone = no_dist or not dist.is_available() or not dist.is_initialized()
+    alone = None
+    if no_dist or not use_collectives or not dist.is_available() or not dist.is_initialized():
+        alone = alone_in(group, no_dist=no_dist)
     # the group itself, not None: another job's default group may follow in the same process
-    key = (None if is_alone else group or dist.group.WORLD, is_alone)
+    key = (None, alone.rank) if alone else (group or dist.group.WORLD, None)
     if key not in _savers:
-        _savers[key] = _Saver(group, no_dist=no_dist)
+        _savers[key] = _Saver(group, alone)
     return _savers[key]
 
 

@@ -89,8 +89,9 @@ class Lead:
 
     target: SaveTarget
 
-    def __init__(self, planner: SavePlanner, size: int) -> None:
+    def __init__(self, planner: SavePlanner, size: int, *, is_whole: bool) -> None:
         self._planner = planner
+        self._is_whole = is_whole  # else this rank alone saves its part, perhaps of tensors
         self._size = size
         self._splits = False  # whether the ranks write their first chunks early
         self._open = False  # whether a pending version waits for commit or abort
@@ -109,11 +110,26 @@ class Lead:
         self.draft = draft_version(self.target.catalog, told[0].request, ranks=self._size)
         self.target.catalog.begin(self.draft)
         self._open = True
+        if not self._is_whole:
+            self._report_shadow()
         return self.draft.uid, sorted({key for one in told for key in one.keys})
+
+    def _report_shadow(self) -> None:
+        """Warn where a load by the branch's plain name will find what all ranks saved together."""
+        plain, _, _ = self.draft.branch.rpartition("/rank-")
+        if self.target.catalog.find_refs([plain]):
+            _log.warning(
+                "%r was saved with collectives before, and a load of it finds that; what this rank "
+                "saves now is %r: load it by this name, with no_dist=True, or save to a new branch",
+                plain,
+                self.draft.branch,
+            )
 
     def plan(self, offers: list[Offer]) -> list[Answer]:
         """Make the global plan, or find the one of before, and tell each rank its part."""
-        if self._before is None:
+        if self._before is None and not self._is_whole:
+            self._before_number, self._before = 0, {}  # no grid of another part is of use
+        elif self._before is None:
             self._before_number, self._before = entries_before(self.target, self.draft)
         if shares_tables(self._planner):
             self._plan, answers = answer_offers(
@@ -122,6 +138,7 @@ class Lead:
                 chunk=self._chunk,
                 parent=self._before,
                 to_lowest_rank=self._planner.dedup_save_to_lowest_rank,
+                is_whole=self._is_whole,
             )
             return self._split(answers)
         plans = [offer.plan for offer in offers if offer.plan is not None]
@@ -130,7 +147,12 @@ class Lead:
         is_cached = not all(plan.usable for plan in told)
         whole = getattr(self._planner, "global_plan", told) if is_cached else told
         self._plan, answers = answer_plans(
-            offers, told, whole, chunk=self._chunk, parent=self._before
+            offers,
+            told,
+            whole,
+            chunk=self._chunk,
+            parent=self._before,
+            is_whole=self._is_whole,
         )
         self._plan.paths, self._plan.planner_data = kept_planner_data(
             described.planner_data, recorded_by(self._planner)
@@ -174,6 +196,7 @@ class Lead:
             [one.digested for one in told],
             paths=self._plan.paths,
             chunk=self._chunk,
+            are_whole=self._is_whole,
         )
         alike = self._books.look_up(self.target.catalog, self._before)
         if not alike:

@@ -186,8 +186,11 @@ def answer_offers(
     chunk: ChunkDefaults,
     parent: Mapping[str, EntryRecord],
     to_lowest_rank: bool,
+    is_whole: bool = True,
 ) -> tuple[GlobalPlan | None, list[Answer]]:
     """Return the global plan, and what each rank is told; no plan yet where tables are asked for.
+
+    `is_whole` says whether the offers are those of all ranks: one alone may hold parts of tensors.
 
     Raises:
         InvalidInputError: ranks disagree about an FQN or their planners, or the boxes of a tensor
@@ -198,21 +201,22 @@ def answer_offers(
             "some ranks use a planner with a global plan of its own and some do not; pass the same "
             "planner on every rank."
         )
-    digests = (*(offer.digest for offer in offers), b"lowest" if to_lowest_rank else b"")
+    how = (b"lowest" if to_lowest_rank else b"", b"" if is_whole else b"alone")
+    digests = (*(offer.digest for offer in offers), *how)
     plan = memory.plans.get(digests)
     if plan is None:
         tables = [offer.table for offer in offers if offer.table is not None]
         if len(tables) < len(offers):
             return None, [Answer()] * len(offers)
         held = GlobalTable.of(tables)
-        table = plan_globally(held, to_lowest_rank=to_lowest_rank)
+        table = plan_globally(held, to_lowest_rank=to_lowest_rank, is_whole=is_whole)
         plan = GlobalPlan(table, Replicas.of(held), paths=table.paths)
     if not plan.key or any(
         grids != layout.grids
         for fqn, layout in plan.layouts.items()
         if (grids := kept_grids(parent.get(fqn), layout.dtype, layout.shape))
     ):
-        layouts = lay_out(plan.table, chunk=chunk, parent=parent)
+        layouts = lay_out(plan.table, chunk=chunk, parent=parent, are_whole=is_whole)
         key = blake3(b"".join(digests) + pickle.dumps(layouts)).digest()
         plan = dataclasses.replace(plan, layouts=layouts, key=key)
         memory.plans.put(digests, plan)
@@ -257,6 +261,7 @@ def answer_plans(
     *,
     chunk: ChunkDefaults,
     parent: Mapping[str, EntryRecord],
+    is_whole: bool = True,
 ) -> tuple[GlobalPlan, list[Answer]]:
     """Do the same for the global plan that a planner of the caller's made.
 
@@ -266,13 +271,16 @@ def answer_plans(
         whole: what they are to write: where torch caches plans, those of an earlier save.
         chunk: the repository's defaults.
         parent: the entries of the parent version by FQN.
+        is_whole: whether the plans are those of all ranks.
     """
     table = GlobalTable.of([PlanTable.of(plan) for plan in whole])
     check_names(table)
     check_agreement(table)
-    check_tiling(table)
+    if is_whole:
+        check_tiling(table)
     held = GlobalTable.of([PlanTable.of(one.plan or SavePlan([]), one.buffers) for one in offers])
-    plan = GlobalPlan(table, Replicas.of(held), lay_out(table, chunk=chunk, parent=parent))
+    layouts = lay_out(table, chunk=chunk, parent=parent, are_whole=is_whole)
+    plan = GlobalPlan(table, Replicas.of(held), layouts)
     encoded = _EncodedLayouts(plan)
     return plan, [
         Answer(
