@@ -243,9 +243,7 @@ class _Saver:
             keys = in_step(self._asking, "begin an asynchronous save", ask, agree)
             goes_on = in_step(self._asking, "stage", stage, any)
         pending = PendingSave(staged.ended())
-        self._thread.submit(
-            self._run, pending, save, staged, buffers=buffers, is_settling=goes_on
-        )
+        self._thread.submit(self._run, pending, save, staged, buffers=buffers, is_settling=goes_on)
         self._last = pending
         if stager is not None and staged.ready is not None:
             _settle(staged.ready, stager.synchronize_staging)
@@ -312,7 +310,9 @@ _savers: dict[tuple[dist.ProcessGroup | None, int | None], _Saver] = {}
 _of_parent: list[_Saver] = []  # in a process that was forked
 
 
-def find_saver(group: dist.ProcessGroup | None, *, no_dist: bool, use_collectives: bool) -> _Saver:
+def find_saver(
+    group: dist.ProcessGroup | None, *, no_dist: bool, use_collectives: bool = True
+) -> _Saver:
     """Return the saver of a group; the first call makes it, on all ranks of the group together.
 
     Without collectives it is that of this process alone.

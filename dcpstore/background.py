@@ -197,8 +197,8 @@ def async_save(
         if async_checkpointer_type is AsyncCheckpointerType.PROCESS:
             if not use_collectives:
                 raise InvalidInputError(
-                    "async_checkpointer_type=PROCESS with use_collectives=False: torch's background "
-                    "processes save together; use AsyncCheckpointerType.THREAD."
+                    "async_checkpointer_type=PROCESS with use_collectives=False: torch's "
+                    "background processes save together; use AsyncCheckpointerType.THREAD."
                 )
             check_process(process_group, planner, no_dist=no_dist)
             return partial(

@@ -7,8 +7,8 @@ all of them; module buffers, which may differ, all come from the lowest rank tha
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Executor
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,15 +19,17 @@ from blake3 import blake3
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 
 from dcpstore.batches import in_batches, run_ahead
+from dcpstore.collectives import Collectives, in_step, in_turn
 from dcpstore.encoding.dtypes import as_bytes
 from dcpstore.encoding.values import JSON_BLOB, EncodedValue
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.tables import Ints, first_equal
 from dcpstore.planning.boxed import BoxResolver
-from dcpstore.planning.tables import GlobalTable
+from dcpstore.planning.save_planner import DefaultSavePlanner
+from dcpstore.planning.tables import GlobalTable, PlanTable
 from dcpstore.saving.chunking import encoded_item, resolves_plainly
 
-__all__ = ["Replicas", "fingerprint", "fingerprints"]
+__all__ = ["Replicas", "compare_state", "fingerprint", "fingerprints"]
 
 _DIGEST = 16  # bytes: enough to tell mistakes apart, and half of what a chunk's digest costs
 _WHOLE = 1 << 20  # bytes of the largest tensor of which every byte is compared
@@ -130,6 +132,45 @@ def _ordered(node: Any) -> Any:
         key: sorted(_ordered(inner), key=json.dumps) if key == "$dict" else _ordered(inner)
         for key, inner in node.items()
     }
+
+
+def compare_state(
+    state: Mapping[str, Any],
+    ranks: Collectives,
+    *,
+    buffers: Collection[str],
+    allow_pickle: bool,
+) -> list[str]:
+    """Check that what the ranks hold of a plain state is alike, for a save that torch plans.
+
+    Return the module buffers that differ.
+
+    Raises:
+        InvalidInputError: anything else differs, naming it and the ranks.
+    """
+    planner = DefaultSavePlanner()
+    items: Sequence[WriteItem]
+    replicas: Replicas
+
+    def plan() -> PlanTable:
+        nonlocal items
+        planner.set_up_planner(dict(state), is_coordinator=ranks.leads)
+        local = planner.create_local_plan()
+        items = local.items
+        return PlanTable.of(local, buffers)
+
+    def find(tables: list[PlanTable]) -> list[Ints]:
+        nonlocal replicas
+        replicas = Replicas.of(GlobalTable.of(tables))
+        return [replicas.of_rank(rank) for rank in range(ranks.size)]
+
+    def digest() -> bytes:
+        with ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-compare") as pool:
+            held = [items[i] for i in places.tolist()]
+            return fingerprints(held, planner, pool, allow_pickle=allow_pickle)
+
+    places = in_turn(ranks, "plan", plan, find)
+    return in_step(ranks, "digest", digest, lambda told: sorted(replicas.differing_buffers(told)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

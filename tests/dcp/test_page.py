@@ -53,10 +53,10 @@ from dcpstore.state_dict import get_state_dict, set_state_dict
 - **What ranks hold alike must be alike.** `save` and `async_save` compare plain values and tensors
   by digest and refuse those that differ; torch saves one rank's. Under torch's own `save`,
   `RepositoryWriter` does what torch's writers do ([more](guarantees.md#what-is-not-promised)).
-- **Each rank for itself** (`use_collectives=False`): torch waits in a barrier at the end of the save
-  and the load, `dcpstore.save` and `load` for nobody. Rank 3 saves to the branch `main/rank-3`, its
-  tags end in `/rank-3`, and `load` without such a name finds the rank's own, as torch's does, where
-  no version has the plain name. Retention, `parent` and `expect_tip` are of that branch.
+- **Each rank for itself** (`use_collectives=False`): torch waits in a barrier at the end of the
+  save and the load, `dcpstore.save` and `load` for nobody. Rank 3 saves to the branch
+  `main/rank-3`, its tags end in `/rank-3`, and `load` without such a name finds the rank's own, as
+  torch's does, where no version has the plain name. Retention, `parent` and `expect_tip` are of that branch.
 - **Values that a partial load does not find stay.** Torch turns those whose kind it does not know
   (a set, a complex number) into None.
 """
