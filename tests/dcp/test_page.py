@@ -56,7 +56,8 @@ from dcpstore.state_dict import get_state_dict, set_state_dict
 - **Each rank for itself** (`use_collectives=False`): torch waits in a barrier at the end of the
   save and the load, `dcpstore.save` and `load` for nobody. Rank 3 saves to the branch
   `main/rank-3`, its tags end in `/rank-3`, and `load` without such a name finds the rank's own, as
-  torch's does, where no version has the plain name. Retention, `parent` and `expect_tip` are of that branch.
+  torch's does, where no version has the plain name. Retention, `parent` and `expect_tip` are of
+  that branch.
 - **Values that a partial load does not find stay.** Torch turns those whose kind it does not know
   (a set, a complex number) into None.
 """
