@@ -26,7 +26,7 @@ bench: .venv/installed  ## Measure everything beside its peers: one table, in a 
 	$(BIN)/python -m benchmarks --json build/bench.json
 
 docs: .venv/installed  ## Write the pages that follow from the code.
-	DCPSTORE_WRITE_DOCS=1 $(BIN)/pytest -q tests/test_house.py tests/test_docs.py tests/history/test_sql_page.py tests/parallel/test_page.py tests/dcp/test_page.py -k 'documented or page'
+	DCPSTORE_WRITE_DOCS=1 $(BIN)/pytest -q tests/test_house.py tests/test_docs.py tests/history/test_sql_page.py tests/parallel/test_page.py tests/dcp/test_page.py tests/encoding/test_page.py -k 'documented or page'
 
 lint: .venv/installed  ## Formatting, lint rules and strict types.
 	$(BIN)/ruff format --check .

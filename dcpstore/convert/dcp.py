@@ -95,7 +95,7 @@ def export_dcp(
         version = ExportedVersion(repository, ref, dtype=dtype, tensors_only=tensors_only)
         values = version.values(version.plain, allow_pickle=allow_pickle)
         named = {e.fqn: value for e, value in zip(version.plain, values, strict=True)}
-        with new_folder(target) as folder:
+        with new_folder(target) as folder, version.pickling(named):
             files = write_folder(folder, ExportPlanner(version, named))
         return version.report(target, "dcp", files=files, tensors=version.tensors)
 

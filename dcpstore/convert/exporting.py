@@ -7,8 +7,9 @@ memory; packs are let go after each box, so that mapped ones do not add up.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -176,6 +177,26 @@ class ExportedVersion:
                 version=self.version.number,
                 allow_pickle=allow_pickle,
             )
+
+    @contextmanager
+    def pickling(self, values: Mapping[str, object]) -> Iterator[None]:
+        """Raise `InvalidInputError` where the block fails because one of `values` does not pickle.
+
+        Formats of torch are pickles, and torch has objects that are plain here and not there.
+        """
+        try:
+            yield
+        except (TypeError, pickle.PicklingError):
+            for fqn, value in values.items():
+                try:
+                    pickle.dumps(value, protocol=2)  # torch's
+                except Exception as error:  # whatever the object's own hooks raise
+                    raise InvalidInputError(
+                        f"{fqn!r}: a value does not pickle ({error}), as files of torch need; "
+                        "leave the values out (tensors_only, --tensors-only), or export as "
+                        "safetensors or zarr."
+                    ) from error
+            raise
 
     def report(
         self, path: object, form: str, *, files: int, tensors: Sequence[ExportedTensor]

@@ -99,14 +99,14 @@ def export_torch(
             if tensor.fqn not in ties
         }
         values = version.values(version.plain, allow_pickle=allow_pickle)
+        named = {e.fqn: _plain(value) for e, value in zip(version.plain, values, strict=True)}
         items: dict[str, Any] = {
             **planned,
             **{fqn: planned[kept] for fqn, kept in ties.items()},
-            **{
-                entry.fqn: _plain(value) for entry, value in zip(version.plain, values, strict=True)
-            },
+            **named,
         }
-        write_archive(file, nested_state(items, version.nested_paths()))
+        with version.pickling(named):
+            write_archive(file, nested_state(items, version.nested_paths()))
         written = [tensor for tensor in version.tensors if tensor.fqn in planned]
         return version.report(target, "torch", files=1, tensors=written)
 

@@ -22,10 +22,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
+import numpy as np
 import torch
 from torch._utils import _rebuild_tensor_v2, _rebuild_tensor_v3
 
 from dcpstore.convert.file_tensors import row_major
+from dcpstore.encoding.dtypes import as_bytes
 
 __all__ = ["PlannedTensor", "write_archive"]
 
@@ -84,6 +86,10 @@ class _Pickler(pickle.Pickler):
         return None
 
     def reducer_override(self, obj: object) -> Any:
+        requires_grad = False
+        if type(obj) is torch.Tensor:  # inside a value, whose bytes are in memory already
+            requires_grad = obj.requires_grad
+            obj = _planned(obj)
         if not isinstance(obj, PlannedTensor):
             return NotImplemented
         key = str(len(self.planned))  # the pickler remembers it, and asks once a tensor
@@ -93,8 +99,14 @@ class _Pickler(pickle.Pickler):
         storage = _StorageName(typed or torch.UntypedStorage, key, count)
         strides = row_major(obj.shape)
         hooks: OrderedDict[str, object] = OrderedDict()
-        shaped = (storage, 0, obj.shape, strides, False, hooks)
+        shaped = (storage, 0, obj.shape, strides, requires_grad, hooks)
         return (_rebuild_tensor_v2, shaped) if typed else (_rebuild_tensor_v3, (*shaped, obj.dtype))
+
+
+def _planned(tensor: torch.Tensor) -> PlannedTensor:
+    held = as_bytes(tensor)
+    data = np.ascontiguousarray(held).reshape(-1).view(np.uint8).data
+    return PlannedTensor(tensor.dtype, tuple(tensor.shape), held.nbytes, lambda: [data])
 
 
 def write_archive(file: IO[bytes], state: object) -> None:

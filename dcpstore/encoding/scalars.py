@@ -6,44 +6,56 @@ they call; none of them runs code or allocates more than the payload's size call
 
 from __future__ import annotations
 
-import math
-import re
-from base64 import b64decode, b64encode
+import io
+import random
+from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import date, datetime, timedelta, timezone
+from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
+from fractions import Fraction
+from pathlib import PosixPath, PurePath, PurePosixPath, PureWindowsPath, WindowsPath
 from typing import Any
+from uuid import UUID, SafeUUID
 
 import numpy as np
 import torch
 
 from dcpstore.compositions import MARK, Composition
+from dcpstore.encoding.arrays import ARRAYS
+from dcpstore.encoding.atoms import (
+    ATOMS,
+    Codec,
+    NotPlainError,
+    PlannerBytes,
+    encode_atom,
+    from_base64,
+    integer_of,
+    is_plain_json,
+    text_of,
+    text_only,
+    to_base64,
+)
 
-__all__ = ["NotPlainError", "PlannerBytes", "decode_scalar", "encode_scalar"]
+__all__ = ["decode_scalar", "encode_scalar", "not_plain"]
 
 # A value of any type on one side, JSON of any shape on the other: hence `Any` in this module.
 
-_UNSAFE_TEXT = re.compile(r"[\0\ud800-\udfff]")  # Postgres refuses NUL, UTF-8 lone surrogates
-# Without long double, whose bytes hold padding and differ between machines.
-_PLAIN_DTYPE = re.compile(r"[<>|](?:b1|[iu][1248]|f[248]|c8|c16|[mM]8(?:\[\w+\])?)")
-_TORCH_DTYPES: dict[str, torch.dtype] = {
-    str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)
+_PATHS: dict[str, tuple[type[PurePath], type[PurePath]]] = {
+    # the class, and what stands for it where the platform has no such files
+    "PosixPath": (PosixPath, PurePosixPath),
+    "WindowsPath": (WindowsPath, PureWindowsPath),
+    "PurePosixPath": (PurePosixPath, PurePosixPath),
+    "PureWindowsPath": (PureWindowsPath, PureWindowsPath),
 }
-
-
-class NotPlainError(Exception):
-    """A value that typed JSON does not carry; the argument names its type."""
-
-
-class PlannerBytes(bytes):
-    """What a planner made of a value in a form of its own; only a planner can read it again."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Codec:
-    encode: Callable[[Any], Any]
-    decode: Callable[[Any], Any]
+# What to save instead of objects that hold more than a value.
+_ADVICE: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (torch.Generator, "save what its get_state() gives"),
+    (random.Random, "save what its getstate() gives"),
+    (np.random.Generator, "save its bit_generator.state"),
+    (np.random.RandomState, "save what its get_state() gives"),
+    ((memoryview, array), "save bytes(...) of it"),
+    (io.IOBase, "save its contents, as text, bytes or io.BytesIO"),
+)
 
 
 def encode_scalar(obj: object) -> object:
@@ -52,18 +64,18 @@ def encode_scalar(obj: object) -> object:
     Raises:
         NotPlainError: its type has no typed JSON.
     """
-    kind = type(obj)
-    if (
-        obj is None
-        or isinstance(obj, bool)
-        or (kind is int and -(2**63) <= obj < 2**63)  # type: ignore[operator]
-        or (kind is float and math.isfinite(obj))  # type: ignore[arg-type]
-        or (kind is str and not _UNSAFE_TEXT.search(obj))  # type: ignore[call-overload]
-    ):
+    if is_plain_json(obj):
         return obj
-    tag = "$numpy" if isinstance(obj, np.generic) else _TAGS.get(kind)
+    kind = type(obj)
+    if kind is float or kind is int or kind is str:
+        return encode_atom(obj)
+    tag = _TAGS.get(kind)
+    if isinstance(obj, np.generic):
+        tag = "$numpy"
+    elif isinstance(obj, np.dtype):
+        tag = "$numpy_dtype"
     if tag is None:
-        raise NotPlainError(f"{kind.__module__}.{kind.__qualname__}")
+        raise not_plain(obj)
     return {tag: _CODECS[tag].encode(obj)}
 
 
@@ -76,128 +88,158 @@ def decode_scalar(tag: str, payload: object) -> object:
     return _CODECS[tag].decode(payload)
 
 
-def _to_text(obj: bytes | bytearray) -> str:
-    return b64encode(obj).decode()
+def not_plain(obj: object) -> NotPlainError:
+    """Return the error that names the type of a value, and what to save in its place."""
+    kind = type(obj)
+    advice = next((text for kinds, text in _ADVICE if isinstance(obj, kinds)), "")
+    return NotPlainError(f"{kind.__module__}.{kind.__qualname__}", advice)
 
 
-def _from_text(payload: Any) -> bytes:
-    return b64decode(payload, validate=True)
+def _named(kind: type) -> dict[str, Any]:
+    """Return torch's own objects of a kind, by the names that they show."""
+    return {str(value): value for value in vars(torch).values() if isinstance(value, kind)}
 
 
-def _parse(function: Callable[[str], Any]) -> Callable[[Any], Any]:
-    """Return a decoder that takes text only: constructors take numbers and more besides."""
+def _encode_moment(obj: datetime | time) -> object:
+    zone = obj.tzinfo
+    if zone is not None and type(zone) is not timezone:
+        raise NotPlainError(
+            f"{type(obj).__name__} with time zone {zone!r}",
+            "save what astimezone(datetime.UTC) gives, and the zone's name as text",
+        )
+    if zone is None or _shows_whole(zone):
+        return [obj.isoformat(), obj.fold]
+    return [obj.replace(tzinfo=None).isoformat(), obj.fold, _encode_timezone(zone)]
 
+
+def _shows_whole(zone: timezone) -> bool:
+    """Tell whether the offset in a text says all of a zone: it has no name, and whole seconds."""
+    offset = zone.utcoffset(None)
+    return not offset.microseconds and zone.tzname(None) == timezone(offset).tzname(None)
+
+
+def _decode_moment(kind: type[datetime] | type[time]) -> Callable[[Any], Any]:
     def decode(payload: Any) -> Any:
-        if not isinstance(payload, str):
-            raise TypeError(f"{payload!r} is no text")
-        return function(payload)
+        text, fold, *zone = payload
+        moment = kind.fromisoformat(text).replace(fold=fold)
+        return moment.replace(tzinfo=_decode_timezone(*zone)) if zone else moment
 
     return decode
 
 
-def _decode_complex(payload: Any) -> complex:
-    real, imag = map(_parse(float), payload)
-    return complex(real, imag)
+def _encode_timezone(obj: timezone) -> list[Any]:
+    offset = obj.utcoffset(None)
+    parts: list[Any] = [offset.days, offset.seconds, offset.microseconds]
+    has_name = obj.tzname(None) != timezone(offset).tzname(None)
+    return [*parts, encode_atom(obj.tzname(None))] if has_name else parts
 
 
-def _encode_datetime(obj: datetime) -> object:
-    zone = obj.tzinfo
-    if zone is not None:
-        offset = zone.utcoffset(None) if type(zone) is timezone else None
-        if offset is None or zone.tzname(None) != timezone(offset).tzname(None):
-            raise NotPlainError(f"datetime with time zone {zone!r}")
-    return [obj.isoformat(), obj.fold]
+def _decode_timezone(payload: Any) -> timezone:
+    days, seconds, microseconds, *name = payload
+    return timezone(timedelta(days, seconds, microseconds), *map(text_of, name))
 
 
-def _decode_datetime(payload: Any) -> datetime:
-    text, fold = payload
-    return datetime.fromisoformat(text).replace(fold=fold)
+def _encode_path(obj: PurePath) -> object:
+    text = str(obj)
+    if str(type(obj)(text)) != text or type(obj)(text) != obj:
+        raise NotPlainError(f"{type(obj).__name__} that its own text {text!r} does not name")
+    return [type(obj).__name__, encode_atom(text)]
 
 
-def _plain_dtype(dtype: np.dtype[Any]) -> str:
-    if not _PLAIN_DTYPE.fullmatch(dtype.str):
-        raise NotPlainError(f"numpy value of dtype {dtype}")
-    return dtype.str
+def _decode_path(payload: Any) -> PurePath:
+    name, text = payload
+    kind, stand_in = _PATHS[name]
+    try:
+        return kind(text_of(text))
+    except NotImplementedError:  # another platform's
+        return stand_in(text_of(text))
 
 
-def _numpy_dtype(text: str) -> np.dtype[Any]:
-    if not _PLAIN_DTYPE.fullmatch(text):
-        raise ValueError(f"no plain dtype {text!r}")
-    return np.dtype(text)
+def _decode_uuid(payload: Any) -> UUID:
+    text, safety = payload
+    return UUID(text_only(str)(text), is_safe=SafeUUID(safety))
 
 
-def _encode_numpy(obj: np.generic) -> object:
-    dtype = _plain_dtype(obj.dtype)
-    if obj.dtype.kind in "mM":  # as Python's own dates they would lose their unit
-        return [dtype, _to_text(obj.tobytes())]
-    return [dtype, encode_scalar(obj.item())]
+def _encode_fraction(obj: Fraction) -> object:
+    return [encode_atom(obj.numerator), encode_atom(obj.denominator)]
 
 
-def _decode_numpy(payload: Any) -> np.generic:
-    text, value = payload
-    dtype = _numpy_dtype(text)
-    if dtype.kind in "mM":
-        scalar: np.generic = np.frombuffer(_from_text(value), dtype)[0]
-        return scalar
-    if isinstance(value, dict):
-        ((tag, inner),) = value.items()
-        value = decode_scalar(tag, inner)
-    if not isinstance(value, bool | int | float | complex):
-        raise TypeError(f"no number {value!r}")
-    with np.errstate(over="raise"):  # no number that was encoded is past its own dtype
-        number: np.generic = dtype.type(value)
-    return number
+def _decode_fraction(payload: Any) -> Fraction:
+    numerator, denominator = map(integer_of, payload)
+    return Fraction(numerator, denominator)
 
 
-def _encode_array(obj: np.ndarray[Any, Any]) -> object:
-    return [_plain_dtype(obj.dtype), list(obj.shape), _to_text(obj.tobytes())]
+def _decode_ellipsis(payload: Any) -> object:
+    if payload != "":
+        raise ValueError(f"an ellipsis of {payload!r:.60}")
+    return ...
 
 
-def _decode_array(payload: Any) -> np.ndarray[Any, Any]:
-    text, shape, data = payload
-    return np.frombuffer(_from_text(data), _numpy_dtype(text)).reshape(shape).copy()
+def _encode_range(obj: range) -> object:
+    return [encode_atom(part) for part in (obj.start, obj.stop, obj.step)]
 
 
-_CODECS: dict[str, _Codec] = {
-    "$int": _Codec(hex, _parse(lambda text: int(text, 16))),
-    "$float": _Codec(repr, _parse(float)),
-    "$str": _Codec(
-        lambda obj: _to_text(obj.encode("utf-8", "surrogatepass")),
-        lambda payload: _from_text(payload).decode("utf-8", "surrogatepass"),
-    ),
-    "$bytes": _Codec(_to_text, _from_text),
-    "$planner": _Codec(_to_text, lambda payload: PlannerBytes(_from_text(payload))),
-    "$bytearray": _Codec(_to_text, lambda payload: bytearray(_from_text(payload))),
-    "$complex": _Codec(
-        lambda obj: [repr(obj.real), repr(obj.imag)],
-        _decode_complex,
-    ),
-    "$datetime": _Codec(_encode_datetime, _decode_datetime),
-    "$date": _Codec(date.isoformat, _parse(date.fromisoformat)),
-    "$timedelta": _Codec(
+def _decode_range(payload: Any) -> range:
+    start, stop, step = map(integer_of, payload)
+    return range(start, stop, step)
+
+
+def _encode_file(obj: io.BytesIO) -> object:
+    try:
+        return to_base64(obj.getbuffer().tobytes())
+    except ValueError as error:
+        raise NotPlainError(
+            "io.BytesIO that is closed", "save it before close(), or leave it out"
+        ) from error
+
+
+_CODECS: dict[str, Codec] = {
+    **ATOMS,
+    **ARRAYS,
+    MARK: Codec(Composition.to_json, Composition.of_json),
+    "$bytesio": Codec(_encode_file, lambda payload: io.BytesIO(from_base64(payload))),
+    "$path": Codec(_encode_path, _decode_path),
+    "$uuid": Codec(lambda obj: [str(obj), obj.is_safe.value], _decode_uuid),
+    "$datetime": Codec(_encode_moment, _decode_moment(datetime)),
+    "$date": Codec(date.isoformat, text_only(date.fromisoformat)),
+    "$time": Codec(_encode_moment, _decode_moment(time)),
+    "$timezone": Codec(_encode_timezone, _decode_timezone),
+    "$timedelta": Codec(
         lambda obj: [obj.days, obj.seconds, obj.microseconds], lambda payload: timedelta(*payload)
     ),
-    "$decimal": _Codec(str, _parse(Decimal)),
-    "$dtype": _Codec(str, _TORCH_DTYPES.__getitem__),
-    "$device": _Codec(str, _parse(torch.device)),
-    MARK: _Codec(Composition.to_json, Composition.of_json),
-    "$numpy": _Codec(_encode_numpy, _decode_numpy),
-    "$ndarray": _Codec(_encode_array, _decode_array),
+    "$decimal": Codec(str, text_only(Decimal)),
+    "$fraction": Codec(_encode_fraction, _decode_fraction),
+    "$range": Codec(_encode_range, _decode_range),
+    "$ellipsis": Codec(lambda obj: "", _decode_ellipsis),
+    "$dtype": Codec(str, _named(torch.dtype).__getitem__),
+    "$memory_format": Codec(str, _named(torch.memory_format).__getitem__),
+    "$layout": Codec(str, _named(torch.layout).__getitem__),
+    "$device": Codec(str, text_only(torch.device)),
 }
 _TAGS: dict[type, str] = {
-    int: "$int",
-    float: "$float",
-    str: "$str",
     bytes: "$bytes",
     PlannerBytes: "$planner",
     Composition: MARK,
     bytearray: "$bytearray",
     complex: "$complex",
+    io.BytesIO: "$bytesio",
+    PosixPath: "$path",
+    WindowsPath: "$path",
+    PurePosixPath: "$path",
+    PureWindowsPath: "$path",
+    UUID: "$uuid",
     datetime: "$datetime",
     date: "$date",
+    time: "$time",
+    timezone: "$timezone",
     timedelta: "$timedelta",
     Decimal: "$decimal",
+    Fraction: "$fraction",
+    range: "$range",
+    type(...): "$ellipsis",
     torch.dtype: "$dtype",
+    torch.memory_format: "$memory_format",
+    torch.layout: "$layout",
     torch.device: "$device",
     np.ndarray: "$ndarray",
 }

@@ -2,7 +2,7 @@
 
 What JSON has is written plainly, so that SQL finds 0.001; anything else is an object of one key
 that begins with "$", such as {"$tuple": [1, 2]}. Decoding builds plain values and runs no code:
-text that this module did not write is `CorruptionError`, a pickle is touched with leave only.
+text that this module did not write is `CorruptionError`, a pickle is touched only when allowed.
 """
 
 from __future__ import annotations
@@ -16,21 +16,25 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
-from dcpstore.encoding.scalars import NotPlainError, PlannerBytes, decode_scalar, encode_scalar
+from dcpstore.encoding.arrays import ARRAYS
+from dcpstore.encoding.atoms import NotPlainError, PlannerBytes, is_plain_json
+from dcpstore.encoding.containers import CONTAINER_TAGS, close_container, open_container
+from dcpstore.encoding.own_classes import OWN_TAGS, TemplateClasses, take_apart
+from dcpstore.encoding.scalars import decode_scalar, encode_scalar
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, UnsafeDataError
 
 __all__ = [
-    "JSON_BLOB",
     "EncodedValue",
     "PlannerBytes",
     "check_safe",
     "decode_value",
+    "depends_on_template",
     "encode_value",
 ]
 
 _LONGEST = 64 * 1024  # bytes of typed JSON that a catalog keeps as text
 _DEEPEST = 100  # containers one in another
-JSON_BLOB, _PICKLE_BLOB = '{"$blob":"json"}', '{"$blob":"pickle"}'
+_JSON_BLOB, _PICKLE_BLOB = '{"$blob":"json"}', '{"$blob":"pickle"}'
 
 
 def _size(items: Iterable[Any]) -> torch.Size:
@@ -61,7 +65,7 @@ _ITEM_TAGS: dict[type, str] = {
 
 
 class _HeldTensorError(NotPlainError):
-    """A tensor inside a value: planners take lists and dicts apart, but no tuples and sets."""
+    """A tensor inside a value that has no plain bytes of its own there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +80,8 @@ class EncodedValue:
 def encode_value(obj: object, *, allow_pickle: bool) -> EncodedValue:
     """Return a value as typed JSON; as a blob where that is long, or where it must be pickled.
 
-    Plain are None, bool, int, float, str, bytes, bytearray, complex, list, tuple, dict, set,
-    frozenset, OrderedDict, datetime, date, timedelta, Decimal, torch's dtype, device and Size,
-    numpy scalars and arrays. Types are taken exactly: a subclass is not plain.
+    What is plain is listed in docs/values.md. Types are taken exactly; objects of a program's own
+    classes are plain where their fields, or their plain value, are all that they hold.
 
     Raises:
         UnsafeDataError: the value is not plain, and `allow_pickle` is false.
@@ -88,33 +91,29 @@ def encode_value(obj: object, *, allow_pickle: bool) -> EncodedValue:
         text = _dump(_encode(obj, ()))
     except NotPlainError as error:
         if not allow_pickle:
-            if isinstance(error, _HeldTensorError):
-                raise UnsafeDataError(
-                    f"a {error} lies inside a value, as in a tuple or set, and would need pickle; "
-                    "have it in lists and dicts only, of which each tensor is saved by itself, or "
-                    "save with allow_pickle=True."
-                ) from None
-            raise UnsafeDataError(
-                f"a value of type {error} is not plain data and would need pickle; convert it to "
-                "tensors, numbers, text, lists or dicts, or save with allow_pickle=True."
-            ) from None
+            raise UnsafeDataError(_not_plain(error)) from None
         return EncodedValue("blob", _PICKLE_BLOB, _pickled(obj))
     data = text.encode()
     if len(data) > _LONGEST:
-        return EncodedValue("blob", JSON_BLOB, data)
+        return EncodedValue("blob", _JSON_BLOB, data)
     return EncodedValue("value", text)
 
 
-def decode_value(text: str, data: bytes | None = None, *, allow_pickle: bool) -> object:
+def decode_value(
+    text: str, data: bytes | None = None, *, allow_pickle: bool, template: object = None
+) -> object:
     """Return the value of what `encode_value` made.
 
     Args:
         text: of the value.
         data: the bytes of a blob.
         allow_pickle: unpickle a pickled blob, which runs whatever code it names.
+        template: a value of whose classes objects are made; without one they come back as the
+            plain values that they are made of.
 
     Raises:
         UnsafeDataError: it is a pickle, and `allow_pickle` is false.
+        MismatchError: an object is not of the class that the template holds.
         CorruptionError: it is not what `encode_value` makes.
         DcpstoreError: a pickle names what cannot be imported or built here.
     """
@@ -123,14 +122,22 @@ def decode_value(text: str, data: bytes | None = None, *, allow_pickle: bool) ->
     if text == _PICKLE_BLOB:
         return _unpickled(data)
     try:
-        source = _present(data).decode() if text == JSON_BLOB else text
-        return _decode(json.loads(source, parse_constant=_refuse), 0)
+        source = _present(data).decode() if text == _JSON_BLOB else text
+        return _Decoder(template).decode(json.loads(source, parse_constant=_refuse), 0)
     # What broken text, wrong payloads and hostile nesting lead to, in json and in constructors.
     except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
         raise CorruptionError(
             f"a value does not decode ({type(error).__name__}: {error}): {text[:80]!r}; run "
             "'dcpstore verify' to see which versions are hurt."
         ) from error
+
+
+def depends_on_template(text: str) -> bool:
+    """Tell whether the text of a value, which is not a blob, holds objects of a program's classes.
+
+    It may say so of a text that only looks like it.
+    """
+    return any(tag in text for tag in OWN_TAGS)
 
 
 def check_safe(text: str) -> None:
@@ -151,52 +158,144 @@ def _encode(obj: Any, around: tuple[int, ...]) -> object:
     kind = type(obj)
     tag = _ITEM_TAGS.get(kind)
     if tag is None and kind not in (list, dict, OrderedDict):
-        if around and isinstance(obj, torch.Tensor):
-            raise _HeldTensorError(f"{kind.__module__}.{kind.__qualname__}")
-        return encode_scalar(obj)
-    if id(obj) in around:
-        raise InvalidInputError(
-            f"a {kind.__name__} contains itself and cannot be stored; break the loop."
-        )
-    if len(around) == _DEEPEST:
-        raise InvalidInputError(
-            f"a value is nested deeper than {_DEEPEST} containers; flatten it before saving."
-        )
-    inside = (*around, id(obj))
+        return _encode_other(obj, around)
+    inside = _entered(obj, around)
     if kind is dict and all(map(_is_plain_key, obj)):
         return {key: _encode(value, inside) for key, value in obj.items()}
     if kind in (dict, OrderedDict):
         pairs = [[_encode(key, inside), _encode(value, inside)] for key, value in obj.items()]
+        _check_apart(obj, [key for key, _ in pairs])
         return {"$dict" if kind is dict else "$ordered_dict": pairs}
     items = [_encode(item, inside) for item in obj]
     if kind in (set, frozenset):
+        _check_apart(obj, items)
         items.sort(key=_dump)  # equal sets give equal text, whatever order they iterate in
     return items if tag is None else {tag: items}
 
 
-def _decode(node: Any, depth: int) -> object:
-    if not isinstance(node, list | dict):
-        return node
-    if depth > _DEEPEST:
-        raise ValueError(f"nested deeper than {_DEEPEST}")
-    if isinstance(node, list):
-        return [_decode(item, depth + 1) for item in node]
-    if not any(key.startswith("$") for key in node):
-        return {key: _decode(value, depth + 1) for key, value in node.items()}
-    ((tag, payload),) = node.items()
-    if tag not in _ITEMS and tag not in _PAIRS:
-        return decode_scalar(tag, payload)
-    if not isinstance(payload, list):
-        raise TypeError(f"{tag} of {type(payload).__name__}")
-    if tag in _ITEMS:
-        return _ITEMS[tag](_decode(item, depth + 1) for item in payload)
-    return _PAIRS[tag](
-        (_decode(key, depth + 1), _decode(value, depth + 1)) for key, value in payload
-    )
+def _encode_other(obj: Any, around: tuple[int, ...]) -> object:
+    """Return JSON for what is neither a list nor a tuple, a dict or a set."""
+    if is_plain_json(obj):
+        return obj
+    opened = open_container(obj)
+    if opened is not None:
+        tag, held = opened
+        return {tag: _encode(held, _entered(obj, around))}
+    if around and isinstance(obj, torch.Tensor):
+        try:
+            return {"$tensor": ARRAYS["$tensor"].encode(obj)}
+        except NotPlainError as error:
+            raise _HeldTensorError(str(error)) from error
+    try:
+        return encode_scalar(obj)
+    except NotPlainError:
+        apart = take_apart(obj)
+        if apart is None:
+            raise
+    inside = _entered(obj, around)
+    return {apart.tag: [encode_scalar(apart.name), _encode(apart.parts, inside)]}
+
+
+def _entered(obj: object, around: tuple[int, ...]) -> tuple[int, ...]:
+    """Return what is around the items of a container."""
+    if id(obj) in around:
+        raise InvalidInputError(
+            f"a {type(obj).__name__} contains itself and cannot be stored; break the loop."
+        )
+    if len(around) >= _DEEPEST:
+        raise InvalidInputError(
+            f"a value is nested deeper than {_DEEPEST} containers; flatten it before saving."
+        )
+    return (*around, id(obj))
+
+
+def _check_apart(obj: object, nodes: list[Any]) -> None:
+    """Check that keys, or members of a set, stay different ones where no template has a class."""
+    if not any(depends_on_template(_dump(node)) for node in nodes):
+        return
+    try:
+        count = len({_Decoder(None).decode(node, 0) for node in nodes})
+    except TypeError:  # a dataclass comes back as a dict, which cannot be a key
+        count = 0
+    if count < len(nodes):
+        raise NotPlainError(
+            f"{type(obj).__name__} whose keys or members cannot be told apart by their plain values"
+        )
+
+
+class _Decoder:
+    """Makes values of JSON; objects in the classes that a template holds, if there is one."""
+
+    def __init__(self, template: object) -> None:
+        self._template = template
+        self._found: TemplateClasses | None = None
+
+    def decode(self, node: Any, depth: int) -> object:
+        if not isinstance(node, list | dict):
+            return node
+        if depth > _DEEPEST:
+            raise ValueError(f"nested deeper than {_DEEPEST}")
+        if isinstance(node, list):
+            return [self.decode(item, depth + 1) for item in node]
+        if not any(key.startswith("$") for key in node):
+            return {key: self.decode(value, depth + 1) for key, value in node.items()}
+        ((tag, payload),) = node.items()
+        return self._tagged(tag, payload, depth)
+
+    def _tagged(self, tag: str, payload: Any, depth: int) -> object:
+        if tag in _ITEMS or tag in _PAIRS:
+            return self._collected(tag, payload, depth)
+        if tag in CONTAINER_TAGS:
+            return close_container(tag, self.decode(payload, depth + 1), self._classes)
+        if tag in OWN_TAGS:
+            name, parts = payload
+            return self._classes.put_together(tag, name, self.decode(parts, depth + 1))
+        found = decode_scalar(tag, payload)
+        return self._placed(found) if isinstance(found, torch.Tensor) else found
+
+    def _collected(self, tag: str, payload: Any, depth: int) -> object:
+        if not isinstance(payload, list):
+            raise TypeError(f"{tag} of {type(payload).__name__}")
+        if tag in _ITEMS:
+            return _ITEMS[tag](self.decode(item, depth + 1) for item in payload)
+        return _PAIRS[tag](
+            (self.decode(key, depth + 1), self.decode(value, depth + 1)) for key, value in payload
+        )
+
+    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor on the device on which the template has all of its tensors."""
+        device = self._classes.device
+        if device is None or device == tensor.device:
+            return tensor
+        moved = tensor.detach().to(device)
+        if isinstance(tensor, torch.nn.Parameter):
+            return torch.nn.Parameter(moved, requires_grad=tensor.requires_grad)
+        return moved.requires_grad_(tensor.requires_grad)
+
+    @property
+    def _classes(self) -> TemplateClasses:
+        """The classes of the template, which is looked through once, and only if one is wanted."""
+        if self._found is None:
+            self._found = TemplateClasses(self._template)
+        return self._found
 
 
 def _is_plain_key(key: object) -> bool:
-    return type(key) is str and not key.startswith("$") and encode_scalar(key) is key
+    return type(key) is str and not key.startswith("$") and is_plain_json(key)
+
+
+def _not_plain(error: NotPlainError) -> str:
+    advice = error.advice or "convert it to tensors, numbers, text, lists or dicts"
+    if isinstance(error, _HeldTensorError):
+        return (
+            f"a {error} lies inside a value, as in a tuple or set, and would need pickle; have it "
+            "in lists and dicts only, of which each tensor is saved by itself, or save with "
+            "allow_pickle=True."
+        )
+    return (
+        f"a value of type {error} is not plain data and would need pickle; {advice}, or save with "
+        "allow_pickle=True."
+    )
 
 
 def _dump(node: object) -> str:

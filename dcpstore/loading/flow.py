@@ -247,8 +247,9 @@ class _Load:
         if isinstance(self.planner, DefaultLoadPlanner):
             catalog, storage = self.source.catalog, self.source.storage
             check_memory(self.planner, self._by_fqn, catalog, storage, version=number)
-        if not self._allow_pickle:
-            check_values(plan, self._by_fqn, version=number)
+        check_values(
+            plan, self.planner, self._by_fqn, version=number, allow_pickle=self._allow_pickle
+        )
         return plan
 
     def foretell(self) -> _RankReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Mapping
 from typing import TypeGuard
 
@@ -11,10 +12,15 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 
 from dcpstore.catalog import Catalog
 from dcpstore.collector import collector_free
-from dcpstore.encoding.values import PlannerBytes, check_safe
-from dcpstore.errors import InvalidInputError, UnsafeDataError
+from dcpstore.encoding.values import (
+    PlannerBytes,
+    check_safe,
+    decode_value,
+    depends_on_template,
+)
+from dcpstore.errors import CorruptionError, InvalidInputError, MismatchError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
-from dcpstore.planning.load_planner import DefaultLoadPlanner
+from dcpstore.planning.load_planner import DefaultLoadPlanner, ValueFile
 from dcpstore.progress import ProgressBar
 from dcpstore.reading.boxes import BoxRequest, find_chunks, read_boxes
 from dcpstore.reading.values import read_values
@@ -24,19 +30,40 @@ from dcpstore.storage.packs import PackReader
 __all__ = ["ItemReads", "check_values"]
 
 
-def check_values(plan: LoadPlan, entries: Mapping[str, EntryRecord], *, version: int) -> None:
-    """Check that no value that a plan asks for is a pickle.
+def check_values(
+    plan: LoadPlan,
+    planner: LoadPlanner,
+    entries: Mapping[str, EntryRecord],
+    *,
+    version: int,
+    allow_pickle: bool,
+) -> None:
+    """Check that each value that a plan asks for can be given to the state.
+
+    Values whose bytes lie in packs are checked for pickles only; their classes show when they are
+    read.
 
     Raises:
-        UnsafeDataError: one is, naming it.
+        UnsafeDataError: one is a pickle, and `allow_pickle` is false.
+        MismatchError: some are not of the class that the state holds in their place.
+        CorruptionError: one is damaged.
     """
+    differences: list[str] = []
     for item in plan.items:
         entry = entries.get(item.storage_index.fqn)
-        if entry is not None and entry.value is not None:
-            try:
+        if entry is None or entry.value is None:
+            continue
+        try:
+            if not allow_pickle:
                 check_safe(entry.value)
-            except UnsafeDataError as error:
-                raise UnsafeDataError(f"v{version}: {entry.fqn!r}: {error}") from error
+            if entry.kind == "value" and depends_on_template(entry.value):
+                decode_value(entry.value, allow_pickle=False, template=_template(planner, item))
+        except MismatchError as error:
+            differences += (f"{entry.fqn!r} {difference}" for difference in error.differences)
+        except (UnsafeDataError, CorruptionError) as error:
+            raise type(error)(f"v{version}: {entry.fqn!r}: {error}") from error
+    if differences:
+        raise MismatchError.listing(differences)
 
 
 class ItemReads:
@@ -105,6 +132,7 @@ class ItemReads:
             packs,
             version=version,
             allow_pickle=allow_pickle,
+            templates=[_template(self._planner, item) for item, _ in self._values],
         )
         nbytes = sum(request.target.nbytes for request in self._requests)
         bar.begin("read", nbytes)
@@ -118,8 +146,14 @@ class ItemReads:
             if _takes_values(self._planner) and not isinstance(value, PlannerBytes):
                 self._planner.load_value(item, value)
             else:
-                self._planner.load_bytes(item, _as_file(value))
+                self._planner.load_bytes(item, _as_file(item, value))
         return counts.chunks, counts.nbytes
+
+
+def _template(planner: LoadPlanner, item: ReadItem) -> object:
+    """Return what the state has where an item's value belongs; None where it does not say."""
+    held = getattr(planner, "state_dict", None)
+    return held.get(item.dest_index.fqn) if isinstance(held, Mapping) else None
 
 
 def _takes_values(planner: LoadPlanner) -> TypeGuard[DefaultLoadPlanner]:
@@ -130,10 +164,14 @@ def _takes_values(planner: LoadPlanner) -> TypeGuard[DefaultLoadPlanner]:
     )
 
 
-def _as_file(value: object) -> io.BytesIO:
+def _as_file(item: ReadItem, value: object) -> io.BytesIO:
     if isinstance(value, PlannerBytes):
         return io.BytesIO(value)
-    data = io.BytesIO()
-    torch.save(value, data)
-    data.seek(0)
-    return data
+    try:
+        return ValueFile(value)
+    except (TypeError, pickle.PicklingError) as error:
+        raise InvalidInputError(
+            f"{item.dest_index.fqn!r}: the planner reads values from torch's bytes, and torch "
+            f"cannot make bytes of a {type(value).__qualname__} ({error}); load with "
+            "dcpstore.DefaultLoadPlanner."
+        ) from error

@@ -32,7 +32,7 @@ from dcpstore.planning.room import check_room, make_room
 from dcpstore.planning.shards import LocalShard, flat_shards, is_sharded, local_shards
 from dcpstore.planning.targets import target_fault
 
-__all__ = ["DefaultLoadPlanner"]
+__all__ = ["DefaultLoadPlanner", "ValueFile"]
 
 _NO_OFFSET = torch.Size((0,))
 # What torch's wrappers put into the names of a module's state: compile, DDP, activation
@@ -43,6 +43,20 @@ _WRAPPERS = (
     "_checkpoint_wrapped_module.",
     "_fsdp_wrapped_module.",
 )
+
+
+class ValueFile(io.BytesIO):
+    """Torch's bytes of a value, at their beginning, for planners that read values from bytes.
+
+    Attributes:
+        value: the value itself; not every plain one can be read from torch's bytes without pickle.
+    """
+
+    def __init__(self, value: object) -> None:
+        super().__init__()
+        self.value = value
+        torch.save(value, self)
+        self.seek(0)
 
 
 class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
@@ -336,6 +350,9 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         Raises:
             UnsafeDataError: reading the bytes would run code.
         """
+        if isinstance(value, ValueFile):
+            self.load_value(read_item, value.value)
+            return
         try:
             loaded = torch.load(value, weights_only=True)
         except pickle.UnpicklingError as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +16,9 @@ import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
+from dcpstore.encoding.atoms import is_plain_json
 from dcpstore.encoding.dtypes import check_plain
+from dcpstore.encoding.own_classes import objects_in
 from dcpstore.errors import InvalidInputError
 from dcpstore.planning.shards import is_sharded
 
@@ -76,10 +77,13 @@ def storage_nbytes(state: Mapping[str, Any]) -> int:
     return sum(storages.values())
 
 
-def resolved(value: Any) -> Any:
+def resolved(value: Any, path: Path = ()) -> Any:
     """Return a state whose tensors' bytes are what they mean: conjugated and negated ones copied.
 
     All else comes back as it is, but for mappings that are no dict, which not everything can copy.
+
+    Raises:
+        InvalidInputError: such a tensor lies where it cannot be replaced.
     """
     if isinstance(value, torch.Tensor):
         if (is_sharded(value) and not isinstance(value, DTensor)) or not (
@@ -88,13 +92,35 @@ def resolved(value: Any) -> Any:
             return value
         return value.resolve_conj().resolve_neg()
     if isinstance(value, Mapping):
-        items = {key: resolved(inner) for key, inner in value.items()}
-        if isinstance(value, dict) and all(items[key] is value[key] for key in items):
-            return value
-        return OrderedDict(items) if isinstance(value, OrderedDict) else items
+        items = {key: resolved(inner, (*path, key)) for key, inner in value.items()}
+        return _with_items(value, items) if isinstance(value, dict) else items
     if type(value) in (list, tuple):
-        return type(value)(map(resolved, value))
+        parts = [resolved(inner, (*path, i)) for i, inner in enumerate(value)]
+        is_same = all(part is inner for part, inner in zip(parts, value, strict=True))
+        return value if is_same else type(value)(parts)
+    if not is_plain_json(value):
+        _check_resolved(value, path)
     return value
+
+
+def _with_items(value: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
+    """Return a dict with other items; of its own class, which may hold more than items."""
+    if all(items[key] is value[key] for key in items):
+        return value
+    copied = copy.copy(value)
+    copied.update(items)
+    return copied
+
+
+def _check_resolved(value: object, path: Path) -> None:
+    """Check that no tensor inside another object has bits that a copy of its storage lacks."""
+    for held in objects_in(value):
+        if isinstance(held, torch.Tensor) and (held.is_conj() or held.is_neg()):
+            fqn = ".".join(map(str, path))
+            raise InvalidInputError(
+                f"{fqn!r}: a lazily conjugated or negated tensor lies inside a "
+                f"{type(value).__qualname__}; save tensor.resolve_conj().resolve_neg() instead."
+            )
 
 
 @contextmanager

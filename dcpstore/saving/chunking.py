@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -34,15 +35,7 @@ from dcpstore.reading.comparing import Held
 from dcpstore.records import ChunkDefaults, EntryRecord
 from dcpstore.saving.layouts import Layout, blob_layout, planned_chunks
 
-__all__ = [
-    "ChunkKey",
-    "Digested",
-    "RankData",
-    "RawChunk",
-    "encoded_item",
-    "resolves_plainly",
-    "total_nbytes",
-]
+__all__ = ["ChunkKey", "Digested", "RankData", "RawChunk", "total_nbytes"]
 
 _FIRST = 5  # a fifth of the bytes takes a disk longer to write than cores to digest the others
 _ARCHIVE = b"PK\x03\x04"  # how torch.save's bytes begin
@@ -111,7 +104,7 @@ class RankData:
         for item in plan.items:
             fqn = item.index.fqn
             if item.tensor_data is None:
-                self._values[fqn] = encoded_item(planner, item, allow_pickle=allow_pickle)
+                self._values[fqn] = self._encoded(item, allow_pickle=allow_pickle)
             else:
                 box = item_box(item)
                 array = self._array(item, box)
@@ -194,32 +187,18 @@ class RankData:
     def _tensor(self, item: WriteItem, box: Box) -> torch.Tensor:
         return _checked(item, self._planner.resolve_data(item), box.sizes)
 
-
-def encoded_item(planner: SavePlanner, item: WriteItem, *, allow_pickle: bool) -> EncodedValue:
-    """Return a value item's value as the catalog keeps it.
-
-    Raises:
-        UnsafeDataError: it needs a pickle, and that is not allowed.
-        InvalidInputError: it cannot be kept; both name the FQN.
-    """
-    if _keeps_values(planner):
-        encode = partial(encode_value, planner.lookup_object(item.index))
-    else:
-        encode = partial(_encoded_bytes, _planners_bytes(planner, item))
-    try:
-        return encode(allow_pickle=allow_pickle)
-    except UnsafeDataError as error:
-        raise UnsafeDataError(f"{item.index.fqn!r}: {error}") from error
-    except InvalidInputError as error:
-        raise InvalidInputError(f"{item.index.fqn!r}: {error}") from error
-
-
-def resolves_plainly(planner: SavePlanner) -> bool:
-    """Tell whether a planner resolves an item as torch's or ours does, so that any item will do."""
-    return (
-        isinstance(planner, torch_planner.DefaultSavePlanner)
-        and type(planner).resolve_data in _PLAIN_RESOLVERS
-    )
+    def _encoded(self, item: WriteItem, *, allow_pickle: bool) -> EncodedValue:
+        planner = self._planner
+        if _keeps_values(planner):
+            encode = partial(encode_value, planner.lookup_object(item.index))
+        else:
+            encode = partial(_encoded_bytes, planner, item)
+        try:
+            return encode(allow_pickle=allow_pickle)
+        except UnsafeDataError as error:
+            raise UnsafeDataError(f"{item.index.fqn!r}: {error}") from error
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{item.index.fqn!r}: {error}") from error
 
 
 def _checked(item: WriteItem, tensor: object, sizes: tuple[int, ...]) -> torch.Tensor:
@@ -249,7 +228,10 @@ def _keeps_values(planner: SavePlanner) -> TypeGuard[torch_planner.DefaultSavePl
 
 
 def _planners_bytes(planner: SavePlanner, item: WriteItem) -> bytes:
-    data = planner.resolve_data(item)
+    try:
+        data = planner.resolve_data(item)
+    except (TypeError, pickle.PicklingError) as error:
+        raise InvalidInputError(f"the planner cannot make bytes of it ({error}).") from error
     if not isinstance(data, io.BytesIO):
         raise InvalidInputError(
             f"the planner gives {type(data).__name__} for value {item.index.fqn!r}; its "
@@ -258,22 +240,43 @@ def _planners_bytes(planner: SavePlanner, item: WriteItem) -> bytes:
     return data.getvalue()
 
 
-def _encoded_bytes(data: bytes, *, allow_pickle: bool) -> EncodedValue:
+def _encoded_bytes(planner: SavePlanner, item: WriteItem, *, allow_pickle: bool) -> EncodedValue:
     """Encode what a planner made of a value: the value again, where these are torch's bytes of it.
 
     Other bytes are kept as they are, for the load planner that knows them.
     """
+    data = _planners_bytes(planner, item)
     if data.startswith(_ARCHIVE):
         try:
             value = torch.load(io.BytesIO(data), weights_only=True)
             return encode_value(value, allow_pickle=False)
         except (UnsafeDataError, pickle.UnpicklingError) as error:
+            if isinstance(planner, torch_planner.DefaultSavePlanner):
+                value = planner.lookup_object(item.index)
+                if _is_torchs(data, value):  # such as an io.BytesIO, which torch would unpickle
+                    return encode_value(value, allow_pickle=allow_pickle)
             if not allow_pickle:
                 raise UnsafeDataError(
                     "the planner's bytes hold a pickle; give plain values, or save with "
                     "allow_pickle=True."
                 ) from error
     return encode_value(PlannerBytes(data), allow_pickle=False)
+
+
+def _is_torchs(data: bytes, value: object) -> bool:
+    """Tell whether bytes are torch's archive of a value; each archive has a number of its own."""
+    own = io.BytesIO()
+    try:
+        torch.save(value, own)
+    except (pickle.PicklingError, TypeError, AttributeError, RuntimeError):
+        return False  # it does not pickle, so the bytes are of something else
+    return _records(data) == _records(own.getvalue())
+
+
+def _records(archive: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(archive)) as file:
+        names = [name for name in file.namelist() if not name.endswith("/serialization_id")]
+        return {name: file.read(name) for name in names}
 
 
 def _source_of(array: Array, box: Box) -> Source:

@@ -196,7 +196,7 @@ BAD = {
     "list": (saved([torch.ones(2)]), InvalidInputError),
     "sparse": (saved({"w": torch.eye(3).to_sparse()}), InvalidInputError),
     "meta": (saved({"w": torch.ones(2, device="meta")}), InvalidInputError),
-    "set of tensors": (saved({"w": {torch.ones(2)}}), UnsafeDataError),
+    "set of tensors": (saved({"w": {torch.eye(3).to_sparse()}}), UnsafeDataError),
     "same names": (saved({"a.b": torch.ones(2), "a": {"b": torch.ones(2)}}), InvalidInputError),
 }
 
