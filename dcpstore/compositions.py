@@ -23,6 +23,7 @@ __all__ = [
     "composition_of",
     "compositions",
     "fold_entries",
+    "imported_value",
     "is_mark",
     "outer_fqns",
 ]
@@ -59,6 +60,10 @@ class Composition:
             "context": json.loads(self.context),
         }
 
+    def to_text(self) -> str:
+        """Return it as JSON in a text, as exports have it."""
+        return json.dumps(self.to_json(), ensure_ascii=False)
+
     @classmethod
     def of_json(cls, payload: Any) -> Composition:
         """Return what `to_json` was made of.
@@ -73,6 +78,16 @@ class Composition:
             raise TypeError(f"{payload!r} describes no composed tensor")
         context = json.dumps(payload["context"], ensure_ascii=False, separators=(",", ":"))
         return cls(payload["kind"], tuple(shape), payload["dtype"], tuple(parts), context)
+
+
+def imported_value(fqn: str, value: object) -> object:
+    """Return a value of another format; the text that an export made of a mark as that mark."""
+    if not (isinstance(value, str) and fqn.endswith(_SUFFIX)):
+        return value
+    try:
+        return Composition.of_json(json.loads(value))
+    except (LookupError, TypeError, ValueError):
+        return value
 
 
 @dataclass(frozen=True, slots=True)

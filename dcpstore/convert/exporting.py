@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dcpstore.compositions import outer_fqns
 from dcpstore.convert.dtype_option import converted, wanted_dtype
 from dcpstore.encoding.dtypes import as_bytes, torch_dtype
 from dcpstore.errors import InvalidInputError
@@ -127,8 +128,13 @@ class ExportedVersion:
         self._repo = repo
         self.version = repo.show(ref)
         entries = repo.entries(self.version.number)
+        outer = outer_fqns(entry.fqn for entry in entries)
         self.tensors = [
-            ExportedTensor(entry, converted(torch_dtype(entry.tensor.dtype), wanted))
+            ExportedTensor(
+                entry,
+                # the mark of a composed tensor says what its parts are
+                converted(torch_dtype(entry.tensor.dtype), None if entry.fqn in outer else wanted),
+            )
             for entry in entries
             if entry.kind == "tensor" and entry.tensor is not None
         ]

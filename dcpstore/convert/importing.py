@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from dcpstore.api import save
 from dcpstore.arguments import RepositoryLike
+from dcpstore.compositions import imported_value
 from dcpstore.convert.dtype_option import converted, wanted_dtype
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box
@@ -88,7 +89,7 @@ class Foreign:
                 self.add_tensor(name, whole, _InMemory(item.detach()))
             else:
                 self._enter(name, whole)
-                self.values[name] = item
+                self.values[name] = imported_value(name, item)
 
     def _enter(self, fqn: str, path: ObjectPath) -> None:
         if fqn in self.paths:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dcpstore.arguments import RepositoryLike
+from dcpstore.compositions import Composition
 from dcpstore.convert.exporting import Exported, ExportedVersion
 from dcpstore.convert.importing import Foreign, Naming, save_foreign
 from dcpstore.convert.targets import new_file
@@ -113,6 +114,8 @@ def export_torch(
 
 def _plain(value: object) -> object:
     """Return a value that torch.load needs no class of ours for."""
+    if isinstance(value, Composition):
+        return value.to_text()
     return bytes(value) if isinstance(value, PlannerBytes) else value
 
 

@@ -34,6 +34,7 @@ from dcpstore.loading.kept import (
     restore_optimizers,
 )
 from dcpstore.loading.memory import check_memory
+from dcpstore.planning.composed import check_none_composed
 from dcpstore.planning.described import describe_entries
 from dcpstore.planning.load_options import LoadOptions
 from dcpstore.planning.load_planner import DefaultLoadPlanner
@@ -321,6 +322,8 @@ class _Load:
         if isinstance(self.planner, DefaultLoadPlanner):
             self.planner.optional = template.optional
             self.planner.compositions = compositions(opened.entries)
+        else:
+            check_none_composed(template.state)
         differences = [*template.differences]
         self.planner.set_up_planner(template.state, described, self._ranks.leads)
         try:

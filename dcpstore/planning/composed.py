@@ -18,11 +18,11 @@ from dcpstore.compositions import MARK, ComposedEntry, Composition
 from dcpstore.encoding.composed import describe, parts_of, put_together
 from dcpstore.encoding.dtypes import torch_dtype
 from dcpstore.encoding.kinds import KINDS, kind_of
-from dcpstore.errors import InvalidInputError
+from dcpstore.errors import CorruptionError, InvalidInputError
 from dcpstore.planning.split_parts import split_part, split_shape
 from dcpstore.records import ObjectPath
 
-__all__ = ["apart", "composed_place", "spliced", "take_apart"]
+__all__ = ["apart", "check_none_composed", "composed_place", "spliced", "take_apart"]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -104,6 +104,26 @@ def apart(path: ObjectPath, tensor: torch.Tensor) -> dict[str, Any] | None:
     return {MARK: mark, **parts}
 
 
+def check_none_composed(state: Mapping[str, Any]) -> None:
+    """Check that a state holds no composed tensor, for a load planner that is not ours.
+
+    Raises:
+        InvalidInputError: it holds one, by its FQN.
+    """
+
+    def refuse(path: ObjectPath, tensor: torch.Tensor) -> None:
+        local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        kind = kind_of(local)
+        if kind is not None:
+            raise InvalidInputError(
+                f"{'.'.join(map(str, path))!r} is a {kind.name}, which only dcpstore's own load "
+                "planner puts together; load it without planner=, or with a subclass of "
+                "dcpstore.DefaultLoadPlanner."
+            )
+
+    take_apart(state, take=refuse)
+
+
 def _check_marks(state: Mapping[Any, Any], path: ObjectPath) -> None:
     if MARK in state and not isinstance(state[MARK], Composition):
         raise InvalidInputError(
@@ -128,7 +148,13 @@ def composed_place(
     """
     kind = KINDS.get(entry.composition.kind)
     if kind is not None and kind.grows:  # a load takes its sizes from what is stored
-        return put_together(entry.composition, _empty(entry))
+        try:
+            return put_together(entry.composition, _empty(entry))
+        except (LookupError, ValueError) as error:
+            raise CorruptionError(
+                f"{entry.fqn!r} is not what a {kind.name} is made of ({error}); run 'dcpstore "
+                "verify'."
+            ) from error
     cuts = {} if kind is None else kind.cuts
     is_split = isinstance(like, DTensor) and tuple(like.shape) == entry.composition.shape
     split = like if isinstance(like, DTensor) and is_split else None

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import default_planner as torch_planner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-from dcpstore.compositions import MARK, Composition
+from dcpstore.compositions import MARK, Composition, imported_value
 from dcpstore.encoding.dtypes import PACKED
 from dcpstore.errors import InvalidInputError, MismatchError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
@@ -361,9 +361,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
                 "that only its planner reads; save plain values, or load it with a planner that "
                 "knows it, if you trust it."
             ) from error
-        if isinstance(loaded, dict) and read_item.dest_index.fqn.endswith(f".{MARK}"):
-            loaded = Composition.of_json(loaded[MARK])
-        self.load_value(read_item, loaded)
+        self.load_value(read_item, imported_value(read_item.storage_index.fqn, loaded))
 
     def load_value(self, read_item: ReadItem, value: object) -> None:
         """Set a value in the caller's state, under the caller's own keys."""

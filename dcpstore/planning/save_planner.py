@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from dcpstore.compositions import MARK, Composition
+from dcpstore.compositions import Composition
 from dcpstore.planning.balance import share_out
 from dcpstore.planning.checks import check_agreement, check_names, check_tiling
 from dcpstore.planning.composed import spliced, take_apart
@@ -152,10 +152,10 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
         """Return torch's bytes of a value, and a tensor as it is.
 
-        The mark of a composed tensor is a plain dict there, which other storages can read again.
+        The mark of a composed tensor is a text there, for storages that know no such tensors.
         """
         if isinstance(object, Composition):
-            object = {MARK: object.to_json()}
+            object = object.to_text()
         return super().transform_object(write_item, object)
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import dcpstore
 from dcpstore import Repository
 from dcpstore.encoding.composed import parts_of
 from dcpstore.encoding.kinds import JAGGED, KINDS, SPARSE, kind_of
+from tests.loading.composed_ranks import round_trip_optimizer
+from tests.ranks import RankPool
 from tests.tensors import same
 
 Make = Callable[[torch.dtype], torch.Tensor]
@@ -56,3 +59,18 @@ def test_each_kind_comes_back_exactly(
             assert alike(read[f"in.{name}"], tensor)
             assert filled[name] is kept[name]
             assert alike(filled[name], tensor)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AdamW4bit",
+        pytest.param("AdamW8bit", marks=pytest.mark.slow),
+        pytest.param("AdamWFp8", marks=pytest.mark.slow),
+    ],
+)
+def test_an_optimizer_of_two_ranks_comes_back_to_one_and_two(
+    two_ranks: RankPool, tmp_path: Path, name: str
+) -> None:
+    expected = f"torchao {name.replace('AdamW', 'OptimState').replace('FP', 'Fp')}"
+    assert two_ranks.run(round_trip_optimizer, str(tmp_path), name) == [[expected]] * 2

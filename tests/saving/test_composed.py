@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 
 import dcpstore
-from dcpstore import InvalidInputError, MismatchError, NotFoundError, Repository
+from dcpstore import (
+    DcpstoreError,
+    InvalidInputError,
+    MismatchError,
+    NotFoundError,
+    Repository,
+    convert,
+)
 from dcpstore.encoding.composed import parts_of
 from dcpstore.encoding.kinds import KINDS, kind_of
+from tests.loading.composed_ranks import round_trip_columns
+from tests.ranks import RankPool
 from tests.tensors import same
 
 Make = Callable[[], torch.Tensor]
@@ -216,6 +228,109 @@ def test_differences_are_named_and_touch_nothing(tmp_path: Path) -> None:
         dcpstore.load({"c": empty(9, 3)}, tmp_path)
     dcpstore.load(cast := {"d": coo().double()}, tmp_path, on_dtype="cast")
     assert alike(cast["d"], coo().double())
+
+
+def test_fresh_owners_get_them(tmp_path: Path) -> None:
+    class Grown:
+        def __init__(self, **held: Any) -> None:
+            self.held = held
+
+        def state_dict(self) -> dict[str, Any]:
+            return dict(self.held)
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.held = state
+
+    made = {name: make() for name, make in MADE.items() if "grad" not in name}
+    del made["coo parameter"]
+    dcpstore.save({"t": Grown(**made)}, tmp_path)
+    fresh = Grown()
+    assert dcpstore.load({"t": fresh}, tmp_path, dry_run=True).differences == ()
+    dcpstore.load({"t": fresh}, tmp_path)
+    assert fresh.held.keys() == made.keys()
+    assert all(alike(fresh.held[name], tensor) for name, tensor in made.items())
+
+
+def test_each_rank_keeps_its_own_and_ties_stay(tmp_path: Path) -> None:
+    tied = coo()
+    dcpstore.save({"own": dcpstore.PerRank({"w": coo()}), "a": tied, "b": tied}, tmp_path)
+    both = empty(4, 3)
+    state = {"own": dcpstore.PerRank({"w": empty(4, 3)}), "a": both, "b": both}
+    dcpstore.load(state, tmp_path)
+    assert alike(state["own"].value["w"], coo())
+    assert state["a"] is state["b"] is both
+    assert alike(both, coo())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_torch_takes_them_by_our_planners(tmp_path: Path) -> None:
+    state = {"w": coo(), "rows": compressed(torch.sparse_csr), "n": 1}
+    places = {
+        "torch": (dcp.FileSystemWriter(tmp_path / "torch"), dcp.FileSystemReader),
+        "ours": (dcpstore.FileSystemWriter(tmp_path / "ours"), dcpstore.FileSystemReader),
+    }
+    for name, (writer, reader) in places.items():
+        dcp.save(state, storage_writer=writer, planner=dcpstore.DefaultSavePlanner(), no_dist=True)
+        filled = {"w": empty(4, 3), "rows": compressed(torch.sparse_csr, torch.eye(4, 3)), "n": 0}
+        planner = dcpstore.DefaultLoadPlanner()
+        dcp.load(filled, storage_reader=reader(tmp_path / name), planner=planner, no_dist=True)
+        assert filled["n"] == 1
+        assert alike(filled["w"], coo())
+        assert alike(filled["rows"], state["rows"])
+    flat = dcpstore.DefaultSavePlanner(flatten_state_dict=False)
+    dcpstore.save(state, tmp_path / "flat", planner=flat)
+    filled = {"w": empty(4, 3), "rows": other(state["rows"]), "n": 0}
+    planner = dcpstore.DefaultLoadPlanner(flatten_state_dict=False)
+    dcpstore.load(filled, tmp_path / "flat", planner=planner)
+    assert alike(filled["w"], coo())
+    assert alike(filled["rows"], state["rows"])
+
+
+def test_torchs_own_save_planner_carries_them(tmp_path: Path) -> None:
+    dcpstore.save({"w": coo()}, tmp_path, planner=DefaultSavePlanner())
+    with dcpstore.open(tmp_path) as repo:
+        assert alike(repo.read()["w"], coo())
+    with pytest.raises(InvalidInputError, match=r"'w' is a torch.sparse_coo.*planner"):
+        dcpstore.load({"w": empty(4, 3)}, tmp_path, planner=DefaultLoadPlanner())
+
+
+def test_they_leave_in_other_formats_and_come_back(tmp_path: Path) -> None:
+    state = {"m": {"w": coo(), "rows": compressed(torch.sparse_csr)}, "x": torch.ones(2)}
+    with dcpstore.open(tmp_path / "r") as repo:
+        dcpstore.save(state, repo)
+        for name in ("torch", "dcp", "safetensors"):
+            getattr(convert, f"export_{name}")(repo, "v1", tmp_path / f"out.{name}", dtype="bf16")
+            getattr(convert, f"import_{name}")(tmp_path / f"out.{name}", repo, branch=name)
+            read = repo.read(name)
+            assert alike(read["m.w"], coo())
+            assert alike(read["m.rows"], state["m"]["rows"])
+            assert read["x"].dtype == torch.bfloat16
+
+
+def test_what_no_such_tensor_is_made_of_is_damage(tmp_path: Path) -> None:
+    with dcpstore.open(tmp_path) as repo:
+        dcpstore.save({"w": coo()}, repo)
+        change = sqlite3.connect(tmp_path / "catalog.db")
+        for old, new, told in (
+            ("[4,3]", "[2,3]", "cannot be made of its parts"),
+            ("[4,3]", "[2,-3]", "does not decode"),
+            ("torch.sparse_coo", "torch.sparse_csr", "cannot be made of its parts"),
+            ("torch.sparse_coo", "os.system", "does not know"),
+            ('"coalesced":false', '"class":"os","fields":{}', "does not decode"),
+        ):
+            query = "UPDATE entry SET value = replace(value, ?, ?)"
+            change.execute(query, (old, new))
+            change.commit()
+            with pytest.raises(DcpstoreError, match=told):
+                repo.read()
+            change.execute(query, (new, old))
+            change.commit()
+        change.close()
+        assert alike(repo.read()["w"], coo())
+
+
+def test_column_shards_of_torchs_wrapper(two_ranks: RankPool, tmp_path: Path) -> None:
+    two_ranks.run(round_trip_columns, str(tmp_path))
 
 
 def test_a_key_of_the_mark_is_refused(tmp_path: Path) -> None:
