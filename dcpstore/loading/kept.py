@@ -7,6 +7,7 @@ error names it. Tensors that still lie in the memory that was filled cost no com
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,9 @@ from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 from dcpstore.encoding.composed import parts_of
 from dcpstore.encoding.kinds import kind_of
 from dcpstore.planning.optimizers import is_by_number
+from dcpstore.planning.overlay import fqn_of
 from dcpstore.planning.per_rank import with_own
-from dcpstore.planning.stateful import Owner, Template, fqn_of
+from dcpstore.planning.stateful import Owner, Template
 from dcpstore.planning.targets import is_same_memory
 from dcpstore.records import ObjectPath
 
@@ -231,6 +233,8 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def _is_equal(one: Any, other: Any) -> bool:
     """Tell whether two values of one type are the same; a NaN is the same as another."""
+    if dataclasses.is_dataclass(one):
+        one, other = _fields(one), _fields(other)
     if isinstance(one, Mapping):
         return one.keys() == other.keys() and all(
             _difference(inner, other[key]) is None for key, inner in one.items()
@@ -248,6 +252,10 @@ def _is_equal(one: Any, other: Any) -> bool:
         return bool(equal.all() if hasattr(equal, "all") else equal)
     except Exception:  # a class that cannot compare its objects says nothing about them
         return True
+
+
+def _fields(one: Any) -> dict[str, Any]:
+    return {field.name: getattr(one, field.name, None) for field in dataclasses.fields(one)}
 
 
 def _shown(value: Any) -> str:

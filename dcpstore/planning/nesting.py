@@ -32,6 +32,7 @@ __all__ = [
     "is_empty_container",
     "joined_path",
     "nested_state",
+    "path_below",
     "recorded_paths",
 ]
 
@@ -170,6 +171,14 @@ def joined_path(above: ObjectPath, found: StatePath) -> ObjectPath:
     marks = above.marks if isinstance(above, StatePath) else ""
     below = found.marks[1:] or _TEXT * (len(found) - 1)
     return StatePath((*above, *found[1:]), (marks or _TEXT * len(above)) + below)
+
+
+def path_below(path: ObjectPath, depth: int) -> ObjectPath:
+    """Return what is left of a path below its first `depth` parts, with what it leads through."""
+    if not isinstance(path, StatePath):
+        return path[depth:]
+    marks = "".join(mark + number for mark, number in _MARK.findall(path.marks)[depth:])
+    return StatePath(path[depth:], marks)
 
 
 class _Walk:

@@ -19,6 +19,7 @@ from dcpstore.encoding.values import decode_value
 from dcpstore.errors import InvalidInputError
 from dcpstore.planning.composed import composed_place
 from dcpstore.planning.load_options import LoadOptions
+from dcpstore.planning.nesting import path_below
 from dcpstore.planning.overlay import ABSENT, GapError, Leaf, Node, lay_over, new_place, tree_of
 from dcpstore.planning.room import without_memory
 from dcpstore.records import ObjectPath
@@ -156,7 +157,7 @@ class _Held(NamedTuple):
     is_asked: bool
 
 
-def _tree(held: Iterable[_Held]) -> dict[str | int, Node]:
+def _tree(held: Iterable[_Held]) -> Node:
     return tree_of((one.path, Leaf(one.entry, one.is_asked)) for one in held)
 
 
@@ -256,17 +257,18 @@ def _held(
             path = entry.path
             if len(path) > depth + 2 and path[:depth] == prefix and path[depth] == section:
                 is_asked = options.asks_for(entry.fqn)
-                yield _Held(str(path[depth + 1]), path[depth + 2 :], entry, is_asked)
+                below = path_below(path, depth + 2)
+                yield _Held(str(path[depth + 1]), below, entry, is_asked)
         return
     # `rename` leads from the state's FQNs to the version's only: try all that there may be
-    below = [
-        path[at + 1 :]
+    candidates = [
+        (path[at + 1], path_below(path, at + 2))
         for path in (entry.path for entry in entries)
         for at in range(len(path) - 2)
         if path[at] == section
     ]
-    numbers = dict.fromkeys([*map(str, range(count)), *(str(path[0]) for path in below)])
-    rests = dict.fromkeys(path[1:] for path in below)
+    numbers = dict.fromkeys([*map(str, range(count)), *(str(number) for number, _ in candidates)])
+    rests = dict.fromkeys(rest for _, rest in candidates)
     by_fqn = {entry.fqn: entry for entry in entries}
     for number in numbers:
         for rest in rests:

@@ -6,8 +6,10 @@ owner's own tensors keep their memory, and what the version does not hold stays 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +18,10 @@ import torch
 from dcpstore.compositions import ComposedEntry, Entry
 from dcpstore.encoding.dtypes import torch_dtype
 from dcpstore.planning.composed import composed_place
+from dcpstore.planning.nesting import nested_state
 from dcpstore.records import ObjectPath
 
-__all__ = ["ABSENT", "GapError", "Leaf", "Node", "lay_over", "new_place", "tree_of"]
+__all__ = ["ABSENT", "GapError", "Leaf", "Node", "fqn_of", "lay_over", "new_place", "tree_of"]
 
 ABSENT = object()  # where an owner has nothing: None is a value like any other
 
@@ -31,8 +34,7 @@ class Leaf:
     is_asked: bool = True
 
 
-# What a version holds below a path. The keys of a list are its places, those of a mapping are text.
-Node = Leaf | dict[str | int, "Node"]
+Node = Any  # a `Leaf`, or a container of them as it was saved
 Place = Callable[[Entry, Any], Any]
 
 
@@ -40,22 +42,22 @@ class GapError(Exception):
     """A list of which the version, or what is asked of it, holds some items only."""
 
 
-def tree_of(items: Iterable[tuple[ObjectPath, Leaf]]) -> dict[str | int, Node]:
-    """Return entries by their paths below an owner, nested.
+def fqn_of(path: ObjectPath) -> str:
+    """Return the FQN of a path."""
+    return ".".join(map(str, path))
 
-    An entry that lies below another one, which no save writes, is left out.
+
+def tree_of(items: Iterable[tuple[ObjectPath, Leaf]]) -> Node:
+    """Return entries by their paths below an owner, in the containers that were saved.
+
+    Raises:
+        CorruptionError: the paths contradict each other.
     """
-    root: dict[str | int, Node] = {}
-    for path, leaf in items:
-        node = root
-        for part in path[:-1]:
-            inner = node.setdefault(part, {})
-            if isinstance(inner, Leaf):
-                break
-            node = inner
-        else:
-            node[path[-1]] = leaf
-    return root
+    held = {fqn_of(path): (path, leaf) for path, leaf in items}
+    return nested_state(
+        {fqn: leaf for fqn, (_, leaf) in held.items()},
+        {fqn: path for fqn, (path, _) in held.items()},
+    )
 
 
 def lay_over(own: Any, stored: Node, place: Place, *, replaces: bool = False) -> Any:
@@ -74,43 +76,67 @@ def lay_over(own: Any, stored: Node, place: Place, *, replaces: bool = False) ->
     """
     if isinstance(stored, Leaf):
         return _leaf(own, stored, place, replaces=replaces)
-    if stored and all(isinstance(part, int) for part in stored):
-        return _list(own, stored, place, replaces=replaces)
+    if isinstance(stored, list | tuple):
+        return _sequence(own, stored, place, replaces=replaces)
+    if stored is None:
+        raise GapError("has a list of which the version holds some items only")
+    if dataclasses.is_dataclass(own) and not isinstance(own, type):
+        return _with_fields(own, stored, place, replaces=replaces)
     mine = own if isinstance(own, Mapping) else {}
-    keys = {str(key): key for key in mine}  # flattening writes every key as text
-    laid = {
-        keys.get(str(name), name): lay_over(
-            mine.get(keys.get(str(name), name), ABSENT), inner, place, replaces=replaces
-        )
-        for name, inner in stored.items()
-    }
-    laid = {key: value for key, value in laid.items() if value is not ABSENT}
+    texts = {str(key): key for key in mine}  # older versions have the text of every key
+    laid = {}
+    for name, inner in stored.items():
+        key = name if name in mine else texts.get(str(name), name)
+        value = lay_over(mine.get(key, ABSENT), inner, place, replaces=replaces)
+        if value is not ABSENT:
+            laid[key] = value
     if not laid and own is ABSENT:
         return ABSENT
-    if isinstance(own, Mapping) and all(
-        key in mine and mine[key] is value for key, value in laid.items()
-    ):
+    is_ordered = isinstance(own, OrderedDict) or isinstance(stored, OrderedDict)
+    is_same = all(key in mine and mine[key] is value for key, value in laid.items())
+    if is_same and isinstance(own, Mapping) and isinstance(own, OrderedDict) == is_ordered:
         return own
     merged = {**mine, **laid}
-    return OrderedDict(merged) if isinstance(own, OrderedDict) else merged
+    return OrderedDict(merged) if is_ordered else merged
 
 
-def _list(own: Any, stored: Mapping[str | int, Node], place: Place, *, replaces: bool) -> Any:
-    """Return a list as long as the stored one, or as what is asked of it."""
+def _sequence(
+    own: Any, stored: Sequence[Node], place: Place, *, replaces: bool
+) -> list[Any] | tuple[Any, ...]:
+    """Return a list or tuple as long as the stored one, or as what is asked of it."""
     mine = own if isinstance(own, list | tuple) else ()
-    if sorted(stored, key=int) != [*range(len(stored))]:
-        raise GapError(f"has a list of which the version holds the items {sorted(stored)} only")
     laid = [
-        lay_over(mine[i] if i < len(mine) else ABSENT, stored[i], place, replaces=replaces)
-        for i in range(len(stored))
+        lay_over(mine[i] if i < len(mine) else ABSENT, inner, place, replaces=replaces)
+        for i, inner in enumerate(stored)
     ]
     while laid and laid[-1] is ABSENT:
         laid.pop()
     if any(item is ABSENT for item in laid):
         raise GapError("has a list of which some items are asked for, and others not")
-    if isinstance(own, list) and len(own) == len(laid):
-        return own if all(a is b for a, b in zip(own, laid, strict=True)) else laid
-    return laid
+    if isinstance(own, list | tuple):
+        if len(own) == len(laid) and all(a is b for a, b in zip(own, laid, strict=True)):
+            return own
+        if isinstance(own, tuple):
+            made: tuple[Any, ...] = getattr(own, "_make", tuple)(laid)
+            return made
+        return laid
+    return tuple(laid) if isinstance(stored, tuple) else laid
+
+
+def _with_fields(own: Any, stored: Mapping[Any, Node], place: Place, *, replaces: bool) -> Any:
+    """Return a dataclass with a place in each field that the version holds."""
+    changed = {}
+    for name, inner in stored.items():
+        had = getattr(own, name, ABSENT)
+        value = lay_over(had, inner, place, replaces=replaces)
+        if value is not had and value is not ABSENT:
+            changed[name] = value
+    if not changed:
+        return own
+    new = copy.copy(own)
+    for name, value in changed.items():
+        object.__setattr__(new, name, value)  # which a frozen one allows too
+    return new
 
 
 def _leaf(own: Any, stored: Leaf, place: Place, *, replaces: bool) -> Any:

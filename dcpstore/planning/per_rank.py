@@ -59,10 +59,16 @@ def give_own(
         return owner
     if is_owner(owner):
         return owner
-    if owner is filled or not isinstance(owner, Mapping | list):
+    if owner is filled or not isinstance(owner, Mapping | list | tuple):
         return filled
     if not _holds(owner, is_owner):
         return filled
+    if isinstance(owner, tuple):
+        items = [
+            give_own(a, b, rank, is_owner=is_owner) for a, b in zip(owner, filled, strict=True)
+        ]
+        is_same = all(a is b for a, b in zip(owner, items, strict=True))
+        return owner if is_same else getattr(owner, "_make", tuple)(items)
     container: Any = owner
     for place, mine in [*(owner.items() if isinstance(owner, Mapping) else enumerate(owner))]:
         given = give_own(mine, filled[place], rank, is_owner=is_owner)
@@ -80,7 +86,7 @@ def _holds(value: Any, is_owner: Callable[[Any], bool]) -> bool:
     """Tell whether a `PerRank`, or an object with a state of its own, stands in a value."""
     if isinstance(value, Mapping):
         return any(_holds(inner, is_owner) for inner in value.values())
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return any(_holds(inner, is_owner) for inner in value)
     return isinstance(value, PerRank) or is_owner(value)
 

@@ -7,6 +7,7 @@ version holds below it, or an error names what would be lost.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,8 +20,17 @@ from dcpstore.compositions import Entry, fold_entries
 from dcpstore.errors import InvalidInputError
 from dcpstore.planning.composed import take_apart
 from dcpstore.planning.load_options import LoadOptions
+from dcpstore.planning.nesting import flattened, path_below
 from dcpstore.planning.optimizers import is_by_number, optional_names, prepare_optimizer
-from dcpstore.planning.overlay import ABSENT, GapError, Leaf, lay_over, new_place, tree_of
+from dcpstore.planning.overlay import (
+    ABSENT,
+    GapError,
+    Leaf,
+    fqn_of,
+    lay_over,
+    new_place,
+    tree_of,
+)
 from dcpstore.planning.per_rank import PerRank, give_own, own_name, own_names, with_own
 from dcpstore.records import EntryRecord, ObjectPath
 
@@ -30,7 +40,6 @@ __all__ = [
     "check_fillable",
     "check_keys",
     "common_growth",
-    "fqn_of",
     "give_state",
     "take_state",
     "take_template",
@@ -165,11 +174,6 @@ def common_growth(told: Sequence[Mapping[str, frozenset[str]]]) -> dict[str, fro
     return common
 
 
-def fqn_of(path: ObjectPath) -> str:
-    """Return the FQN of a path."""
-    return ".".join(map(str, path))
-
-
 def take_state(state_dict: Mapping[str, Any], keys: Iterable[str], *, rank: int) -> dict[str, Any]:
     """Return the plain state of `state_dict`; `keys` are those of all ranks, in one order.
 
@@ -223,7 +227,7 @@ def take_template(
             if extra:
                 template._lay(one.path, tree_of(extra), replaces=True, dry_run=dry_run)
         else:
-            named = {fqn_of((*one.path, *path)) for path in _leaf_paths(mine)}
+            named = {f"{prefix}.{fqn}" for fqn in flattened(mine).items}
             one.below = _below(one.path, stored, options)
             one.grown = frozenset(one.below.keys() - named)
     return Template(owners, state, tuple(optional), template.differences)
@@ -264,7 +268,7 @@ def _plain(value: Any, path: ObjectPath, owners: list[Owner], *, rank: int) -> A
         own = value.state_dict()
         owners.append(Owner(path, value, own, _variables(value)))
         return with_own(own, rank)
-    if isinstance(value, torch.Tensor) or not isinstance(value, Mapping | list):
+    if isinstance(value, torch.Tensor) or not isinstance(value, Mapping | list | tuple):
         return value
     pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
     odd = {key: inner for key, inner in pairs if type(inner) not in _LEAVES}
@@ -274,14 +278,15 @@ def _plain(value: Any, path: ObjectPath, owners: list[Owner], *, rank: int) -> A
     }
     if all(plain[key] is inner for key, inner in odd.items()):
         return value
-    if isinstance(value, list):
+    if not isinstance(value, Mapping):  # a list for a tuple too, so that a load can replace items
         return [plain.get(i, inner) for i, inner in enumerate(value)]
-    return {key: plain.get(key, inner) for key, inner in value.items()}
+    items = {key: plain.get(key, inner) for key, inner in value.items()}
+    return OrderedDict(items) if isinstance(value, OrderedDict) else items
 
 
 def _part(container: object, key: object) -> str | int:
     """Return a key as flattening writes it: the place in a list, or a mapping's key as text."""
-    return key if isinstance(container, list) and isinstance(key, int) else str(key)
+    return key if isinstance(container, list | tuple) and isinstance(key, int) else str(key)
 
 
 def _is_stateful(value: Any) -> TypeGuard[Stateful]:
@@ -314,8 +319,10 @@ def _below(
     depth, key = len(prefix), fqn_of(prefix)
     found = {}
     for entry in entries:
-        path = entry.path[depth:]
-        if not path or (options.rename is None and entry.path[:depth] != prefix):
+        if options.rename is None and entry.path[:depth] != prefix:
+            continue
+        path = path_below(entry.path, depth)
+        if not path:
             continue
         fqn = fqn_of((key, *path))
         if not options.asks_for(fqn):
@@ -328,27 +335,6 @@ def _below(
                 continue
         found[fqn] = path, entry
     return found
-
-
-def _leaf_paths(value: Any, path: ObjectPath = ()) -> Iterable[ObjectPath]:
-    """Yield the paths at which an owner's plain state names an item."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaf_paths(inner, (*path, str(key)))
-    elif isinstance(value, list) and not _is_plain_list(value):
-        for i, inner in enumerate(value):
-            yield from _leaf_paths(inner, (*path, i))
-    else:
-        yield path
-
-
-def _is_plain_list(value: Any) -> bool:
-    """Tell whether flattening leaves a list whole: no tensor and no mapping lies in it."""
-    return not any(
-        isinstance(inner, torch.Tensor | Mapping)
-        or (isinstance(inner, list) and not _is_plain_list(inner))
-        for inner in value
-    )
 
 
 def _variables(owner: Any) -> Mapping[str, torch.Tensor]:

@@ -122,6 +122,7 @@ class Odd(torch.optim.Optimizer):
                     nothing=None,
                     flag=True,
                     pair=(1, 2.5),
+                    factors={0: torch.ones(2, dtype=torch.float64), 1: torch.zeros(1)},
                 )
 
 

@@ -128,17 +128,25 @@ GROWN: dict[str, tuple[Any, Any]] = {
     "a list of tensors that was longer": ([torch.zeros(2)] * 3, [torch.ones(2)]),
     "a list of dicts that was empty": ([], [{"a": torch.ones(1)}, {"a": torch.zeros(1)}]),
     "a list of values": ([1], [1, "two", 3.0, None]),
+    "a dict with numbers for keys": ({}, {0: torch.ones(1), 7: {"a": (1, 2)}}),
+    "a tuple of tensors": (None, (torch.ones(1), torch.zeros(2))),
+    "a tuple of tensors that was there": ((torch.zeros(1),), (torch.ones(1),)),
+    "an ordered dict": ({}, OrderedDict(b=torch.ones(1), a=2)),
+    "an empty dict": ({"x": {}}, {"x": {}, "y": []}),
+    "a dict that was filled": ({"x": 1}, {}),
 }
 
 
 def same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
+    if type(one) is not type(other):
+        return False
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list) and isinstance(other, list):
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
-    return type(one) is type(other) and bool(one == other)
+    return bool(one == other)
 
 
 def test_an_owner_is_handed_what_was_saved_under_it(
@@ -263,7 +271,7 @@ def test_objects_stand_anywhere_in_lists_and_dicts(tmp_path: Path) -> None:
                 parameter.grad = parameter.fill_(value).clone()
         own = PerRank(torch.full((2,), value))
         inner = {"holder": Holder({"n": value, "rng": own}), "step": value}
-        return {"all": [model, {"optim": [optimizer], 3: inner}], "last": value}
+        return {"all": [model, {"optim": (optimizer, value), 3: inner}], "last": value}
 
     saved, target = new(1.0), new(2.0)
     saved["all"][1]["optim"][0].step()
@@ -278,6 +286,7 @@ def test_objects_stand_anywhere_in_lists_and_dicts(tmp_path: Path) -> None:
     assert optimizer.param_groups[0]["lr"] == 1.0
     assert len(optimizer.state) == 2
     assert (holder.state["n"], target["all"][1][3]["step"], target["last"]) == (1.0, 1.0, 1.0)
+    assert target["all"][1]["optim"] == (optimizer, 1.0)
     assert holder.state["rng"].value.tolist() == [1.0, 1.0]
 
 
