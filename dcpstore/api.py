@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import cache
 from typing import Any, SupportsFloat, overload
 
 import torch
@@ -25,15 +27,25 @@ from dcpstore.arguments import (
     where_given,
 )
 from dcpstore.async_saving import raise_unseen
-from dcpstore.collectives import find_collectives
-from dcpstore.errors import InvalidInputError
+from dcpstore.catalog.refs import DEFAULT_BRANCH
+from dcpstore.collectives import alone_in, find_collectives
+from dcpstore.errors import DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.loading import LoadSource, load_version
-from dcpstore.planning import DefaultLoadPlanner, DefaultSavePlanner
+from dcpstore.planning import DefaultLoadPlanner
 from dcpstore.planning.load_options import LoadOptions, OnDtype, Rename
+from dcpstore.planning.save_planner import planner_of
 from dcpstore.records import LoadReport, Version
-from dcpstore.repository import opened
+from dcpstore.refs import Ref, parse_ref, rank_name
+from dcpstore.repository import Repository, opened
 from dcpstore.retention import Retention
-from dcpstore.saving import MetricsFrom, SaveRequest, SaveTarget, make_request, save_version
+from dcpstore.saving import (
+    MetricsFrom,
+    SaveRequest,
+    SaveTarget,
+    make_request,
+    own_request,
+    save_version,
+)
 
 __all__ = ["load", "save", "target_of"]
 
@@ -70,6 +82,7 @@ def save(
     planner: SavePlanner | None = None,
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
+    use_collectives: bool = True,
     allow_pickle: bool = False,
     checkpoint_id: str | os.PathLike[str] | None = None,
 ) -> Version: ...
@@ -123,7 +136,9 @@ def save(
         storage_writer: any storage of torch's instead of `repo`; the save is then torch's own, with
             our planner, and returns torch's Metadata. In the place of `repo` it is taken too, as by
             torch, with a warning.
-        use_collectives: as torch's, for a `storage_writer`.
+        use_collectives: False lets each rank save what it holds for itself, and hear of no other:
+            as a version of its own on the branch `main/rank-3`, with tags such as `best/rank-3`.
+            `load` finds it by the plain name.
 
     Raises:
         InvalidInputError: a name, an item or a plan that cannot be meant; ranks that disagree.
@@ -159,18 +174,19 @@ def save(
             state_dict,
             checkpoint_id=checkpoint_id,
             storage_writer=storage_writer,
-            planner=planner or DefaultSavePlanner(),
+            planner=planner_of(planner, is_whole=use_collectives),
             process_group=process_group,
             no_dist=no_dist,
             use_collectives=use_collectives,
         )
         return described
-    ranks = find_collectives(process_group, no_dist=no_dist)
+    ranks = find_collectives(process_group, no_dist=no_dist, use_collectives=use_collectives)
 
     def request() -> SaveRequest:
         raise_unseen()
         check_planner(planner, SavePlanner)
-        return asked(leads=ranks.leads)
+        made = asked(leads=ranks.leads)
+        return made if use_collectives else own_request(made, ranks.rank)
 
     with ExitStack() as stack:
         return save_version(
@@ -180,6 +196,7 @@ def save(
             ranks=ranks,
             planner=planner,
             allow_pickle=allow_pickle,
+            is_whole=use_collectives,
         )
 
 
@@ -247,7 +264,8 @@ def load(
     The number of ranks, the mesh and the placements may differ from those of the save. Optimizers
     and other `Stateful` objects, anywhere in the state's lists and dicts, are handed all that was
     saved under them; modules what they name. Other entries of the version are left alone, and named
-    in the report.
+    in the report. Where `ref` names nothing but what the ranks saved with `use_collectives=False`,
+    each rank loads its own version, and waits for no other.
 
     Args:
         state_dict: as for `save`; its tensors are filled, its values replaced.
@@ -328,18 +346,23 @@ def load(
             no_dist=no_dist,
         )
         return None
-    ranks = find_collectives(process_group, no_dist=no_dist)
     with ExitStack() as stack:
 
-        def open_source() -> LoadSource:
+        @cache
+        def open_repository() -> Repository:
             where = where_given(repo, checkpoint_id)
-            repository = stack.enter_context(opened(where, create=False))
+            return stack.enter_context(opened(where, create=False))
+
+        def open_source() -> LoadSource:
+            repository = open_repository()
             return LoadSource(repository.catalog, repository.storage, repository.location)
 
+        own = _find_own(open_repository, ref, process_group, no_dist=no_dist)
+        ranks = find_collectives(process_group, no_dist=no_dist, use_collectives=own is None)
         return load_version(
             state_dict,
             open_source,
-            ref,
+            own or ref,
             ranks=ranks,
             make_planner=make_planner,
             verify=verify,
@@ -347,6 +370,40 @@ def load(
             dry_run=dry_run,
             init_missing=init_missing,
         )
+
+
+def _find_own(
+    open_repository: Callable[[], Repository],
+    ref: str | int | None,
+    group: dist.ProcessGroup | None,
+    *,
+    no_dist: bool,
+) -> str | None:
+    """Return the ref of the version that this rank saved for itself, if `ref` names only such.
+
+    Each rank finds it by what the catalog holds, and so all find the same without a word.
+
+    Raises:
+        NotFoundError: other ranks saved theirs, and this one has none.
+    """
+    try:
+        asked = Ref(name=DEFAULT_BRANCH) if ref is None else parse_ref(ref)
+        if asked.name is None:
+            return None
+        rank = alone_in(group, no_dist=no_dist).rank
+        own, first = rank_name(asked.name, rank), rank_name(asked.name, 0)
+        known = open_repository().catalog.find_refs([asked.name, own, first])
+    except DcpstoreError:  # which the first exchange finds too, and raises on every rank
+        return None
+    if asked.name in known or not known:
+        return None
+    if own not in known:
+        raise NotFoundError(
+            f"rank {rank} has no version {own!r}: {asked.name!r} was saved with "
+            "use_collectives=False, and by fewer ranks. Load that of another rank by its name, "
+            f"such as {first!r}, with no_dist=True."
+        )
+    return str(replace(asked, name=own, uid=None))
 
 
 def target_of(where: RepositoryLike, stack: ExitStack) -> SaveTarget:

@@ -20,8 +20,17 @@ from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager, Sta
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from dcpstore.changing import refuse_inside_change
-from dcpstore.collectives import Alone, Collectives, RankGroup, alone_in_thread, gloo_twin, in_step
+from dcpstore.collectives import (
+    Alone,
+    Collectives,
+    RankGroup,
+    alone_in,
+    alone_in_thread,
+    gloo_twin,
+    in_step,
+)
 from dcpstore.errors import ConflictError, InvalidInputError
+from dcpstore.planning.buffers import buffer_names
 from dcpstore.planning.plain import (
     check_copies,
     check_state,
@@ -44,7 +53,8 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 IfBusy = Literal["wait", "refuse"]
-Background = Callable[[Mapping[str, Any], Collectives], Version]
+# Given the staged state, who saves it, and the FQNs of module buffers in it.
+Background = Callable[[Mapping[str, Any], Collectives, frozenset[str]], Version]
 
 
 class PendingSave(Future[Version], AsyncSaveResponse):
@@ -151,11 +161,10 @@ class _Staged:
 class _Saver:
     """The thread, the process group and the buffers of the asynchronous saves of one group."""
 
-    def __init__(self, group: dist.ProcessGroup | None, *, no_dist: bool) -> None:
-        is_alone = no_dist or not dist.is_available() or not dist.is_initialized()
+    def __init__(self, group: dist.ProcessGroup | None, alone: Alone | None) -> None:
         # torch's calls on one group must not overlap, so the thread has a group of its own
-        self._asking: Collectives = Alone() if is_alone else RankGroup(group)
-        self._saving: Collectives = Alone() if is_alone else RankGroup(gloo_twin(group))
+        self._asking: Collectives = alone or RankGroup(group)
+        self._saving: Collectives = alone or RankGroup(gloo_twin(group))
         self._thread = ThreadPoolExecutor(1, "dcpstore-async-save")
         self._stager = _new_stager()
         self._last: PendingSave | None = None
@@ -177,6 +186,7 @@ class _Saver:
         save: Background
         staged: _Staged
         fits: bool
+        buffers: frozenset[str] = frozenset()
 
         def ask() -> tuple[bool, BaseException | None, tuple[str, ...]]:
             nonlocal save
@@ -214,11 +224,13 @@ class _Saver:
             return sorted({key for _, _, keys in told for key in keys})
 
         def stage() -> bool:
-            nonlocal staged, fits
+            nonlocal staged, fits, buffers
             with nesting_checked():
                 taken = take_state(state_dict, keys, rank=self._asking.rank)
                 check_state(taken)
                 fits = staging_limit is None or storage_nbytes(taken) <= staging_limit
+                if self._asking.size > 1:
+                    buffers = buffer_names(state_dict, taken)
                 if not fits:
                     staged = _Staged(taken)
                     return False
@@ -231,7 +243,7 @@ class _Saver:
             keys = in_step(self._asking, "begin an asynchronous save", ask, agree)
             goes_on = in_step(self._asking, "stage", stage, any)
         pending = PendingSave(staged.ended())
-        self._thread.submit(self._run, pending, save, staged, is_settling=goes_on)
+        self._thread.submit(self._run, pending, save, staged, buffers=buffers, is_settling=goes_on)
         self._last = pending
         if stager is not None and staged.ready is not None:
             _settle(staged.ready, stager.synchronize_staging)
@@ -241,7 +253,13 @@ class _Saver:
         return pending
 
     def _run(
-        self, pending: PendingSave, save: Background, staged: _Staged, *, is_settling: bool
+        self,
+        pending: PendingSave,
+        save: Background,
+        staged: _Staged,
+        *,
+        buffers: frozenset[str],
+        is_settling: bool,
     ) -> None:
         """Save what was staged, once no rank stages any more, and end `pending` with it."""
         state: list[Mapping[str, Any]] = []
@@ -256,7 +274,7 @@ class _Saver:
                 )
             else:
                 state.append(staged.settled())
-            version = save(state.pop(), self._saving)
+            version = save(state.pop(), self._saving, buffers)
         except BaseException as error:
             pending.set_exception(error)
         else:
@@ -287,22 +305,30 @@ class _Saver:
 
 
 # One saver a process group, for as long as the process lives: its group and buffers are made once.
-_savers: dict[tuple[dist.ProcessGroup | None, bool], _Saver] = {}
+# And one for each rank that this process is where it saves alone.
+_savers: dict[tuple[dist.ProcessGroup | None, int | None], _Saver] = {}
 _of_parent: list[_Saver] = []  # in a process that was forked
 
 
-def find_saver(group: dist.ProcessGroup | None, *, no_dist: bool) -> _Saver:
+def find_saver(
+    group: dist.ProcessGroup | None, *, no_dist: bool, use_collectives: bool = True
+) -> _Saver:
     """Return the saver of a group; the first call makes it, on all ranks of the group together.
 
+    Without collectives it is that of this process alone.
+
     Raises:
+        InvalidInputError: this process is not a member of the group.
         ConflictError: this thread is inside a save, for which the saver's thread might wait.
     """
     refuse_inside_change()
-    is_alone = no_dist or not dist.is_available() or not dist.is_initialized()
+    alone = None
+    if no_dist or not use_collectives or not dist.is_available() or not dist.is_initialized():
+        alone = alone_in(group, no_dist=no_dist)
     # the group itself, not None: another job's default group may follow in the same process
-    key = (None if is_alone else group or dist.group.WORLD, is_alone)
+    key = (None, alone.rank) if alone else (group or dist.group.WORLD, None)
     if key not in _savers:
-        _savers[key] = _Saver(group, no_dist=no_dist)
+        _savers[key] = _Saver(group, alone)
     return _savers[key]
 
 

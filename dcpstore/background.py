@@ -32,11 +32,11 @@ from dcpstore.async_saving import Background, IfBusy, PendingSave, find_saver, r
 from dcpstore.collectives import Collectives
 from dcpstore.errors import InvalidInputError
 from dcpstore.other_process import check_process, save_in_process
-from dcpstore.planning import DefaultSavePlanner
+from dcpstore.planning.save_planner import planner_of
 from dcpstore.records import Version
 from dcpstore.repository import Repository
 from dcpstore.retention import Retention
-from dcpstore.saving import MetricsFrom, SaveRequest, make_request, save_version
+from dcpstore.saving import MetricsFrom, SaveRequest, make_request, own_request, save_version
 
 __all__ = ["async_save"]
 
@@ -76,6 +76,7 @@ def async_save(
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
     allow_pickle: bool = False,
+    use_collectives: bool = True,
     checkpoint_id: str | os.PathLike[str] | None = None,
     if_busy: IfBusy = "wait",
     staging_limit: int | None = None,
@@ -121,7 +122,7 @@ def async_save(
     Args:
         state_dict, repo, branch, step, tags, message, metrics, labels, metrics_from, author,
             parent, expect_tip, retention, planner, process_group, no_dist, allow_pickle,
-            checkpoint_id: as for `save`.
+            checkpoint_id, use_collectives: as for `save`.
         if_busy: whether to wait for a save that still runs, or to raise ConflictError.
         staging_limit: bytes that may be copied of a rank's state, which are those of the storages
             that its tensors lie in; a rank with more saves before it returns, without a copy.
@@ -134,7 +135,6 @@ def async_save(
             thread has less to copy.
         async_stager: stages instead of ours. Where its `stage()` returns a Future, the state may be
             changed only when `staged` is done. It is the caller's to close, after the last save.
-        use_collectives: as torch's, for a `storage_writer`.
 
     Returns:
         The pending save: `staged` is done, `result()` waits for the version.
@@ -176,7 +176,7 @@ def async_save(
             state_dict,
             checkpoint_id=checkpoint_id,
             storage_writer=storage_writer,
-            planner=planner or DefaultSavePlanner(),
+            planner=planner_of(planner, is_whole=use_collectives),
             process_group=process_group,
             async_checkpointer_type=async_checkpointer_type,
             async_stager=async_stager,
@@ -195,6 +195,11 @@ def async_save(
                 "AsyncCheckpointerType: THREAD or PROCESS."
             )
         if async_checkpointer_type is AsyncCheckpointerType.PROCESS:
+            if not use_collectives:
+                raise InvalidInputError(
+                    "async_checkpointer_type=PROCESS with use_collectives=False: torch's "
+                    "background processes save together; use AsyncCheckpointerType.THREAD."
+                )
             check_process(process_group, planner, no_dist=no_dist)
             return partial(
                 save_in_process,
@@ -203,8 +208,12 @@ def async_save(
                 planner=planner,
                 allow_pickle=allow_pickle,
             )
+        if not use_collectives:
+            request = own_request(request, ranks.rank)
 
-        def save_staged(staged: Mapping[str, Any], ranks: Collectives) -> Version:
+        def save_staged(
+            staged: Mapping[str, Any], ranks: Collectives, buffers: frozenset[str]
+        ) -> Version:
             with ExitStack() as stack:
                 return save_version(
                     staged,
@@ -213,11 +222,13 @@ def async_save(
                     ranks=ranks,
                     planner=planner,
                     allow_pickle=allow_pickle,
+                    buffers=buffers,
+                    is_whole=use_collectives,
                 )
 
         return save_staged
 
-    saver = find_saver(process_group, no_dist=no_dist)
+    saver = find_saver(process_group, no_dist=no_dist, use_collectives=use_collectives)
     pending = saver.begin(
         state_dict, prepare, if_busy=if_busy, staging_limit=staging_limit, stager=async_stager
     )

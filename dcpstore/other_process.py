@@ -26,11 +26,13 @@ from dcpstore.collectives import Collectives, RankGroup, in_step
 from dcpstore.dcp.writer import RepositoryWriter
 from dcpstore.errors import DcpstoreError, InvalidInputError, RankFailure
 from dcpstore.planning import DefaultSavePlanner
+from dcpstore.planning.buffers import is_statistic
 from dcpstore.planning.stateful import check_keys
 from dcpstore.records import Version
 from dcpstore.repository import Repository, opened
 from dcpstore.saving import SaveRequest
 from dcpstore.saving.lead import Opening, check_agreement
+from dcpstore.saving.replicas import compare_state
 
 __all__ = ["check_process", "save_in_process"]
 
@@ -62,6 +64,7 @@ def check_process(
 def save_in_process(
     staged: Mapping[str, Any],
     ranks: Collectives,
+    buffers: frozenset[str],
     *,
     where: Repository | str | os.PathLike[str],
     request: SaveRequest,
@@ -71,7 +74,8 @@ def save_in_process(
     """Save a staged state in torch's background process; every rank of `ranks` calls it.
 
     Raises:
-        InvalidInputError: the ranks disagree, or the state holds what cannot be sent.
+        InvalidInputError: the ranks disagree, or hold different contents of what they hold alike,
+            or the state holds what cannot be sent.
         DcpstoreError: as `save`.
     """
     assert isinstance(ranks, RankGroup)
@@ -83,6 +87,14 @@ def save_in_process(
             return Opening(repo.about.uid, request, check_keys(staged))
 
     in_step(ranks, "open", begin, check_agreement)
+    if ranks.size > 1:
+        differing = compare_state(staged, ranks, buffers=buffers, allow_pickle=allow_pickle)
+        odd = [fqn for fqn in differing if not is_statistic(fqn)]
+        if odd:  # of which torch's process cannot know that one rank's belong together
+            raise InvalidInputError(
+                f"the module buffer {odd[0]!r} ({len(odd)} in all) differs between ranks; "
+                f"{_INSTEAD}, which saves those of the lowest rank, or make them the same first."
+            )
     asked = {part.name: getattr(request, part.name) for part in fields(SaveRequest)}
     del asked["metrics_from"]  # the coordinator's writer is asked alone
     response: Any = torch_async_save(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from dcpstore.errors import InvalidInputError
 
-__all__ = ["NAME_CHARACTERS", "Ref", "check_name", "nearest_name", "parse_ref"]
+__all__ = ["NAME_CHARACTERS", "Ref", "check_name", "nearest_name", "parse_ref", "rank_name"]
 
 NAME_CHARACTERS = "A-Za-z0-9._/=+@-"  # as a regular expression's class has them
 _STEP = "@step="
@@ -96,6 +96,11 @@ def _fault(name: object) -> str | None:
 
 def _reads_as_number(name: str) -> bool:
     return re.fullmatch(r"v[0-9]+", name) is not None
+
+
+def rank_name(name: str, rank: int) -> str:
+    """Return what a branch or tag is called that `rank` saves to by itself, without collectives."""
+    return f"{name}/rank-{rank}"
 
 
 def parse_ref(text: str | int) -> Ref:

@@ -265,12 +265,19 @@ def open(
         AlreadyExistsError: a new repository's data folder holds another's data.
     """
     target = absolute_target(target)
-    url, _ = locate(target)
+    url, folder = locate(target)
     data_url = _data_url(data)
     try:
         catalog = Catalog.open(url, data_url=data_url)
-    except NotFoundError:
+    except NotFoundError as error:
         if not create:
+            if folder is not None and (folder / ".metadata").is_file():
+                raise NotFoundError(
+                    f"the folder {os.fspath(folder)!r} holds a checkpoint of "
+                    "torch.distributed.checkpoint, and no repository. 'dcpstore import' stores it "
+                    "as a version; torch's own FileSystemReader loads it as it is, as the "
+                    "storage_reader= of dcpstore.load too."
+                ) from error
             raise
         try:
             return make(target, data=data, chunk=chunk)

@@ -21,7 +21,7 @@ from dcpstore import (
 )
 from dcpstore.catalog import sqlite_url
 from dcpstore.catalog.glance import glance_at_log
-from dcpstore.convert import export_safetensors, import_safetensors
+from dcpstore.convert import export_safetensors, import_any, import_safetensors
 from dcpstore.repository import open as open_repository
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")  # of no process group
@@ -107,6 +107,22 @@ def test_data_are_of_one_repository_from_its_making_on(tmp_path: Path) -> None:
             open_repository(tmp_path / "b", data=tmp_path / data)
     with pytest.raises(NotFoundError):
         open_repository(tmp_path / "b", create=False)
+
+
+def test_a_folder_of_torchs_is_named_with_what_reads_it(tmp_path: Path) -> None:
+    dcp = torch.distributed.checkpoint
+    folder = tmp_path / "torchs"
+    dcp.save(state(1), checkpoint_id=folder)
+    with pytest.raises(NotFoundError, match=r"torchs' holds a checkpoint.*'dcpstore import'"):
+        dcpstore.load(state(0), folder)
+    with pytest.raises(dcp.CheckpointException, match="'dcpstore import' stores it"):
+        dcp.load(state(0), storage_reader=dcpstore.FileSystemReader(folder))
+    found = state(0)
+    dcpstore.load(found, storage_reader=dcp.FileSystemReader(folder))
+    assert torch.equal(found["w"], state(1)["w"])
+    import_any(folder, folder)
+    dcpstore.load(found := state(0), folder)
+    assert torch.equal(found["w"], state(1)["w"])
 
 
 @pytest.mark.parametrize(

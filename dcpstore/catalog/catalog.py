@@ -240,6 +240,10 @@ class Catalog:
 
     # Reading
 
+    def find_refs(self, names: Collection[str]) -> set[str]:
+        """Return those of these names that a branch or tag has."""
+        return set(self._database.ask(refs.find_refs, names))
+
     def log(self, start: int | None = None, *, limit: int | None = None) -> list[Version]:
         """Return versions, newest first: all, or `start` and its ancestors by parent."""
         return self._database.ask(queries.list_log, start, limit=limit)

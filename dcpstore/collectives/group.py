@@ -18,7 +18,15 @@ from dcpstore.collectives.meeting import Meeting
 from dcpstore.collector import collector_free
 from dcpstore.errors import InvalidInputError
 
-__all__ = ["Alone", "Collectives", "RankGroup", "alone_in_thread", "find_collectives", "gloo_twin"]
+__all__ = [
+    "Alone",
+    "Collectives",
+    "RankGroup",
+    "alone_in",
+    "alone_in_thread",
+    "find_collectives",
+    "gloo_twin",
+]
 
 _log = logging.getLogger(__name__)
 # Groups whose ranks share no store: in-process stand-ins, and MPI, which finds its ranks itself.
@@ -62,13 +70,13 @@ class Collectives(Protocol):
 
 
 class Alone:
-    """One process that asks nobody."""
+    """One process that asks nobody; `rank` is its own among those that each work alone."""
 
-    rank = 0
     size = 1
     leads = True
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int = 0) -> None:
+        self.rank = rank
         self._said: dict[int, str] = {}
 
     def gather(self, value: bytes, *, step: str) -> list[bytes]:
@@ -87,7 +95,7 @@ class Alone:
 
     def tell(self, said: str) -> None:
         """Keep the word."""
-        self._said = {0: said}
+        self._said = {self.rank: said}
 
     def heard(self) -> dict[int, str]:
         """Return the word."""
@@ -107,12 +115,7 @@ class RankGroup:
     def __init__(self, group: dist.ProcessGroup | None = None, *, coordinator: int = 0) -> None:
         self._group = group
         self._coordinator = coordinator
-        self.rank = dist.get_rank(group)
-        if self.rank < 0:
-            raise InvalidInputError(
-                "this process is no member of the process group that was given; call on the ranks "
-                "of the group alone, or give one that has this rank."
-            )
+        self.rank = _rank_in(group)
         self.size = dist.get_world_size(group)
         self._meeting: Meeting | None = None
         if self.size > 1 and dist.get_backend(group) not in _WITHOUT_STORE:
@@ -176,15 +179,20 @@ class RankGroup:
                 raise self._meeting.report_lost(step, error) from error
 
 
-def find_collectives(group: dist.ProcessGroup | None, *, no_dist: bool) -> Collectives:
+def find_collectives(
+    group: dist.ProcessGroup | None, *, no_dist: bool, use_collectives: bool = True
+) -> Collectives:
     """Return the ranks of `group` (None: all), or this process alone where torch runs no group.
 
+    Without collectives it is this process alone too, with its rank in the group.
+
     Raises:
+        InvalidInputError: this process is not a member of the group.
         ConflictError: this thread is in the middle of a save with other ranks, which a second call
             on this rank alone would bring out of step.
     """
-    if no_dist:
-        return Alone()
+    if no_dist or not use_collectives:
+        return alone_in(group, no_dist=no_dist)
     if not dist.is_available() or not dist.is_initialized():
         _log.info("no process group is initialised; working in this process alone")
         return Alone()
@@ -199,6 +207,27 @@ def gloo_twin(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
         ranks, backend="gloo", use_local_synchronization=ranks is not None
     )
     return twin
+
+
+def alone_in(group: dist.ProcessGroup | None, *, no_dist: bool = False) -> Alone:
+    """Return this process alone, with its rank in `group` where torch runs one; calls nobody.
+
+    Raises:
+        InvalidInputError: this process is not a member of the group.
+    """
+    if no_dist or not dist.is_available() or not dist.is_initialized():
+        return Alone()
+    return Alone(_rank_in(group))
+
+
+def _rank_in(group: dist.ProcessGroup | None) -> int:
+    rank: int = dist.get_rank(group)
+    if rank < 0:
+        raise InvalidInputError(
+            "this process is no member of the process group that was given; call on the ranks of "
+            "the group alone, or give one that has this rank."
+        )
+    return rank
 
 
 def alone_in_thread(ranks: Collectives) -> AbstractContextManager[None]:

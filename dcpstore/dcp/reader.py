@@ -17,6 +17,7 @@ from dcpstore.places import absolute_target
 from dcpstore.planning.described import describe_entries
 from dcpstore.progress import ProgressBar
 from dcpstore.records import EntryRecord, Version
+from dcpstore.refs import rank_name
 from dcpstore.repository import Repository, opened
 from dcpstore.storage.packs import PackReader
 from dcpstore.uids import new_uid
@@ -82,7 +83,7 @@ class RepositoryReader(StorageReader):
             self.reset()
         ref = self._wanted_ref()
         if "rank" in kwargs:
-            ref = f"{ref or 'main'}/rank-{kwargs['rank']}"
+            ref = rank_name(str(ref or "main"), kwargs["rank"])
         with opened(self._repo, create=False) as repo:
             version = repo.show(ref)
             entries = repo.catalog.entries(version.number)

@@ -54,6 +54,7 @@ from dcpstore.saving.publishing import (
     give_up,
     kept_planner_data,
     make_request,
+    own_request,
     publish,
 )
 from dcpstore.saving.writing import ChunkWriter
@@ -353,14 +354,13 @@ class RepositoryWriter(StorageWriter):
         self.version = None
 
     def _versioned(self) -> SaveRequest:
-        """Return the request, with what this save adds: a tag, or a branch of the rank's own."""
+        """Return the request, with what this save adds: a tag, or names of the rank's own."""
         request = self._request
         if self._checkpoint_id is not None:
             tags = (*request.tags, os.fspath(self._checkpoint_id))
             request = dataclasses.replace(request, tags=tags)
         if self._is_alone:
-            own = f"{request.branch}/rank-{self._rank}"
-            request = dataclasses.replace(request, branch=own)
+            return own_request(request, self._rank)
         return request
 
     @contextmanager

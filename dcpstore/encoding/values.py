@@ -24,6 +24,7 @@ from dcpstore.encoding.scalars import decode_scalar, encode_scalar
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, UnsafeDataError
 
 __all__ = [
+    "JSON_BLOB",
     "EncodedValue",
     "PlannerBytes",
     "check_safe",
@@ -34,7 +35,7 @@ __all__ = [
 
 _LONGEST = 64 * 1024  # bytes of typed JSON that a catalog keeps as text
 _DEEPEST = 100  # containers one in another
-_JSON_BLOB, _PICKLE_BLOB = '{"$blob":"json"}', '{"$blob":"pickle"}'
+JSON_BLOB, _PICKLE_BLOB = '{"$blob":"json"}', '{"$blob":"pickle"}'
 
 
 def _size(items: Iterable[Any]) -> torch.Size:
@@ -95,7 +96,7 @@ def encode_value(obj: object, *, allow_pickle: bool) -> EncodedValue:
         return EncodedValue("blob", _PICKLE_BLOB, _pickled(obj))
     data = text.encode()
     if len(data) > _LONGEST:
-        return EncodedValue("blob", _JSON_BLOB, data)
+        return EncodedValue("blob", JSON_BLOB, data)
     return EncodedValue("value", text)
 
 
@@ -122,7 +123,7 @@ def decode_value(
     if text == _PICKLE_BLOB:
         return _unpickled(data)
     try:
-        source = _present(data).decode() if text == _JSON_BLOB else text
+        source = _present(data).decode() if text == JSON_BLOB else text
         return _Decoder(template).decode(json.loads(source, parse_constant=_refuse), 0)
     # What broken text, wrong payloads and hostile nesting lead to, in json and in constructors.
     except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:

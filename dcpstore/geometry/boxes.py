@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import add, sub
+from types import EllipsisType
 
 __all__ = ["Box", "find_overlap"]
 
@@ -33,9 +34,13 @@ class Box:
         return math.prod(self.sizes)
 
     @property
-    def slices(self) -> tuple[slice, ...]:
-        """The box as an index into the global tensor."""
-        return tuple(map(slice, self.offsets, self.stops))
+    def slices(self) -> tuple[slice | EllipsisType, ...]:
+        """The box as an index into the global tensor.
+
+        What it picks is an array even where there are no dimensions: there `()` would pick a number
+        out of numpy's, which is none.
+        """
+        return tuple(map(slice, self.offsets, self.stops)) or (...,)
 
     def intersect(self, other: Box) -> Box | None:
         """Return the box that both share, or None where they share no element."""

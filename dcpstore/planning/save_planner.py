@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -42,7 +42,7 @@ from dcpstore.planning.shards import flat_shards, is_sharded, local_shards, no_s
 from dcpstore.planning.tables import GlobalTable, PlanTable
 from dcpstore.records import ObjectPath
 
-__all__ = ["DefaultSavePlanner", "plan_globally", "recorded_by"]
+__all__ = ["DefaultSavePlanner", "plan_globally", "planner_of", "recorded_by"]
 
 
 class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
@@ -55,9 +55,12 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
     Attributes:
         recorded_paths: of all ranks, once the global plan is made: those of torch's description,
             with what they lead through, which torch's own form cannot say.
+        is_whole: whether the plans of a global plan are those of all ranks; where each rank saves
+            for itself, the boxes need not fill their tensors.
     """
 
     recorded_paths: Mapping[str, ObjectPath] = MappingProxyType({})
+    is_whole = True
 
     def set_up_planner(
         self,
@@ -124,8 +127,9 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
             InvalidInputError: ranks disagree about an FQN, or its boxes do not tile its shape.
         """
         table = plan_globally(
-            [PlanTable.of(plan) for plan in all_plans],
+            GlobalTable.of([PlanTable.of(plan) for plan in all_plans]),
             to_lowest_rank=self.dedup_save_to_lowest_rank,
+            is_whole=self.is_whole,
         )
         plans = [
             dataclasses.replace(plan, items=[plan.items[i] for i in table.kept(rank)])
@@ -172,18 +176,30 @@ def recorded_by(planner: SavePlanner) -> Mapping[str, ObjectPath]:
     return planner.recorded_paths if isinstance(planner, DefaultSavePlanner) else {}
 
 
-def plan_globally(tables: Sequence[PlanTable], *, to_lowest_rank: bool) -> GlobalTable:
-    """Return what all ranks write together, by rank, replicas shared out.
+def planner_of(planner: SavePlanner | None, *, is_whole: bool) -> SavePlanner:
+    """Return a caller's planner, or else ours; `is_whole` as `DefaultSavePlanner.is_whole`."""
+    planner = planner or DefaultSavePlanner()
+    if isinstance(planner, DefaultSavePlanner):
+        planner.is_whole = is_whole
+    return planner
+
+
+def plan_globally(
+    table: GlobalTable, *, to_lowest_rank: bool, is_whole: bool = True
+) -> GlobalTable:
+    """Return what all ranks write together, of what they hold: replicas shared out.
+
+    `is_whole` says whether the table is that of all ranks, so that its boxes must tile each shape.
 
     Raises:
         InvalidInputError: ranks disagree about an FQN, its boxes do not tile its shape, or no
             catalog can keep it.
     """
-    table = GlobalTable.of(tables)
     check_names(table)
     check_agreement(table)
     table = share_out(_without_empty(table), to_lowest_rank=to_lowest_rank)
-    check_tiling(table)
+    if is_whole:
+        check_tiling(table)
     return table
 
 

@@ -7,7 +7,7 @@ the same bytes, which are opened once. Invariant: row i is item i of the rank's 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from dcpstore.encoding.dtypes import dtype_name, torch_dtype
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.tables import BoxTable, Ints, padded
+from dcpstore.planning.buffers import is_statistic
 from dcpstore.planning.nesting import recorded_paths
 from dcpstore.records import ObjectPath, PlanRecord, ShardRecord
 
@@ -56,34 +57,39 @@ class PlanTable:
             of `Named` as a plain tuple, which is quicker.
         paths: the pickled planner data of the plan.
         rows: a box an item, of the tensors in `names`; a value's has no dimensions.
+        is_buffer: [rows], whether each is a module's buffer, which ranks may differ in.
     """
 
     names: bytes
     paths: bytes
     rows: BoxTable
+    is_buffer: npt.NDArray[np.bool_]
 
     @classmethod
-    def of(cls, plan: SavePlan) -> PlanTable:
-        """Return a plan in columns."""
+    def of(cls, plan: SavePlan, buffers: Collection[str] = ()) -> PlanTable:
+        """Return a plan in columns; `buffers` are the FQNs of those that modules named."""
         names: dict[Named, int] = {}
-        numbers, offsets, sizes = [], [], []
+        numbers, offsets, sizes, are_buffers = [], [], [], []
         for item in plan.items:
             numbers.append(names.setdefault(Named.by(item), len(names)))
             chunk = None if item.tensor_data is None else item.tensor_data.chunk
             offsets.append(() if chunk is None else chunk.offsets)
             sizes.append(() if chunk is None else chunk.sizes)
+            fqn = item.index.fqn
+            are_buffers.append(chunk is not None and (fqn in buffers or is_statistic(fqn)))
         dims = max(map(len, sizes), default=0)
         rows = BoxTable(
             np.array(numbers, np.int64), padded(offsets, dims, 0), padded(sizes, dims, 1)
         )
         told = pickle.dumps(list(map(tuple, names)))
-        return cls(told, pickle.dumps(plan.planner_data), rows)
+        paths = pickle.dumps(plan.planner_data)
+        return cls(told, paths, rows, np.array(are_buffers, np.bool_))
 
     @property
     def digest(self) -> bytes:
         """What two plans share exactly when they are the same."""
         hasher = blake3()
-        for part in (self.names, self.paths, *_columns(self.rows)):
+        for part in (self.names, self.paths, *_columns(self.rows), self.is_buffer.tobytes()):
             hasher.update(len(part).to_bytes(8, "little"))
             hasher.update(part)
         return hasher.digest()
@@ -99,6 +105,7 @@ class GlobalTable:
         rows: a box an item, by rank, of the tensors in `names`.
         rank: [rows], whose item it is.
         position: [rows], where it stands in the plan of that rank.
+        is_buffer: [rows], whether that rank calls it a module's buffer.
         planner_data: of each rank that has one of its own, as its planner gave it.
     """
 
@@ -107,6 +114,7 @@ class GlobalTable:
     rows: BoxTable
     rank: Ints
     position: Ints
+    is_buffer: npt.NDArray[np.bool_]
     planner_data: list[Any] = field(default_factory=list)
 
     @classmethod
@@ -129,6 +137,7 @@ class GlobalTable:
             rows=BoxTable(tensor, own.offsets, own.sizes),
             rank=np.repeat(np.arange(len(tables)), counts),
             position=np.concatenate([np.arange(count) for count in counts]),
+            is_buffer=np.concatenate([table.is_buffer for table in tables]),
             planner_data=[pickle.loads(data) for data in {table.paths: None for table in tables}],
         )
 
@@ -190,6 +199,7 @@ class GlobalTable:
             self.rows.take(rows),
             self.rank[rows],
             self.position[rows],
+            self.is_buffer[rows],
             self.planner_data,
         )
 

@@ -35,7 +35,15 @@ from dcpstore.reading.comparing import Held
 from dcpstore.records import ChunkDefaults, EntryRecord
 from dcpstore.saving.layouts import Layout, blob_layout, planned_chunks
 
-__all__ = ["ChunkKey", "Digested", "RankData", "RawChunk", "total_nbytes"]
+__all__ = [
+    "ChunkKey",
+    "Digested",
+    "RankData",
+    "RawChunk",
+    "encoded_item",
+    "resolves_plainly",
+    "total_nbytes",
+]
 
 _FIRST = 5  # a fifth of the bytes takes a disk longer to write than cores to digest the others
 _ARCHIVE = b"PK\x03\x04"  # how torch.save's bytes begin
@@ -104,7 +112,7 @@ class RankData:
         for item in plan.items:
             fqn = item.index.fqn
             if item.tensor_data is None:
-                self._values[fqn] = self._encoded(item, allow_pickle=allow_pickle)
+                self._values[fqn] = encoded_item(planner, item, allow_pickle=allow_pickle)
             else:
                 box = item_box(item)
                 array = self._array(item, box)
@@ -187,18 +195,32 @@ class RankData:
     def _tensor(self, item: WriteItem, box: Box) -> torch.Tensor:
         return _checked(item, self._planner.resolve_data(item), box.sizes)
 
-    def _encoded(self, item: WriteItem, *, allow_pickle: bool) -> EncodedValue:
-        planner = self._planner
-        if _keeps_values(planner):
-            encode = partial(encode_value, planner.lookup_object(item.index))
-        else:
-            encode = partial(_encoded_bytes, planner, item)
-        try:
-            return encode(allow_pickle=allow_pickle)
-        except UnsafeDataError as error:
-            raise UnsafeDataError(f"{item.index.fqn!r}: {error}") from error
-        except InvalidInputError as error:
-            raise InvalidInputError(f"{item.index.fqn!r}: {error}") from error
+
+def encoded_item(planner: SavePlanner, item: WriteItem, *, allow_pickle: bool) -> EncodedValue:
+    """Return a value item's value as the catalog keeps it.
+
+    Raises:
+        UnsafeDataError: it needs a pickle, and that is not allowed.
+        InvalidInputError: it cannot be kept; both name the FQN.
+    """
+    if _keeps_values(planner):
+        encode = partial(encode_value, planner.lookup_object(item.index))
+    else:
+        encode = partial(_encoded_bytes, planner, item)
+    try:
+        return encode(allow_pickle=allow_pickle)
+    except UnsafeDataError as error:
+        raise UnsafeDataError(f"{item.index.fqn!r}: {error}") from error
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{item.index.fqn!r}: {error}") from error
+
+
+def resolves_plainly(planner: SavePlanner) -> bool:
+    """Tell whether a planner resolves an item as torch's or ours does, so that any item will do."""
+    return (
+        isinstance(planner, torch_planner.DefaultSavePlanner)
+        and type(planner).resolve_data in _PLAIN_RESOLVERS
+    )
 
 
 def _checked(item: WriteItem, tensor: object, sizes: tuple[int, ...]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from dcpstore.collectives import Collectives, alone_in_thread, in_step, in_turn
 from dcpstore.collector import collector_held
 from dcpstore.journal import changing_repository
 from dcpstore.leases import kept_lease
-from dcpstore.planning.save_planner import DefaultSavePlanner
+from dcpstore.planning.save_planner import planner_of
 from dcpstore.planning.stateful import check_keys
 from dcpstore.progress import ProgressBar
 from dcpstore.records import Version
@@ -45,22 +45,27 @@ def save_version(
     ranks: Collectives,
     planner: SavePlanner | None,
     allow_pickle: bool,
+    buffers: Collection[str] = (),
+    is_whole: bool = True,
 ) -> Version:
     """Save `state_dict`, of which this rank holds its part, as one version.
 
     Every rank of `ranks` calls it with its own state, and gets the same `Version`. `open_target`
     and `request` are called inside the first exchange, so that all ranks raise what they raise.
-    Without a planner it is ours, which goes with all its records when the save ends.
+    Without a planner it is ours, which goes with all its records when the save ends. `buffers` are
+    the FQNs of module buffers in a state that was staged, and so has no modules any more. Without
+    `is_whole` this rank saves for itself, and what it holds need not be whole tensors.
 
     Raises:
-        InvalidInputError: ranks disagree, or the plan does not tile its tensors.
+        InvalidInputError: ranks disagree, or hold different contents of what they hold alike, or
+            the plan does not tile its tensors.
         UnsafeDataError: an item is neither tensor nor value, and pickle is not allowed.
         ConflictError, AlreadyExistsError, NotFoundError: as the catalog finds the refs.
         ConflictError: this thread is saving to the repository already, further up its stack.
         RankFailure: some ranks failed; the repository shows nothing of the save.
     """
-    planner = planner or DefaultSavePlanner()
-    lead = Lead(planner, ranks.size)
+    planner = planner_of(planner, is_whole=is_whole)
+    lead = Lead(planner, ranks.size, is_whole=is_whole)
     reports = Reports(ranks)
 
     def begin() -> Opening:
@@ -84,7 +89,13 @@ def save_version(
         ):
             bar.begin("plan", 0)
             work = RankWork(
-                planner, lead.target, pool=pool, writer=writer, bar=bar, allow_pickle=allow_pickle
+                planner,
+                lead.target,
+                pool=pool,
+                writer=writer,
+                bar=bar,
+                allow_pickle=allow_pickle,
+                buffers=buffers,
             )
             answer = in_turn(
                 ranks, "plan", lambda: work.plan(state_dict, keys, ranks, uid=uid), lead.plan

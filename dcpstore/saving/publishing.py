@@ -31,6 +31,7 @@ from dcpstore.records import (
     VersionContent,
     VersionDraft,
 )
+from dcpstore.refs import rank_name
 from dcpstore.retention import Retention, retain
 from dcpstore.saving.assembly import Books
 from dcpstore.saving.plans import PlanMemory
@@ -48,6 +49,7 @@ __all__ = [
     "give_up",
     "kept_planner_data",
     "make_request",
+    "own_request",
     "publish",
 ]
 
@@ -155,6 +157,22 @@ def make_request(
     )
     check_draft(_draft(request, author=author))
     return request
+
+
+def own_request(request: SaveRequest, rank: int) -> SaveRequest:
+    """Return the request for what one rank saves by itself: under names of its own.
+
+    Raises:
+        InvalidInputError: the metrics are to be those of another rank.
+    """
+    if request.metrics_from != "all":
+        raise InvalidInputError(
+            f"metrics_from={request.metrics_from!r} needs what another rank gives, and with "
+            "use_collectives=False no rank hears another; leave it out, each version then has the "
+            "metrics and labels of its rank."
+        )
+    tags = tuple(rank_name(tag, rank) for tag in request.tags)
+    return replace(request, branch=rank_name(request.branch, rank), tags=tags)
 
 
 def _as_whole(step: int | None) -> int | None:

@@ -9,7 +9,7 @@ import contextlib
 import inspect
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -18,14 +18,16 @@ from torch.distributed.checkpoint.planner import SavePlanner
 
 from dcpstore.collectives import Collectives
 from dcpstore.collector import collector_free
+from dcpstore.planning.buffers import buffer_names
 from dcpstore.planning.plain import check_state, nesting_checked
 from dcpstore.planning.stateful import take_state
 from dcpstore.progress import ProgressBar
 from dcpstore.reading.comparing import find_changed
-from dcpstore.saving.chunking import ChunkKey, Digested, RankData, RawChunk, total_nbytes
-from dcpstore.saving.lead import Duty, Seconds
+from dcpstore.saving.chunking import ChunkKey, RankData, RawChunk, total_nbytes
+from dcpstore.saving.lead import Duty, Found, Seconds
 from dcpstore.saving.plans import Answer, LocalPlan, Offer
 from dcpstore.saving.publishing import SaveTarget
+from dcpstore.saving.replicas import fingerprints
 from dcpstore.saving.writing import ChunkWriter, Written
 
 __all__ = ["RankWork"]
@@ -41,6 +43,7 @@ class RankWork:
         writer: of this rank's packs.
         bar: hears how far the work is.
         allow_pickle: whether values may be kept that only a pickle can keep.
+        buffers: FQNs of module buffers in a state that was staged, and so has no modules any more.
     """
 
     def __init__(
@@ -52,8 +55,10 @@ class RankWork:
         writer: ChunkWriter,
         bar: ProgressBar,
         allow_pickle: bool,
+        buffers: Collection[str] = (),
     ) -> None:
         self._planner = planner
+        self._buffers = buffers
         self._target = target
         self._pool = pool
         self._writer = writer
@@ -76,7 +81,8 @@ class RankWork:
             meta = StorageMeta(self._target.location, uid)
             _set_up(self._planner, state, meta, is_coordinator=ranks.leads)
         local = self._planner.create_local_plan()
-        self._plan = LocalPlan(local, self._planner, self._target.memory)
+        buffers = {*self._buffers, *buffer_names(state_dict, state)} if ranks.size > 1 else ()
+        self._plan = LocalPlan(local, self._planner, self._target.memory, buffers=buffers)
         return self._plan.offer()
 
     def plan_whole(self) -> Offer:
@@ -88,10 +94,12 @@ class RankWork:
         self._answer = answer
         self._seconds["plan"] = seconds
 
-    def digest_first(self) -> list[ChunkKey]:
-        """Return the keys of the first chunks."""
+    def digest_first(self) -> tuple[list[ChunkKey], bytes]:
+        """Return the keys of the first chunks, and the digests of what other ranks hold too."""
         with self._timed("digest"):
-            return self._resolved().digest_first(self._pool, self._bar.advance)
+            data = self._resolved()
+            alike = self._alike()
+            return data.digest_first(self._pool, self._bar.advance), alike
 
     def begin_writing(self, places: Sequence[int]) -> None:
         """Begin to write those of the first chunks that stand at these places."""
@@ -99,12 +107,13 @@ class RankWork:
         self._first = [chunks[i] for i in places]
         self._writer.begin(self._first)
 
-    def digest(self) -> tuple[Digested, Seconds]:
-        """Return the digests of all chunks, and the seconds that each phase took."""
+    def digest(self) -> Found:
+        """Return the digests of all chunks and, if not told yet, of what other ranks hold too."""
         with self._timed("digest"):
             data = self._resolved()
+            alike = b"" if self._answer.splits else self._alike()
             with collector_free(total_nbytes(data.chunks)):
-                return data.digest(self._pool, self._bar.advance), self._seconds
+                return Found(data.digest(self._pool, self._bar.advance), self._seconds, alike)
 
     def compare(self, duty: Duty) -> set[str]:
         """Return the FQNs of those entries that differ from what this rank holds of them."""
@@ -126,6 +135,12 @@ class RankWork:
             self._bar.begin("write", nbytes)
             with collector_free(nbytes):
                 return self._writer.finish(chunks, self._bar.advance), self._seconds
+
+    def _alike(self) -> bytes:
+        """Return the digests of what this rank holds and others too, once its data are resolved."""
+        return fingerprints(
+            self._plan.compared, self._planner, self._pool, allow_pickle=self._allow_pickle
+        )
 
     def _resolved(self) -> RankData:
         """Return the data of what this rank is to write, which its planner is asked for once."""

@@ -50,6 +50,14 @@ from dcpstore.state_dict import get_state_dict, set_state_dict
 - **A new optimizer is filled.** Torch asks it what to load, and before its first step it has no
   state to name.
 - **Models on the meta device are filled**, and no process group is needed for it.
+- **What ranks hold alike must be alike.** `save` and `async_save` compare plain values and tensors
+  by digest and refuse those that differ; torch saves one rank's. Under torch's own `save`,
+  `RepositoryWriter` does what torch's writers do ([more](guarantees.md#what-is-not-promised)).
+- **Each rank for itself** (`use_collectives=False`): torch waits in a barrier at the end of the
+  save and the load, `dcpstore.save` and `load` for nobody. Rank 3 saves to the branch
+  `main/rank-3`, its tags end in `/rank-3`, and `load` without such a name finds the rank's own, as
+  torch's does, where no version has the plain name. Retention, `parent` and `expect_tip` are of
+  that branch.
 - **Values that a partial load does not find stay.** Torch turns those whose kind it does not know
   (a set, a complex number) into None.
 """
@@ -109,6 +117,7 @@ LACKING = {
 }
 
 TORCHS_ASYNC = "for a `storage_writer`, to which torch's own `async_save` then saves"
+ALONE = "False saves each rank's own on a branch of its own (`main/rank-0`), which `load` finds"
 LAYS_OUT = "of no effect: it says how torch lays out its files"
 
 # Why an argument of torch's is lacking, or what it does instead.
@@ -119,13 +128,13 @@ ARGUMENTS = {
     ): "any of torch's; the save is then torch's own, with our planner",
     ("async_save", "async_checkpointer_type"): TORCHS_ASYNC,
     ("async_save", "async_stager"): TORCHS_ASYNC,
-    ("async_save", "use_collectives"): TORCHS_ASYNC,
+    ("async_save", "use_collectives"): ALONE,
     ("save", "checkpoint_id"): "another name for `repo`; a tag where `storage_writer` is ours",
     ("async_save", "checkpoint_id"): "another name for `repo`",
     ("load", "checkpoint_id"): "another name for `repo`; a ref where `storage_reader` is ours",
     ("save", "storage_writer"): "any of torch's; the save is then torch's own, with our planner",
     ("load", "storage_reader"): "any of torch's; the load is then torch's own, with our planner",
-    ("save", "use_collectives"): "for a `storage_writer`",
+    ("save", "use_collectives"): ALONE,
     ("save", "no_dist"): "False without a process group saves this process, without a warning",
     ("DefaultSavePlanner", "dedup_replicated_tensors"): "deprecated by torch, of no effect there",
     ("DefaultSavePlanner", "dedup_save_to_lowest_rank"): "else replicas go to the rank with the "

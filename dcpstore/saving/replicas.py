@@ -1,0 +1,277 @@
+"""What several ranks hold alike: it is compared by digest, before anything is written.
+
+Invariant: of what all holders must have in common, one rank's is written only if it is the same on
+all of them; module buffers, which may differ, all come from the lowest rank that holds them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from blake3 import blake3
+from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
+
+from dcpstore.batches import in_batches, run_ahead
+from dcpstore.collectives import Collectives, in_step, in_turn
+from dcpstore.encoding.dtypes import as_bytes
+from dcpstore.encoding.values import JSON_BLOB, EncodedValue
+from dcpstore.errors import InvalidInputError
+from dcpstore.geometry.tables import Ints, first_equal
+from dcpstore.planning.boxed import BoxResolver
+from dcpstore.planning.save_planner import DefaultSavePlanner
+from dcpstore.planning.tables import GlobalTable, PlanTable
+from dcpstore.saving.chunking import encoded_item, resolves_plainly
+
+__all__ = ["Replicas", "compare_state", "fingerprint", "fingerprints"]
+
+_DIGEST = 16  # bytes: enough to tell mistakes apart, and half of what a chunk's digest costs
+_WHOLE = 1 << 20  # bytes of the largest tensor of which every byte is compared
+_BLOCKS = 64
+_BLOCK = 4096  # bytes
+_SHOWN = 8  # names in one message; more would bury the first
+# Elements as torch can index and numpy can hold them, whatever they mean.
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+def fingerprint(tensor: torch.Tensor) -> bytes:
+    """Return 16 bytes that are equal for tensors of one dtype and shape with equal elements.
+
+    They are BLAKE3 of all elements, in row-major order, where those have at most 1 MiB. Of a larger
+    tensor they are BLAKE3 of 64 blocks of 4,096 bytes: with `size = 4096 // itemsize` and
+    `step = (numel - size) // 63`, block i is the elements from `i * step` on. So a difference is
+    certainly found in a tensor of at most 1 MiB, or where it lies in one of the blocks; one that is
+    spread evenly over a fraction f of the elements is missed with a probability of about
+    `(1 - f) ** (262144 / itemsize)`.
+    """
+    tensor = tensor.detach()
+    if tensor.nbytes > _WHOLE:
+        tensor = _sampled(tensor)
+    elements = np.ascontiguousarray(as_bytes(tensor.cpu()))
+    return blake3(elements.reshape(-1).view(np.uint8).data).digest(_DIGEST)
+
+
+def _sampled(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the blocks of a large tensor, which are those of its elements and not of its memory.
+
+    Ranks may lay out equal tensors in other ways, and only contiguous ones are cut without a copy.
+    """
+    words = tensor.resolve_conj().resolve_neg().view(_WORDS[tensor.itemsize])
+    size = _BLOCK // tensor.itemsize
+    step = (tensor.numel() - size) // (_BLOCKS - 1)
+    if words.is_contiguous():
+        return words.as_strided((_BLOCKS, size), (step, 1))
+    starts = torch.arange(_BLOCKS, device=words.device) * step
+    index = starts[:, None] + torch.arange(size, device=words.device)
+    return words[torch.unravel_index(index, words.shape)]
+
+
+def fingerprints(
+    items: Sequence[WriteItem], planner: SavePlanner, pool: Executor, *, allow_pickle: bool
+) -> bytes:
+    """Return 16 bytes for each item; zeros where this planner gives what cannot be compared.
+
+    Raises:
+        UnsafeDataError: a value needs a pickle, and that is not allowed.
+        InvalidInputError: a tensor has no plain bytes, or a value cannot be kept.
+    """
+    found = np.zeros((len(items), _DIGEST), np.uint8)
+    if isinstance(planner, BoxResolver) or not resolves_plainly(planner):
+        return found.tobytes()
+    tensors: list[tuple[int, torch.Tensor]] = []
+    for i, item in enumerate(items):
+        if item.tensor_data is None:
+            value = encoded_item(planner, item, allow_pickle=allow_pickle)
+            found[i] = np.frombuffer(_value_digest(value), np.uint8)
+        elif isinstance(tensor := planner.resolve_data(item), torch.Tensor):
+            tensors.append((i, tensor))
+
+    def digest(batch: Sequence[tuple[int, torch.Tensor]]) -> bytes:
+        return b"".join(_named_fingerprint(items[i], tensor) for i, tensor in batch)
+
+    batches = in_batches(tensors, lambda pair: min(pair[1].nbytes, _WHOLE))
+    for batch, digests in run_ahead(pool, digest, batches):
+        rows = np.frombuffer(digests, np.uint8).reshape(-1, _DIGEST)
+        found[[i for i, _ in batch]] = rows
+    return found.tobytes()
+
+
+def _named_fingerprint(item: WriteItem, tensor: torch.Tensor) -> bytes:
+    try:
+        return fingerprint(tensor)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{item.index.fqn!r}: {error}") from error
+
+
+def _value_digest(value: EncodedValue) -> bytes:
+    """Return 16 bytes that are equal for equal values of one type; a dict's order is of no matter.
+
+    A value that only a pickle can carry is compared by that.
+    """
+    text, data = value.text, value.data or b""
+    if text == JSON_BLOB:
+        text, data = data.decode(), b""
+    if "{" in text:
+        text = json.dumps(_ordered(json.loads(text)), sort_keys=True)
+    return blake3(text.encode() + b"\0" + data).digest(_DIGEST)
+
+
+def _ordered(node: Any) -> Any:
+    """Return typed JSON in which the pairs of every plain dict are in one order."""
+    if isinstance(node, list):
+        return [_ordered(inner) for inner in node]
+    if not isinstance(node, dict):
+        return node
+    return {
+        key: sorted(_ordered(inner), key=json.dumps) if key == "$dict" else _ordered(inner)
+        for key, inner in node.items()
+    }
+
+
+def compare_state(
+    state: Mapping[str, Any],
+    ranks: Collectives,
+    *,
+    buffers: Collection[str],
+    allow_pickle: bool,
+) -> list[str]:
+    """Check that what the ranks hold of a plain state is alike, for a save that torch plans.
+
+    Return the module buffers that differ.
+
+    Raises:
+        InvalidInputError: anything else differs, naming it and the ranks.
+    """
+    planner = DefaultSavePlanner()
+    items: Sequence[WriteItem]
+    replicas: Replicas
+
+    def plan() -> PlanTable:
+        nonlocal items
+        planner.set_up_planner(dict(state), is_coordinator=ranks.leads)
+        local = planner.create_local_plan()
+        items = local.items
+        return PlanTable.of(local, buffers)
+
+    def find(tables: list[PlanTable]) -> list[Ints]:
+        nonlocal replicas
+        replicas = Replicas.of(GlobalTable.of(tables))
+        return [replicas.of_rank(rank) for rank in range(ranks.size)]
+
+    def digest() -> bytes:
+        with ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-compare") as pool:
+            held = [items[i] for i in places.tolist()]
+            return fingerprints(held, planner, pool, allow_pickle=allow_pickle)
+
+    places = in_turn(ranks, "plan", plan, find)
+    return in_step(ranks, "digest", digest, lambda told: sorted(replicas.differing_buffers(told)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replicas:
+    """The items of all local plans that more than one rank has, one row an item, by rank.
+
+    Attributes:
+        fqns: what the names are called.
+        name, rank, position: [rows], which name, whose item, and where it stands in that plan.
+        group: [rows], a number that the rows of one box of one tensor, or of one value, share.
+        is_buffer: [rows], whether its rank calls it a module's buffer.
+        starts: [ranks + 1], where the rows of each rank begin; the last is where they end.
+        reported: the buffers that were named in the log, so that each is named once.
+    """
+
+    fqns: Sequence[str]
+    name: Ints
+    rank: Ints
+    position: Ints
+    group: Ints
+    is_buffer: npt.NDArray[np.bool_]
+    starts: Ints
+    reported: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, table: GlobalTable) -> Replicas:
+        """Return those of the plans of all ranks, before they are shared out."""
+        first = first_equal(table.rows)
+        holders = np.bincount(first, minlength=len(first))
+        rows = np.flatnonzero((holders[first] > 1) & (table.rows.volumes > 0))
+        _, group = np.unique(first[rows], return_inverse=True)
+        rank = table.rank[rows]
+        return cls(
+            fqns=[name.fqn for name in table.names],
+            name=table.rows.tensor[rows],
+            rank=rank,
+            position=table.position[rows],
+            group=group,
+            is_buffer=table.is_buffer[rows],
+            starts=np.searchsorted(rank, np.arange(table.ranks + 1)),
+        )
+
+    def of_rank(self, rank: int) -> Ints:
+        """Return where the replicas that `rank` holds stand in its plan."""
+        return self.position[self.starts[rank] : self.starts[rank + 1]]
+
+    def differing_buffers(self, told: Sequence[bytes]) -> dict[str, list[int]]:
+        """Compare what all ranks hold; return the buffers that differ, with their holders.
+
+        Args:
+            told: by rank, the `fingerprints` of its replicas.
+
+        Raises:
+            InvalidInputError: anything else differs, naming it and the ranks.
+        """
+        if not len(self.rank):
+            return {}
+        digests = np.frombuffer(b"".join(told), np.uint64).reshape(-1, _DIGEST // 8)
+        assert len(digests) == len(self.rank), "each rank tells of what it was asked"
+        known = np.flatnonzero(digests.any(axis=1))
+        group = self.group[known]
+        first = np.full(len(self.rank), len(self.rank))
+        np.minimum.at(first, group, known)
+        is_odd = (digests[known] != digests[first[group]]).any(axis=1)
+        buffers: dict[str, list[int]] = {}
+        problems: dict[str, str] = {}
+        for odd in np.unique(group[is_odd]):
+            rows = known[group == odd]
+            fqn = self.fqns[self.name[rows[0]]]
+            if self.is_buffer[rows].all():
+                buffers[fqn] = self.rank[rows].tolist()
+            else:
+                problems.setdefault(fqn, _described(self.rank[rows], digests[rows]))
+        if problems:
+            raise InvalidInputError(_message(problems))
+        return buffers
+
+
+def _described(ranks: Ints, digests: npt.NDArray[np.uint64]) -> str:
+    """Say which ranks hold the same, such as "ranks 0, 2 hold one thing, rank 1 another"."""
+    sides: dict[bytes, list[int]] = {}
+    for rank, digest in zip(ranks.tolist(), digests, strict=True):
+        sides.setdefault(digest.tobytes(), []).append(rank)
+    named = [_ranks(side) for side in sides.values()]
+    if len(named) > _SHOWN:
+        return f"{len(named)} contents on {_ranks(ranks.tolist())}"
+    return " differs from ".join(named)
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    distinct = sorted(set(ranks))
+    more = f" and {len(distinct) - _SHOWN} more" if len(distinct) > _SHOWN else ""
+    names = ", ".join(map(str, distinct[:_SHOWN])) + more
+    return ("rank " if len(distinct) == 1 else "ranks ") + names
+
+
+def _message(problems: dict[str, str]) -> str:
+    shown = [f"{fqn!r} ({said})" for fqn, said in sorted(problems.items())[:_SHOWN]]
+    more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return (
+        f"the ranks hold different contents of {', '.join(shown)}{more}, and one of them would be "
+        "saved for all. Make them the same on every rank, or wrap what each rank has of its own, "
+        "such as a random state, in dcpstore.PerRank(...)."
+    )
