@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ from dcpstore.catalog import Catalog
 from dcpstore.catalog.authors import this_user
 from dcpstore.catalog.checks import check_chunk
 from dcpstore.compositions import outer_fqns
-from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError
+from dcpstore.errors import AlreadyExistsError, DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.history.recorded import Recorded
 from dcpstore.journal import journaled, write_journal
 from dcpstore.places import absolute_data, absolute_target, check_path, locate
@@ -271,13 +271,8 @@ def open(
         catalog = Catalog.open(url, data_url=data_url)
     except NotFoundError as error:
         if not create:
-            if folder is not None and (folder / ".metadata").is_file():
-                raise NotFoundError(
-                    f"the folder {os.fspath(folder)!r} holds a checkpoint of "
-                    "torch.distributed.checkpoint, and no repository. 'dcpstore import' stores it "
-                    "as a version; torch's own FileSystemReader loads it as it is, as the "
-                    "storage_reader= of dcpstore.load too."
-                ) from error
+            if folder is not None and (advice := _advise(folder)):
+                raise NotFoundError(advice) from error
             raise
         try:
             return make(target, data=data, chunk=chunk)
@@ -287,6 +282,24 @@ def open(
             except NotFoundError:
                 raise taken from None
     return _with_storage(target, catalog)
+
+
+def _advise(folder: Path) -> str:
+    """Return what to do with a folder that has no catalog, and holds what people look for."""
+    if (folder / ".metadata").is_file():
+        return (
+            f"the folder {os.fspath(folder)!r} holds a checkpoint of "
+            "torch.distributed.checkpoint, and no repository. 'dcpstore import' stores it "
+            "as a version; torch's own FileSystemReader loads it as it is, as the "
+            "storage_reader= of dcpstore.load too."
+        )
+    with suppress(DcpstoreError, OSError):
+        if any(LocalFolder(folder).list("operations")):
+            return (
+                f"no repository at {folder}: its data are there, but its catalog is gone. Restore "
+                f"the catalog with 'dcpstore rebuild {folder} --into {folder}'."
+            )
+    return ""
 
 
 def make(

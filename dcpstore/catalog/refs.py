@@ -235,8 +235,9 @@ def _is_number(connection: Connection, number: int | None) -> bool:
 def _up(connection: Connection, start: int, ref: Ref) -> int:
     depth = depth_of(connection, start)
     if depth < ref.up:
+        noun = "ancestor" if depth == 1 else "ancestors"
         raise NotFoundError(
-            f"no version {str(ref)!r}: only {depth} versions lie above the start. "
+            f"no version {str(ref)!r}: the start has {depth} {noun}. "
             "See 'dcpstore log' for the history."
         )
     return ancestor_at(connection, start, depth - ref.up)

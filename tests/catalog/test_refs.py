@@ -56,8 +56,9 @@ def test_unknown_refs_say_what_is_near(catalog: Catalog) -> None:
         "bets": "no branch or tag 'bets'. Did you mean 'best'?",
         "v7": "no version v7; the newest is v6",
         "v0": "no version v0",
-        "main~4": "only 3 versions lie above",
-        f"main~{2**62}": "only 3 versions lie above",
+        "main~4": "no version 'main~4': the start has 3 ancestors.",
+        "v2~2": "no version 'v2~2': the start has 1 ancestor.",
+        f"main~{2**62}": "the start has 3 ancestors.",
         "main@step=25": "none on the way up has step 25. The nearest steps are 10, 20, 30",
         2**63 - 1: "no version v9223372036854775807",
     }

@@ -158,6 +158,29 @@ def test_what_an_unset_variable_or_a_slip_leaves_is_refused(
     assert [*(tmp_path / "empty").iterdir()] == []
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("lgo", "'log'"), ("forgot", "'forget'"), ("tags", "'tag'")]
+)
+def test_a_command_that_is_misspelled_is_offered(run: Run, typed: str, meant: str) -> None:
+    result = run(typed, repo="none")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"no command {typed!r}. Did you mean {meant}" in result.stderr
+    assert "No such command 'xyzzy'" in run("xyzzy").stderr
+
+
+def test_a_lost_catalog_is_to_be_rebuilt_not_made_new(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "ckpts"
+    assert "'dcpstore init'" in run("log", repo=str(folder)).stderr
+    run("init", str(folder))
+    for file in folder.glob("catalog.db*"):
+        file.unlink()
+    result = run("log", repo=str(folder))
+    assert result.exit_code == 10
+    assert f"'dcpstore rebuild {folder} --into {folder}'" in result.stderr
+    assert run("rebuild", str(folder), "--into", str(folder)).exit_code == 0
+    assert run("log", repo=str(folder)).exit_code == 0
+
+
 def test_a_missing_data_folder(run: Run, target: str, tmp_path: Path) -> None:
     (tmp_path / "data").rename(tmp_path / "moved")
     result = run("log", repo=target)
