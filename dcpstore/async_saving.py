@@ -37,6 +37,8 @@ from dcpstore.planning.plain import (
     nesting_checked,
     resolved,
     storage_nbytes,
+    with_closed_shards,
+    with_open_shards,
 )
 from dcpstore.planning.stateful import check_keys, take_state
 from dcpstore.records import Version
@@ -282,16 +284,17 @@ class _Saver:
 
     def _staged(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return a copy of a state in the buffers of the saves before."""
+        given = with_open_shards(state)
         staged: Any
         try:
-            staged = self._stager.stage(state)
+            staged = self._stager.stage(given)
         except AssertionError:  # torch's: a storage was resized, and does not fit its buffer
             self._stager = _new_stager()
-            staged = self._stager.stage(state)
+            staged = self._stager.stage(given)
         except Exception:
             check_copies(state)
             raise
-        copied: dict[str, Any] = staged
+        copied: dict[str, Any] = staged if given is state else with_closed_shards(state, staged)
         return copied
 
     def wait(self) -> None:

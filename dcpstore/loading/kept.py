@@ -183,8 +183,9 @@ def _difference(stored: Any, found: Any) -> str | None:
 
 def _is_number_as_tensor(stored: Any, found: Any) -> bool:
     """Tell whether an owner made a tensor of a number, as torch's optimizers do of older states."""
-    is_scalar = isinstance(found, torch.Tensor) and found.numel() == 1
-    return is_scalar and type(stored) in (int, float) and bool(found.item() == stored)
+    if type(stored) not in (int, float) or not isinstance(found, torch.Tensor):
+        return False
+    return found.numel() == 1 and bool(found.item() == stored)
 
 
 def _tensor_difference(stored: torch.Tensor, found: Any) -> str | None:

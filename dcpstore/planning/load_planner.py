@@ -29,7 +29,13 @@ from dcpstore.planning.load_options import LoadOptions
 from dcpstore.planning.nesting import Place, flattened, is_empty_container
 from dcpstore.planning.plain import nesting_checked
 from dcpstore.planning.room import check_room, make_room
-from dcpstore.planning.shards import LocalShard, flat_shards, is_sharded, local_shards
+from dcpstore.planning.shards import (
+    LocalShard,
+    flat_shards,
+    is_on_meta,
+    is_sharded,
+    local_shards,
+)
 from dcpstore.planning.targets import target_fault
 
 __all__ = ["DefaultLoadPlanner", "ValueFile"]
@@ -270,12 +276,13 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         differences: list[str],
     ) -> Iterator[ReadItem]:
         """Yield the items of a tensor, and add to `differences` what keeps it from being filled."""
-        if wanted.is_meta:
+        is_meta = is_on_meta(wanted)
+        if is_meta:
             check_room(fqn, wanted)
             self._check_place(fqn)
         stored = [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in kept.chunks]
         for shard in self._seen(fqn, wanted):
-            fault = None if wanted.is_meta else target_fault(shard.data)
+            fault = None if is_meta else target_fault(shard.data)
             if fault is not None:
                 differences.append(f"{fqn!r} {fault}")
             lacking = shard.box.volume
@@ -313,7 +320,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
             fqn
             for fqn, tensor in self.state_dict.items()
             if isinstance(tensor, torch.Tensor)
-            and tensor.is_meta
+            and is_on_meta(tensor)
             and self._composed.outer.get(fqn, fqn) not in missing
             and self._asks_for(fqn)
         )
@@ -327,7 +334,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         """
         for fqn in fqns:
             tensor = self.state_dict.get(fqn)  # a composed one has only its parts there
-            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            if isinstance(tensor, torch.Tensor) and is_on_meta(tensor):
                 # with the tensor itself, or another might get its id
                 if id(tensor) not in self._rooms:
                     self._rooms[id(tensor)] = (tensor, make_room(tensor))

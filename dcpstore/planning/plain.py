@@ -20,9 +20,17 @@ from dcpstore.encoding.atoms import is_plain_json
 from dcpstore.encoding.dtypes import check_plain
 from dcpstore.encoding.own_classes import objects_in
 from dcpstore.errors import InvalidInputError
-from dcpstore.planning.shards import is_sharded
+from dcpstore.planning.shards import is_sharded, with_shards
 
-__all__ = ["check_copies", "check_state", "nesting_checked", "resolved", "storage_nbytes"]
+__all__ = [
+    "check_copies",
+    "check_state",
+    "nesting_checked",
+    "resolved",
+    "storage_nbytes",
+    "with_closed_shards",
+    "with_open_shards",
+]
 
 Path = tuple[object, ...]
 
@@ -103,6 +111,35 @@ def resolved(value: Any, path: Path = ()) -> Any:
     return value
 
 
+def with_open_shards(value: Any) -> Any:
+    """Return a state with each ShardedTensor as the list of its local tensors.
+
+    So it can be copied as plain tensors are; `with_closed_shards` takes the copy.
+    """
+    if isinstance(value, ShardedTensor):
+        return [resolved(shard.tensor) for shard in value.local_shards()]
+    if isinstance(value, dict):
+        items = {key: with_open_shards(inner) for key, inner in value.items()}
+        return _with_items(value, items)
+    if type(value) in (list, tuple):
+        parts = [with_open_shards(inner) for inner in value]
+        is_same = all(part is inner for part, inner in zip(parts, value, strict=True))
+        return value if is_same else type(value)(parts)
+    return value
+
+
+def with_closed_shards(state: Any, copied: Any) -> Any:
+    """Return the copy of a state, with ShardedTensors where the state has them."""
+    if isinstance(state, ShardedTensor):
+        return with_shards(state, copied)
+    if isinstance(state, dict):
+        items = {key: with_closed_shards(inner, copied[key]) for key, inner in state.items()}
+        return _with_items(copied, items)
+    if type(state) in (list, tuple):
+        return type(state)(map(with_closed_shards, state, copied))
+    return copied
+
+
 def _with_items(value: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
     """Return a dict with other items; of its own class, which may hold more than items."""
     if all(items[key] is value[key] for key in items):
@@ -115,7 +152,9 @@ def _with_items(value: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
 def _check_resolved(value: object, path: Path) -> None:
     """Check that no tensor inside another object has bits that a copy of its storage lacks."""
     for held in objects_in(value):
-        if isinstance(held, torch.Tensor) and (held.is_conj() or held.is_neg()):
+        if not isinstance(held, torch.Tensor) or isinstance(held, ShardedTensor):
+            continue
+        if held.is_conj() or held.is_neg():
             fqn = ".".join(map(str, path))
             raise InvalidInputError(
                 f"{fqn!r}: a lazily conjugated or negated tensor lies inside a "

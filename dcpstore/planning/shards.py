@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor, ShardedTensorBase
+from torch.distributed._shard.sharded_tensor.shard import Shard as ShardOf
 from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -22,7 +23,16 @@ from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.shards import Split, local_boxes
 
-__all__ = ["LocalShard", "flat_shards", "is_sharded", "local_shards", "no_shard", "splits_of"]
+__all__ = [
+    "LocalShard",
+    "flat_shards",
+    "is_on_meta",
+    "is_sharded",
+    "local_shards",
+    "no_shard",
+    "splits_of",
+    "with_shards",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +80,38 @@ def local_shards(fqn: str, tensor: torch.Tensor) -> list[LocalShard]:
     if isinstance(tensor, DTensor):
         return _of_dtensor(fqn, tensor)
     if isinstance(tensor, ShardedTensor):
-        return [
-            LocalShard(
-                Box(tuple(s.metadata.shard_offsets), tuple(s.metadata.shard_sizes)), s.tensor
-            )
-            for s in tensor.local_shards()
-        ]
+        return _held(
+            tensor,
+            [
+                LocalShard(
+                    Box(tuple(s.metadata.shard_offsets), tuple(s.metadata.shard_sizes)), s.tensor
+                )
+                for s in tensor.local_shards()
+            ],
+        )
     return _of_checkpointable(fqn, tensor)
+
+
+def is_on_meta(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor has no memory here; a ShardedTensor cannot be asked as a whole."""
+    if isinstance(tensor, ShardedTensor):
+        return any(shard.tensor.is_meta for shard in tensor.local_shards())
+    return tensor.is_meta
+
+
+def with_shards(like: ShardedTensor, tensors: Sequence[torch.Tensor]) -> ShardedTensor:
+    """Return a ShardedTensor for a planner, as `like` but with its local shards in `tensors`."""
+    shards = [
+        ShardOf(tensor, shard.metadata)
+        for tensor, shard in zip(tensors, like.local_shards(), strict=True)
+    ]
+    # of the base class: the public one asks where the shards are, and these are copies elsewhere
+    made: Any = ShardedTensorBase._init_from_local_shards_and_global_metadata(
+        shards, like.metadata(), like.sharding_spec()
+    )
+    made._prepare_init(process_group=like._process_group)
+    assert isinstance(made, ShardedTensor)
+    return made
 
 
 def no_shard(tensor: torch.Tensor) -> list[LocalShard]:
@@ -88,6 +123,12 @@ def no_shard(tensor: torch.Tensor) -> list[LocalShard]:
         return []
     sizes = (0,) * tensor.dim()
     return [LocalShard(Box(sizes, sizes), torch.empty(sizes, dtype=tensor.dtype, device="cpu"))]
+
+
+def _held(tensor: torch.Tensor, shards: list[LocalShard]) -> list[LocalShard]:
+    """Leave out the empty ones of several shards: two may begin at one place."""
+    live = [shard for shard in shards if shard.box.volume]
+    return live if live or tensor.size().numel() else shards[:1]
 
 
 @torch.no_grad()
