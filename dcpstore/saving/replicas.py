@@ -17,10 +17,11 @@ import numpy.typing as npt
 import torch
 from blake3 import blake3
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
+from typing_extensions import Buffer
 
 from dcpstore.batches import in_batches, run_ahead
 from dcpstore.collectives import Collectives, in_step, in_turn
-from dcpstore.encoding.dtypes import as_bytes
+from dcpstore.encoding.dtypes import check_plain
 from dcpstore.encoding.values import JSON_BLOB, EncodedValue
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.tables import Ints, first_equal
@@ -33,6 +34,7 @@ __all__ = ["Replicas", "compare_state", "fingerprint", "fingerprints"]
 
 _DIGEST = 16  # bytes: enough to tell mistakes apart, and half of what a chunk's digest costs
 _WHOLE = 1 << 20  # bytes of the largest tensor of which every byte is compared
+_SMALL = 64 << 10  # bytes
 _BLOCKS = 64
 _BLOCK = 4096  # bytes
 _SHOWN = 8  # names in one message; more would bury the first
@@ -50,26 +52,54 @@ def fingerprint(tensor: torch.Tensor) -> bytes:
     spread evenly over a fraction f of the elements is missed with a probability of about
     `(1 - f) ** (262144 / itemsize)`.
     """
-    tensor = tensor.detach()
-    if tensor.nbytes > _WHOLE:
-        tensor = _sampled(tensor)
-    elements = np.ascontiguousarray(as_bytes(tensor.cpu()))
-    return blake3(elements.reshape(-1).view(np.uint8).data).digest(_DIGEST)
+    (digest,) = _digests([tensor.detach()])
+    return digest
 
 
-def _sampled(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the blocks of a large tensor, which are those of its elements and not of its memory.
+def _digests(tensors: Sequence[torch.Tensor]) -> list[bytes]:
+    """Return the fingerprints of tensors without gradients.
+
+    Small ones, and all of a device's, are first copied into one run of memory: thousands of views
+    and transfers would cost more than their bytes.
+    """
+    elements = [_elements(tensor) for tensor in tensors]
+    together: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    digests = [b""] * len(tensors)
+    for i, run in enumerate(elements):
+        if run.device.type == "cpu" and run.nbytes > _SMALL:
+            digests[i] = _digest(run.contiguous().numpy().view(np.uint8).data)
+        else:
+            together.setdefault((run.device, run.dtype), []).append(i)
+    for places in together.values():
+        joined = torch.cat([elements[i] for i in places]).cpu().numpy().view(np.uint8).data
+        end = 0
+        for i in places:
+            start, end = end, end + elements[i].nbytes
+            digests[i] = _digest(joined[start:end])
+    return digests
+
+
+def _digest(data: Buffer) -> bytes:
+    return blake3(data).digest(_DIGEST)
+
+
+def _elements(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elements that are compared, in one dimension: all, or those of the blocks.
 
     Ranks may lay out equal tensors in other ways, and only contiguous ones are cut without a copy.
     """
-    words = tensor.resolve_conj().resolve_neg().view(_WORDS[tensor.itemsize])
-    size = _BLOCK // tensor.itemsize
-    step = (tensor.numel() - size) // (_BLOCKS - 1)
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    words = tensor.view(_WORDS[tensor.itemsize])
+    if words.nbytes <= _WHOLE:
+        return words.reshape(-1)
+    size = _BLOCK // words.itemsize
+    step = (words.numel() - size) // (_BLOCKS - 1)
     if words.is_contiguous():
-        return words.as_strided((_BLOCKS, size), (step, 1))
+        return words.as_strided((_BLOCKS, size), (step, 1)).reshape(-1)
     starts = torch.arange(_BLOCKS, device=words.device) * step
     index = starts[:, None] + torch.arange(size, device=words.device)
-    return words[torch.unravel_index(index, words.shape)]
+    return words[torch.unravel_index(index, words.shape)].reshape(-1)
 
 
 def fingerprints(
@@ -90,10 +120,10 @@ def fingerprints(
             value = encoded_item(planner, item, allow_pickle=allow_pickle)
             found[i] = np.frombuffer(_value_digest(value), np.uint8)
         elif isinstance(tensor := planner.resolve_data(item), torch.Tensor):
-            tensors.append((i, tensor))
+            tensors.append((i, _checked(item, tensor)))
 
     def digest(batch: Sequence[tuple[int, torch.Tensor]]) -> bytes:
-        return b"".join(_named_fingerprint(items[i], tensor) for i, tensor in batch)
+        return b"".join(_digests([tensor for _, tensor in batch]))
 
     batches = in_batches(tensors, lambda pair: min(pair[1].nbytes, _WHOLE))
     for batch, digests in run_ahead(pool, digest, batches):
@@ -102,11 +132,14 @@ def fingerprints(
     return found.tobytes()
 
 
-def _named_fingerprint(item: WriteItem, tensor: torch.Tensor) -> bytes:
-    try:
-        return fingerprint(tensor)
-    except InvalidInputError as error:
-        raise InvalidInputError(f"{item.index.fqn!r}: {error}") from error
+def _checked(item: WriteItem, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that has plain bytes; most were looked at with the state that they are of."""
+    if type(tensor) is not torch.Tensor:
+        try:
+            check_plain(tensor)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{item.index.fqn!r}: {error}") from error
+    return tensor
 
 
 def _value_digest(value: EncodedValue) -> bytes:
