@@ -43,7 +43,7 @@ def check_memory(
         if fqn == twin:
             continue  # boxes of one tensor, which `target_fault` judges
         if offsets == twin_offsets and (view is twin_view or is_same_memory(view, twin_view)):
-            names = (planner.options.stored_name(name) for name in (fqn, twin))
+            names = (planner.stored_fqn(name) for name in (fqn, twin))
             pair = [entries[name] for name in names]
             box = Box(offsets, tuple(view.shape))
             if _are_equal(pair, box, catalog, storage, version=version):

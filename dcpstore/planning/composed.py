@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from dcpstore.records import ObjectPath
 
 __all__ = ["apart", "check_none_composed", "composed_place", "spliced", "take_apart"]
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_SCALARS = frozenset([int, float, str, bool, type(None)])
 
 
 def take_apart(
@@ -50,23 +50,37 @@ def take_apart(
 
     def taken(value: Any, path: ObjectPath) -> Any:
         if isinstance(value, torch.Tensor):
-            if type(value) in _PLAIN and value.layout is torch.strided:
-                return value
-            found = take_one(path, value)
+            found = None if _is_plain(value) else take_one(path, value)
             return value if found is None else found
         if isinstance(value, Mapping):
             _check_marks(value, path)
-            items = {key: taken(inner, (*path, key)) for key, inner in value.items()}
-            if all(items[key] is inner for key, inner in value.items()):
-                return value
-            return OrderedDict(items) if isinstance(value, OrderedDict) else items
+            pairs: Iterable[tuple[Any, Any]] = value.items()
+        elif isinstance(value, list):
+            pairs = enumerate(value)
+        else:
+            return value
+        changed = {}
+        for key, inner in pairs:
+            if not _is_plain(inner):
+                new = taken(inner, (*path, key))
+                if new is not inner:
+                    changed[key] = new
+        if not changed:
+            return value
         if isinstance(value, list):
-            listed = [taken(inner, (*path, i)) for i, inner in enumerate(value)]
-            same = all(new is old for new, old in zip(listed, value, strict=True))
-            return value if same else listed
-        return value
+            return [changed.get(i, inner) for i, inner in enumerate(value)]
+        items = {key: changed.get(key, inner) for key, inner in value.items()}
+        return OrderedDict(items) if isinstance(value, OrderedDict) else items
 
     return taken(state, path)
+
+
+def _is_plain(value: object) -> bool:
+    """Tell of most values, and quickly, that nothing in them is composed."""
+    kind = type(value)
+    if kind is torch.Tensor or kind is torch.nn.Parameter:
+        return value.layout is torch.strided  # type: ignore[attr-defined]  # it is a tensor
+    return kind in _SCALARS
 
 
 def spliced(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -201,6 +201,10 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         at = bisect_left(self._names, f"{name}.")
         return at < len(self._names) and self._names[at].startswith(f"{name}.")
 
+    def stored_fqn(self, fqn: str) -> str:
+        """Return the FQN in the version of an item of `state_dict`."""
+        return self._composed.name_of(fqn)
+
     def targets(self) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
         """Yield the FQN, the offsets and the local view of each box that the load is to fill."""
         missing = set(self.missing)

@@ -118,3 +118,49 @@ def round_trip_optimizer(rank: int, folder: str, name: str) -> list[str]:
     dcpstore.load({"model": fresh_model, "optim": fresh}, f"{folder}/one")
     assert alike(states(fresh), expected)
     return sorted({name for _, name, _ in expected if name})
+
+
+def round_trip_weights(rank: int, folder: str) -> list[Any]:
+    """Save and load float8 weights that two ranks hold: of a training, and quantized ones."""
+    from torchao import quantization as ao  # noqa: PLC0415 (takes seconds to load)
+    from torchao.float8 import (  # noqa: PLC0415
+        Float8LinearConfig,
+        convert_to_float8_training,
+    )
+
+    def training(seed: int) -> Any:
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 16))
+        config = Float8LinearConfig(enable_fsdp_float8_all_gather=True, emulate=True)
+        return fully_shard(convert_to_float8_training(model, config=config), mesh=mesh((2,)))
+
+    def quantized(seed: int, rows: slice) -> torch.Tensor:
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False))
+        with torch.no_grad():
+            model[0].weight = torch.nn.Parameter(model[0].weight[rows].clone())
+        ao.quantize_(model, ao.Float8WeightOnlyConfig())
+        weight: torch.Tensor = model[0].weight.data
+        return weight
+
+    def split(seed: int) -> DTensor:
+        half = quantized(seed, slice(16 * rank, 16 * rank + 16))
+        size = torch.Size((32, 64))
+        return DTensor.from_local(
+            half, mesh((2,)), [Shard(0)], run_check=False, shape=size, stride=(64, 1)
+        )
+
+    kept, weight = training(0), split(0)
+    dcpstore.save({"model": kept, "w": weight}, folder)
+    fresh, filled = training(1), split(1)
+    dcpstore.load({"model": fresh, "w": filled}, folder)
+    for a, b in zip(kept.parameters(), fresh.parameters(), strict=True):
+        ours, theirs = (p._local_tensor for p in (a, b))
+        assert type(ours) is type(theirs)
+        assert same(getattr(ours, "_tensor", ours), getattr(theirs, "_tensor", theirs))
+    with dcpstore.open(folder) as repo:
+        read = repo.read()["w"]
+    for part in ("qdata", "scale"):
+        assert same(getattr(filled._local_tensor, part), getattr(weight._local_tensor, part))
+        assert same(getattr(read, part), getattr(quantized(0, slice(32)), part))
+    return [type(read).__name__, type(fresh[0].weight._local_tensor).__name__]

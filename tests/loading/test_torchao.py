@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import dcpstore
-from dcpstore import Repository
+from dcpstore import MismatchError, Repository
 from dcpstore.encoding.composed import parts_of
 from dcpstore.encoding.kinds import JAGGED, KINDS, SPARSE, kind_of
-from tests.loading.composed_ranks import round_trip_optimizer
+from tests.loading.composed_ranks import round_trip_optimizer, round_trip_weights
 from tests.ranks import RankPool
 from tests.tensors import same
 
@@ -74,3 +75,54 @@ def test_an_optimizer_of_two_ranks_comes_back_to_one_and_two(
 ) -> None:
     expected = f"torchao {name.replace('AdamW', 'OptimState').replace('FP', 'Fp')}"
     assert two_ranks.run(round_trip_optimizer, str(tmp_path), name) == [[expected]] * 2
+
+
+def test_float8_weights_of_two_ranks_come_back(two_ranks: RankPool, tmp_path: Path) -> None:
+    names = ["Float8Tensor", "WeightWithDynamicFloat8CastTensor"]
+    assert two_ranks.run(round_trip_weights, str(tmp_path)) == [names] * 2
+
+
+def test_the_state_of_a_fresh_optimizer_is_made(tmp_path: Path) -> None:
+    from torchao import optim as ao  # noqa: PLC0415 (takes seconds to load)
+
+    def trained(kind: Any, steps: int) -> torch.optim.Optimizer:
+        made: torch.optim.Optimizer = kind([torch.nn.Parameter(torch.randn(64, 128).bfloat16())])
+        ((parameter,),) = [group["params"] for group in made.param_groups]
+        with torch.compiler.set_stance("force_eager"):
+            for _ in range(steps):
+                parameter.grad = torch.randn_like(parameter)
+                made.step()
+        return made
+
+    for kind in (ao.AdamW8bit, ao.AdamW4bit, ao.AdamWFp8):
+        kept = trained(kind, 2)
+        dcpstore.save({"o": kept}, tmp_path / kind.__name__)
+        for steps in (0, 1):
+            fresh = trained(kind, steps)
+            dcpstore.load({"o": fresh}, tmp_path / kind.__name__)
+            ours, theirs = (next(iter(one.state.values())) for one in (kept, fresh))
+            assert ours.keys() == theirs.keys()
+            assert same(ours["step"], theirs["step"])
+            assert alike(ours["exp_avg"], theirs["exp_avg"])
+            assert alike(ours["exp_avg_sq"], theirs["exp_avg_sq"])
+
+
+def test_weights_come_to_the_meta_device_and_differences_are_named(
+    makers: dict[str, Make], tmp_path: Path
+) -> None:
+    def module(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+        made = torch.nn.Module()
+        made.w = torch.nn.Parameter(makers["torchao Int8Tensor"](dtype).data, requires_grad=False)
+        return made
+
+    kept = module()
+    dcpstore.save({"m": kept}, tmp_path)
+    fresh = module().to("meta")
+    assert fresh.w.is_meta
+    dcpstore.load({"m": fresh}, tmp_path)
+    assert isinstance(fresh.w, torch.nn.Parameter)
+    assert alike(fresh.w, kept.w)
+    with pytest.raises(MismatchError, match=r"'m\.w' is a torchao Int8Tensor with .*float32"):
+        dcpstore.load({"m": module(torch.bfloat16)}, tmp_path, on_dtype="cast")
+    with pytest.raises(MismatchError, match=r"'m\.w' is a torchao Int8Tensor in the version"):
+        dcpstore.load({"m": {"w": torch.zeros(32, 64)}}, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sqlite3
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from click.testing import CliRunner
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 
 import dcpstore
@@ -23,6 +25,7 @@ from dcpstore import (
     Repository,
     convert,
 )
+from dcpstore.cli.commands import commands
 from dcpstore.encoding.composed import parts_of
 from dcpstore.encoding.kinds import KINDS, kind_of
 from tests.loading.composed_ranks import round_trip_columns
@@ -327,6 +330,45 @@ def test_what_no_such_tensor_is_made_of_is_damage(tmp_path: Path) -> None:
             change.commit()
         change.close()
         assert alike(repo.read()["w"], coo())
+
+
+def test_the_command_line_shows_one_entry_with_its_parts(tmp_path: Path) -> None:
+    with dcpstore.open(tmp_path) as repo:
+        dcpstore.save({"m": {"w": coo()}, "x": torch.ones(2)}, repo)
+        changed = coo(torch.zeros(4))
+        dcpstore.save({"m": {"w": changed}, "x": torch.ones(2)}, repo)
+        dcpstore.save({"m": {"w": torch.ones(4, 3)}, "x": torch.ones(2)}, repo)
+        diff = repo.diff("v1", "v2", stats=True)
+        ((entry,), plain) = diff.changed, repo.diff("v2", "v3").retyped
+        assert [(part.fqn, part.change) for part in entry.parts] == [
+            ("indices", "unchanged"),
+            ("values", "changed"),
+        ]
+        assert entry.fqn == "m.w"
+        assert entry.parts[1].stats is not None
+        assert (entry.nbytes, entry.nbytes_shared) == (80, 64)
+        assert [(one.fqn, one.change) for one in plain] == [("m.w", "retyped")]
+
+    def run(*args: str) -> str:
+        return CliRunner().invoke(commands, [*args, "--repo", str(tmp_path)]).output
+
+    assert [line.split() for line in run("ls", "v1", "m.*").splitlines()[1:]] == [
+        ["m.w", "torch.sparse_coo", "float32", "4x3", "80", "B"],
+        ["indices", "tensor", "int64", "2x4", "64", "B"],
+        ["values", "tensor", "float32", "4", "16", "B"],
+    ]
+    (one,) = json.loads(run("ls", "v1", "m.*", "--json"))
+    assert (one["fqn"], one["kind"], [*one["parts"]]) == (
+        "m.w",
+        "torch.sparse_coo",
+        ["indices", "values"],
+    )
+    shown = run("diff", "v1", "v2")
+    assert "  values" in shown
+    assert "indices" not in shown
+    assert "1 changed, 1 unchanged" in shown
+    shape = json.loads(run("diff", "v1", "v2", "--json"))["entries"][0]
+    assert [part["change"] for part in shape["parts"]] == ["unchanged", "changed"]
 
 
 def test_column_shards_of_torchs_wrapper(two_ranks: RankPool, tmp_path: Path) -> None:
