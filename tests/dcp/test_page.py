@@ -10,13 +10,14 @@ import importlib
 import inspect
 import os
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch.distributed.checkpoint as dcp
 
 import dcpstore
+from tests.dcp.rows import ROWS, Row
 
 PAGE = Path(dcpstore.__file__).parent.parent / "docs" / "dcp.md"
 PACKAGE = "torch.distributed.checkpoint"
@@ -24,8 +25,9 @@ PACKAGE = "torch.distributed.checkpoint"
 HEAD = f"""# torch.distributed.checkpoint, name by name
 
 Every public name of `{PACKAGE}` 2.13 and its modules, and every argument of those that dcpstore
-offers too. This page is written by `tests/dcp/test_page.py` from both modules as they are; it fails
-where dcpstore lacks something without a reason.
+offers too: "same", "wider" (torch's and more), or "refused", because of what is said there. This
+page is written by `tests/dcp/test_page.py` from both modules as they are. It fails where dcpstore
+lacks something without a reason, and calls what each row says (`tests/dcp/rows.py`).
 
 A program changes its import and goes on:
 
@@ -50,39 +52,39 @@ from dcpstore.state_dict import get_state_dict, set_state_dict
 - **A new optimizer is filled.** Torch asks it what to load, and before its first step it has no
   state to name.
 - **Models on the meta device are filled**, and no process group is needed for it.
-- **What ranks hold alike must be alike.** `save` and `async_save` compare plain values and tensors
-  by digest and refuse those that differ; torch saves one rank's. Under torch's own `save`,
-  `RepositoryWriter` does what torch's writers do ([more](guarantees.md#what-is-not-promised)).
-- **Each rank for itself** (`use_collectives=False`): torch waits in a barrier at the end of the
-  save and the load, `dcpstore.save` and `load` for nobody. Rank 3 saves to the branch
-  `main/rank-3`, its tags end in `/rank-3`, and `load` without such a name finds the rank's own, as
-  torch's does, where no version has the plain name. Retention, `parent` and `expect_tip` are of
-  that branch.
 - **Values that a partial load does not find stay.** Torch turns those whose kind it does not know
   (a set, a complex number) into None.
 """
 
-AS_IT_IS = "torch's own; dcpstore takes and gives it as it is"
-TYPE = "a type of torch's state-dict functions; import it from torch"
-BRIDGE = "`dcpstore import` and `dcpstore export` read and write safetensors"
-INSIDE = "a part of torch's own planner or storage; ours have their own"
+SAME, WIDER, REFUSED = "same", "wider", "refused"
 
-# Why dcpstore does not offer a name.
+AS_IT_IS = (SAME, "torch's own; dcpstore takes and gives it as it is")
+TYPE = (SAME, "a type of torch's state-dict functions; import it from torch")
+INSIDE = (SAME, "import it from torch: it works on our plans and descriptions")
+
+# What becomes of a name that dcpstore does not offer.
 LACKING = {
-    "CheckpointException": "`RankFailure`, or the error that all ranks share: both are exceptions",
+    "CheckpointException": (
+        REFUSED,
+        "because it is not an `Exception`: `RankFailure`, or the error that all ranks share. "
+        "Torch's own calls raise it, on our storage too",
+    ),
     "BytesStorageMetadata": AS_IT_IS,
     "ChunkStorageMetadata": AS_IT_IS,
     "TensorStorageMetadata": AS_IT_IS,
-    "Metadata": AS_IT_IS,
+    "Metadata": (SAME, "planners are given it, with `version`, `storage_meta` and `planner_data`"),
     "MetadataIndex": AS_IT_IS,
-    "TensorProperties": AS_IT_IS,
-    "StorageMeta": AS_IT_IS,
+    "TensorProperties": (SAME, "of what was saved, `dtype` is kept"),
+    "StorageMeta": (
+        SAME,
+        "`save_id` is the uid of the version, so a writer that is used again has a new one",
+    ),
     "WriteItemType": AS_IT_IS,
     "LoadItemType": AS_IT_IS,
     "BytesIOWriteData": AS_IT_IS,
     "TensorWriteData": AS_IT_IS,
     "WriteResult": AS_IT_IS,
-    "SerializationFormat": "taken by `FileSystemWriter`, and of no effect: packs have one format",
+    "SerializationFormat": (SAME, "taken by `FileSystemWriter`, and of no effect: packs have one"),
     "StatefulT": TYPE,
     "FQNS_T": TYPE,
     "PrimitiveType": TYPE,
@@ -90,10 +92,21 @@ LACKING = {
     "DictValueType": TYPE,
     "ListDictValueType": TYPE,
     "OptimizerStateType": TYPE,
-    "HuggingFaceStorageReader": BRIDGE,
-    "HuggingFaceStorageWriter": BRIDGE,
-    "QuantizedHuggingFaceStorageReader": BRIDGE + "; block-quantized ones with torch's reader",
-    "load_sharded_optimizer_state_dict": "`dcpstore.state_dict` and `load`, as torch says itself",
+    "HuggingFaceStorageReader": (
+        SAME,
+        "torch's own as `storage_reader=`; `dcpstore import` reads safetensors into versions",
+    ),
+    "HuggingFaceStorageWriter": (
+        SAME,
+        "torch's own as `storage_writer=`; `dcpstore export` writes safetensors. An `hf://` id is "
+        "refused: it names no repository",
+    ),
+    "QuantizedHuggingFaceStorageReader": (SAME, "torch's own as `storage_reader=`"),
+    "load_sharded_optimizer_state_dict": (
+        REFUSED,
+        "because torch deprecates it for `dcpstore.state_dict` and `load`; torch's own takes our "
+        "readers in a process group",
+    ),
     "create_default_local_load_plan": INSIDE,
     "create_default_global_load_plan": INSIDE,
     "create_default_local_save_plan": INSIDE,
@@ -103,56 +116,110 @@ LACKING = {
     "find_state_dict_object": INSIDE,
     "FileSystem": INSIDE,
     "FileSystemBase": INSIDE,
-    "dcp_to_torch_save": "of torch's folders; `dcpstore export` for a repository",
-    "torch_save_to_dcp": "to torch's folders; `dcpstore import` for a repository",
-    "BroadcastingTorchSaveReader": "taken as `storage_reader=`, as any of torch's readers",
-    "DynamicMetaLoadPlanner": "taken as `planner=`, as any of torch's planners",
-    "AsyncStager": "for torch's own `async_save`; ours stages into buffers that it uses again",
-    "BlockingAsyncStager": "as `AsyncStager`",
-    "DefaultStager": "as `AsyncStager`",
-    "StagingOptions": "as `AsyncStager`; `staging_limit=` bounds the bytes",
-    "AsyncCheckpointerType": "`async_save` goes on in a thread; torch's own takes "
-    "`RepositoryWriter` in threads and processes",
-    "AsyncSaveResponse": "`PendingSave`, with `staged` and `result()`",
+    "dcp_to_torch_save": (
+        REFUSED,
+        "because it opens torch's own files; `dcpstore export` writes one of a version",
+    ),
+    "torch_save_to_dcp": (SAME, "torch's own; `dcpstore import` takes both kinds of files"),
+    "BroadcastingTorchSaveReader": (SAME, "as `storage_reader=`, as any of torch's readers"),
+    "DynamicMetaLoadPlanner": (SAME, "as `planner=`, as any of torch's planners"),
+    "AsyncStager": (SAME, "as `async_stager=`; without one, ours uses its buffers again"),
+    "BlockingAsyncStager": (SAME, "as `AsyncStager`"),
+    "DefaultStager": (SAME, "as `AsyncStager`"),
+    "StagingOptions": (SAME, "as `AsyncStager`; `staging_limit=` bounds the bytes of our own copy"),
+    "AsyncCheckpointerType": (SAME, "as `async_checkpointer_type=`"),
+    "AsyncSaveResponse": (WIDER, "every `PendingSave` is one, and a `Future` of the version"),
+}
+# Names that torch keeps private and that programs use.
+PRIVATE = {
+    "_load_state_dict_from_keys": (SAME, "with our readers; `repo.read` needs no template either"),
+    "_EmptyStateDictLoadPlanner": (SAME, "with our readers"),
+    "FsspecWriter": (
+        SAME,
+        "torch's own as `storage_writer=`. A repository's data lie in an object store by "
+        "`dcpstore.open(database, data='s3://bucket/prefix')`; an `s3://` id alone is refused, "
+        "because a catalog cannot be kept there",
+    ),
+    "FsspecReader": (SAME, "torch's own as `storage_reader=`"),
+}
+# What programs do with torch's calls, beyond names and arguments.
+HABITS = {
+    "steps by folder": (
+        SAME,
+        "`checkpoint_id=f'ckpts/step_{n}'` makes a repository a step, as torch a folder. One "
+        "repository with `step=n` shares unchanged chunks and has a history",
+    ),
+    "pickled values": (REFUSED, "because a load would run code; `allow_pickle=True` allows them"),
 }
 
-TORCHS_ASYNC = "for a `storage_writer`, to which torch's own `async_save` then saves"
-ALONE = "False saves each rank's own on a branch of its own (`main/rank-0`), which `load` finds"
-LAYS_OUT = "of no effect: it says how torch lays out its files"
+OWN_STORAGE = (
+    SAME,
+    "any of torch's too; torch then works, with our planner. Second without its "
+    "name, it is taken with torch's warning",
+)
+NO_EFFECT = "of no effect: it says how torch lays out its files"
 
-# Why an argument of torch's is lacking, or what it does instead.
+# What an argument of torch's does, where "the same" does not say all.
 ARGUMENTS = {
-    (
-        "async_save",
-        "storage_writer",
-    ): "any of torch's; the save is then torch's own, with our planner",
-    ("async_save", "async_checkpointer_type"): TORCHS_ASYNC,
-    ("async_save", "async_stager"): TORCHS_ASYNC,
-    ("async_save", "use_collectives"): ALONE,
-    ("save", "checkpoint_id"): "another name for `repo`; a tag where `storage_writer` is ours",
-    ("async_save", "checkpoint_id"): "another name for `repo`",
-    ("load", "checkpoint_id"): "another name for `repo`; a ref where `storage_reader` is ours",
-    ("save", "storage_writer"): "any of torch's; the save is then torch's own, with our planner",
-    ("load", "storage_reader"): "any of torch's; the load is then torch's own, with our planner",
-    ("save", "use_collectives"): ALONE,
-    ("save", "no_dist"): "False without a process group saves this process, without a warning",
-    ("DefaultSavePlanner", "dedup_replicated_tensors"): "deprecated by torch, of no effect there",
-    ("DefaultSavePlanner", "dedup_save_to_lowest_rank"): "else replicas go to the rank with the "
-    "fewest bytes of its own",
-    (
-        "DefaultSavePlanner",
-        "enable_plan_caching",
-    ): "of no effect: each save is planned, so that none is written by an old plan",
-    ("DefaultLoadPlanner", "allow_partial_load"): "as `strict=False` of `load`",
-    ("FileSystemWriter", "single_file_per_rank"): LAYS_OUT,
-    ("FileSystemWriter", "sync_files"): "of no effect: a save is always durable",
-    ("FileSystemWriter", "thread_count"): "of no effect: as many as torch.get_num_threads() says",
-    ("FileSystemWriter", "per_thread_copy_ahead"): LAYS_OUT,
-    ("FileSystemWriter", "cache_staged_state_dict"): "of no effect: ours stages nothing",
-    ("FileSystemWriter", "overwrite"): "True adds a version; False refuses a folder that has one",
-    ("FileSystemWriter", "_extensions"): "refused, for it changes the stored bytes",
-    ("FileSystemWriter", "serialization_format"): LAYS_OUT,
-    ("FileSystemReader", "_extension_registry"): "of no effect: ours writes none",
+    ("async_save", "storage_writer"): OWN_STORAGE,
+    ("save", "storage_writer"): OWN_STORAGE,
+    ("load", "storage_reader"): OWN_STORAGE,
+    ("async_save", "async_checkpointer_type"): (
+        SAME,
+        "PROCESS needs a process group, of all ranks, and a state and planner that can be pickled; "
+        "else it is refused",
+    ),
+    ("async_save", "async_stager"): (SAME, "it is the caller's to close"),
+    ("async_save", "use_collectives"): (SAME, "for a `storage_writer`"),
+    ("save", "use_collectives"): (SAME, "for a `storage_writer`"),
+    ("save", "checkpoint_id"): (
+        WIDER,
+        "another name for `repo`, where a second save adds a version; a tag where "
+        "`storage_writer` is a `RepositoryWriter`",
+    ),
+    ("async_save", "checkpoint_id"): (WIDER, "as for `save`"),
+    ("load", "checkpoint_id"): (
+        WIDER,
+        "another name for `repo`; a ref where `storage_reader` is a `RepositoryReader`",
+    ),
+    ("save", "no_dist"): (
+        SAME,
+        "False without a process group saves this process, without warning",
+    ),
+    ("DefaultSavePlanner", "dedup_replicated_tensors"): (
+        SAME,
+        "deprecated by torch, of no effect there",
+    ),
+    ("DefaultSavePlanner", "dedup_save_to_lowest_rank"): (
+        SAME,
+        "else replicas go to the rank with the fewest bytes of its own",
+    ),
+    ("DefaultSavePlanner", "enable_plan_caching"): (
+        SAME,
+        "of no effect: an unchanged plan is found by its digest, and never used for another state",
+    ),
+    ("DefaultLoadPlanner", "allow_partial_load"): (SAME, "as `strict=False` of `load`"),
+    ("FileSystemWriter", "single_file_per_rank"): (SAME, NO_EFFECT),
+    ("FileSystemWriter", "sync_files"): (WIDER, "of no effect: a save is always durable"),
+    ("FileSystemWriter", "thread_count"): (
+        SAME,
+        "of no effect: as many as torch.get_num_threads() says",
+    ),
+    ("FileSystemWriter", "per_thread_copy_ahead"): (SAME, NO_EFFECT),
+    ("FileSystemWriter", "cache_staged_state_dict"): (SAME, "of no effect: ours stages nothing"),
+    ("FileSystemWriter", "overwrite"): (
+        WIDER,
+        "True adds a version, and nothing is lost; False refuses a folder that has one",
+    ),
+    ("FileSystemWriter", "_extensions"): (
+        REFUSED,
+        "because they change the stored bytes, which are read by range; an empty list is taken",
+    ),
+    ("FileSystemWriter", "serialization_format"): (SAME, NO_EFFECT),
+    ("FileSystemReader", "_extension_registry"): (
+        SAME,
+        "of no effect: no stored byte went through an extension",
+    ),
 }
 
 # Public members of torch's classes that ours of the same name lack.
@@ -208,36 +275,43 @@ def argument_lines(name: str, theirs: object, mine: object) -> Iterator[str]:
     """
     given = arguments(mine)
     for position, (argument, parameter) in enumerate(arguments(theirs).items()):
-        reason = ARGUMENTS.get((name, argument))
-        if argument not in given:
-            assert reason, f"{name}({argument}=) is lacking; write a reason, or take it"
-            yield f"| `{argument}` | no | {reason} |"
-            continue
+        row = ARGUMENTS.get((name, argument))
+        assert argument in given, f"{name}({argument}=) is lacking; take it"
         same = given[argument].default == parameter.default
-        assert same or reason, f"{name}({argument}=) has another default; write a reason"
+        assert same or row, f"{name}({argument}=) has another default; write a reason"
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
             assert list(given).index(argument) == position, f"{name}({argument}=) has moved"
-        yield f"| `{argument}` | yes | {reason or 'the same'} |"
+        kind, why = row or (SAME, "")
+        yield f"| `{argument}` | {kind} | {why} |"
     added = [f"`{argument}`" for argument in given if argument not in arguments(theirs)]
     if added:
         yield f"| | adds | {', '.join(added)} |"
 
 
+def rows_of(names: Mapping[str, tuple[str, str]]) -> Iterator[str]:
+    for name, (kind, why) in names.items():
+        shown = name if " " in name else f"`{name}`"
+        yield f"| {shown} | {kind} | {why} |"
+
+
 def page() -> str:
-    lines = ["| torch's name | dcpstore's | |", "|---|---|---|"]
+    lines = ["| torch's name | | dcpstore's |", "|---|---|---|"]
     for name, thing in public_names().items():
         found = ours(name)
         if found is None:
             assert name in LACKING, f"{name} is lacking; write a reason, or offer it"
-            lines.append(f"| `{name}` | | {LACKING[name]} |")
+            lines += rows_of({name: LACKING[name]})
         elif found[1] is thing:
-            lines.append(f"| `{name}` | `{found[0]}` | the same object |")
+            lines.append(f"| `{name}` | {SAME} | `{found[0]}`: the same object |")
         else:
-            lines.append(f"| `{name}` | `{found[0]}` | its own: see below |")
-    text = f"{HEAD}\n## Names\n\n" + "\n".join(lines) + "\n\n## Arguments\n"
+            lines.append(f"| `{name}` | {WIDER} | `{found[0]}`: its own, see below |")
+    text = f"{HEAD}\n## Names\n\n" + "\n".join(lines) + "\n"
+    for title, rows in (("Private names", PRIVATE), ("Habits", HABITS)):
+        text += f"\n## {title}\n\n| | | |\n|---|---|---|\n" + "\n".join(rows_of(rows)) + "\n"
+    text += "\n## Arguments\n"
     for name, theirs, mine in reworked():
         table = "\n".join(argument_lines(name, theirs, mine))
-        text += f"\n### `{name}`\n\n| torch's argument | taken | |\n|---|---|---|\n{table}\n"
+        text += f"\n### `{name}`\n\n| torch's argument | | |\n|---|---|---|\n{table}\n"
         left_out = [f"`{m}` ({why})" for (owner, m), why in MEMBERS.items() if owner == name]
         text += f"\nNot offered: {'; '.join(left_out)}.\n" if left_out else ""
     return text
@@ -255,6 +329,24 @@ def test_no_reason_is_out_of_date() -> None:
     assert LACKING.keys() == lacking
     known = {(name, a) for name, theirs, _ in reworked() for a in arguments(theirs)}
     assert ARGUMENTS.keys() <= known
+
+
+def test_each_row_has_a_call_behind_it() -> None:
+    """Those of the names that dcpstore offers are in test_names."""
+    arguments_of = {f"{name}({a}=)" for name, theirs, _ in reworked() for a in arguments(theirs)}
+    assert ROWS.keys() == arguments_of | LACKING.keys() | PRIVATE.keys() | HABITS.keys()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:torch.distributed is",
+    "ignore:Detected an existing",
+    "ignore:.*_get_pg_default_device",  # torch's own reader calls what torch deprecates
+    "ignore:Multiple backends are registered",
+    "ignore:.*deprecated:FutureWarning",
+)
+@pytest.mark.parametrize("call", dict.fromkeys(ROWS.values()), ids=lambda call: call.__name__)
+def test_what_a_row_says_is_so(call: Row, tmp_path: Path) -> None:
+    call(tmp_path)
 
 
 @pytest.mark.parametrize(
