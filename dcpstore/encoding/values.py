@@ -289,9 +289,9 @@ def _not_plain(error: NotPlainError) -> str:
     advice = error.advice or "convert it to tensors, numbers, text, lists or dicts"
     if isinstance(error, _HeldTensorError):
         return (
-            f"a {error} lies inside a value, as in a tuple or set, and would need pickle; have it "
-            "in lists and dicts only, of which each tensor is saved by itself, or save with "
-            "allow_pickle=True."
+            f"a {error} lies inside a value, as in a set or deque, and would need pickle; have it "
+            "in lists, tuples and dicts only, of which each tensor is saved by itself, or save "
+            "with allow_pickle=True."
         )
     return (
         f"a value of type {error} is not plain data and would need pickle; {advice}, or save with "
