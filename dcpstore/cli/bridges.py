@@ -17,6 +17,7 @@ __all__ = ["export", "import_"]
 _DTYPE = click.option(
     "--dtype", metavar="DTYPE", help="Convert floating tensors, as in bf16, fp16 or fp32."
 )
+_TENSORS_ONLY = click.option("--tensors-only", is_flag=True, help="Leave the values out.")
 _PICKLE = click.option(
     "--allow-pickle",
     is_flag=True,
@@ -44,6 +45,7 @@ class _Path(click.Path):
 @click.option("--step", type=int, help="Its step in the training run.")
 @click.option("--message", "-m", default="", help="Keep a message with it.")
 @_DTYPE
+@_TENSORS_ONLY
 @_PICKLE
 @repo_options
 def import_(
@@ -55,6 +57,7 @@ def import_(
     step: int | None,
     message: str,
     dtype: str | None,
+    tensors_only: bool,
     allow_pickle: bool,
 ) -> None:
     """Save a checkpoint of another format as a new version.
@@ -72,6 +75,7 @@ def import_(
             step=step,
             message=message,
             dtype=dtype,
+            tensors_only=tensors_only,
             allow_pickle=allow_pickle,
         )
     if session.json:
@@ -97,7 +101,7 @@ def import_(
     help="Of a safetensors file in a folder, as in 500MB or 2GiB; default: 5GB.",
 )
 @_DTYPE
-@click.option("--tensors-only", is_flag=True, help="Leave the values out.")
+@_TENSORS_ONLY
 @_PICKLE
 @repo_options
 def export(

@@ -24,9 +24,10 @@ from dcpstore.convert.dcp_writing import ExportPlanner, write_folder
 from dcpstore.convert.exporting import DEEPEST, Exported, ExportedVersion
 from dcpstore.convert.file_tensors import FileBox, FileTensor
 from dcpstore.convert.importing import Foreign, Naming, save_foreign
+from dcpstore.convert.pickles import Odd, odd_inside
 from dcpstore.convert.sources import FileView
 from dcpstore.convert.targets import new_folder
-from dcpstore.convert.torch_archive import load_archive, open_source
+from dcpstore.convert.torch_archive import load_archive, open_source, refuse_odd
 from dcpstore.errors import CorruptionError
 from dcpstore.geometry.boxes import Box
 from dcpstore.records import ObjectPath, Version
@@ -44,6 +45,7 @@ def import_dcp(
     tags: Iterable[str] = (),
     message: str = "",
     dtype: str | torch.dtype | None = None,
+    tensors_only: bool = False,
     allow_pickle: bool = False,
 ) -> Version:
     """Save a DCP folder as a version, in this process alone and in the memory of a few chunks.
@@ -53,14 +55,15 @@ def import_dcp(
         repo: a `Repository`, or what `dcpstore.open` takes.
         branch, step, tags, message: as for `dcpstore.save`.
         dtype: what floating tensors are converted to, such as "bf16".
+        tensors_only: leave the values out, those too that only code could build.
         allow_pickle: let values run the code that they name, and be stored as pickles.
 
     Raises:
         NotFoundError: it is no DCP folder.
         CorruptionError: it is damaged or incomplete.
-        UnsafeDataError: it would run code; and as for `dcpstore.save`.
+        UnsafeDataError: it would run code, and for which FQNs; and as for `dcpstore.save`.
     """
-    foreign = _described(Path(path), allow_pickle=allow_pickle)
+    foreign = _described(Path(path), tensors_only=tensors_only, allow_pickle=allow_pickle)
     naming = Naming(branch, step, tuple(tags), message)
     return save_foreign(foreign, repo, naming, dtype=dtype, allow_pickle=allow_pickle)
 
@@ -100,17 +103,23 @@ def export_dcp(
         return version.report(target, "dcp", files=files, tensors=version.tensors)
 
 
-def _described(folder: Path, *, allow_pickle: bool) -> Foreign:
+def _described(folder: Path, *, tensors_only: bool, allow_pickle: bool) -> Foreign:
     described = read_description(folder)
     paths = _paths(described)
     foreign = Foreign()
+    found: dict[str, Odd] = {}
     for fqn, kind in described.state_dict_metadata.items():
         at = paths.get(fqn, (fqn,))
         if isinstance(kind, TensorStorageMetadata):
             foreign.add_tensor(fqn, at, _tensor(folder, described, fqn, kind))
-        else:
+        elif not tensors_only:
             value = _value(folder, described, fqn, allow_pickle=allow_pickle)
-            foreign.add_value(fqn, at, value)
+            odd = odd_inside(value)
+            if odd is None:
+                foreign.add_value(fqn, at, value)
+            else:
+                found[fqn] = odd
+    refuse_odd(repr(str(folder)), found)
     return foreign
 
 
@@ -134,6 +143,8 @@ def _piece(folder: Path, described: Metadata, fqn: str, dtype: torch.dtype, box:
             allow_pickle=False,
         )
     found = archive.held
+    if isinstance(found, Odd):
+        refuse_odd(repr(str(folder)), {fqn: found})
     if (
         not isinstance(found, torch.Tensor)
         or found.dtype != dtype

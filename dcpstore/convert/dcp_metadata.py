@@ -9,11 +9,11 @@ from __future__ import annotations
 import collections
 import io
 import pathlib
-import pickle
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch.distributed._shard.sharded_tensor import metadata as torch_shards
 from torch.distributed.checkpoint import filesystem as torch_files
 from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from dcpstore.convert.pickles import Unpickler
 from dcpstore.convert.sources import inside
 from dcpstore.encoding.dtypes import MOST_DIMS
 from dcpstore.errors import CorruptionError, NotFoundError, UnsafeDataError
@@ -49,6 +50,9 @@ _LET_IN: dict[tuple[str, str], Any] = {  # classes and one function: their kinds
         )
     },
     (torch_files.__name__, "_StorageInfo"): _StorageInfo,
+    # Until 2.2 torch took these two from its sharded tensors.
+    (torch_shards.__name__, "TensorProperties"): TensorProperties,
+    (torch_shards.__name__, "MEM_FORMAT_ENCODING"): torch_metadata._MEM_FORMAT_ENCODING,
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("collections", "OrderedDict"): collections.OrderedDict,
@@ -61,14 +65,15 @@ _LET_IN: dict[tuple[str, str], Any] = {  # classes and one function: their kinds
 }
 
 
-class _Unpickler(pickle._Unpickler):
-    """Builds what torch's Metadata is made of.
+class _Unpickler(Unpickler):
+    """Builds what torch's Metadata is made of."""
 
-    In Python, for the one in C allocates by whatever number an opcode names: ten bytes of pickle
-    take gigabytes.
-    """
+    def known(self, module: str, name: str) -> Any:
+        """Return what a name stands for.
 
-    def find_class(self, module: str, name: str) -> Any:
+        Raises:
+            UnsafeDataError: it is not a part of a description.
+        """
         if (module, name) in _LET_IN:
             return _LET_IN[module, name]
         found = getattr(torch, name, None) if module == "torch" and "." not in name else None
@@ -77,6 +82,10 @@ class _Unpickler(pickle._Unpickler):
         raise UnsafeDataError(
             f"it names {module}.{name}, which is no part of torch's description of a checkpoint"
         )
+
+    def may_build(self, inst: Any) -> bool:
+        """Tell whether the pickle may set the state of this object: of one, not of a class."""
+        return type(inst) in _LET_IN.values()
 
 
 def read_description(folder: Path) -> Metadata:

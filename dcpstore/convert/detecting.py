@@ -28,6 +28,7 @@ def import_any(
     tags: Iterable[str] = (),
     message: str = "",
     dtype: str | torch.dtype | None = None,
+    tensors_only: bool = False,
     allow_pickle: bool = False,
 ) -> Version:
     """Save a checkpoint of whichever format as a version.
@@ -38,6 +39,7 @@ def import_any(
         repo: a `Repository`, or what `dcpstore.open` takes.
         branch, step, tags, message: as for `dcpstore.save`.
         dtype: what floating tensors are converted to, such as "bf16".
+        tensors_only: leave the values out, those too that only code could build.
         allow_pickle: let a DCP folder or a `torch.save` file run the code that it names.
 
     Raises:
@@ -48,11 +50,20 @@ def import_any(
     paths = [Path(one) for one in given]
     naming = {"branch": branch, "message": message}
     if _is_safetensors(paths):
-        return import_safetensors(paths, repo, step=step, tags=tags, dtype=dtype, **naming)
+        return import_safetensors(
+            paths, repo, step=step, tags=tags, dtype=dtype, tensors_only=tensors_only, **naming
+        )
     (only,) = paths
     bridge = import_dcp if only.is_dir() else import_torch
     return bridge(
-        only, repo, step=step, tags=tags, dtype=dtype, allow_pickle=allow_pickle, **naming
+        only,
+        repo,
+        step=step,
+        tags=tags,
+        dtype=dtype,
+        tensors_only=tensors_only,
+        allow_pickle=allow_pickle,
+        **naming,
     )
 
 

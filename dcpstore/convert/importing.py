@@ -91,6 +91,12 @@ class Foreign:
                 self._enter(name, whole)
                 self.values[name] = imported_value(name, item)
 
+    def leave_values_out(self) -> None:
+        """Keep the tensors alone."""
+        for fqn in self.values:
+            del self.paths[fqn]
+        self.values.clear()
+
     def _enter(self, fqn: str, path: ObjectPath) -> None:
         if fqn in self.paths:
             raise InvalidInputError(

@@ -49,6 +49,7 @@ def import_safetensors(
     tags: Iterable[str] = (),
     message: str = "",
     dtype: str | torch.dtype | None = None,
+    tensors_only: bool = False,
 ) -> Version:
     """Save what safetensors files hold as one version, in the memory of a few chunks.
 
@@ -57,6 +58,7 @@ def import_safetensors(
         repo: a `Repository`, or what `dcpstore.open` takes.
         branch, step, tags, message: as for `dcpstore.save`.
         dtype: what floating tensors are converted to, such as "bf16".
+        tensors_only: leave out the values that an export put into the notes of a file.
 
     Raises:
         NotFoundError: there is no such file.
@@ -65,6 +67,8 @@ def import_safetensors(
     """
     given = [path] if isinstance(path, str | os.PathLike) else list(path)
     foreign = _read([Path(one) for one in given])
+    if tensors_only:
+        foreign.leave_values_out()
     naming = Naming(branch, step, tuple(tags), message)
     return save_foreign(foreign, repo, naming, dtype=dtype, allow_pickle=False)
 

@@ -10,19 +10,23 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import torch
 
+from dcpstore.convert import pickles
 from dcpstore.convert.file_tensors import FileBox, FileTensor
+from dcpstore.convert.pickles import Odd
 from dcpstore.convert.torch_records import Record, damaged, make_outline, read_records
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
 
-__all__ = ["Loaded", "is_archive", "load_archive", "open_source"]
+__all__ = ["Loaded", "is_archive", "load_archive", "open_source", "refuse_odd"]
 
 _MAGIC = b"PK\x03\x04"
-_TELLING = "unsupported"  # what torch says of code that it does not run
+# What torch.load asks of the module that unpickles.
+_PLAIN = SimpleNamespace(__name__=pickles.__name__, Unpickler=pickles.PlainUnpickler)
 _QUANTIZED = "QuantizedMeta"  # what torch says of tensors that it cannot load without their bytes
 _MOST_SPREAD = 1 << 30  # bytes that a tensor may have in memory, though fewer lie in the file
 
@@ -107,7 +111,8 @@ def load_archive(file: IO[bytes], name: str, *, device: str, allow_pickle: bool)
         allow_pickle: let it run the code that it names.
 
     Raises:
-        UnsafeDataError: it names code, and that is not allowed.
+        UnsafeDataError: it does more than name code, and that is not allowed. Where it names code,
+            an `Odd` is held.
         InvalidInputError: it holds quantized tensors, or is of a kind that torch.save never writes.
         CorruptionError: it is damaged.
         DcpstoreError: it names what cannot be built here.
@@ -121,14 +126,20 @@ def load_archive(file: IO[bytes], name: str, *, device: str, allow_pickle: bool)
         outline = make_outline(file, records)
         source, places = outline.file, outline.places
     try:
-        held = torch.load(source, map_location=device, weights_only=not allow_pickle, mmap=False)
+        held = torch.load(
+            source,
+            map_location=device,
+            weights_only=False,
+            pickle_module=pickle if allow_pickle else _PLAIN,
+            mmap=False,
+        )
         return Loaded(held, places)
+    except UnsafeDataError as error:
+        raise UnsafeDataError(
+            f"{name} would run code ({error}); if you trust whoever wrote it, import it with "
+            "allow_pickle (--allow-pickle)."
+        ) from error
     except pickle.UnpicklingError as error:
-        if _TELLING in str(error).lower():
-            raise UnsafeDataError(
-                f"{name} names code that would run ({_first_line(error)}); if you trust whoever "
-                "wrote it, import it with allow_pickle (--allow-pickle)."
-            ) from error
         raise damaged(name, _first_line(error)) from error
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, OSError) as error:
         if _QUANTIZED in str(error):
@@ -138,6 +149,8 @@ def load_archive(file: IO[bytes], name: str, *, device: str, allow_pickle: bool)
             ) from error
         raise damaged(name, _first_line(error)) from error
     except Exception as error:  # whatever the code that an allowed pickle names raises
+        if not allow_pickle:
+            raise damaged(name, _first_line(error)) from error
         raise DcpstoreError(
             f"{name} cannot be built here ({type(error).__name__}: {error}); make what it names "
             "importable, in the version that wrote it."
@@ -167,5 +180,20 @@ def open_source(path: Path) -> io.BufferedReader:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if _TELLING in line.lower()]
-    return f"{type(error).__name__}: {(telling or lines or [''])[0][:200]}"
+    return f"{type(error).__name__}: {(lines or [''])[0][:200]}"
+
+
+def refuse_odd(name: str, odd: Mapping[str, Odd]) -> None:
+    """Refuse an archive or a folder in which these FQNs are what only code could build.
+
+    Raises:
+        UnsafeDataError: there are some.
+    """
+    if odd:
+        listed = ", ".join(f"{fqn!r} ({one.name})" for fqn, one in [*odd.items()][:8])
+        more = f" and {len(odd) - 8} more" if len(odd) > 8 else ""
+        raise UnsafeDataError(
+            f"{name} names code that would run, for {listed}{more}; leave the values out "
+            "(tensors_only, --tensors-only), or, if you trust whoever wrote it, import it with "
+            "allow_pickle (--allow-pickle)."
+        )

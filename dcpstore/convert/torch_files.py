@@ -17,9 +17,10 @@ from dcpstore.arguments import RepositoryLike
 from dcpstore.compositions import Composition
 from dcpstore.convert.exporting import Exported, ExportedVersion
 from dcpstore.convert.importing import Foreign, Naming, save_foreign
+from dcpstore.convert.pickles import Odd, odd_inside
 from dcpstore.convert.targets import new_file
 from dcpstore.convert.ties import find_ties
-from dcpstore.convert.torch_archive import Loaded, is_archive, load_archive, open_source
+from dcpstore.convert.torch_archive import Loaded, is_archive, load_archive, open_source, refuse_odd
 from dcpstore.convert.torch_writing import PlannedTensor, write_archive
 from dcpstore.encoding.values import PlannerBytes, encode_value
 from dcpstore.errors import InvalidInputError, NotFoundError, UnsafeDataError
@@ -39,6 +40,7 @@ def import_torch(
     tags: Iterable[str] = (),
     message: str = "",
     dtype: str | torch.dtype | None = None,
+    tensors_only: bool = False,
     allow_pickle: bool = False,
 ) -> Version:
     """Save what a `torch.save` file holds as a version, in the memory of a few chunks.
@@ -48,15 +50,16 @@ def import_torch(
         repo: a `Repository`, or what `dcpstore.open` takes.
         branch, step, tags, message: as for `dcpstore.save`.
         dtype: what floating tensors are converted to, such as "bf16".
+        tensors_only: leave the values out, those too that only code could build.
         allow_pickle: let the file run the code that it names, and store pickles.
 
     Raises:
         NotFoundError: there is no such file.
         CorruptionError: it is damaged or truncated.
         InvalidInputError: it holds no dict, or was written before torch 1.6.
-        UnsafeDataError: it would run code; and as for `dcpstore.save`.
+        UnsafeDataError: it would run code, and for which FQNs; and as for `dcpstore.save`.
     """
-    foreign = _read(Path(path), allow_pickle=allow_pickle)
+    foreign = _read(Path(path), tensors_only=tensors_only, allow_pickle=allow_pickle)
     naming = Naming(branch, step, tuple(tags), message)
     return save_foreign(foreign, repo, naming, dtype=dtype, allow_pickle=allow_pickle)
 
@@ -119,12 +122,16 @@ def _plain(value: object) -> object:
     return bytes(value) if isinstance(value, PlannerBytes) else value
 
 
-def _read(path: Path, *, allow_pickle: bool) -> Foreign:
+def _read(path: Path, *, tensors_only: bool, allow_pickle: bool) -> Foreign:
     if not path.is_file():
         raise NotFoundError(f"no file {str(path)!r}; give a file that torch.save wrote.")
     archive = _loaded(path, device="meta", allow_pickle=allow_pickle)
     flat = flattened(archive.held)
     items = flat.items
+    if tensors_only:
+        items = {fqn: item for fqn, item in items.items() if isinstance(item, torch.Tensor)}
+    found = {fqn: odd_inside(item) for fqn, item in items.items()}
+    refuse_odd(repr(str(path)), {fqn: odd for fqn, odd in found.items() if odd is not None})
     if any(_needs_pickle(item) for item in items.values()):
         # What such a value holds inside is unknown, and may be tensors: it is loaded with data.
         whole = flattened(_loaded(path, device="cpu", allow_pickle=allow_pickle).held).items
@@ -147,6 +154,8 @@ def _loaded(path: Path, *, device: str, allow_pickle: bool) -> Loaded:
                 "torch.load reads it, save it again with torch.save, and import that."
             )
         found = load_archive(file, repr(str(path)), device=device, allow_pickle=allow_pickle)
+    if isinstance(found.held, Odd):
+        refuse_odd(repr(str(path)), {"": found.held})
     if not isinstance(found.held, Mapping):
         raise InvalidInputError(
             f"{str(path)!r} holds a {type(found.held).__name__}; save a dict, such as a "

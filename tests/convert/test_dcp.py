@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
+import argparse
+import fractions
 import io
 import os
 import pickle
@@ -186,13 +187,45 @@ def test_unchanged_pieces_are_found_again(
 
 
 def test_a_value_that_is_a_pickle_needs_leave(repo: Repository, tmp_path: Path) -> None:
-    state = {"w": torch.ones(2), "when": datetime.datetime(2026, 1, 1)}
+    state = {"w": torch.ones(2), "args": argparse.Namespace(lr=1), "p": fractions.Fraction(1, 2)}
     folder = write_dcp(state, tmp_path / "in")
-    with pytest.raises(UnsafeDataError, match=r"'when'.*datetime.*--allow-pickle"):
+    with pytest.raises(
+        UnsafeDataError, match=r"'args' \(argparse.Namespace\), 'p' \(fractions.Fraction.*--tensors"
+    ):
         import_dcp(folder, repo)
     assert repo.log() == []
+    version = import_dcp(folder, repo, tensors_only=True)
+    assert [entry.fqn for entry in repo.entries(version.number)] == ["w"]
     version = import_dcp(folder, repo, allow_pickle=True)
-    assert repo.read(version.number)["when"] == state["when"]
+    assert repo.read(version.number, allow_pickle=True)["p"] == state["p"]
+
+
+@pytest.mark.parametrize("module", ["sharded_tensor", "checkpoint"])
+@pytest.mark.parametrize("paths", [True, False])
+def test_a_description_of_an_older_torch_comes_in(
+    repo: Repository, tmp_path: Path, module: str, paths: bool
+) -> None:
+    state = {"w": torch.arange(6.0).reshape(2, 3), "in": {"h": torch.ones(2).half()}, "lr": 0.5}
+    folder = write_dcp(state, tmp_path / "in")
+    described = dcp.FileSystemReader(folder).read_metadata()
+    for later in ("storage_meta", "version"):  # what torch added after 2.2
+        vars(described).pop(later, None)
+    if not paths:
+        described.planner_data = None
+    now = b"ctorch.distributed.checkpoint.metadata\n"
+    older = b"ctorch.distributed._shard.sharded_tensor.metadata\n"
+    text = pickle.dumps(described, protocol=2)
+    assert now + b"TensorProperties\n" in text
+    assert now + b"_MEM_FORMAT_ENCODING\n" in text
+    if module == "sharded_tensor":
+        text = text.replace(now + b"TensorProperties\n", older + b"TensorProperties\n")
+        text = text.replace(now + b"_MEM_FORMAT_ENCODING\n", older + b"MEM_FORMAT_ENCODING\n")
+    (folder / ".metadata").write_bytes(text)
+    import_dcp(folder, repo)
+    read = repo.read()
+    assert same(read["w"], state["w"])
+    assert same(read["in.h"], torch.ones(2).half())
+    assert read["lr"] == 0.5
 
 
 class OwnBytes(DefaultSavePlanner):
@@ -239,6 +272,9 @@ CODES = [
     b"ctorch.serialization\nload\n(V/etc/passwd\ntR.",
     b"\x80\x04\x8c\x05torch\x8c\x08hub.load\x93.",
     b"cbuiltins\ngetattr\n.",
+    # what is let in, but is not to be changed, or called by size
+    b"ctorch.distributed.checkpoint.metadata\nMetadata\n}Vversion\nV1\nsb.",
+    b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\nN}X\x07\x00\x00\x00versionK\x01s\x86b.",
 ]
 
 
