@@ -6,8 +6,9 @@ Importing this module leaves torch and zarr unloaded; only what reads tensors lo
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dcpstore.catalog import Catalog
 from dcpstore.catalog.authors import this_user
 from dcpstore.catalog.checks import check_chunk
-from dcpstore.compositions import outer_fqns
+from dcpstore.compositions import ComposedEntry, Entry, fold_entries, outer_fqns
 from dcpstore.errors import AlreadyExistsError, DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.history.recorded import Recorded
 from dcpstore.journal import journaled, write_journal
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from dcpstore.saving.plans import PlanMemory
     from dcpstore.zarr_view.store import VersionStore
 
-__all__ = ["Repository", "make", "open", "opened"]
+__all__ = ["Repository", "make", "matching_entries", "open", "opened"]
 
 
 class Repository(Recorded, Upkept):
@@ -141,8 +142,9 @@ class Repository(Recorded, Upkept):
     def read(
         self,
         ref: str | int | None = None,
-        fqns: Iterable[str] | Mapping[str, Index] | None = None,
+        fqns: str | Iterable[str] | Mapping[str, Index] | None = None,
         *,
+        nested: bool = False,
         verify: bool = True,
         allow_pickle: bool = False,
     ) -> dict[str, Any]:
@@ -150,23 +152,34 @@ class Repository(Recorded, Upkept):
 
         Args:
             ref: the version.
-            fqns: which entries; a mapping gives each tensor an index (integers, slices, `...`), and
-                only the chunks that it meets are read. None is everything.
+            fqns: which entries. A text is the name of an entry or of all below it ("model"), or a
+                glob of FQNs ("*.bias"). A list names entries; a mapping also gives each tensor an
+                index (integers, slices, `...`), and only the chunks that it meets are read. None is
+                everything.
+            nested: return the nested state as it was saved instead, from its top on: its
+                containers, empty ones too, with their own keys; `["optim"]` of it is what
+                `optim.load_state_dict` takes. Named tuples come as tuples, dataclasses as dicts,
+                and what is not read of a list as None.
             verify: check every byte read against its digest.
             allow_pickle: let values that are pickles run their code.
 
         Raises:
-            NotFoundError: an FQN that the version lacks, with the nearest names.
+            NotFoundError: an FQN that the version lacks, or a text that none matches, with the
+                nearest names.
             InvalidInputError: an index that does not fit the tensor's shape.
-            CorruptionError: stored bytes are damaged.
+            CorruptionError: stored bytes are damaged, or paths that no nested state has.
         """
+        from dcpstore.planning.nesting import nested_state, path_above  # noqa: PLC0415 (loads torch)
         from dcpstore.reading.selection import read_entries  # noqa: PLC0415 (loads torch)
 
-        wanted = _as_list(fqns)
         version = self.show(ref)
+        if isinstance(fqns, str):
+            entries = self._matching(version, fqns)
+        else:
+            entries = self._entries(version.number, _as_list(fqns))
         with closing(PackReader(self.storage)) as packs:
-            return read_entries(
-                self._entries(version.number, wanted),
+            found = read_entries(
+                entries,
                 fqns if isinstance(fqns, Mapping) else {},
                 self.catalog,
                 packs,
@@ -174,6 +187,24 @@ class Repository(Recorded, Upkept):
                 verify=verify,
                 allow_pickle=allow_pickle,
             )
+        if not nested:
+            return found
+        paths = {
+            one.fqn: path_above(one.mark.path, len(one.path))
+            if isinstance(one, ComposedEntry)
+            else one.path
+            for one in fold_entries(entries)
+        }
+        state: dict[str, Any] = nested_state(found, paths)
+        return state
+
+    def _matching(self, version: Version, pattern: str) -> list[EntryRecord]:
+        """Return the entries that a text stands for."""
+        entries = fold_entries(self.catalog.entries(version.number))
+        chosen: list[EntryRecord] = []
+        for one in matching_entries(entries, pattern, where=str(version)):
+            chosen += [one.mark, *one.parts] if isinstance(one, ComposedEntry) else [one]
+        return chosen
 
     def zarr(self, ref: str | int | None = None, *, verify: bool = True) -> VersionStore:
         """Return a version as a read-only Zarr v3 store, for `zarr.open_group`.
@@ -339,6 +370,27 @@ def make(
     with catalog.kept():
         write_journal(catalog, made.storage)  # from now on the folder says whose it is
     return made
+
+
+def matching_entries(entries: Sequence[Entry], pattern: str, *, where: str) -> list[Entry]:
+    """Return the entries that a text stands for: by name, all below it, or by a glob of FQNs.
+
+    Raises:
+        NotFoundError: none, with the nearest names; `where` is the version.
+    """
+    found = [
+        one
+        for one in entries
+        if one.fqn == pattern or one.fqn.startswith(f"{pattern}.") or fnmatchcase(one.fqn, pattern)
+    ]
+    if not found:
+        raise NotFoundError.near(
+            f"entry of {where} that matches",
+            pattern,
+            [one.fqn for one in entries],
+            f"See 'dcpstore ls {where}' for all of them.",
+        )
+    return found
 
 
 def _as_list(fqns: Iterable[str] | None) -> list[str] | None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 import click
 
 from dcpstore.cli.output import Column, human_bytes, note, print_json, print_table
 from dcpstore.cli.session import Session, repo_options
 from dcpstore.compositions import ComposedEntry, Entry, fold_entries
-from dcpstore.errors import NotFoundError
 from dcpstore.records import EntryRecord
+from dcpstore.repository import matching_entries
 from dcpstore.storage.fields import value_tree
 
 __all__ = ["ls"]
@@ -34,15 +33,16 @@ _LONG = (Column("CHUNKS", right=True), Column("CODEC"), Column("DIGEST"))
 def ls(session: Session, args: tuple[str, ...], long: bool) -> None:
     """List the entries of the version REF (default: the tip of main) whose FQN a GLOB matches.
 
-    In a GLOB, * stands for any characters, dots too, and ? for one. A first argument with *, ? or [
-    is a GLOB. A tensor that is made of tensors is one entry, with its parts below it.
+    In a GLOB, * stands for any characters, dots too, and ? for one; a name stands for all that is
+    below it too. A first argument with *, ? or [ is a GLOB. A tensor that is made of tensors is one
+    entry, with its parts below it.
     """
     named = bool(args) and not _WILD & set(args[0])
     ref, globs = (args[0], args[1:]) if named else (None, args)
     with session.open() as repo:
         version = repo.show(ref)
         entries = repo.entries(version.number)
-    chosen = _matching(fold_entries(entries), globs, where=str(version))
+    chosen = _chosen(fold_entries(entries), globs, where=str(version))
     if session.json:
         print_json([_shape(entry) for entry in chosen])
     elif chosen:
@@ -52,20 +52,10 @@ def ls(session: Session, args: tuple[str, ...], long: bool) -> None:
         note(f"{version} holds no entries.")
 
 
-def _matching(entries: Sequence[Entry], globs: Sequence[str], *, where: str) -> list[Entry]:
+def _chosen(entries: Sequence[Entry], globs: Sequence[str], *, where: str) -> list[Entry]:
     """Return the entries that match any glob; each glob must match one, as in a shell's ls."""
-    found = set()
-    for glob in globs:
-        fqns = {entry.fqn for entry in entries if fnmatchcase(entry.fqn, glob)}
-        if not fqns:
-            raise NotFoundError.near(
-                f"entry of {where} that matches",
-                glob,
-                [entry.fqn for entry in entries],
-                f"See 'dcpstore ls {where}' for all of them.",
-            )
-        found |= fqns
-    return [entry for entry in entries if not globs or entry.fqn in found]
+    found = {one.fqn for glob in globs for one in matching_entries(entries, glob, where=where)}
+    return [one for one in entries if not globs or one.fqn in found]
 
 
 def _shape(entry: Entry) -> dict[str, object]:

@@ -55,7 +55,7 @@ def take_apart(
         if isinstance(value, Mapping):
             _check_marks(value, path)
             pairs: Iterable[tuple[Any, Any]] = value.items()
-        elif isinstance(value, list):
+        elif isinstance(value, list | tuple) and not isinstance(value, torch.Size):
             pairs = enumerate(value)
         else:
             return value
@@ -67,10 +67,11 @@ def take_apart(
                     changed[key] = new
         if not changed:
             return value
-        if isinstance(value, list):
-            return [changed.get(i, inner) for i, inner in enumerate(value)]
-        items = {key: changed.get(key, inner) for key, inner in value.items()}
-        return OrderedDict(items) if isinstance(value, OrderedDict) else items
+        if isinstance(value, list | tuple):
+            items = [changed.get(i, inner) for i, inner in enumerate(value)]
+            return items if isinstance(value, list) else tuple(items)
+        found = {key: changed.get(key, inner) for key, inner in value.items()}
+        return OrderedDict(found) if isinstance(value, OrderedDict) else found
 
     return taken(state, path)
 

@@ -32,6 +32,7 @@ __all__ = [
     "is_empty_container",
     "joined_path",
     "nested_state",
+    "path_above",
     "path_below",
     "recorded_paths",
 ]
@@ -179,6 +180,14 @@ def path_below(path: ObjectPath, depth: int) -> ObjectPath:
         return path[depth:]
     marks = "".join(mark + number for mark, number in _MARK.findall(path.marks)[depth:])
     return StatePath(path[depth:], marks)
+
+
+def path_above(path: ObjectPath, depth: int) -> ObjectPath:
+    """Return the first `depth` parts of a path, with what they lead through."""
+    if not isinstance(path, StatePath):
+        return path[:depth]
+    marks = "".join(mark + number for mark, number in _MARK.findall(path.marks)[:depth])
+    return StatePath(path[:depth], marks)
 
 
 class _Walk:
