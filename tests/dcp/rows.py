@@ -78,8 +78,6 @@ def by_id(folder: Path) -> None:
     "save(storage_writer=)",
     "load(storage_reader=)",
     "async_save(storage_writer=)",
-    "save(use_collectives=)",
-    "async_save(use_collectives=)",
     "FileSystemReader(path=)",
     "FileSystemWriter(path=)",
     "StorageMeta",
@@ -207,6 +205,22 @@ def by_group(folder: Path) -> None:
                 assert len(repo.log()) == 3
     finally:
         dist.destroy_process_group()
+
+
+@backs("save(use_collectives=)", "async_save(use_collectives=)")
+def each_for_itself(folder: Path) -> None:
+    """Here one rank; several are tested by tests/saving and tests/dcp/test_torch.py."""
+    saved = dcpstore.save(state(), folder, use_collectives=False)
+    later = dcpstore.async_save(state(), folder, use_collectives=False).result()
+    assert saved.branch == later.branch == "main/rank-0"
+    load_back(folder)
+    with pytest.raises(InvalidInputError, match="use_collectives"):
+        dcpstore.async_save(
+            state(),
+            folder,
+            use_collectives=False,
+            async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+        )
 
 
 @backs("async_save(async_checkpointer_type=)", "AsyncCheckpointerType")

@@ -170,8 +170,11 @@ ARGUMENTS = {
         "else it is refused",
     ),
     ("async_save", "async_stager"): (SAME, "it is the caller's to close"),
-    ("async_save", "use_collectives"): (SAME, "for a `storage_writer`"),
-    ("save", "use_collectives"): (SAME, "for a `storage_writer`"),
+    ("save", "use_collectives"): (
+        SAME,
+        "False saves each rank's own as a version of its own, on a branch of its own",
+    ),
+    ("async_save", "use_collectives"): (SAME, "as for `save`; refused with PROCESS"),
     ("save", "checkpoint_id"): (
         WIDER,
         "another name for `repo`, where a second save adds a version; a tag where "
