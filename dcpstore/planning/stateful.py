@@ -244,9 +244,8 @@ def give_state(state_dict: MutableMapping[str, Any], filled: Template, *, rank: 
         else:
             one.owner.load_state_dict(given)
     for key, value in filled.state.items():
-        given = give_own(state_dict[key], value, rank, is_owner=_is_stateful)
-        if given is not state_dict[key]:
-            state_dict[key] = given
+        if not _is_stateful(state_dict[key]):  # even what was filled in place, as torch's load does
+            state_dict[key] = give_own(state_dict[key], value, rank, is_owner=_is_stateful)
 
 
 def _taken(

@@ -290,6 +290,25 @@ def test_objects_stand_anywhere_in_lists_and_dicts(tmp_path: Path) -> None:
     assert holder.state["rng"].value.tolist() == [1.0, 1.0]
 
 
+def test_a_mapping_that_watches_its_items_sees_each_that_was_loaded(tmp_path: Path) -> None:
+    class Watched(dict[str, Any]):
+        def __setitem__(self, key: str, value: Any) -> None:
+            seen.append(key)
+            super().__setitem__(key, value)
+
+    seen: list[str] = []
+    kept = {"w": torch.ones(2), "d": {"n": 1, "w": torch.ones(2)}, "o": Holder({"n": 1}), "n": 1}
+    dcpstore.save(kept, tmp_path)
+    inner = {"n": 0, "w": torch.zeros(2)}
+    own = Holder({"n": 0})
+    state = Watched(w=torch.zeros(2), d=inner, o=own, n=0)
+    dcpstore.load(state, tmp_path)
+    assert {*seen} == {"w", "d", "n"}  # torch's load sets them too, though they are filled in place
+    assert state["d"] is inner
+    assert state["o"] is own
+    assert (own.state, inner["n"], state["n"]) == ({"n": 1}, 1, 1)
+
+
 def test_a_mismatch_names_what_leads_past_it(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     wrapped = torch.nn.ModuleDict({"module": torch.nn.ModuleDict({"_orig_mod": model})})
