@@ -122,7 +122,7 @@ BAD: list[tuple[type[Exception], str, Callable[[Repository], Any]]] = [
     (InvalidInputError, "is not a ref", lambda r: dcpstore.load(dict(W), r, "a b")),
     (NotFoundError, "'w'", lambda r: r.read("best", ["ww"])),
     (InvalidInputError, "shape", lambda r: r.read("best", {"w": (slice(0, 1), 0)})),
-    (InvalidInputError, "one text", lambda r: r.read("best", "w")),
+    (NotFoundError, "'w'", lambda r: r.read("best", "ww")),
     (MismatchError, "'v' is not", lambda r: dcpstore.load({"v": torch.ones(3)}, r)),
     (MismatchError, "shape", lambda r: dcpstore.load({"w": torch.ones(4)}, r)),
     (MismatchError, "dtype", lambda r: dcpstore.load({"w": torch.ones(3).int()}, r)),
