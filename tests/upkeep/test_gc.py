@@ -2,6 +2,8 @@
 
 import math
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,12 @@ def test_a_save_does_not_reuse_what_is_condemned(repo: Repository) -> None:
     assert torch.equal(repo.read()["w"], old)
 
 
+def by_another(change: Callable[[], Any]) -> Any:
+    """Return what another thread's change comes to: a thread that changes a repository may not."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(change).result()
+
+
 def test_a_save_that_meant_to_reuse_collected_bytes_fails_and_shows_nothing(
     repo: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,8 +129,8 @@ def test_a_save_that_meant_to_reuse_collected_bytes_fails_and_shows_nothing(
         known = found(digests)
         monkeypatch.setattr(repo.catalog, "find_tensors", found)
         assert known
-        repo.expire(keep_last=1)
-        repo.gc(grace="1h")
+        by_another(lambda: repo.expire(keep_last=1))
+        by_another(lambda: repo.gc(grace="1h"))
         return known
 
     monkeypatch.setattr(repo.catalog, "find_tensors", find_and_collect)
@@ -143,8 +151,8 @@ def test_a_save_goes_through_while_what_it_reuses_is_repacked(
         put(key, data)
         if key.startswith("manifests/"):  # of the save: what it names moves now
             monkeypatch.setattr(repo.storage, "put", put)
-            repo.expire(keep_last=1)
-            assert repo.gc(grace="1h").repacked
+            by_another(lambda: repo.expire(keep_last=1))
+            assert by_another(lambda: repo.gc(grace="1h")).repacked
 
     monkeypatch.setattr(repo.storage, "put", put_and_repack)
     version = dcpstore.save({"small": small, "more": big + 1}, repo)
@@ -163,7 +171,7 @@ def test_no_manifest_names_what_goes_of_two_saves_that_wrote_the_same(
 
     def commit_second(*said: Any) -> Any:
         monkeypatch.setattr(repo.catalog, "commit", commit)
-        dcpstore.save({"same": same}, repo, branch="rival")
+        by_another(lambda: dcpstore.save({"same": same}, repo, branch="rival"))
         return commit(*said)
 
     monkeypatch.setattr(repo.catalog, "commit", commit_second)
@@ -257,6 +265,11 @@ def test_a_pack_that_cannot_be_repacked_is_passed_over(
 
     spoilt: list[tuple[Path, bytes]] = []
 
+    def collect() -> None:
+        with place.open() as rival:
+            rival.expire(keep_last=1)
+            rival.gc(grace="1h")
+
     def plan_and_spoil(self: Any, old: str, new: str, **said: Any) -> bool:
         monkeypatch.setattr(upkeep, "plan_pack", plan)
         if how == "damaged":
@@ -265,9 +278,7 @@ def test_a_pack_that_cannot_be_repacked_is_passed_over(
             path.write_bytes(b"")
         done = plan(self, old, new, **said)
         if how == "emptied":  # by another collection
-            with place.open() as rival:
-                rival.expire(keep_last=1)
-                rival.gc(grace="1h")
+            by_another(collect)
         return done
 
     monkeypatch.setattr(upkeep, "plan_pack", plan_and_spoil)
