@@ -77,7 +77,7 @@ def on_preemption(
         return _checked(signals)
 
     wanted: list[tuple[int, ...]] = []
-    in_step(ranks, "watch for signals", lambda: wanted.append(check_arguments()), lambda told: None)
+    in_step(ranks, "watch for signals", lambda: wanted.append(check_arguments()), lambda _: None)
     group = gloo_twin(process_group) if ranks.size > 1 else None
     return Preemption(save, wanted[0], group=group, leads=ranks.leads)
 

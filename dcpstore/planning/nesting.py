@@ -346,16 +346,16 @@ def _with_item(value: Any, key: Any, item: object) -> Any:
     return make(items)
 
 
-def recorded_paths(told: Iterable[Any]) -> dict[str, ObjectPath]:
-    """Return the path of each FQN, out of what each rank's planner gave.
+def recorded_paths(plans: Iterable[Any]) -> dict[str, ObjectPath]:
+    """Return the path of each FQN, from what each rank's planner gave.
 
-    Those of `FlatPaths` are told with all that they lead through, and with the order of keys.
+    Those of `FlatPaths` say all that they lead through, and the order of keys.
 
     Raises:
         InvalidInputError: ranks have the same FQN in different places.
     """
     found: dict[str, ObjectPath] = {}
-    for given in told:
+    for given in plans:
         for fqn, path in (given or {}).items():
             known = found.get(fqn)
             if known is None:

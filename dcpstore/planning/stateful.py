@@ -161,14 +161,14 @@ class Template:
         container[key] = laid
 
 
-def common_growth(told: Sequence[Mapping[str, frozenset[str]]]) -> dict[str, frozenset[str]]:
+def common_growth(ranks: Sequence[Mapping[str, frozenset[str]]]) -> dict[str, frozenset[str]]:
     """Return what no rank's owner names, by the owner's FQN.
 
     Where the parts of one owner lie on several ranks, as those of a pipeline do, what one of them
     names is not new to the others.
     """
     common: dict[str, frozenset[str]] = {}
-    for one in told:
+    for one in ranks:
         for fqn, grown in one.items():
             common[fqn] = common[fqn] & grown if fqn in common else grown
     return common

@@ -203,7 +203,9 @@ def compare_state(
             return fingerprints(held, planner, pool, allow_pickle=allow_pickle)
 
     places = in_turn(ranks, "plan", plan, find)
-    return in_step(ranks, "digest", digest, lambda told: sorted(replicas.differing_buffers(told)))
+    return in_step(
+        ranks, "digest", digest, lambda by_rank: sorted(replicas.differing_buffers(by_rank))
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -250,19 +252,19 @@ class Replicas:
         """Return where the replicas that `rank` holds stand in its plan."""
         return self.position[self.starts[rank] : self.starts[rank + 1]]
 
-    def differing_buffers(self, told: Sequence[bytes]) -> dict[str, list[int]]:
+    def differing_buffers(self, by_rank: Sequence[bytes]) -> dict[str, list[int]]:
         """Compare what all ranks hold; return the buffers that differ, with their holders.
 
         Args:
-            told: by rank, the `fingerprints` of its replicas.
+            by_rank: by rank, the `fingerprints` of its replicas.
 
         Raises:
             InvalidInputError: anything else differs, naming it and the ranks.
         """
         if not len(self.rank):
             return {}
-        digests = np.frombuffer(b"".join(told), np.uint64).reshape(-1, _DIGEST // 8)
-        assert len(digests) == len(self.rank), "each rank tells of what it was asked"
+        digests = np.frombuffer(b"".join(by_rank), np.uint64).reshape(-1, _DIGEST // 8)
+        assert len(digests) == len(self.rank), "each rank answers for what it was asked"
         known = np.flatnonzero(digests.any(axis=1))
         group = self.group[known]
         first = np.full(len(self.rank), len(self.rank))
