@@ -82,6 +82,7 @@ class StatePath(tuple[str | int, ...]):
                 (marks,) = rest
         if (
             not isinstance(found, list)
+            or (is_recorded and not found)
             or not isinstance(marks, str)
             or not all(type(part) in (str, int) for part in found)
         ):

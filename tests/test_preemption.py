@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -160,15 +161,15 @@ def test_a_scheduler_ends_the_run_within_its_grace(three_ranks: RankPool, tmp_pa
         for process in three_ranks._processes:
             assert process.pid is not None
             os.kill(process.pid, signal.SIGTERM)
-        end = time.monotonic() + GRACE
-        for process in three_ranks._processes:
-            process.join(max(end - time.monotonic(), 0))
-            if process.is_alive():
+        if not ended.wait(GRACE):
+            for process in three_ranks._processes:
                 process.kill()
 
+    ended = threading.Event()
     scheduler = threading.Thread(target=schedule)
     scheduler.start()
     three_ranks.run(end_when_asked, str(where), dying=ALL)
+    ended.set()
     scheduler.join()
     assert [process.exitcode for process in three_ranks._processes] == [143] * 3
     with dcpstore.open(where) as repo:
@@ -273,20 +274,24 @@ def test_signals_go_back_to_their_handlers_whatever_ends_the_block(
         signal.signal(signal.SIGTERM, before)
 
 
+FORKS = """
+import os, signal, time, dcpstore
+preemption = dcpstore.on_preemption(lambda: None)
+for _ in range(20):
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    os.kill(child, signal.SIGTERM)  # as early as can be
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+signal.raise_signal(signal.SIGUSR1)
+assert preemption.check()  # here, they are noted all the same
+"""
+
+
 def test_a_process_that_is_forked_ends_by_the_signal() -> None:
-    preemption = dcpstore.on_preemption(quiet_save)
-    try:
-        for _ in range(20):
-            child = os.fork()
-            if not child:
-                time.sleep(60)
-                os._exit(0)
-            os.kill(child, signal.SIGTERM)  # as early as can be
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
-        signal.raise_signal(signal.SIGUSR1)
-        assert preemption._noted == signal.SIGUSR1  # here, they are noted all the same
-    finally:
-        preemption.close()
+    # in a process of its own: this one has threads, which a fork must not meet
+    subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=120)
 
 
 def test_what_cannot_be_watched_is_refused(subtests: pytest.Subtests) -> None:

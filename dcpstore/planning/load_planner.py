@@ -97,6 +97,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         self.compositions: Mapping[str, Composition] = {}
         self._places: Mapping[str, Place] = {}
         self._names: list[str] | None = None
+        self._composed = Assemblies({}, {}, self.options.stored_name)
         self._rooms: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._views: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 

@@ -71,5 +71,5 @@ def test_urls_of_object_stores(tmp_path: Path) -> None:
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "dcpstore.storage.objects")
     monkeypatch.setitem(sys.modules, "obstore", None)
-    with pytest.raises(DcpstoreError, match=r"pip install 'dcpstore\[s3\]'"):
+    with pytest.raises(DcpstoreError, match="pip install obstore"):
         open_storage("s3://bucket/ckpts")
