@@ -27,6 +27,7 @@ from dcpstore.planning.assembling import Assemblies
 from dcpstore.planning.composed import spliced
 from dcpstore.planning.load_options import LoadOptions
 from dcpstore.planning.nesting import Place, flattened, is_empty_container
+from dcpstore.planning.optimizers import lists_parameters
 from dcpstore.planning.plain import nesting_checked
 from dcpstore.planning.room import check_room, make_room
 from dcpstore.planning.shards import (
@@ -376,9 +377,19 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         self.load_value(read_item, imported_value(read_item.storage_index.fqn, loaded))
 
     def load_value(self, read_item: ReadItem, value: object) -> None:
-        """Set a value in the caller's state, under the caller's own keys."""
-        self._set_item(read_item.dest_index.fqn, value)
-        self._arrived(read_item.dest_index.fqn)
+        """Set a value in the caller's state, under the caller's own keys.
+
+        A list of other parameters than the rank's own optimizer has, which another stage of a
+        pipeline saved, is not set: the rank's group would lose what else was saved of it.
+        """
+        fqn = read_item.dest_index.fqn
+        own = self.state_dict.get(fqn)
+        is_of_another = (
+            lists_parameters(fqn, own) and lists_parameters(fqn, value) and not {*own} & {*value}  # type: ignore[misc]  # they are lists
+        )
+        if not is_of_another:
+            self._set_item(fqn, value)
+        self._arrived(fqn)
 
     def missing_tensor(self, fqn: str) -> torch.Tensor | None:
         """Return the tensor of the state by an FQN in `missing`; None for a value."""

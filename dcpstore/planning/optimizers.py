@@ -7,6 +7,7 @@ optimizer's parameters and the options ask for, at any depth.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeGuard
@@ -24,9 +25,10 @@ from dcpstore.planning.overlay import ABSENT, GapError, Leaf, Node, lay_over, ne
 from dcpstore.planning.room import without_memory
 from dcpstore.records import ObjectPath
 
-__all__ = ["is_by_number", "optional_names", "prepare_optimizer"]
+__all__ = ["is_by_number", "lists_parameters", "optional_names", "prepare_optimizer"]
 
 _SHOWN = 3  # names in one message
+_PARAMETERS = re.compile(r"(^|\.)param_groups\.\d+\.params$")
 # What torch's own optimizers make of a parameter's shape, or of that of its gradient.
 _SHAPED = frozenset(
     [
@@ -57,6 +59,16 @@ def is_by_number(owner: object, own: object) -> TypeGuard[torch.optim.Optimizer]
         and isinstance(own, Mapping)
         and own.keys() >= {"state", "param_groups"}
     )
+
+
+def lists_parameters(fqn: str, value: object) -> bool:
+    """Tell whether a value is what `get_optimizer_state_dict` calls the parameters of a group.
+
+    The optimizers of a pipeline's stages have a group each by one FQN, of which the stage's own
+    parameters are a part: torch keeps the list of one of them.
+    """
+    is_place = _PARAMETERS.search(fqn) is not None
+    return is_place and isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def optional_names(optimizer: torch.optim.Optimizer, prefix: ObjectPath) -> list[str]:

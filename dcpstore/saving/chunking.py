@@ -215,7 +215,7 @@ def encoded_item(planner: SavePlanner, item: WriteItem, *, allow_pickle: bool) -
         raise InvalidInputError(f"{item.index.fqn!r}: {error}") from error
 
 
-def resolves_plainly(planner: SavePlanner) -> bool:
+def resolves_plainly(planner: SavePlanner) -> TypeGuard[torch_planner.DefaultSavePlanner]:
     """Tell whether a planner resolves an item as torch's or ours does, so that any item will do."""
     return (
         isinstance(planner, torch_planner.DefaultSavePlanner)

@@ -14,9 +14,10 @@ from pathlib import Path
 from blake3 import blake3
 
 from dcpstore.convert.dcp_metadata import read_description
+from dcpstore.convert.pickles import odd_inside
 from dcpstore.convert.safetensors_header import read_header
 from dcpstore.convert.safetensors_notes import aliases, paths_of, values_of
-from dcpstore.convert.torch_archive import load_archive
+from dcpstore.convert.torch_archive import load_archive, refuse_odd
 from dcpstore.encoding.codecs import CODECS, decode
 from dcpstore.encoding.values import decode_value, encode_value
 from dcpstore.errors import DcpstoreError
@@ -132,7 +133,9 @@ def _description(data: bytes, folder: Path) -> None:
 
 
 def _archive(data: bytes, folder: Path) -> None:
-    load_archive(io.BytesIO(data), "it", device="meta", allow_pickle=False)
+    found = load_archive(io.BytesIO(data), "it", device="meta", allow_pickle=False)
+    odd = odd_inside(found.held)
+    refuse_odd("it", {} if odd is None else {"": odd})
 
 
 PARSERS = {

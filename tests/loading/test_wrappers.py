@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dcpstore
 from dcpstore import MismatchError
+from dcpstore.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from tests.parallel.layouts import named_mesh
 from tests.ranks import RankPool
 
@@ -238,6 +239,33 @@ def stages(rank: int, folder: Path) -> Any:
     fresh = stage(0.0)
     report = dcpstore.load({"stage": fresh}, folder)
     return fresh.state[f"layer{rank}"].tolist(), fresh.state, report.unexpected
+
+
+def stage_optimizers(rank: int, folder: Path) -> Any:
+    """Save and load the optimizer of each stage by the names of its parameters."""
+
+    def stage(rate: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+        module = nn.ModuleDict({f"layer{rank}": nn.Linear(2, 2)})
+        optimizer = torch.optim.SGD(module.parameters(), lr=rate, momentum=0.9)
+        for parameter in module.parameters():
+            parameter.grad = torch.full_like(parameter, rate)
+        optimizer.step()
+        return module, optimizer
+
+    saved, optimizer = stage(0.5)
+    dcpstore.save({"optim": get_optimizer_state_dict(saved, optimizer)}, folder)
+    module, other = stage(0.25)
+    state = {"optim": get_optimizer_state_dict(module, other)}
+    dcpstore.load(state, folder)
+    set_optimizer_state_dict(module, other, state["optim"])
+    buffers = [float(held["momentum_buffer"].mean()) for held in other.state.values()]
+    return other.param_groups[0]["lr"], buffers
+
+
+def test_the_optimizers_of_a_pipelines_stages_keep_their_own_parameters(
+    tmp_path: Path, two_ranks: RankPool
+) -> None:
+    assert two_ranks.run(stage_optimizers, tmp_path) == [(0.5, [0.5, 0.5])] * 2
 
 
 class Holder:
