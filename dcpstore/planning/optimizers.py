@@ -144,6 +144,7 @@ def prepare_optimizer(
                 own.get(i, ABSENT), _tree(several), partial(_like, parameters[i], dry_run=dry_run)
             )
             for i, several in of_number.items()
+            if not _has_all(own.get(i), several)
         }
         of_group: dict[int, list[_Held]] = {}
         for one in groups:
@@ -158,6 +159,18 @@ def prepare_optimizer(
     state["state"] = {**own, **{i: node for i, node in laid.items() if node is not ABSENT}}
     state["param_groups"] = new_groups
     return []
+
+
+def _has_all(own: object, held: Sequence[_Held]) -> bool:
+    """Tell whether a parameter's state has a place for each of these, as that of most has."""
+    return isinstance(own, dict) and all(
+        len(one.path) == 1
+        and not isinstance(one.entry, ComposedEntry)
+        and (found := own.get(one.path[0], own)) is not own
+        and isinstance(found, torch.Tensor) == (one.entry.kind == "tensor")
+        and not isinstance(found, dict | list)
+        for one in held
+    )
 
 
 class _Held(NamedTuple):

@@ -92,7 +92,11 @@ def _holds(value: Any, is_owner: Callable[[Any], bool]) -> bool:
 
 
 def _holds_own(value: Any) -> bool:
-    return any(True for _ in _own_paths(value, ()))
+    if isinstance(value, dict | list):  # a dict is asked sooner than a Mapping is
+        return any(map(_holds_own, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, Mapping):
+        return any(map(_holds_own, value.values()))
+    return isinstance(value, PerRank)
 
 
 def _own_paths(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
