@@ -72,7 +72,7 @@ Of 136 tests 123 pass with torch's own storage; the others need an accelerator o
 changed since. Of these 123 pass
 
 - **122** through torch's functions on `FileSystemWriter` and `FileSystemReader`;
-- **118** through `dcpstore.save`, `load` and `async_save` into a repository, in the place of
+- **119** through `dcpstore.save`, `load` and `async_save` into a repository, in the place of
   torch's functions.
 
 What does not pass, and why:
@@ -82,10 +82,6 @@ What does not pass, and why:
   version.
 - Three tests ask, through `dcpstore.save` and `load`, for the type of an error that is another one
   here: of a missing key, of another shape, of a place that nobody knows. See below.
-- One test saves, through `dcpstore.save`, the optimizers of pipeline stages by `get_state_dict`,
-  whose `param_groups.0.params` differ between ranks. Torch keeps the list of one rank for all;
-  dcpstore refuses, and names the FQN and the ranks. `flatten_optimizer_state_dict=True` has a name
-  for each parameter instead.
 """
 
 # What goes wrong, in the same way with torch's functions and with ours.
