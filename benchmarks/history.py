@@ -27,7 +27,8 @@ from typing import Any
 from sqlalchemy import text
 
 from dcpstore.catalog import Catalog, sqlite_url
-from dcpstore.catalog.saves import begin_save, commit_save
+from dcpstore.catalog.write.saves import begin_save, commit_save
+from dcpstore.core.ids import new_uid
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.grids import Grid
 from dcpstore.history import diff_versions
@@ -41,7 +42,6 @@ from dcpstore.records import (
     VersionContent,
     VersionDraft,
 )
-from dcpstore.uids import new_uid
 
 MOST = 1.5  # what a question may cost at the many versions, over the few
 SHAPE, CHUNKS = (4096, 1024), 2

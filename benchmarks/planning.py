@@ -14,9 +14,9 @@ from dataclasses import replace
 from benchmarks.plans import local_plan
 from benchmarks.timing import seconds
 from dcpstore import ChunkDefaults, DefaultSavePlanner
-from dcpstore.collector import collector_held
+from dcpstore.core.gc_pause import collector_held
 from dcpstore.records import EntryRecord, TensorRecord
-from dcpstore.saving.plans import Answer, GlobalPlan, LocalPlan, PlanMemory, answer_offers
+from dcpstore.saving.plan_exchange import Answer, GlobalPlan, LocalPlan, PlanMemory, answer_offers
 
 __all__ = ["Ours"]
 

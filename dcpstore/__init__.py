@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dcpstore.api import load, save
-    from dcpstore.async_saving import PendingSave
-    from dcpstore.background import async_save
+    from dcpstore.asynchronous.async_save import async_save
+    from dcpstore.asynchronous.preemption import Preemption, on_preemption
+    from dcpstore.asynchronous.staging import PendingSave
+    from dcpstore.catalog.maintenance.retention import Retention
     from dcpstore.dcp import (
         FileSystemReader,
         FileSystemWriter,
@@ -43,10 +45,8 @@ if TYPE_CHECKING:
     )
     from dcpstore.history import Diff
     from dcpstore.planning import DefaultLoadPlanner, DefaultSavePlanner, LoadOptions, PerRank
-    from dcpstore.preemption import Preemption, on_preemption
     from dcpstore.records import ChunkDefaults, LoadReport, Version
     from dcpstore.repository import Repository, open
-    from dcpstore.retention import Retention
 
 __all__ = [
     "AlreadyExistsError",
@@ -96,8 +96,8 @@ __all__ = [
 
 _HOMES = {
     "dcpstore.api": ("load", "save"),
-    "dcpstore.background": ("async_save",),
-    "dcpstore.async_saving": ("PendingSave",),
+    "dcpstore.asynchronous.async_save": ("async_save",),
+    "dcpstore.asynchronous.staging": ("PendingSave",),
     "dcpstore.dcp": (
         "FileSystemReader",
         "FileSystemWriter",
@@ -129,10 +129,10 @@ _HOMES = {
     ),
     "dcpstore.history": ("Diff",),
     "dcpstore.planning": ("DefaultLoadPlanner", "DefaultSavePlanner", "LoadOptions", "PerRank"),
-    "dcpstore.preemption": ("Preemption", "on_preemption"),
+    "dcpstore.asynchronous.preemption": ("Preemption", "on_preemption"),
     "dcpstore.records": ("ChunkDefaults", "LoadReport", "Version"),
     "dcpstore.repository": ("Repository", "open"),
-    "dcpstore.retention": ("Retention",),
+    "dcpstore.catalog.maintenance.retention": ("Retention",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -52,7 +52,7 @@ class StatePath(tuple[str | int, ...]):
     """A path of which it is recorded what it leads through; it equals the plain tuple.
 
     Attributes:
-        marks: one a part, as `dcpstore.planning.nesting` writes them; empty where each part is a
+        marks: one a part, as `dcpstore.state.tree` writes them; empty where each part is a
             text key of a dict, or a place in a list.
     """
 

@@ -15,13 +15,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dcpstore.catalog import Catalog
-from dcpstore.catalog.authors import this_user
-from dcpstore.catalog.checks import check_chunk
-from dcpstore.compositions import ComposedEntry, Entry, fold_entries, outer_fqns
+from dcpstore.catalog.location import absolute_data, absolute_target, check_path, locate
+from dcpstore.catalog.maintenance.journal_files import journaled, write_journal
+from dcpstore.catalog.validation import check_chunk
+from dcpstore.catalog.write.operations import this_user
 from dcpstore.errors import AlreadyExistsError, DcpstoreError, InvalidInputError, NotFoundError
+from dcpstore.formats.composition import ComposedEntry, Entry, fold_entries, outer_fqns
 from dcpstore.history.recorded import Recorded
-from dcpstore.journal import journaled, write_journal
-from dcpstore.places import absolute_data, absolute_target, check_path, locate
+from dcpstore.maintenance.upkept import Upkept
 from dcpstore.records import (
     ChunkDefaults,
     EntryRecord,
@@ -31,16 +32,15 @@ from dcpstore.records import (
     RunningSave,
     Version,
 )
-from dcpstore.storage.folder import LocalFolder
 from dcpstore.storage.interface import Storage
+from dcpstore.storage.local import LocalFolder
 from dcpstore.storage.packs import PackReader
 from dcpstore.storage.urls import open_storage
-from dcpstore.upkeep.upkept import Upkept
 
 if TYPE_CHECKING:
     from dcpstore.reading.selection import Index
-    from dcpstore.saving.plans import PlanMemory
-    from dcpstore.zarr_view.store import VersionStore
+    from dcpstore.saving.plan_exchange import PlanMemory
+    from dcpstore.zarr.store import VersionStore
 
 __all__ = ["Repository", "make", "matching_entries", "open", "opened"]
 
@@ -62,7 +62,7 @@ class Repository(Recorded, Upkept):
     @cached_property
     def memory(self) -> PlanMemory:
         """What this process remembers of its saves here, so that the next one exchanges less."""
-        from dcpstore.saving.plans import PlanMemory  # noqa: PLC0415 (loads torch)
+        from dcpstore.saving.plan_exchange import PlanMemory  # noqa: PLC0415 (loads torch)
 
         return PlanMemory()
 
@@ -169,8 +169,8 @@ class Repository(Recorded, Upkept):
             InvalidInputError: an index that does not fit the tensor's shape.
             CorruptionError: stored bytes are damaged, or paths that no nested state has.
         """
-        from dcpstore.planning.nesting import nested_state, path_above  # noqa: PLC0415 (loads torch)
         from dcpstore.reading.selection import read_entries  # noqa: PLC0415 (loads torch)
+        from dcpstore.state.tree import nested_state, path_above  # noqa: PLC0415 (loads torch)
 
         version = self.show(ref)
         if isinstance(fqns, str):
@@ -211,7 +211,7 @@ class Repository(Recorded, Upkept):
 
         Each tensor is an array named by its FQN; values are attributes of the group.
         """
-        from dcpstore.zarr_view.store import VersionStore  # noqa: PLC0415 (loads zarr)
+        from dcpstore.zarr.store import VersionStore  # noqa: PLC0415 (loads zarr)
 
         version = self.show(ref)
         return VersionStore(

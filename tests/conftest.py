@@ -14,8 +14,8 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from dcpstore.catalog import sqlite_url
+from dcpstore.core.ids import new_uid
 from dcpstore.repository import Repository
-from dcpstore.uids import new_uid
 from tests import servers
 from tests.ranks import RankPool
 from tests.soundness import Place, assert_sound

@@ -32,7 +32,13 @@ class RankPool:
         place = rendezvous or f"file://{folder / 'rendezvous'}"
         # From a process that has loaded all, or each rank would load it for seconds.
         context = multiprocessing.get_context("forkserver")
-        loaded = ["dcpstore.api", "dcpstore.background", "numpy", "torch._dynamo", "tests.frozen"]
+        loaded = [
+            "dcpstore.api",
+            "dcpstore.asynchronous.async_save",
+            "numpy",
+            "torch._dynamo",
+            "tests.frozen",
+        ]
         context.set_forkserver_preload(loaded)
         self._pipes = []
         self._processes = []

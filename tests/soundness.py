@@ -10,12 +10,12 @@ from dcpstore.catalog.glance import LogLine, glance_at_log
 from dcpstore.encoding.codecs import decode
 from dcpstore.encoding.digests import chunk_digest, content_digest
 from dcpstore.encoding.dtypes import numpy_dtype
+from dcpstore.formats.journal_entry import operation_number
+from dcpstore.formats.manifest import decode_manifest, manifest_key
 from dcpstore.geometry.boxes import find_overlap
 from dcpstore.records import ChunkDefaults, ChunkRange, StoredChunk, TensorRecord, Version
 from dcpstore.repository import Repository
 from dcpstore.repository import open as open_repository
-from dcpstore.storage.manifests import decode_manifest, manifest_key
-from dcpstore.storage.operations import operation_number
 from dcpstore.storage.packs import PackReader
 
 

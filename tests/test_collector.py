@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dcpstore.collector import collector_free, collector_held
+from dcpstore.core.gc_pause import collector_free, collector_held
 
 MANY, FEW = 1 << 30, 1 << 20  # bytes
 

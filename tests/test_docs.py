@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import click
 import pytest
 
-from dcpstore.cli.commands import commands
+from dcpstore.cli.app import commands
 from tests.ranks import ROOT
 from tests.servers import new_database
 

@@ -23,8 +23,8 @@ from hypothesis.stateful import (
 
 import dcpstore
 from dcpstore import InvalidInputError, NotFoundError, Repository
-from dcpstore.catalog.views import VIEWS
-from dcpstore.upkeep.rebuild import rebuild
+from dcpstore.catalog.schema.views import VIEWS
+from dcpstore.maintenance.rebuild import rebuild
 from tests.soundness import Place, assert_sound
 
 Refs = dict[str, tuple[str, int]]  # kind and version, by name

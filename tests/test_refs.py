@@ -4,8 +4,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from dcpstore.core.ref_syntax import Ref, check_name, nearest_name, parse_ref
 from dcpstore.errors import InvalidInputError
-from dcpstore.refs import Ref, check_name, nearest_name, parse_ref
 
 # Characters of names, of suffixes, and a few that neither has: near misses are likely.
 PIECES = st.lists(

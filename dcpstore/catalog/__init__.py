@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dcpstore.catalog.catalog import Catalog
-    from dcpstore.catalog.connecting import sqlite_url
+    from dcpstore.catalog.db.url import sqlite_url
 
 __all__ = ["Catalog", "sqlite_url"]
 
-_HOMES = {"Catalog": "catalog", "sqlite_url": "connecting"}
+_HOMES = {"Catalog": "catalog", "sqlite_url": "db.url"}
 
 
 def __getattr__(name: str) -> object:

@@ -8,17 +8,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from dcpstore.catalog import journal, known, operations, queries, refs, running, saves, sql
-from dcpstore.catalog.engine import Database
-from dcpstore.catalog.history import History
-from dcpstore.catalog.lifecycle import (
+from dcpstore.catalog.db.database import Database
+from dcpstore.catalog.history_methods import History
+from dcpstore.catalog.maintenance import journal
+from dcpstore.catalog.maintenance.restore import Contents, Restored, restore
+from dcpstore.catalog.read import dedup as known
+from dcpstore.catalog.read import entries as queries
+from dcpstore.catalog.read import user_sql as sql
+from dcpstore.catalog.schema.lifecycle import (
     create_repository,
     open_repository,
     restore_repository,
     upgrade_schema,
 )
-from dcpstore.catalog.rebuilding import Contents, Restored, restore
-from dcpstore.catalog.upkeep import Upkeep
+from dcpstore.catalog.upkeep_methods import Upkeep
+from dcpstore.catalog.write import lease as running
+from dcpstore.catalog.write import operations, refs, saves
 from dcpstore.records import (
     ChunkDefaults,
     ChunkPlace,

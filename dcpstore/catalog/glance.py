@@ -16,9 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dcpstore.catalog import revisions
-from dcpstore.catalog.files import CATALOG_FILE, open_file
-from dcpstore.catalog.views import query_of
+from dcpstore.catalog.db.url import CATALOG_FILE, open_file
+from dcpstore.catalog.schema import lifecycle as revisions
+from dcpstore.catalog.schema.views import query_of
 
 __all__ = ["LogLine", "glance_at_log"]
 

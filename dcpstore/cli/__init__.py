@@ -10,7 +10,7 @@ import sys
 from gc import freeze
 from importlib import import_module
 
-from dcpstore.collector import collector_held
+from dcpstore.core.gc_pause import collector_held
 
 __all__ = ["INTERRUPTED", "main"]
 
@@ -21,7 +21,7 @@ def main() -> None:
     """Run the command line; Ctrl-C ends it quietly from its first import on."""
     try:
         with collector_held():
-            commands = import_module("dcpstore.cli.commands")
+            commands = import_module("dcpstore.cli.app")
         freeze()  # what was loaded stays; to walk through it costs more than many a command
         commands.run()
     except KeyboardInterrupt:

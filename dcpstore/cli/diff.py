@@ -12,12 +12,12 @@ import click
 
 from dcpstore.cli.output import Column, human_bytes, note, print_json, print_table
 from dcpstore.cli.session import Session, repo_options
-from dcpstore.compositions import composition_of, is_mark
 from dcpstore.errors import InvalidInputError
+from dcpstore.formats.composition import composition_of, is_mark
+from dcpstore.formats.json_fields import value_tree
 from dcpstore.history import Diff, EntryDiff, ModuleDiff, TensorStats
 from dcpstore.records import EntryRecord
 from dcpstore.repository import Repository
-from dcpstore.storage.fields import value_tree
 
 __all__ = ["diff"]
 
@@ -79,7 +79,7 @@ def diff(
         else:
             diffs = _diffs_along(repo, along, refs, stats=stats)
     if plot is not None:
-        from dcpstore.history.plots import plot_along, plot_diff  # noqa: PLC0415 (loads matplotlib)
+        from dcpstore.history.plots import plot_along, plot_diff  # noqa: PLC0415
 
         if along is None:
             plot_diff(diffs[0], plot, depth=depth)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
 import click
 
-from dcpstore.cli.failures import NoRepositoryError
+from dcpstore.cli.exit_codes import NoRepositoryError
 from dcpstore.errors import NotFoundError
 
 if TYPE_CHECKING:

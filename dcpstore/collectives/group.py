@@ -13,9 +13,9 @@ from typing import Protocol
 
 import torch.distributed as dist
 
-from dcpstore.changing import changing, refuse_inside_change
-from dcpstore.collectives.meeting import Meeting
-from dcpstore.collector import collector_free
+from dcpstore.collectives.barrier import Meeting
+from dcpstore.core.gc_pause import collector_free
+from dcpstore.core.reentry import changing, refuse_inside_change
 from dcpstore.errors import InvalidInputError
 
 __all__ = [

@@ -5,9 +5,9 @@ One module a format; what they share is `importing` (a foreign checkpoint throug
 Invariant: no bridge holds more than a few chunks, or some boxes of a tensor, at a time.
 """
 
-from dcpstore.convert.dcp import export_dcp, import_dcp
-from dcpstore.convert.detecting import import_any
+from dcpstore.convert.dcp_folder import export_dcp, import_dcp
 from dcpstore.convert.exporting import Exported
+from dcpstore.convert.formats import import_any
 from dcpstore.convert.safetensors_files import export_safetensors, import_safetensors
 from dcpstore.convert.torch_files import export_torch, import_torch
 from dcpstore.convert.zarr_folder import export_zarr

@@ -2,30 +2,131 @@
 
 Invariant: every byte is verified as a load verifies it, and no more than one box of a tensor is in
 memory; packs are let go after each box, so that mapped ones do not add up.
+
+The dtype that a caller asks floats to be converted to, by its usual names.
+
+Which tensors of a version are one: what a catalog of contents can tell.
+
+A repository keeps contents, not memory, so a tie is concluded from equal content, and only where
+that cannot do harm. Two tensors that happen to be equal must not become one: an optimizer would
+then update both at once, and a model would miss one of them. Hence what is equal by nature is
+never tied: optimizer state, tensors whose elements are all the same, and those whose FQNs differ
+in numbers alone, as a buffer that every layer has.
 """
 
 from __future__ import annotations
 
 import math
 import pickle
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from dcpstore.compositions import outer_fqns
-from dcpstore.convert.dtype_option import converted, wanted_dtype
-from dcpstore.encoding.dtypes import as_bytes, torch_dtype
+from dcpstore.encoding.dtypes import PACKED, as_bytes, torch_dtype
 from dcpstore.errors import InvalidInputError
+from dcpstore.formats.composition import outer_fqns
 from dcpstore.geometry.boxes import Box
-from dcpstore.reading.boxes import BoxRequest, read_boxes
-from dcpstore.reading.values import read_values
+from dcpstore.reading.box_reads import BoxRequest, read_boxes
+from dcpstore.reading.selection import read_values
 from dcpstore.records import EntryRecord, ObjectPath, TensorRecord, Version
 from dcpstore.repository import Repository
 from dcpstore.storage.packs import PackReader
 
-__all__ = ["DEEPEST", "Exported", "ExportedTensor", "ExportedVersion"]
+__all__ = [
+    "DEEPEST",
+    "Exported",
+    "ExportedTensor",
+    "ExportedVersion",
+    "converted",
+    "find_ties",
+    "wanted_dtype",
+]
+
+_NAMES = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "f16": torch.float16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "f32": torch.float32,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "f64": torch.float64,
+    "fp64": torch.float64,
+    "float64": torch.float64,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+}
+
+
+def wanted_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype that a caller names; None keeps every tensor's own.
+
+    Raises:
+        InvalidInputError: no name of a dtype that floats can be converted to.
+    """
+    found = _NAMES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in _NAMES.values():
+        raise InvalidInputError(
+            f"dtype {dtype!r} is none that tensors can be converted to; choose one of "
+            f"{', '.join(_NAMES)}."
+        )
+    return found
+
+
+def converted(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """Return what a tensor of `dtype` becomes: only floating ones are converted."""
+    if wanted is None or not dtype.is_floating_point or dtype == PACKED:
+        return dtype  # of two numbers in an element no conversion keeps the shape
+    return wanted
+
+
+def find_ties(version: ExportedVersion) -> dict[str, str]:
+    """Return, by FQN, the FQN of the tensor that it is tied to: the first of the same content."""
+    optimizers = {
+        path[:i]
+        for path in version.paths.values()
+        for i, key in enumerate(path[:DEEPEST])
+        if _is(key, "param_groups")
+    }
+    same: dict[int, list[ExportedTensor]] = {}
+    for tensor in version.tensors:
+        path = tensor.entry.path[:DEEPEST]
+        if not any(path[:i] in optimizers and _is(key, "state") for i, key in enumerate(path)):
+            same.setdefault(tensor.stored.id, []).append(tensor)
+    ties: dict[str, str] = {}
+    for tensors in same.values():
+        first, rest = tensors[0], tensors[1:]
+        others = [t.fqn for t in rest if _without_numbers(t.fqn) != _without_numbers(first.fqn)]
+        if others and not _is_constant(version, first):
+            ties |= dict.fromkeys(others, first.fqn)
+    return ties
+
+
+def _is(key: str | int, name: str) -> bool:
+    """Tell whether a key is this one of an optimizer's state, flattened by torch or not."""
+    return isinstance(key, str) and (key == name or key.startswith(f"{name}."))
+
+
+def _without_numbers(fqn: str) -> str:
+    return re.sub(r"\d+", "#", fqn)
+
+
+def _is_constant(version: ExportedVersion, tensor: ExportedTensor) -> bool:
+    """Tell whether all elements are the same, or there are none."""
+    first: torch.Tensor | None = None
+    for box in tensor.boxes():
+        # as integers, for a NaN differs from itself
+        elements = version.read(tensor, box).reshape(-1).view(torch.uint8)
+        elements = elements.reshape(-1, tensor.dtype.itemsize)
+        first = elements[:1].clone() if first is None else first
+        if not bool((elements == first).all()):
+            return False
+    return True
+
 
 DEEPEST = 100  # containers one in another that a format nests, as in values
 _BOX = 64 << 20  # bytes of a tensor that are read at a time, where its chunks allow it

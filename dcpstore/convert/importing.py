@@ -13,15 +13,14 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem
 
-from dcpstore.api import save
-from dcpstore.arguments import RepositoryLike
-from dcpstore.compositions import imported_value
-from dcpstore.convert.dtype_option import converted, wanted_dtype
+from dcpstore.api import RepositoryLike, save
+from dcpstore.convert.exporting import converted, wanted_dtype
 from dcpstore.errors import InvalidInputError
+from dcpstore.formats.composition import imported_value
 from dcpstore.geometry.boxes import Box
 from dcpstore.planning import DefaultSavePlanner
-from dcpstore.planning.nesting import flattened, joined_path
 from dcpstore.records import ObjectPath, Version
+from dcpstore.state.tree import flattened, joined_path
 
 __all__ = ["Foreign", "ForeignTensor", "ImportPlanner", "Naming", "save_foreign"]
 

@@ -11,22 +11,26 @@ from typing import IO
 
 import torch
 
-from dcpstore.arguments import RepositoryLike
-from dcpstore.convert.exporting import Exported, ExportedTensor, ExportedVersion
-from dcpstore.convert.file_tensors import FileBox, FileTensor, row_major
+from dcpstore.api import RepositoryLike
+from dcpstore.convert.atomic_output import new_file, new_folder
+from dcpstore.convert.exporting import Exported, ExportedTensor, ExportedVersion, find_ties
+from dcpstore.convert.file_tensors import FileBox, FileTensor, inside, row_major
 from dcpstore.convert.importing import Foreign, Naming, save_foreign
-from dcpstore.convert.safetensors_header import (
+from dcpstore.convert.safetensors_notes import (
     DTYPES,
     NOTES,
     Header,
+    aliases,
     encode_header,
+    notes,
+    parse_size,
+    paths_of,
+    plain_text,
     read_header,
+    shard_names,
+    shards_of,
+    values_of,
 )
-from dcpstore.convert.safetensors_notes import aliases, notes, paths_of, plain_text, values_of
-from dcpstore.convert.safetensors_shards import parse_size, shard_names, shards_of
-from dcpstore.convert.sources import inside
-from dcpstore.convert.targets import new_file, new_folder
-from dcpstore.convert.ties import find_ties
 from dcpstore.errors import CorruptionError, InvalidInputError, NotFoundError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
 from dcpstore.records import Version

@@ -14,16 +14,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dcpstore.arguments import RepositoryLike
+from dcpstore.api import RepositoryLike
+from dcpstore.convert.atomic_output import new_folder
 from dcpstore.convert.exporting import Exported, ExportedTensor, ExportedVersion
-from dcpstore.convert.targets import new_folder
 from dcpstore.encoding.codecs import choose_codec, encode
 from dcpstore.encoding.dtypes import as_bytes, dtype_name
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.grids import Grid, lay_grids
 from dcpstore.records import EntryRecord
 from dcpstore.repository import opened
-from dcpstore.zarr_view.documents import array_name, chunk_keys, zarr_documents
+from dcpstore.zarr.documents import array_name, chunk_keys, zarr_documents
 
 __all__ = ["export_zarr"]
 

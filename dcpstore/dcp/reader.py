@@ -11,16 +11,16 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from dcpstore.catalog.location import absolute_target
+from dcpstore.core.ids import new_uid
+from dcpstore.core.progress import ProgressBar
+from dcpstore.core.ref_syntax import rank_name
 from dcpstore.encoding.values import decode_value
-from dcpstore.loading.items import ItemReads
-from dcpstore.places import absolute_target
-from dcpstore.planning.described import describe_entries
-from dcpstore.progress import ProgressBar
+from dcpstore.loading.fill import ItemReads
+from dcpstore.planning.version_metadata import describe_entries
 from dcpstore.records import EntryRecord, Version
-from dcpstore.refs import rank_name
 from dcpstore.repository import Repository, opened
 from dcpstore.storage.packs import PackReader
-from dcpstore.uids import new_uid
 
 __all__ = ["RepositoryReader"]
 

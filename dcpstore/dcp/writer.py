@@ -27,25 +27,17 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from dcpstore.catalog import Catalog
+from dcpstore.catalog.location import absolute_target
+from dcpstore.catalog.maintenance.retention import Retention
+from dcpstore.catalog.write.lease import kept_lease
+from dcpstore.core.ids import new_uid
 from dcpstore.errors import DcpstoreError, InvalidInputError
-from dcpstore.leases import kept_lease
-from dcpstore.places import absolute_target
-from dcpstore.planning.balance import item_nbytes
-from dcpstore.planning.checks import (
-    check_agreement,
-    check_names,
-    check_results,
-    check_tiling,
-)
-from dcpstore.planning.save_planner import recorded_by
-from dcpstore.planning.tables import GlobalTable, PlanTable
+from dcpstore.planning.plan_checks import check_agreement, check_names, check_results, check_tiling
+from dcpstore.planning.plan_table import GlobalTable, PlanTable
+from dcpstore.planning.save_planner import item_nbytes, recorded_by
 from dcpstore.records import ChunkPlace, ObjectPath, PackRecord, Version, VersionDraft
 from dcpstore.repository import Repository, opened
-from dcpstore.retention import Retention
-from dcpstore.saving.assembly import Books
-from dcpstore.saving.chunking import ChunkKey, Digested, RankData
-from dcpstore.saving.layouts import Layout, join_layouts, lay_out
-from dcpstore.saving.publishing import (
+from dcpstore.saving.commit import (
     SaveRequest,
     SaveTarget,
     apply_retention,
@@ -57,8 +49,10 @@ from dcpstore.saving.publishing import (
     own_request,
     publish,
 )
-from dcpstore.saving.writing import ChunkWriter
-from dcpstore.uids import new_uid
+from dcpstore.saving.layout import Layout, join_layouts, lay_out
+from dcpstore.saving.pack_writer import ChunkWriter
+from dcpstore.saving.rank_chunks import ChunkKey, Digested, RankData
+from dcpstore.saving.save_state import Books
 
 __all__ = ["RepositoryWriter"]
 

@@ -2,14 +2,30 @@
 
 A payload is itself plain JSON. Decoders take any JSON and raise the errors of the constructors that
 they call; none of them runs code or allocates more than the payload's size calls for.
+
+The typed JSON of numbers, text and bytes, of which all other typed JSON is made.
+
+Plain JSON where JSON keeps the value exactly; else an object of one tag. Decoders take any JSON and
+raise the errors of the constructors that they call; none of them runs code or allocates more than
+the payload's size calls for.
+
+The typed JSON of numpy's scalars, arrays and dtypes, and of tensors that lie inside a value.
+
+Kept are those whose bytes mean the same on every machine. An array or a tensor is stored with all
+of its bytes: a tensor of any size belongs into the state as an entry of its own.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import random
+import re
+import struct
 from array import array
+from base64 import b64decode, b64encode
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
@@ -20,23 +36,283 @@ from uuid import UUID, SafeUUID
 import numpy as np
 import torch
 
-from dcpstore.compositions import MARK, Composition
-from dcpstore.encoding.arrays import ARRAYS
-from dcpstore.encoding.atoms import (
-    ATOMS,
-    Codec,
-    NotPlainError,
-    PlannerBytes,
-    encode_atom,
-    from_base64,
-    integer_of,
-    is_plain_json,
-    text_of,
-    text_only,
-    to_base64,
-)
+from dcpstore.encoding.dtypes import as_bytes, check_plain, dtype_name, torch_dtype
+from dcpstore.errors import InvalidInputError
+from dcpstore.formats.composition import MARK, Composition
 
-__all__ = ["decode_scalar", "encode_scalar", "not_plain"]
+__all__ = [
+    "ARRAYS",
+    "ATOMS",
+    "Codec",
+    "NotPlainError",
+    "PlannerBytes",
+    "decode_atom",
+    "decode_scalar",
+    "encode_atom",
+    "encode_scalar",
+    "from_base64",
+    "integer_of",
+    "is_plain_json",
+    "not_plain",
+    "text_of",
+    "text_only",
+    "to_base64",
+]
+
+# A value of any type on one side, JSON of any shape on the other: hence `Any` in this module.
+
+_UNSAFE_TEXT = re.compile(r"[\0\ud800-\udfff]")  # Postgres refuses NUL, UTF-8 lone surrogates
+_NAN = struct.pack("<d", math.nan)  # the bits of the NaN that float("nan") gives
+
+
+class NotPlainError(Exception):
+    """A value that typed JSON does not carry; the first argument names its type.
+
+    Attributes:
+        advice: what to save in its place.
+    """
+
+    def __init__(self, name: str, advice: str = "") -> None:
+        super().__init__(name)
+        self.advice = advice
+
+
+class PlannerBytes(bytes):
+    """What a planner made of a value in a form of its own; only a planner can read it again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """Both directions of one tag: a value to the JSON of its payload, and back."""
+
+    encode: Callable[[Any], Any]
+    decode: Callable[[Any], Any]
+
+
+def is_plain_json(obj: object) -> bool:
+    """Tell whether JSON itself keeps a value exactly."""
+    kind = type(obj)
+    return (
+        obj is None
+        or kind is bool
+        or (kind is int and -(2**63) <= obj < 2**63)  # type: ignore[operator]
+        or (kind is float and math.isfinite(obj))  # type: ignore[arg-type]
+        or (kind is str and not _UNSAFE_TEXT.search(obj))  # type: ignore[call-overload]
+    )
+
+
+def encode_atom(obj: Any) -> Any:
+    """Return the JSON of an exact int, float, str, bytes, bytearray or complex."""
+    if is_plain_json(obj):
+        return obj
+    tag = "$nan" if _is_odd_nan(obj) else f"${type(obj).__name__}"
+    return {tag: ATOMS[tag].encode(obj)}
+
+
+def decode_atom(node: Any) -> Any:
+    """Return the value of what `encode_atom` made.
+
+    Raises:
+        LookupError, TypeError, ValueError: it is not one.
+    """
+    if not isinstance(node, dict):
+        return node
+    ((tag, payload),) = node.items()
+    return ATOMS[tag].decode(payload)
+
+
+def text_of(node: Any) -> str:
+    """Return the text that `encode_atom` made a node of."""
+    found = decode_atom(node)
+    if not isinstance(found, str):
+        raise TypeError(f"{found!r:.60} is not text")
+    return found
+
+
+def integer_of(node: Any) -> int:
+    """Return the integer that `encode_atom` made a node of."""
+    found = decode_atom(node)
+    if type(found) is not int:
+        raise TypeError(f"{found!r:.60} is not an integer")
+    return found
+
+
+def to_base64(obj: bytes | bytearray | memoryview) -> str:
+    """Return bytes as text."""
+    return b64encode(obj).decode()
+
+
+def from_base64(payload: Any) -> bytes:
+    """Return the bytes that `to_base64` made text of."""
+    return b64decode(payload, validate=True)
+
+
+def text_only(function: Callable[[str], Any]) -> Callable[[Any], Any]:
+    """Return a decoder that takes text only: constructors take numbers and more besides."""
+
+    def decode(payload: Any) -> Any:
+        if not isinstance(payload, str):
+            raise TypeError(f"{payload!r:.60} is not text")
+        return function(payload)
+
+    return decode
+
+
+def _is_odd_nan(obj: object) -> bool:
+    """Tell whether a value is a NaN with bits of its own, which its text does not show."""
+    return type(obj) is float and math.isnan(obj) and struct.pack("<d", obj) != _NAN
+
+
+def _decode_nan(payload: Any) -> float:
+    raw = bytes.fromhex(payload)
+    if len(raw) != len(_NAN) or not math.isnan(value := struct.unpack("<d", raw)[0]):
+        raise ValueError(f"{payload!r:.60} is not the bits of a NaN")
+    return float(value)
+
+
+def _encode_complex(obj: complex) -> object:
+    parts = (obj.real, obj.imag)
+    return [encode_atom(part) if _is_odd_nan(part) else repr(part) for part in parts]
+
+
+def _decode_complex(payload: Any) -> complex:
+    real, imag = (
+        _decode_nan(part["$nan"]) if isinstance(part, dict) else text_only(float)(part)
+        for part in payload
+    )
+    return complex(real, imag)
+
+
+ATOMS: dict[str, Codec] = {
+    "$int": Codec(hex, text_only(lambda text: int(text, 16))),
+    "$float": Codec(repr, text_only(float)),
+    "$nan": Codec(lambda obj: struct.pack("<d", obj).hex(), _decode_nan),
+    "$str": Codec(
+        lambda obj: to_base64(obj.encode("utf-8", "surrogatepass")),
+        lambda payload: from_base64(payload).decode("utf-8", "surrogatepass"),
+    ),
+    "$bytes": Codec(to_base64, from_base64),
+    "$planner": Codec(to_base64, lambda payload: PlannerBytes(from_base64(payload))),
+    "$bytearray": Codec(to_base64, lambda payload: bytearray(from_base64(payload))),
+    "$complex": Codec(_encode_complex, _decode_complex),
+}
+
+
+# Without long double, whose bytes hold padding and differ between machines.
+_PLAIN_DTYPE = re.compile(r"[<>|](?:b1|[iu][1248]|f[248]|c8|c16|[mM]8(?:\[\w+\])?|[US]\d+)")
+_LAST_CODE_POINT = 0x10FFFF
+
+
+def _plain_dtype(dtype: np.dtype[Any]) -> str:
+    if not _PLAIN_DTYPE.fullmatch(dtype.str):
+        raise NotPlainError(f"numpy value of dtype {dtype}")
+    return dtype.str
+
+
+def _numpy_dtype(text: str) -> np.dtype[Any]:
+    if not _PLAIN_DTYPE.fullmatch(text):
+        raise ValueError(f"no plain dtype {text!r}")
+    return np.dtype(text)
+
+
+def _encode_numpy(obj: np.generic) -> object:
+    dtype = _plain_dtype(obj.dtype)
+    if obj.dtype.kind in "mM":  # as Python's own dates they would lose their unit
+        return [dtype, to_base64(obj.tobytes())]
+    if isinstance(obj, np.str_ | np.bytes_):
+        return [dtype, encode_atom(_without_class(obj))]
+    node = [dtype, encode_atom(obj.item())]
+    if np.isnan(obj) and _decode_numpy(node).tobytes() != obj.tobytes():
+        return [dtype, {"$bytes": to_base64(obj.tobytes())}]  # a NaN with bits of its own
+    return node
+
+
+def _decode_numpy(payload: Any) -> np.generic:
+    text, value = payload
+    dtype = _numpy_dtype(text)
+    if dtype.kind in "mM":
+        scalar: np.generic = np.frombuffer(from_base64(value), dtype)[0]
+        return scalar
+    value = decode_atom(value)
+    if dtype.kind in "US":
+        return _numpy_text(dtype, value)
+    if isinstance(value, bytes):
+        bits: np.generic = np.frombuffer(value, dtype, count=1)[0]
+        return bits
+    if not isinstance(value, bool | int | float | complex):
+        raise TypeError(f"no number {value!r}")
+    with np.errstate(over="raise"):  # no number that was encoded is past its own dtype
+        number: np.generic = dtype.type(value)
+    return number
+
+
+def _without_class(obj: np.str_ | np.bytes_) -> str | bytes:
+    """Return the text or bytes, with the zeros at the end that numpy leaves out of `item()`."""
+    return str.__str__(obj) if isinstance(obj, np.str_) else bytes.__add__(obj, b"")
+
+
+def _numpy_text(dtype: np.dtype[Any], value: object) -> np.generic:
+    kind, plain = (np.str_, str) if dtype.kind == "U" else (np.bytes_, bytes)
+    if type(value) is not plain or (found := kind(value)).dtype != dtype:
+        raise TypeError(f"{value!r:.60} is not of dtype {dtype}")
+    return found
+
+
+def _encode_array(obj: np.ndarray[Any, Any]) -> object:
+    if not obj.itemsize:
+        raise NotPlainError(f"numpy array of dtype {obj.dtype}, whose elements have no bytes")
+    return [_plain_dtype(obj.dtype), list(obj.shape), to_base64(obj.tobytes())]
+
+
+def _decode_array(payload: Any) -> np.ndarray[Any, Any]:
+    text, shape, data = payload
+    dtype = _numpy_dtype(text)
+    found = np.frombuffer(from_base64(data), dtype)
+    if dtype.kind == "U" and (found.view(f"{text[0]}u4") > _LAST_CODE_POINT).any():
+        raise ValueError("an array of text holds what is not a character")
+    return found.reshape(shape).copy()
+
+
+def _encode_tensor(tensor: torch.Tensor) -> object:
+    kind = type(tensor)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if kind not in (torch.Tensor, torch.nn.Parameter):
+        raise NotPlainError(name)
+    try:
+        check_plain(tensor)
+    except InvalidInputError as error:
+        raise NotPlainError(f"{name} ({str(error).rstrip('.')})") from error
+    words = ["parameter"] if kind is torch.nn.Parameter else []
+    words += ["requires_grad"] if tensor.requires_grad and tensor.is_leaf else []
+    data = to_base64(as_bytes(tensor.detach().cpu()).tobytes())
+    return [dtype_name(tensor.dtype), list(tensor.shape), data, words]
+
+
+def _decode_tensor(payload: Any) -> torch.Tensor:
+    name, shape, data, words = payload
+    raw, dtype = from_base64(data), torch_dtype(name)
+    if not set(words) <= {"parameter", "requires_grad"}:
+        raise ValueError(f"unknown words {words!r:.60}")
+    if any(type(n) is not int or n < 0 for n in shape):
+        raise ValueError(f"{shape!r:.60} is not a shape")
+    if math.prod(shape) * dtype.itemsize != len(raw):
+        raise ValueError(f"{len(raw)} bytes are not a tensor of shape {shape!r:.60}")
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    target = as_bytes(tensor)
+    target[...] = np.frombuffer(raw, target.dtype).reshape(shape)
+    is_trained = "requires_grad" in words
+    if "parameter" in words:
+        return torch.nn.Parameter(tensor, requires_grad=is_trained)
+    return tensor.requires_grad_(is_trained)
+
+
+ARRAYS: dict[str, Codec] = {
+    "$numpy": Codec(_encode_numpy, _decode_numpy),
+    "$numpy_dtype": Codec(_plain_dtype, text_only(_numpy_dtype)),
+    "$ndarray": Codec(_encode_array, _decode_array),
+    "$tensor": Codec(_encode_tensor, _decode_tensor),
+}
+
 
 # A value of any type on one side, JSON of any shape on the other: hence `Any` in this module.
 

@@ -16,11 +16,22 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
-from dcpstore.encoding.arrays import ARRAYS
-from dcpstore.encoding.atoms import NotPlainError, PlannerBytes, is_plain_json
-from dcpstore.encoding.containers import CONTAINER_TAGS, close_container, open_container
-from dcpstore.encoding.own_classes import OWN_TAGS, TemplateClasses, take_apart
-from dcpstore.encoding.scalars import decode_scalar, encode_scalar
+from dcpstore.encoding.objects import (
+    CONTAINER_TAGS,
+    OWN_TAGS,
+    TemplateClasses,
+    close_container,
+    open_container,
+    take_apart,
+)
+from dcpstore.encoding.scalars import (
+    ARRAYS,
+    NotPlainError,
+    PlannerBytes,
+    decode_scalar,
+    encode_scalar,
+    is_plain_json,
+)
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, UnsafeDataError
 
 __all__ = [

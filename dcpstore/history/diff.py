@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dcpstore.catalog import Catalog
-from dcpstore.catalog.differences import SharedChunk
-from dcpstore.compositions import MARK, ComposedEntry, composition_of, fold_entries
+from dcpstore.catalog.read.entries import SharedChunk
+from dcpstore.formats.composition import MARK, ComposedEntry, composition_of, fold_entries
 from dcpstore.history.stats import TensorStats
 from dcpstore.records import EntryRecord, TensorRecord, Version
 

@@ -7,12 +7,12 @@ from datetime import datetime
 from typing import Literal, SupportsFloat
 
 from dcpstore.catalog import Catalog
-from dcpstore.catalog.authors import this_user
-from dcpstore.catalog.checks import as_labels, as_metrics
-from dcpstore.catalog.filters import LogFilter
+from dcpstore.catalog.maintenance.journal_files import journaled
+from dcpstore.catalog.read.log_filter import LogFilter
+from dcpstore.catalog.validation import as_labels, as_metrics
+from dcpstore.catalog.write.operations import this_user
 from dcpstore.errors import InvalidInputError
 from dcpstore.history.diff import Diff, diff_versions, fold_diff
-from dcpstore.journal import journaled
 from dcpstore.records import Operation, RefRecord, Version
 from dcpstore.storage.interface import Storage
 
@@ -182,7 +182,7 @@ class Recorded:
         diff = diff_versions(self.catalog, self.catalog.resolve(old), self.catalog.resolve(new))
         if not stats:
             return fold_diff(diff)
-        from dcpstore.history.measuring import with_stats  # noqa: PLC0415 (loads torch)
+        from dcpstore.history.measure import with_stats  # noqa: PLC0415 (loads torch)
 
         return fold_diff(with_stats(diff, self.catalog, self.storage))
 

@@ -19,25 +19,17 @@ from torch.distributed.checkpoint import default_planner as torch_planner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-from dcpstore.compositions import MARK, Composition, imported_value
 from dcpstore.encoding.dtypes import PACKED
 from dcpstore.errors import InvalidInputError, MismatchError, UnsafeDataError
+from dcpstore.formats.composition import MARK, Composition, imported_value
 from dcpstore.geometry.boxes import Box
-from dcpstore.planning.assembling import Assemblies
-from dcpstore.planning.composed import spliced
-from dcpstore.planning.load_options import LoadOptions
-from dcpstore.planning.nesting import Place, flattened, is_empty_container
-from dcpstore.planning.optimizers import lists_parameters
-from dcpstore.planning.plain import nesting_checked
-from dcpstore.planning.room import check_room, make_room
-from dcpstore.planning.shards import (
-    LocalShard,
-    flat_shards,
-    is_on_meta,
-    is_sharded,
-    local_shards,
-)
-from dcpstore.planning.targets import target_fault
+from dcpstore.state.composed import Assemblies, spliced
+from dcpstore.state.load_options import LoadOptions
+from dcpstore.state.optimizers import lists_parameters
+from dcpstore.state.savable import nesting_checked
+from dcpstore.state.shards import LocalShard, flat_shards, is_on_meta, is_sharded, local_shards
+from dcpstore.state.targets import check_room, make_room, target_fault
+from dcpstore.state.tree import Place, flattened, is_empty_container
 
 __all__ = ["DefaultLoadPlanner", "ValueFile"]
 

@@ -1,25 +1,84 @@
-"""Entries read without a template: whole tensors, slices of them, and values."""
+"""Entries read without a template: whole tensors, slices of them, and values.
+
+Values and blobs of a version, read back as Python objects.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from types import EllipsisType
 from typing import Any
 
 import torch
 
 from dcpstore.catalog import Catalog
-from dcpstore.compositions import ComposedEntry, fold_entries
 from dcpstore.encoding.composed import put_together
 from dcpstore.encoding.dtypes import torch_dtype
-from dcpstore.errors import DcpstoreError, InvalidInputError
+from dcpstore.encoding.values import decode_value
+from dcpstore.errors import (
+    CorruptionError,
+    DcpstoreError,
+    InvalidInputError,
+    MismatchError,
+    UnsafeDataError,
+)
+from dcpstore.formats.composition import ComposedEntry, fold_entries
 from dcpstore.geometry.boxes import Box
-from dcpstore.reading.boxes import BoxRequest, read_boxes
-from dcpstore.reading.values import read_values
+from dcpstore.reading.box_reads import BoxRequest, read_boxes
 from dcpstore.records import EntryRecord
 from dcpstore.storage.packs import PackReader
 
-__all__ = ["Index", "read_entries"]
+__all__ = ["Index", "read_entries", "read_values"]
+
+
+def read_values(
+    entries: Sequence[EntryRecord],
+    catalog: Catalog,
+    packs: PackReader,
+    *,
+    version: int,
+    allow_pickle: bool,
+    templates: Sequence[object] = (),
+) -> list[object]:
+    """Return the values of entries that are values or blobs, in their order.
+
+    `templates` are values in whose classes they are to come back, one for each entry.
+
+    Raises:
+        MismatchError: a value is not of the class that its template holds.
+        UnsafeDataError: one is a pickle, and `allow_pickle` is not given.
+        CorruptionError: a text or its bytes are damaged.
+    """
+    blobs = {
+        entry.fqn: torch.empty(entry.tensor.shape, dtype=torch.uint8, device="cpu")
+        for entry in entries
+        if entry.tensor is not None
+    }
+    requests = [
+        BoxRequest(entry, Box.whole(blobs[entry.fqn].shape), blobs[entry.fqn])
+        for entry in entries
+        if entry.fqn in blobs
+    ]
+    if requests:
+        read_boxes(requests, catalog, packs, version=version)
+    values = []
+    for entry, template in zip_longest(entries, templates):
+        assert entry.value is not None
+        blob = blobs.get(entry.fqn)
+        data = None if blob is None else blob.numpy().tobytes()
+        try:
+            values.append(
+                decode_value(entry.value, data, allow_pickle=allow_pickle, template=template)
+            )
+        except MismatchError as error:
+            raise MismatchError.listing(
+                f"{entry.fqn!r} {difference}" for difference in error.differences
+            ) from error
+        except (UnsafeDataError, CorruptionError) as error:
+            raise type(error)(f"v{version}: {entry.fqn!r}: {error}") from error
+    return values
+
 
 Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
 

@@ -1,13 +1,7 @@
 """The save path: layout, digests, packs, manifest, one transaction."""
 
-from dcpstore.saving.flow import save_version
-from dcpstore.saving.publishing import (
-    MetricsFrom,
-    SaveRequest,
-    SaveTarget,
-    make_request,
-    own_request,
-)
+from dcpstore.saving.commit import MetricsFrom, SaveRequest, SaveTarget, make_request, own_request
+from dcpstore.saving.save_pipeline import save_version
 
 __all__ = [
     "MetricsFrom",

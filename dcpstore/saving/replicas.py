@@ -19,17 +19,16 @@ from blake3 import blake3
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 from typing_extensions import Buffer
 
-from dcpstore.batches import in_batches, run_ahead
 from dcpstore.collectives import Collectives, in_step, in_turn
+from dcpstore.core.parallel import in_batches, run_ahead
 from dcpstore.encoding.dtypes import check_plain
 from dcpstore.encoding.values import JSON_BLOB, EncodedValue
 from dcpstore.errors import InvalidInputError
-from dcpstore.geometry.tables import Ints, first_equal
-from dcpstore.planning.boxed import BoxResolver
-from dcpstore.planning.optimizers import lists_parameters
-from dcpstore.planning.save_planner import DefaultSavePlanner
-from dcpstore.planning.tables import GlobalTable, PlanTable
-from dcpstore.saving.chunking import encoded_item, resolves_plainly
+from dcpstore.geometry.box_table import Ints, first_equal
+from dcpstore.planning.plan_table import GlobalTable, PlanTable
+from dcpstore.planning.save_planner import BoxResolver, DefaultSavePlanner
+from dcpstore.saving.rank_chunks import encoded_item, resolves_plainly
+from dcpstore.state.optimizers import lists_parameters
 
 __all__ = ["Replicas", "compare_state", "fingerprint", "fingerprints"]
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from typing_extensions import Buffer
 
+from dcpstore.core.lru import Recent
 from dcpstore.errors import CorruptionError, NotFoundError
-from dcpstore.recent import Recent
 from dcpstore.records import ChunkPlace, PackRecord
 from dcpstore.storage.interface import Range, Sink, Source, Storage
 

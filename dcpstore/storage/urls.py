@@ -6,8 +6,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from dcpstore.errors import DcpstoreError, InvalidInputError
-from dcpstore.storage.folder import LocalFolder
 from dcpstore.storage.interface import Storage
+from dcpstore.storage.local import LocalFolder
 
 __all__ = ["check_data_url", "open_storage"]
 
@@ -39,7 +39,7 @@ def open_storage(url: str, *, base: Path | None = None, create: bool = False) ->
     if parts.scheme in _OBJECT_STORES:
         try:
             # Here, for most repositories lie in folders, and obstore is an extra.
-            from dcpstore.storage.objects import open_object_store  # noqa: PLC0415
+            from dcpstore.storage.object_store import open_object_store  # noqa: PLC0415
         except ModuleNotFoundError as error:
             raise DcpstoreError(
                 f"{url!r} needs obstore, which is not installed; run 'pip install obstore'."

@@ -7,9 +7,9 @@ import pytest
 from sqlalchemy import Connection, literal, select
 
 from dcpstore.catalog import Catalog, sqlite_url
-from dcpstore.catalog import compiled as compiled_module
-from dcpstore.catalog.compiled import compiled_statements
-from dcpstore.catalog.engine import Database
+from dcpstore.catalog.db import compiled as compiled_module
+from dcpstore.catalog.db.compiled import compiled_statements
+from dcpstore.catalog.db.database import Database
 
 from .conftest import make_content, make_draft
 

@@ -12,9 +12,9 @@ from sqlalchemy import create_engine, event
 
 import dcpstore
 from dcpstore.catalog import Catalog, sqlite_url
-from dcpstore.catalog import engine as engine_module
-from dcpstore.catalog import faults as faults_module
-from dcpstore.catalog.engine import Database
+from dcpstore.catalog.db import database as engine_module
+from dcpstore.catalog.db import db_errors as faults_module
+from dcpstore.catalog.db.database import Database
 from dcpstore.errors import (
     ConflictError,
     CorruptionError,

@@ -14,9 +14,9 @@ import pytest
 from sqlalchemy import Connection
 
 from dcpstore.catalog import Catalog, sqlite_url
-from dcpstore.catalog import engine as engine_module
-from dcpstore.catalog import faults as faults_module
-from dcpstore.catalog.faults import UnknownOutcomeError
+from dcpstore.catalog.db import database as engine_module
+from dcpstore.catalog.db import db_errors as faults_module
+from dcpstore.catalog.db.db_errors import UnknownOutcomeError
 from dcpstore.errors import ConflictError, CorruptionError, DcpstoreError, NotFoundError
 from tests.proxy import Proxy, proxied
 from tests.servers import new_database

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import dcpstore
-from dcpstore.catalog import revisions
 from dcpstore.catalog.glance import glance_at_log
+from dcpstore.catalog.schema import lifecycle as revisions
 from tests.soundness import as_line
 
 

@@ -30,14 +30,16 @@ from sqlalchemy import (
 )
 
 import dcpstore
-from dcpstore.catalog import Catalog, revisions, schema, sqlite_url
-from dcpstore.catalog import migrating as migrating_module
-from dcpstore.catalog.engine import Database
-from dcpstore.catalog.migrating import migrations_folder
-from dcpstore.catalog.views import VIEWS
+from dcpstore.catalog import Catalog, sqlite_url
+from dcpstore.catalog.db.database import Database
+from dcpstore.catalog.schema import lifecycle as revisions
+from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema.migrate import migrations_folder
+from dcpstore.catalog.schema.tables import migrate as migrating_module
+from dcpstore.catalog.schema.views import VIEWS
 from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError, SchemaError
+from dcpstore.maintenance.rebuild import rebuild
 from dcpstore.records import ChunkDefaults
-from dcpstore.upkeep.rebuild import rebuild
 from tests import servers
 from tests.soundness import Place, assert_sound
 

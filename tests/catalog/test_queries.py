@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sqlalchemy import event
 
 from dcpstore.catalog import Catalog
-from dcpstore.catalog.queries import _merged
+from dcpstore.catalog.read.entries import _merged
 from dcpstore.errors import NotFoundError
 from dcpstore.geometry.boxes import Box
 from dcpstore.records import ChunkRange, EntryRecord, PlanRecord, ShardRecord, TensorRecord

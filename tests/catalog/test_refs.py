@@ -5,7 +5,7 @@ import re
 import pytest
 
 from dcpstore.catalog import Catalog
-from dcpstore.catalog.filters import LogFilter
+from dcpstore.catalog.read.log_filter import LogFilter
 from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from dcpstore.records import RefRecord
 

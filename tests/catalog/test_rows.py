@@ -7,9 +7,10 @@ import psycopg
 import pytest
 from sqlalchemy import Connection, delete, select
 
-from dcpstore.catalog import Catalog, schema
-from dcpstore.catalog.engine import Database
-from dcpstore.catalog.rows import insert_rows
+from dcpstore.catalog import Catalog
+from dcpstore.catalog.db.bulk_insert import insert_rows
+from dcpstore.catalog.db.database import Database
+from dcpstore.catalog.schema import tables as schema
 from dcpstore.errors import ConflictError
 from tests.servers import new_database
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from dcpstore.catalog import Catalog, schema
+from dcpstore.catalog import Catalog
+from dcpstore.catalog.schema import tables as schema
 from dcpstore.errors import (
     AlreadyExistsError,
     ConflictError,

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dcpstore.catalog import Catalog
-from dcpstore.cli.commands import commands
+from dcpstore.cli.app import commands
 from tests.cli.history import save_example
 from tests.soundness import Place
 

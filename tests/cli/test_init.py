@@ -7,9 +7,9 @@ import click
 import pytest
 
 from dcpstore import repository
-from dcpstore.cli import init as init_module
-from dcpstore.cli.commands import commands
-from dcpstore.cli.init import init
+from dcpstore.cli import setup as init_module
+from dcpstore.cli.app import commands
+from dcpstore.cli.setup import init
 from dcpstore.encoding.codecs import CODECS
 from tests.cli.conftest import Run
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from dcpstore.cli.commands import commands
+from dcpstore.cli.app import commands
 from tests.cli.conftest import process_environment, run_process
 
 HEAVY = ("torch", "numpy", "zarr", "numcodecs", "rich")
@@ -42,7 +42,7 @@ MOVES_TENSORS = (
 
 RUN_EACH = """
 import contextlib, io, json, sys
-from dcpstore.cli.commands import commands
+from dcpstore.cli.app import commands
 for args in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()) as said:
         commands(args, standalone_mode=False)

@@ -31,14 +31,8 @@ from dcpstore import (
     Repository,
     UnsafeDataError,
 )
-from dcpstore.convert import (
-    dcp_writing,
-    export_dcp,
-    export_torch,
-    exporting,
-    import_dcp,
-    import_torch,
-)
+from dcpstore.convert import dcp_folder as dcp_writing
+from dcpstore.convert import export_dcp, export_torch, exporting, import_dcp, import_torch
 from tests.convert.states import assert_holds, equal, every_dtype, lazy, same, trained
 from tests.ranks import RankPool, mesh
 

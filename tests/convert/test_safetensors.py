@@ -25,14 +25,9 @@ from dcpstore import (
     Repository,
     UnsafeDataError,
 )
-from dcpstore.convert import (
-    export_safetensors,
-    import_safetensors,
-    import_torch,
-    safetensors_header,
-)
-from dcpstore.convert.safetensors_header import read_header
-from dcpstore.convert.safetensors_shards import parse_size
+from dcpstore.convert import export_safetensors, import_safetensors, import_torch
+from dcpstore.convert import safetensors_notes as safetensors_header
+from dcpstore.convert.safetensors_notes import parse_size, read_header
 from tests.convert.states import (
     FOREIGN,
     NOT_IN_SAFETENSORS,

@@ -12,7 +12,7 @@ import torch
 import zarr
 
 import dcpstore
-from dcpstore.convert.dcp import export_dcp, import_dcp
+from dcpstore.convert.dcp_folder import export_dcp, import_dcp
 from dcpstore.convert.safetensors_files import export_safetensors, import_safetensors
 from dcpstore.convert.torch_files import export_torch, import_torch
 from dcpstore.convert.zarr_folder import export_zarr

@@ -17,7 +17,7 @@ from torch.utils.serialization import config
 import dcpstore
 from dcpstore import CorruptionError, InvalidInputError, Repository
 from dcpstore.convert import export_torch, import_torch
-from dcpstore.convert.torch_writing import _write
+from dcpstore.convert.torch_files import _write
 from tests.convert.states import FOREIGN, assert_holds, same
 from tests.tensors import raw
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
-from dcpstore.geometry.shards import Split, local_boxes
+from dcpstore.geometry.placements import Split, local_boxes
 
 
 @given(

@@ -6,9 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcpstore.geometry.boxes import Box, find_overlap
-from dcpstore.geometry.grids import Grid
-from dcpstore.geometry.tables import (
+from dcpstore.geometry.box_table import (
     BoxTable,
     GridTable,
     find_crowded,
@@ -16,6 +14,8 @@ from dcpstore.geometry.tables import (
     padded,
     steps_of,
 )
+from dcpstore.geometry.boxes import Box, find_overlap
+from dcpstore.geometry.grids import Grid
 
 SHAPES = st.lists(st.integers(1, 6), max_size=3).map(tuple)
 

@@ -14,11 +14,11 @@ from click.testing import CliRunner
 from sqlalchemy import event
 
 import dcpstore
-from dcpstore.cli.commands import commands
+from dcpstore.cli.app import commands
 from dcpstore.errors import CorruptionError, NotFoundError
 from dcpstore.repository import Repository
-from dcpstore.storage.folder import LocalFolder
 from dcpstore.storage.interface import Range, Source
+from dcpstore.storage.local import LocalFolder
 from tests.soundness import Place
 
 SMALL = 64  # bytes of a chunk: 16 elements of float32

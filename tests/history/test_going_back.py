@@ -16,16 +16,11 @@ from hypothesis import strategies as st
 
 import dcpstore
 from dcpstore.catalog import Catalog, sqlite_url
-from dcpstore.errors import (
-    AlreadyExistsError,
-    ConflictError,
-    InvalidInputError,
-    NotFoundError,
-)
+from dcpstore.core.ids import new_uid
+from dcpstore.errors import AlreadyExistsError, ConflictError, InvalidInputError, NotFoundError
+from dcpstore.maintenance.rebuild import rebuild
 from dcpstore.records import RefRecord
 from dcpstore.repository import Repository
-from dcpstore.uids import new_uid
-from dcpstore.upkeep.rebuild import rebuild
 from tests.cli.history import save_version
 from tests.soundness import Place
 

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcpstore.catalog.lineage import ancestor_at, is_ancestor, lineage_below
-from dcpstore.cli.commands import commands
-from dcpstore.cli.graph import draw_graph
+from dcpstore.catalog.read.ancestors import ancestor_at, is_ancestor, lineage_below
+from dcpstore.cli.app import commands
+from dcpstore.cli.log import draw_graph
 from dcpstore.errors import InvalidInputError, NotFoundError
 from dcpstore.records import Version, VersionDraft
 from dcpstore.repository import Repository

@@ -5,8 +5,8 @@ import re
 
 from click.testing import CliRunner
 
-from dcpstore.catalog.views import VIEWS
-from dcpstore.cli.commands import commands
+from dcpstore.catalog.schema.views import VIEWS
+from dcpstore.cli.app import commands
 from tests.history.story import tell_story
 from tests.ranks import ROOT
 from tests.soundness import Place

@@ -15,7 +15,7 @@ import dcpstore
 from dcpstore import Repository
 from dcpstore.encoding.dtypes import as_bytes, dtype_name
 from dcpstore.history import TensorStats
-from dcpstore.history.comparing import compare
+from dcpstore.history.measure import compare
 from dcpstore.records import ChunkDefaults
 from dcpstore.repository import open as open_repository
 from tests.ranks import RankPool, mesh

@@ -24,12 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 
 import dcpstore
 from dcpstore import convert
-from dcpstore.errors import (
-    CorruptionError,
-    DcpstoreError,
-    InvalidInputError,
-    UnsafeDataError,
-)
+from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, UnsafeDataError
 from tests.hostile.attacks import Attack, Touch, entering
 
 ATTACKS: dict[str, Attack] = {}

@@ -14,14 +14,9 @@ from safetensors.torch import save_file
 
 import dcpstore
 from dcpstore import convert
-from dcpstore.errors import (
-    CorruptionError,
-    DcpstoreError,
-    InvalidInputError,
-    UnsafeDataError,
-)
-from dcpstore.storage.operations import decode_operation
-from dcpstore.upkeep.rebuild import rebuild
+from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, UnsafeDataError
+from dcpstore.formats.journal_entry import decode_operation
+from dcpstore.maintenance.rebuild import rebuild
 from tests.hostile.attacks import NAMES, Attack, Touch, entering, rows, saved
 from tests.hostile.parsers import sign_operation
 

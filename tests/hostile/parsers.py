@@ -15,16 +15,15 @@ from blake3 import blake3
 
 from dcpstore.convert.dcp_metadata import read_description
 from dcpstore.convert.pickles import odd_inside
-from dcpstore.convert.safetensors_header import read_header
-from dcpstore.convert.safetensors_notes import aliases, paths_of, values_of
+from dcpstore.convert.safetensors_notes import aliases, paths_of, read_header, values_of
 from dcpstore.convert.torch_archive import load_archive, refuse_odd
+from dcpstore.core.ref_syntax import check_name, parse_ref
 from dcpstore.encoding.codecs import CODECS, decode
 from dcpstore.encoding.values import decode_value, encode_value
 from dcpstore.errors import DcpstoreError
-from dcpstore.refs import check_name, parse_ref
-from dcpstore.storage.folder import LocalFolder
-from dcpstore.storage.manifests import decode_manifest
-from dcpstore.storage.operations import decode_operation
+from dcpstore.formats.journal_entry import decode_operation
+from dcpstore.formats.manifest import decode_manifest
+from dcpstore.storage.local import LocalFolder
 from dcpstore.storage.packs import PackReader
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -147,19 +146,19 @@ PARSERS = {
         Parser("blobs", "encoding/scalars.py", _blob),
         Parser(
             "manifests",
-            "storage/manifests.py",
+            "formats/manifest.py",
             lambda data, _: decode_manifest(sign_manifest(data)),
         ),
-        Parser("unsigned", "storage/manifests.py", lambda data, _: decode_manifest(data)),
+        Parser("unsigned", "formats/manifest.py", lambda data, _: decode_manifest(data)),
         Parser(
             "operations",
-            "storage/operations.py",
+            "formats/journal_entry.py",
             lambda data, _: decode_operation(sign_operation(data)),
         ),
         Parser("ranges", "storage/interface.py", _range),
         Parser("chunks", "encoding/codecs.py", _chunk),
-        Parser("safetensors", "convert/safetensors_header.py", _safetensors),
+        Parser("safetensors", "convert/safetensors_notes.py", _safetensors),
         Parser("descriptions", "convert/dcp_metadata.py", _description),
-        Parser("archives", "convert/torch_records.py", _archive),
+        Parser("archives", "convert/torch_archive.py", _archive),
     )
 }

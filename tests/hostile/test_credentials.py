@@ -13,9 +13,9 @@ import torch
 from click.testing import CliRunner
 
 import dcpstore
-from dcpstore.cli.commands import commands
+from dcpstore.cli.app import commands
 from dcpstore.errors import DcpstoreError, InvalidInputError
-from dcpstore.upkeep.rebuild import rebuild
+from dcpstore.maintenance.rebuild import rebuild
 
 SECRET = "s3cr3t:p%40ss"
 DOWN = [

@@ -13,8 +13,8 @@ import torch
 
 import dcpstore
 from dcpstore import convert
-from dcpstore.convert.targets import new_file, new_folder
-from dcpstore.storage.folder import LocalFolder
+from dcpstore.convert.atomic_output import new_file, new_folder
+from dcpstore.storage.local import LocalFolder
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 import dcpstore
-from dcpstore.cli.commands import commands
+from dcpstore.cli.app import commands
 
 EVIL = "a\x1b[2J\x1b]0;owned\x07\r\x08\x9b31m\u202e\u2028\x0b\x85b"
 

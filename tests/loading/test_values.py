@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 import dcpstore
 from dcpstore import InvalidInputError, MismatchError, Repository, UnsafeDataError
-from dcpstore.cli.commands import commands
+from dcpstore.cli.app import commands
 from dcpstore.convert import (
     export_dcp,
     export_safetensors,

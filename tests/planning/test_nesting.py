@@ -18,15 +18,9 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
 from dcpstore import CorruptionError, InvalidInputError
-from dcpstore.planning.nesting import (
-    FlatPaths,
-    flattened,
-    joined_path,
-    nested_state,
-    recorded_paths,
-)
 from dcpstore.planning.save_planner import DefaultSavePlanner
 from dcpstore.records import ObjectPath, StatePath
+from dcpstore.state.tree import FlatPaths, flattened, joined_path, nested_state, recorded_paths
 
 
 class Pair(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcpstore.planning.targets import target_fault
+from dcpstore.state.targets import target_fault
 
 SOUND = [
     torch.zeros(4, 3),

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dcpstore
-from dcpstore import ChunkDefaults, CorruptionError, Repository, batches
-from dcpstore.batches import in_batches, run_ahead
+from dcpstore import ChunkDefaults, CorruptionError, Repository
+from dcpstore.core import parallel as batches
+from dcpstore.core.parallel import in_batches, run_ahead
 from dcpstore.geometry.boxes import Box
-from dcpstore.reading.boxes import BoxRequest, read_boxes
+from dcpstore.reading.box_reads import BoxRequest, read_boxes
 from dcpstore.records import ChunkRange, StoredChunk
 from dcpstore.storage.packs import PackReader
 

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner as T
 
 import dcpstore
 from dcpstore import CorruptionError, NotFoundError, Repository
-from dcpstore.upkeep.rebuild import rebuild
+from dcpstore.maintenance.rebuild import rebuild
 from tests.convert.states import equal
 from tests.ranks import RankPool
 from tests.soundness import Place

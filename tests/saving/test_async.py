@@ -18,7 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import dcpstore
 from dcpstore import ConflictError, DcpstoreError, InvalidInputError, Repository
-from dcpstore.async_saving import find_saver
+from dcpstore.asynchronous.staging import find_saver
 from tests.ranks import RankPool, mesh
 from tests.soundness import Place
 
@@ -108,7 +108,7 @@ def test_a_relative_path_is_that_of_the_call(
 def test_a_process_that_is_forked_has_no_save_of_its_parent(tmp_path: Path) -> None:
     code = """
 import gc, os, sys, threading, torch, dcpstore
-from dcpstore.collector import collector_held
+from dcpstore.core.gc_pause import collector_held
 go_on = threading.Event()
 class Held(dcpstore.DefaultSavePlanner):
     def finish_plan(self, new_plan):

@@ -25,9 +25,8 @@ from dcpstore import (
     Repository,
     convert,
 )
-from dcpstore.cli.commands import commands
-from dcpstore.encoding.composed import parts_of
-from dcpstore.encoding.kinds import KINDS, kind_of
+from dcpstore.cli.app import commands
+from dcpstore.encoding.composed import KINDS, kind_of, parts_of
 from tests.loading.composed_ranks import round_trip_columns
 from tests.ranks import RankPool
 from tests.tensors import same

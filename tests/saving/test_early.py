@@ -11,9 +11,9 @@ from typing_extensions import Buffer
 
 import dcpstore
 from dcpstore import DcpstoreError, RankFailure, Repository
-from dcpstore.saving.chunking import ChunkKey
-from dcpstore.saving.lead import Lead
-from dcpstore.storage.folder import FileSink
+from dcpstore.saving.coordinator import Lead
+from dcpstore.saving.rank_chunks import ChunkKey
+from dcpstore.storage.local import FileSink
 from tests.ranks import RankPool, mesh
 from tests.soundness import Place, assert_sound
 
@@ -24,7 +24,7 @@ class Early:
     def __init__(self, patch: pytest.MonkeyPatch, *, much: int | None = 0) -> None:
         """Begin to count; `much` is how many bytes a rank are worth it, None as they are."""
         if much is not None:
-            patch.setattr("dcpstore.saving.lead._MUCH", much)
+            patch.setattr("dcpstore.saving.coordinator._MUCH", much)
         self.counts: list[int] = []
         choose = Lead.choose_first
 
@@ -194,7 +194,7 @@ def save_with_a_failing_rank(rank: int, place: Place) -> tuple[str, bool]:
     with pytest.MonkeyPatch.context() as patch, place.open() as repo:
         early = Early(patch)
         if rank == 1:
-            patch.setattr("dcpstore.saving.rank_work.RankData.digest", failing)
+            patch.setattr("dcpstore.saving.rank.RankData.digest", failing)
         state = {f"of{rank}.{name}": tensor for name, tensor in layers().items()}
         try:
             dcpstore.save(state, repo)

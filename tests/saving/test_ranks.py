@@ -11,11 +11,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 import dcpstore
-from dcpstore import (
-    DcpstoreError,
-    RankFailure,
-    Repository,
-)
+from dcpstore import DcpstoreError, RankFailure, Repository
 from tests.ranks import RankPool, mesh
 from tests.saving.conftest import Opaque, W, unchanged
 from tests.soundness import Place

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import dcpstore
 from dcpstore import Repository
-from dcpstore.storage.manifests import decode_manifest, manifest_key
+from dcpstore.formats.manifest import decode_manifest, manifest_key
 from tests.ranks import RankPool, first_ranks, mesh
 from tests.soundness import Place
 from tests.tensors import DTYPES, raw, same

@@ -7,9 +7,9 @@ import pytest
 from obstore.store import LocalStore, MemoryStore
 
 from dcpstore.errors import CorruptionError, InvalidInputError, NotFoundError
-from dcpstore.storage.folder import LocalFolder
 from dcpstore.storage.interface import Storage
-from dcpstore.storage.objects import ObjectStore
+from dcpstore.storage.local import LocalFolder
+from dcpstore.storage.object_store import ObjectStore
 
 KEY = "packs/ab12/0-0.pack"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dcpstore.errors import CorruptionError, DcpstoreError, NotFoundError
-from dcpstore.storage.folder import LocalFolder
+from dcpstore.storage.local import LocalFolder
 
 KEY = "packs/ab12/0-0.pack"
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcpstore.errors import CorruptionError, SchemaError
+from dcpstore.formats.manifest import Manifest, decode_manifest, encode_manifest, manifest_key
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.grids import Grid
 from dcpstore.records import (
@@ -23,7 +24,6 @@ from dcpstore.records import (
     VersionContent,
     VersionDraft,
 )
-from dcpstore.storage.manifests import Manifest, decode_manifest, encode_manifest, manifest_key
 
 SPLIT = (Grid((0, 0), (3, 2), (2, 2)), Grid((3, 0), (1, 2), (1, 1)))
 SCALAR = (Grid((), (), ()),)

@@ -8,8 +8,8 @@ from obstore.exceptions import GenericError, UnauthenticatedError
 from obstore.store import MemoryStore
 
 from dcpstore.errors import DcpstoreError, InvalidInputError
-from dcpstore.storage import objects
-from dcpstore.storage.objects import ObjectStore
+from dcpstore.storage import object_store as objects
+from dcpstore.storage.object_store import ObjectStore
 from dcpstore.storage.packs import PackReader, PackWriter
 from dcpstore.storage.urls import open_storage
 
@@ -69,7 +69,7 @@ def test_urls_of_object_stores(tmp_path: Path) -> None:
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "dcpstore.storage.objects")
+    monkeypatch.delitem(sys.modules, "dcpstore.storage.object_store")
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(DcpstoreError, match="pip install obstore"):
         open_storage("s3://bucket/ckpts")

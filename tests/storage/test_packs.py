@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dcpstore.errors import CorruptionError
 from dcpstore.records import PackRecord
-from dcpstore.storage.folder import LocalFolder
+from dcpstore.storage.local import LocalFolder
 from dcpstore.storage.packs import PackReader, PackWriter
 
 

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcpstore.errors import DcpstoreError
-from dcpstore.storage import streaming
-from dcpstore.storage.folder import LocalFolder
-from dcpstore.storage.streaming import StreamedFile
+from dcpstore.storage import direct_io as streaming
+from dcpstore.storage.direct_io import StreamedFile
+from dcpstore.storage.local import LocalFolder
 
 BLOCK = 16 << 10  # in these tests
 Write = Callable[[int, memoryview, int], int]

@@ -47,7 +47,7 @@ class Clock:
 
     def __init__(self, ahead: float = 0.0) -> None:
         self.ahead = ahead
-        import_module("dcpstore.upkeep.gc")  # loaded late, and it is whose clock matters
+        import_module("dcpstore.maintenance.gc")  # loaded late, and it is whose clock matters
         clock, time_ns = self, time.time_ns
 
         class IsDatetime(type):

@@ -17,10 +17,10 @@ from typing import Literal
 
 import torch
 
+from dcpstore.catalog.maintenance.journal_files import write_journal
 from dcpstore.errors import DcpstoreError
-from dcpstore.journal import write_journal
+from dcpstore.formats.journal_entry import decode_operation
 from dcpstore.repository import Repository
-from dcpstore.storage.operations import decode_operation
 from tests.torture.kinds import Ground, Outcome, Verdict
 from tests.torture.operations import three_versions
 from tests.torture.sites import Mould, Site, state

@@ -25,7 +25,7 @@ import psycopg
 import torch
 from psycopg.conninfo import conninfo_to_dict
 
-from dcpstore.catalog import faults
+from dcpstore.catalog.db import db_errors as faults
 from tests.proxy import Proxy, proxied
 from tests.servers import Server, own_server, standby_server
 from tests.torture.children import start

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from dcpstore.catalog import migrating, revisions
+from dcpstore.catalog.schema import lifecycle as revisions
+from dcpstore.catalog.schema.tables import migrate as migrating
 
 __all__ = ["NEWEST", "go_back", "newer_schema"]
 

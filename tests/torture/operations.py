@@ -12,12 +12,12 @@ import torch
 import dcpstore
 from dcpstore import NotFoundError, Repository
 from dcpstore.catalog import Catalog
-from dcpstore.places import locate
+from dcpstore.catalog.location import locate
+from dcpstore.core.ids import new_uid
+from dcpstore.formats.manifest import manifest_key
+from dcpstore.maintenance.rebuild import rebuild
 from dcpstore.records import VersionDraft
-from dcpstore.storage.manifests import manifest_key
 from dcpstore.storage.packs import pack_key
-from dcpstore.uids import new_uid
-from dcpstore.upkeep.rebuild import rebuild
 from tests.soundness import assert_sound
 from tests.torture.newer import NEWEST, go_back, newer_schema
 from tests.torture.sites import Site, state

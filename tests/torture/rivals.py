@@ -17,17 +17,11 @@ from typing import Any
 import torch
 
 import dcpstore
-from dcpstore import (
-    AlreadyExistsError,
-    ConflictError,
-    InvalidInputError,
-    NotFoundError,
-    Repository,
-)
+from dcpstore import AlreadyExistsError, ConflictError, InvalidInputError, NotFoundError, Repository
 from dcpstore.catalog import Catalog
-from dcpstore.places import locate
+from dcpstore.catalog.location import locate
+from dcpstore.maintenance.rebuild import rebuild
 from dcpstore.repository import make
-from dcpstore.upkeep.rebuild import rebuild
 from tests.soundness import assert_sound
 from tests.torture.children import start
 from tests.torture.kinds import DATABASES, Dialect, Ground, Outcome, Verdict

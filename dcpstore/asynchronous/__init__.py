@@ -1,0 +1,1 @@
+"""Saves that run while training goes on, or before a job is ended."""

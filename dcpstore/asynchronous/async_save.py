@@ -1,0 +1,237 @@
+"""`async_save`: the call, on every rank, that saves while training goes on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, SupportsFloat, overload
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.state_dict_saver import (
+    AsyncCheckpointerType,
+    AsyncSaveResponse,
+)
+from torch.distributed.checkpoint.state_dict_saver import async_save as torch_async_save
+from torch.distributed.checkpoint.storage import StorageWriter
+
+from dcpstore.api import (
+    RepositoryLike,
+    check_planner,
+    check_unused,
+    taken_writer,
+    target_of,
+    where_given,
+)
+from dcpstore.asynchronous.other_process import check_process, save_in_process
+from dcpstore.asynchronous.staging import Background, IfBusy, PendingSave, find_saver, raise_unseen
+from dcpstore.catalog.maintenance.retention import Retention
+from dcpstore.collectives import Collectives
+from dcpstore.errors import InvalidInputError
+from dcpstore.planning.save_planner import planner_of
+from dcpstore.records import Version
+from dcpstore.repository import Repository
+from dcpstore.saving import MetricsFrom, SaveRequest, make_request, own_request, save_version
+
+__all__ = ["async_save"]
+
+
+@overload
+def async_save(
+    state_dict: dict[str, Any],
+    *,
+    storage_writer: StorageWriter,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
+    async_stager: AsyncStager | None = None,
+    use_collectives: bool = True,
+) -> Future[Metadata] | AsyncSaveResponse: ...
+
+
+@overload
+def async_save(
+    state_dict: dict[str, Any],
+    repo: RepositoryLike | None = None,
+    *,
+    branch: str = "main",
+    step: int | None = None,
+    tags: Iterable[str] = (),
+    message: str = "",
+    metrics: Mapping[str, SupportsFloat] | None = None,
+    labels: Mapping[str, object] | None = None,
+    metrics_from: MetricsFrom = "all",
+    author: str = "",
+    parent: str | int | None = None,
+    expect_tip: str | int | None = None,
+    retention: Retention | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    allow_pickle: bool = False,
+    use_collectives: bool = True,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    if_busy: IfBusy = "wait",
+    staging_limit: int | None = None,
+    async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
+    async_stager: AsyncStager | None = None,
+) -> PendingSave: ...
+
+
+def async_save(
+    state_dict: dict[str, Any],
+    repo: RepositoryLike | None = None,
+    *,
+    branch: str = "main",
+    step: int | None = None,
+    tags: Iterable[str] = (),
+    message: str = "",
+    metrics: Mapping[str, SupportsFloat] | None = None,
+    labels: Mapping[str, object] | None = None,
+    metrics_from: MetricsFrom = "all",
+    author: str = "",
+    parent: str | int | None = None,
+    expect_tip: str | int | None = None,
+    retention: Retention | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    allow_pickle: bool = False,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    if_busy: IfBusy = "wait",
+    staging_limit: int | None = None,
+    storage_writer: StorageWriter | None = None,
+    async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
+    async_stager: AsyncStager | None = None,
+    use_collectives: bool = True,
+) -> PendingSave | Future[Metadata] | AsyncSaveResponse:
+    """Save as `save` does, but return as soon as the state may be changed again.
+
+    The state is copied into CPU memory that later saves use again (pinned where there is CUDA), and
+    saved from there by a thread with a gloo group of its own, made at the first call. All ranks
+    call it. A failure raises at `result()`; if nobody asks, at the next save, at `Repository.close`
+    and at exit. It is kept in the catalog too.
+
+    Args:
+        state_dict, repo, branch, step, tags, message, metrics, labels, metrics_from, author,
+            parent, expect_tip, retention, planner, process_group, no_dist, allow_pickle,
+            checkpoint_id, use_collectives: as for `save`.
+        if_busy: whether to wait for a save that still runs, or to raise ConflictError.
+        staging_limit: bytes that may be copied of a rank's state, which are those of the storages
+            that its tensors lie in; a rank with more saves before it returns, without a copy.
+        storage_writer: any storage of torch's instead of `repo`; the save is then torch's own
+            `async_save`, with our planner, and returns what torch's does. In the place of `repo` it
+            is taken too, with a warning.
+        async_checkpointer_type: THREAD, or PROCESS to save in torch's background process, which a
+            process group of all ranks begins at its first save. What is saved goes to it by pickle,
+            and nothing of `planner` comes back. It is for PyTorch that holds the interpreter: a
+            thread has less to copy.
+        async_stager: stages instead of ours. Where its `stage()` returns a Future, the state may be
+            changed only when `staged` is done. It is the caller's to close, after the last save.
+
+    Returns:
+        The pending save: `staged` is done, `result()` waits for the version.
+
+    Raises:
+        InvalidInputError: an argument or a tensor that cannot be meant; nothing was begun.
+        ConflictError: a save still runs and `if_busy` is "refuse".
+        DcpstoreError: a failure of the save before that nobody has heard of.
+    """
+
+    def asked(*, leads: bool = True) -> SaveRequest:
+        return make_request(
+            branch=branch,
+            step=step,
+            message=message,
+            tags=tags,
+            metrics=metrics,
+            labels=labels,
+            author=author,
+            parent=parent,
+            expect_tip=expect_tip,
+            retention=retention,
+            metrics_from=metrics_from,
+            leads=leads,
+        )
+
+    repo, storage_writer = taken_writer("async_save", repo, storage_writer)
+    if storage_writer is not None:
+        check_planner(planner, SavePlanner)
+        check_unused(
+            "storage_writer",
+            *asked().named,
+            repo=repo is not None,
+            allow_pickle=allow_pickle,
+            if_busy=if_busy != "wait",
+            staging_limit=staging_limit is not None,
+        )
+        response: Future[Metadata] | AsyncSaveResponse = torch_async_save(
+            state_dict,
+            checkpoint_id=checkpoint_id,
+            storage_writer=storage_writer,
+            planner=planner_of(planner, is_whole=use_collectives),
+            process_group=process_group,
+            async_checkpointer_type=async_checkpointer_type,
+            async_stager=async_stager,
+            no_dist=no_dist,
+            use_collectives=use_collectives,
+        )
+        return response
+
+    def prepare(ranks: Collectives) -> Background:
+        where = where_given(repo, checkpoint_id)
+        check_planner(planner, SavePlanner)
+        request = asked(leads=ranks.leads)  # now: a metric may be a tensor, which training changes
+        if not isinstance(async_checkpointer_type, AsyncCheckpointerType):
+            raise InvalidInputError(
+                f"async_checkpointer_type={async_checkpointer_type!r}; pass one of torch's "
+                "AsyncCheckpointerType: THREAD or PROCESS."
+            )
+        if async_checkpointer_type is AsyncCheckpointerType.PROCESS:
+            if not use_collectives:
+                raise InvalidInputError(
+                    "async_checkpointer_type=PROCESS with use_collectives=False: torch's "
+                    "background processes save together; use AsyncCheckpointerType.THREAD."
+                )
+            check_process(process_group, planner, no_dist=no_dist)
+            return partial(
+                save_in_process,
+                where=where,
+                request=request,
+                planner=planner,
+                allow_pickle=allow_pickle,
+            )
+        if not use_collectives:
+            request = own_request(request, ranks.rank)
+
+        def save_staged(
+            staged: Mapping[str, Any], ranks: Collectives, buffers: frozenset[str]
+        ) -> Version:
+            with ExitStack() as stack:
+                return save_version(
+                    staged,
+                    lambda: target_of(where, stack),
+                    lambda: request,
+                    ranks=ranks,
+                    planner=planner,
+                    allow_pickle=allow_pickle,
+                    buffers=buffers,
+                    is_whole=use_collectives,
+                )
+
+        return save_staged
+
+    saver = find_saver(process_group, no_dist=no_dist, use_collectives=use_collectives)
+    pending = saver.begin(
+        state_dict, prepare, if_busy=if_busy, staging_limit=staging_limit, stager=async_stager
+    )
+    if isinstance(repo, Repository):
+        repo.finish_before_close(raise_unseen)
+    return pending

@@ -1,0 +1,166 @@
+"""Saves that run in the background process of `torch.distributed.checkpoint.async_save`.
+
+Torch begins one such process a rank, at the first save, with a process group of its own, and sends
+it what is to be saved by pickle. Invariant: what could end that process is refused before it is
+sent, for the processes of the other ranks would wait for it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from torch.distributed.checkpoint.state_dict_saver import async_save as torch_async_save
+
+from dcpstore.collectives import Collectives, RankGroup, in_step
+from dcpstore.dcp.writer import RepositoryWriter
+from dcpstore.errors import DcpstoreError, InvalidInputError, RankFailure
+from dcpstore.planning import DefaultSavePlanner
+from dcpstore.records import Version
+from dcpstore.repository import Repository, opened
+from dcpstore.saving import SaveRequest
+from dcpstore.saving.coordinator import Opening, check_agreement
+from dcpstore.saving.replicas import compare_state
+from dcpstore.state.stateful import check_keys, is_statistic
+
+__all__ = ["check_process", "save_in_process"]
+
+_INSTEAD = "use AsyncCheckpointerType.THREAD"
+
+
+def check_process(
+    group: dist.ProcessGroup | None, planner: SavePlanner | None, *, no_dist: bool
+) -> None:
+    """Check that torch's background process can save for these ranks, by this planner.
+
+    Raises:
+        InvalidInputError: there is no process group, it is not that of all ranks, or the planner
+            cannot be sent.
+    """
+    if no_dist or not dist.is_available() or not dist.is_initialized():
+        raise InvalidInputError(
+            "async_checkpointer_type=PROCESS needs a process group, which torch's background "
+            f"processes join, and this save has none; {_INSTEAD}, or call init_process_group first."
+        )
+    if group is not None and group is not dist.group.WORLD:
+        raise InvalidInputError(
+            "async_checkpointer_type=PROCESS with a process_group: torch's background processes "
+            f"have one group for the whole job; {_INSTEAD}, or leave process_group out."
+        )
+    _check_sendable("planner", planner)
+
+
+def save_in_process(
+    staged: Mapping[str, Any],
+    ranks: Collectives,
+    buffers: frozenset[str],
+    *,
+    where: Repository | str | os.PathLike[str],
+    request: SaveRequest,
+    planner: SavePlanner | None,
+    allow_pickle: bool,
+) -> Version:
+    """Save a staged state in torch's background process; every rank of `ranks` calls it.
+
+    Raises:
+        InvalidInputError: the ranks disagree, or hold different contents of what they hold alike,
+            or the state holds what cannot be sent.
+        DcpstoreError: as `save`.
+    """
+    assert isinstance(ranks, RankGroup)
+
+    def begin() -> Opening:
+        for key, value in staged.items():
+            _check_state(key, value)
+        with opened(where, create=True) as repo:
+            return Opening(repo.about.uid, request, check_keys(staged))
+
+    in_step(ranks, "open", begin, check_agreement)
+    if ranks.size > 1:
+        differing = compare_state(staged, ranks, buffers=buffers, allow_pickle=allow_pickle)
+        odd = [fqn for fqn in differing if not is_statistic(fqn)]
+        if odd:  # of which torch's process cannot know that one rank's belong together
+            raise InvalidInputError(
+                f"the module buffer {odd[0]!r} ({len(odd)} in all) differs between ranks; "
+                f"{_INSTEAD}, which saves those of the lowest rank, or make them the same first."
+            )
+    asked = {part.name: getattr(request, part.name) for part in fields(SaveRequest)}
+    del asked["metrics_from"]  # the coordinator's writer is asked alone
+    response: Any = torch_async_save(
+        dict(staged),
+        storage_writer=RepositoryWriter(where, **asked, allow_pickle=allow_pickle),
+        planner=planner or DefaultSavePlanner(),
+        process_group=ranks.group,
+        async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+        async_stager=_AsStaged(),
+    )
+    try:
+        described = response.result()
+    except CheckpointException as error:
+        raise _own_error(error, ranks.size) from error
+    with opened(where, create=False) as repo:
+        return repo.show(described.storage_meta.save_id)
+
+
+class _AsStaged(AsyncStager):
+    """Takes a state for staged, which it is."""
+
+    _synchronize_after_execute = False
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return state_dict
+
+    def synchronize_staging(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+def _check_state(path: str, value: Any) -> None:
+    """Check that each item of a staged state can be sent, by its FQN."""
+    if isinstance(value, ShardedTensor):
+        raise InvalidInputError(
+            f"{path!r} is a ShardedTensor, which another process cannot take over; {_INSTEAD}, or "
+            "save DTensors."
+        )
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_state(f"{path}.{key}", inner)
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            _check_state(f"{path}.{i}", inner)
+    elif not isinstance(value, torch.Tensor):
+        _check_sendable(repr(path), value)
+
+
+def _check_sendable(name: str, value: object) -> None:
+    try:
+        pickle.dumps(value)
+    except Exception as error:
+        raise InvalidInputError(
+            f"{name}: a {type(value).__name__} cannot be sent to torch's background process "
+            f"({type(error).__name__}: {error}); {_INSTEAD}."
+        ) from error
+
+
+def _own_error(error: CheckpointException, size: int) -> DcpstoreError:
+    """Return the error of a save of our own that torch's stands for."""
+    failures = {rank: failure for rank, (failure, _) in error.failures.items()}
+    alike = {(type(failure), str(failure)) for failure in failures.values()}
+    first = next(iter(failures.values()), None)
+    # of the coordinator alone: what all ranks do together failed, such as a ref that moved
+    is_shared = len(alike) == 1 and (len(failures) == size or [*failures] == [0])
+    if isinstance(first, DcpstoreError) and is_shared:
+        return first
+    return RankFailure("a save in torch's background process", failures)

@@ -1,0 +1,1 @@
+"""The way to the database: URL, engine, transactions, errors, and many rows at once."""

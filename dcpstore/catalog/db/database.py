@@ -1,0 +1,345 @@
+"""The way to the database: one URL, one engine, and transactions that read or write.
+
+Keeps four promises: our settings touch our own engine only; a transaction that writes holds the
+write lock from its first statement on SQLite, so it can never fail for want of it half-way; a
+transaction is tried again only where that is safe; and no error that leaves here carries a password
+or is the database's own.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Concatenate, Literal, ParamSpec, TypeVar
+
+from sqlalchemy import Connection, NullPool, QueuePool, create_engine, event
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from dcpstore.catalog.db.compiled import compiled_statements
+from dcpstore.catalog.db.db_errors import (
+    BUSY_SECONDS,
+    Patience,
+    UnknownOutcomeError,
+    is_lost,
+    is_passing,
+    translate,
+)
+from dcpstore.catalog.db.url import keep_to_process, open_file, parse_url, server_engine
+from dcpstore.core.reentry import changing
+from dcpstore.errors import DcpstoreError
+
+__all__ = ["Database"]
+
+_WRITES = "dcpstore_writes"
+# For each transaction of Postgres that writes: wait for a lock as long as on SQLite, and let go of
+# the locks of a process that the network has cut off.
+_LIMITS = (
+    f"SELECT set_config('lock_timeout', '{BUSY_SECONDS * 1000:.0f}', true), "
+    "set_config('idle_in_transaction_session_timeout', '600000', true)"
+)
+_FRESH_SECONDS = 30  # what a kept connection may be old, before a network forgets it
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Database:
+    """One database, by URL; connects when it is first used.
+
+    Attributes:
+        is_sqlite: whether it is a file of SQLite; else it is on a Postgres server.
+        file: the SQLite file, or None.
+        may_create_file: whether connecting may begin a new SQLite file.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = parse_url(url)
+        self.is_sqlite = self._url.get_backend_name() == "sqlite"
+        # Absolute from now on: the process may change its folder while connections come and go.
+        self.file = Path(self._url.database or "").absolute() if self.is_sqlite else None
+        self.may_create_file = False
+        self._was_connected = False
+        self._keeping = threading.RLock()  # a signal handler may ask in the middle
+        self._keepers = 0
+        options = {"compiled_cache": compiled_statements}
+        if self.is_sqlite:
+            self._engine = create_engine(
+                "sqlite://",
+                creator=self._connect_sqlite,
+                poolclass=QueuePool,
+                max_overflow=-1,  # threads wait for the database's lock, never for a connection
+                execution_options=options,
+            )
+            event.listen(self._engine, "begin", _begin_sqlite)
+        else:
+            self._engine = server_engine(
+                self._url,
+                poolclass=QueuePool,
+                max_overflow=-1,
+                pool_recycle=_FRESH_SECONDS,
+                pool_pre_ping=True,  # the server may end what is kept
+                execution_options=options,
+            )
+        keep_to_process(self._engine)
+
+    def __repr__(self) -> str:
+        return f"Database({self.shown!r})"
+
+    @property
+    def shown(self) -> str:
+        """The URL for people to read: no password, and no option that may hold one."""
+        query = {key: self._url.query[key] for key in ("host", "port") if key in self._url.query}
+        return self._url.set(query=query).render_as_string(hide_password=True)
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether it is a file of SQLite that does not exist.
+
+        Raises:
+            DcpstoreError: that cannot be told.
+        """
+        try:
+            if self.file is not None:
+                self.file.stat()
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return True
+        except OSError as error:
+            raise DcpstoreError(
+                f"cannot look for the catalog {self.shown}: {error.strerror}; give this user leave "
+                "to read its folder, or mend the filesystem, then try again."
+            ) from error
+        return False
+
+    def close(self) -> None:
+        """Close every connection; the next use connects again."""
+        self._engine.dispose()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep a connection to a server for the transactions inside the block.
+
+        Outside there is none: hours pass between saves, and a cluster has many ranks. (Connections
+        to a file cost nobody anything, and are always kept.)
+        """
+        with self._keeping:
+            self._keepers += 1
+        try:
+            yield
+        finally:
+            with self._keeping:
+                self._keepers -= 1
+                if not self._keepers and not self.is_sqlite:
+                    self._engine.dispose()
+
+    def ask(
+        self, call: Callable[Concatenate[Connection, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Return what `call` reads on a connection, which sees the database as of one moment.
+
+        It is tried again where the connection is lost or the database is busy.
+        """
+        return self._persist(
+            lambda connection: call(connection, *args, **kwargs),
+            writes=False,
+            if_unknown=lambda: None,
+        )
+
+    def change(
+        self, call: Callable[Concatenate[Connection, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Return what `call` returns, whose changes are one transaction.
+
+        It is tried again where the database is known to have taken it back, and `call` must do
+        nothing else.
+
+        Raises:
+            UnknownOutcomeError: the answer to the commit was lost.
+        """
+
+        def refuse() -> None:
+            raise UnknownOutcomeError
+
+        return self._persist(
+            lambda connection: call(connection, *args, **kwargs), writes=True, if_unknown=refuse
+        )
+
+    def change_again(
+        self, call: Callable[Concatenate[Connection, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """As `change`, for what changes nothing more when it is done twice: so it may be."""
+        return self._persist(
+            lambda connection: call(connection, *args, **kwargs),
+            writes=True,
+            if_unknown=lambda: None,
+        )
+
+    def change_once(
+        self, call: Callable[[Connection], T], find: Callable[[Connection], T | None]
+    ) -> T:
+        """As `change`, for what leaves a trace: where the answer is lost, `find` looks for it.
+
+        It must wait for the lost transaction, by a row that this had locked, and return None where
+        that came to nothing.
+        """
+
+        def look() -> tuple[T] | None:
+            found = self.change_again(find)
+            return None if found is None else (found,)
+
+        return self._persist(call, writes=True, if_unknown=look)
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """Yield a connection whose queries all see the database as of one moment; no try again."""
+        with self._translated(), self._connected(writes=False) as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """Yield a connection in a transaction that commits at the end, or leaves nothing.
+
+        There is no try again: for what does more than change the database.
+        """
+        with self._translated(), self._connected(writes=True) as connection:
+            yield connection
+
+    @contextmanager
+    def outside(self) -> Iterator[sqlite3.Connection]:
+        """Yield SQLite's own connection outside of a transaction, for what cannot run in one."""
+        with self._changing(), self._translated(), self._engine.connect() as connection:
+            driver = connection.connection.driver_connection
+            assert isinstance(driver, sqlite3.Connection)
+            yield driver
+
+    @contextmanager
+    def read_only(self) -> Iterator[Connection]:
+        """Yield a connection of its own on which the database itself refuses to write."""
+        if self.is_sqlite:
+            engine = create_engine("sqlite://", creator=self._connect_read_only, poolclass=NullPool)
+            event.listen(engine, "begin", _begin_sqlite)
+        else:
+            engine = server_engine(self._url, poolclass=NullPool)
+        with self._translated(), engine.connect() as connection:
+            if not self.is_sqlite:
+                connection.execution_options(postgresql_readonly=True)
+            yield connection
+
+    def shown_error(self, error: BaseException) -> str:
+        """Return the database's own text of an error, without statement, values and password."""
+        original = error.orig if isinstance(error, DBAPIError) else error
+        text = " ".join(str(original).split())
+        password = self._url.password
+        return text.replace(str(password), "***") if password else text
+
+    def _connect_sqlite(self) -> sqlite3.Connection:
+        # 'rw' fails where the file is missing: looking for a repository must not leave one.
+        connection = self._open_sqlite("rwc" if self.may_create_file else "rw")
+        # In WAL mode only FULL makes a commit survive a loss of power (invariant 3).
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.create_function("from_hex", 1, bytes.fromhex, deterministic=True)
+        return connection
+
+    def _connect_read_only(self) -> sqlite3.Connection:
+        connection = self._open_sqlite("ro")
+        connection.execute("PRAGMA query_only = ON")
+        return connection
+
+    def _open_sqlite(self, mode: Literal["ro", "rw", "rwc"]) -> sqlite3.Connection:
+        assert self.file is not None, "on a server the engine connects"
+        return open_file(self.file, mode=mode, timeout=BUSY_SECONDS)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Turn the database's errors into ours."""
+        try:
+            yield
+        except DBAPIError as error:
+            raise self._translate(error) from error
+        except (sqlite3.Error, PoolTimeoutError) as error:
+            raise self._translate(DBAPIError(None, None, error)) from error
+
+    def _translate(self, error: DBAPIError) -> DcpstoreError:
+        text = self.shown_error(error)
+        return translate(error, text, shown=self.shown, is_sqlite=self.is_sqlite)
+
+    def _persist(
+        self,
+        call: Callable[[Connection], T],
+        *,
+        writes: bool,
+        if_unknown: Callable[[], tuple[T] | None],
+    ) -> T:
+        """Run a transaction until it succeeds, fails for good, or patience is at an end.
+
+        Where the answer to its commit was lost, `if_unknown` returns what came of it, or None where
+        it may be tried again.
+        """
+        patience = Patience()
+        while True:
+            is_committing = False
+            try:
+                with self._connected(writes=writes) as connection:
+                    result = call(connection)
+                    is_committing = writes
+                return result
+            except DBAPIError as error:
+                text = self.shown_error(error)
+                if is_committing and self._is_unknown(error, text):
+                    outcome = self._find_out(error, text, if_unknown)
+                    if outcome is not None:
+                        return outcome[0]
+                elif not is_passing(
+                    error, text, is_sqlite=self.is_sqlite, was_connected=self._was_connected
+                ):
+                    raise self._translate(error) from error
+                if not patience.wait():
+                    raise self._translate(error) from error
+
+    def _changing(self) -> AbstractContextManager[None]:
+        """Refuse a transaction that writes inside another one of this thread: both would wait."""
+        place = self.shown if self.file is None else os.path.realpath(self.file)
+        return changing(f"catalog {place}", shown=f"the catalog {self.shown}")
+
+    def _is_unknown(self, error: DBAPIError, text: str) -> bool:
+        """Tell whether a commit that ended with this error may have been carried out."""
+        return "I/O error" in text if self.is_sqlite else is_lost(error)
+
+    def _find_out(
+        self, error: DBAPIError, text: str, if_unknown: Callable[[], tuple[T] | None]
+    ) -> tuple[T] | None:
+        try:
+            return if_unknown()
+        except DcpstoreError as second:
+            reason = "" if isinstance(second, UnknownOutcomeError) else f", and then: {second}"
+            raise UnknownOutcomeError(
+                f"the catalog {self.shown} gave no answer to a commit ({text}){reason}. Whether it "
+                "was carried out is not known: look with 'dcpstore ops', then try again if not."
+            ) from error
+
+    @contextmanager
+    def _connected(self, *, writes: bool) -> Iterator[Connection]:
+        """Yield a connection in a transaction; errors are the database's own."""
+        alone = self._changing() if writes else nullcontext()
+        with alone, self.kept(), self._engine.connect() as connection:
+            self._was_connected = True
+            if writes:
+                connection.execution_options(**{_WRITES: True})
+            elif not self.is_sqlite:  # where BEGIN alone would give each query its own moment
+                connection.execution_options(
+                    isolation_level="REPEATABLE READ", postgresql_readonly=True
+                )
+            with connection.begin():
+                if writes and not self.is_sqlite:
+                    connection.exec_driver_sql(_LIMITS)
+                yield connection
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writes = connection.get_execution_options().get(_WRITES, False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

@@ -1,0 +1,273 @@
+"""Versions that go, by rules or by name; their rows stay for parents and operations to resolve.
+
+What rules expire goes at once. What is forgotten keeps its entries and its plan until the next gc
+drops them, so that an undo brings it back: an expired row that has a plan was forgotten and may
+come back. No ref ever names a version that went.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, Select, delete, func, select, update
+
+from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
+from dcpstore.catalog.read.versions import ancestors, is_visible, load_versions
+from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.validation import check_text
+from dcpstore.catalog.write.operations import Change, append_operations, take_operations
+from dcpstore.catalog.write.refs import RefRow, list_refs, refs_of, resolve
+from dcpstore.core.ref_syntax import parse_ref
+from dcpstore.errors import InvalidInputError, NotFoundError
+from dcpstore.records import ForgetReport, RefRecord, Version
+
+__all__ = [
+    "Choose",
+    "bring_back",
+    "drop_forgotten",
+    "expire_versions",
+    "forget_versions",
+    "may_come_back",
+]
+
+_version = schema.version
+_SHOWN = 10  # tags that one message names
+
+# Given every version and every ref, returns the numbers of the versions to expire.
+Choose = Callable[[Sequence[Version], Sequence[RefRecord]], Collection[int]]
+
+
+class _Move(NamedTuple):
+    """A ref that a forgotten version had, and the version that it names afterwards, if it stays."""
+
+    ref: RefRow
+    to: tuple[int, int] | None  # id and number
+
+
+def expire_versions(
+    connection: Connection, choose: Choose, *, author: str, rules: Mapping[str, Any]
+) -> None:
+    """Expire what `choose` chooses, while no ref can move; `rules` is kept with the operation."""
+    take_operations(connection, 0)
+    versions = load_versions(connection, select(_version.c.id), limit=None)
+    chosen = set(choose(versions, list_refs(connection, None)))
+    if not chosen:
+        return
+    going = [version for version in versions if version.number in chosen]
+    now = datetime.now(UTC)
+    ids = _expire(connection, going, at=now)
+    _drop(connection, ids)
+    _record(connection, "expire", going, {"rules": dict(rules)}, author=author, at=now)
+
+
+def forget_versions(
+    connection: Connection,
+    refs: Iterable[str | int],
+    *,
+    force: bool,
+    dry_run: bool,
+    author: str,
+) -> ForgetReport:
+    """Forget the versions that `refs` name, all of them or none; recorded as one operation.
+
+    A branch whose tip goes moves back to the nearest ancestor that stays; without one it goes.
+
+    Raises:
+        NotFoundError: a ref names nothing.
+        InvalidInputError: a ref breaks the grammar; or a version is tagged, and `force` is not
+            given, which deletes its tags.
+    """
+    check_text(author, what="author")
+    take_operations(connection, 0)
+    going = _named(connection, refs)
+    if not going:
+        return ForgetReport((), (), (), dry_run)
+    with connection.begin_nested() as step:
+        now = datetime.now(UTC)
+        ids = _expire(connection, going, at=now)
+        held = refs_of(connection, ids)
+        tagged = [ref for ref in held if ref.kind == "tag"]
+        if tagged and not force:
+            raise _protected(tagged)
+        moves = [
+            _Move(ref, _nearest_ancestor(connection, ref.id) if ref.kind == "branch" else None)
+            for ref in held
+        ]
+        _apply(connection, moves)
+        detail = {"refs": _told(connection, moves)}
+        _record(connection, "forget", going, detail, author=author, at=now)
+        if dry_run:
+            step.rollback()
+    return ForgetReport(
+        tuple(going),
+        tuple(RefRecord(m.ref.name, m.ref.kind, m.ref.number) for m in moves if m.to is None),
+        tuple(RefRecord(m.ref.name, m.ref.kind, m.to[1]) for m in moves if m.to is not None),
+        dry_run,
+    )
+
+
+def bring_back(connection: Connection, uids: Collection[str], *, what: str) -> None:
+    """Make forgotten versions visible again; `what` forgot them.
+
+    Raises:
+        NotFoundError: gc has dropped what they held.
+    """
+    if not may_come_back(connection, uids):
+        raise NotFoundError(
+            f"cannot undo {what}: gc has dropped what was forgotten. To undo what was done before, "
+            "name that operation: undo(expect=...) (--expect). See 'dcpstore ops'."
+        )
+    connection.execute(
+        update(_version)
+        .where(_version.c.uid.in_(wanted_names(connection, uids)))
+        .values(status="committed", expired_at=None)
+    )
+
+
+def may_come_back(connection: Connection, uids: Collection[str]) -> bool:
+    """Tell whether versions were forgotten, and all of them can be brought back."""
+    kept = connection.scalar(
+        select(func.count()).where(
+            _version.c.uid.in_(wanted_names(connection, uids)),
+            _version.c.status == "expired",
+            _version.c.plan.is_not(None),
+        )
+    )
+    return kept == len(uids)
+
+
+def drop_forgotten(connection: Connection) -> list[str]:
+    """Drop what forgotten versions still hold, for good; return their uids."""
+    rows = connection.execute(
+        select(_version.c.id, _version.c.uid)
+        .where(_version.c.status == "expired", _version.c.plan.is_not(None))
+        .order_by(_version.c.number)
+    ).all()
+    if rows:
+        _drop(connection, wanted_ids(connection, [row.id for row in rows]))
+    return [row.uid for row in rows]
+
+
+def _named(connection: Connection, refs: Iterable[str | int]) -> list[Version]:
+    """Return the versions that refs name, each once, by number; plain numbers in one query."""
+    given = list(refs)
+    if None in given:
+        raise InvalidInputError("None names no version to forget; write its number, tag or branch.")
+    parsed = [parse_ref(ref) for ref in given]
+    numbers = {ref.number for ref in parsed if ref.number is not None}
+    numbered = select(_version.c.id).where(_version.c.number.in_(wanted_ids(connection, numbers)))
+    found = {v.number: v for v in load_versions(connection, numbered, limit=None)}
+    going: dict[int, Version] = {}
+    for text, ref in zip(given, parsed, strict=True):
+        plain = None if ref.up or ref.step is not None else ref.number
+        version = found.get(plain or 0) or resolve(connection, text)
+        going[version.number] = version
+    return [going[number] for number in sorted(going)]
+
+
+def _expire(connection: Connection, going: Sequence[Version], *, at: datetime) -> Select[Any]:
+    """Mark versions as expired; return a query of their ids."""
+    numbers = wanted_ids(connection, [version.number for version in going])
+    ids = connection.scalars(
+        update(_version)
+        .where(_version.c.number.in_(numbers))
+        .values(status="expired", expired_at=at)
+        .returning(_version.c.id)
+    ).all()
+    return wanted_ids(connection, ids)
+
+
+def _drop(connection: Connection, ids: Select[Any]) -> None:
+    """Take the entries and plans of expired versions away, for good."""
+    entry = schema.entry
+    connection.execute(delete(entry).where(entry.c.version.in_(ids)))
+    connection.execute(update(_version).where(_version.c.id.in_(ids)).values(plan=None, stale=None))
+
+
+def _record(
+    connection: Connection,
+    kind: str,
+    going: Iterable[Version],
+    detail: Mapping[str, Any],
+    *,
+    author: str,
+    at: datetime,
+) -> None:
+    versions = sorted(going, key=lambda version: version.number)
+    change = Change(
+        kind,
+        _ranges([version.number for version in versions]),
+        None,
+        None,
+        {"versions": [version.uid for version in versions], **detail},
+    )
+    append_operations(connection, take_operations(connection), [change], author=author, at=at)
+
+
+def _nearest_ancestor(connection: Connection, version: int) -> tuple[int, int] | None:
+    """Return the id and the number of the nearest ancestor that is visible, or None."""
+    up = ancestors(version)
+    row = connection.execute(
+        select(_version.c.id, _version.c.number)
+        .join(up, up.c.id == _version.c.id)
+        .where(is_visible())
+        .order_by(up.c.depth)
+        .limit(1)
+    ).one_or_none()
+    return None if row is None else (row.id, row.number)
+
+
+def _apply(connection: Connection, moves: Iterable[_Move]) -> None:
+    """Delete refs, and move those that stay."""
+    ref = schema.ref
+    for move in moves:
+        mine = ref.c.name == move.ref.name
+        if move.to is None:
+            connection.execute(delete(ref).where(mine))
+        else:
+            connection.execute(update(ref).where(mine).values(version=move.to[0]))
+
+
+def _told(connection: Connection, moves: Iterable[_Move]) -> list[dict[str, Any]]:
+    """Return moves as the journal has them: versions by uid and number."""
+    moves = list(moves)
+    ids = {move.ref.id for move in moves} | {move.to[0] for move in moves if move.to is not None}
+    rows = connection.execute(
+        select(_version.c.id, _version.c.uid, _version.c.number).where(
+            _version.c.id.in_(wanted_ids(connection, ids))
+        )
+    )
+    named = {row.id: {"uid": row.uid, "version": row.number} for row in rows}
+    return [
+        {
+            "name": move.ref.name,
+            "kind": move.ref.kind,
+            "old": named[move.ref.id],
+            "new": None if move.to is None else named[move.to[0]],
+        }
+        for move in moves
+    ]
+
+
+def _protected(tags: Sequence[RefRow]) -> InvalidInputError:
+    """Return the error for versions that are tagged."""
+    listed = ", ".join(f"v{ref.number} ({ref.name})" for ref in tags[:_SHOWN])
+    more = f" and {len(tags) - _SHOWN} more" if len(tags) > _SHOWN else ""
+    return InvalidInputError(
+        f"tagged versions are not forgotten: {listed}{more}. Nothing was changed. Move or delete "
+        "the tags first ('dcpstore tag --move', 'dcpstore tag --delete'), or give force=True "
+        "(--force), which deletes them too."
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return numbers for people: `v1-v3,v5`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(f"v{number}" for number in run) for run in runs)

@@ -1,0 +1,175 @@
+"""A version as its save would hand it over: for manifests written anew, and for copies."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable
+
+from sqlalchemy import Connection, select, update
+
+from dcpstore.catalog.db.key_lists import wanted_ids
+from dcpstore.catalog.read.entries import load_entries, load_plan
+from dcpstore.catalog.read.versions import ancestors, id_of_number, load_versions
+from dcpstore.catalog.schema import tables as schema
+from dcpstore.errors import CorruptionError
+from dcpstore.records import (
+    NewChunk,
+    NewEntry,
+    NewTensor,
+    PackRecord,
+    TensorRecord,
+    VersionContent,
+    VersionDraft,
+)
+
+__all__ = ["clear_stale", "lineage", "load_content", "mark_version_stale", "stale_versions"]
+
+_version = schema.version
+
+
+def load_content(connection: Connection, number: int) -> tuple[VersionDraft, VersionContent]:
+    """Return a committed version whole: every tensor with all its chunks, as they lie now.
+
+    Raises:
+        NotFoundError: there is no such version, or it was expired.
+        CorruptionError: the catalog lacks some of its chunks.
+    """
+    version_id = id_of_number(connection, number)
+    row = connection.execute(select(_version).where(_version.c.id == version_id)).one()
+    (version,) = load_versions(
+        connection, select(_version.c.id).where(_version.c.id == version_id), limit=1
+    )
+    entries = load_entries(connection, number, None)
+    tensors = {e.tensor.id: e.tensor for e in entries if e.tensor is not None}
+    chunks = _chunks(connection, version_id)
+    pack = schema.pack
+    packs = connection.execute(
+        select(pack.c.key, pack.c.nbytes)
+        .where(pack.c.version == version_id, pack.c.status == "live")
+        .order_by(pack.c.id)
+    )
+    draft = VersionDraft(
+        uid=version.uid,
+        branch=version.branch,
+        parent=version.parent,
+        step=version.step,
+        message=version.message,
+        tags=version.tags,
+        metrics=version.metrics,
+        labels=version.labels,
+        author=version.author,
+        host=row.host,
+        ranks=version.ranks,
+    )
+    content = VersionContent(
+        entries=[
+            NewEntry(
+                entry.fqn,
+                entry.path,
+                entry.kind,
+                None if entry.tensor is None else entry.tensor.digest,
+                entry.value,
+            )
+            for entry in entries
+        ],
+        tensors=[_new(tensor, chunks.get(tensor.id, [])) for tensor in tensors.values()],
+        packs=[PackRecord(*found) for found in packs],
+        plan=load_plan(connection, number),
+        nbytes=version.nbytes,
+        nbytes_written=version.nbytes_written,
+        nbytes_reused=version.nbytes_reused,
+        seconds=version.seconds,
+        created_at=version.created_at,
+        aliases=_aliases(connection, tensors.values()),
+        planner_data=row.planner_data,
+    )
+    return draft, content
+
+
+def stale_versions(connection: Connection) -> dict[int, str]:
+    """Return the numbers of versions whose manifest names places of the past, each with a mark."""
+    rows = connection.execute(
+        select(_version.c.number, _version.c.stale)
+        .where(_version.c.stale.is_not(None), _version.c.status == "committed")
+        .order_by(_version.c.number)
+    )
+    return {row.number: row.stale for row in rows}
+
+
+def clear_stale(connection: Connection, number: int, mark: str) -> bool:
+    """Note that a manifest was written anew; False if chunks moved again since `mark` was read.
+
+    It is stale then, whoever wrote it since: what was written here may have come last.
+    """
+    done = connection.execute(
+        update(_version)
+        .where(_version.c.number == number, _version.c.stale == mark)
+        .values(stale=None)
+        .returning(_version.c.id)
+    ).all()
+    if not done:
+        mark_version_stale(connection, number)
+    return bool(done)
+
+
+def mark_version_stale(connection: Connection, number: int) -> None:
+    """Note that the manifest of a version is to be written anew."""
+    connection.execute(
+        update(_version)
+        .where(_version.c.number == number, _version.c.status == "committed")
+        .values(stale=secrets.token_hex(8))
+    )
+
+
+def lineage(connection: Connection, number: int) -> list[str]:
+    """Return the uids of the ancestors of a version, the parent first, expired ones included."""
+    up = ancestors(id_of_number(connection, number))
+    rows = connection.scalars(
+        select(_version.c.uid)
+        .join(up, up.c.id == _version.c.id)
+        .where(up.c.depth > 0)
+        .order_by(up.c.depth)
+    )
+    return list(rows)
+
+
+def _new(tensor: TensorRecord, chunks: list[NewChunk]) -> NewTensor:
+    if len(chunks) != sum(part.size for part in tensor.parts):
+        raise CorruptionError(
+            f"the catalog lacks chunks of the tensor {tensor.digest}; run 'dcpstore verify'."
+        )
+    return NewTensor(
+        digest=tensor.digest,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        codec=tensor.codec,
+        nbytes=tensor.nbytes,
+        parts=tensor.parts,
+        chunks=chunks,
+    )
+
+
+def _aliases(connection: Connection, tensors: Iterable[TensorRecord]) -> dict[str, str]:
+    alias = schema.alias
+    digests = {tensor.id: tensor.digest for tensor in tensors}
+    rows = connection.execute(
+        select(alias).where(alias.c.tensor.in_(wanted_ids(connection, digests.keys())))
+    )
+    return {row.digest: digests[row.tensor] for row in rows}
+
+
+def _chunks(connection: Connection, version_id: int) -> dict[int, list[NewChunk]]:
+    """Return the chunks of every tensor of a version, in order of (part, ordinal)."""
+    chunk, pack, entry = schema.chunk, schema.pack, schema.entry
+    held = select(entry.c.tensor).where(entry.c.version == version_id, entry.c.tensor.is_not(None))
+    found: dict[int, list[NewChunk]] = {}
+    for row in connection.execute(
+        select(chunk, pack.c.key)
+        .join(pack, pack.c.id == chunk.c.pack)
+        .where(chunk.c.tensor.in_(held))
+        .order_by(chunk.c.tensor, chunk.c.part, chunk.c.ordinal)
+    ):
+        found.setdefault(row.tensor, []).append(
+            NewChunk(row.part, row.ordinal, row.digest, row.key, row.offset, row.length)
+        )
+    return found

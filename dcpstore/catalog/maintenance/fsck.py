@@ -1,0 +1,251 @@
+"""What the catalog itself can tell of damage, and what a look at the packs has to be told.
+
+Reads only, but for the marks that a look at a pack leaves: a damaged pack is never reused by a
+save, so that saving a content again heals it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import NamedTuple
+
+from sqlalchemy import Connection, Select, func, or_, select, update
+
+from dcpstore.catalog.db.key_lists import wanted_ids
+from dcpstore.catalog.schema import tables as schema
+from dcpstore.geometry.grids import Grid
+
+__all__ = [
+    "Fault",
+    "PackState",
+    "PackedChunk",
+    "Reached",
+    "begin_verify",
+    "end_verify",
+    "inspect",
+    "list_packs",
+    "mark_pack",
+    "packed_chunks",
+    "reached",
+    "reached_by_tensor",
+]
+
+_version, _pack, _chunk = schema.version, schema.pack, schema.chunk
+_SHOWN = 20  # faults of one kind that are told
+
+
+class Fault(NamedTuple):
+    """A rule of the catalog that is broken; `tensor` is the id of what it concerns, if it does."""
+
+    text: str
+    tensor: int | None = None
+
+
+class PackState(NamedTuple):
+    """A live pack, and what the last looks at it found."""
+
+    key: str
+    nbytes: int
+    verified_at: datetime | None
+    damage: str | None
+
+
+class PackedChunk(NamedTuple):
+    """One place in a pack, with all that checking its bytes takes; `dtype` is torch's name."""
+
+    offset: int
+    length: int
+    digest: bytes
+    codec: str
+    dtype: str
+    chunk_shape: tuple[int, ...]
+    tensor: int
+    part: int
+    ordinal: int
+
+
+class Reached(NamedTuple):
+    """An entry of a committed version that some stored bytes belong to."""
+
+    version: int
+    fqn: str
+    tensor: int
+
+
+def inspect(connection: Connection) -> list[Fault]:
+    """Return what breaks the rules of the catalog; nothing in a sound one."""
+    return [
+        *_database_faults(connection),
+        *_ref_faults(connection),
+        *_number_faults(connection),
+        *_pack_faults(connection),
+        *_tensor_faults(connection),
+    ]
+
+
+def list_packs(connection: Connection) -> list[PackState]:
+    """Return the live packs, by key."""
+    rows = connection.execute(
+        select(_pack.c.key, _pack.c.nbytes, _pack.c.verified_at, _pack.c.damage)
+        .where(_pack.c.status == "live")
+        .order_by(_pack.c.key)
+    )
+    return [PackState(*row) for row in rows]
+
+
+def packed_chunks(connection: Connection, key: str) -> list[PackedChunk]:
+    """Return the chunks that lie in a pack, by offset; a place that many share comes once."""
+    tensor, part = schema.tensor, schema.part
+    rows = connection.execute(
+        select(
+            _chunk.c.offset,
+            _chunk.c.length,
+            _chunk.c.digest,
+            tensor.c.codec,
+            tensor.c.dtype,
+            part.c.chunk_shape,
+            _chunk.c.tensor,
+            _chunk.c.part,
+            _chunk.c.ordinal,
+        )
+        .join(_pack, _pack.c.id == _chunk.c.pack)
+        .join(tensor, tensor.c.id == _chunk.c.tensor)
+        .join(part, (part.c.tensor == _chunk.c.tensor) & (part.c.part == _chunk.c.part))
+        .where(_pack.c.key == key)
+        .order_by(_chunk.c.offset, _chunk.c.tensor, _chunk.c.part, _chunk.c.ordinal)
+    )
+    places: dict[tuple[int, int, bytes], PackedChunk] = {}
+    for row in rows:
+        chunk = PackedChunk(*row)
+        places.setdefault(chunk[:3], chunk)
+    return list(places.values())
+
+
+def reached(connection: Connection, key: str, offsets: Sequence[int] | None) -> list[Reached]:
+    """Return the entries that have chunks in a pack, at `offsets` or, with None, anywhere."""
+    held = (
+        select(_chunk.c.tensor)
+        .join(_pack, _pack.c.id == _chunk.c.pack)
+        .where(_pack.c.key == key)
+        .distinct()
+    )
+    if offsets is not None:
+        held = held.where(_chunk.c.offset.in_(wanted_ids(connection, offsets)))
+    return _holders(connection, held)
+
+
+def reached_by_tensor(connection: Connection, tensor: int) -> list[Reached]:
+    """Return the entries that have a tensor."""
+    return _holders(connection, select(schema.tensor.c.id).where(schema.tensor.c.id == tensor))
+
+
+def mark_pack(
+    connection: Connection, key: str, *, damage: str | None, verified_at: datetime | None
+) -> None:
+    """Note what was found of a pack; without `verified_at` the time of the last deep look stays."""
+    seen = {} if verified_at is None else {"verified_at": verified_at}
+    connection.execute(update(_pack).where(_pack.c.key == key).values(damage=damage, **seen))
+
+
+def begin_verify(connection: Connection, *, resume: bool, now: datetime) -> datetime:
+    """Return when the deep verify began that `resume` goes on with; else begin one now."""
+    began: datetime | None = connection.scalar(select(schema.repository.c.verify_began_at))
+    if resume and began is not None:
+        return began
+    connection.execute(update(schema.repository).values(verify_began_at=now))
+    return now
+
+
+def end_verify(connection: Connection) -> None:
+    """Note that every pack was looked at."""
+    connection.execute(update(schema.repository).values(verify_began_at=None))
+
+
+def _holders(connection: Connection, tensors: Select[tuple[int]]) -> list[Reached]:
+    entry = schema.entry
+    rows = connection.execute(
+        select(_version.c.number, entry.c.fqn, entry.c.tensor)
+        .join(_version, _version.c.id == entry.c.version)
+        .where(entry.c.tensor.in_(tensors), _version.c.status == "committed")
+        .order_by(_version.c.number, entry.c.fqn)
+    )
+    return [Reached(*row) for row in rows]
+
+
+def _database_faults(connection: Connection) -> Iterator[Fault]:
+    """Yield what SQLite finds wrong with its file; Postgres keeps its own constraints."""
+    if connection.dialect.name != "sqlite":
+        return
+    for (text,) in connection.exec_driver_sql(f"PRAGMA quick_check({_SHOWN})"):
+        if text != "ok":
+            yield Fault(f"the database file is damaged: {text}")
+    for row in list(connection.exec_driver_sql("PRAGMA foreign_key_check"))[:_SHOWN]:
+        yield Fault(f"a row of {row[0]} names one of {row[2]} that is not there")
+
+
+def _ref_faults(connection: Connection) -> Iterator[Fault]:
+    ref = schema.ref
+    for row in connection.execute(
+        select(ref.c.kind, ref.c.name, _version.c.status)
+        .join(_version, _version.c.id == ref.c.version)
+        .where(_version.c.status != "committed")
+        .order_by(ref.c.name)
+    ):
+        yield Fault(f"the {row.kind} {row.name!r} names a version that is {row.status}")
+
+
+def _number_faults(connection: Connection) -> Iterator[Fault]:
+    repository = connection.execute(select(schema.repository)).one()
+    for table, column, last in (
+        ("operations", schema.operation.c.number, repository.last_operation),
+        ("versions", _version.c.number, repository.last_version),
+    ):
+        count, most = connection.execute(select(func.count(column), func.max(column))).one()
+        if (count, most or 0) != (last, last):
+            yield Fault(f"there are {count} numbered {table}, up to {most}, and {last} were made")
+
+
+def _pack_faults(connection: Connection) -> Iterator[Fault]:
+    rows = connection.execute(
+        select(_pack.c.key, _pack.c.status, func.count().label("chunks"))
+        .join(_chunk, _chunk.c.pack == _pack.c.id)
+        .where(
+            or_(
+                _pack.c.status != "live",
+                _chunk.c.offset < 0,
+                _chunk.c.offset + _chunk.c.length > _pack.c.nbytes,
+            )
+        )
+        .group_by(_pack.c.key, _pack.c.status)
+        .order_by(_pack.c.key)
+        .limit(_SHOWN)
+    )
+    for row in rows:
+        yield Fault(f"{row.chunks} chunks lie outside of, or in no live, pack {row.key!r}")
+
+
+def _tensor_faults(connection: Connection) -> Iterator[Fault]:
+    """Yield the tensors whose chunks are not as many as their grids have cells."""
+    part = schema.part
+    counted = (
+        select(_chunk.c.tensor, _chunk.c.part, func.count().label("chunks"))
+        .group_by(_chunk.c.tensor, _chunk.c.part)
+        .subquery()
+    )
+    rows = connection.execute(
+        select(part, func.coalesce(counted.c.chunks, 0).label("chunks")).outerjoin(
+            counted, (counted.c.tensor == part.c.tensor) & (counted.c.part == part.c.part)
+        )
+    )
+    for row in rows:
+        if len(row.shape) != len(row.chunk_shape) or 0 in row.chunk_shape:
+            text = f"part {row.part} of tensor {row.tensor} has chunks of {row.chunk_shape}"
+            yield Fault(text, row.tensor)
+            continue
+        cells = Grid(row.offsets, row.shape, row.chunk_shape).size
+        if cells != row.chunks:
+            yield Fault(
+                f"part {row.part} of tensor {row.tensor} has {row.chunks} chunks of {cells}",
+                row.tensor,
+            )

@@ -1,0 +1,215 @@
+"""Which versions are kept: a union of rules, and what is kept whatever the rules say.
+
+Invariant: a branch tip, a tagged version and the newest version never expire.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+
+from dcpstore.catalog import Catalog
+from dcpstore.catalog.validation import check_text
+from dcpstore.core.durations import as_duration, in_utc
+from dcpstore.errors import DcpstoreError, InvalidInputError, NotFoundError
+from dcpstore.records import RefRecord, Version
+
+__all__ = ["ExpireReport", "Retention", "Verdict", "expire", "retain"]
+
+_log = logging.getLogger(__name__)
+
+Best = tuple[str, int] | tuple[str, int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Rules by which versions are kept: one that any rule keeps stays.
+
+    Args:
+        keep_last: so many newest versions of each branch that versions were saved to.
+        keep_every: versions whose step is a multiple of this.
+        keep_best: `("val_loss", 3)` keeps the three versions with the smallest val_loss, and
+            `("accuracy", 3, "max")` those with the largest.
+        keep_tagged: tagged versions. They stay by any rules; this says that no other rule is meant.
+        keep_since: versions made since a time, or within a span such as `"7d"`.
+
+    Raises:
+        InvalidInputError: there is no rule, or one that cannot be meant.
+    """
+
+    keep_last: int | None = None
+    keep_every: int | None = None
+    keep_best: Best | None = None
+    keep_tagged: bool = False
+    keep_since: datetime | timedelta | str | None = None
+
+    def __post_init__(self) -> None:
+        if not any(asdict(self).values()) and self.keep_since is None:
+            raise InvalidInputError(
+                "no rule says which versions to keep; give one, such as keep_last=5 "
+                "(--keep-last 5)."
+            )
+        for name in ("keep_last", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise InvalidInputError(f"{name} is {value!r}; give a whole number from 1.")
+        self._check_best()
+        if self.keep_since is not None:
+            _since(self.keep_since)
+
+    def _check_best(self) -> None:
+        match self.keep_best:
+            case None | (str(), int(), "min" | "max") | (str(), int()):
+                if self.keep_best is None or self.keep_best[1] >= 1:
+                    return
+        raise InvalidInputError(
+            f"keep_best is {self.keep_best!r}; give a metric, how many, and 'min' (the default) or "
+            "'max', such as ('val_loss', 3)."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What becomes of one version: `kept_by` names every reason to keep it; none means it goes."""
+
+    version: Version
+    kept_by: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpireReport:
+    """What expired, or would with `dry_run`: a verdict on each version, oldest first."""
+
+    verdicts: tuple[Verdict, ...]
+    dry_run: bool
+
+    @property
+    def expired(self) -> tuple[int, ...]:
+        """The numbers of the versions that went."""
+        return tuple(v.version.number for v in self.verdicts if not v.kept_by)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The numbers of the versions that stayed."""
+        return tuple(v.version.number for v in self.verdicts if v.kept_by)
+
+
+def expire(
+    catalog: Catalog,
+    rules: Retention,
+    *,
+    author: str,
+    branch: str | None = None,
+    dry_run: bool = False,
+) -> ExpireReport:
+    """Expire the versions that no rule keeps; with `branch`, only among those saved to it.
+
+    Raises:
+        NotFoundError: no version has the metric of `keep_best`, or was saved to `branch`.
+    """
+    verdicts: tuple[Verdict, ...] = ()
+
+    def choose(versions: Sequence[Version], refs: Sequence[RefRecord]) -> Collection[int]:
+        nonlocal verdicts
+        verdicts = _judge(rules, versions, refs, branch=branch)
+        return [v.version.number for v in verdicts if not v.kept_by and not dry_run]
+
+    catalog.upkeep().expire(choose, author=author, rules=_told(rules))
+    return ExpireReport(verdicts, dry_run)
+
+
+def retain(catalog: Catalog, rules: Retention, *, branch: str, author: str) -> None:
+    """Expire after a save to `branch`; a failure is logged, for the save itself is done."""
+    try:
+        expire(catalog, rules, author=author, branch=branch)
+    except DcpstoreError as error:
+        _log.warning("nothing expired after the save to %r: %s", branch, error)
+    except Exception:  # a mistake of ours: no reason to let a save that is done seem to have failed
+        _log.warning("nothing expired after the save to %r", branch, exc_info=True)
+
+
+def _judge(
+    rules: Retention,
+    versions: Sequence[Version],
+    refs: Sequence[RefRecord],
+    *,
+    branch: str | None,
+) -> tuple[Verdict, ...]:
+    reasons: dict[int, list[str]] = {version.number: [] for version in versions}
+    for ref in refs:
+        reasons[ref.version].append(f"{'tag' if ref.kind == 'tag' else 'tip of'} {ref.name}")
+    if versions:
+        reasons[max(reasons)].append("newest")
+    chosen = [version for version in versions if branch in (None, version.branch)]
+    if branch is not None and not chosen:
+        check_text(branch, what="branch")
+        raise NotFoundError.near(
+            "branch with versions",
+            branch,
+            sorted({version.branch for version in versions}),
+            "See 'dcpstore branch' for all of them.",
+        )
+    for number, reason in _kept(rules, chosen):
+        reasons[number].append(reason)
+    return tuple(
+        Verdict(version, tuple(reasons[version.number]))
+        for version in sorted(chosen, key=lambda version: version.number)
+    )
+
+
+def _kept(rules: Retention, versions: Sequence[Version]) -> Iterator[tuple[int, str]]:
+    """Yield each version that a rule keeps, with the rule; `versions` come newest first."""
+    if rules.keep_last is not None:
+        seen: dict[str, int] = {}
+        for version in versions:
+            seen[version.branch] = seen.get(version.branch, 0) + 1
+            if seen[version.branch] <= rules.keep_last:
+                yield version.number, f"last {rules.keep_last} of {version.branch}"
+    if rules.keep_every is not None:
+        for version in versions:
+            if version.step is not None and version.step % rules.keep_every == 0:
+                yield version.number, f"every {rules.keep_every} steps"
+    if rules.keep_best is not None:
+        name, count = rules.keep_best[:2]
+        for number in _best(rules.keep_best, versions)[:count]:
+            yield number, f"best {count} by {name}"
+    if rules.keep_since is not None:
+        since = _since(rules.keep_since)
+        for version in versions:
+            if version.created_at >= since:
+                yield version.number, f"since {since:%Y-%m-%d %H:%M} UTC"
+
+
+def _best(rule: Best, versions: Sequence[Version]) -> list[int]:
+    """Return the numbers of the versions with a metric, the best first; the newer of equals."""
+    name, sign = rule[0], -1.0 if "max" in rule[2:] else 1.0
+    known = {metric for version in versions for metric in version.metrics}
+    if versions and name not in known:
+        raise NotFoundError.near(
+            "metric", name, sorted(known), "Nothing was expired; 'dcpstore show' names metrics."
+        )
+    rated = [
+        (sign * version.metrics[name], -version.number)
+        for version in versions
+        if not math.isnan(version.metrics.get(name, math.nan))
+    ]
+    return [-number for _, number in sorted(rated)]
+
+
+def _since(given: datetime | timedelta | str) -> datetime:
+    if not isinstance(given, datetime):
+        return datetime.now(UTC) - as_duration(given, what="keep_since")
+    if given.tzinfo is None:
+        raise InvalidInputError(f"keep_since {given} has no time zone; give it one, such as UTC.")
+    return in_utc(given, what="keep_since")
+
+
+def _told(rules: Retention) -> dict[str, object]:
+    """Return the rules as JSON, for the operation."""
+    said = {name: value for name, value in asdict(rules).items() if value}
+    if rules.keep_since is not None:
+        said["keep_since"] = _since(rules.keep_since).isoformat()
+    return said

@@ -1,0 +1,1 @@
+"""Questions to the catalog; nothing here writes."""

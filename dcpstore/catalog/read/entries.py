@@ -1,0 +1,288 @@
+"""What two versions hold in common: entries by their tensors, tensors by the digests of chunks.
+
+Tensor contents as records, each with its parts.
+
+What committed versions hold: each question takes the same few queries, whatever their size.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, Select, select
+
+from dcpstore.catalog.db.key_lists import look_up_each, wanted_names, wanted_pairs, wanted_ranges
+from dcpstore.catalog.read.log_filter import LogFilter, filtered
+from dcpstore.catalog.read.versions import ancestors, id_of_number, load_versions
+from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.validation import check_limit
+from dcpstore.errors import CorruptionError, NotFoundError
+from dcpstore.geometry.boxes import Box
+from dcpstore.records import (
+    ChunkRange,
+    EntryRecord,
+    PartRecord,
+    PlanRecord,
+    ShardRecord,
+    StoredChunk,
+    TensorRecord,
+    Version,
+)
+
+__all__ = [
+    "Pair",
+    "SharedChunk",
+    "list_log",
+    "load_both",
+    "load_chunks",
+    "load_entries",
+    "load_plan",
+    "load_planner_data",
+    "load_tensors",
+    "shared_chunks",
+]
+
+
+def load_tensors(connection: Connection, ids: Select[Any]) -> dict[int, TensorRecord]:
+    """Return the tensors whose ids a query selects, by id; two queries, however many they are."""
+    tensor, part = schema.tensor, schema.part
+    parts: dict[int, list[PartRecord]] = {}
+    cut = connection.execute(
+        select(part.c.tensor, part.c.part, part.c.offsets, part.c.shape, part.c.chunk_shape)
+        .where(part.c.tensor.in_(ids))
+        .order_by(part.c.tensor, part.c.part)
+    )
+    for held, number, offsets, shape, chunk_shape in cut.all():  # quicker than one row at a time
+        if 0 in chunk_shape or not len(offsets) == len(shape) == len(chunk_shape):
+            raise CorruptionError(
+                f"the catalog is damaged: part {number} of tensor {held} has chunks of "
+                f"{chunk_shape}; restore it from a backup, or with 'dcpstore rebuild'."
+            )
+        parts.setdefault(held, []).append(PartRecord(offsets, shape, chunk_shape))
+    rows = connection.execute(
+        select(
+            tensor.c.id,
+            tensor.c.digest,
+            tensor.c.dtype,
+            tensor.c.shape,
+            tensor.c.codec,
+            tensor.c.nbytes,
+        ).where(tensor.c.id.in_(ids))
+    )
+    found = {
+        held: TensorRecord(
+            id=held,
+            digest=digest,
+            dtype=dtype,
+            shape=shape,
+            codec=codec,
+            nbytes=nbytes,
+            parts=tuple(parts.get(held, ())),
+        )
+        for held, digest, dtype, shape, codec, nbytes in rows.all()
+    }
+    for record in found.values():
+        if any(len(part.shape) != len(record.shape) for part in record.parts):
+            raise CorruptionError(
+                f"the catalog is damaged: tensor {record.id} has the shape {record.shape}, and its "
+                "parts another number of dimensions; restore it from a backup, or with "
+                "'dcpstore rebuild'."
+            )
+    return found
+
+
+_SHOWN = 10  # unknown FQNs that one message names
+
+
+def list_log(
+    connection: Connection,
+    start: int | None,
+    *,
+    limit: int | None,
+    wanted: LogFilter | None = None,
+) -> list[Version]:
+    """Return versions, newest first: all, or `start` and its ancestors; those `wanted` only.
+
+    Raises:
+        InvalidInputError: `limit` is no number of rows, or `wanted` cannot be meant.
+    """
+    check_limit(limit)
+    if limit == 0:
+        return []
+    ids: Select[Any] | None = None
+    if start is not None:
+        first = id_of_number(connection, start)
+        if limit is not None and wanted is None:
+            near = select(ancestors(first, most=limit - 1).c.id)
+            found = load_versions(connection, near, limit=limit)
+            if len(found) == limit:
+                return found
+            # Some of so few were expired, or there are no more.
+        ids = select(ancestors(first).c.id)
+    if wanted is not None:
+        ids = filtered(connection, ids, wanted)
+    return load_versions(connection, ids, limit=limit)
+
+
+def load_entries(
+    connection: Connection, version: int, fqns: Collection[str] | None
+) -> list[EntryRecord]:
+    """Return the entries of a version, or those of `fqns`, sorted by FQN.
+
+    Raises:
+        NotFoundError: there is no such version, or it lacks some of `fqns`; names all of them.
+    """
+    version_id = id_of_number(connection, version)
+    entry = schema.entry
+    wanted = None if fqns is None else wanted_names(connection, set(fqns))
+    held = select(entry.c.tensor).where(entry.c.version == version_id, entry.c.tensor.is_not(None))
+    tensors = load_tensors(connection, _narrowed(held, wanted))
+    query = select(entry.c.fqn, entry.c.path, entry.c.kind, entry.c.tensor, entry.c.value)
+    query = query.where(entry.c.version == version_id).order_by(entry.c.fqn)
+    rows = connection.execute(_narrowed(query, wanted))
+    found = [
+        EntryRecord(fqn, path, kind, None if held is None else tensors[held], value)
+        for fqn, path, kind, held, value in rows.all()
+    ]
+    if fqns is not None and (missing := set(fqns) - {record.fqn for record in found}):
+        raise _missing(connection, version_id, version, missing)
+    return found
+
+
+def load_chunks(connection: Connection, wanted: Sequence[ChunkRange]) -> list[StoredChunk]:
+    """Return the chunks of these ranges, each once, in the order in which they lie in the packs."""
+    ranges = _merged(wanted)
+    if not ranges:
+        return []
+    chunk, pack = schema.chunk, schema.pack
+    look_up_each(connection)
+    table = wanted_ranges(connection, ranges)
+    rows = connection.execute(
+        select(
+            chunk.c.tensor,
+            chunk.c.part,
+            chunk.c.ordinal,
+            chunk.c.digest,
+            pack.c.key,
+            chunk.c.offset,
+            chunk.c.length,
+        )
+        .select_from(table)
+        .join(
+            chunk,
+            (chunk.c.tensor == table.c.tensor_id)
+            & (chunk.c.part == table.c.part)
+            & chunk.c.ordinal.between(table.c.first, table.c.last),
+        )
+        .join(pack, pack.c.id == chunk.c.pack)
+    )
+    return sorted(map(StoredChunk._make, rows.all()), key=itemgetter(4, 5, 0, 1, 2))
+
+
+def load_planner_data(connection: Connection, version: int) -> str | None:
+    """Return what a custom planner kept with a version, as typed JSON."""
+    text = connection.scalar(
+        select(schema.version.c.planner_data).where(
+            schema.version.c.id == id_of_number(connection, version)
+        )
+    )
+    return None if text is None else str(text)
+
+
+def load_plan(connection: Connection, version: int) -> PlanRecord:
+    """Return the global plan of a version; its shards sorted by FQN and rank."""
+    plan, shard = schema.plan, schema.shard
+    version_id = id_of_number(connection, version)
+    head = connection.execute(
+        select(plan)
+        .join(schema.version, schema.version.c.plan == plan.c.id)
+        .where(schema.version.c.id == version_id)
+    ).one()
+    rows = connection.execute(
+        select(shard)
+        .where(shard.c.plan == head.id)
+        .order_by(shard.c.fqn, shard.c.rank, shard.c.ordinal)
+    )
+    shards = [ShardRecord(row.fqn, row.rank, Box(row.offsets, row.sizes)) for row in rows]
+    return PlanRecord(digest=head.digest, ranks=head.ranks, shards=shards)
+
+
+def _narrowed(query: Select[Any], wanted: Select[Any] | None) -> Select[Any]:
+    """Return a query of entries for the wanted FQNs only."""
+    return query if wanted is None else query.where(schema.entry.c.fqn.in_(wanted))
+
+
+def _missing(
+    connection: Connection, version_id: int, version: int, missing: set[str]
+) -> NotFoundError:
+    entry = schema.entry
+    known = connection.scalars(select(entry.c.fqn).where(entry.c.version == version_id)).all()
+    lines = []
+    for fqn in sorted(missing)[:_SHOWN]:
+        close = difflib.get_close_matches(fqn, known, n=3, cutoff=0.5)
+        hint = f" (did you mean {', '.join(repr(name) for name in close)}?)" if close else ""
+        lines.append(f"  {fqn!r}{hint}")
+    more = f"\n  and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+    return NotFoundError(
+        f"v{version} has no entry for {len(missing)} FQNs:\n"
+        + "\n".join(lines)
+        + more
+        + f"\nSee 'dcpstore ls v{version}' for all of them."
+    )
+
+
+def _merged(ranges: Sequence[ChunkRange]) -> list[ChunkRange]:
+    """Return ranges that hold the same chunks, none of them twice."""
+    merged: list[ChunkRange] = []
+    for tensor_id, part, first, last in sorted(ranges):
+        if merged:
+            before = merged[-1]
+            if (before.tensor_id, before.part) == (tensor_id, part) and first <= before.last + 1:
+                merged[-1] = before._replace(last=max(before.last, last))
+                continue
+        merged.append(ChunkRange(tensor_id, part, first, last))
+    return merged
+
+
+Pair = tuple[int, int]  # ids of tensors cut by the same grids, old and new
+
+
+class SharedChunk(NamedTuple):
+    """A chunk that two tensors hold at the same place."""
+
+    old: int
+    new: int
+    part: int
+    ordinal: int
+
+
+def load_both(
+    connection: Connection, old: int, new: int
+) -> tuple[list[EntryRecord], list[EntryRecord]]:
+    """Return the entries of two versions, as of one moment."""
+    return load_entries(connection, old, None), load_entries(connection, new, None)
+
+
+def shared_chunks(connection: Connection, pairs: Sequence[Pair]) -> list[SharedChunk]:
+    """Return the chunks that each pair has in common, at the same place."""
+    if not pairs:
+        return []
+    look_up_each(connection)
+    wanted = wanted_pairs(connection, pairs)
+    old, new = schema.chunk.alias("old_chunk"), schema.chunk.alias("new_chunk")
+    rows = connection.execute(
+        select(wanted.c.old, wanted.c.new, new.c.part, new.c.ordinal)
+        .select_from(wanted)
+        .join(new, new.c.tensor == wanted.c.new)
+        .join(
+            old,
+            (old.c.tensor == wanted.c.old)
+            & (old.c.part == new.c.part)
+            & (old.c.ordinal == new.c.ordinal)
+            & (old.c.digest == new.c.digest),
+        )
+    )
+    return [SharedChunk(*row) for row in rows]

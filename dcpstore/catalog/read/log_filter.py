@@ -1,0 +1,195 @@
+"""Which versions a log lists, as conditions in SQL; and which version is best by a metric."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+from sqlalchemy import (
+    JSON,
+    ColumnElement,
+    Connection,
+    Select,
+    Text,
+    cast,
+    exists,
+    func,
+    select,
+    type_coerce,
+)
+
+from dcpstore.catalog.read.versions import is_visible, load_versions
+from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.validation import check_labels, check_steps, check_text
+from dcpstore.core.durations import in_utc
+from dcpstore.core.ref_syntax import NAME_CHARACTERS
+from dcpstore.errors import InvalidInputError, NotFoundError
+from dcpstore.records import Version
+
+__all__ = ["LogFilter", "best_version", "filtered"]
+
+_version, _metric, _ref = schema.version, schema.metric, schema.ref
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "=": operator.eq,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+_COMPARISON = re.compile(r"\s*(?P<name>[^<>=!]*[^<>=!\s])\s*(?P<sign>[<>=!]=?)\s*(?P<value>\S+)\s*")
+_GLOB = re.compile(f"[*?{NAME_CHARACTERS}]+")
+
+
+@dataclass(frozen=True, slots=True)
+class LogFilter:
+    """What a version must be to be listed; all that is given must hold.
+
+    Args:
+        where: comparisons of metrics, such as "val_loss<2.5".
+        steps: the first and the last step, either of them None for no end.
+        since, until: when it was saved, both included.
+        labels: what its labels say.
+        tag: a name that a tag of it has, in which * and ? are wild.
+        branch: the branch on which it was saved.
+    """
+
+    where: tuple[str, ...] = ()
+    steps: tuple[int | None, int | None] = (None, None)
+    since: datetime | None = None
+    until: datetime | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    tag: str | None = None
+    branch: str | None = None
+
+
+def filtered(connection: Connection, ids: Select[Any] | None, wanted: LogFilter) -> Select[Any]:
+    """Return a query of the ids of those versions that are `wanted`, of all or of `ids`.
+
+    Raises:
+        InvalidInputError: a comparison, name or pattern that cannot be meant.
+        NotFoundError: no version has such a metric, or was saved on such a branch.
+    """
+    query = select(_version.c.id).where(*_conditions(connection, wanted))
+    return query if ids is None else query.where(_version.c.id.in_(ids))
+
+
+def best_version(
+    connection: Connection, name: str, *, mode: Literal["min", "max"], branch: str | None
+) -> Version:
+    """Return the version with the least or the greatest value of a metric, the earliest of equals.
+
+    Raises:
+        NotFoundError: no version (of the branch) has the metric as a number.
+    """
+    if mode not in ("min", "max"):
+        raise InvalidInputError(f"mode {mode!r} is neither 'min' nor 'max'.")
+    check_text(name, what="metric name")
+    value = _metric.c.value
+    query = (
+        select(_version.c.id)
+        .join(_metric, _metric.c.version == _version.c.id)
+        .where(_metric.c.name == name, value.is_not(None), is_visible())
+        .order_by(value if mode == "min" else value.desc(), _version.c.number)
+        .limit(1)
+    )
+    if branch is not None:
+        query = query.where(_on_branch(connection, branch))
+    found = connection.scalar(query)
+    if found is None:
+        _check_metric(connection, name)
+        where = "" if branch is None else f" on branch {branch!r}"
+        raise NotFoundError(f"no version{where} has a number for the metric {name!r}.")
+    (version,) = load_versions(
+        connection, select(_version.c.id).where(_version.c.id == found), limit=1
+    )
+    return version
+
+
+def _conditions(connection: Connection, wanted: LogFilter) -> Iterator[ColumnElement[bool]]:
+    for text in wanted.where:
+        yield _compares(connection, text)
+    check_steps(wanted.steps)
+    first, last = wanted.steps
+    if first is not None:
+        yield _version.c.step >= first
+    if last is not None:
+        yield _version.c.step <= last
+    if wanted.since is not None:
+        yield _version.c.created_at >= in_utc(wanted.since, what="since")
+    if wanted.until is not None:
+        yield _version.c.created_at <= in_utc(wanted.until, what="until")
+    check_labels(wanted.labels)
+    for name, text in wanted.labels.items():
+        yield _has_label(connection, name, text)
+    if wanted.tag is not None:
+        yield _has_tag(connection, wanted.tag)
+    if wanted.branch is not None:
+        yield _on_branch(connection, wanted.branch)
+
+
+def _compares(connection: Connection, text: str) -> ColumnElement[bool]:
+    match = _COMPARISON.fullmatch(text) if isinstance(text, str) else None
+    try:
+        value = float(match["value"]) if match else None
+    except ValueError:
+        value = None
+    if match is None or value is None or match["sign"] not in _OPERATORS:
+        raise InvalidInputError(
+            f"{text!r} compares no metric; write a name, one of < <= > >= = !=, and a number, "
+            "as in 'val_loss<2.5'."
+        )
+    name = match["name"]
+    check_text(name, what="metric name")
+    _check_metric(connection, name)
+    return exists().where(
+        _metric.c.version == _version.c.id,
+        _metric.c.name == name,
+        _OPERATORS[match["sign"]](_metric.c.value, value),
+    )
+
+
+def _check_metric(connection: Connection, name: str) -> None:
+    """Raise NotFoundError for a metric that no version has."""
+    names = select(_metric.c.name).join(_version, _version.c.id == _metric.c.version)
+    names = names.where(is_visible())
+    if connection.scalar(names.where(_metric.c.name == name).limit(1)) is None:
+        known = connection.scalars(names.distinct()).all()
+        others = f"There are: {', '.join(sorted(known))}." if known else "No version has any."
+        raise NotFoundError.near("metric", name, known, others)
+
+
+def _has_label(connection: Connection, name: str, text: str) -> ColumnElement[bool]:
+    labels = type_coerce(_version.c.labels, Text)
+    if connection.dialect.name == "sqlite":
+        each = func.json_each(labels).table_valued("key", "value", name="label")
+        return select(1).select_from(each).where(each.c.key == name, each.c.value == text).exists()
+    return func.json_extract_path_text(cast(labels, JSON), name) == text
+
+
+def _has_tag(connection: Connection, glob: str) -> ColumnElement[bool]:
+    if not _GLOB.fullmatch(glob):
+        raise InvalidInputError(
+            f"{glob!r} names no tags; write a tag, in which * stands for any characters and ? for "
+            "one."
+        )
+    if connection.dialect.name == "sqlite":
+        fits = _ref.c.name.op("GLOB")(glob)
+    else:
+        wild = re.escape(glob).replace(r"\*", ".*").replace(r"\?", ".")
+        fits = _ref.c.name.op("~")(f"^{wild}$")
+    return exists().where(_ref.c.version == _version.c.id, _ref.c.kind == "tag", fits)
+
+
+def _on_branch(connection: Connection, branch: str) -> ColumnElement[bool]:
+    on_branch = _version.c.branch == branch
+    check_text(branch, what="branch")
+    if not connection.scalar(select(exists().where(on_branch, is_visible()))):
+        known = connection.scalars(select(_version.c.branch).where(is_visible()).distinct()).all()
+        raise NotFoundError.near("branch", branch, known, "See 'dcpstore branch' for all of them.")
+    return on_branch

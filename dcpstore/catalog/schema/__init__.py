@@ -1,0 +1,1 @@
+"""Tables, column types, views, and the life of a schema: created, checked, upgraded."""

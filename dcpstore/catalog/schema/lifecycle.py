@@ -1,0 +1,273 @@
+"""The life of a catalog: created once, refused when its tables are not of today, upgraded.
+
+However many processes open a new database at once, one creates the catalog and all find it whole:
+the look and the creation are one transaction that holds the database's write lock.
+
+Which tables a catalog has, by the id of the last migration that it went through.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import import_module
+from typing import NamedTuple, TypeVar
+
+from sqlalchemy import Connection, func, insert, inspect, select, text
+
+from dcpstore.catalog.db.database import Database
+from dcpstore.catalog.schema import tables as schema
+from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError, SchemaError
+from dcpstore.records import ChunkDefaults, RepositoryRecord
+
+__all__ = [
+    "FORMAT_VERSION",
+    "HEAD",
+    "create_repository",
+    "is_older",
+    "open_repository",
+    "restore_repository",
+    "upgrade_schema",
+]
+
+HEAD = "0001"  # the newest migration; a test holds it against migrations/versions
+
+
+def is_older(revision: str) -> bool:
+    """Tell whether a revision comes before ours: their ids are counted, in four digits."""
+    return revision.isdecimal() and len(revision) == len(HEAD) and revision < HEAD
+
+
+T = TypeVar("T")
+
+FORMAT_VERSION = 1
+_CREATION_LOCK = 0x6463_7073  # any number that is ours: Postgres's key of the advisory lock
+_WAL_SECONDS = 30.0
+
+
+class _Found(NamedTuple):
+    """What lies in a database: nothing, or a catalog at a revision."""
+
+    empty: bool
+    revision: str
+
+
+def open_repository(database: Database, *, data_url: str | None) -> RepositoryRecord:
+    """Return the repository's record.
+
+    Raises:
+        NotFoundError: there is no catalog, or no way to it.
+        InvalidInputError: it has another `data_url`.
+        SchemaError: the database is not ours, or its tables are not of today.
+    """
+    record = None if database.is_missing else database.ask(_find_record, database)
+    if record is None:
+        raise NotFoundError(
+            f"no repository at {database.shown}. Check the path or URL, or create one with "
+            "'dcpstore init'."
+        )
+    kept = record.data_url
+    if database.file is not None and "://" not in kept:
+        kept = str(database.file.parent / kept)
+    if data_url is not None and not _is_same_place(data_url, kept):
+        raise InvalidInputError(
+            f"the repository at {database.shown} keeps its data in {kept!r}, not in {data_url!r}; "
+            "leave data= out. If they were moved there, move them back, or make a catalog for "
+            "where they are now with 'dcpstore rebuild'."
+        )
+    return record
+
+
+def _is_same_place(one: str, other: str) -> bool:
+    """Tell whether two URLs or paths are one, however they are written."""
+    return one == other or (
+        "://" not in one + other and os.path.realpath(one) == os.path.realpath(other)
+    )
+
+
+def create_repository(
+    database: Database,
+    *,
+    data_url: str | None,
+    chunk: ChunkDefaults | None,
+    make_data: Callable[[], object],
+) -> RepositoryRecord:
+    """Create the catalog in an empty database, and return the repository's record.
+
+    `make_data` makes the place of its data. It is called once the database is seen to be there and
+    empty, and before the catalog is: whatever fails leaves no catalog.
+
+    Raises:
+        AlreadyExistsError: there is a catalog, perhaps of a process that was faster.
+        InvalidInputError: `data_url` is missing.
+        SchemaError: the database is not empty, and not ours.
+    """
+    if data_url is None:
+        raise InvalidInputError(
+            f"the new repository at {database.shown} has no place for its data; pass data=, "
+            "a folder or the URL of an object store."
+        )
+    with _creating(database) as connection:
+        existing = _find_record(connection, database)
+        if existing is not None:
+            raise AlreadyExistsError(
+                f"{database.shown} is already a repository ({existing.uid}). Use it as it is, or "
+                "give another place."
+            )
+        make_data()
+        _migrate(connection)
+        now = datetime.now(UTC)
+        _insert_record(
+            connection,
+            RepositoryRecord(
+                uid=uuid.uuid4().hex,
+                format_version=FORMAT_VERSION,
+                data_url=data_url,
+                chunk=chunk or ChunkDefaults(),
+                created_at=now,
+            ),
+        )
+        connection.execute(
+            insert(schema.operation).values(
+                number=1, kind="init", target="", author="", created_at=now
+            )
+        )
+        return _read_record(connection)
+
+
+def restore_repository(
+    database: Database, record: RepositoryRecord, fill: Callable[[Connection], T]
+) -> T:
+    """Create the catalog of a repository that was lost and fill it, in one transaction.
+
+    Raises:
+        AlreadyExistsError: the database is not empty.
+    """
+    with _creating(database) as connection:
+        if inspect(connection).get_table_names():
+            raise AlreadyExistsError(
+                f"the database {database.shown} is not empty, and a rebuild never changes what is "
+                "there. Give it an empty database, or move this one away first."
+            )
+        _migrate(connection)
+        _insert_record(connection, record)
+        return fill(connection)
+
+
+def upgrade_schema(database: Database) -> tuple[str, str]:
+    """Bring an older catalog's tables to those of today; return the revisions before and after.
+
+    Raises:
+        NotFoundError: there is no catalog.
+        SchemaError: the database is not ours, or newer than this dcpstore.
+    """
+    if database.is_missing:
+        raise NotFoundError(f"no repository at {database.shown}. Check the path or URL.")
+    with database.write() as connection:
+        _lock(database, connection)
+        found = _look(database, connection, older_is_fine=True)
+        if found.empty:
+            raise NotFoundError(f"no repository at {database.shown}. Check the path or URL.")
+        if found.revision != HEAD:
+            _migrate(connection)
+        return found.revision, HEAD
+
+
+@contextmanager
+def _creating(database: Database) -> Iterator[Connection]:
+    """Yield a connection in the transaction of whoever may create the catalog: one at a time."""
+    database.may_create_file = True
+    if database.is_sqlite:
+        with database.outside() as driver:
+            _enter_wal(driver)
+    with database.write() as connection:
+        _lock(database, connection)
+        yield connection
+
+
+def _insert_record(connection: Connection, record: RepositoryRecord) -> None:
+    connection.execute(
+        insert(schema.repository).values(
+            id=1,
+            uid=record.uid,
+            format_version=record.format_version,
+            data_url=record.data_url,
+            chunk_nbytes=record.chunk.nbytes,
+            chunk_codec=record.chunk.codec,
+            created_at=record.created_at,
+            last_version=0,
+            last_operation=1,
+            last_journaled=0,
+        )
+    )
+
+
+def _enter_wal(driver: sqlite3.Connection) -> None:
+    """Put the file in WAL mode, which it keeps; SQLite does not wait for others here, so we do."""
+    deadline = time.monotonic() + _WAL_SECONDS
+    while True:
+        try:
+            driver.execute("PRAGMA journal_mode = WAL").fetchone()
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
+
+
+def _lock(database: Database, connection: Connection) -> None:
+    """Wait for everyone who creates or upgrades; on SQLite the transaction has the lock already."""
+    if not database.is_sqlite:
+        connection.execute(select(func.pg_advisory_xact_lock(_CREATION_LOCK)))
+
+
+def _look(database: Database, connection: Connection, *, older_is_fine: bool = False) -> _Found:
+    """Return what lies in the database, or raise SchemaError where we may not use it."""
+    names = set(inspect(connection).get_table_names())
+    if not names:
+        return _Found(True, "")
+    revision = None
+    if {"alembic_version", "repository", "version", "entry"} <= names:
+        revision = connection.scalar(text("SELECT version_num FROM alembic_version"))
+    if revision is None:
+        raise SchemaError(
+            f"{database.shown} is not a dcpstore catalog: it has other tables "
+            f"({', '.join(sorted(names)[:5])}). Give it a database of its own."
+        )
+    if revision == HEAD or (older_is_fine and is_older(revision)):
+        return _Found(False, revision)
+    if is_older(revision):
+        raise SchemaError(
+            f"the catalog {database.shown} is of an older dcpstore (schema {revision}, now "
+            f"{HEAD}). Upgrade it with 'dcpstore db-upgrade --repo {database.shown}'."
+        )
+    raise SchemaError(
+        f"the catalog {database.shown} is of a newer dcpstore (schema {revision}, this one knows "
+        f"{HEAD}); update dcpstore."
+    )
+
+
+def _find_record(connection: Connection, database: Database) -> RepositoryRecord | None:
+    """Return the repository's record, or None in an empty database."""
+    return None if _look(database, connection).empty else _read_record(connection)
+
+
+def _read_record(connection: Connection) -> RepositoryRecord:
+    row = connection.execute(select(schema.repository)).one()
+    return RepositoryRecord(
+        uid=row.uid,
+        format_version=row.format_version,
+        data_url=row.data_url,
+        chunk=ChunkDefaults(nbytes=row.chunk_nbytes, codec=row.chunk_codec),
+        created_at=row.created_at,
+    )
+
+
+def _migrate(connection: Connection) -> None:
+    """Run the migrations, loading them and Alembic only now: opening needs neither."""
+    import_module("dcpstore.catalog.schema.migrate").migrate(connection)

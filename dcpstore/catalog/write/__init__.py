@@ -1,0 +1,1 @@
+"""Mutations of the catalog: saves, refs, annotations, undo; each leaves an operation."""

@@ -1,0 +1,252 @@
+"""The life of a version: begun as pending, then committed in one transaction, or aborted.
+
+A pending version has no number and no ref names it: nobody sees it (invariant 3). Its number, its
+parent, the branch's new tip and its tags are decided while every other mutation waits.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, NoReturn
+
+from sqlalchemy import Connection, Row, insert, select, update
+
+from dcpstore.catalog.read.ancestors import lineage_below
+from dcpstore.catalog.read.versions import id_of_number, load_versions
+from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.validation import can_be_kept, check_draft, check_key, check_text
+from dcpstore.catalog.write.contents import write_content, write_plan
+from dcpstore.catalog.write.lease import forget_progress
+from dcpstore.catalog.write.operations import (
+    Change,
+    append_operations,
+    take_operations,
+    take_version,
+)
+from dcpstore.catalog.write.refs import RefRow, find_refs, taken
+from dcpstore.errors import ConflictError, NotFoundError
+from dcpstore.records import Version, VersionContent, VersionDraft
+
+__all__ = [
+    "abort_save",
+    "begin_save",
+    "commit_save",
+    "find_begun",
+    "find_committed",
+    "insert_pending",
+]
+
+_version = schema.version
+
+
+def begin_save(connection: Connection, draft: VersionDraft) -> bool:
+    """Insert a pending version; return True.
+
+    Raises:
+        InvalidInputError: a name, step, metric or text cannot be kept.
+        AlreadyExistsError: a tag is taken, or the branch's name is a tag.
+        NotFoundError: there is no version `draft.parent`.
+        ConflictError: the branch's tip is not `draft.expect_tip`, or not `draft.parent`.
+    """
+    check_draft(draft)
+    parent = None if draft.parent is None else id_of_number(connection, draft.parent)
+    refs = _free_refs(connection, draft.branch, draft.tags)
+    _check_tip(refs, draft.branch, parent=parent, expect_tip=draft.expect_tip)
+    insert_pending(connection, draft, parent=parent)
+    return True
+
+
+def insert_pending(connection: Connection, draft: VersionDraft, *, parent: int | None) -> None:
+    """Insert a pending version whose draft is checked; `parent` is an id."""
+    now = datetime.now(UTC)
+    pending = connection.execute(
+        insert(_version)
+        .values(
+            uid=draft.uid,
+            status="pending",
+            parent=parent,
+            branch=draft.branch,
+            step=draft.step,
+            message=draft.message,
+            labels=draft.labels,
+            author=draft.author,
+            host=draft.host,
+            ranks=draft.ranks,
+            wanted_tags=draft.tags,
+            expect_tip=draft.expect_tip,
+            started_at=now,
+            touched_at=now,
+        )
+        .returning(_version.c.id)
+    ).scalar_one()
+    if draft.metrics:
+        connection.execute(
+            insert(schema.metric),
+            [
+                {"version": pending, "name": name, "value": float(value)}
+                for name, value in draft.metrics.items()
+            ],
+        )
+
+
+def find_begun(connection: Connection, uid: str) -> bool | None:
+    """Return True where a save of this uid was begun, else None."""
+    known = connection.scalar(select(_version.c.id).where(_version.c.uid == uid))
+    return None if known is None else True
+
+
+def find_committed(connection: Connection, uid: str) -> Version | None:
+    """Return the version of `uid`, once the transaction that was to commit it has ended."""
+    row = _lock_save(connection, uid)  # which that transaction holds
+    if row.number is None:
+        return None
+    (version,) = load_versions(
+        connection, select(_version.c.id).where(_version.c.id == row.id), limit=1
+    )
+    return version
+
+
+def commit_save(connection: Connection, uid: str, content: VersionContent) -> Version:
+    """Make the version of `uid` visible, with all that belongs to it.
+
+    Raises:
+        ConflictError: the branch moved against the save's wish, the save is not pending any more,
+            or what it reuses is condemned or gone.
+        AlreadyExistsError: a tag was taken meanwhile.
+        NotFoundError: no save of this uid was begun.
+    """
+    number = take_version(connection)
+    pending = _pending(connection, uid)
+    tags: list[str] = pending.wanted_tags
+    refs = _free_refs(connection, pending.branch, tags)
+    _check_tip(refs, pending.branch, parent=pending.parent, expect_tip=pending.expect_tip)
+    tip = refs.get(pending.branch)
+    for entry in content.entries:
+        check_key(entry.fqn, what="FQN")
+        if entry.value is not None:
+            check_text(entry.value, what=f"value of {entry.fqn!r}")
+    parent = pending.parent if tip is None else tip.id
+    connection.execute(
+        update(_version)
+        .where(_version.c.id == pending.id)
+        .values(
+            status="committed",
+            number=number,
+            parent=parent,
+            **lineage_below(connection, parent),
+            plan=write_plan(connection, content.plan),
+            planner_data=content.planner_data,
+            nbytes=content.nbytes,
+            nbytes_written=content.nbytes_written,
+            nbytes_reused=content.nbytes_reused,
+            seconds=content.seconds,
+            touched_at=datetime.now(UTC),
+            created_at=content.created_at,
+        )
+    )
+    forget_progress(connection, pending.id)
+    write_content(connection, pending.id, content)
+    _name(connection, pending, tip, tags, at=content.created_at)
+    (version,) = load_versions(
+        connection, select(_version.c.id).where(_version.c.id == pending.id), limit=1
+    )
+    return version
+
+
+def abort_save(connection: Connection, uid: str, error: str) -> None:
+    """Give up a pending version and keep why; a second time does nothing.
+
+    Raises:
+        NotFoundError: no save of this uid was begun.
+        ConflictError: it is committed.
+    """
+    row = _lock_save(connection, uid)
+    if row.status == "aborted":
+        return
+    if row.number is not None:
+        _refuse(row)
+    connection.execute(
+        update(_version)
+        .where(_version.c.id == row.id)
+        .values(
+            status="aborted",
+            error=error if can_be_kept(error) else ascii(error),
+            touched_at=datetime.now(UTC),
+        )
+    )
+    forget_progress(connection, row.id)
+
+
+def _name(
+    connection: Connection, pending: Row[Any], tip: RefRow | None, tags: list[str], *, at: datetime
+) -> None:
+    """Move the branch to the version, tag it, and record both."""
+    ref = schema.ref
+    rows = [{"name": tag, "kind": "tag", "version": pending.id} for tag in tags]
+    if tip is None:
+        rows.append({"name": pending.branch, "kind": "branch", "version": pending.id})
+    else:
+        connection.execute(
+            update(ref).where(ref.c.name == pending.branch).values(version=pending.id)
+        )
+    if rows:
+        connection.execute(insert(ref), rows)
+    changes = [Change("save", pending.branch, None if tip is None else tip.id, pending.id)]
+    first = take_operations(connection, 1 + len(tags))
+    # An undo of the save takes its tags along.
+    changes += [Change("tag", tag, None, pending.id, {"save": first}) for tag in tags]
+    append_operations(connection, first, changes, author=pending.author, at=at)
+
+
+def _lock_save(connection: Connection, uid: str) -> Row[Any]:
+    """Return the row of a save, which nobody else changes until this transaction ends."""
+    row = connection.execute(
+        select(_version).where(_version.c.uid == uid).with_for_update()
+    ).one_or_none()
+    if row is None:
+        raise NotFoundError(f"no save {uid!r} was begun in this repository. Begin it first.")
+    return row
+
+
+def _pending(connection: Connection, uid: str) -> Row[Any]:
+    row = _lock_save(connection, uid)
+    if row.status != "pending":
+        _refuse(row)
+    return row
+
+
+def _refuse(row: Row[Any]) -> NoReturn:
+    what = "aborted" if row.number is None else f"committed as v{row.number}"
+    why = f" ({row.error})" if row.error else ""
+    raise ConflictError(f"the save {row.uid!r} is {what} already{why}. Save again.")
+
+
+def _free_refs(
+    connection: Connection, branch: str, tags: list[str] | tuple[str, ...]
+) -> dict[str, RefRow]:
+    """Return the branch's ref, if it has one; the tags, and the branch as a tag, must be free."""
+    refs = find_refs(connection, [branch, *tags])
+    for tag in tags:
+        if tag in refs:
+            raise taken(refs[tag], wanted="tag")
+    if branch in refs and refs[branch].kind != "branch":
+        raise taken(refs[branch], wanted="branch")
+    return refs
+
+
+def _check_tip(
+    refs: dict[str, RefRow], branch: str, *, parent: int | None, expect_tip: int | None
+) -> None:
+    """Raise ConflictError where the branch is not where the save wants it."""
+    tip = refs.get(branch)
+    now = "has no version yet" if tip is None else f"is at v{tip.number}"
+    if expect_tip is not None and (tip is None or tip.number != expect_tip):
+        raise ConflictError(
+            f"the branch {branch!r} {now}, not at v{expect_tip} as expect_tip says. "
+            "Look at what came in between, then save with the new tip."
+        )
+    if parent is not None and tip is not None and tip.id != parent:
+        raise ConflictError(
+            f"the branch {branch!r} {now}, which is not the parent that was given. Leave parent= "
+            "out to follow the tip, or save to a new branch."
+        )

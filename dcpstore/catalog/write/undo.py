@@ -1,0 +1,208 @@
+"""Undo: the last operation that is not undone is taken back, as an operation of its own.
+
+What an operation says of a ref before and after it is all that an undo needs; the undo is one
+operation for each that it takes back, with both the other way round, so a rebuild follows it as it
+follows any. `detail["undoes"]` is their number, by which the next undo goes further back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, Row, delete, insert, select, update
+
+from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
+from dcpstore.catalog.maintenance.expire import bring_back, may_come_back
+from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.validation import check_text
+from dcpstore.catalog.write.annotations import take_back_labels, take_back_metrics
+from dcpstore.catalog.write.operations import (
+    Change,
+    append_operations,
+    list_operations,
+    take_operations,
+)
+from dcpstore.catalog.write.refs import RefKind, find_refs
+from dcpstore.errors import ConflictError, InvalidInputError, NotFoundError
+from dcpstore.records import Operation
+
+__all__ = ["undo_last"]
+
+_ref, _version, _operation = schema.ref, schema.version, schema.operation
+_BATCH = 100  # operations that are looked at together, newest first
+
+# The kind of ref that an operation changed.
+_OF_REFS: dict[str, RefKind] = {
+    "save": "branch",
+    "rollback": "branch",
+    "branch": "branch",
+    "delete_branch": "branch",
+    "tag": "tag",
+    "delete_tag": "tag",
+    "copy": "branch",
+}
+_OF_VERSIONS = ("metrics", "labels")
+
+
+class _Move(NamedTuple):
+    """A ref to take back: from the version `now`, to `then`; by id, None where there is no ref."""
+
+    name: str
+    kind: RefKind
+    now: int | None
+    then: int | None
+
+
+def undo_last(connection: Connection, *, expect: int | None, author: str) -> Operation:
+    """Take back the last operation that is not undone; return the operation that did so.
+
+    A save goes together with its tags: its version stays, and the branch moves back. What was
+    forgotten comes back with the refs that it had. What expire and gc did cannot be taken back, and
+    is passed over.
+
+    Raises:
+        InvalidInputError: nothing is left to undo, or `expect` is no number.
+        NotFoundError: a version that a ref would go back to was expired, or gc dropped what was
+            forgotten.
+        ConflictError: the operation is not number `expect`, or a ref is not where it put it.
+    """
+    check_text(author, what="author")
+    if expect is not None and type(expect) is not int:
+        raise InvalidInputError(
+            f"expect is {expect!r}; give the number of an operation, as 'dcpstore ops' shows it."
+        )
+    take_operations(connection, 0)
+    rows = _last_not_undone(connection, expect)
+    last = rows[0]
+    if expect is not None and last.number != expect:
+        raise ConflictError(
+            f"the last operation that is not undone is {last.number} ({last.kind} of "
+            f"{last.target!r}), not {expect} as was expected. See 'dcpstore ops'."
+        )
+    if last.kind in _OF_VERSIONS:
+        changes = [_take_back_addition(connection, last)]
+    elif last.kind == "forget":
+        changes = [_remember(connection, last)]
+    else:
+        moves = [_Move(row.target, _OF_REFS[row.kind], row.new, row.old) for row in rows]
+        _check(connection, last, moves)
+        _move(connection, moves)
+        changes = [
+            Change("undo", row.target, row.new, row.old, {"undoes": row.number}) for row in rows
+        ]
+    first = take_operations(connection, len(changes))
+    append_operations(connection, first, changes, author=author, at=datetime.now(UTC))
+    done = list_operations(connection, limit=len(changes))
+    return done[-1]
+
+
+def _last_not_undone(connection: Connection, expect: int | None) -> Sequence[Row[Any]]:
+    """Return the rows of the operation to undo: one, or a save and then its tags.
+
+    What was forgotten for good is passed over only where `expect` names another operation: who
+    wants the versions back must not lose something else instead.
+    """
+    undone: set[int] = set()  # an undo comes after what it undoes, so it is met first
+    parts: list[Row[Any]] = []
+    for row in _newest_first(connection):
+        if row.kind == "undo":
+            undone.add(row.detail["undoes"])
+        elif row.number in undone:
+            continue
+        elif row.kind == "tag" and row.detail is not None:  # of a save, which is met soon
+            parts.append(row)
+        elif (row.kind in _OF_REFS and row.target) or row.kind in _OF_VERSIONS:
+            own = [part for part in parts if part.detail["save"] == row.number]
+            return [row, *reversed(own)]
+        elif row.kind == "forget" and (
+            expect in {None, row.number} or may_come_back(connection, row.detail["versions"])
+        ):
+            return [row]
+    raise InvalidInputError("nothing is left to undo. See 'dcpstore ops' for what was done.")
+
+
+def _newest_first(connection: Connection) -> Iterator[Row[Any]]:
+    before = None
+    while True:
+        query = select(_operation).order_by(_operation.c.number.desc()).limit(_BATCH)
+        if before is not None:
+            query = query.where(_operation.c.number < before)
+        rows = connection.execute(query).all()
+        yield from rows
+        if len(rows) < _BATCH:
+            return
+        before = rows[-1].number
+
+
+def _check(connection: Connection, last: Row[Any], moves: Sequence[_Move]) -> None:
+    """Raise where a ref is not as the operation left it, or cannot go back."""
+    what = f"operation {last.number} ({last.kind} of {last.target!r})"
+    refs = find_refs(connection, [move.name for move in moves])
+    for move in moves:
+        found = refs.get(move.name)
+        here = None if found is None or found.kind != move.kind else found.id
+        if here != move.now or (found is not None and move.now is None):
+            at = "gone" if found is None else f"a {found.kind} at v{found.number}"
+            raise ConflictError(
+                f"cannot undo {what}: {move.name!r} is {at}, not where that operation left it. "
+                "See 'dcpstore ops', and move the ref with 'dcpstore rollback' or 'dcpstore tag'."
+            )
+    targets = [move.then for move in moves if move.then is not None]
+    for row in connection.execute(
+        select(_version.c.number, _version.c.expired_at).where(
+            _version.c.id.in_(wanted_ids(connection, targets)), _version.c.expired_at.is_not(None)
+        )
+    ):
+        raise NotFoundError(
+            f"cannot undo {what}: it would go back to v{row.number}, which was expired on "
+            f"{row.expired_at:%Y-%m-%d at %H:%M} UTC. See 'dcpstore log' for the versions that "
+            "are kept, and move the ref with 'dcpstore rollback --force'."
+        )
+
+
+def _move(connection: Connection, moves: Sequence[_Move]) -> None:
+    for name, kind, now, then in moves:
+        if then is None:
+            connection.execute(delete(_ref).where(_ref.c.name == name))
+        elif now is None:
+            connection.execute(insert(_ref).values(name=name, kind=kind, version=then))
+        else:
+            connection.execute(update(_ref).where(_ref.c.name == name).values(version=then))
+
+
+def _remember(connection: Connection, row: Row[Any]) -> Change:
+    """Bring forgotten versions back, with the refs that they had."""
+    uids, refs = row.detail["versions"], row.detail["refs"]
+    bring_back(connection, uids, what=f"operation {row.number} (forget of {row.target!r})")
+    named = {end["uid"] for ref in refs for end in (ref["old"], ref["new"]) if end is not None}
+    ids: dict[str | None, int] = {
+        found.uid: found.id
+        for found in connection.execute(
+            select(_version.c.uid, _version.c.id).where(
+                _version.c.uid.in_(wanted_names(connection, named))
+            )
+        )
+    }
+    moves = [
+        _Move(
+            ref["name"], ref["kind"], *(end and ids[end["uid"]] for end in (ref["new"], ref["old"]))
+        )
+        for ref in refs
+    ]
+    _check(connection, row, moves)
+    _move(connection, moves)
+    back = [ref | {"old": ref["new"], "new": ref["old"]} for ref in refs]
+    detail = {"undoes": row.number, "versions": uids, "refs": back}
+    return Change("undo", row.target, None, None, detail)
+
+
+def _take_back_addition(connection: Connection, row: Row[Any]) -> Change:
+    names = row.detail["added"]
+    if row.kind == "metrics":
+        take_back_metrics(connection, row.new, names)
+    else:
+        take_back_labels(connection, row.new, names)
+    detail = {"undoes": row.number, "removed": {row.kind: names}}
+    return Change("undo", "", None, row.new, detail)

@@ -1,0 +1,157 @@
+"""`dcpstore ls`: what a version holds, entry by entry.
+
+`dcpstore show`: all that is known of one version, its entries aside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import click
+
+from dcpstore.cli.output import (
+    Column,
+    human_bytes,
+    human_number,
+    human_time,
+    note,
+    print_json,
+    print_pairs,
+    print_table,
+    visible,
+)
+from dcpstore.cli.session import Session, repo_options
+from dcpstore.formats.composition import ComposedEntry, Entry, fold_entries
+from dcpstore.formats.json_fields import value_tree
+from dcpstore.records import EntryRecord, Version
+from dcpstore.repository import matching_entries
+
+__all__ = ["ls", "show"]
+
+
+@click.command()
+@click.argument("ref", required=False)
+@repo_options
+def show(session: Session, ref: str | None) -> None:
+    """Tell all about the version REF; default: the tip of main."""
+    with session.open() as repo:
+        version = repo.show(ref)
+    if session.json:
+        print_json(version)
+    else:
+        print_pairs(_pairs(version))
+
+
+def _pairs(version: Version) -> Iterator[tuple[str, str]]:
+    yield "version", str(version)
+    yield "uid", version.uid
+    yield "parent", "-" if version.parent is None else f"v{version.parent}"
+    yield "branch", version.branch
+    yield "step", "-" if version.step is None else str(version.step)
+    yield "tags", ", ".join(version.tags) or "-"
+    yield "when", human_time(version.created_at, zone=True)
+    yield "author", visible(version.author) or "-"
+    yield "ranks", str(version.ranks)
+    yield (
+        "bytes",
+        f"{human_bytes(version.nbytes)} in all, {human_bytes(version.nbytes_reused)} of them "
+        f"reused; {human_bytes(version.nbytes_written)} written",
+    )
+    seconds = [f"{phase} {value:.2f}" for phase, value in version.seconds.items()]
+    yield "seconds", ", ".join(map(visible, seconds)) or "-"
+    metrics = [f"{visible(name)} {human_number(value)}" for name, value in version.metrics.items()]
+    yield "metrics", "\n".join(metrics) or "-"
+    labels = [f"{visible(name)} {visible(value)}" for name, value in version.labels.items()]
+    yield "labels", "\n".join(labels) or "-"
+    yield "message", version.message or "-"
+
+
+_WILD = frozenset("*?[")  # no ref holds one of these
+_COLUMNS = (
+    Column("FQN"),
+    Column("KIND"),
+    Column("DTYPE"),
+    Column("SHAPE"),
+    Column("BYTES OR VALUE", shrinks=True),
+)
+_LONG = (Column("CHUNKS", right=True), Column("CODEC"), Column("DIGEST"))
+
+
+@click.command()
+@click.argument("args", nargs=-1, metavar="[REF] [GLOB]...")
+@click.option("--long", "-l", is_flag=True, help="Add chunks, codec and content digest.")
+@repo_options
+def ls(session: Session, args: tuple[str, ...], long: bool) -> None:
+    """List the entries of the version REF (default: the tip of main) whose FQN a GLOB matches.
+
+    In a GLOB, * stands for any characters, dots too, and ? for one; a name stands for all that is
+    below it too. A first argument with *, ? or [ is a GLOB. A tensor that is made of tensors is one
+    entry, with its parts below it.
+    """
+    named = bool(args) and not _WILD & set(args[0])
+    ref, globs = (args[0], args[1:]) if named else (None, args)
+    with session.open() as repo:
+        version = repo.show(ref)
+        entries = repo.entries(version.number)
+    chosen = _chosen(fold_entries(entries), globs, where=str(version))
+    if session.json:
+        print_json([_shape(entry) for entry in chosen])
+    elif chosen:
+        columns = (*_COLUMNS[:-1], *_LONG[:2], _COLUMNS[-1], _LONG[2]) if long else _COLUMNS
+        print_table(columns, [row for entry in chosen for row in _rows(entry, long=long)])
+    else:
+        note(f"{version} holds no entries.")
+
+
+def _chosen(entries: Sequence[Entry], globs: Sequence[str], *, where: str) -> list[Entry]:
+    """Return the entries that match any glob; each glob must match one, as in a shell's ls."""
+    found = {one.fqn for glob in globs for one in matching_entries(entries, glob, where=where)}
+    return [one for one in entries if not globs or one.fqn in found]
+
+
+def _shape(entry: Entry) -> dict[str, object]:
+    """Return the fields of an entry, its value as JSON instead of JSON in a text."""
+    if isinstance(entry, ComposedEntry):
+        return {
+            "fqn": entry.fqn,
+            "path": entry.path,
+            "kind": entry.composition.kind,
+            "tensor": None,
+            "value": entry.composition.to_json(),
+            "nbytes": entry.nbytes,
+            "parts": {entry.part_name(part): _shape(part) for part in entry.parts},
+        }
+    return {
+        "fqn": entry.fqn,
+        "path": entry.path,
+        "kind": entry.kind,
+        "tensor": entry.tensor,
+        "value": None if entry.value is None else value_tree(entry.fqn, entry.value),
+    }
+
+
+def _rows(entry: Entry, *, long: bool) -> list[tuple[str, ...]]:
+    """Return the row of an entry; below a composed tensor those of its parts."""
+    if not isinstance(entry, ComposedEntry):
+        return [_row(entry, long=long)]
+    is_a = entry.composition
+    shape = "x".join("*" if n is None else str(n) for n in is_a.shape) or "scalar"
+    head = (entry.fqn, is_a.kind, is_a.dtype, shape, *(("", "") if long else ()))
+    rows = [(*head, human_bytes(entry.nbytes), *(("",) if long else ()))]
+    for part in entry.parts:
+        _, *rest = _row(part, long=long)
+        rows.append((f"  {entry.part_name(part)}", *rest))
+    return rows
+
+
+def _row(entry: EntryRecord, *, long: bool) -> tuple[str, ...]:
+    tensor = entry.tensor
+    if tensor is None:
+        start, end, extra = ("", ""), entry.value or "", ("", "", "")
+    else:
+        shape = "x".join(map(str, tensor.shape)) or "scalar"
+        start, end = (tensor.dtype, shape), human_bytes(tensor.nbytes)
+        extra = (str(sum(part.size for part in tensor.parts)), tensor.codec, tensor.digest)
+    if not long:
+        return (entry.fqn, entry.kind, *start, end)
+    return (entry.fqn, entry.kind, *start, *extra[:2], end, extra[2])

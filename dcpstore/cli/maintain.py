@@ -1,0 +1,332 @@
+"""`dcpstore copy`: versions from one repository to another.
+
+`dcpstore expire` and `dcpstore forget`: let versions go, by rules or by name.
+
+`dcpstore gc`: free the bytes that nothing reaches.
+
+`dcpstore verify`: is everything intact; exit code 3 if not.
+
+`dcpstore rebuild`: a lost catalog comes back from the data folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from datetime import datetime
+
+import click
+
+from dcpstore import repository
+from dcpstore.catalog.maintenance.retention import Best, Verdict
+from dcpstore.cli.exit_codes import DAMAGE
+from dcpstore.cli.output import (
+    Column,
+    counted,
+    human_bytes,
+    human_time,
+    note,
+    print_json,
+    print_pairs,
+    print_table,
+    visible,
+)
+from dcpstore.cli.session import Session, json_option, looking_for_repository, repo_options
+from dcpstore.maintenance.rebuild import rebuild as rebuild_catalog
+from dcpstore.maintenance.verify import Damage, VerifyReport
+
+__all__ = ["copy", "expire", "forget", "gc", "rebuild", "verify"]
+
+_COLUMNS = (
+    Column("VERSION"),
+    Column("BRANCH", shrinks=True),
+    Column("STEP", right=True),
+    Column("WHEN"),
+    Column("KEPT BY", shrinks=True),
+)
+
+
+@click.command()
+@click.option("--keep-last", type=click.IntRange(1), metavar="N", help="The N newest of a branch.")
+@click.option(
+    "--keep-every", type=click.IntRange(1), metavar="N", help="Those whose step is a multiple of N."
+)
+@click.option(
+    "--keep-best",
+    metavar="METRIC:N[:max]",
+    help="The N with the smallest METRIC, or with max the largest.",
+)
+@click.option("--keep-tagged", is_flag=True, help="No other rule: what is tagged stays anyway.")
+@click.option(
+    "--keep-since", metavar="SPAN_OR_TIME", help="Those of the last SPAN (7d, 24h), or since TIME."
+)
+@click.option("--branch", help="Look only at versions that were saved to this branch.")
+@click.option("--dry-run", is_flag=True, help="Change nothing, and say what would expire.")
+@click.option("--explain", is_flag=True, help="List every version with what keeps it.")
+@repo_options
+def expire(
+    session: Session,
+    *,
+    keep_last: int | None,
+    keep_every: int | None,
+    keep_best: str | None,
+    keep_tagged: bool,
+    keep_since: str | None,
+    branch: str | None,
+    dry_run: bool,
+    explain: bool,
+) -> None:
+    """Forget the versions that no rule keeps; gc then frees their bytes.
+
+    Branch tips, tagged versions and the newest version always stay.
+    """
+    with session.open() as repo:
+        report = repo.expire(
+            keep_last=keep_last,
+            keep_every=keep_every,
+            keep_best=None if keep_best is None else _best(keep_best),
+            keep_tagged=keep_tagged,
+            keep_since=None if keep_since is None else _since(keep_since),
+            branch=branch,
+            dry_run=dry_run,
+        )
+    if session.json:
+        print_json([_shape(verdict) for verdict in report.verdicts])
+        return
+    if explain and report.verdicts:
+        print_table(_COLUMNS, map(_row, report.verdicts))
+    what = counted(len(report.expired), "version")
+    click.echo(f"{what} would expire" if dry_run else f"{what} expired")
+
+
+@click.command()
+@click.argument("refs", metavar="REF...", nargs=-1, required=True)
+@click.option("--force", is_flag=True, help="Tagged versions too; their tags are deleted.")
+@click.option("--dry-run", is_flag=True, help="Change nothing, and say what would be forgotten.")
+@repo_options
+def forget(session: Session, refs: tuple[str, ...], force: bool, dry_run: bool) -> None:
+    """Forget the versions REF..., all or none; gc then frees their bytes.
+
+    Until then 'undo' brings them back. A branch whose tip is forgotten moves back to the nearest
+    ancestor that stays.
+    """
+    with session.open() as repo:
+        report = repo.forget(refs, force=force, dry_run=dry_run)
+    if session.json:
+        print_json(report)
+        return
+    would = "would be " if dry_run else ""
+    for version in report.versions:
+        click.echo(f"{version} {would or 'is '}forgotten")
+    for ref in report.deleted:
+        click.echo(f"{ref.kind} {visible(ref.name)} {would or 'is '}deleted; it was v{ref.version}")
+    for ref in report.moved:
+        click.echo(f"{ref.kind} {visible(ref.name)} {would or 'is '}v{ref.version}")
+
+
+def _best(text: str) -> Best:
+    parts = text.rsplit(":", 2)
+    if len(parts) > 1 and parts[-1] in ("min", "max"):
+        *name, count, mode = parts
+    else:
+        *name, count = text.rsplit(":", 1)
+        mode = "min"
+    if not name or not re.fullmatch("[0-9]{1,18}", count):
+        raise click.BadParameter(
+            f"{text!r} is not METRIC:N or METRIC:N:max.", param_hint="--keep-best"
+        )
+    return ":".join(name), int(count), mode
+
+
+def _since(text: str) -> datetime | str:
+    """Return a time, where the text is one; a span is left to the repository."""
+    try:
+        return datetime.fromisoformat(text).astimezone()
+    except (ValueError, OverflowError):
+        return text
+
+
+def _row(verdict: Verdict) -> tuple[str, ...]:
+    version = verdict.version
+    return (
+        str(version),
+        version.branch,
+        "-" if version.step is None else str(version.step),
+        human_time(version.created_at),
+        ", ".join(verdict.kept_by) or "nothing: it goes",
+    )
+
+
+def _shape(verdict: Verdict) -> dict[str, object]:
+    return {
+        "version": verdict.version.number,
+        "uid": verdict.version.uid,
+        "expired": not verdict.kept_by,
+        "kept_by": verdict.kept_by,
+    }
+
+
+@click.command()
+@click.option(
+    "--grace", default="24h", show_default=True, help="How long what is condemned stays readable."
+)
+@click.option(
+    "--lease", default="1h", show_default=True, help="How long a silent save counts as running."
+)
+@click.option("--dry-run", is_flag=True, help="Change nothing, and say what would be freed.")
+@repo_options
+def gc(session: Session, grace: str, lease: str, dry_run: bool) -> None:
+    """Condemn packs that nothing reaches, and delete those whose grace time is over."""
+    with session.open() as repo:
+        report = repo.gc(grace=grace, lease=lease, dry_run=dry_run)
+    if session.json:
+        print_json(report)
+        return
+    shown = [("would free" if dry_run else "freed", human_bytes(report.nbytes_freed))]
+    shown.append(
+        ("deleted", f"{counted(len(report.deleted), 'pack')}, {len(report.cleared)} other objects")
+    )
+    condemned = f"{counted(len(report.condemned), 'pack')}, {human_bytes(report.nbytes_condemned)}"
+    shown.append(("condemned", condemned))
+    shown.append(("repacked", counted(len(report.repacked), "pack")))
+    if report.crashed:
+        shown.append(("crashed", f"{counted(len(report.crashed), 'save')} given up"))
+    if report.unknown:
+        shown.append(("unknown", f"{len(report.unknown)} objects left alone"))
+    print_pairs(shown)
+
+
+_MIB = 1024 * 1024
+_SHOWN = 5  # FQNs and chunks of one damage that are listed
+
+
+@click.command()
+@click.option("--deep", is_flag=True, help="Read every chunk and check its digest.")
+@click.option("--resume", is_flag=True, help="Go on with a --deep that was broken off.")
+@click.option(
+    "--limit-mib",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="N",
+    help="Read at most N MiB a second.",
+)
+@repo_options
+@click.pass_context
+def verify(
+    ctx: click.Context, session: Session, deep: bool, resume: bool, limit_mib: float | None
+) -> None:
+    """Look for damage, and say which versions it touches; exit with 3 if there is any."""
+    with session.open() as repo:
+        limit = None if limit_mib is None else limit_mib * _MIB
+        report = repo.verify(deep=deep, resume=resume, limit=limit)
+    if session.json:
+        print_json(report)
+    else:
+        for line in _lines(report):
+            click.echo(visible(line))
+    if report.damaged:
+        ctx.exit(DAMAGE)
+
+
+def _lines(report: VerifyReport) -> Iterator[str]:
+    for damage in report.damaged:
+        yield from _described(damage)
+    for hurt in report.versions:
+        nearest = "none is intact"
+        if hurt.nearest_intact is not None:
+            nearest = f"the nearest intact version is v{hurt.nearest_intact}"
+        yield f"v{hurt.version} is damaged; {nearest}"
+    read = (
+        f", {counted(report.chunks, 'chunk')} ({human_bytes(report.nbytes_read)})"
+        if report.deep
+        else ""
+    )
+    found = f"{len(report.damaged)} damaged" if report.damaged else "all intact"
+    yield f"{counted(report.packs, 'pack')}, {counted(report.manifests, 'manifest')}{read}: {found}"
+
+
+def _described(damage: Damage) -> Iterator[str]:
+    where = "" if damage.kind == "catalog" else f" {damage.key}"
+    yield f"{damage.kind}{where}: {damage.reason}"
+    if damage.versions:
+        yield f"  versions: {_some([f'v{number}' for number in damage.versions])}"
+    if damage.fqns:
+        yield f"  entries: {_some(damage.fqns)}"
+    for chunk in damage.chunks[:_SHOWN]:
+        yield (
+            f"  chunk {chunk.ordinal} of part {chunk.part} at {chunk.offset}, length "
+            f"{chunk.length}: {chunk.reason}"
+        )
+    if len(damage.chunks) > _SHOWN:
+        yield f"  and {len(damage.chunks) - _SHOWN} more chunks"
+
+
+def _some(names: tuple[str, ...] | list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+@click.command()
+@click.argument("data", metavar="DATA")
+@click.option(
+    "--into",
+    required=True,
+    metavar="PATH_OR_URL",
+    help="Where the catalog is to be: a folder, or an empty database.",
+)
+@json_option
+@click.pass_context
+def rebuild(ctx: click.Context, session: Session, data: str, into: str) -> None:
+    """Make a new catalog for the data folder DATA of a repository whose catalog is lost.
+
+    Exits with 3 if something in the folder is damaged, after restoring the rest.
+    """
+    with looking_for_repository():
+        report = rebuild_catalog(data, into)
+    if session.json:
+        print_json(report)
+    else:
+        for problem in report.problems:
+            note(visible(problem))
+        for uid in report.unfinished:
+            note(f"manifest of {visible(uid)}: no finished operation made it; left out")
+        if report.lost:
+            note(f"lost versions: {', '.join(f'v{number}' for number in report.lost)}")
+        if report.moved_refs:
+            note(f"refs that named them: {visible(', '.join(report.moved_refs))}")
+        count = counted(len(report.versions), "version")
+        click.echo(f"rebuilt {count} from {counted(report.operations, 'operation')}")
+    if report.problems or report.lost:
+        ctx.exit(DAMAGE)
+
+
+@click.command()
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+@click.argument("refs", nargs=-1)
+@json_option
+def copy(session: Session, source: str, target: str, refs: tuple[str, ...]) -> None:
+    """Copy the versions REFS (default: all, with every tag and branch) from SRC to DST.
+
+    DST must be a repository; 'dcpstore init' makes one. Chunks that it holds are not written again.
+    """
+    with looking_for_repository():
+        opened = repository.open(source, create=False)
+    with opened as here:
+        with looking_for_repository():
+            other = repository.open(target, create=False)
+        with other as there:
+            report = here.copy_to(there, list(refs) or None)
+    if session.json:
+        print_json(report)
+        return
+    for old, new in report.copied:
+        click.echo(f"v{old} is v{new} there")
+    if report.present:
+        note(f"there already: {counted(len(report.present), 'version')}")
+    if report.refused:
+        note(f"expired there, and not copied: {', '.join(f'v{n}' for n in report.refused)}")
+    if report.left:
+        left = visible(", ".join(report.left))
+        note(f"refs that mean something else there, and stayed: {left}")
+    written = human_bytes(report.nbytes_written)
+    click.echo(f"copied {counted(len(report.copied), 'version')}, {written} written")

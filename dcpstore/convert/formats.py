@@ -1,0 +1,95 @@
+"""Which format a path is in, and the bridge for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from dcpstore.api import RepositoryLike
+from dcpstore.convert.dcp_folder import import_dcp
+from dcpstore.convert.dcp_metadata import DESCRIPTION
+from dcpstore.convert.safetensors_files import import_safetensors
+from dcpstore.convert.torch_files import import_torch
+from dcpstore.errors import InvalidInputError, NotFoundError
+from dcpstore.records import Version
+
+__all__ = ["import_any"]
+
+
+def import_any(
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    repo: RepositoryLike,
+    *,
+    branch: str = "main",
+    step: int | None = None,
+    tags: Iterable[str] = (),
+    message: str = "",
+    dtype: str | torch.dtype | None = None,
+    tensors_only: bool = False,
+    allow_pickle: bool = False,
+) -> Version:
+    """Save a checkpoint of whichever format as a version.
+
+    Args:
+        path: a DCP folder, a file of `torch.save`, a safetensors file, index or folder; or several
+            safetensors files.
+        repo: a `Repository`, or what `dcpstore.open` takes.
+        branch, step, tags, message: as for `dcpstore.save`.
+        dtype: what floating tensors are converted to, such as "bf16".
+        tensors_only: leave the values out, those too that only code could build.
+        allow_pickle: let a DCP folder or a `torch.save` file run the code that it names.
+
+    Raises:
+        NotFoundError: nothing is there, or nothing that this can import.
+        InvalidInputError: several paths that are not all safetensors; and as the bridges do.
+    """
+    given = [path] if isinstance(path, str | os.PathLike) else list(path)
+    paths = [Path(one) for one in given]
+    naming = {"branch": branch, "message": message}
+    if _is_safetensors(paths):
+        return import_safetensors(
+            paths, repo, step=step, tags=tags, dtype=dtype, tensors_only=tensors_only, **naming
+        )
+    (only,) = paths
+    bridge = import_dcp if only.is_dir() else import_torch
+    return bridge(
+        only,
+        repo,
+        step=step,
+        tags=tags,
+        dtype=dtype,
+        tensors_only=tensors_only,
+        allow_pickle=allow_pickle,
+        **naming,
+    )
+
+
+def _is_safetensors(paths: Sequence[Path]) -> bool:
+    if not paths:
+        raise InvalidInputError("no path is given; give that of a checkpoint.")
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
+        raise NotFoundError(f"nothing is at {missing[0]!r}; give the path of a checkpoint.")
+    safe = [path for path in paths if path.suffix in (".safetensors", ".json") or _holds(path)]
+    if len(safe) == len(paths):
+        return True
+    if len(paths) > 1:
+        (odd, *_) = (path for path in paths if path not in safe)
+        raise InvalidInputError(
+            f"{str(odd)!r} is no safetensors file; only of those several make one version, so "
+            "import it by itself."
+        )
+    if paths[0].is_dir() and not (paths[0] / DESCRIPTION).is_file():
+        raise NotFoundError(
+            f"the folder {str(paths[0])!r} holds neither {DESCRIPTION!r} nor safetensors files; "
+            "give the folder of a checkpoint."
+        )
+    return False
+
+
+def _holds(folder: Path) -> bool:
+    """Tell whether a folder is one of safetensors files, and not of DCP."""
+    return not (folder / DESCRIPTION).is_file() and any(folder.glob("*.safetensors"))

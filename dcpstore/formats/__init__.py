@@ -1,0 +1,1 @@
+"""Whatever is JSON at rest: manifests, journal entries, marks; one definition each."""

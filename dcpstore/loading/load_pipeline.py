@@ -1,0 +1,382 @@
+"""A load from end to end, as all ranks run it together.
+
+The coordinator resolves the ref and reads the entries; each rank takes the state of its objects and
+plans against the entries; all agree that everything fits before any rank touches a tensor; then
+each rank asks the catalog for just its chunks and reads them; when all have, each hands its objects
+their state, and looks whether they hold it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+
+from dcpstore.catalog import Catalog
+from dcpstore.collectives import Collectives, in_step, in_turn
+from dcpstore.core.gc_pause import collector_held
+from dcpstore.core.ids import new_uid
+from dcpstore.core.progress import ProgressBar
+from dcpstore.encoding.values import decode_value
+from dcpstore.errors import InvalidInputError, MismatchError, UnsafeDataError
+from dcpstore.formats.composition import compositions, outer_fqns
+from dcpstore.loading.fill import ItemReads, check_values
+from dcpstore.loading.owner_check import (
+    Expected,
+    compare_owners,
+    expect,
+    left_on_meta,
+    restore_optimizers,
+)
+from dcpstore.loading.shared_memory import check_memory
+from dcpstore.planning.load_planner import DefaultLoadPlanner
+from dcpstore.planning.version_metadata import describe_entries
+from dcpstore.records import EntryRecord, LoadReport, Version
+from dcpstore.state.composed import check_none_composed
+from dcpstore.state.load_options import LoadOptions
+from dcpstore.state.savable import nesting_checked
+from dcpstore.state.stateful import (
+    Template,
+    check_fillable,
+    common_growth,
+    give_state,
+    take_template,
+)
+from dcpstore.storage.interface import Storage
+from dcpstore.storage.packs import PackReader
+
+__all__ = ["LoadSource", "load_version"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSource:
+    """The parts of a repository that a load reads from.
+
+    `location` is what torch's planners are given as `checkpoint_id`.
+    """
+
+    catalog: Catalog
+    storage: Storage
+    location: str | Path
+
+
+@collector_held()
+def load_version(
+    state_dict: MutableMapping[str, Any],
+    open_source: Callable[[], LoadSource],
+    ref: str | int | None,
+    *,
+    ranks: Collectives,
+    make_planner: Callable[[], LoadPlanner],
+    verify: bool,
+    allow_pickle: bool,
+    dry_run: bool = False,
+    init_missing: Callable[[str, torch.Tensor], object] | None = None,
+) -> LoadReport:
+    """Fill `state_dict`, of which this rank holds its part, from the version that `ref` names.
+
+    Every rank of `ranks` calls it with its own state, and gets the same report. `open_source`
+    and `make_planner` are called inside the first exchange, so that all ranks raise their errors.
+
+    Raises:
+        MismatchError: everything that is missing or differs, on any rank; nothing was touched. Or,
+            with a message that says so, what the owners of the state do not hold after the load.
+        NotFoundError: no such version.
+        CorruptionError: stored bytes are damaged.
+        UnsafeDataError: a value is a pickle, and pickle is not allowed; no tensor was touched.
+        RankFailure: some ranks failed.
+    """
+    load = _Load(
+        state_dict,
+        ref,
+        ranks=ranks,
+        verify=verify,
+        allow_pickle=allow_pickle,
+        dry_run=dry_run,
+        init_missing=init_missing,
+    )
+    load.opened = in_step(ranks, "open", lambda: load.open(open_source, make_planner), load.resolve)
+    load.growth = in_step(ranks, "state_dict", load.take_state, common_growth)
+    if dry_run:
+        return in_step(ranks, "plan", load.foretell, load.report)
+    plan = in_turn(ranks, "plan", load.plan, load.planner.create_global_plan)
+    report = in_step(ranks, "read", lambda: load.read(plan), load.report)
+    in_step(ranks, "load_state_dict", load.give, lambda _: None)
+    held = in_step(ranks, "state_dict", load.look, _Held.joined)  # which may be a collective call
+    lost = held.lost
+    if lost:  # what differs from one look to the next, as a clock does, was not lost
+        again = in_step(ranks, "state_dict", load.look, _Held.joined).lost
+        lost = {fqn: text for fqn, text in lost.items() if again.get(fqn) == text}
+    if lost and load.options.strict:
+        raise MismatchError.after_load(lost.values())
+    return replace(report, differences=tuple(lost.values()), unfilled=held.unfilled)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What each rank brings to the first exchange, and must agree on but for its keys."""
+
+    repository: str
+    ref: str | int | None
+    dry_run: bool
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """What all ranks load: a version, its entries, and the sorted keys of all ranks' states.
+
+    `planner_data` is what the save planner kept with the version, as typed JSON, where the load
+    planner may ask for it.
+    """
+
+    version: Version
+    entries: Sequence[EntryRecord]
+    keys: Sequence[str]
+    planner_data: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _RankReport:
+    """What one rank reports of its part of a load."""
+
+    missing: tuple[str, ...] = ()
+    asked: frozenset[str] = frozenset()
+    cast: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
+    chunks: int = 0
+    nbytes: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What owners do not hold after a load, by FQN, and which tensors are still on meta."""
+
+    lost: Mapping[str, str]
+    unfilled: tuple[str, ...]
+
+    @classmethod
+    def joined(cls, ranks: Sequence[_Held]) -> _Held:
+        """Return what all ranks found; the lowest rank speaks for an FQN."""
+        lost = {fqn: one.lost[fqn] for one in reversed(ranks) for fqn in one.lost}
+        return cls({fqn: lost[fqn] for fqn in sorted(lost)}, _joined(one.unfilled for one in ranks))
+
+
+class _Load:
+    """One rank's part of a load, in the order of its methods; each runs inside an exchange."""
+
+    source: LoadSource
+    planner: LoadPlanner
+    options: LoadOptions
+    opened: _Opened
+    growth: Mapping[str, frozenset[str]]  # FQNs that no owner names yet, by the owner's FQN
+
+    def __init__(
+        self,
+        state_dict: MutableMapping[str, Any],
+        ref: str | int | None,
+        *,
+        ranks: Collectives,
+        verify: bool,
+        allow_pickle: bool,
+        dry_run: bool,
+        init_missing: Callable[[str, torch.Tensor], object] | None,
+    ) -> None:
+        self._state_dict = state_dict
+        self._ref = ref
+        self._ranks = ranks
+        self._verify = verify
+        self._allow_pickle = allow_pickle
+        self._dry_run = dry_run
+        self._init_missing = init_missing
+        self._began = time.perf_counter()
+        self._expected: list[Expected] = []
+
+    def open(
+        self, open_source: Callable[[], LoadSource], make_planner: Callable[[], LoadPlanner]
+    ) -> _Request:
+        """Open the repository and make the planner; return what the ranks must agree on."""
+        self.source = open_source()
+        keys = check_fillable(self._state_dict)
+        self.planner = make_planner()
+        # torch's own planners have no options, and cannot do without memory
+        self._is_ours = isinstance(self.planner, DefaultLoadPlanner)
+        self.options = (
+            self.planner.options if isinstance(self.planner, DefaultLoadPlanner) else LoadOptions()
+        )
+        return _Request(self.source.catalog.repository.uid, self._ref, self._dry_run, keys)
+
+    def resolve(self, requests: Sequence[_Request]) -> _Opened:
+        """On the coordinator: read which entries the version has."""
+        _check_agreement(requests)
+        keys = sorted({key for one in requests for key in one.keys})
+        catalog = self.source.catalog
+        with catalog.kept():
+            version = catalog.resolve(self._ref)
+            asks = type(self.planner) is not DefaultLoadPlanner  # which uses no planner data
+            data = catalog.planner_data(version.number) if asks else None
+            return _Opened(version, catalog.entries(version.number), keys, data)
+
+    def take_state(self) -> Mapping[str, frozenset[str]]:
+        """Take the plain state; return the FQNs below each owner that it does not name."""
+        self._by_fqn = {entry.fqn: entry for entry in self.opened.entries}
+        with nesting_checked():
+            self._template = take_template(
+                self._state_dict,
+                self.opened.keys,
+                self.opened.entries,
+                self.options,
+                rank=self._ranks.rank,
+                dry_run=self._dry_run and self._is_ours,
+            )
+        return self._template.growth()
+
+    def plan(self) -> LoadPlan:
+        """Return the read items of this rank, if everything fits."""
+        self._template.take_growth(self.growth, dry_run=self._dry_run and self._is_ours)
+        with nesting_checked():
+            plan = self._fitting_plan(self._template)
+        number = self.opened.version.number
+        if isinstance(self.planner, DefaultLoadPlanner):
+            catalog, storage = self.source.catalog, self.source.storage
+            check_memory(self.planner, self._by_fqn, catalog, storage, version=number)
+        check_values(
+            plan, self.planner, self._by_fqn, version=number, allow_pickle=self._allow_pickle
+        )
+        return plan
+
+    def foretell(self) -> _RankReport:
+        """Return what a load would do; what keeps it from that is among the differences."""
+        try:
+            plan = self.plan()
+        except MismatchError as error:
+            return _RankReport(asked=self._asked(None), differences=error.differences)
+        except UnsafeDataError as error:
+            return _RankReport(asked=self._asked(None), differences=(str(error),))
+        reads = ItemReads(plan, self.planner, self._by_fqn)
+        counts = reads.measure(self.source.catalog, version=self.opened.version.number)
+        return self._reported(plan, *counts)
+
+    def read(self, mine: LoadPlan) -> _RankReport:
+        """Read what this rank's part of the global plan asks for into its tensors."""
+        plan = self.planner.finish_plan(mine)
+        planned = time.perf_counter()
+        with (
+            ProgressBar("load", shown=self._ranks.leads) as bar,
+            closing(PackReader(self.source.storage)) as packs,
+        ):
+            counts = ItemReads(plan, self.planner, self._by_fqn).run(
+                self.source.catalog,
+                packs,
+                bar,
+                version=self.opened.version.number,
+                verify=self._verify,
+                allow_pickle=self._allow_pickle,
+            )
+        if self._init_missing is not None:
+            _initialise(self.planner, self._init_missing)
+        seconds = {"plan": planned - self._began, "read": time.perf_counter() - planned}
+        return replace(self._reported(plan, *counts), seconds=seconds)
+
+    def give(self) -> None:
+        """Hand the owners their state."""
+        self._expected = expect(self._template)
+        give_state(self._state_dict, self._template, rank=self._ranks.rank)
+        restore_optimizers(self._expected)
+
+    def look(self) -> _Held:
+        """Return what the owners do not hold as it was stored."""
+        lost = compare_owners(self._expected, rank=self._ranks.rank)
+        return _Held(lost, tuple(left_on_meta(self._template)))
+
+    def report(self, ranks: Sequence[_RankReport]) -> LoadReport:
+        """On the coordinator: join the reports of all ranks."""
+        asked = frozenset().union(*(one.asked for one in ranks))
+        return LoadReport(
+            version=self.opened.version,
+            missing=_joined(one.missing for one in ranks),
+            unexpected=_unexpected(self.opened.entries, asked),
+            chunks=sum(one.chunks for one in ranks),
+            nbytes_read=sum(one.nbytes for one in ranks),
+            seconds={phase: max(one.seconds[phase] for one in ranks) for phase in ranks[0].seconds},
+            cast=_joined(one.cast for one in ranks),
+            differences=_joined(one.differences for one in ranks),
+        )
+
+    def _fitting_plan(self, template: Template) -> LoadPlan:
+        """Return this rank's plan, if neither the planner nor the template found a difference."""
+        opened = self.opened
+        meta = StorageMeta(self.source.location, opened.version.uid, new_uid())
+        described = describe_entries(opened.entries, meta)
+        if opened.planner_data is not None:
+            data = decode_value(opened.planner_data, allow_pickle=self._allow_pickle)
+            described.planner_data = data
+        if isinstance(self.planner, DefaultLoadPlanner):
+            self.planner.optional = template.optional
+            self.planner.compositions = compositions(opened.entries)
+        else:
+            check_none_composed(template.state)
+        differences = [*template.differences]
+        self.planner.set_up_planner(template.state, described, self._ranks.leads)
+        try:
+            plan = self.planner.create_local_plan()
+        except MismatchError as error:
+            differences += error.differences
+        if differences:
+            raise MismatchError.listing(differences)
+        return plan
+
+    def _reported(self, plan: LoadPlan, chunks: int, nbytes: int) -> _RankReport:
+        return _RankReport(
+            missing=tuple(getattr(self.planner, "missing", ())),
+            asked=self._asked(plan),
+            cast=tuple(getattr(self.planner, "cast", ())),
+            chunks=chunks,
+            nbytes=nbytes,
+        )
+
+    def _asked(self, plan: LoadPlan | None) -> frozenset[str]:
+        """Return the FQNs of the version that this rank asked for, those without elements too."""
+        asked = frozenset(item.storage_index.fqn for item in plan.items) if plan else frozenset()
+        if isinstance(self.planner, DefaultLoadPlanner):
+            return asked | self.planner.stored
+        return asked.union(getattr(self.planner, "state_dict", ()))
+
+
+def _unexpected(entries: Sequence[EntryRecord], asked: frozenset[str]) -> tuple[str, ...]:
+    outer = outer_fqns(entry.fqn for entry in entries)
+    fqns = (entry.fqn for entry in entries if entry.fqn not in asked)
+    return tuple(dict.fromkeys(outer.get(fqn, fqn) for fqn in fqns))
+
+
+def _joined(texts: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    return tuple(sorted({text for some in texts for text in some}))
+
+
+@torch.no_grad()
+def _initialise(planner: LoadPlanner, init_missing: Callable[[str, torch.Tensor], object]) -> None:
+    assert isinstance(planner, DefaultLoadPlanner)
+    planner.give_room(planner.missing)
+    for fqn in planner.missing:
+        tensor = planner.missing_tensor(fqn)
+        if tensor is not None:
+            init_missing(fqn, tensor)
+
+
+def _check_agreement(requests: Sequence[_Request]) -> None:
+    asked = [(one.repository, one.ref, one.dry_run) for one in requests]
+    odd = next((rank for rank, one in enumerate(asked) if one != asked[0]), 0)
+    if odd:
+        raise InvalidInputError(
+            f"rank 0 loads {asked[0][1]!r} of repository {asked[0][0]} (dry_run={asked[0][2]}), "
+            f"rank {odd} {asked[odd][1]!r} of {asked[odd][0]} (dry_run={asked[odd][2]}); pass the "
+            "same ref, repository and dry_run on every rank."
+        )

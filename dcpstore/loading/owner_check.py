@@ -1,0 +1,276 @@
+"""Whether owners hold what they were handed: the last look of a load.
+
+An owner may cast, rename or drop what `load_state_dict` gives it. Invariant: after a load each FQN
+that was asked for is where it belongs with the stored bits, dtype, shape and Python type, or an
+error names it. Tensors that still lie in the memory that was filled cost no comparison.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
+
+from dcpstore.encoding.composed import kind_of, parts_of
+from dcpstore.records import ObjectPath
+from dcpstore.state.optimizers import is_by_number
+from dcpstore.state.overlay import fqn_of
+from dcpstore.state.per_rank import with_own
+from dcpstore.state.stateful import Owner, Template
+from dcpstore.state.targets import is_same_memory
+
+__all__ = ["Expected", "compare_owners", "expect", "left_on_meta", "restore_optimizers"]
+
+_EXACT = frozenset([int, str, bool, type(None)])  # which equal themselves alone
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What an owner is to hold after it was handed its state.
+
+    Attributes:
+        owner: the owner.
+        leaves: the tensors and values that it is handed, by their path below it.
+        ties: which of a module's names are one tensor, where some were on the meta device.
+    """
+
+    owner: Owner
+    leaves: Mapping[ObjectPath, Any]
+    ties: Sequence[frozenset[str]]
+
+
+def expect(template: Template) -> list[Expected]:
+    """Return what each owner is to hold; taken before the owners may change what they get."""
+    return [
+        Expected(owner, dict(_leaves(template.plain(owner))), _ties(owner))
+        for owner in template.owners
+    ]
+
+
+def restore_optimizers(expected: Sequence[Expected]) -> None:
+    """Put the tensors and values that torch's optimizers have cast back as they were stored.
+
+    `Optimizer.load_state_dict` gives all state but `step` the dtype of its parameter, and makes a
+    generator's text of a string.
+    """
+    for one in expected:
+        optimizer = one.owner.owner
+        if not is_by_number(optimizer, one.owner.own) or _has_hooks(optimizer):
+            continue
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for path, leaf in one.leaves.items():
+            if len(path) < 3 or path[0] != "state" or not isinstance(path[1], int):
+                continue
+            if path[1] >= len(parameters):
+                continue
+            _restore(optimizer.state.get(parameters[path[1]]), path[2:], leaf)
+
+
+def compare_owners(expected: Sequence[Expected], *, rank: int) -> dict[str, str]:
+    """Return what owners do not hold as it was stored, by FQN; calls each one's `state_dict()`."""
+    differences: dict[str, str] = {}
+    for one in expected:
+        prefix, kind = one.owner.path, type(one.owner.owner).__name__
+        if _has_hooks(one.owner.owner):  # they change what is loaded, as their author wants it
+            continue
+        found = dict(_leaves(with_own(one.owner.owner.state_dict(), rank)))
+        for path, leaf in one.leaves.items():
+            fqn = fqn_of((*prefix, *map(str, path)))
+            if path not in found:
+                differences[fqn] = f"{fqn!r} is not in what {kind}.state_dict() gives now"
+            elif (reason := _difference(leaf, found[path])) is not None:
+                differences[fqn] = f"{fqn!r} {reason} ({kind})"
+        for names in one.ties:
+            if len({id(tensor) for tensor in _named(one.owner.owner, names)}) > 1:
+                fqn = fqn_of((*prefix, min(names)))
+                shown = ", ".join(sorted(names))
+                differences[fqn] = f"{fqn!r} is no longer tied: {shown} were one tensor ({kind})"
+    return differences
+
+
+def left_on_meta(template: Template) -> Iterator[str]:
+    """Yield the FQNs of modules' tensors that no load asked for and that have no memory.
+
+    They are buffers that are not persistent, and what the options left out.
+    """
+    for one in template.owners:
+        if one.variables:
+            module = one.owner
+            for tensors in (module.named_parameters(), module.named_buffers()):
+                for name, tensor in tensors:
+                    if tensor.is_meta:
+                        yield fqn_of((*one.path, name))
+
+
+def _leaves(value: Any, path: ObjectPath = ()) -> Iterator[tuple[Any, Any]]:
+    """Yield the path and value of each item; keys are the owner's own."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if type(inner) is torch.Tensor or not isinstance(inner, Mapping | list):
+                yield (*path, key), inner
+            else:
+                yield from _leaves(inner, (*path, key))
+    elif isinstance(value, list) and any(isinstance(i, torch.Tensor | Mapping) for i in value):
+        for i, inner in enumerate(value):
+            yield from _leaves(inner, (*path, i))
+    else:
+        yield path, value
+
+
+def _has_hooks(owner: Any) -> bool:
+    return isinstance(owner, torch.optim.Optimizer) and bool(
+        owner._optimizer_load_state_dict_pre_hooks or owner._optimizer_load_state_dict_post_hooks
+    )
+
+
+def _restore(state: Any, path: ObjectPath, leaf: Any) -> None:
+    """Put a leaf back where an optimizer holds another one in its place."""
+    for part in path[:-1]:
+        if not _has(state, part):
+            return
+        state = state[part]
+    if not _has(state, path[-1]):
+        return
+    found = state[path[-1]]
+    if isinstance(leaf, torch.Tensor) and isinstance(found, torch.Tensor):
+        if leaf.dtype != found.dtype:
+            state[path[-1]] = leaf.to(found.device)
+    elif not isinstance(leaf, torch.Tensor | int | float) and _difference(leaf, found) is not None:
+        state[path[-1]] = leaf
+
+
+def _has(container: Any, part: Any) -> bool:
+    if isinstance(container, list):
+        return isinstance(part, int) and part < len(container)
+    return isinstance(container, dict) and part in container
+
+
+def _named(module: torch.nn.Module, names: frozenset[str]) -> Iterator[torch.Tensor]:
+    for tensors in (module.named_parameters, module.named_buffers):
+        for name, tensor in tensors(remove_duplicate=False):
+            if name in names:
+                yield tensor
+
+
+def _ties(owner: Owner) -> list[frozenset[str]]:
+    if not owner.variables:
+        return []
+    names: dict[int, set[str]] = {}
+    for tensors in (owner.owner.named_parameters, owner.owner.named_buffers):
+        for name, tensor in tensors(remove_duplicate=False):
+            names.setdefault(id(tensor), set()).add(name)
+    return [frozenset(several) for several in names.values() if len(several) > 1]
+
+
+def _difference(stored: Any, found: Any) -> str | None:
+    """Return how what an owner holds differs from what it was handed, or None where it is that."""
+    if found is stored or _is_number_as_tensor(stored, found):
+        return None
+    if isinstance(stored, torch.Tensor):
+        return _tensor_difference(stored, found)
+    if type(stored) is not type(found):
+        kinds = type(stored).__name__, type(found).__name__
+        return f"was stored as a {kinds[0]}, and is a {kinds[1]} now"
+    if not _is_equal(stored, found):
+        return f"was stored as {_shown(stored)}, and is {_shown(found)} now"
+    return None
+
+
+def _is_number_as_tensor(stored: Any, found: Any) -> bool:
+    """Tell whether an owner made a tensor of a number, as torch's optimizers do of older states."""
+    if type(stored) not in (int, float) or not isinstance(found, torch.Tensor):
+        return False
+    return found.numel() == 1 and bool(found.item() == stored)
+
+
+def _tensor_difference(stored: torch.Tensor, found: Any) -> str | None:
+    if not isinstance(found, torch.Tensor):
+        return f"was stored as a tensor, and is a {type(found).__name__} now"
+    if _is_plain(stored) and _is_plain(found) and is_same_memory(stored, found):  # nearly always
+        return None
+    kinds = [f"{tensor.dtype} of shape {tuple(tensor.size())}" for tensor in (stored, found)]
+    if kinds[0] != kinds[1]:
+        return f"was stored as {kinds[0]}, and is {kinds[1]} now"
+    if any(_is_lost(a, b) for a, b in zip(_local(stored), _local(found), strict=False)):
+        return "is still on the meta device"
+    if any(_bits_differ(a, b) for a, b in zip(_local(stored), _local(found), strict=False)):
+        return "was stored with other values than it has now"
+    return None
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    is_dense = type(tensor) is torch.Tensor and tensor.layout is torch.strided
+    return is_dense and not tensor.is_meta
+
+
+def _is_lost(stored: torch.Tensor, found: torch.Tensor) -> bool:
+    return found.is_meta and not stored.is_meta
+
+
+def _local(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the plain tensors that this rank holds of a tensor."""
+    if isinstance(tensor, DTensor):
+        return _local(tensor._local_tensor)
+    kind = kind_of(tensor)
+    if kind is not None:
+        parts, _ = parts_of(kind, tensor)
+        return [*parts.values()]
+    if isinstance(tensor, LocalShardsWrapper):
+        return tensor.local_shards()
+    if isinstance(tensor, ShardedTensor):
+        return [shard.tensor for shard in tensor.local_shards()]
+    return [tensor]
+
+
+@torch.no_grad()
+def _bits_differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Tell whether two dense tensors differ; of others nobody here can tell."""
+    is_dense = one.layout is torch.strided and other.layout is torch.strided
+    if not is_dense or one.is_meta or one.shape != other.shape or is_same_memory(one, other):
+        return False
+    a, b = (_bits(tensor) for tensor in (one, other))
+    return not torch.equal(a, b.to(a.device))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    return plain.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    """Tell whether two values of one type are the same; a NaN is the same as another."""
+    if dataclasses.is_dataclass(one):
+        one, other = _fields(one), _fields(other)
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(
+            _difference(inner, other[key]) is None for key, inner in one.items()
+        )
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(
+            (type(a) is type(b) and type(a) in _EXACT and a == b) or _difference(a, b) is None
+            for a, b in zip(one, other, strict=True)
+        )
+    if "__eq__" not in {name for kind in type(one).__mro__[:-1] for name in vars(kind)}:
+        return True  # two objects that nothing tells apart
+    if type(one) in (float, complex):
+        return repr(one) == repr(other)
+    try:
+        equal = one == other
+        return bool(equal.all() if hasattr(equal, "all") else equal)
+    except Exception:  # a class that cannot compare its objects says nothing about them
+        return True
+
+
+def _fields(one: Any) -> dict[str, Any]:
+    return {field.name: getattr(one, field.name, None) for field in dataclasses.fields(one)}
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,1 @@
+"""What may go, what is damaged, and how a lost catalog comes back."""

@@ -1,0 +1,274 @@
+"""Versions copied from one repository to another; what the target holds is not written again.
+
+A version keeps its uid and gets a new number; copying it twice does nothing. Packs are read
+verified, and the manifest is durable before the one transaction that makes the copy visible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+
+from dcpstore.catalog import Catalog
+from dcpstore.catalog.maintenance.fsck import PackedChunk
+from dcpstore.catalog.maintenance.journal_files import write_journal
+from dcpstore.catalog.write.lease import kept_lease
+from dcpstore.core.ids import new_uid
+from dcpstore.core.ref_syntax import parse_ref
+from dcpstore.errors import AlreadyExistsError, ConflictError, CorruptionError, NotFoundError
+from dcpstore.maintenance.rewrite import renew_manifests
+from dcpstore.reading.chunk_reads import check_chunk
+from dcpstore.records import (
+    ChunkPlace,
+    ChunkRange,
+    NewChunk,
+    NewTensor,
+    PackRecord,
+    RefRecord,
+    TensorRecord,
+    Version,
+    VersionContent,
+    VersionDraft,
+)
+from dcpstore.storage.interface import Storage
+from dcpstore.storage.packs import PackReader, PackWriter
+from dcpstore.zarr.documents import write_manifest
+
+__all__ = ["CopyReport", "copy_versions"]
+
+Place = tuple[Catalog, Storage]
+_COLLECTED = "the tensor {} was collected as garbage in the target meanwhile. Copy again."
+
+
+@dataclass(frozen=True, slots=True)
+class CopyReport:
+    """What a copy did: versions by their number here and there.
+
+    `present` were there before, `refused` are versions that the target has expired. `refs` were
+    made or moved, `left` are refs that mean something else in the target, and stayed.
+    """
+
+    copied: tuple[tuple[int, int], ...]
+    present: tuple[tuple[int, int], ...]
+    refused: tuple[int, ...]
+    refs: tuple[str, ...]
+    left: tuple[str, ...]
+    nbytes_written: int
+
+
+def copy_versions(
+    source: Place, target: Place, refs: Sequence[str | int] | None, *, author: str
+) -> CopyReport:
+    """Copy the versions that `refs` name, each alone, or with None all versions and refs.
+
+    Tags and branches among `refs` are made in the target; a branch that is there moves on, if the
+    copied version lies below its tip.
+
+    Raises:
+        NotFoundError: a ref names nothing.
+        CorruptionError: a chunk is damaged; versions before it are copied.
+    """
+    catalog = source[0]
+    if refs is None:
+        versions, named = catalog.log(), catalog.refs()
+    else:
+        versions = [catalog.resolve(ref) for ref in refs]
+        names = {parsed.name for ref in refs if str(parsed := parse_ref(ref)) == parsed.name}
+        named = [ref for ref in catalog.refs() if ref.name in names]
+    chosen = sorted({v.number: v for v in versions}.values(), key=lambda v: v.number)
+    copied, present, refused, nbytes = [], [], [], 0
+    numbers: dict[int, int] = {}
+    for version in chosen:
+        number, status = target[0].upkeep().known_uids([version.uid]).get(version.uid, (0, ""))
+        if status == "expired":
+            refused.append(version.number)
+            continue
+        if status:
+            present.append((version.number, number))
+        else:
+            number, written = _copy(version, source, target)
+            copied.append((version.number, number))
+            nbytes += written
+        numbers[version.number] = number
+    made, left = _copy_refs(named, numbers, target[0], author=author)
+    write_journal(*target)
+    return CopyReport(
+        tuple(copied), tuple(present), tuple(refused), tuple(made), tuple(left), nbytes
+    )
+
+
+def _copy(version: Version, source: Place, target: Place) -> tuple[int, int]:
+    """Copy one version; return its number there, and the bytes that were written."""
+    catalog, storage = target
+    draft, content = source[0].upkeep().content(version.number)
+    lineage = source[0].upkeep().lineage(version.number)
+    known = catalog.upkeep().known_uids(lineage)
+    parent = next((uid for uid in lineage if uid in known), None)
+    # Under a uid of its own until it is committed: packs of a copy that died are then no one's.
+    pending = replace(draft, uid=new_uid(), parent=None, tags=(), expect_tip=None)
+    catalog.upkeep().begin_copy(pending)
+    writer = PackWriter(storage, pending.uid, 0)
+    try:
+        with kept_lease(catalog, pending.uid):
+            places, packs = _write_missing(content, source, target, writer)
+            told = replace(draft, parent=None if parent is None else known[parent][0])
+            made = _commit(
+                pending.uid, told, content, target, parent=parent, places=places, packs=packs
+            )
+    except BaseException as error:
+        catalog.abort(pending.uid, f"{type(error).__name__}: {error}")
+        writer.discard()
+        raise
+    write_journal(catalog, storage)
+    return made.number, sum(pack.nbytes for pack in packs)
+
+
+def _commit(
+    uid: str,
+    draft: VersionDraft,
+    content: VersionContent,
+    target: Place,
+    *,
+    parent: str | None,
+    places: Mapping[tuple[str, bytes], ChunkPlace],
+    packs: Sequence[PackRecord],
+) -> Version:
+    """Write the manifest and commit; once more where chunks moved in between."""
+    catalog, storage = target
+    for attempt in (1, 2):
+        held = _held(content, catalog, places, packs)
+        write_manifest(storage, draft, held, held.records())
+        try:
+            return catalog.upkeep().commit_copy(uid, draft, held, parent=parent)
+        except ConflictError:
+            there = catalog.upkeep().known_uids([draft.uid]).get(draft.uid)
+            if there is not None:  # someone else's copy; its manifest was written over
+                catalog.upkeep().mark_stale(there[0])
+                renew_manifests(catalog, storage)
+                raise
+            if attempt == 2:
+                raise
+    raise AssertionError("the second attempt returns or raises")
+
+
+def _write_missing(
+    content: VersionContent, source: Place, target: Place, writer: PackWriter
+) -> tuple[dict[tuple[str, bytes], ChunkPlace], Sequence[PackRecord]]:
+    """Write the chunks that the target lacks; return the places of all of new tensors."""
+    known = target[0].find_tensors({tensor.digest for tensor in content.tensors})
+    new = [tensor for tensor in content.tensors if tensor.digest not in known]
+    wanted: dict[str, set[bytes]] = {}
+    for tensor in new:
+        wanted.setdefault(tensor.codec, set()).update(chunk.digest for chunk in tensor.chunks)
+    places = {
+        (codec, digest): place
+        for codec, digests in wanted.items()
+        for digest, place in target[0].find_chunks(digests, codec).items()
+    }
+    missing = [(c.pack, c.offset, c, t) for t in new for c in t.chunks]
+    with closing(PackReader(source[1])) as packs:
+        for pack, offset, chunk, tensor in sorted(missing, key=lambda one: one[:2]):
+            if (tensor.codec, chunk.digest) in places:
+                continue
+            encoded = packs.read(pack, offset, chunk.length)
+            try:
+                check_chunk(_described(tensor, chunk), encoded)
+            except CorruptionError as error:
+                raise CorruptionError(
+                    f"pack {pack} at offset {offset}, length {chunk.length}: {error}. 'dcpstore "
+                    "verify --deep' tells what it touches; copy other versions by their refs."
+                ) from error
+            places[tensor.codec, chunk.digest] = writer.append(encoded)
+    return places, writer.finish()
+
+
+def _held(
+    content: VersionContent,
+    catalog: Catalog,
+    places: Mapping[tuple[str, bytes], ChunkPlace],
+    packs: Sequence[PackRecord],
+) -> VersionContent:
+    """Return the content as the target holds it: known tensors as they lie there."""
+    known = catalog.find_tensors({tensor.digest for tensor in content.tensors})
+    stored = {record.digest: record for record in known.values()}
+    tensors = _known_tensors(stored.values(), catalog)
+    for tensor in content.tensors:
+        if tensor.digest not in known:
+            if any((tensor.codec, chunk.digest) not in places for chunk in tensor.chunks):
+                raise ConflictError(_COLLECTED.format(tensor.digest))
+            moved = [
+                NewChunk(c.part, c.ordinal, c.digest, *places[tensor.codec, c.digest])
+                for c in tensor.chunks
+            ]
+            tensors.append(tensor._replace(chunks=moved))
+    entries = [
+        entry
+        if entry.tensor_digest not in known
+        else entry._replace(tensor_digest=known[entry.tensor_digest].digest)
+        for entry in content.entries
+    ]
+    return replace(content, entries=entries, tensors=tensors, packs=packs, aliases={})
+
+
+def _known_tensors(records: Iterable[TensorRecord], catalog: Catalog) -> list[NewTensor]:
+    found = list(records)
+    chunks: dict[int, list[NewChunk]] = {record.id: [] for record in found}
+    ranges = [
+        ChunkRange(record.id, part, 0, grid.size - 1)
+        for record in found
+        for part, grid in enumerate(record.parts)
+        if grid.size
+    ]
+    for chunk in catalog.chunks(ranges):
+        chunks[chunk.tensor_id].append(NewChunk(*chunk[1:]))
+    tensors = [
+        NewTensor(r.digest, r.dtype, r.shape, r.codec, r.nbytes, r.parts, sorted(chunks[r.id]))
+        for r in found
+    ]
+    for tensor in tensors:
+        if len(tensor.chunks) != sum(grid.size for grid in tensor.parts):
+            raise ConflictError(_COLLECTED.format(tensor.digest))
+    return tensors
+
+
+def _described(tensor: NewTensor, chunk: NewChunk) -> PackedChunk:
+    return PackedChunk(
+        offset=chunk.offset,
+        length=chunk.length,
+        digest=chunk.digest,
+        codec=tensor.codec,
+        dtype=tensor.dtype,
+        chunk_shape=tensor.parts[chunk.part].chunk_shape,
+        tensor=0,
+        part=chunk.part,
+        ordinal=chunk.ordinal,
+    )
+
+
+def _copy_refs(
+    refs: Iterable[RefRecord], numbers: Mapping[int, int], catalog: Catalog, *, author: str
+) -> tuple[list[str], list[str]]:
+    """Make or move refs; return those that are as in the source now, and those that stayed."""
+    there = {ref.name: ref for ref in catalog.refs()}
+    made, left = [], []
+    for ref in refs:
+        number, known = numbers.get(ref.version), there.get(ref.name)
+        if number is None:
+            left.append(ref.name)
+        elif known is None:
+            try:
+                make = catalog.tag if ref.kind == "tag" else catalog.branch
+                make(ref.name, number, author=author)
+                made.append(ref.name)
+            except (AlreadyExistsError, NotFoundError):  # someone was faster
+                left.append(ref.name)
+        elif known == RefRecord(ref.name, ref.kind, number):
+            continue
+        elif known.kind == ref.kind == "branch" and catalog.upkeep().advance_branch(
+            ref.name, number, author=author
+        ):
+            made.append(ref.name)
+        else:
+            left.append(ref.name)
+    return made, left

@@ -1,0 +1,231 @@
+"""Garbage collection: bytes that nothing reaches are condemned, and deleted after a grace time.
+
+Everything is decided in catalog transactions, which wait for those of saves; a file is deleted only
+after its row was condemned for the grace time, so running saves, loads and other collections on any
+host are safe, and a collection that is killed is finished by the next (design, invariant 5). Ages
+are judged by one clock that does not jump while a collection runs, and a save counts as crashed by
+what the first transaction found: a collection may take hours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from dcpstore.catalog import Catalog
+from dcpstore.catalog.maintenance.journal_files import check_owner, write_journal
+from dcpstore.core.durations import Duration, as_duration
+from dcpstore.core.ids import uid_time
+from dcpstore.errors import CorruptionError, NotFoundError, SchemaError
+from dcpstore.formats.manifest import decode_manifest
+from dcpstore.records import PackRecord
+from dcpstore.storage.interface import Storage
+
+__all__ = ["GcReport", "collect"]
+
+_LIVE_SHARE = 0.5  # a pack of which less is reached is worth copying
+_TEMPORARY = ".tmp"
+
+
+@dataclass(frozen=True, slots=True)
+class GcReport:
+    """What a collection did, or would do with `dry_run`.
+
+    `condemned` packs, which nothing reaches, wait for their grace time; so do those of `repacked`,
+    each with the pack that took over its live chunks. `deleted` packs are gone. `cleared` are the
+    keys of other objects that were deleted: of crashed saves and of expired versions. `unknown`
+    keys are of no version that the catalog knows, and were left alone. `nbytes_freed` counts
+    `deleted` and `cleared`.
+    """
+
+    condemned: tuple[PackRecord, ...]
+    repacked: tuple[tuple[PackRecord, PackRecord | None], ...]
+    deleted: tuple[PackRecord, ...]
+    cleared: tuple[str, ...]
+    unknown: tuple[str, ...]
+    crashed: tuple[str, ...]
+    nbytes_freed: int
+    dry_run: bool
+
+    @property
+    def nbytes_condemned(self) -> int:
+        """The bytes of the packs that were condemned now, as nothing reaches them or repacked."""
+        return sum(pack.nbytes for pack in (*self.condemned, *(old for old, _ in self.repacked)))
+
+
+def collect(
+    catalog: Catalog,
+    storage: Storage,
+    *,
+    grace: Duration,
+    lease: Duration,
+    author: str,
+    dry_run: bool,
+) -> GcReport:
+    """Condemn, repack and delete; with `dry_run`, tell what would be.
+
+    Args:
+        catalog: of the repository.
+        storage: of the repository.
+        grace: how long what is condemned stays readable.
+        lease: how long a save may be silent before it counts as crashed.
+        author: of the operations that are recorded.
+        dry_run: change nothing.
+
+    Raises:
+        InvalidInputError: a save is running that is older than `grace`.
+        DcpstoreError: the data folder is another repository's.
+    """
+    grace, lease = as_duration(grace, what="grace"), as_duration(lease, what="lease")
+    upkeep = catalog.upkeep()
+    check_owner(catalog, storage)
+    if not dry_run:
+        write_journal(catalog, storage)
+    clock = _steady_clock()
+    began = clock()
+    found = upkeep.condemn(
+        now=began,
+        grace=grace,
+        lease=lease,
+        live_share=_LIVE_SHARE,
+        author=author,
+        dry_run=dry_run,
+    )
+    repacked: list[tuple[PackRecord, PackRecord | None]] = [(pack, None) for pack in found.sparse]
+    if not dry_run:
+        if found.sparse:
+            from dcpstore.maintenance.rewrite import repack  # noqa: PLC0415 (loads torch)
+
+            repacked = list(repack(catalog, storage, found.sparse, author=author))
+        write_journal(catalog, storage)  # before a manifest names what is new
+        if upkeep.stale_versions():
+            from dcpstore.maintenance.rewrite import renew_manifests  # noqa: PLC0415 (loads torch)
+
+            renew_manifests(catalog, storage)
+    deleted = _delete_packs(
+        catalog, storage, before=clock() - grace, author=author, dry_run=dry_run
+    )
+    if dry_run and not grace:
+        deleted += found.condemned + found.sparse
+    cleared, unknown, nbytes = _clear_leftovers(
+        catalog,
+        storage,
+        crashed=found.crashed,
+        dropped=found.dropped,
+        expired_before=began - grace,
+        old=began - max(grace, lease),
+        dry_run=dry_run,
+    )
+    return GcReport(
+        condemned=tuple(found.condemned),
+        repacked=tuple(repacked),
+        deleted=tuple(deleted),
+        cleared=tuple(cleared),
+        unknown=tuple(unknown),
+        crashed=tuple(found.crashed),
+        nbytes_freed=nbytes + sum(pack.nbytes for pack in deleted),
+        dry_run=dry_run,
+    )
+
+
+def _steady_clock() -> Callable[[], datetime]:
+    """Return what tells the time from now on, whatever becomes of the machine's clock."""
+    wall, steady = datetime.now(UTC), time.monotonic()
+    return lambda: wall + timedelta(seconds=time.monotonic() - steady)
+
+
+def _delete_packs(
+    catalog: Catalog, storage: Storage, *, before: datetime, author: str, dry_run: bool
+) -> list[PackRecord]:
+    upkeep = catalog.upkeep()
+    doomed = upkeep.find_doomed(before=before)
+    if doomed and not dry_run:
+        for pack in doomed:
+            storage.delete(pack.key)
+        # Only now: a crash in between leaves rows by which the next collection tries again.
+        upkeep.forget_packs([p.key for p in doomed], now=datetime.now(UTC), author=author)
+        write_journal(catalog, storage)
+    return doomed
+
+
+def _clear_leftovers(
+    catalog: Catalog,
+    storage: Storage,
+    *,
+    crashed: Sequence[str],
+    dropped: Sequence[str],
+    expired_before: datetime,
+    old: datetime,
+    dry_run: bool,
+) -> tuple[list[str], list[str], int]:
+    """Delete what crashed saves and expired versions left; return it, the unknown, and bytes.
+
+    `old` is older than every save that ran when this collection began.
+    """
+    # Listed before the catalog is asked: what appears later may belong to a save that it misses.
+    keys = [(key, key.split("/")[1].split(".")[0]) for key in _listed(storage)]
+    leftovers, strange = catalog.upkeep().find_leftovers(
+        keys, crashed=crashed, dropped=dropped, expired_before=expired_before
+    )
+    leftovers += _half_written(storage, old)
+    uids = dict(keys)
+    described = {uid for key, uid in keys if key.startswith("manifests/")}
+    # Of a save that died before it began, or a repacking that did: without a manifest, and old.
+    strays = {k for k in strange if uids[k] not in described and _is_older(uids[k], old)}
+    if strays:  # a copy's packs lie under another uid than its manifest, and repacked ones too
+        named = _named_packs(storage, [key for key in strange if key.startswith("manifests/")])
+        strays = set() if named is None else strays - named
+    leftovers += sorted(strays)
+    unknown = [key for key in strange if key not in strays]
+    nbytes = 0
+    for key in leftovers:
+        try:
+            nbytes += storage.size(key)
+        except NotFoundError:
+            continue  # another collection was faster
+        if not dry_run:
+            storage.delete(key)
+    return leftovers, unknown, nbytes
+
+
+def _named_packs(storage: Storage, manifests: Sequence[str]) -> set[str] | None:
+    """Return the packs that manifests name; None where one of them cannot be read."""
+    named: set[str] = set()
+    for key in manifests:
+        try:
+            content = decode_manifest(storage.get(key)).content
+        except NotFoundError:
+            continue
+        except (CorruptionError, SchemaError):
+            return None
+        named |= {chunk.pack for tensor in content.tensors for chunk in tensor.chunks}
+    return named
+
+
+def _listed(storage: Storage) -> list[str]:
+    return [
+        key
+        for folder in ("packs", "manifests")
+        for key in storage.list(folder)
+        if key.count("/") == (2 if folder == "packs" else 1)
+        and not (folder == "manifests" and key.endswith(_TEMPORARY))
+    ]
+
+
+def _half_written(storage: Storage, before: datetime) -> list[str]:
+    """Return what was left of small objects that someone began to write before a time, and died."""
+    return [
+        key
+        for folder in ("manifests", "operations")
+        for key in storage.list(folder)
+        if key.endswith(_TEMPORARY) and _is_older(key.split(".")[-2], before)
+    ]
+
+
+def _is_older(uid: str, time: datetime) -> bool:
+    try:
+        return uid_time(uid) <= time
+    except (ValueError, OverflowError):
+        return False

@@ -1,0 +1,205 @@
+"""A lost catalog comes back from the data folder alone: its journal and its manifests.
+
+Rebuilt and original answer alike, as of the last operation that was finished. What is damaged or
+missing is reported, and its versions left out; in the data folder only the journal is mended.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dcpstore.catalog import Catalog
+from dcpstore.catalog.location import absolute_data, check_path, locate
+from dcpstore.catalog.maintenance.journal_files import write_journal
+from dcpstore.catalog.schema.lifecycle import FORMAT_VERSION
+from dcpstore.errors import CorruptionError, InvalidInputError, NotFoundError
+from dcpstore.formats.journal_entry import decode_operation, operation_key, operation_number
+from dcpstore.formats.manifest import Manifest, decode_manifest, manifest_key
+from dcpstore.maintenance.lost_operations import find_lost, stand_ins
+from dcpstore.records import ChunkDefaults, RepositoryRecord, VersionContent
+from dcpstore.storage.interface import Storage
+from dcpstore.storage.local import LocalFolder
+from dcpstore.storage.urls import open_storage
+
+__all__ = ["RebuildReport", "rebuild"]
+
+# JSON whose fields `decode_operation` has checked; they are of every kind, hence `Any`.
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RebuildReport:
+    """What came back, and what did not.
+
+    `versions` are those that load again, `lost` those that do not, by number; `moved_refs` are tags
+    that are gone and branches that went back, for they named one of the lost. `problems` say what
+    is damaged or missing, object by object, and why each version is lost. `unfinished` are the uids
+    of manifests that no operation names: of saves that never committed, or did so just before the
+    catalog was lost.
+    """
+
+    versions: tuple[int, ...]
+    lost: tuple[int, ...]
+    moved_refs: tuple[str, ...]
+    operations: int
+    problems: tuple[str, ...]
+    unfinished: tuple[str, ...]
+
+
+def rebuild(data: str | os.PathLike[str], into: str | os.PathLike[str]) -> RebuildReport:
+    """Make a new catalog for the data folder of a repository whose catalog is lost.
+
+    Args:
+        data: the data folder or its URL.
+        into: where the catalog is to be, as `open` takes it: a folder, or a database URL.
+
+    Raises:
+        NotFoundError: there is no data folder, or it has no journal.
+        AlreadyExistsError: the catalog is there already, or the database is not empty.
+    """
+    url, folder = locate(into)
+    data_url = absolute_data(check_path(data, what="the data folder"))
+    storage = open_storage(data_url)
+    problems: list[str] = []
+    operations, lost = _read_journal(storage, problems)
+    if not operations:
+        raise NotFoundError(
+            f"{storage.url!r} has no operations to rebuild a catalog from; give the data folder "
+            "of a repository, which holds 'operations', 'manifests' and 'packs'."
+        )
+    if folder is not None and Path(os.path.realpath(folder)) == Path(storage.url):
+        data_url = "."  # as `open` makes it, so that the folder can move as a whole
+    found = _Found(storage, problems)
+    made, found.unnamed = stand_ins(operations, lost, found.manifest)
+    whole = sorted([*operations, *made], key=lambda said: int(said["operation"]))
+    if folder is not None:
+        LocalFolder(folder, create=True)  # for the catalog itself
+    done = Catalog.rebuild(url, _repository(operations, data_url), whole, found)
+    with Catalog.open(url) as catalog:
+        if lost:
+            catalog.upkeep().journal_again(lost[0])
+        write_journal(catalog, storage)
+    told = {said["version"]["uid"] for said in whole if "version" in said}
+    return RebuildReport(
+        versions=tuple(done.versions),
+        lost=tuple(done.lost),
+        moved_refs=tuple(done.dropped_refs),
+        operations=len(operations),
+        problems=tuple(problems),
+        unfinished=tuple(uid for uid in _described(storage) if uid not in told),
+    )
+
+
+class _Found:
+    """What is found in the data folder beside the journal; what is not is told once.
+
+    Attributes:
+        unnamed: versions that nothing tells of, by the uids that were made up for them.
+    """
+
+    def __init__(self, storage: Storage, problems: list[str]) -> None:
+        self._storage, self._problems = storage, problems
+        self._unsound: set[str] = set()
+        self.unnamed: dict[str, int] = {}
+
+    def manifest(self, uid: str) -> Manifest | None:
+        """Return the manifest of a version, or None where it is missing or damaged."""
+        if uid in self._unsound:
+            return None
+        try:
+            manifest = decode_manifest(self._storage.get(manifest_key(uid)))
+            reason = f"it is of version {manifest.draft.uid}"
+            if manifest.draft.uid == uid:
+                return manifest
+        except NotFoundError:
+            reason = "it is missing"
+        except CorruptionError as error:
+            reason = str(error)
+        self._unsound.add(uid)
+        self.lose(uid, reason)
+        return None
+
+    def content(self, uid: str) -> VersionContent | None:
+        """Return what a version holds, or None where no sound manifest says."""
+        if uid in self.unnamed:
+            self._problems.append(f"v{self.unnamed[uid]}: no operation that is left names it")
+            return None
+        manifest = self.manifest(uid)
+        return None if manifest is None else manifest.content
+
+    def pack_size(self, key: str) -> int | None:
+        """Return the length of a pack, or None where there is none."""
+        try:
+            return self._storage.size(key)
+        except (NotFoundError, InvalidInputError, CorruptionError):  # or its link leads out
+            return None
+
+    def lose(self, uid: str, reason: str) -> None:
+        """Tell why a version is lost whose manifest is sound."""
+        self._problems.append(f"{manifest_key(uid)}: {reason}")
+
+
+def _read_journal(storage: Storage, problems: list[str]) -> tuple[list[Json], list[int]]:
+    """Return every sound operation, in order, and the numbers of those that are lost."""
+    numbers = [n for n in map(operation_number, storage.list("operations")) if n]
+    found = []
+    before = 0
+    for number in sorted(numbers):
+        key = operation_key(number)
+        # Told as one, for the name of a single file can claim that any number of them is missing.
+        if number == before + 2:
+            problems.append(f"{operation_key(before + 1)}: it is missing")
+        elif number > before + 2:
+            first, last = operation_key(before + 1), operation_key(number - 1)
+            problems.append(f"{first} to {last}: they are missing")
+        before = number
+        try:
+            said = decode_operation(storage.get(key))
+        except NotFoundError:
+            problems.append(f"{key}: it is missing")
+            continue
+        except CorruptionError as error:
+            problems.append(f"{key}: {error}")
+            continue
+        if said.get("operation") != number:
+            problems.append(f"{key}: it holds operation {said.get('operation')}")
+            continue
+        found.append(said)
+    _check_numbers(found)
+    return found, find_lost(numbers, {said["operation"] for said in found})
+
+
+def _check_numbers(operations: list[Json]) -> None:
+    """Refuse a journal that gives two versions one number, or one version two."""
+    told = {(s["version"]["uid"], s["version"]["number"]) for s in operations if "version" in s}
+    uids, numbers = {uid for uid, _ in told}, {number for _, number in told}
+    if len(uids) < len(told) or len(numbers) < len(told) or 0 in numbers:
+        raise CorruptionError(
+            f"the journal names {len(told)} versions by {len(uids)} uids and {len(numbers)} "
+            "numbers, so it is not of one repository; restore 'operations' from a copy."
+        )
+
+
+def _repository(operations: list[Json], data_url: str) -> RepositoryRecord:
+    """Return what the first operation says of the repository; without it, a new one's."""
+    said = operations[0].get("repository")
+    if said is None:
+        now = datetime.now(UTC)
+        return RepositoryRecord(uuid.uuid4().hex, FORMAT_VERSION, data_url, ChunkDefaults(), now)
+    return RepositoryRecord(
+        uid=said["uid"],
+        format_version=said["format_version"],
+        data_url=data_url,
+        chunk=ChunkDefaults(said["chunk_nbytes"], said["chunk_codec"]),
+        created_at=datetime.fromisoformat(said["created_at"]),
+    )
+
+
+def _described(storage: Storage) -> list[str]:
+    keys = storage.list("manifests")
+    return [Path(key).stem for key in keys if key.endswith(".json")]

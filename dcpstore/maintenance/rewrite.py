@@ -1,0 +1,101 @@
+"""Packs that are mostly dead: their live chunks are copied to a new one, then they are condemned.
+
+Committed versions stay readable throughout: the new pack is durable before one transaction lets the
+chunks lie there, and who still holds the old places finds the old pack until its grace time ends.
+
+Manifests written anew from the catalog, where chunks moved.
+
+Invariant: a pack is not deleted while a manifest names it, and none names a pack that the journal
+has not heard of, so plain Zarr and a rebuild find every committed version at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from datetime import UTC, datetime
+
+from dcpstore.catalog import Catalog
+from dcpstore.catalog.maintenance.journal_files import write_journal
+from dcpstore.core.ids import new_uid
+from dcpstore.errors import CorruptionError, NotFoundError
+from dcpstore.reading.chunk_reads import check_chunk
+from dcpstore.records import PackRecord
+from dcpstore.storage.interface import Storage
+from dcpstore.storage.packs import PackReader, PackWriter, pack_key
+from dcpstore.zarr.documents import write_manifest
+
+__all__ = ["renew_manifests", "repack"]
+
+
+def renew_manifests(catalog: Catalog, storage: Storage) -> int:
+    """Write the manifests anew that name places of the past; return how many.
+
+    None while the journal cannot be written: they stay marked, for the next collection.
+    """
+    upkeep = catalog.upkeep()
+    renewed = 0
+    tried: set[tuple[int, str]] = set()
+    while new := [found for found in upkeep.stale_versions().items() if found not in tried]:
+        for number, mark in new:
+            tried.add((number, mark))
+            try:
+                draft, content = upkeep.content(number)
+            except (NotFoundError, CorruptionError):  # expired meanwhile; or for verify to report
+                continue
+            if not write_journal(catalog, storage):  # of what moved until the content was read
+                return renewed
+            write_manifest(storage, draft, content, content.records())
+            # Where chunks moved again since, the mark is another, and the loop comes back to it.
+            renewed += upkeep.clear_stale(number, mark)
+    return renewed
+
+
+_WHOLE = 1 << 62  # bytes: what comes from one pack goes into one
+
+
+def repack(
+    catalog: Catalog, storage: Storage, packs: Sequence[PackRecord], *, author: str
+) -> list[tuple[PackRecord, PackRecord]]:
+    """Copy the live chunks of each pack to a new one; return the pairs, old and new.
+
+    A pack that turns out damaged stays as it is, for verify to report.
+    """
+    upkeep, uid = catalog.upkeep(), new_uid()
+    done = []
+    for rank, old in enumerate(packs):
+        key = pack_key(uid, rank, 0)
+        if not upkeep.plan_pack(old.key, key, now=datetime.now(UTC)):
+            continue
+        writer = PackWriter(storage, uid, rank, limit=_WHOLE)
+        try:
+            moves = _copy(catalog, storage, old, writer)
+            made = writer.finish()
+        except CorruptionError:
+            writer.discard()
+            upkeep.unplan_pack(key)
+            continue
+        except BaseException:
+            writer.discard()
+            raise
+        if not made:  # another collection left no live chunk in it meanwhile
+            upkeep.unplan_pack(key)
+            continue
+        (new,) = made
+        if upkeep.switch_pack(old.key, new, moves, now=datetime.now(UTC), author=author):
+            done.append((old, new))
+    return done
+
+
+def _copy(
+    catalog: Catalog, storage: Storage, old: PackRecord, writer: PackWriter
+) -> dict[int, int]:
+    """Append every chunk of `old` that is reached; return the new offsets by the old ones."""
+    moves: dict[int, int] = {}
+    with closing(PackReader(storage)) as packs:
+        for chunk in catalog.upkeep().packed_chunks(old.key):
+            encoded = packs.read(old.key, chunk.offset, chunk.length)
+            check_chunk(chunk, encoded)
+            if chunk.offset not in moves:
+                moves[chunk.offset] = writer.append(encoded).offset
+    return moves

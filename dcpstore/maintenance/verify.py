@@ -1,0 +1,381 @@
+"""A deep look at packs: every chunk is read and held against its digest, on all cores.
+
+Each pack's outcome is kept in the catalog at once, so that a look that was broken off goes on where
+it stopped.
+
+Is it intact: what the catalog and the data folder tell of damage, and whom it touches.
+
+A quick look reads no chunks: the catalog's rules, packs present and of the right size, manifests
+sound. A deep look reads every chunk that a version reaches, and the journal. What is damaged is
+marked: no save reuses it, so saving the content again heals it, and gc writes a damaged manifest
+anew, the next change a damaged operation.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from dcpstore.catalog import Catalog
+from dcpstore.catalog.maintenance.fsck import PackedChunk, PackState, Reached
+from dcpstore.catalog.maintenance.journal_files import check_owner
+from dcpstore.core.progress import ProgressBar
+from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, NotFoundError
+from dcpstore.formats.journal_entry import decode_operation, operation_key
+from dcpstore.formats.manifest import decode_manifest, manifest_key
+from dcpstore.reading.chunk_reads import check_chunk
+from dcpstore.records import Version
+from dcpstore.storage.interface import Storage
+from dcpstore.storage.packs import PackReader
+
+__all__ = [
+    "ChunkDamage",
+    "Damage",
+    "DamagedVersion",
+    "VerifyReport",
+    "check_packs",
+    "is_of_quick_look",
+    "verify",
+]
+
+_QUICK = ("missing: ", "size: ")  # how damage begins that a look without reading finds
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDamage:
+    """One chunk that is not what its digest says; `fqns` are of any version that has it."""
+
+    pack: str
+    offset: int
+    length: int
+    part: int
+    ordinal: int
+    reason: str
+    fqns: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One thing that is damaged: a "pack", "manifest" or "operation" by its key, or the "catalog".
+
+    `versions` and `fqns` are those that it touches.
+    """
+
+    kind: str
+    key: str
+    reason: str
+    versions: tuple[int, ...] = ()
+    fqns: tuple[str, ...] = ()
+    chunks: tuple[ChunkDamage, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedVersion:
+    """A version that does not load whole, and the nearest one that does: an ancestor, if any."""
+
+    version: int
+    nearest_intact: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What was looked at, and everything that was found damaged."""
+
+    damaged: tuple[Damage, ...]
+    versions: tuple[DamagedVersion, ...]
+    packs: int
+    manifests: int
+    chunks: int
+    nbytes_read: int
+    deep: bool
+
+
+def verify(
+    catalog: Catalog,
+    storage: Storage,
+    *,
+    deep: bool,
+    resume: bool,
+    limit: float | None,
+) -> VerifyReport:
+    """Look at everything; with `deep`, read every chunk.
+
+    Args:
+        catalog: of the repository.
+        storage: of the repository.
+        deep: check the digest of every chunk that a version reaches.
+        resume: go on with a deep look that did not come to its end.
+        limit: most bytes a second to read.
+    """
+    look = _Look(catalog, storage)
+    look.at_catalog()
+    packs = look.at_packs()
+    manifests = look.at_manifests()
+    chunks = nbytes = 0
+    if deep:
+        pass
+
+        look.at_journal()
+        chunks, nbytes = check_packs(
+            catalog, storage, packs, resume=resume, limit=limit, found=look.found_in_pack
+        )
+    damaged = look.damage()
+    hurt = {n for one in damaged if one.kind != "manifest" for n in one.versions}
+    return VerifyReport(
+        damaged=damaged,
+        versions=_with_nearest(catalog.log(), hurt),
+        packs=len(packs),
+        manifests=manifests,
+        chunks=chunks,
+        nbytes_read=nbytes,
+        deep=deep,
+    )
+
+
+def is_of_quick_look(damage: str | None) -> bool:
+    """Tell whether damage is of a pack as a whole: no digest that is right makes up for it."""
+    return damage is not None and damage.startswith(_QUICK)
+
+
+class _Look:
+    """Collects what is found; one entry for each thing that is damaged."""
+
+    def __init__(self, catalog: Catalog, storage: Storage) -> None:
+        self._catalog, self._storage = catalog, storage
+        self._upkeep = catalog.upkeep()
+        self._found: dict[tuple[str, str], Damage] = {}
+
+    def damage(self) -> tuple[Damage, ...]:
+        """Return all that was found."""
+        return tuple(self._found.values())
+
+    def at_catalog(self) -> None:
+        """Look at the catalog's own rules."""
+        for i, fault in enumerate(self._upkeep.inspect()):
+            held = [] if fault.tensor is None else self._upkeep.reached_by_tensor(fault.tensor)
+            self._enter("catalog", str(i), fault.text, held)
+
+    def at_packs(self) -> list[PackState]:
+        """Look whether every pack is there whole; return them with the damage found so far."""
+        packs = []
+        for pack in self._upkeep.packs():
+            damage = self._quick_look(pack)
+            if damage is None and not is_of_quick_look(pack.damage):
+                damage = pack.damage  # for a deep look to find mended
+            if damage is not None:
+                self._enter_pack(pack, damage)
+            if damage != pack.damage:
+                self._upkeep.mark_pack(pack.key, damage=damage, verified_at=None)
+            packs.append(pack._replace(damage=damage))
+        return packs
+
+    def at_manifests(self) -> int:
+        """Look whether the manifest of every version is sound; return how many there are."""
+        versions = self._catalog.log()
+        for version in versions:
+            key = manifest_key(version.uid)
+            try:
+                uid = decode_manifest(self._storage.get(key)).draft.uid
+                reason = None if uid == version.uid else f"it is of version {uid}"
+            except NotFoundError:
+                reason = "it is missing"
+            except (InvalidInputError, CorruptionError) as error:
+                reason = str(error)
+            if reason is not None and self._is_there(version):
+                self._found["manifest", key] = Damage("manifest", key, reason, (version.number,))
+                self._upkeep.mark_stale(version.number)
+        return len(versions)
+
+    def at_journal(self) -> None:
+        """Look whether every operation that was written is sound; the next change mends others."""
+        for number in range(1, self._upkeep.last_journaled() + 1):
+            key = operation_key(number)
+            try:
+                said = decode_operation(self._storage.get(key)).get("operation")
+                reason = None if said == number else f"it is of operation {said}"
+            except NotFoundError:
+                reason = "it is missing"
+            except (InvalidInputError, CorruptionError) as error:
+                reason = str(error)
+            if reason is not None:
+                self._found["operation", key] = Damage("operation", key, reason)
+                if number > 1 or self._is_own():
+                    self._upkeep.journal_again(number)
+
+    def found_in_pack(self, pack: PackState, bad: Sequence[ChunkDamage]) -> None:
+        """Take what a deep look found in one pack; nothing, where all is well."""
+        if is_of_quick_look(pack.damage):  # told already, as a whole
+            return
+        if not bad:
+            self._found.pop(("pack", pack.key), None)
+            return
+        held = self._upkeep.reached(pack.key, [chunk.offset for chunk in bad])
+        if not held and not self._is_live(pack.key):  # collected while it was looked at
+            return
+        count = f"{len(bad)} chunk{'s' if len(bad) > 1 else ''}"
+        self._enter("pack", pack.key, f"{count} damaged: {bad[0].reason}", held, bad)
+
+    def _quick_look(self, pack: PackState) -> str | None:
+        try:
+            size = self._storage.size(pack.key)
+        except NotFoundError:
+            return (
+                f"{_QUICK[0]}the data folder does not hold it" if self._is_live(pack.key) else None
+            )
+        except (InvalidInputError, CorruptionError) as error:  # its key, or a link, leads out
+            return f"{_QUICK[0]}{error}"
+        if size != pack.nbytes and self._is_live(pack.key):
+            return f"{_QUICK[1]}{size} bytes instead of {pack.nbytes}"
+        return None
+
+    def _enter_pack(self, pack: PackState, reason: str) -> None:
+        self._enter("pack", pack.key, reason, self._upkeep.reached(pack.key, None))
+
+    def _enter(
+        self,
+        kind: str,
+        key: str,
+        reason: str,
+        held: Iterable[Reached],
+        chunks: Sequence[ChunkDamage] = (),
+    ) -> None:
+        held = list(held)
+        self._found[kind, key] = Damage(
+            kind,
+            key,
+            reason,
+            versions=tuple(sorted({one.version for one in held})),
+            fqns=tuple(sorted({one.fqn for one in held})),
+            chunks=tuple(chunks),
+        )
+
+    def _is_own(self) -> bool:
+        """Tell whether the first operation, which says whose data it is, is the catalog's."""
+        try:
+            check_owner(self._catalog, self._storage)
+        except DcpstoreError:
+            return False
+        return True
+
+    def _is_live(self, key: str) -> bool:
+        """Tell whether a pack is one still: a collection may have been faster."""
+        return any(pack.key == key for pack in self._upkeep.packs())
+
+    def _is_there(self, version: Version) -> bool:
+        """Tell whether a version is one still: it may have expired."""
+        try:
+            return self._catalog.resolve(version.number).uid == version.uid
+        except NotFoundError:
+            return False
+
+
+def _with_nearest(versions: Sequence[Version], hurt: set[int]) -> tuple[DamagedVersion, ...]:
+    parents = {version.number: version.parent for version in versions}
+    intact = sorted(parents.keys() - hurt)
+    found = []
+    for number in sorted(hurt & parents.keys()):
+        nearest = parents[number]
+        while nearest is not None and nearest not in intact:
+            nearest = parents.get(nearest)
+        if nearest is None and intact:
+            nearest = min(intact, key=_distance_from(number))
+        found.append(DamagedVersion(number, nearest))
+    return tuple(found)
+
+
+def _distance_from(number: int) -> Callable[[int], int]:
+    return lambda other: abs(other - number)
+
+
+Found = Callable[[PackState, Sequence[ChunkDamage]], None]
+
+
+def check_packs(
+    catalog: Catalog,
+    storage: Storage,
+    packs: Sequence[PackState],
+    *,
+    resume: bool,
+    limit: float | None,
+    found: Found,
+) -> tuple[int, int]:
+    """Check every chunk in `packs`; return how many there were, and their encoded bytes.
+
+    `found` hears of each pack when it was looked at. With `resume`, packs that the look which is
+    gone on with has passed already are left out.
+    """
+    upkeep = catalog.upkeep()
+    now = datetime.now(UTC)
+    began = upkeep.begin_verify(resume=resume, now=now)
+    # what was looked at in the future, by a clock that was wrong then, is looked at again
+    waiting = [p for p in packs if p.verified_at is None or not began <= p.verified_at < now]
+    throttle = _Throttle(limit)
+    count = nbytes = 0
+    with (
+        ThreadPoolExecutor(os.cpu_count(), "dcpstore-verify") as pool,
+        ProgressBar("verify", shown=True) as bar,
+        closing(PackReader(storage)) as reader,
+    ):
+        bar.begin("digests", sum(pack.nbytes for pack in waiting))
+        for pack in waiting:
+            chunks = upkeep.packed_chunks(pack.key)
+
+            def check(chunk: PackedChunk, key: str = pack.key) -> str | None:
+                throttle.take(chunk.length)
+                try:
+                    check_chunk(chunk, reader.read(key, chunk.offset, chunk.length))
+                except (CorruptionError, InvalidInputError) as error:  # its key may be none
+                    return str(error)
+                return None
+
+            bad = []
+            for chunk, reason in zip(chunks, pool.map(check, chunks), strict=True):
+                bar.advance(chunk.length)
+                if reason is not None:
+                    bad.append(_damage(catalog, pack.key, chunk, reason))
+            damage = f"{len(bad)} damaged chunks: {bad[0].reason}" if bad else None
+            if is_of_quick_look(pack.damage):
+                damage = pack.damage
+            upkeep.mark_pack(pack.key, damage=damage, verified_at=datetime.now(UTC))
+            found(pack, bad)
+            count += len(chunks)
+            nbytes += sum(chunk.length for chunk in chunks)
+    upkeep.end_verify()
+    return count, nbytes
+
+
+def _damage(catalog: Catalog, pack: str, chunk: PackedChunk, reason: str) -> ChunkDamage:
+    held = catalog.upkeep().reached(pack, [chunk.offset])
+    return ChunkDamage(
+        pack=pack,
+        offset=chunk.offset,
+        length=chunk.length,
+        part=chunk.part,
+        ordinal=chunk.ordinal,
+        reason=reason,
+        fqns=tuple(sorted({one.fqn for one in held})),
+    )
+
+
+class _Throttle:
+    """Holds threads back so that together they read no more than `limit` bytes a second."""
+
+    def __init__(self, limit: float | None) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._free_at = time.monotonic()
+
+    def take(self, nbytes: int) -> None:
+        """Wait for the turn of `nbytes`."""
+        if self._limit is None:
+            return
+        with self._lock:
+            at = max(self._free_at, time.monotonic())
+            self._free_at = at + nbytes / self._limit
+        time.sleep(max(0.0, at - time.monotonic()))

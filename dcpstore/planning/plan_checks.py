@@ -1,0 +1,175 @@
+"""What a global save plan must satisfy before a byte is written.
+
+Invariant: the boxes of each tensor lie inside its shape and tile it, all ranks mean the same tensor
+by an FQN (design, invariant 4), and a catalog can keep that FQN. A breach names the FQN and the
+ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+from dcpstore.catalog.validation import check_key
+from dcpstore.encoding.dtypes import MOST_DIMS
+from dcpstore.errors import InvalidInputError
+from dcpstore.geometry.box_table import Ints, find_crowded
+from dcpstore.geometry.boxes import Box, find_overlap
+from dcpstore.planning.plan_table import GlobalTable, Named
+
+__all__ = ["check_agreement", "check_names", "check_results", "check_tiling", "item_box"]
+
+_SHOWN = 8  # problems in one message; more would bury the first
+
+
+def item_box(item: WriteItem) -> Box:
+    """Return the box of the global tensor that a tensor item writes."""
+    assert item.tensor_data is not None
+    return Box(tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes))
+
+
+def check_names(table: GlobalTable) -> None:
+    """Check that a catalog can keep the FQN and the shape of all that is planned.
+
+    The catalog checks it again when it commits; by then chunks and a manifest are written.
+
+    Raises:
+        InvalidInputError: naming the FQN.
+    """
+    for name in table.names:
+        check_key(name.fqn, what="FQN")
+        if len(name.shape) > MOST_DIMS:
+            raise InvalidInputError(
+                f"{name.fqn!r}: a tensor of {len(name.shape)} dimensions has more than "
+                f"{MOST_DIMS}; reshape it."
+            )
+
+
+def check_agreement(table: GlobalTable) -> None:
+    """Check that an FQN has the same kind, dtype and shape on all ranks that hold it.
+
+    Raises:
+        InvalidInputError: naming each such FQN, what it is, and on which ranks.
+    """
+    meanings: dict[str, list[int]] = {}
+    for number, name in enumerate(table.names):
+        meanings.setdefault(name.fqn, []).append(number)
+    problems = []
+    for fqn, numbers in sorted(meanings.items()):
+        if len(numbers) > 1:
+            told = ", ".join(
+                f"{_described(table.names[number])} on {_ranks(table.rank[table.rows_of(number)])}"
+                for number in numbers
+            )
+            problems.append(f"{fqn!r} is {told}")
+    _raise_if(problems, "the ranks disagree; give every rank the same model and the same state")
+
+
+def check_tiling(table: GlobalTable) -> None:
+    """Check that the boxes of each tensor lie inside it, do not overlap and fill it.
+
+    A value must be written once.
+
+    Raises:
+        InvalidInputError: naming each breach with its FQN and ranks.
+    """
+    problems = (_problem(table, number) for number in _suspects(table))
+    _raise_if(
+        [problem for problem in problems if problem is not None],
+        "the shards of a tensor must tile it; check the mesh and the placements",
+    )
+
+
+def check_results(
+    metadata: Metadata, results: Sequence[Sequence[WriteResult]], table: GlobalTable
+) -> None:
+    """Check that every item of the plan was written, and nothing else (design, invariant 4).
+
+    Raises:
+        InvalidInputError: naming the rank, or what nobody wrote.
+    """
+    for rank, given in enumerate(results):
+        planned = sorted(table.names[number].fqn for number in table.numbers_of(rank))
+        if sorted(result.index.fqn for result in given) != planned:
+            raise InvalidInputError(
+                f"rank {rank} returned {len(given)} results for {len(planned)} planned items; the "
+                "results must be those of the plan, item by item."
+            )
+    written = {result.index.fqn for given in results for result in given}
+    missing = sorted(metadata.state_dict_metadata.keys() - written)
+    if missing:
+        raise InvalidInputError(
+            f"nobody wrote {missing[:8]} ({len(missing)} in all), which the plan names; every "
+            "planned item must be written by one rank."
+        )
+
+
+def _suspects(table: GlobalTable) -> list[int]:
+    """Return the names whose items may not do; those of all others certainly do."""
+    rows, count = table.rows, len(table.names)
+    written = np.bincount(rows.tensor, minlength=count)
+    shapes = table.shapes[rows.tensor]
+    is_outside = ((rows.offsets < 0) | (rows.sizes < 0) | (rows.offsets + rows.sizes > shapes)).any(
+        axis=1
+    )
+    if is_outside.any():
+        return [int(number) for number in np.unique(rows.tensor[is_outside])]
+    volumes = np.zeros(count, np.int64)
+    np.add.at(volumes, rows.tensor, rows.volumes)
+    suspect = np.where(table.is_tensor, volumes != table.shapes.prod(axis=1), written > 1)
+    live = table.is_tensor[rows.tensor] & (rows.volumes > 0)
+    suspect[find_crowded(rows.take(live), table.shapes)] = True
+    return [int(number) for number in np.flatnonzero(suspect & (written > 0))]
+
+
+def _problem(table: GlobalTable, number: int) -> str | None:
+    name, rows = table.names[number], table.rows_of(number)
+    ranks = table.rank[rows].tolist()
+    if name.dtype is None:
+        return f"value {name.fqn!r} is planned by {_ranks(ranks)}" if len(ranks) > 1 else None
+    shape, boxes = name.shape, table.boxes(rows)
+    for rank, box in zip(ranks, boxes, strict=True):
+        if any(
+            o < 0 or s < 0 or o + s > n
+            for o, s, n in zip(box.offsets, box.sizes, shape, strict=True)
+        ):
+            return f"{name.fqn!r} of shape {shape}: {_box(box)} of rank {rank} reaches outside"
+    overlap = find_overlap(boxes)
+    if overlap is not None:
+        a, b = overlap
+        return (
+            f"{name.fqn!r} of shape {shape}: {_box(boxes[a])} of rank {ranks[a]} overlaps "
+            f"{_box(boxes[b])} of rank {ranks[b]}"
+        )
+    volume = sum(box.volume for box in boxes)
+    if volume != math.prod(shape):
+        return (
+            f"{name.fqn!r} of shape {shape}: {_ranks(ranks)} hold {volume} of {math.prod(shape)} "
+            "elements"
+        )
+    return None
+
+
+def _described(name: Named) -> str:
+    return "a value" if name.dtype is None else f"{name.dtype} {name.shape}"
+
+
+def _box(box: Box) -> str:
+    return f"the box at {box.offsets} of sizes {box.sizes}"
+
+
+def _ranks(ranks: Iterable[int] | Ints) -> str:
+    distinct = sorted({int(rank) for rank in ranks})
+    return ("rank " if len(distinct) == 1 else "ranks ") + ", ".join(map(str, distinct))
+
+
+def _raise_if(problems: Sequence[str], next_step: str) -> None:
+    if problems:
+        more = len(problems) - _SHOWN
+        tail = f"; and {more} more" if more > 0 else ""
+        raise InvalidInputError(f"{'; '.join(problems[:_SHOWN])}{tail}: {next_step}.")

@@ -1,0 +1,232 @@
+"""Save plans in columns: what a rank tells of its local plan, and what all of them make together.
+
+A table travels and is joined as a few arrays, and ranks that hold the same tensors tell of them in
+the same bytes, which are opened once. Invariant: row i is item i of the rank's plan.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+
+from dcpstore.encoding.dtypes import dtype_name, torch_dtype
+from dcpstore.geometry.box_table import BoxTable, Ints, padded
+from dcpstore.geometry.boxes import Box
+from dcpstore.records import ObjectPath, PlanRecord, ShardRecord
+from dcpstore.state.stateful import is_statistic
+from dcpstore.state.tree import recorded_paths
+
+__all__ = ["GlobalTable", "Named", "PlanTable"]
+
+
+class Named(NamedTuple):
+    """What an FQN is: the dtype (torch's name) and shape of a tensor, or a value (dtype None)."""
+
+    fqn: str
+    dtype: str | None = None
+    shape: tuple[int, ...] = ()
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element; 0 for a value, which weighs nothing in a plan."""
+        return 0 if self.dtype is None else torch_dtype(self.dtype).itemsize
+
+    @classmethod
+    def by(cls, item: WriteItem) -> Named:
+        """Return what an item says of its FQN."""
+        data = item.tensor_data
+        if data is None:
+            return cls(item.index.fqn)
+        return cls(item.index.fqn, dtype_name(data.properties.dtype), tuple(data.size))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlanTable:
+    """The local plan of one rank.
+
+    Attributes:
+        names: the pickled list of what its items name, each once, by first appearance: the fields
+            of `Named` as a plain tuple, which is quicker.
+        paths: the pickled planner data of the plan.
+        rows: a box an item, of the tensors in `names`; a value's has no dimensions.
+        is_buffer: [rows], whether each is a module's buffer, which ranks may differ in.
+    """
+
+    names: bytes
+    paths: bytes
+    rows: BoxTable
+    is_buffer: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, plan: SavePlan, buffers: Collection[str] = ()) -> PlanTable:
+        """Return a plan in columns; `buffers` are the FQNs of those that modules named."""
+        names: dict[Named, int] = {}
+        numbers, offsets, sizes, are_buffers = [], [], [], []
+        for item in plan.items:
+            numbers.append(names.setdefault(Named.by(item), len(names)))
+            chunk = None if item.tensor_data is None else item.tensor_data.chunk
+            offsets.append(() if chunk is None else chunk.offsets)
+            sizes.append(() if chunk is None else chunk.sizes)
+            fqn = item.index.fqn
+            are_buffers.append(chunk is not None and (fqn in buffers or is_statistic(fqn)))
+        dims = max(map(len, sizes), default=0)
+        rows = BoxTable(
+            np.array(numbers, np.int64), padded(offsets, dims, 0), padded(sizes, dims, 1)
+        )
+        told = pickle.dumps(list(map(tuple, names)))
+        paths = pickle.dumps(plan.planner_data)
+        return cls(told, paths, rows, np.array(are_buffers, np.bool_))
+
+    @property
+    def digest(self) -> bytes:
+        """What two plans share exactly when they are the same."""
+        hasher = blake3()
+        for part in (self.names, self.paths, *_columns(self.rows), self.is_buffer.tobytes()):
+            hasher.update(len(part).to_bytes(8, "little"))
+            hasher.update(part)
+        return hasher.digest()
+
+
+@dataclass(eq=False)
+class GlobalTable:
+    """What all ranks write together.
+
+    Attributes:
+        ranks: how many there are.
+        names: what the items name, each FQN once unless the ranks disagree about it.
+        rows: a box an item, by rank, of the tensors in `names`.
+        rank: [rows], whose item it is.
+        position: [rows], where it stands in the plan of that rank.
+        is_buffer: [rows], whether that rank calls it a module's buffer.
+        planner_data: of each rank that has one of its own, as its planner gave it.
+    """
+
+    ranks: int
+    names: list[Named]
+    rows: BoxTable
+    rank: Ints
+    position: Ints
+    is_buffer: npt.NDArray[np.bool_]
+    planner_data: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, tables: Sequence[PlanTable]) -> GlobalTable:
+        """Join the local plans of all ranks, by rank."""
+        numbers: dict[Named, int] = {}
+        opened: dict[bytes, Ints] = {}
+        for table in tables:
+            if table.names not in opened:
+                names = map(Named._make, pickle.loads(table.names))
+                opened[table.names] = np.array(
+                    [numbers.setdefault(name, len(numbers)) for name in names], np.int64
+                )
+        counts = [len(table.rows) for table in tables]
+        own = BoxTable.joined([table.rows for table in tables])
+        tensor = np.concatenate([opened[table.names][table.rows.tensor] for table in tables])
+        return cls(
+            ranks=len(tables),
+            names=list(numbers),
+            rows=BoxTable(tensor, own.offsets, own.sizes),
+            rank=np.repeat(np.arange(len(tables)), counts),
+            position=np.concatenate([np.arange(count) for count in counts]),
+            is_buffer=np.concatenate([table.is_buffer for table in tables]),
+            planner_data=[pickle.loads(data) for data in {table.paths: None for table in tables}],
+        )
+
+    @cached_property
+    def shapes(self) -> Ints:
+        """[names, dims]: the shapes, past their own dimensions 1."""
+        return padded([name.shape for name in self.names], self.rows.dims, 1)
+
+    @cached_property
+    def is_tensor(self) -> npt.NDArray[np.bool_]:
+        """[names]: whether each is a tensor."""
+        return np.array([name.dtype is not None for name in self.names], bool)
+
+    @cached_property
+    def nbytes(self) -> Ints:
+        """[rows]: the bytes that each item writes, 0 for a value."""
+        itemsize = np.array([name.itemsize for name in self.names], np.int64)
+        return self.rows.volumes * itemsize[self.rows.tensor]
+
+    @cached_property
+    def starts(self) -> Ints:
+        """[ranks + 1]: where the rows of each rank begin; the last is where they end."""
+        return np.searchsorted(self.rank, np.arange(self.ranks + 1))
+
+    @cached_property
+    def paths(self) -> Mapping[str, ObjectPath]:
+        """The object path of each FQN, as our planner's plans carry them."""
+        return recorded_paths(self.planner_data)
+
+    @cached_property
+    def record(self) -> PlanRecord:
+        """The shard index: who writes which box, whatever the order of each rank's items.
+
+        Its digest is BLAKE3 of the number of ranks and the FQNs, then of the columns of the index.
+        """
+        names = sorted((name.fqn, i) for i, name in enumerate(self.names) if name.dtype is not None)
+        number = np.full(len(self.names), -1)
+        number[[i for _, i in names]] = np.arange(len(names))
+        tensor = number[self.rows.tensor]
+        order = np.lexsort((*self.rows.sizes.T, *self.rows.offsets.T, self.rank, tensor))
+        order = order[tensor[order] >= 0]
+        rows = self.rows.take(order)
+        hasher = blake3(repr((self.ranks, [fqn for fqn, _ in names])).encode())
+        columns = (tensor[order], self.rank[order], rows.offsets, rows.sizes)
+        for column in columns:
+            hasher.update(np.ascontiguousarray(column).tobytes())
+        every = [(fqn, len(self.names[i].shape)) for fqn, i in names]
+        shards = []
+        for number, rank, offsets, sizes in zip(*(c.tolist() for c in columns), strict=True):
+            fqn, dims = every[number]
+            shards.append(ShardRecord(fqn, rank, Box(tuple(offsets[:dims]), tuple(sizes[:dims]))))
+        return PlanRecord(hasher.hexdigest(), self.ranks, shards)
+
+    def take(self, rows: Ints) -> GlobalTable:
+        """Return these rows, ascending."""
+        return GlobalTable(
+            self.ranks,
+            self.names,
+            self.rows.take(rows),
+            self.rank[rows],
+            self.position[rows],
+            self.is_buffer[rows],
+            self.planner_data,
+        )
+
+    def kept(self, rank: int) -> Ints:
+        """Return where the items of `rank` stand in its plan."""
+        return self.position[self.starts[rank] : self.starts[rank + 1]]
+
+    def numbers_of(self, rank: int) -> Ints:
+        """Return the numbers of what the items of `rank` name, in order."""
+        return self.rows.tensor[self.starts[rank] : self.starts[rank + 1]]
+
+    def boxes(self, rows: Ints) -> list[Box]:
+        """Return the boxes of some rows of one tensor."""
+        dims = len(self.names[self.rows.tensor[rows[0]]].shape) if len(rows) else 0
+        return self.rows.boxes(rows, dims)
+
+    def rows_of(self, number: int) -> Ints:
+        """Return the rows of one name, by rank."""
+        order, starts = self._by_name
+        return order[starts[number] : starts[number + 1]]
+
+    @cached_property
+    def _by_name(self) -> tuple[Ints, Ints]:
+        """The rows sorted by name, and where those of each name begin; the last is the end."""
+        order = np.argsort(self.rows.tensor, kind="stable")
+        return order, np.searchsorted(self.rows.tensor[order], np.arange(len(self.names) + 1))
+
+
+def _columns(rows: BoxTable) -> list[bytes]:
+    return [np.ascontiguousarray(c).tobytes() for c in (rows.tensor, rows.offsets, rows.sizes)]

@@ -1,0 +1,242 @@
+"""Data in memory held against a stored tensor, without writing anything.
+
+For a save whose ranks cut a tensor otherwise than it is stored (the world size changed): digests
+cannot tell that it is unchanged, so its bytes do.
+
+The memory that a read fills: a box of a tensor, taken chunk by chunk.
+
+Boxes of stored tensors, read: which chunks they meet, where those lie, and into which memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from operator import attrgetter
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dcpstore.catalog import Catalog
+from dcpstore.core.parallel import in_batches
+from dcpstore.encoding.dtypes import as_bytes, torch_dtype
+from dcpstore.errors import CorruptionError
+from dcpstore.geometry.boxes import Box
+from dcpstore.reading.chunk_reads import ChunkReader
+from dcpstore.records import ChunkRange, EntryRecord, StoredChunk
+from dcpstore.storage.interface import Storage
+from dcpstore.storage.packs import PackReader
+
+__all__ = [
+    "BoxRequest",
+    "Filling",
+    "Held",
+    "ReadCounts",
+    "find_changed",
+    "find_chunks",
+    "read_boxes",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class BoxRequest:
+    """A box of a stored tensor, and the tensor of the same sizes that it fills."""
+
+    entry: EntryRecord
+    box: Box
+    target: torch.Tensor
+
+
+class Filling:
+    """What one request has to do for each chunk, found out once.
+
+    Where stored and target dtype differ the values are converted, as `Tensor.copy_` does.
+    """
+
+    def __init__(self, request: BoxRequest) -> None:
+        assert request.entry.tensor is not None
+        self.entry = request.entry
+        self._tensor = request.entry.tensor
+        self._box, self._target = request.box, request.target
+        self._dtype = torch_dtype(self._tensor.dtype)
+        is_plain = (
+            self._target.device.type == "cpu"
+            and self._target.dtype == self._dtype
+            and not (self._target.is_conj() or self._target.is_neg())  # their bytes are others
+        )
+        self._memory = as_bytes(self._target) if is_plain else None
+        parts = self._tensor.parts
+        # most tensors are small: one chunk, wanted whole
+        self._is_one_cell = (
+            len(parts) == 1 and parts[0].is_one_cell and parts[0].shape == self._box.sizes
+        )
+
+    def take(self, array: npt.NDArray[np.generic], part: int, ordinal: int) -> None:
+        """Copy what a chunk holds of the box; `array` is its cell, padding included."""
+        if self._is_one_cell and self._memory is not None:
+            self._memory[...] = array
+            return
+        cell = self._tensor.parts[part].cell(ordinal)
+        shared = cell.intersect(self._box)
+        if shared is None:
+            return
+        piece = array[shared.relative_to(cell).slices]
+        where = shared.relative_to(self._box).slices
+        if self._memory is not None:
+            self._memory[where] = piece
+            return
+        source = torch.from_numpy(piece.copy())
+        same = source.dtype == self._dtype
+        with torch.inference_mode(self._target.is_inference()):  # where alone those are written
+            self._target[where].copy_(source if same else source.view(self._dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class ReadCounts:
+    """What a read took: chunks, and their encoded bytes."""
+
+    chunks: int
+    nbytes: int
+
+
+def find_chunks(
+    boxes: Iterable[tuple[EntryRecord, Box]], catalog: Catalog, *, version: int
+) -> list[StoredChunk]:
+    """Return the chunks that boxes of stored tensors meet, each once, as they lie in the packs.
+
+    Raises:
+        NotFoundError: the version expired meanwhile.
+        CorruptionError: the catalog lacks some of them, or no part holds what a box wants.
+    """
+    ranges: list[ChunkRange] = []
+    for entry, box in boxes:
+        assert entry.tensor is not None
+        is_whole = box.sizes == entry.tensor.shape
+        held = (grid.box.intersect(box) for grid in entry.tensor.parts)
+        if sum(shared.volume for shared in held if shared is not None) != box.volume:
+            raise CorruptionError(  # or memory that nobody filled would be handed out
+                f"v{version}: {entry.fqn!r}: the parts that the catalog knows do not hold offsets "
+                f"{box.offsets}, sizes {box.sizes}; read what they hold, or restore the catalog."
+            )
+        for part, grid in enumerate(entry.tensor.parts):
+            ends = ((0, grid.size - 1),) if is_whole and grid.size else grid.ranges(box)
+            ranges += [ChunkRange(entry.tensor.id, part, first, last) for first, last in ends]
+    stored = catalog.chunks(ranges)
+    if len(stored) != sum(last - first + 1 for _, _, first, last in ranges):
+        catalog.resolve(version)  # says so if it expired while it was being read
+        _check_complete(ranges, stored, version)
+    return stored
+
+
+def read_boxes(
+    requests: Sequence[BoxRequest],
+    catalog: Catalog,
+    packs: PackReader,
+    *,
+    version: int,
+    verify: bool = True,
+    advance: Callable[[int], None] = lambda nbytes: None,
+) -> ReadCounts:
+    """Fill the targets of `requests`; each chunk is read and checked once, whoever wants it.
+
+    Where stored and target dtype differ the values are converted, as `Tensor.copy_` does. `advance`
+    hears of encoded bytes read.
+
+    Raises:
+        CorruptionError: naming version, FQN, chunk, pack and offset.
+    """
+    wanted: dict[int, list[Filling]] = {}
+    for request in requests:
+        assert request.entry.tensor is not None
+        wanted.setdefault(request.entry.tensor.id, []).append(Filling(request))
+    stored = find_chunks(((r.entry, r.box) for r in requests), catalog, version=version)
+    reader = ChunkReader(packs, version=version, verify=verify)
+
+    def fill(batch: Sequence[StoredChunk]) -> int:
+        waiting = [wanted[chunk.tensor_id] for chunk in batch]
+        pairs = [(fillings[0].entry, c) for fillings, c in zip(waiting, batch, strict=True)]
+        for chunk, fillings, array in zip(batch, waiting, reader.read_all(pairs), strict=True):
+            for filling in fillings:
+                filling.take(array, chunk.part, chunk.ordinal)
+        return sum(chunk.length for chunk in batch)
+
+    with ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-read") as pool:
+        nbytes = 0
+        for done in pool.map(
+            fill, in_batches(stored, attrgetter("length"), place=attrgetter("pack"))
+        ):
+            nbytes += done
+            advance(done)
+    return ReadCounts(len(stored), nbytes)
+
+
+def _check_complete(
+    ranges: Sequence[ChunkRange], stored: Sequence[StoredChunk], version: int
+) -> None:
+    missing = set(_ordinals(ranges)) - {(c.tensor_id, c.part, c.ordinal) for c in stored}
+    if missing:
+        tensor_id, part, ordinal = min(missing)
+        raise CorruptionError(
+            f"v{version}: the catalog lacks chunk {ordinal} of part {part} of tensor {tensor_id} "
+            f"({len(missing)} chunks in all); restore the catalog from a backup."
+        )
+
+
+def _ordinals(ranges: Sequence[ChunkRange]) -> Iterator[tuple[int, int, int]]:
+    for tensor_id, part, first, last in ranges:
+        for ordinal in range(first, last + 1):
+            yield tensor_id, part, ordinal
+
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A box of a stored tensor; `data` gives what this process holds in any box inside it."""
+
+    entry: EntryRecord
+    box: Box
+    data: Callable[[Box], Array]
+
+
+def find_changed(
+    held: Sequence[Held], catalog: Catalog, storage: Storage, *, version: int, pool: Executor
+) -> set[str]:
+    """Return the FQNs of which some element held here differs, in its bits, from what is stored.
+
+    A tensor that differs is read only as far as the first chunk that shows it.
+    """
+    stored = find_chunks(((one.entry, one.box) for one in held), catalog, version=version)
+    by_tensor: dict[int, list[StoredChunk]] = {}
+    for chunk in stored:
+        by_tensor.setdefault(chunk.tensor_id, []).append(chunk)
+    with closing(PackReader(storage)) as packs:
+        reader = ChunkReader(packs, version=version, verify=True)
+
+        def changed(one: Held) -> bool:
+            assert one.entry.tensor is not None
+            return any(_differs(one, reader, chunk) for chunk in by_tensor[one.entry.tensor.id])
+
+        return {
+            one.entry.fqn
+            for one, differs in zip(held, pool.map(changed, held), strict=True)
+            if differs
+        }
+
+
+def _differs(one: Held, reader: ChunkReader, chunk: StoredChunk) -> bool:
+    assert one.entry.tensor is not None
+    cell = one.entry.tensor.parts[chunk.part].cell(chunk.ordinal)
+    shared = cell.intersect(one.box)
+    if shared is None:
+        return False
+    theirs = reader.read(one.entry, chunk)[shared.relative_to(cell).slices]
+    return not np.array_equal(_bits(one.data(shared)), _bits(theirs))
+
+
+def _bits(array: Array) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

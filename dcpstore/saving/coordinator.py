@@ -1,0 +1,316 @@
+"""What the coordinator of a save does with every rank's answers.
+
+Invariant: it alone asks the catalog and changes it, and it never leaves a begun version pending
+when it knows that the save has failed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+from torch.distributed.checkpoint.planner import SavePlanner
+
+from dcpstore.errors import InvalidInputError
+from dcpstore.planning.save_planner import recorded_by
+from dcpstore.records import ChunkDefaults, EntryRecord, Version
+from dcpstore.saving.commit import (
+    SaveRequest,
+    SaveTarget,
+    apply_retention,
+    draft_version,
+    entries_before,
+    give_up,
+    kept_planner_data,
+    publish,
+)
+from dcpstore.saving.pack_writer import Written
+from dcpstore.saving.plan_exchange import (
+    Answer,
+    GlobalPlan,
+    Offer,
+    answer_offers,
+    answer_plans,
+    shares_tables,
+)
+from dcpstore.saving.rank_chunks import ChunkKey, Digested
+from dcpstore.saving.save_state import Books, is_cut_otherwise
+
+__all__ = ["Duty", "Found", "Lead", "Opening", "Seconds", "check_agreement"]
+
+_log = logging.getLogger(__name__)
+
+Seconds = dict[str, float]  # by phase
+
+_MUCH = 64 << 20  # bytes a rank that take longer to digest than one exchange more
+_SHOWN = 8  # names in one message; more would bury the first
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What each rank brings to the first exchange, and must agree on but for its keys."""
+
+    repository: str
+    request: SaveRequest
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Duty:
+    """What a rank is to do next: compare entries of a version with what it holds, or write.
+
+    `write` are places among its chunks, less those that it writes already. All ranks are given the
+    same entries to compare.
+    """
+
+    write: Sequence[int] = ()
+    compare: Sequence[EntryRecord] = ()
+    version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a rank found out about its data.
+
+    Attributes:
+        digested: its chunks and values.
+        seconds: that each phase took it.
+        alike: the digests of what other ranks hold too; empty where it told them before.
+    """
+
+    digested: Digested
+    seconds: Seconds
+    alike: bytes
+
+
+class Lead:
+    """What the coordinator does with everyone's answers; on the other ranks it is never asked."""
+
+    target: SaveTarget
+
+    def __init__(self, planner: SavePlanner, size: int, *, is_whole: bool) -> None:
+        self._planner = planner
+        self._is_whole = is_whole  # else this rank alone saves its part, perhaps of tensors
+        self._size = size
+        self._splits = False  # whether the ranks write their first chunks early
+        self._open = False  # whether a pending version waits for commit or abort
+        self._before: Mapping[str, EntryRecord] | None = None
+        self._plan: GlobalPlan | None = None
+        self._first: Sequence[Sequence[int]] = [()] * size
+
+    @property
+    def _chunk(self) -> ChunkDefaults:
+        return self.target.catalog.repository.chunk
+
+    def begin(self, told: Sequence[Opening]) -> tuple[str, list[str]]:
+        """Check that the ranks agree and begin the version; return its uid and all ranks' keys."""
+        check_agreement(told)
+        self._retention = told[0].request.retention
+        self.draft = draft_version(self.target.catalog, told[0].request, ranks=self._size)
+        self.target.catalog.begin(self.draft)
+        self._open = True
+        if not self._is_whole:
+            self._report_shadow()
+        return self.draft.uid, sorted({key for one in told for key in one.keys})
+
+    def _report_shadow(self) -> None:
+        """Warn where a load by the branch's plain name will find what all ranks saved together."""
+        plain, _, _ = self.draft.branch.rpartition("/rank-")
+        if self.target.catalog.find_refs([plain]):
+            _log.warning(
+                "%r was saved with collectives before, and a load of it finds that; what this rank "
+                "saves now is %r: load it by this name, with no_dist=True, or save to a new branch",
+                plain,
+                self.draft.branch,
+            )
+
+    def plan(self, offers: list[Offer]) -> list[Answer]:
+        """Make the global plan, or find the one of before, and tell each rank its part."""
+        if self._before is None and not self._is_whole:
+            self._before_number, self._before = 0, {}  # no grid of another part is of use
+        elif self._before is None:
+            self._before_number, self._before = entries_before(self.target, self.draft)
+        if shares_tables(self._planner):
+            self._plan, answers = answer_offers(
+                offers,
+                self.target.memory,
+                chunk=self._chunk,
+                parent=self._before,
+                to_lowest_rank=self._planner.dedup_save_to_lowest_rank,
+                is_whole=self._is_whole,
+            )
+            return self._split(answers)
+        plans = [offer.plan for offer in offers if offer.plan is not None]
+        told, described = self._planner.create_global_plan(plans)
+        # torch's plan cache: a rank whose plan is as before is told so, with an empty plan
+        is_cached = not all(plan.usable for plan in told)
+        whole = getattr(self._planner, "global_plan", told) if is_cached else told
+        self._plan, answers = answer_plans(
+            offers,
+            told,
+            whole,
+            chunk=self._chunk,
+            parent=self._before,
+            is_whole=self._is_whole,
+        )
+        self._plan.paths, self._plan.planner_data = kept_planner_data(
+            described.planner_data, recorded_by(self._planner)
+        )
+        return self._split(answers)
+
+    def choose_first(self, told: Sequence[tuple[list[ChunkKey], bytes]]) -> Sequence[Sequence[int]]:
+        """Return which of its first chunks each rank may write whatever the others hold.
+
+        A chunk that the repository does not hold by any codec is part of no tensor that it holds.
+
+        Raises:
+            InvalidInputError: the ranks hold different contents of one item.
+        """
+        self._compare([alike for _, alike in told])
+        seen: dict[ChunkKey, tuple[int, int]] = {}
+        for rank, (keys, _) in enumerate(told):
+            for place, key in enumerate(keys):
+                seen.setdefault(key, (rank, place))
+        held = self.target.catalog.find_chunks({digest for _, digest in seen})
+        chosen: list[list[int]] = [[] for _ in told]
+        for (_, digest), (rank, place) in seen.items():
+            if digest not in held:
+                chosen[rank].append(place)
+        self._first = chosen
+        return chosen
+
+    def look_up(self, told: Sequence[Found]) -> list[Duty]:
+        """Find what the repository holds; have compared what digests cannot tell.
+
+        Raises:
+            InvalidInputError: the ranks hold different contents of one item.
+        """
+        assert self._plan is not None
+        assert self._before is not None
+        if not self._splits:
+            self._compare([one.alike for one in told])
+        self._books = Books(
+            self._plan.table,
+            self._plan.layouts,
+            [one.digested for one in told],
+            paths=self._plan.paths,
+            chunk=self._chunk,
+            are_whole=self._is_whole,
+        )
+        alike = self._books.look_up(self.target.catalog, self._before)
+        if not alike:
+            return self._writes()
+        self._compared = self.target.catalog.entries(self._before_number, alike)
+        return [Duty(compare=self._compared, version=self._before_number)] * self._size
+
+    def take_changed(self, told: Sequence[set[str]]) -> list[Duty]:
+        """Take what each rank found changed; return which of its chunks each is to write."""
+        changed = set().union(*told)
+        self._books.take_unchanged(e for e in self._compared if e.fqn not in changed)
+        return self._writes()
+
+    def _writes(self) -> list[Duty]:
+        chosen = self._books.choose_writes(self.target.catalog, self._first)
+        return [Duty(write=mine) for mine in chosen]
+
+    def _compare(self, alike: Sequence[bytes]) -> None:
+        """Check that what several ranks hold is the same on all; report buffers that differ."""
+        assert self._plan is not None
+        replicas, table = self._plan.replicas, self._plan.table
+        differing = replicas.differing_buffers(alike)
+        if not differing:
+            return
+        for number, rank in zip(table.rows.tensor.tolist(), table.rank.tolist(), strict=True):
+            fqn = table.names[number].fqn
+            if fqn in differing and rank != differing[fqn][0]:
+                raise InvalidInputError(
+                    f"the module buffer {fqn!r} differs between ranks, and the planner keeps that "
+                    f"of rank {rank}; have it keep those of the lowest rank "
+                    "(dedup_save_to_lowest_rank=True), or give dcpstore's planner."
+                )
+        new = sorted(differing.keys() - replicas.reported)
+        replicas.reported.update(new)
+        if new:
+            more = f" and {len(new) - _SHOWN} more" if len(new) > _SHOWN else ""
+            _log.warning(
+                "module buffers differ between ranks: %s%s; those of the lowest rank that holds "
+                "them are saved, as DDP keeps those of rank 0",
+                ", ".join(map(repr, new[:_SHOWN])),
+                more,
+            )
+
+    def _split(self, answers: list[Answer]) -> list[Answer]:
+        """Tell the ranks to write their first chunks early, where it pays and none is in vain."""
+        assert self._before is not None
+        plan = self._plan
+        splits = (
+            plan is not None
+            and plan.table.nbytes.sum() >= self._size * _MUCH
+            and not any(
+                is_cut_otherwise(layout, self._before.get(fqn))
+                for fqn, layout in plan.layouts.items()
+            )
+        )
+        self._splits = splits
+        return [replace(answer, splits=True) for answer in answers] if splits else answers
+
+    def commit(self, told: Sequence[tuple[Written, Seconds]]) -> Version:
+        """Write the manifest and commit the version."""
+        assert self._plan is not None
+        self._books.take_results([written for written, _ in told])
+        version = publish(
+            self.target,
+            self.draft,
+            self._books,
+            packs=[pack for written, _ in told for pack in written.packs],
+            seconds={
+                phase: max(one.get(phase, 0.0) for _, one in told)
+                for phase in ("plan", "digest", "compare", "write")
+            },
+            planner_data=self._plan.planner_data,
+        )
+        self._open = False
+        apply_retention(self.target, self._retention, version)
+        return version
+
+    def give_up(self, error: BaseException) -> None:
+        """Record why a begun save ended without a version."""
+        if self._open:
+            self._open = False
+            give_up(self.target.catalog, self.draft.uid, error)
+
+
+def check_agreement(told: Sequence[Opening]) -> None:
+    """Check that all ranks ask for the same save, of one repository.
+
+    Raises:
+        InvalidInputError: two do not, by the argument that differs.
+    """
+    uids = [one.repository for one in told]
+    if len(set(uids)) > 1:
+        odd = next(rank for rank, uid in enumerate(uids) if uid != uids[0])
+        raise InvalidInputError(
+            f"rank 0 saves to repository {uids[0]}, rank {odd} to {uids[odd]}; pass the same "
+            "repository on every rank, on storage that all of them see."
+        )
+    for name in (part.name for part in fields(SaveRequest)):
+        if name in ("metrics", "labels") and told[0].request.metrics_from == "rank0":
+            continue
+        values = [getattr(one.request, name) for one in told]
+        texts = [_text(value) for value in values]
+        odd = next((rank for rank, text in enumerate(texts) if text != texts[0]), 0)
+        if odd:
+            raise InvalidInputError(
+                f"the ranks disagree about {name}: rank 0 says {values[0]!r}, rank {odd} says "
+                f"{values[odd]!r}; pass the same {name}= on every rank."
+            )
+
+
+def _text(value: object) -> str:
+    """Return what tells two arguments apart: a NaN does not equal itself, a set has no order."""
+    if isinstance(value, Mapping):
+        value = sorted(value.items())
+    elif isinstance(value, tuple):
+        value = sorted(value)
+    return repr(value)

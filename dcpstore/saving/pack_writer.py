@@ -1,0 +1,113 @@
+"""One rank's packs: the chunks that nobody holds yet, encoded on all cores, appended in order.
+
+The first of them may be on their way to the disk while others are still digested. Invariant: what
+`ChunkWriter.finish` returns is durable (design, invariant 2).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from operator import attrgetter
+from types import TracebackType
+
+from typing_extensions import Buffer
+
+from dcpstore.core.parallel import in_batches, run_ahead
+from dcpstore.encoding.codecs import encode
+from dcpstore.records import ChunkPlace, PackRecord
+from dcpstore.saving.rank_chunks import RawChunk, total_nbytes
+from dcpstore.storage.interface import Storage
+from dcpstore.storage.packs import PackWriter
+
+__all__ = ["ChunkWriter", "Written"]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Where the chunks that a rank was asked to write lie, in that order, and its packs.
+
+    `nbytes` are the raw bytes of the chunks, without padding.
+    """
+
+    places: Sequence[ChunkPlace]
+    packs: Sequence[PackRecord]
+    nbytes: int
+
+
+class ChunkWriter:
+    """Writes one rank's chunks; a context manager, which discards what was not finished.
+
+    Args:
+        storage: where to write.
+        uid: of the version being saved.
+        rank: of this process in the save.
+        pool: encodes.
+    """
+
+    def __init__(self, storage: Storage, *, uid: str, rank: int, pool: Executor) -> None:
+        self._packs = PackWriter(storage, uid, rank)
+        self._pool = pool
+        self._ahead = ThreadPoolExecutor(1, "dcpstore-write")
+        self._first: Sequence[RawChunk] = ()
+        self._writing: Future[list[ChunkPlace]] | None = None
+        self._is_given_up = threading.Event()
+        self._is_finished = False
+
+    def begin(self, first: Sequence[RawChunk]) -> None:
+        """Begin to write the first chunks, and return at once; `finish` raises what fails."""
+        self._first = first
+        self._writing = self._ahead.submit(self._write, first)
+
+    def finish(
+        self, chunks: Sequence[RawChunk], advance: Callable[[int], None] = lambda nbytes: None
+    ) -> Written:
+        """Write `chunks` behind the first ones; return the places of all once they are durable.
+
+        `advance` hears of raw bytes done, those of the first chunks too.
+
+        Raises:
+            DcpstoreError: the storage refuses.
+        """
+        places: list[ChunkPlace] = []
+        if self._writing is not None:
+            places += self._writing.result()
+            advance(total_nbytes(self._first))
+        places += self._write(chunks, advance)
+        written = Written(
+            places, self._packs.finish(), total_nbytes(self._first) + total_nbytes(chunks)
+        )
+        self._is_finished = True
+        return written
+
+    def __enter__(self) -> ChunkWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._is_given_up.set()
+        self._ahead.shutdown()
+        if not self._is_finished:
+            self._packs.discard()
+
+    def _write(
+        self, chunks: Sequence[RawChunk], advance: Callable[[int], None] = lambda nbytes: None
+    ) -> list[ChunkPlace]:
+        places: list[ChunkPlace] = []
+        batches = in_batches(chunks, attrgetter("nbytes"))
+        for batch, encoded in run_ahead(self._pool, _encode_all, batches):
+            if self._is_given_up.is_set():
+                raise CancelledError
+            places += map(self._packs.append, encoded)
+            advance(total_nbytes(batch))
+        return places
+
+
+def _encode_all(chunks: Sequence[RawChunk]) -> list[Buffer]:
+    return [encode(chunk.codec, chunk.raw().data, chunk.itemsize) for chunk in chunks]

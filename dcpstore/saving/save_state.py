@@ -1,0 +1,439 @@
+"""The coordinator's books of one save: which chunks exist, who writes which, what is committed.
+
+Invariant: a version is put together only from results that equal the plan, chunk by chunk (design,
+invariant 4), and a content that the repository holds is never written again.
+
+The planned chunks of all ranks in columns, matched with the digests that the ranks told.
+
+Invariant: the cells stand by rank, and within a rank in the order in which it tells its digests: by
+item of its plan, then by blob.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dcpstore.catalog import Catalog
+from dcpstore.encoding.digests import content_digest
+from dcpstore.errors import InvalidInputError
+from dcpstore.geometry.box_table import GridTable, Ints
+from dcpstore.geometry.grids import Grid, cover
+from dcpstore.planning.plan_table import GlobalTable
+from dcpstore.records import (
+    ChunkDefaults,
+    ChunkPlace,
+    ChunkRange,
+    EntryRecord,
+    NewChunk,
+    NewEntry,
+    NewTensor,
+    ObjectPath,
+    PlanRecord,
+)
+from dcpstore.saving.layout import Layout, blob_layout, planned_chunks
+from dcpstore.saving.pack_writer import Written
+from dcpstore.saving.rank_chunks import ChunkKey, Digested
+
+__all__ = ["DIGEST", "Books", "Cells", "is_cut_otherwise"]
+
+DIGEST = 32  # bytes
+
+_NO_GRID = Grid((), (), ())  # stands where a table must name a grid and nobody asks for it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cells:
+    """One row a planned chunk.
+
+    Attributes:
+        tensor: [cells], the number of the FQN.
+        part, ordinal: [cells], where in the tensor.
+        digest: [cells, 32], what is inside.
+        starts: [ranks + 1], where the cells of each rank begin; the last is where they end.
+    """
+
+    tensor: Ints
+    part: Ints
+    ordinal: Ints
+    digest: npt.NDArray[np.uint8]
+    starts: Ints
+
+    @classmethod
+    def of(
+        cls,
+        table: GlobalTable,
+        fqns: Sequence[str],
+        layouts: Mapping[str, Layout],
+        told: Sequence[Digested],
+    ) -> Cells:
+        """Return the cells of all ranks, with what each rank told of its own.
+
+        Args:
+            table: who writes which box.
+            fqns: of tensors and blobs, by number.
+            layouts: of all of them.
+            told: by rank.
+
+        Raises:
+            InvalidInputError: a rank resolved more or fewer chunks than its plan has.
+        """
+        number = {fqn: i for i, fqn in enumerate(fqns)}
+        numbers = np.array([number.get(name.fqn, -1) for name in table.names], np.int64)
+        row, part, ordinal = _planned(table, layouts)
+        blobs = [
+            (rank, number[fqn], i)
+            for rank, digested in enumerate(told)
+            for fqn in sorted(digested.blobs)
+            for i in range(layouts[fqn].grids[0].size)
+        ]
+        more = np.array(blobs, np.int64).reshape(len(blobs), 3)
+        rank = np.concatenate([table.rank[row], more[:, 0]])
+        order = np.argsort(rank, kind="stable")
+        starts = np.searchsorted(rank[order], np.arange(table.ranks + 1))
+        for i, (digested, planned) in enumerate(zip(told, np.diff(starts), strict=True)):
+            if len(digested.digests) != DIGEST * planned:
+                raise InvalidInputError(
+                    f"rank {i} resolved {len(digested.digests) // DIGEST} chunks, and its plan has "
+                    f"{planned}; make the planner's plan and its data agree."
+                )
+        return cls(
+            tensor=np.concatenate([numbers[table.rows.tensor[row]], more[:, 1]])[order],
+            part=np.concatenate([part, np.zeros(len(blobs), np.int64)])[order],
+            ordinal=np.concatenate([ordinal, more[:, 2]])[order],
+            digest=np.frombuffer(b"".join(d.digests for d in told), np.uint8).reshape(-1, DIGEST),
+            starts=starts,
+        )
+
+    def digests(self, cells: Ints) -> list[bytes]:
+        """Return the digests of some cells."""
+        data = self.digest[cells].tobytes()
+        return [data[i : i + DIGEST] for i in range(0, len(data), DIGEST)]
+
+    def distinct(self, cells: Ints) -> Ints:
+        """Return the first of these cells for each digest among them."""
+        whole = np.ascontiguousarray(self.digest[cells]).view(f"V{DIGEST}").reshape(-1)
+        first: Ints = cells[np.unique(whole, return_index=True)[1]]
+        return first
+
+    def check_complete(
+        self, order: Ints, grids: Sequence[Sequence[Grid]], fqns: Sequence[str]
+    ) -> None:
+        """Check that the cells are those of all grids, each once.
+
+        Args:
+            order: the cells by tensor, part and ordinal.
+            grids: of each tensor.
+            fqns: of each tensor.
+
+        Raises:
+            InvalidInputError: naming a tensor of which cells are missing, or planned twice.
+        """
+        tensor = np.repeat(np.arange(len(grids)), [len(parts) for parts in grids])
+        part = np.concatenate([np.arange(len(parts)) for parts in grids] or [tensor])
+        every = [grid for parts in grids for grid in parts]
+        dims = max((len(grid.shape) for grid in every), default=0)
+        sizes = GridTable.of(every, dims).sizes
+        ordinal = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        planned = np.stack([self.tensor[order], self.part[order], self.ordinal[order]])
+        wanted = np.stack([np.repeat(tensor, sizes), np.repeat(part, sizes), ordinal])
+        if np.array_equal(planned, wanted):
+            return
+        shared = min(planned.shape[1], wanted.shape[1])
+        differs = (planned[:, :shared] != wanted[:, :shared]).any(axis=0)
+        first = int(differs.argmax()) if differs.any() else shared
+        number = min(int(told[0, first]) for told in (planned, wanted) if first < told.shape[1])
+        raise InvalidInputError(
+            f"{fqns[number]!r}: the ranks wrote {int((planned[0] == number).sum())} chunks, not "
+            f"each of the {int((wanted[0] == number).sum())} once; make every planned item be "
+            "written by one rank."
+        )
+
+
+def _planned(table: GlobalTable, layouts: Mapping[str, Layout]) -> tuple[Ints, Ints, Ints]:
+    """Return (row, part, ordinal) of each cell of the planned boxes, row by row."""
+    grids = [layouts[n.fqn].grids if n.dtype is not None else () for n in table.names]
+    is_live = table.is_tensor[table.rows.tensor] & (table.rows.volumes > 0)
+    is_one = np.array([len(mine) == 1 for mine in grids], bool)[table.rows.tensor]
+    regular = np.flatnonzero(is_live & is_one)
+    one_each = [mine[0] if len(mine) == 1 else _NO_GRID for mine in grids]
+    rows, ordinals = GridTable.of(one_each, table.rows.dims).cells(table.rows.take(regular))
+    split = [
+        (row, *place)
+        for row in np.flatnonzero(is_live & ~is_one).tolist()
+        for place in planned_chunks(
+            layouts[table.names[table.rows.tensor[row]].fqn], table.boxes(np.array([row]))[0]
+        )
+    ]
+    more = np.array(split, np.int64).reshape(len(split), 3)
+    row = np.concatenate([regular[rows], more[:, 0]])
+    order = np.argsort(row, kind="stable")
+    part = np.concatenate([np.zeros(len(rows), np.int64), more[:, 1]])
+    return row[order], part[order], np.concatenate([ordinals, more[:, 2]])[order]
+
+
+class _Content(NamedTuple):
+    """One tensor of the save: its layout, its cells in (part, ordinal) order, its digest.
+
+    `nbytes` are those of the layout, which three questions ask for.
+    """
+
+    layout: Layout
+    cells: Ints  # rows of `Cells`
+    digest: str
+    nbytes: int
+
+
+class Books:
+    """Put together from the plan and every rank's digests; then asked, in the order of a save.
+
+    `are_whole` says that the plan is that of all ranks, so that each tensor must be there whole.
+    """
+
+    def __init__(
+        self,
+        table: GlobalTable,
+        layouts: Mapping[str, Layout],
+        told: Sequence[Digested],
+        *,
+        paths: Mapping[str, ObjectPath],
+        chunk: ChunkDefaults,
+        are_whole: bool = True,
+    ) -> None:
+        self._table = table
+        self._paths = paths
+        self._layouts = dict(layouts)
+        self._values: dict[str, str] = {}
+        self._blobs: dict[str, str] = {}
+        for digested in told:
+            self._values.update(digested.values)
+            for fqn, (text, nbytes) in digested.blobs.items():
+                self._blobs[fqn] = text
+                self._layouts[fqn] = blob_layout(nbytes, chunk)
+        names = {name.fqn for name in table.names}
+        if differing := names ^ (self._layouts.keys() | self._values.keys()):
+            raise InvalidInputError(
+                f"the plan and what the ranks resolved differ in {sorted(differing)[:8]}; "
+                "make the planner's plan and its data agree."
+            )
+        if are_whole:
+            _check_whole(self._layouts)
+        self._fqns = list(self._layouts)
+        self._cells = Cells.of(table, self._fqns, self._layouts, told)
+        self._contents = self._gathered_contents()
+        self._asked: list[Ints] = []  # by rank, rows of `_cells`, in the order they are written
+        self._places: dict[ChunkKey, ChunkPlace] = {}
+        self._nbytes_new = 0
+        self.aliases: dict[str, str] = {}
+
+    def look_up(self, catalog: Catalog, before: Mapping[str, EntryRecord]) -> list[str]:
+        """Find the contents that the repository holds.
+
+        Return the FQNs of those entries of `before` whose tensor may be the same as the save's, and
+        is stored under other grids: only its bytes can tell.
+        """
+        self._known = catalog.find_tensors({c.digest for c in self._contents.values()})
+        return [
+            fqn
+            for fqn, content in self._contents.items()
+            if content.digest not in self._known
+            and is_cut_otherwise(content.layout, before.get(fqn))
+        ]
+
+    def take_unchanged(self, entries: Iterable[EntryRecord]) -> None:
+        """Enter that these entries hold what the save holds under their FQNs."""
+        for entry in entries:
+            assert entry.tensor is not None
+            digest = self._contents[entry.fqn].digest
+            self._known[digest] = entry.tensor
+            self.aliases[digest] = entry.tensor.digest
+
+    def choose_writes(
+        self, catalog: Catalog, first: Sequence[Sequence[int]]
+    ) -> list[Sequence[int]]:
+        """Return, by rank, the places among its chunks of those that it is to write, ascending.
+
+        `first` are, by rank, the places of those that it writes already.
+        """
+        starts = self._cells.starts[:-1]
+        early = [
+            np.array(mine, np.int64) + start for mine, start in zip(first, starts, strict=True)
+        ]
+        written = set(self._keys(np.concatenate(early)))
+        is_new = np.array([self._contents[f].digest not in self._known for f in self._fqns], bool)
+        codecs = np.array([self._layouts[fqn].codec for fqn in self._fqns], object)
+        chosen = [np.zeros(0, np.int64)]
+        for codec in dict.fromkeys(codecs[is_new]):
+            cells = np.flatnonzero((is_new & (codecs == codec))[self._cells.tensor])
+            cells = self._cells.distinct(cells)
+            digests = self._cells.digests(cells)
+            found = catalog.find_chunks(digests, codec)
+            self._places.update({(codec, digest): place for digest, place in found.items()})
+            is_asked = [d not in found and (codec, d) not in written for d in digests]
+            chosen.append(cells[is_asked])
+        asked = np.sort(np.concatenate(chosen))
+        bounds = np.searchsorted(asked, self._cells.starts)
+        rest = [asked[a:b] for a, b in itertools.pairwise(bounds)]
+        self._asked = [np.concatenate(both) for both in zip(early, rest, strict=True)]
+        return [(mine - start).tolist() for mine, start in zip(rest, starts, strict=True)]
+
+    def take_results(self, results: Sequence[Written]) -> None:
+        """Enter where the ranks wrote their chunks.
+
+        Raises:
+            InvalidInputError: a rank did not write what it was asked to.
+        """
+        for rank, (cells, written) in enumerate(zip(self._asked, results, strict=True)):
+            if len(cells) != len(written.places):
+                raise InvalidInputError(
+                    f"rank {rank} wrote {len(written.places)} chunks of {len(cells)}; save again."
+                )
+            self._places.update(zip(self._keys(cells), written.places, strict=True))
+            self._nbytes_new += written.nbytes
+
+    def take_places(self, places: Mapping[ChunkKey, ChunkPlace], nbytes: int) -> None:
+        """Enter where chunks lie, by codec and digest, that a rank found or wrote by itself.
+
+        `nbytes` are the raw bytes that it wrote.
+        """
+        for key, place in places.items():
+            self._places.setdefault(key, place)
+        self._nbytes_new += nbytes
+
+    @property
+    def plan(self) -> PlanRecord:
+        """The shard index: which rank wrote which box."""
+        return self._table.record
+
+    def entries(self) -> list[NewEntry]:
+        """Return the entries of the version, by FQN."""
+        fqns = sorted(self._layouts.keys() | self._values.keys())
+        return [self._entry(fqn) for fqn in fqns]
+
+    def tensors(self, catalog: Catalog) -> list[NewTensor]:
+        """Return each distinct tensor content with all its chunks, those of known ones included."""
+        known = self._known_tensors(catalog)
+        new = {
+            content.digest: content
+            for content in self._contents.values()
+            if self._stored_digest(content) not in known
+        }
+        return [*known.values(), *self._new_tensors(list(new.values()))]
+
+    @property
+    def nbytes(self) -> int:
+        """Raw bytes of all tensors of the version, those of tied ones each time."""
+        return sum(content.nbytes for content in self._contents.values())
+
+    @property
+    def nbytes_reused(self) -> int:
+        """Raw bytes that this save did not write, for the repository or the save had them."""
+        return self.nbytes - self._nbytes_new
+
+    def _gathered_contents(self) -> dict[str, _Content]:
+        cells = self._cells
+        order = np.lexsort((cells.ordinal, cells.part, cells.tensor))
+        starts = np.searchsorted(cells.tensor[order], np.arange(len(self._fqns) + 1)).tolist()
+        cells.check_complete(order, [self._layouts[fqn].grids for fqn in self._fqns], self._fqns)
+        data = cells.digest[order].tobytes()
+        contents = {}
+        for fqn, (start, end) in zip(self._fqns, itertools.pairwise(starts), strict=True):
+            layout, digests = self._layouts[fqn], data[start * DIGEST : end * DIGEST]
+            digest = content_digest(layout.dtype, layout.shape, layout.grids, [digests])
+            contents[fqn] = _Content(layout, order[start:end], digest, layout.nbytes)
+        return contents
+
+    def _entry(self, fqn: str) -> NewEntry:
+        path = self._paths.get(fqn, (fqn,))
+        if fqn in self._values:
+            return NewEntry(fqn, path, "value", value=self._values[fqn])
+        digest = self._stored_digest(self._contents[fqn])
+        if fqn in self._blobs:
+            return NewEntry(fqn, path, "blob", tensor_digest=digest, value=self._blobs[fqn])
+        return NewEntry(fqn, path, "tensor", tensor_digest=digest)
+
+    def _stored_digest(self, content: _Content) -> str:
+        known = self._known.get(content.digest)
+        return content.digest if known is None else known.digest
+
+    def _known_tensors(self, catalog: Catalog) -> dict[str, NewTensor]:
+        """Return the contents that the catalog holds, their chunks asked for in one go."""
+        known = {tensor.id: tensor for tensor in self._known.values()}
+        ranges = [
+            ChunkRange(tensor.id, part, 0, grid.size - 1)
+            for tensor in known.values()
+            for part, grid in enumerate(tensor.parts)
+            if grid.size
+        ]
+        chunks: dict[int, list[NewChunk]] = {tensor_id: [] for tensor_id in known}
+        for chunk in catalog.chunks(ranges):
+            chunks[chunk.tensor_id].append(NewChunk(*chunk[1:]))
+        return {
+            tensor.digest: NewTensor(
+                digest=tensor.digest,
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                codec=tensor.codec,
+                nbytes=tensor.nbytes,
+                parts=tensor.parts,
+                chunks=sorted(chunks[tensor.id]),
+            )
+            for tensor in known.values()
+        }
+
+    def _new_tensors(self, contents: Sequence[_Content]) -> Iterator[NewTensor]:
+        """Yield the contents with their chunks, all of whose places have been entered."""
+        cells = np.concatenate([np.zeros(0, np.int64), *(content.cells for content in contents)])
+        places = zip(
+            self._cells.part[cells].tolist(),
+            self._cells.ordinal[cells].tolist(),
+            self._cells.digests(cells),
+            strict=True,
+        )
+        for content in contents:
+            layout = content.layout
+            yield NewTensor(
+                digest=content.digest,
+                dtype=layout.dtype,
+                shape=layout.shape,
+                codec=layout.codec,
+                nbytes=content.nbytes,
+                parts=layout.grids,
+                chunks=[
+                    NewChunk(part, ordinal, digest, *self._places[layout.codec, digest])
+                    for part, ordinal, digest in itertools.islice(places, len(content.cells))
+                ],
+            )
+
+    def _keys(self, cells: Ints) -> Iterator[ChunkKey]:
+        """Return the keys of some cells, in order."""
+        codecs = (self._layouts[self._fqns[i]].codec for i in self._cells.tensor[cells].tolist())
+        return zip(codecs, self._cells.digests(cells), strict=True)
+
+
+def is_cut_otherwise(layout: Layout, entry: EntryRecord | None) -> bool:
+    """Tell whether the tensor of an entry differs from a layout in its grids alone."""
+    stored = None if entry is None else entry.tensor
+    return (
+        stored is not None
+        and (stored.dtype, stored.shape) == (layout.dtype, layout.shape)
+        and stored.parts != layout.grids
+        and cover(stored.parts, layout.shape)
+    )
+
+
+def _check_whole(layouts: Mapping[str, Layout]) -> None:
+    """Check that the grids of each tensor hold all of it (design, invariant 4)."""
+    for fqn, layout in layouts.items():
+        if not cover(layout.grids, layout.shape):
+            held = sum(grid.box.volume for grid in layout.grids)
+            raise InvalidInputError(
+                f"{fqn!r} of shape {layout.shape}: {held} of {math.prod(layout.shape)} elements "
+                "would be stored; report this as a bug of dcpstore, and save to a new branch."
+            )

@@ -1,0 +1,1 @@
+"""What is in a state dict, for saving and for loading."""

@@ -1,0 +1,190 @@
+"""What one rank holds of a tensor: boxes of the global tensor, with local views of their data.
+
+The one module that knows torch's tensor classes and its private `_StridedShard`; the rooms above
+see only boxes and plain tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor, ShardedTensorBase
+from torch.distributed._shard.sharded_tensor.shard import Shard as ShardOf
+from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from dcpstore.errors import InvalidInputError
+from dcpstore.geometry.boxes import Box
+from dcpstore.geometry.placements import Split, local_boxes
+
+__all__ = [
+    "LocalShard",
+    "flat_shards",
+    "is_on_meta",
+    "is_sharded",
+    "local_shards",
+    "no_shard",
+    "splits_of",
+    "with_shards",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class LocalShard:
+    """A box of a global tensor, and a view of its data with the sizes of the box."""
+
+    box: Box
+    data: torch.Tensor
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)  # of whose attributes nothing need be asked
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Tell whether `tensor` is one that several ranks hold together."""
+    return type(tensor) not in _PLAIN and (
+        isinstance(tensor, DTensor | ShardedTensor) or hasattr(tensor, "__create_chunk_list__")
+    )
+
+
+def flat_shards(items: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flat items with a ShardedTensor inside a ShardedTensor as one, as torch does it.
+
+    Those of which this rank holds no shard are left out.
+    """
+    sharded = {fqn: item for fqn, item in items.items() if isinstance(item, ShardedTensor)}
+    if not sharded:
+        return dict(items)
+    flat = _flatten_sharded_tensors(sharded)
+    return {
+        fqn: flat.get(fqn, item) for fqn, item in items.items() if fqn in flat or fqn not in sharded
+    }
+
+
+def local_shards(fqn: str, tensor: torch.Tensor) -> list[LocalShard]:
+    """Return what this rank holds of `tensor`: no shard where it has none of its elements.
+
+    A tensor without elements is one shard of volume 0, so that it is not forgotten.
+
+    Raises:
+        InvalidInputError: a DTensor with a pending reduction (`Partial`) or an unknown placement.
+    """
+    if not is_sharded(tensor):
+        return [LocalShard(Box.whole(tensor.shape), tensor)]
+    if isinstance(tensor, DTensor):
+        return _of_dtensor(fqn, tensor)
+    if isinstance(tensor, ShardedTensor):
+        return _held(
+            tensor,
+            [
+                LocalShard(
+                    Box(tuple(s.metadata.shard_offsets), tuple(s.metadata.shard_sizes)), s.tensor
+                )
+                for s in tensor.local_shards()
+            ],
+        )
+    return _of_checkpointable(fqn, tensor)
+
+
+def is_on_meta(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor has no memory here; a ShardedTensor cannot be asked as a whole."""
+    if isinstance(tensor, ShardedTensor):
+        return any(shard.tensor.is_meta for shard in tensor.local_shards())
+    return tensor.is_meta
+
+
+def with_shards(like: ShardedTensor, tensors: Sequence[torch.Tensor]) -> ShardedTensor:
+    """Return a ShardedTensor for a planner, as `like` but with its local shards in `tensors`."""
+    shards = [
+        ShardOf(tensor, shard.metadata)
+        for tensor, shard in zip(tensors, like.local_shards(), strict=True)
+    ]
+    # of the base class: the public one asks where the shards are, and these are copies elsewhere
+    made: Any = ShardedTensorBase._init_from_local_shards_and_global_metadata(
+        shards, like.metadata(), like.sharding_spec()
+    )
+    made._prepare_init(process_group=like._process_group)
+    assert isinstance(made, ShardedTensor)
+    return made
+
+
+def no_shard(tensor: torch.Tensor) -> list[LocalShard]:
+    """Return an empty box of a tensor, which says that there is such a tensor and no more.
+
+    One without dimensions has no empty box, and is not told of.
+    """
+    if not tensor.dim():
+        return []
+    sizes = (0,) * tensor.dim()
+    return [LocalShard(Box(sizes, sizes), torch.empty(sizes, dtype=tensor.dtype, device="cpu"))]
+
+
+def _held(tensor: torch.Tensor, shards: list[LocalShard]) -> list[LocalShard]:
+    """Leave out the empty ones of several shards: two may begin at one place."""
+    live = [shard for shard in shards if shard.box.volume]
+    return live if live or tensor.size().numel() else shards[:1]
+
+
+@torch.no_grad()
+def _of_dtensor(fqn: str, tensor: DTensor) -> list[LocalShard]:
+    if tensor.device_mesh.get_coordinate() is None:  # this rank is outside the mesh
+        return []
+    if hasattr(tensor._local_tensor, "__create_chunk_list__"):
+        return _of_checkpointable(fqn, tensor._local_tensor)
+    local = tensor.to_local()
+    if not tensor.numel():
+        return [LocalShard(Box.whole(tensor.shape), local.new_empty(tensor.shape))]
+    return [
+        LocalShard(box, local[inside.slices])
+        for box, inside in local_boxes(tensor.shape, splits_of(fqn, tensor))
+    ]
+
+
+def splits_of(fqn: str, tensor: DTensor) -> list[Split]:
+    """Return how a DTensor is split over its mesh, in which this rank is.
+
+    Raises:
+        InvalidInputError: a pending reduction (`Partial`) or an unknown placement.
+    """
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    return _splits(fqn, tensor.device_mesh.shape, coordinate, tensor.placements)
+
+
+def _splits(
+    fqn: str,
+    mesh_shape: Sequence[int],
+    coordinate: Sequence[int],
+    placements: Sequence[Placement],
+) -> list[Split]:
+    splits = []
+    for count, index, placement in zip(mesh_shape, coordinate, placements, strict=True):
+        if isinstance(placement, _StridedShard):
+            splits.append(Split(placement.dim, count, index, int(placement.split_factor)))
+        elif isinstance(placement, Shard):
+            splits.append(Split(placement.dim, count, index))
+        elif not isinstance(placement, Replicate):
+            raise InvalidInputError(
+                f"{fqn!r} is a DTensor with placement {placement}, whose values are not whole on "
+                "any rank; redistribute it to Replicate() or Shard(dim) before the save."
+            )
+    return splits
+
+
+@torch.no_grad()
+def _of_checkpointable(fqn: str, tensor: Any) -> list[LocalShard]:
+    """Return what a tensor subclass tells by torch's protocol."""
+    return [
+        LocalShard(
+            Box(tuple(chunk.offsets), tuple(chunk.sizes)),
+            tensor.__get_tensor_shard__(MetadataIndex(fqn, chunk.offsets, i)),
+        )
+        for i, chunk in enumerate(tensor.__create_chunk_list__())
+        if math.prod(chunk.sizes)  # torch's wrapper has an empty one where it holds nothing
+    ]

@@ -1,1 +1,0 @@
-"""Upkeep: what may go, what is damaged, and how a lost catalog comes back."""
