@@ -1,9 +1,4 @@
-"""A deep look at packs: every chunk is read and held against its digest, on all cores.
-
-Each pack's outcome is kept in the catalog at once, so that a look that was broken off goes on where
-it stopped.
-
-Is it intact: what the catalog and the data folder tell of damage, and whom it touches.
+"""Is it intact: what the catalog and the data folder tell of damage, and whom it touches.
 
 A quick look reads no chunks: the catalog's rules, packs present and of the right size, manifests
 sound. A deep look reads every chunk that a version reaches, and the journal. What is damaged is
@@ -13,33 +8,23 @@ anew, the next change a damaged operation.
 
 from __future__ import annotations
 
-import os
-import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from dcpstore.catalog import Catalog
-from dcpstore.catalog.maintenance.fsck import PackedChunk, PackState, Reached
+from dcpstore.catalog.maintenance.fsck import PackState, Reached
 from dcpstore.catalog.maintenance.journal_files import check_owner
-from dcpstore.core.progress import ProgressBar
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.formats.journal_entry import decode_operation, operation_key
 from dcpstore.formats.manifest import decode_manifest, manifest_key
-from dcpstore.reading.chunk_reads import check_chunk
 from dcpstore.records import Version
 from dcpstore.storage.interface import Storage
-from dcpstore.storage.packs import PackReader
 
 __all__ = [
     "ChunkDamage",
     "Damage",
     "DamagedVersion",
     "VerifyReport",
-    "check_packs",
     "is_of_quick_look",
     "verify",
 ]
@@ -119,7 +104,7 @@ def verify(
     manifests = look.at_manifests()
     chunks = nbytes = 0
     if deep:
-        pass
+        from dcpstore.maintenance.deep_verify import check_packs  # noqa: PLC0415 (loads torch)
 
         look.at_journal()
         chunks, nbytes = check_packs(
@@ -291,91 +276,3 @@ def _with_nearest(versions: Sequence[Version], hurt: set[int]) -> tuple[DamagedV
 
 def _distance_from(number: int) -> Callable[[int], int]:
     return lambda other: abs(other - number)
-
-
-Found = Callable[[PackState, Sequence[ChunkDamage]], None]
-
-
-def check_packs(
-    catalog: Catalog,
-    storage: Storage,
-    packs: Sequence[PackState],
-    *,
-    resume: bool,
-    limit: float | None,
-    found: Found,
-) -> tuple[int, int]:
-    """Check every chunk in `packs`; return how many there were, and their encoded bytes.
-
-    `found` hears of each pack when it was looked at. With `resume`, packs that the look which is
-    gone on with has passed already are left out.
-    """
-    upkeep = catalog.upkeep()
-    now = datetime.now(UTC)
-    began = upkeep.begin_verify(resume=resume, now=now)
-    # what was looked at in the future, by a clock that was wrong then, is looked at again
-    waiting = [p for p in packs if p.verified_at is None or not began <= p.verified_at < now]
-    throttle = _Throttle(limit)
-    count = nbytes = 0
-    with (
-        ThreadPoolExecutor(os.cpu_count(), "dcpstore-verify") as pool,
-        ProgressBar("verify", shown=True) as bar,
-        closing(PackReader(storage)) as reader,
-    ):
-        bar.begin("digests", sum(pack.nbytes for pack in waiting))
-        for pack in waiting:
-            chunks = upkeep.packed_chunks(pack.key)
-
-            def check(chunk: PackedChunk, key: str = pack.key) -> str | None:
-                throttle.take(chunk.length)
-                try:
-                    check_chunk(chunk, reader.read(key, chunk.offset, chunk.length))
-                except (CorruptionError, InvalidInputError) as error:  # its key may be none
-                    return str(error)
-                return None
-
-            bad = []
-            for chunk, reason in zip(chunks, pool.map(check, chunks), strict=True):
-                bar.advance(chunk.length)
-                if reason is not None:
-                    bad.append(_damage(catalog, pack.key, chunk, reason))
-            damage = f"{len(bad)} damaged chunks: {bad[0].reason}" if bad else None
-            if is_of_quick_look(pack.damage):
-                damage = pack.damage
-            upkeep.mark_pack(pack.key, damage=damage, verified_at=datetime.now(UTC))
-            found(pack, bad)
-            count += len(chunks)
-            nbytes += sum(chunk.length for chunk in chunks)
-    upkeep.end_verify()
-    return count, nbytes
-
-
-def _damage(catalog: Catalog, pack: str, chunk: PackedChunk, reason: str) -> ChunkDamage:
-    held = catalog.upkeep().reached(pack, [chunk.offset])
-    return ChunkDamage(
-        pack=pack,
-        offset=chunk.offset,
-        length=chunk.length,
-        part=chunk.part,
-        ordinal=chunk.ordinal,
-        reason=reason,
-        fqns=tuple(sorted({one.fqn for one in held})),
-    )
-
-
-class _Throttle:
-    """Holds threads back so that together they read no more than `limit` bytes a second."""
-
-    def __init__(self, limit: float | None) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._free_at = time.monotonic()
-
-    def take(self, nbytes: int) -> None:
-        """Wait for the turn of `nbytes`."""
-        if self._limit is None:
-            return
-        with self._lock:
-            at = max(self._free_at, time.monotonic())
-            self._free_at = at + nbytes / self._limit
-        time.sleep(max(0.0, at - time.monotonic()))

@@ -33,9 +33,9 @@ import dcpstore
 from dcpstore.catalog import Catalog, sqlite_url
 from dcpstore.catalog.db.database import Database
 from dcpstore.catalog.schema import lifecycle as revisions
+from dcpstore.catalog.schema import migrate as migrating_module
 from dcpstore.catalog.schema import tables as schema
 from dcpstore.catalog.schema.migrate import migrations_folder
-from dcpstore.catalog.schema.tables import migrate as migrating_module
 from dcpstore.catalog.schema.views import VIEWS
 from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError, SchemaError
 from dcpstore.maintenance.rebuild import rebuild

@@ -15,7 +15,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from dcpstore.catalog.schema import lifecycle as revisions
-from dcpstore.catalog.schema.tables import migrate as migrating
+from dcpstore.catalog.schema import migrate as migrating
 
 __all__ = ["NEWEST", "go_back", "newer_schema"]
 
