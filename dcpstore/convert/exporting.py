@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dcpstore.encoding.dtypes import PACKED, as_bytes, torch_dtype
+from dcpstore.encoding.dtypes import DTYPES, PACKED, as_bytes, torch_dtype
 from dcpstore.errors import InvalidInputError
 from dcpstore.formats.composition import outer_fqns
 from dcpstore.geometry.boxes import Box
@@ -45,21 +45,7 @@ __all__ = [
     "wanted_dtype",
 ]
 
-_NAMES = {
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "f16": torch.float16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "f32": torch.float32,
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "f64": torch.float64,
-    "fp64": torch.float64,
-    "float64": torch.float64,
-    "float8_e4m3fn": torch.float8_e4m3fn,
-    "float8_e5m2": torch.float8_e5m2,
-}
+_CASTS = {name: row.torch for row in DTYPES for name in row.casts}
 
 
 def wanted_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -68,11 +54,11 @@ def wanted_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     Raises:
         InvalidInputError: no name of a dtype that floats can be converted to.
     """
-    found = _NAMES.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and found not in _NAMES.values():
+    found = _CASTS.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in _CASTS.values():
         raise InvalidInputError(
             f"dtype {dtype!r} is none that tensors can be converted to; choose one of "
-            f"{', '.join(_NAMES)}."
+            f"{', '.join(_CASTS)}."
         )
     return found
 

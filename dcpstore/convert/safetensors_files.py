@@ -17,8 +17,8 @@ from dcpstore.convert.exporting import Exported, ExportedTensor, ExportedVersion
 from dcpstore.convert.file_tensors import FileBox, FileTensor, inside, row_major
 from dcpstore.convert.importing import Foreign, Naming, save_foreign
 from dcpstore.convert.safetensors_notes import (
-    DTYPES,
     NOTES,
+    TAGS,
     Header,
     aliases,
     encode_header,
@@ -133,7 +133,7 @@ def export_safetensors(
 
 def _refuse_unfit(version: ExportedVersion) -> None:
     """Refuse what the format has no place for."""
-    unfit = [t.fqn for t in version.tensors if t.dtype not in DTYPES.values()]
+    unfit = [t.fqn for t in version.tensors if t.dtype not in TAGS]
     if unfit:
         kinds = sorted({str(t.dtype) for t in version.tensors if t.fqn in unfit})
         raise InvalidInputError(

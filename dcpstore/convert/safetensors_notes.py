@@ -27,16 +27,16 @@ from typing import Any, NoReturn
 import torch
 
 from dcpstore.convert.exporting import DEEPEST, ExportedTensor
-from dcpstore.encoding.dtypes import MOST_DIMS
+from dcpstore.encoding.dtypes import DTYPES, MOST_DIMS
 from dcpstore.encoding.values import decode_value, encode_value
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError
 from dcpstore.formats import json_fields as jsontext
 from dcpstore.records import ObjectPath, StatePath
 
 __all__ = [
-    "DTYPES",
     "LARGEST_HEADER",
     "NOTES",
+    "TAGS",
     "Header",
     "HeaderTensor",
     "aliases",
@@ -52,28 +52,8 @@ __all__ = [
 ]
 
 LARGEST_HEADER = 100_000_000  # bytes, the format's own limit
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+TAGS = {row.torch: row.safetensors for row in DTYPES if row.safetensors is not None}
+_TAGGED = {tag: dtype for dtype, tag in TAGS.items()}
 NOTES = "__metadata__"
 _ALIGNMENT = 8
 
@@ -151,7 +131,7 @@ def encode_header(
     end = 0
     for name, (dtype, shape) in tensors.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
+        header[name] = {"dtype": TAGS[dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     if len(text) > LARGEST_HEADER:
@@ -175,11 +155,11 @@ def _placed(
     shape, place = entry["shape"], entry["data_offsets"]
     if not _naturals(shape) or not _naturals(place) or len(place) != 2:
         _refuse(path, f"tensor {name!r} has shape {str(shape)[:80]} at {str(place)[:80]}")
-    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    dtype = _TAGGED.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
         raise InvalidInputError(
             f"{str(path)!r}: tensor {name!r} has dtype {str(entry['dtype'])[:80]!r}, which is none "
-            f"of {', '.join(DTYPES)}; convert it first."
+            f"of {', '.join(_TAGGED)}; convert it first."
         )
     if place[1] - place[0] != math.prod(shape) * dtype.itemsize:
         _refuse(path, f"tensor {name!r}, {entry['dtype']} {shape}, lies at {place}")

@@ -40,7 +40,7 @@ from dcpstore.convert.file_tensors import row_major
 from dcpstore.convert.importing import Foreign, Naming, save_foreign
 from dcpstore.convert.pickles import Odd, odd_inside
 from dcpstore.convert.torch_archive import Loaded, is_archive, load_archive, open_source, refuse_odd
-from dcpstore.encoding.dtypes import as_bytes
+from dcpstore.encoding.dtypes import DTYPES, as_bytes
 from dcpstore.encoding.values import PlannerBytes, encode_value
 from dcpstore.errors import InvalidInputError, NotFoundError, UnsafeDataError
 from dcpstore.formats.composition import Composition
@@ -57,20 +57,7 @@ _ZIP_HEADER = 30  # bytes of a record's own header, without name and extra field
 _ZIP64_EXTRA = 20
 _PADDING = struct.Struct("<HH")  # an extra field's id and length
 _PADDING_ID = 0x4246  # "FB", as torch pads
-_TYPED: Mapping[torch.dtype, Any] = {  # classes of storages; torch names the rest by dtype
-    torch.float64: torch.DoubleStorage,
-    torch.float32: torch.FloatStorage,
-    torch.float16: torch.HalfStorage,
-    torch.bfloat16: torch.BFloat16Storage,
-    torch.int64: torch.LongStorage,
-    torch.int32: torch.IntStorage,
-    torch.int16: torch.ShortStorage,
-    torch.int8: torch.CharStorage,
-    torch.uint8: torch.ByteStorage,
-    torch.bool: torch.BoolStorage,
-    torch.complex64: torch.ComplexFloatStorage,
-    torch.complex128: torch.ComplexDoubleStorage,
-}
+_STORAGES = {row.torch: row.storage for row in DTYPES}  # None: named by its dtype
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,7 +100,7 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         key = str(len(self.planned))  # the pickler remembers it, and asks once a tensor
         self.planned.append(obj)
-        typed = _TYPED.get(obj.dtype)
+        typed = _STORAGES[obj.dtype]
         count = obj.nbytes // obj.dtype.itemsize if typed else obj.nbytes
         storage = _StorageName(typed or torch.UntypedStorage, key, count)
         strides = row_major(obj.shape)

@@ -18,13 +18,14 @@ import numpy.typing as npt
 from numcodecs import blosc, zstd  # type: ignore[import-untyped]  # it ships no stubs
 from typing_extensions import Buffer
 
-from dcpstore.encoding.dtypes import numpy_dtype
+from dcpstore.encoding.dtypes import DTYPES, numpy_dtype, torch_dtype
 from dcpstore.errors import CorruptionError, InvalidInputError
 
 __all__ = ["CODECS", "check_held", "choose_codec", "decode", "encode", "unencoded", "zarr_codecs"]
 
 CODECS = ("none", "blosc", "zstd")
 
+_WIDE_FLOATS = {row.name for row in DTYPES if row.is_wide_float}
 _BLOSC_LEVEL = 5  # of lz4 behind bitshuffle, levels 1 to 7 measure alike in size and speed
 _BLOSC_STORED = 0  # the level that leaves the bytes as they are, behind a header
 _BLOSC_HEADER = 16
@@ -49,9 +50,8 @@ def choose_codec(setting: str, dtype: str) -> str:
         InvalidInputError: the setting is neither "auto" nor a known codec.
     """
     if setting == "auto":
-        stored = numpy_dtype(dtype)
-        wide = dtype == "complex32" or (stored.kind in "fc" and stored.itemsize > 2)
-        return "none" if wide else "blosc"
+        torch_dtype(dtype)  # which refuses an unknown one
+        return "none" if dtype in _WIDE_FLOATS else "blosc"
     return _known(setting)
 
 

@@ -1,10 +1,14 @@
-"""Torch dtypes: their names, and how their bytes appear to numpy and Zarr.
+"""Torch dtypes: one table of all that each format needs to know, and tensors as plain bytes.
 
 A dtype that Zarr lacks (bfloat16, the float8 kinds, complex32) is stored as the unsigned integer of
-its width, with torch's name beside it; no bit changes on the way.
+its width, with torch's name beside it; no bit changes on the way. Codecs, arrays, bridges and the
+page of dtypes follow from `DTYPES`: a new dtype is one row.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +18,10 @@ from torch.nn.parameter import is_lazy
 from dcpstore.errors import InvalidInputError
 
 __all__ = [
+    "DTYPES",
     "MOST_DIMS",
     "PACKED",
+    "Dtype",
     "as_bytes",
     "check_plain",
     "dtype_name",
@@ -24,41 +30,64 @@ __all__ = [
 ]
 
 MOST_DIMS = 64  # numpy's limit
-
-_NATIVE = [
-    "bool",
-    "uint8",
-    "uint16",
-    "uint32",
-    "uint64",
-    "int8",
-    "int16",
-    "int32",
-    "int64",
-    "float16",
-    "float32",
-    "float64",
-    "complex64",
-    "complex128",
-]
 PACKED = torch.float4_e2m1fn_x2  # an element is a byte of two numbers; torch's shapes count bytes
-_REINTERPRETED = [
-    "bfloat16",
-    "complex32",
-    "float8_e4m3fn",
-    "float8_e4m3fnuz",
-    "float8_e5m2",
-    "float8_e5m2fnuz",
-    "float8_e8m0fnu",
-    "float4_e2m1fn_x2",
-]
-_DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, name) for name in (*_NATIVE, *_REINTERPRETED)
-}
+
+
+@dataclass(frozen=True, slots=True)
+class Dtype:
+    """One dtype of torch; a row of the table.
+
+    `stored` is the data type of Zarr and numpy under which its bytes are stored, `safetensors` the
+    tag of that format, `storage` the class by which `torch.save` names its storages (it names the
+    rest by dtype), `casts` the names by which a caller asks floats to be converted to it.
+    """
+
+    torch: torch.dtype
+    stored: str
+    safetensors: str | None = None
+    storage: Any = None
+    casts: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Torch's name without the module."""
+        return str(self.torch).removeprefix("torch.")
+
+    @property
+    def is_wide_float(self) -> bool:
+        """Whether an element is a float past two bytes, or complex."""
+        is_float = self.torch.is_floating_point or self.torch.is_complex
+        return is_float and self.torch.itemsize > 2
+
+
+DTYPES = (
+    Dtype(torch.bool, "bool", "BOOL", torch.BoolStorage),
+    Dtype(torch.uint8, "uint8", "U8", torch.ByteStorage),
+    Dtype(torch.uint16, "uint16", "U16"),
+    Dtype(torch.uint32, "uint32", "U32"),
+    Dtype(torch.uint64, "uint64", "U64"),
+    Dtype(torch.int8, "int8", "I8", torch.CharStorage),
+    Dtype(torch.int16, "int16", "I16", torch.ShortStorage),
+    Dtype(torch.int32, "int32", "I32", torch.IntStorage),
+    Dtype(torch.int64, "int64", "I64", torch.LongStorage),
+    Dtype(torch.bfloat16, "uint16", "BF16", torch.BFloat16Storage, ("bf16", "bfloat16")),
+    Dtype(torch.float16, "float16", "F16", torch.HalfStorage, ("f16", "fp16", "float16")),
+    Dtype(torch.float32, "float32", "F32", torch.FloatStorage, ("f32", "fp32", "float32")),
+    Dtype(torch.float64, "float64", "F64", torch.DoubleStorage, ("f64", "fp64", "float64")),
+    Dtype(torch.float8_e4m3fn, "uint8", "F8_E4M3", casts=("float8_e4m3fn",)),
+    Dtype(torch.float8_e4m3fnuz, "uint8", "F8_E4M3FNUZ"),
+    Dtype(torch.float8_e5m2, "uint8", "F8_E5M2", casts=("float8_e5m2",)),
+    Dtype(torch.float8_e5m2fnuz, "uint8", "F8_E5M2FNUZ"),
+    Dtype(torch.float8_e8m0fnu, "uint8", "F8_E8M0"),
+    Dtype(PACKED, "uint8"),
+    Dtype(torch.complex32, "uint32"),
+    Dtype(torch.complex64, "complex64", "C64", torch.ComplexFloatStorage),
+    Dtype(torch.complex128, "complex128", None, torch.ComplexDoubleStorage),
+)
+_DTYPES = {row.name: row.torch for row in DTYPES}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_NUMPY: dict[str, np.dtype[np.generic]] = {name: np.dtype(name) for name in _NATIVE} | {
-    name: np.dtype(f"uint{8 * _DTYPES[name].itemsize}") for name in _REINTERPRETED
-}
+_NUMPY: dict[str, np.dtype[np.generic]] = {row.name: np.dtype(row.stored) for row in DTYPES}
+_STAND_INS = {row.torch: _DTYPES[row.stored] for row in DTYPES if row.stored != row.name}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -166,9 +195,9 @@ def as_bytes(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
         InvalidInputError: it has no plain bytes, as `check_plain` says.
     """
     check_plain(tensor)
-    name = _NAMES[tensor.dtype]
     tensor = tensor.detach().resolve_conj().resolve_neg()
-    if name in _REINTERPRETED:
-        tensor = tensor.view(_DTYPES[f"uint{8 * tensor.dtype.itemsize}"])
+    stand_in = _STAND_INS.get(tensor.dtype)
+    if stand_in is not None:
+        tensor = tensor.view(stand_in)
     array: npt.NDArray[np.generic] = tensor.numpy()
     return array

@@ -26,8 +26,7 @@ from dcpstore import (
     UnsafeDataError,
 )
 from dcpstore.convert import export_safetensors, import_safetensors, import_torch
-from dcpstore.convert import safetensors_notes as safetensors_header
-from dcpstore.convert.safetensors_notes import parse_size, read_header
+from dcpstore.convert.safetensors_notes import TAGS, parse_size, read_header
 from tests.convert.states import (
     FOREIGN,
     NOT_IN_SAFETENSORS,
@@ -348,4 +347,4 @@ def test_nothing_there(embedded: Repository, tmp_path: Path) -> None:
 
 
 def test_no_dtype_is_forgotten() -> None:
-    assert set(FOREIGN) - set(NOT_IN_SAFETENSORS) == set(safetensors_header.DTYPES.values())
+    assert set(FOREIGN) - set(NOT_IN_SAFETENSORS) == set(TAGS)

@@ -1,19 +1,18 @@
 """Every dtype of torch goes to bytes and back bit by bit, whatever the view."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import _TYPES  # the library's own table
 
 from dcpstore.encoding import dtypes
 from dcpstore.errors import InvalidInputError
 
-STORED = [
-    dtype
-    for name in dir(torch)
-    if isinstance(dtype := getattr(torch, name), torch.dtype)
-    and not str(dtype).removeprefix("torch.").startswith(("q", "bits"))
-    and str(dtype).removeprefix("torch.") not in {f"{s}int{n}" for s in ("", "u") for n in range(8)}
-]
+EVERY = sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)
+WITHOUT_PLAIN_BYTES = re.compile(r"torch\.(q.*|bits.*|u?int[1-7])")
+STORED = [dtype for dtype in EVERY if not WITHOUT_PLAIN_BYTES.fullmatch(str(dtype))]
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
@@ -33,7 +32,7 @@ def bits(tensor: torch.Tensor) -> bytes:
     )
 
 
-@pytest.mark.parametrize("dtype", sorted(set(STORED), key=str), ids=str)
+@pytest.mark.parametrize("dtype", STORED, ids=str)
 def test_views_of_every_dtype_keep_their_bits(dtype: torch.dtype) -> None:
     name = dtypes.dtype_name(dtype)
     assert dtypes.torch_dtype(name) is dtype
@@ -69,6 +68,23 @@ def test_lazy_conjugates_and_negatives_are_resolved() -> None:
 
 def test_parameters_need_no_detaching() -> None:
     assert dtypes.as_bytes(torch.nn.Parameter(torch.ones(2))).tolist() == [1, 1]
+
+
+def test_the_table_has_each_dtype_of_torch_once_or_refuses_it() -> None:
+    assert sorted((row.torch for row in dtypes.DTYPES), key=str) == STORED
+    for dtype in {*EVERY} - {*STORED}:
+        with pytest.raises(InvalidInputError, match=f"{dtype} cannot be stored; convert"):
+            dtypes.dtype_name(dtype)
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_rows_agree_with_numpy_and_safetensors() -> None:
+    for row in dtypes.DTYPES:
+        assert np.dtype(row.stored).itemsize == row.torch.itemsize
+        assert row.stored == row.name or row.stored == f"uint{8 * row.torch.itemsize}"
+        assert row.storage is None or row.storage.dtype is row.torch
+    tags = {row.safetensors: row.torch for row in dtypes.DTYPES if row.safetensors}
+    assert {tag: tags[tag] for tag in _TYPES} == _TYPES
 
 
 def test_what_has_no_plain_bytes_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""`docs/values.md` is what values do, each kind by one example."""
+"""`docs/values.md` and `docs/dtypes.md` are what values and the table of dtypes say."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from dcpstore.encoding.codecs import choose_codec
+from dcpstore.encoding.dtypes import DTYPES, Dtype
 from dcpstore.encoding.values import decode_value, encode_value
 from dcpstore.errors import UnsafeDataError
 from tests.encoding.kinds import KEPT, REFUSED, Kind, Refused
 
-PAGE = Path(__file__).parent.parent.parent / "docs" / "values.md"
+DOCS = Path(__file__).parent.parent.parent / "docs"
 
 HEAD = """# Values
 
@@ -56,6 +58,24 @@ NOTES = """
 - `allow_pickle=True` stores what is refused as a pickle.
 """
 
+DTYPES_HEAD = """# Dtypes
+
+What each torch dtype is stored as. This page is written by `tests/encoding/test_page.py` from the
+table in `dcpstore/encoding/dtypes.py`.
+
+Every bit of an element is kept. Where Zarr has no such data type, the unsigned integer of the same
+width stands in, and the attribute `torch_dtype` of the array names torch's. A save refuses
+quantized dtypes (`qint8` and the like), integers of fewer than 8 bits, and `bits8` and the like,
+which torch only names: convert those tensors first.
+
+- **auto**: the codec that `codec="auto"` chooses for tensors of this dtype.
+- **safetensors**: the format's tag; an export refuses tensors of a dtype that it does not hold.
+- **names for `dtype=`**: what imports and exports take to convert floating tensors to it.
+
+| torch | bytes | Zarr | auto | safetensors | names for `dtype=` |
+|---|---|---|---|---|---|
+"""
+
 
 def _code(text: str) -> str:
     shown = re.sub(r"<function (\w+) at 0x\w+>", r"\1", text)
@@ -92,6 +112,27 @@ def test_the_page_is_what_values_do() -> None:
         f"|---|---|---|---|\n{rows}\n\n## Refused\n\n| kind | what the save says |\n|---|---|\n"
         f"{refused}\n{NOTES}"
     )
+    _check_page("values.md", page)
+
+
+def _dtype_row(row: Dtype) -> str:
+    cells = (
+        f"`{row.name}`",
+        str(row.torch.itemsize),
+        f"`{row.stored}`",
+        choose_codec("auto", row.name),
+        f"`{row.safetensors}`" if row.safetensors else "not held",
+        ", ".join(f"`{name}`" for name in row.casts),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def test_the_page_is_the_table_of_dtypes() -> None:
+    _check_page("dtypes.md", DTYPES_HEAD + "".join(f"{_dtype_row(row)}\n" for row in DTYPES))
+
+
+def _check_page(name: str, text: str) -> None:
+    page = DOCS / name
     if os.environ.get("DCPSTORE_WRITE_DOCS"):
-        PAGE.write_text(page)
-    assert PAGE.read_text() == page, "run 'make docs' and look at the difference"
+        page.write_text(text)
+    assert page.read_text() == text, "run 'make docs' and look at the difference"
