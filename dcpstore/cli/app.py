@@ -23,29 +23,29 @@ from dcpstore.errors import DcpstoreError
 
 __all__ = ["commands", "run"]
 
-# In the order in which the help lists them; a module is named where several commands share one.
-_MODULES = {
-    "init": "setup",
-    "log": "log",
-    "status": "status",
-    "show": "contents",
-    "ls": "contents",
-    "diff": "diff",
-    "tag": "refs",
-    "branch": "refs",
-    "rollback": "undo",
-    "undo": "undo",
-    "ops": "undo",
-    "sql": "sql",
-    "db-upgrade": "setup",
-    "import": "bridges",
-    "export": "bridges",
-    "expire": "maintain",
-    "forget": "maintain",
-    "gc": "maintain",
-    "verify": "maintain",
-    "rebuild": "maintain",
-    "copy": "maintain",
+# Module and one line of help of each command, in the order of the help, which loads none of them.
+_COMMANDS = {
+    "init": ("setup", "Make a new repository."),
+    "log": ("log", "List versions, newest first."),
+    "status": ("status", "List the saves that are running, with their progress."),
+    "show": ("contents", "Show one version in detail."),
+    "ls": ("contents", "List the entries of a version."),
+    "diff": ("diff", "Show what changed between two versions."),
+    "tag": ("refs", "List, set, move or delete tags."),
+    "branch": ("refs", "List, create or delete branches."),
+    "rollback": ("undo", "Move a branch back to an earlier version."),
+    "undo": ("undo", "Revert the last operation."),
+    "ops": ("undo", "List the operations on the repository, newest first."),
+    "sql": ("sql", "Run a read-only SQL query on the catalog."),
+    "db-upgrade": ("setup", "Upgrade the catalog to this dcpstore's schema."),
+    "import": ("bridges", "Save a checkpoint of another format as a new version."),
+    "export": ("bridges", "Write a version in another format."),
+    "expire": ("maintain", "Forget the versions that no retention rule keeps."),
+    "forget": ("maintain", "Forget the named versions."),
+    "gc": ("maintain", "Free the packs that no version needs."),
+    "verify": ("maintain", "Check the repository for damage."),
+    "rebuild": ("maintain", "Make a new catalog from a data folder."),
+    "copy": ("maintain", "Copy versions to another repository."),
 }
 
 
@@ -54,24 +54,29 @@ class _Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names, in the order of the table."""
-        return list(_MODULES)
+        return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Load one command."""
-        if cmd_name not in _MODULES:
+        if cmd_name not in _COMMANDS:
             return None
-        module = import_module(f"dcpstore.cli.{_MODULES[cmd_name]}")
+        module = import_module(f"dcpstore.cli.{_COMMANDS[cmd_name][0]}")
         name = cmd_name.replace("-", "_")
         command = getattr(module, f"{name}_" if iskeyword(name) else name)
         assert isinstance(command, click.Command)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands; click's own would load each of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find a command; the error for an unknown one names those that are spelled like it."""
         name = args[0]
-        close = [] if name in _MODULES else get_close_matches(name, _MODULES)
+        close = [] if name in _COMMANDS else get_close_matches(name, _COMMANDS)
         if close:
             ctx.fail(f"no command {name!r}. Did you mean {' or '.join(map(repr, close))}?")
         return super().resolve_command(ctx, args)

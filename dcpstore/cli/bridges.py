@@ -40,7 +40,9 @@ class _Path(click.Path):
 
 @click.command("import")
 @click.argument("source", nargs=-1, required=True, type=_Path())
-@click.option("--branch", metavar="NAME", default="main", show_default=True, help="Save it there.")
+@click.option(
+    "--branch", metavar="NAME", default="main", show_default=True, help="Branch to save to."
+)
 @click.option("--tag", "tags", metavar="NAME", multiple=True, help="Tag it; may be repeated.")
 @click.option("--step", type=int, help="Its step in the training run.")
 @click.option("--message", "-m", default="", help="Keep a message with it.")

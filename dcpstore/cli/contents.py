@@ -33,7 +33,7 @@ __all__ = ["ls", "show"]
 @click.argument("ref", required=False)
 @repo_options
 def show(session: Session, ref: str | None) -> None:
-    """Tell all about the version REF; default: the tip of main."""
+    """Show the version REF in detail; default: the tip of main."""
     with session.open() as repo:
         version = repo.show(ref)
     if session.json:

@@ -92,7 +92,12 @@ _GRAPH = (Column(""), *_COLUMNS)
 @click.argument("ref", required=False)
 @click.option("-n", "--limit", type=click.IntRange(1, _MOST), help="Print so many at most.")
 @click.option("--graph", is_flag=True, help="Draw which version came from which.")
-@click.option("--where", multiple=True, metavar="METRIC<NUMBER", help="Only if a metric is so.")
+@click.option(
+    "--where",
+    multiple=True,
+    metavar="METRIC<NUMBER",
+    help="Filter by metric, e.g. 'val_loss<2.5' (repeatable).",
+)
 @click.option("--steps", metavar="FIRST:LAST", help="Only these steps; either end may be left out.")
 @click.option("--since", metavar="TIME", help="Only saved then or later (ISO, the clock here).")
 @click.option("--until", metavar="TIME", help="Only saved then or before.")

@@ -15,16 +15,16 @@ from dcpstore.records import RankProgress, RunningSave
 __all__ = ["status"]
 
 _COLUMNS = (
-    Column("save", shrinks=True),
-    Column("branch", shrinks=True),
-    Column("step", right=True),
-    Column("began"),
-    Column("lease"),
-    Column("rank", right=True),
-    Column("phase"),
-    Column("done", right=True),
-    Column("of", right=True),
-    Column("since"),
+    Column("SAVE", shrinks=True),
+    Column("BRANCH", shrinks=True),
+    Column("STEP", right=True),
+    Column("BEGAN"),
+    Column("LEASE"),
+    Column("RANK", right=True),
+    Column("PHASE"),
+    Column("DONE", right=True),
+    Column("OF", right=True),
+    Column("SINCE"),
 )
 
 
@@ -52,7 +52,7 @@ def status(session: Session, lease: str) -> None:
 
 
 def _rows(save: RunningSave, now: datetime, patience: timedelta) -> Iterator[tuple[str, ...]]:
-    """Yield a line for each rank that has told something; a save where none has gets one too."""
+    """Yield a line for each rank that has reported; a save without reports gets one line, too."""
     silent = max(now - save.touched_at, timedelta())
     lease = "lapsed" if silent > patience else f"alive, {round(silent.total_seconds())} s ago"
     step = "-" if save.step is None else str(save.step)
@@ -60,11 +60,11 @@ def _rows(save: RunningSave, now: datetime, patience: timedelta) -> Iterator[tup
     if not save.progress:
         yield (*first, "-", "-", "-", "-", "-")
     for one in save.progress:
-        yield (*first, *_told(one))
+        yield (*first, *_rank_cells(one))
         first = ("",) * len(first)
 
 
-def _told(one: RankProgress) -> tuple[str, ...]:
+def _rank_cells(one: RankProgress) -> tuple[str, ...]:
     return (
         str(one.rank),
         one.phase,

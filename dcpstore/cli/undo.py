@@ -24,8 +24,8 @@ _COLUMNS = (
 
 @click.command()
 @click.argument("ref")
-@click.option("--branch", default="main", show_default=True, help="What is moved.")
-@click.option("--force", is_flag=True, help="To a version that is no ancestor of the tip, too.")
+@click.option("--branch", default="main", show_default=True, help="Branch to move.")
+@click.option("--force", is_flag=True, help="Allow a target that is not an ancestor of the tip.")
 @click.option("--expect-tip", metavar="REF", help="Only if the branch is still there.")
 @repo_options
 def rollback(session: Session, ref: str, branch: str, force: bool, expect_tip: str | None) -> None:

@@ -86,6 +86,11 @@ def test_the_plain_log_loads_no_sqlalchemy(target: str, tmp_path: Path) -> None:
     assert all_ways == [set(), set(), set(), {"sqlalchemy"}]
 
 
+def test_the_list_of_commands_loads_none_of_them(tmp_path: Path) -> None:
+    modules = ["sqlalchemy", *HEAVY, *(f"dcpstore.cli.{name}" for name in ("log", "setup", "undo"))]
+    assert loaded(["--help"], repo="", folder=tmp_path, among=modules) == [set()]
+
+
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_help_loads_no_torch(target: str, tmp_path: Path) -> None:
     helps = [["--help"], *([name, "--help"] for name in MOVES_TENSORS)]

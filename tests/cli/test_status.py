@@ -25,16 +25,16 @@ def test_running_saves_are_listed(run: Run, target: str, catalog: Catalog) -> No
     )
     head, quiet, first, second = run("status", repo=target).stdout.splitlines()
     assert head.split() == [
-        "save",
-        "branch",
-        "step",
-        "began",
-        "lease",
-        "rank",
-        "phase",
-        "done",
-        "of",
-        "since",
+        "SAVE",
+        "BRANCH",
+        "STEP",
+        "BEGAN",
+        "LEASE",
+        "RANK",
+        "PHASE",
+        "DONE",
+        "OF",
+        "SINCE",
     ]
     assert quiet.split()[:3] == ["quiet", "main", "7"]
     assert "alive" in quiet
