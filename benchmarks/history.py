@@ -26,7 +26,11 @@ from typing import Any
 
 from sqlalchemy import text
 
-from dcpstore.catalog import Catalog, sqlite_url
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.db.url import sqlite_url
+from dcpstore.catalog.read.dedup import find_chunks, find_tensors
+from dcpstore.catalog.read.log_filter import best_version, list_log
+from dcpstore.catalog.read.ref_lookup import resolve
 from dcpstore.catalog.write.saves import begin_save, commit_save
 from dcpstore.core.ids import new_uid
 from dcpstore.geometry.boxes import Box
@@ -90,38 +94,38 @@ def measure(
 
 def questions(catalog: Catalog, versions: int, entries: int) -> dict[str, Callable[[], object]]:
     """Return what is asked of a catalog of so many versions, by name."""
-    tip = catalog.resolve(versions)
-    before = catalog.resolve(versions - 1)
+    tip = resolve(catalog, versions)
+    before = resolve(catalog, versions - 1)
     saves = iter(range(versions, versions + 1_000_000))
     tag = f"tag-{versions // TAG_EVERY * TAG_EVERY}"
 
     def save() -> None:
         draft, content = make_save(next(saves), entries)
-        catalog.begin(draft)
+        begin_save(catalog, draft)
         digests = [tensor.digest for tensor in content.tensors]
-        catalog.find_tensors(digests)
-        catalog.find_chunks([c.digest for t in content.tensors for c in t.chunks], "none")
-        catalog.commit(draft.uid, content)
+        find_tensors(catalog, digests)
+        find_chunks(catalog, [c.digest for t in content.tensors for c in t.chunks], "none")
+        commit_save(catalog, draft.uid, content)
 
     return {
-        "log": lambda: catalog.log(limit=50),
-        "log main": lambda: catalog.log(versions, limit=50),
-        "show": lambda: catalog.resolve(None),
-        "show v5": lambda: catalog.resolve("v5"),
+        "log": lambda: list_log(catalog, limit=50),
+        "log main": lambda: list_log(catalog, versions, limit=50),
+        "show": lambda: resolve(catalog, None),
+        "show v5": lambda: resolve(catalog, "v5"),
         "diff": lambda: diff_versions(catalog, before, tip),
-        "ref: tag": lambda: catalog.resolve(tag),
-        "ref: main~3": lambda: catalog.resolve("main~3"),
-        "ref: main@step": lambda: catalog.resolve(f"{versions}@step={10 * (versions - 20)}"),
-        "ref: main@step, first": lambda: catalog.resolve(f"{versions}@step=10"),
-        "ref: uid": lambda: catalog.resolve(tip.uid[:12]),
-        "best": lambda: catalog.history().best("val_loss", mode="min", branch=None),
+        "ref: tag": lambda: resolve(catalog, tag),
+        "ref: main~3": lambda: resolve(catalog, "main~3"),
+        "ref: main@step": lambda: resolve(catalog, f"{versions}@step={10 * (versions - 20)}"),
+        "ref: main@step, first": lambda: resolve(catalog, f"{versions}@step=10"),
+        "ref: uid": lambda: resolve(catalog, tip.uid[:12]),
+        "best": lambda: best_version(catalog, "val_loss", mode="min", branch=None),
         "save": save,
     }
 
 
 def fill(catalog: Catalog, versions: int, entries: int) -> None:
     """Commit versions as saves do, many in one transaction."""
-    database = catalog._database
+    database = catalog.database
     for first in range(0, versions, TOGETHER):
         with database.write() as connection:
             for index in range(first, min(first + TOGETHER, versions)):

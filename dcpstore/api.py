@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 from dcpstore.asynchronous.staging import raise_unseen
 from dcpstore.catalog.location import absolute_target
 from dcpstore.catalog.maintenance.retention import Retention
-from dcpstore.catalog.write.refs import DEFAULT_BRANCH
+from dcpstore.catalog.read.ref_lookup import DEFAULT_BRANCH, find_refs
 from dcpstore.collectives import alone_in, find_collectives
 from dcpstore.core.ref_syntax import Ref, parse_ref, rank_name
 from dcpstore.errors import DcpstoreError, InvalidInputError, NotFoundError
@@ -530,7 +530,7 @@ def _find_own(
             return None
         rank = alone_in(group, no_dist=no_dist).rank
         own, first = rank_name(asked.name, rank), rank_name(asked.name, 0)
-        known = open_repository().catalog.find_refs([asked.name, own, first])
+        known = find_refs(open_repository().catalog, [asked.name, own, first])
     except DcpstoreError:  # which the first exchange finds too, and raises on every rank
         return None
     if asked.name in known or not known:

@@ -8,24 +8,34 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.location import absolute_data, absolute_target, check_path, locate
-from dcpstore.catalog.maintenance.journal_files import journaled, write_journal
-from dcpstore.catalog.validation import check_chunk
-from dcpstore.catalog.write.operations import this_user
+from dcpstore.catalog.maintenance.journal_files import changing_repository, journaled, write_journal
+from dcpstore.catalog.read.entries import load_chunks, load_entries
+from dcpstore.catalog.read.log_filter import LogFilter, best_version, list_log
+from dcpstore.catalog.read.ref_lookup import list_refs, resolve
+from dcpstore.catalog.read.user_sql import query_rows
+from dcpstore.catalog.validation import as_labels, as_metrics, check_chunk
+from dcpstore.catalog.write.annotations import add_labels, add_metrics
+from dcpstore.catalog.write.lease import list_running
+from dcpstore.catalog.write.operations import list_operations, this_user
+from dcpstore.catalog.write.refs import delete_ref, make_ref, roll_back
+from dcpstore.catalog.write.undo import undo_last
+from dcpstore.core.durations import Duration
 from dcpstore.errors import AlreadyExistsError, DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.formats.composition import ComposedEntry, Entry, fold_entries, outer_fqns
-from dcpstore.history.recorded import Recorded
-from dcpstore.maintenance.upkept import Upkept
 from dcpstore.records import (
     ChunkDefaults,
     EntryRecord,
+    ForgetReport,
+    Operation,
     RefRecord,
     RepositoryRecord,
     Row,
@@ -38,6 +48,11 @@ from dcpstore.storage.packs import PackReader
 from dcpstore.storage.urls import open_storage
 
 if TYPE_CHECKING:
+    from dcpstore.catalog.maintenance.retention import Best, ExpireReport
+    from dcpstore.history.diff import Diff
+    from dcpstore.maintenance.copy import CopyReport
+    from dcpstore.maintenance.gc import GcReport
+    from dcpstore.maintenance.verify import VerifyReport
     from dcpstore.reading.selection import Index
     from dcpstore.saving.plan_exchange import PlanMemory
     from dcpstore.zarr.store import VersionStore
@@ -45,7 +60,7 @@ if TYPE_CHECKING:
 __all__ = ["Repository", "make", "matching_entries", "open", "opened"]
 
 
-class Repository(Recorded, Upkept):
+class Repository:
     """A repository, opened; `dcpstore.open` makes one. Threads may share it.
 
     A `ref` is a version number (`12`, `"v12"`), a tag, a branch, `"main~3"`, `"main@step=1000"`, or
@@ -80,7 +95,65 @@ class Repository(Recorded, Upkept):
 
     def show(self, ref: str | int | None = None) -> Version:
         """Return the version that `ref` names."""
-        return self.catalog.resolve(ref)
+        return resolve(self.catalog, ref)
+
+    def log(
+        self,
+        ref: str | int | None = None,
+        *,
+        limit: int | None = None,
+        where: str | Iterable[str] = (),
+        steps: tuple[int | None, int | None] = (None, None),
+        since: datetime | None = None,
+        until: datetime | None = None,
+        labels: Mapping[str, object] | None = None,
+        tag: str | None = None,
+        branch: str | None = None,
+    ) -> list[Version]:
+        """Return versions, newest first: all of them, or `ref` and its ancestors.
+
+        Args:
+            ref: where to begin.
+            limit: return so many at most.
+            where: comparisons of metrics that must hold, such as "val_loss<2.5".
+            steps: the first and the last step, both included; None for no end.
+            since, until: when it was saved; a time without zone is of the clock here.
+            labels: what its labels must say.
+            tag: the name of a tag that it must have; * and ? are wild.
+            branch: the branch on which it was saved.
+
+        Raises:
+            InvalidInputError: a comparison or pattern that cannot be meant.
+            NotFoundError: no version has such a metric, or was saved on such a branch.
+        """
+        start = None if ref is None else resolve(self.catalog, ref).number
+        if not isinstance(where, Iterable):
+            raise InvalidInputError(f"where is {where!r}; give comparisons such as 'val_loss<2.5'.")
+        wanted = LogFilter(
+            where=(where,) if isinstance(where, str) else tuple(where),
+            steps=steps,
+            since=since,
+            until=until,
+            labels=as_labels(labels),
+            tag=tag,
+            branch=branch,
+        )
+        if wanted == LogFilter():
+            return list_log(self.catalog, start, limit=limit)
+        return list_log(self.catalog, start, limit=limit, wanted=wanted)
+
+    def best(
+        self, metric: str, *, mode: Literal["min", "max"] = "min", branch: str | None = None
+    ) -> Version:
+        """Return the version with the least ("min") or greatest ("max") value of a metric.
+
+        Of equals it is the earliest; NaN is no value. `branch` asks those only that were saved on
+        it.
+
+        Raises:
+            NotFoundError: no such version has the metric.
+        """
+        return best_version(self.catalog, metric, mode=mode, branch=branch)
 
     def entries(
         self, ref: str | int | None = None, fqns: Iterable[str] | None = None
@@ -95,16 +168,16 @@ class Repository(Recorded, Upkept):
     def _entries(self, number: int, wanted: list[str] | None) -> list[EntryRecord]:
         """Return entries of a version; of a composed tensor that is wanted, its mark and parts."""
         try:
-            return self.catalog.entries(number, wanted)
+            return load_entries(self.catalog, number, wanted)
         except NotFoundError:
-            every = self.catalog.entries(number)
+            every = load_entries(self.catalog, number)
             parts: dict[str, list[str]] = {}
             for part, fqn in outer_fqns(entry.fqn for entry in every).items():
                 parts.setdefault(fqn, []).append(part)
             if parts.keys().isdisjoint(wanted or ()):
                 raise
         listed = [name for fqn in wanted or () for name in parts.get(fqn, [fqn])]
-        return self.catalog.entries(number, listed)
+        return load_entries(self.catalog, number, listed)
 
     @journaled
     def tag(self, name: str, ref: str | int | None = None, *, move: bool = False) -> RefRecord:
@@ -120,7 +193,9 @@ class Repository(Recorded, Upkept):
             InvalidInputError: the name breaks the grammar; offers the nearest that is allowed.
             AlreadyExistsError: the name is taken, with `move` by a branch.
         """
-        return self.catalog.tag(name, self.show(ref).number, author=this_user(), move=move)
+        return make_ref(
+            self.catalog, name, "tag", version=self.show(ref).number, author=this_user(), move=move
+        )
 
     @journaled
     def branch(self, name: str, *, at: str | int | None = None) -> RefRecord:
@@ -129,15 +204,132 @@ class Repository(Recorded, Upkept):
         Raises:
             AlreadyExistsError: the name is taken, by a branch or a tag.
         """
-        return self.catalog.branch(name, self.show(at).number, author=this_user())
+        return make_ref(
+            self.catalog, name, "branch", version=self.show(at).number, author=this_user()
+        )
+
+    @journaled
+    def delete_tag(self, name: str, *, expect: str | int | None = None) -> RefRecord:
+        """Remove a tag; return what it was. `undo` brings it back.
+
+        Raises:
+            ConflictError: it does not name the version `expect`.
+        """
+        return self._delete(name, "tag", expect)
+
+    @journaled
+    def delete_branch(self, name: str, *, expect: str | int | None = None) -> RefRecord:
+        """Remove a branch, and none of its versions; return what it was. `undo` brings it back.
+
+        Raises:
+            ConflictError: its tip is not the version `expect`.
+        """
+        return self._delete(name, "branch", expect)
+
+    def _delete(
+        self, name: str, kind: Literal["tag", "branch"], expect: str | int | None
+    ) -> RefRecord:
+        expected = None if expect is None else resolve(self.catalog, expect).number
+        return delete_ref(self.catalog, name, kind, expect=expected, author=this_user())
+
+    @journaled
+    def rollback(
+        self,
+        ref: str | int,
+        *,
+        branch: str = "main",
+        force: bool = False,
+        expect_tip: str | int | None = None,
+    ) -> RefRecord:
+        """Move a branch to an earlier version, so that the next save goes on from there.
+
+        No version is deleted: `undo` moves the branch back.
+
+        Args:
+            ref: where to; an ancestor of the branch's tip, or any version with `force`.
+            branch: what is moved.
+            force: move it to a version that is no ancestor, such as one of another branch.
+            expect_tip: the ref that the branch must still name.
+
+        Raises:
+            InvalidInputError: the version is no ancestor, and `force` is not given.
+            ConflictError: the branch is not at `expect_tip`.
+        """
+        expected = None if expect_tip is None else resolve(self.catalog, expect_tip).number
+        return roll_back(
+            self.catalog, branch, ref, force=force, expect_tip=expected, author=this_user()
+        )
+
+    @journaled
+    def undo(self, *, expect: int | None = None) -> Operation:
+        """Take back the last operation on refs, metrics or labels that is not undone yet.
+
+        Deleted tags and branches come back, moved branches go back. After a save the branch goes
+        back and the tags go; the version stays. Called again, it goes further back.
+
+        Args:
+            expect: the number of the operation that is to be undone.
+
+        Returns:
+            The operation that this is.
+
+        Raises:
+            InvalidInputError: nothing is left to undo.
+            NotFoundError: a ref would go back to a version that was expired.
+            ConflictError: another operation came in; it is not number `expect`.
+        """
+        return undo_last(self.catalog, expect=expect, author=this_user())
+
+    def operations(self, *, limit: int | None = None) -> list[Operation]:
+        """Return what was done to the repository, newest first."""
+        return list_operations(self.catalog, limit=limit)
+
+    @journaled
+    def add_metrics(self, ref: str | int | None, metrics: Mapping[str, SupportsFloat]) -> Version:
+        """Add metrics to a version, such as those of a later evaluation.
+
+        Raises:
+            InvalidInputError: a name or value that cannot be kept.
+            AlreadyExistsError: a metric is there with another value.
+        """
+        return add_metrics(self.catalog, ref, as_metrics(metrics), author=this_user())
+
+    @journaled
+    def add_labels(self, ref: str | int | None, labels: Mapping[str, object]) -> Version:
+        """Add labels to a version.
+
+        Raises:
+            InvalidInputError: a name or text that cannot be kept.
+            AlreadyExistsError: a label is there with another text.
+        """
+        return add_labels(self.catalog, ref, as_labels(labels), author=this_user())
+
+    def diff(self, old: str | int, new: str | int | None = None, *, stats: bool = False) -> Diff:
+        """Return what changed from one version to another.
+
+        Without `stats` it reads the catalog alone: contents are compared by digest. With it, each
+        changed tensor is told in numbers, out of the chunks that differ. A tensor that is made of
+        tensors is one entry, with those as its parts.
+
+        Raises:
+            CorruptionError: with `stats`, stored bytes are damaged.
+        """
+        from dcpstore.history.diff import diff_versions, fold_diff  # noqa: PLC0415 (as for gc)
+
+        diff = diff_versions(self.catalog, resolve(self.catalog, old), resolve(self.catalog, new))
+        if not stats:
+            return fold_diff(diff)
+        from dcpstore.history.measure import with_stats  # noqa: PLC0415 (loads torch)
+
+        return fold_diff(with_stats(diff, self.catalog, self.storage))
 
     def tags(self) -> list[RefRecord]:
         """Return all tags, by name."""
-        return self.catalog.refs("tag")
+        return list_refs(self.catalog, "tag")
 
     def branches(self) -> list[RefRecord]:
         """Return all branches, by name."""
-        return self.catalog.refs("branch")
+        return list_refs(self.catalog, "branch")
 
     def read(
         self,
@@ -200,7 +392,7 @@ class Repository(Recorded, Upkept):
 
     def _matching(self, version: Version, pattern: str) -> list[EntryRecord]:
         """Return the entries that a text stands for."""
-        entries = fold_entries(self.catalog.entries(version.number))
+        entries = fold_entries(load_entries(self.catalog, version.number))
         chosen: list[EntryRecord] = []
         for one in matching_entries(entries, pattern, where=str(version)):
             chosen += [one.mark, *one.parts] if isinstance(one, ComposedEntry) else [one]
@@ -216,16 +408,16 @@ class Repository(Recorded, Upkept):
         version = self.show(ref)
         return VersionStore(
             str(version),
-            self.catalog.entries(version.number),
+            load_entries(self.catalog, version.number),
             attributes={"version": version.number, "uid": version.uid, "step": version.step},
-            find=self.catalog.chunks,
+            find=partial(load_chunks, self.catalog),
             read=PackReader(self.storage).read,
             verify=verify,
         )
 
     def status(self) -> list[RunningSave]:
         """Return the saves that have begun and not ended, with how far their ranks are."""
-        return self.catalog.running()
+        return list_running(self.catalog)
 
     def sql(self, query: str, /, **params: object) -> list[Row]:
         """Return the named rows of a query, on a connection that cannot write.
@@ -237,7 +429,168 @@ class Repository(Recorded, Upkept):
         Raises:
             InvalidInputError: what the database says is wrong, or a statement that is no query.
         """
-        return self.catalog.query(query, params)
+        return query_rows(self.catalog, query, params)
+
+    @journaled
+    def expire(
+        self,
+        *,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        keep_best: Best | None = None,
+        keep_tagged: bool = False,
+        keep_since: datetime | timedelta | str | None = None,
+        branch: str | None = None,
+        dry_run: bool = False,
+    ) -> ExpireReport:
+        """Forget the versions that no rule keeps; `gc` then frees their bytes.
+
+        A branch tip, a tagged version and the newest version stay whatever the rules say. Of an
+        expired version the row stays, so that parents and operations still resolve; its entries go.
+
+        Args:
+            keep_last: keep so many newest versions of each branch that versions were saved to.
+            keep_every: keep versions whose step is a multiple of this.
+            keep_best: `("val_loss", 3)` keeps the three with the smallest val_loss;
+                `("accuracy", 3, "max")` those with the largest.
+            keep_tagged: no rule but that tagged versions stay, as they always do.
+            keep_since: keep versions made since a time, or within a span such as `"7d"`.
+            branch: look only at versions that were saved to this branch.
+            dry_run: change nothing, and tell what would expire.
+
+        Raises:
+            InvalidInputError: there is no rule, or one that cannot be meant.
+            NotFoundError: no version has that metric, or was saved to that branch.
+        """
+        from dcpstore.catalog.maintenance.retention import (  # noqa: PLC0415 (as for gc)
+            Retention,
+            expire,
+        )
+
+        rules = Retention(keep_last, keep_every, keep_best, keep_tagged, keep_since)
+        return expire(self.catalog, rules, author=this_user(), branch=branch, dry_run=dry_run)
+
+    @journaled
+    def forget(
+        self,
+        refs: str | int | Iterable[str | int],
+        *,
+        force: bool = False,
+        dry_run: bool = False,
+    ) -> ForgetReport:
+        """Forget these versions, in one operation; `gc` then frees their bytes.
+
+        Until that `gc`, `undo` brings them back. The versions that were saved after them stay, and
+        keep their history. A branch whose tip is forgotten moves back to the nearest ancestor that
+        stays; where there is none, the branch goes too.
+
+        Args:
+            refs: the versions, or one of them. If one of the refs names nothing, none is forgotten.
+            force: forget tagged versions too, and delete their tags.
+            dry_run: change nothing, and tell what would be forgotten.
+
+        Raises:
+            NotFoundError: a ref names nothing.
+            InvalidInputError: a version is tagged, and `force` is not given.
+        """
+        from dcpstore.catalog.maintenance.expire import forget_versions  # noqa: PLC0415 (as for gc)
+
+        if isinstance(refs, str | int | Version):
+            refs = [refs]
+        if not isinstance(refs, Iterable):
+            raise InvalidInputError(
+                f"refs={refs!r} are not refs; pass a list such as ['v1', 'v2']."
+            )
+        return forget_versions(
+            self.catalog, list(refs), force=force, dry_run=dry_run, author=this_user()
+        )
+
+    @journaled
+    def gc(
+        self, *, grace: Duration = "24h", dry_run: bool = False, lease: Duration = "1h"
+    ) -> GcReport:
+        """Free the bytes that nothing reaches.
+
+        Packs are condemned first, and deleted by the first gc after `grace`; until then loads that
+        began earlier find them. Packs that are mostly dead are copied to smaller ones. What crashed
+        saves left is cleared once they were silent for `lease`.
+
+        Args:
+            grace: a span of time, such as `"24h"` or a timedelta.
+            dry_run: change nothing, and tell what would be freed.
+            lease: a running save renews its lease every ten seconds.
+
+        Raises:
+            InvalidInputError: a save has been running for longer than `grace`.
+        """
+        from dcpstore.maintenance.gc import collect  # noqa: PLC0415 (what only looks need not load it)
+
+        return collect(
+            self.catalog,
+            self.storage,
+            grace=grace,
+            lease=lease,
+            author=this_user(),
+            dry_run=dry_run,
+        )
+
+    def verify(
+        self, *, deep: bool = False, resume: bool = False, limit: float | None = None
+    ) -> VerifyReport:
+        """Look for damage; the report's `.damaged` is empty where all is well.
+
+        What is damaged is marked: no save reuses it, so saving the same content again heals it.
+
+        Args:
+            deep: read every chunk and check its digest; else only what needs no reading.
+            resume: go on with a deep look that was broken off.
+            limit: most bytes a second to read.
+
+        Raises:
+            InvalidInputError: `limit` is not positive, or `resume` is given without `deep`.
+        """
+        from dcpstore.maintenance.verify import verify  # noqa: PLC0415 (as for gc)
+
+        if limit is not None and not (isinstance(limit, int | float) and limit > 0):
+            raise InvalidInputError(f"limit is {limit!r}; give bytes a second, more than 0.")
+        if resume and not deep:
+            raise InvalidInputError("only a deep look is resumed; give deep=True (--deep) too.")
+        with self.catalog.keep_connection():
+            return verify(self.catalog, self.storage, deep=deep, resume=resume, limit=limit)
+
+    def copy_to(self, other: Repository, refs: Sequence[str | int] | None = None) -> CopyReport:
+        """Copy versions to another repository, without writing chunks that it holds.
+
+        A version keeps its uid and gets a new number; one that is there already is left alone.
+
+        Args:
+            other: the repository to copy to.
+            refs: the versions, each alone; those that are tags or branches are made there too.
+                None is every version, tag and branch.
+
+        Raises:
+            NotFoundError: a ref names nothing.
+            CorruptionError: a stored chunk is damaged.
+        """
+        from dcpstore.maintenance.copy import copy_versions  # noqa: PLC0415 (loads torch)
+
+        if not isinstance(other, Repository):
+            raise InvalidInputError(f"other is {other!r}; open that repository, and pass it.")
+        if isinstance(refs, str) or not isinstance(refs, Iterable | None):
+            raise InvalidInputError(f"refs={refs!r} is no list of refs; pass one: [{refs!r}].")
+        if other.catalog.repository.uid == self.catalog.repository.uid:
+            raise InvalidInputError("source and target are the same repository.")
+        with (
+            changing_repository(other.catalog),
+            self.catalog.keep_connection(),
+            other.catalog.keep_connection(),
+        ):
+            return copy_versions(
+                (self.catalog, self.storage),
+                (other.catalog, other.storage),
+                refs,
+                author=this_user(),
+            )
 
     def finish_before_close(self, finish: Callable[[], None]) -> None:
         """Have `finish` called by `close`: it ends what still uses this repository."""
@@ -367,7 +720,7 @@ def make(
         make_data=lambda: _make_data(data_url or "", folder),
     )
     made = _with_storage(target, catalog)
-    with catalog.kept():
+    with catalog.keep_connection():
         write_journal(catalog, made.storage)  # from now on the folder says whose it is
     return made
 

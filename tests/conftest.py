@@ -13,7 +13,8 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from dcpstore.catalog import sqlite_url
+from dcpstore.catalog.db.url import sqlite_url
+from dcpstore.catalog.maintenance.journal import journal_again
 from dcpstore.core.ids import new_uid
 from dcpstore.repository import Repository
 from tests import servers
@@ -89,7 +90,7 @@ def made_database(postgres_server: Any, tmp_path_factory: pytest.TempPathFactory
 def _make(place: Place) -> None:
     """Make a repository whose copies, each with its own data, have their journal to write yet."""
     with place.open() as made:
-        made.catalog.upkeep().journal_again(1)
+        journal_again(made.catalog, 1)
 
 
 @pytest.fixture(scope="session")

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dcpstore.catalog.glance import LogLine, glance_at_log
+from dcpstore.catalog.maintenance.fsck import list_packs
+from dcpstore.catalog.read.entries import load_chunks, load_entries
 from dcpstore.encoding.codecs import decode
 from dcpstore.encoding.digests import chunk_digest, content_digest
 from dcpstore.encoding.dtypes import numpy_dtype
 from dcpstore.formats.journal_entry import operation_number
 from dcpstore.formats.manifest import decode_manifest, manifest_key
 from dcpstore.geometry.boxes import find_overlap
-from dcpstore.records import ChunkDefaults, ChunkRange, StoredChunk, TensorRecord, Version
+from dcpstore.records import ChunkDefaults, ChunkRange, StoredChunk, TensorRecord
 from dcpstore.repository import Repository
 from dcpstore.repository import open as open_repository
 from dcpstore.storage.packs import PackReader
@@ -36,7 +37,7 @@ class Place:
 
 def assert_sound(repo: Repository) -> None:
     """Check what must always hold of committed versions (design, section 5)."""
-    with repo.catalog.kept():
+    with repo.catalog.keep_connection():
         _assert_sound(repo)
 
 
@@ -48,13 +49,11 @@ def _assert_sound(repo: Repository) -> None:
     ]
     assert numbers == sorted(numbers, reverse=True)
     assert sorted(numbers + expired) == list(range(1, len(numbers + expired) + 1))
-    seen = glance_at_log(repo._target, limit=None)
-    assert seen is None or seen == list(map(as_line, versions))
     packs = PackReader(repo.storage)
     checked: set[int] = set()
     for version in versions:
         assert version.parent is None or version.parent < version.number
-        entries = repo.catalog.entries(version.number)
+        entries = load_entries(repo.catalog, version.number)
         assert version.nbytes == sum(e.tensor.nbytes for e in entries if e.tensor is not None)
         manifest = decode_manifest(repo.storage.get(manifest_key(version.uid)))
         assert {e.fqn for e in manifest.content.entries} == {e.fqn for e in entries}
@@ -69,15 +68,10 @@ def _assert_sound(repo: Repository) -> None:
     _assert_kept(repo)
 
 
-def as_line(version: Version) -> LogLine:
-    """Return what a glance at the log shows of a version."""
-    return LogLine(*(getattr(version, name) for name in LogLine._fields))
-
-
 def _assert_kept(repo: Repository) -> None:
     """Check that nothing is damaged, gc takes nothing that is reached, the journal is whole."""
     assert repo.verify().damaged == ()
-    reached = {pack.key for pack in repo.catalog.upkeep().packs()}
+    reached = {pack.key for pack in list_packs(repo.catalog)}
     reached |= {manifest_key(version.uid) for version in repo.log()}
     report = repo.gc(grace="100w", dry_run=True)
     going = {pack.key for pack in report.condemned} | set(report.cleared)
@@ -104,12 +98,13 @@ def _assert_whole(
     assert sum(cell.volume for cell in cells) == (
         whole if is_whole else sum(p.box.volume for p in tensor.parts)
     )
-    chunks = repo.catalog.chunks(
+    chunks = load_chunks(
+        repo.catalog,
         [
             ChunkRange(tensor.id, part, 0, grid.size - 1)
             for part, grid in enumerate(tensor.parts)
             if grid.size
-        ]
+        ],
     )
     chunks.sort(key=lambda chunk: (chunk.part, chunk.ordinal))
     assert [(c.part, c.ordinal) for c in chunks] == [

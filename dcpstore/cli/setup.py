@@ -10,8 +10,8 @@ from typing import get_args
 import click
 
 from dcpstore import repository
-from dcpstore.catalog import Catalog
 from dcpstore.catalog.location import locate
+from dcpstore.catalog.schema.lifecycle import upgrade_schema
 from dcpstore.cli.output import human_bytes, print_json, visible
 from dcpstore.cli.session import Session, json_option, looking_for_repository, repo_options
 from dcpstore.errors import AlreadyExistsError, NotFoundError
@@ -81,7 +81,7 @@ def db_upgrade(session: Session) -> None:
     # Not by opening the repository: an older one does not open.
     url, _ = locate(session.target)
     with looking_for_repository():
-        before, after = Catalog.upgrade(url)
+        before, after = upgrade_schema(url)
     if session.json:
         print_json({"before": before, "after": after})
     elif before == after:

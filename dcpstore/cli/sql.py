@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import click
 
+from dcpstore.catalog.read.user_sql import query_table
 from dcpstore.cli.output import Column, note, print_csv, print_json, print_table
 from dcpstore.cli.session import Session, repo_options
 from dcpstore.errors import InvalidInputError
@@ -45,7 +46,7 @@ def sql(session: Session, query: str, params: tuple[str, ...], as_csv: bool) -> 
         raise click.BadParameter("a name is given twice.", param_hint="'-p'")
     with session.open() as repo:
         text = _utf8(sys.stdin.read() if query == "-" else query)
-        columns, rows = repo.catalog.table(text, values)
+        columns, rows = query_table(repo.catalog, text, values)
     if session.json:
         print_json([_object(row) for row in rows])
     elif as_csv:

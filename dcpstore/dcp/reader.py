@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from dcpstore.catalog.location import absolute_target
+from dcpstore.catalog.read.entries import load_entries, load_planner_data
 from dcpstore.core.ids import new_uid
 from dcpstore.core.progress import ProgressBar
 from dcpstore.core.ref_syntax import rank_name
@@ -86,8 +87,8 @@ class RepositoryReader(StorageReader):
             ref = rank_name(str(ref or "main"), kwargs["rank"])
         with opened(self._repo, create=False) as repo:
             version = repo.show(ref)
-            entries = repo.catalog.entries(version.number)
-            planner_data = repo.catalog.planner_data(version.number)
+            entries = load_entries(repo.catalog, version.number)
+            planner_data = load_planner_data(repo.catalog, version.number)
         self._read = version, entries
         meta = StorageMeta(self.checkpoint_id, version.uid, self.load_id)
         described = describe_entries(entries, meta)

@@ -26,10 +26,12 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.location import absolute_target
 from dcpstore.catalog.maintenance.retention import Retention
+from dcpstore.catalog.read.dedup import find_chunks
 from dcpstore.catalog.write.lease import kept_lease
+from dcpstore.catalog.write.saves import abort_save, begin_save
 from dcpstore.core.ids import new_uid
 from dcpstore.errors import DcpstoreError, InvalidInputError
 from dcpstore.planning.plan_checks import check_agreement, check_names, check_results, check_tiling
@@ -319,7 +321,7 @@ class RepositoryWriter(StorageWriter):
         """Return the draft of the version, which is begun now if it was not yet."""
         draft = draft_version(target.catalog, self._versioned(), ranks=ranks, uid=self.save_id)
         if not self._is_pending:
-            target.catalog.begin(draft)
+            begin_save(target.catalog, draft)
             self._is_spent = self._is_pending = True
         return draft
 
@@ -339,7 +341,9 @@ class RepositoryWriter(StorageWriter):
             self._is_pending = False
             try:
                 with self._opened() as target:
-                    target.catalog.abort(self.save_id, "torch gave it up, and began another save")
+                    abort_save(
+                        target.catalog, self.save_id, "torch gave it up, and began another save"
+                    )
             except DcpstoreError as error:
                 _log.warning("the save %s was not aborted; gc will: %s", self.save_id, error)
         self.save_id, self._next_id = self._next_id, new_uid()
@@ -376,7 +380,7 @@ def _look_up(catalog: Catalog, keys: Collection[ChunkKey]) -> dict[ChunkKey, Chu
     return {
         (codec, digest): place
         for codec in dict.fromkeys(codec for codec, _ in keys)
-        for digest, place in catalog.find_chunks([d for c, d in keys if c == codec], codec).items()
+        for digest, place in find_chunks(catalog, [d for c, d in keys if c == codec], codec).items()
     }
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from dcpstore.catalog import Catalog
-from dcpstore.catalog.read.entries import SharedChunk
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.read.entries import SharedChunk, load_both, shared_chunks
 from dcpstore.formats.composition import MARK, ComposedEntry, composition_of, fold_entries
 from dcpstore.history.stats import TensorStats
 from dcpstore.records import EntryRecord, TensorRecord, Version
@@ -124,8 +124,7 @@ class Diff:
 
 def diff_versions(catalog: Catalog, old: Version, new: Version) -> Diff:
     """Return what changed between two versions; the number of queries does not depend on them."""
-    history = catalog.history()
-    before, after = history.both(old.number, new.number)
+    before, after = load_both(catalog, old.number, new.number)
     pairs = list(_paired(before, after))
     shared = _shared_bytes(catalog, pairs)
     entries = tuple(EntryDiff(fqn, _change(a, b), a, b, _kept(a, b, shared)) for fqn, a, b in pairs)
@@ -243,7 +242,7 @@ def _shared_bytes(catalog: Catalog, pairs: list[Pairing]) -> dict[tuple[int, int
         if old.tensor.id != new.tensor.id and same_grids(old.tensor, new.tensor):
             tensors[old.tensor.id, new.tensor.id] = new.tensor
     shared: dict[tuple[int, int], int] = {}
-    for chunk in catalog.history().shared_chunks(list(tensors)):
+    for chunk in shared_chunks(catalog, list(tensors)):
         tensor = tensors[chunk.old, chunk.new]
         nbytes = _cell_bytes(tensor, chunk)
         shared[chunk.old, chunk.new] = shared.get((chunk.old, chunk.new), 0) + nbytes

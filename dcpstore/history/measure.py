@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
 from dcpstore.encoding.dtypes import PACKED, torch_dtype
 from dcpstore.geometry.boxes import Box
 from dcpstore.history.diff import Diff, EntryDiff, same_grids

@@ -10,7 +10,7 @@ from typing import TypeGuard
 import torch
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
 from dcpstore.core.gc_pause import collector_free
 from dcpstore.core.progress import ProgressBar
 from dcpstore.encoding.values import PlannerBytes, check_safe, decode_value, depends_on_template

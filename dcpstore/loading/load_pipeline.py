@@ -19,7 +19,9 @@ import torch
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.read.entries import load_entries, load_planner_data
+from dcpstore.catalog.read.ref_lookup import resolve
 from dcpstore.collectives import Collectives, in_step, in_turn
 from dcpstore.core.gc_pause import collector_held
 from dcpstore.core.ids import new_uid
@@ -219,11 +221,11 @@ class _Load:
         _check_agreement(requests)
         keys = sorted({key for one in requests for key in one.keys})
         catalog = self.source.catalog
-        with catalog.kept():
-            version = catalog.resolve(self._ref)
+        with catalog.keep_connection():
+            version = resolve(catalog, self._ref)
             asks = type(self.planner) is not DefaultLoadPlanner  # which uses no planner data
-            data = catalog.planner_data(version.number) if asks else None
-            return _Opened(version, catalog.entries(version.number), keys, data)
+            data = load_planner_data(catalog, version.number) if asks else None
+            return _Opened(version, load_entries(catalog, version.number), keys, data)
 
     def take_state(self) -> Mapping[str, frozenset[str]]:
         """Take the plain state; return the FQNs below each owner that it does not name."""

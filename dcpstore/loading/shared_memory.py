@@ -7,7 +7,7 @@ from contextlib import closing
 
 import torch
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
 from dcpstore.encoding.dtypes import torch_dtype
 from dcpstore.errors import MismatchError
 from dcpstore.geometry.boxes import Box

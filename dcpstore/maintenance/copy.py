@@ -10,10 +10,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.maintenance.export import lineage, load_content, mark_version_stale
 from dcpstore.catalog.maintenance.fsck import PackedChunk
 from dcpstore.catalog.maintenance.journal_files import write_journal
+from dcpstore.catalog.read.dedup import find_chunks, find_tensors
+from dcpstore.catalog.read.entries import load_chunks
+from dcpstore.catalog.read.log_filter import list_log
+from dcpstore.catalog.read.ref_lookup import list_refs, resolve
+from dcpstore.catalog.write.copied import advance_branch, begin_copy, commit_copy, known_uids
 from dcpstore.catalog.write.lease import kept_lease
+from dcpstore.catalog.write.refs import make_ref
+from dcpstore.catalog.write.saves import abort_save
 from dcpstore.core.ids import new_uid
 from dcpstore.core.ref_syntax import parse_ref
 from dcpstore.errors import AlreadyExistsError, ConflictError, CorruptionError, NotFoundError
@@ -71,16 +79,16 @@ def copy_versions(
     """
     catalog = source[0]
     if refs is None:
-        versions, named = catalog.log(), catalog.refs()
+        versions, named = list_log(catalog), list_refs(catalog)
     else:
-        versions = [catalog.resolve(ref) for ref in refs]
+        versions = [resolve(catalog, ref) for ref in refs]
         names = {parsed.name for ref in refs if str(parsed := parse_ref(ref)) == parsed.name}
-        named = [ref for ref in catalog.refs() if ref.name in names]
+        named = [ref for ref in list_refs(catalog) if ref.name in names]
     chosen = sorted({v.number: v for v in versions}.values(), key=lambda v: v.number)
     copied, present, refused, nbytes = [], [], [], 0
     numbers: dict[int, int] = {}
     for version in chosen:
-        number, status = target[0].upkeep().known_uids([version.uid]).get(version.uid, (0, ""))
+        number, status = known_uids(target[0], [version.uid]).get(version.uid, (0, ""))
         if status == "expired":
             refused.append(version.number)
             continue
@@ -101,13 +109,13 @@ def copy_versions(
 def _copy(version: Version, source: Place, target: Place) -> tuple[int, int]:
     """Copy one version; return its number there, and the bytes that were written."""
     catalog, storage = target
-    draft, content = source[0].upkeep().content(version.number)
-    lineage = source[0].upkeep().lineage(version.number)
-    known = catalog.upkeep().known_uids(lineage)
-    parent = next((uid for uid in lineage if uid in known), None)
+    draft, content = load_content(source[0], version.number)
+    ancestors = lineage(source[0], version.number)
+    known = known_uids(catalog, ancestors)
+    parent = next((uid for uid in ancestors if uid in known), None)
     # Under a uid of its own until it is committed: packs of a copy that died are then no one's.
     pending = replace(draft, uid=new_uid(), parent=None, tags=(), expect_tip=None)
-    catalog.upkeep().begin_copy(pending)
+    begin_copy(catalog, pending)
     writer = PackWriter(storage, pending.uid, 0)
     try:
         with kept_lease(catalog, pending.uid):
@@ -117,7 +125,7 @@ def _copy(version: Version, source: Place, target: Place) -> tuple[int, int]:
                 pending.uid, told, content, target, parent=parent, places=places, packs=packs
             )
     except BaseException as error:
-        catalog.abort(pending.uid, f"{type(error).__name__}: {error}")
+        abort_save(catalog, pending.uid, f"{type(error).__name__}: {error}")
         writer.discard()
         raise
     write_journal(catalog, storage)
@@ -140,11 +148,11 @@ def _commit(
         held = _held(content, catalog, places, packs)
         write_manifest(storage, draft, held, held.records())
         try:
-            return catalog.upkeep().commit_copy(uid, draft, held, parent=parent)
+            return commit_copy(catalog, uid, draft, held, parent=parent)
         except ConflictError:
-            there = catalog.upkeep().known_uids([draft.uid]).get(draft.uid)
+            there = known_uids(catalog, [draft.uid]).get(draft.uid)
             if there is not None:  # someone else's copy; its manifest was written over
-                catalog.upkeep().mark_stale(there[0])
+                mark_version_stale(catalog, there[0])
                 renew_manifests(catalog, storage)
                 raise
             if attempt == 2:
@@ -156,7 +164,7 @@ def _write_missing(
     content: VersionContent, source: Place, target: Place, writer: PackWriter
 ) -> tuple[dict[tuple[str, bytes], ChunkPlace], Sequence[PackRecord]]:
     """Write the chunks that the target lacks; return the places of all of new tensors."""
-    known = target[0].find_tensors({tensor.digest for tensor in content.tensors})
+    known = find_tensors(target[0], {tensor.digest for tensor in content.tensors})
     new = [tensor for tensor in content.tensors if tensor.digest not in known]
     wanted: dict[str, set[bytes]] = {}
     for tensor in new:
@@ -164,7 +172,7 @@ def _write_missing(
     places = {
         (codec, digest): place
         for codec, digests in wanted.items()
-        for digest, place in target[0].find_chunks(digests, codec).items()
+        for digest, place in find_chunks(target[0], digests, codec).items()
     }
     missing = [(c.pack, c.offset, c, t) for t in new for c in t.chunks]
     with closing(PackReader(source[1])) as packs:
@@ -190,7 +198,7 @@ def _held(
     packs: Sequence[PackRecord],
 ) -> VersionContent:
     """Return the content as the target holds it: known tensors as they lie there."""
-    known = catalog.find_tensors({tensor.digest for tensor in content.tensors})
+    known = find_tensors(catalog, {tensor.digest for tensor in content.tensors})
     stored = {record.digest: record for record in known.values()}
     tensors = _known_tensors(stored.values(), catalog)
     for tensor in content.tensors:
@@ -220,7 +228,7 @@ def _known_tensors(records: Iterable[TensorRecord], catalog: Catalog) -> list[Ne
         for part, grid in enumerate(record.parts)
         if grid.size
     ]
-    for chunk in catalog.chunks(ranges):
+    for chunk in load_chunks(catalog, ranges):
         chunks[chunk.tensor_id].append(NewChunk(*chunk[1:]))
     tensors = [
         NewTensor(r.digest, r.dtype, r.shape, r.codec, r.nbytes, r.parts, sorted(chunks[r.id]))
@@ -250,7 +258,7 @@ def _copy_refs(
     refs: Iterable[RefRecord], numbers: Mapping[int, int], catalog: Catalog, *, author: str
 ) -> tuple[list[str], list[str]]:
     """Make or move refs; return those that are as in the source now, and those that stayed."""
-    there = {ref.name: ref for ref in catalog.refs()}
+    there = {ref.name: ref for ref in list_refs(catalog)}
     made, left = [], []
     for ref in refs:
         number, known = numbers.get(ref.version), there.get(ref.name)
@@ -258,15 +266,14 @@ def _copy_refs(
             left.append(ref.name)
         elif known is None:
             try:
-                make = catalog.tag if ref.kind == "tag" else catalog.branch
-                make(ref.name, number, author=author)
+                make_ref(catalog, ref.name, ref.kind, version=number, author=author)
                 made.append(ref.name)
             except (AlreadyExistsError, NotFoundError):  # someone was faster
                 left.append(ref.name)
         elif known == RefRecord(ref.name, ref.kind, number):
             continue
-        elif known.kind == ref.kind == "branch" and catalog.upkeep().advance_branch(
-            ref.name, number, author=author
+        elif known.kind == ref.kind == "branch" and advance_branch(
+            catalog, ref.name, number, author=author
         ):
             made.append(ref.name)
         else:

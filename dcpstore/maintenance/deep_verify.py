@@ -14,8 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime
 
-from dcpstore.catalog import Catalog
-from dcpstore.catalog.maintenance.fsck import PackedChunk, PackState
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.maintenance.fsck import (
+    PackedChunk,
+    PackState,
+    begin_verify,
+    end_verify,
+    find_reached,
+    mark_pack,
+    packed_chunks,
+)
 from dcpstore.core.progress import ProgressBar
 from dcpstore.errors import CorruptionError, InvalidInputError
 from dcpstore.maintenance.verify import ChunkDamage, is_of_quick_look
@@ -42,9 +50,9 @@ def check_packs(
     `found` hears of each pack when it was looked at. With `resume`, packs that the look which is
     gone on with has passed already are left out.
     """
-    upkeep = catalog.upkeep()
+    upkeep = catalog
     now = datetime.now(UTC)
-    began = upkeep.begin_verify(resume=resume, now=now)
+    began = begin_verify(upkeep, resume=resume, now=now)
     # what was looked at in the future, by a clock that was wrong then, is looked at again
     waiting = [p for p in packs if p.verified_at is None or not began <= p.verified_at < now]
     throttle = _Throttle(limit)
@@ -56,7 +64,7 @@ def check_packs(
     ):
         bar.begin("digests", sum(pack.nbytes for pack in waiting))
         for pack in waiting:
-            chunks = upkeep.packed_chunks(pack.key)
+            chunks = packed_chunks(upkeep, pack.key)
 
             def check(chunk: PackedChunk, key: str = pack.key) -> str | None:
                 throttle.take(chunk.length)
@@ -74,16 +82,16 @@ def check_packs(
             damage = f"{len(bad)} damaged chunks: {bad[0].reason}" if bad else None
             if is_of_quick_look(pack.damage):
                 damage = pack.damage
-            upkeep.mark_pack(pack.key, damage=damage, verified_at=datetime.now(UTC))
+            mark_pack(upkeep, pack.key, damage=damage, verified_at=datetime.now(UTC))
             found(pack, bad)
             count += len(chunks)
             nbytes += sum(chunk.length for chunk in chunks)
-    upkeep.end_verify()
+    end_verify(upkeep)
     return count, nbytes
 
 
 def _damage(catalog: Catalog, pack: str, chunk: PackedChunk, reason: str) -> ChunkDamage:
-    held = catalog.upkeep().reached(pack, [chunk.offset])
+    held = find_reached(catalog, pack, [chunk.offset])
     return ChunkDamage(
         pack=pack,
         offset=chunk.offset,

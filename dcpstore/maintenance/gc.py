@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.maintenance.condemn import condemn, find_doomed, find_leftovers, forget_packs
+from dcpstore.catalog.maintenance.export import stale_versions
 from dcpstore.catalog.maintenance.journal_files import check_owner, write_journal
 from dcpstore.core.durations import Duration, as_duration
 from dcpstore.core.ids import uid_time
@@ -79,13 +81,14 @@ def collect(
         DcpstoreError: the data folder is another repository's.
     """
     grace, lease = as_duration(grace, what="grace"), as_duration(lease, what="lease")
-    upkeep = catalog.upkeep()
+    upkeep = catalog
     check_owner(catalog, storage)
     if not dry_run:
         write_journal(catalog, storage)
     clock = _steady_clock()
     began = clock()
-    found = upkeep.condemn(
+    found = condemn(
+        upkeep,
         now=began,
         grace=grace,
         lease=lease,
@@ -100,7 +103,7 @@ def collect(
 
             repacked = list(repack(catalog, storage, found.sparse, author=author))
         write_journal(catalog, storage)  # before a manifest names what is new
-        if upkeep.stale_versions():
+        if stale_versions(upkeep):
             from dcpstore.maintenance.rewrite import renew_manifests  # noqa: PLC0415 (loads torch)
 
             renew_manifests(catalog, storage)
@@ -139,13 +142,13 @@ def _steady_clock() -> Callable[[], datetime]:
 def _delete_packs(
     catalog: Catalog, storage: Storage, *, before: datetime, author: str, dry_run: bool
 ) -> list[PackRecord]:
-    upkeep = catalog.upkeep()
-    doomed = upkeep.find_doomed(before=before)
+    upkeep = catalog
+    doomed = find_doomed(upkeep, before=before)
     if doomed and not dry_run:
         for pack in doomed:
             storage.delete(pack.key)
         # Only now: a crash in between leaves rows by which the next collection tries again.
-        upkeep.forget_packs([p.key for p in doomed], now=datetime.now(UTC), author=author)
+        forget_packs(upkeep, [p.key for p in doomed], now=datetime.now(UTC), author=author)
         write_journal(catalog, storage)
     return doomed
 
@@ -166,8 +169,8 @@ def _clear_leftovers(
     """
     # Listed before the catalog is asked: what appears later may belong to a save that it misses.
     keys = [(key, key.split("/")[1].split(".")[0]) for key in _listed(storage)]
-    leftovers, strange = catalog.upkeep().find_leftovers(
-        keys, crashed=crashed, dropped=dropped, expired_before=expired_before
+    leftovers, strange = find_leftovers(
+        catalog, keys, crashed=crashed, dropped=dropped, expired_before=expired_before
     )
     leftovers += _half_written(storage, old)
     uids = dict(keys)

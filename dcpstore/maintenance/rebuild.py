@@ -13,10 +13,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.location import absolute_data, check_path, locate
+from dcpstore.catalog.maintenance.journal import journal_again
 from dcpstore.catalog.maintenance.journal_files import write_journal
-from dcpstore.catalog.schema.lifecycle import FORMAT_VERSION
+from dcpstore.catalog.maintenance.restore import restore
+from dcpstore.catalog.schema.lifecycle import FORMAT_VERSION, restore_repository
 from dcpstore.errors import CorruptionError, InvalidInputError, NotFoundError
 from dcpstore.formats.journal_entry import decode_operation, operation_key, operation_number
 from dcpstore.formats.manifest import Manifest, decode_manifest, manifest_key
@@ -79,10 +81,14 @@ def rebuild(data: str | os.PathLike[str], into: str | os.PathLike[str]) -> Rebui
     whole = sorted([*operations, *made], key=lambda said: int(said["operation"]))
     if folder is not None:
         LocalFolder(folder, create=True)  # for the catalog itself
-    done = Catalog.rebuild(url, _repository(operations, data_url), whole, found)
+    done = restore_repository(
+        url,
+        _repository(operations, data_url),
+        lambda connection: restore(connection, whole, found),
+    )
     with Catalog.open(url) as catalog:
         if lost:
-            catalog.upkeep().journal_again(lost[0])
+            journal_again(catalog, lost[0])
         write_journal(catalog, storage)
     told = {said["version"]["uid"] for said in whole if "version" in said}
     return RebuildReport(

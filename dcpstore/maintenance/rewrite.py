@@ -15,7 +15,10 @@ from collections.abc import Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.maintenance.condemn import plan_pack, switch_pack, unplan_pack
+from dcpstore.catalog.maintenance.export import clear_stale, load_content, stale_versions
+from dcpstore.catalog.maintenance.fsck import packed_chunks
 from dcpstore.catalog.maintenance.journal_files import write_journal
 from dcpstore.core.ids import new_uid
 from dcpstore.errors import CorruptionError, NotFoundError
@@ -33,21 +36,21 @@ def renew_manifests(catalog: Catalog, storage: Storage) -> int:
 
     None while the journal cannot be written: they stay marked, for the next collection.
     """
-    upkeep = catalog.upkeep()
+    upkeep = catalog
     renewed = 0
     tried: set[tuple[int, str]] = set()
-    while new := [found for found in upkeep.stale_versions().items() if found not in tried]:
+    while new := [found for found in stale_versions(upkeep).items() if found not in tried]:
         for number, mark in new:
             tried.add((number, mark))
             try:
-                draft, content = upkeep.content(number)
+                draft, content = load_content(upkeep, number)
             except (NotFoundError, CorruptionError):  # expired meanwhile; or for verify to report
                 continue
             if not write_journal(catalog, storage):  # of what moved until the content was read
                 return renewed
             write_manifest(storage, draft, content, content.records())
             # Where chunks moved again since, the mark is another, and the loop comes back to it.
-            renewed += upkeep.clear_stale(number, mark)
+            renewed += clear_stale(upkeep, number, mark)
     return renewed
 
 
@@ -61,11 +64,11 @@ def repack(
 
     A pack that turns out damaged stays as it is, for verify to report.
     """
-    upkeep, uid = catalog.upkeep(), new_uid()
+    upkeep, uid = catalog, new_uid()
     done = []
     for rank, old in enumerate(packs):
         key = pack_key(uid, rank, 0)
-        if not upkeep.plan_pack(old.key, key, now=datetime.now(UTC)):
+        if not plan_pack(upkeep, old.key, key, now=datetime.now(UTC)):
             continue
         writer = PackWriter(storage, uid, rank, limit=_WHOLE)
         try:
@@ -73,16 +76,16 @@ def repack(
             made = writer.finish()
         except CorruptionError:
             writer.discard()
-            upkeep.unplan_pack(key)
+            unplan_pack(upkeep, key)
             continue
         except BaseException:
             writer.discard()
             raise
         if not made:  # another collection left no live chunk in it meanwhile
-            upkeep.unplan_pack(key)
+            unplan_pack(upkeep, key)
             continue
         (new,) = made
-        if upkeep.switch_pack(old.key, new, moves, now=datetime.now(UTC), author=author):
+        if switch_pack(upkeep, old.key, new, moves, now=datetime.now(UTC), author=author):
             done.append((old, new))
     return done
 
@@ -93,7 +96,7 @@ def _copy(
     """Append every chunk of `old` that is reached; return the new offsets by the old ones."""
     moves: dict[int, int] = {}
     with closing(PackReader(storage)) as packs:
-        for chunk in catalog.upkeep().packed_chunks(old.key):
+        for chunk in packed_chunks(catalog, old.key):
             encoded = packs.read(old.key, chunk.offset, chunk.length)
             check_chunk(chunk, encoded)
             if chunk.offset not in moves:

@@ -11,9 +11,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from dcpstore.catalog import Catalog
-from dcpstore.catalog.maintenance.fsck import PackState, Reached
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.maintenance.export import mark_version_stale
+from dcpstore.catalog.maintenance.fsck import (
+    PackState,
+    Reached,
+    find_faults,
+    find_reached,
+    list_packs,
+    mark_pack,
+    reached_by_tensor,
+)
+from dcpstore.catalog.maintenance.journal import journal_again, last_journaled
 from dcpstore.catalog.maintenance.journal_files import check_owner
+from dcpstore.catalog.read.log_filter import list_log
+from dcpstore.catalog.read.ref_lookup import resolve
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.formats.journal_entry import decode_operation, operation_key
 from dcpstore.formats.manifest import decode_manifest, manifest_key
@@ -114,7 +126,7 @@ def verify(
     hurt = {n for one in damaged if one.kind != "manifest" for n in one.versions}
     return VerifyReport(
         damaged=damaged,
-        versions=_with_nearest(catalog.log(), hurt),
+        versions=_with_nearest(list_log(catalog), hurt),
         packs=len(packs),
         manifests=manifests,
         chunks=chunks,
@@ -133,7 +145,6 @@ class _Look:
 
     def __init__(self, catalog: Catalog, storage: Storage) -> None:
         self._catalog, self._storage = catalog, storage
-        self._upkeep = catalog.upkeep()
         self._found: dict[tuple[str, str], Damage] = {}
 
     def damage(self) -> tuple[Damage, ...]:
@@ -142,27 +153,27 @@ class _Look:
 
     def at_catalog(self) -> None:
         """Look at the catalog's own rules."""
-        for i, fault in enumerate(self._upkeep.inspect()):
-            held = [] if fault.tensor is None else self._upkeep.reached_by_tensor(fault.tensor)
+        for i, fault in enumerate(find_faults(self._catalog)):
+            held = [] if fault.tensor is None else reached_by_tensor(self._catalog, fault.tensor)
             self._enter("catalog", str(i), fault.text, held)
 
     def at_packs(self) -> list[PackState]:
         """Look whether every pack is there whole; return them with the damage found so far."""
         packs = []
-        for pack in self._upkeep.packs():
+        for pack in list_packs(self._catalog):
             damage = self._quick_look(pack)
             if damage is None and not is_of_quick_look(pack.damage):
                 damage = pack.damage  # for a deep look to find mended
             if damage is not None:
                 self._enter_pack(pack, damage)
             if damage != pack.damage:
-                self._upkeep.mark_pack(pack.key, damage=damage, verified_at=None)
+                mark_pack(self._catalog, pack.key, damage=damage, verified_at=None)
             packs.append(pack._replace(damage=damage))
         return packs
 
     def at_manifests(self) -> int:
         """Look whether the manifest of every version is sound; return how many there are."""
-        versions = self._catalog.log()
+        versions = list_log(self._catalog)
         for version in versions:
             key = manifest_key(version.uid)
             try:
@@ -174,12 +185,12 @@ class _Look:
                 reason = str(error)
             if reason is not None and self._is_there(version):
                 self._found["manifest", key] = Damage("manifest", key, reason, (version.number,))
-                self._upkeep.mark_stale(version.number)
+                mark_version_stale(self._catalog, version.number)
         return len(versions)
 
     def at_journal(self) -> None:
         """Look whether every operation that was written is sound; the next change mends others."""
-        for number in range(1, self._upkeep.last_journaled() + 1):
+        for number in range(1, last_journaled(self._catalog) + 1):
             key = operation_key(number)
             try:
                 said = decode_operation(self._storage.get(key)).get("operation")
@@ -191,7 +202,7 @@ class _Look:
             if reason is not None:
                 self._found["operation", key] = Damage("operation", key, reason)
                 if number > 1 or self._is_own():
-                    self._upkeep.journal_again(number)
+                    journal_again(self._catalog, number)
 
     def found_in_pack(self, pack: PackState, bad: Sequence[ChunkDamage]) -> None:
         """Take what a deep look found in one pack; nothing, where all is well."""
@@ -200,7 +211,7 @@ class _Look:
         if not bad:
             self._found.pop(("pack", pack.key), None)
             return
-        held = self._upkeep.reached(pack.key, [chunk.offset for chunk in bad])
+        held = find_reached(self._catalog, pack.key, [chunk.offset for chunk in bad])
         if not held and not self._is_live(pack.key):  # collected while it was looked at
             return
         count = f"{len(bad)} chunk{'s' if len(bad) > 1 else ''}"
@@ -220,7 +231,7 @@ class _Look:
         return None
 
     def _enter_pack(self, pack: PackState, reason: str) -> None:
-        self._enter("pack", pack.key, reason, self._upkeep.reached(pack.key, None))
+        self._enter("pack", pack.key, reason, find_reached(self._catalog, pack.key, None))
 
     def _enter(
         self,
@@ -250,12 +261,12 @@ class _Look:
 
     def _is_live(self, key: str) -> bool:
         """Tell whether a pack is one still: a collection may have been faster."""
-        return any(pack.key == key for pack in self._upkeep.packs())
+        return any(pack.key == key for pack in list_packs(self._catalog))
 
     def _is_there(self, version: Version) -> bool:
         """Tell whether a version is one still: it may have expired."""
         try:
-            return self._catalog.resolve(version.number).uid == version.uid
+            return resolve(self._catalog, version.number).uid == version.uid
         except NotFoundError:
             return False
 

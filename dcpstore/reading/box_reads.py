@@ -20,7 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.read.entries import load_chunks
+from dcpstore.catalog.read.ref_lookup import resolve
 from dcpstore.core.parallel import in_batches
 from dcpstore.encoding.dtypes import as_bytes, torch_dtype
 from dcpstore.errors import CorruptionError
@@ -124,9 +126,9 @@ def find_chunks(
         for part, grid in enumerate(entry.tensor.parts):
             ends = ((0, grid.size - 1),) if is_whole and grid.size else grid.ranges(box)
             ranges += [ChunkRange(entry.tensor.id, part, first, last) for first, last in ends]
-    stored = catalog.chunks(ranges)
+    stored = load_chunks(catalog, ranges)
     if len(stored) != sum(last - first + 1 for _, _, first, last in ranges):
-        catalog.resolve(version)  # says so if it expired while it was being read
+        resolve(catalog, version)  # says so if it expired while it was being read
         _check_complete(ranges, stored, version)
     return stored
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
 from dcpstore.encoding.composed import put_together
 from dcpstore.encoding.dtypes import torch_dtype
 from dcpstore.encoding.values import decode_value

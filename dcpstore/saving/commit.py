@@ -16,11 +16,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, SupportsFloat, get_args
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.maintenance.journal_files import write_journal
 from dcpstore.catalog.maintenance.retention import Retention, retain
+from dcpstore.catalog.read.entries import load_entries
+from dcpstore.catalog.read.ref_lookup import list_refs, resolve
 from dcpstore.catalog.validation import as_labels, as_metrics, check_draft
 from dcpstore.catalog.write.operations import this_user
+from dcpstore.catalog.write.saves import abort_save, commit_save
 from dcpstore.core.ids import new_uid
 from dcpstore.core.ref_syntax import rank_name
 from dcpstore.encoding.values import encode_value
@@ -231,14 +234,14 @@ def _entries_of_parent(
     target: SaveTarget, draft: VersionDraft
 ) -> tuple[int, Mapping[str, EntryRecord]]:
     ref: str | int | None = draft.branch
-    if not any(known.name == ref for known in target.catalog.refs("branch")):
+    if not any(known.name == ref for known in list_refs(target.catalog, "branch")):
         ref = draft.parent
         if ref is None:
             return 0, {}
-    number = target.catalog.resolve(ref).number
+    number = resolve(target.catalog, ref).number
     held = target.memory.entries.get(number)
     if held is None:
-        held = {entry.fqn: entry for entry in target.catalog.entries(number)}
+        held = {entry.fqn: entry for entry in load_entries(target.catalog, number)}
     return number, held
 
 
@@ -305,7 +308,7 @@ def apply_retention(target: SaveTarget, rules: Retention | None, version: Versio
 def give_up(catalog: Catalog, uid: str, error: BaseException) -> None:
     """Record why a begun save ended without a version; what fails in that is noted on `error`."""
     try:
-        catalog.abort(uid, f"{type(error).__name__}: {error}")
+        abort_save(catalog, uid, f"{type(error).__name__}: {error}")
     except DcpstoreError as second:
         error.add_note(f"the catalog could not record that the save failed: {second}")
 
@@ -338,7 +341,7 @@ def _published(
     entries = content.records()
     write_manifest(target.storage, draft, content, entries)
     seconds["manifest"] = time.perf_counter() - began
-    version = target.catalog.commit(draft.uid, content)
+    version = commit_save(target.catalog, draft.uid, content)
     target.memory.entries.put(version.number, {entry.fqn: entry for entry in entries})
     return version
 
@@ -353,4 +356,4 @@ def _check_whole(tensors: Sequence[NewTensor]) -> None:
 
 
 def _number(catalog: Catalog, ref: str | int | None) -> int | None:
-    return None if ref is None else catalog.resolve(ref).number
+    return None if ref is None else resolve(catalog, ref).number

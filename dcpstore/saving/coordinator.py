@@ -12,6 +12,10 @@ from dataclasses import dataclass, fields, replace
 
 from torch.distributed.checkpoint.planner import SavePlanner
 
+from dcpstore.catalog.read.dedup import find_chunks
+from dcpstore.catalog.read.entries import load_entries
+from dcpstore.catalog.read.ref_lookup import find_refs
+from dcpstore.catalog.write.saves import begin_save
 from dcpstore.errors import InvalidInputError
 from dcpstore.planning.save_planner import recorded_by
 from dcpstore.records import ChunkDefaults, EntryRecord, Version
@@ -108,7 +112,7 @@ class Lead:
         check_agreement(told)
         self._retention = told[0].request.retention
         self.draft = draft_version(self.target.catalog, told[0].request, ranks=self._size)
-        self.target.catalog.begin(self.draft)
+        begin_save(self.target.catalog, self.draft)
         self._open = True
         if not self._is_whole:
             self._report_shadow()
@@ -117,7 +121,7 @@ class Lead:
     def _report_shadow(self) -> None:
         """Warn where a load by the branch's plain name will find what all ranks saved together."""
         plain, _, _ = self.draft.branch.rpartition("/rank-")
-        if self.target.catalog.find_refs([plain]):
+        if find_refs(self.target.catalog, [plain]):
             _log.warning(
                 "%r was saved with collectives before, and a load of it finds that; what this rank "
                 "saves now is %r: load it by this name, with no_dist=True, or save to a new branch",
@@ -172,7 +176,7 @@ class Lead:
         for rank, (keys, _) in enumerate(told):
             for place, key in enumerate(keys):
                 seen.setdefault(key, (rank, place))
-        held = self.target.catalog.find_chunks({digest for _, digest in seen})
+        held = find_chunks(self.target.catalog, {digest for _, digest in seen})
         chosen: list[list[int]] = [[] for _ in told]
         for (_, digest), (rank, place) in seen.items():
             if digest not in held:
@@ -201,7 +205,7 @@ class Lead:
         alike = self._books.look_up(self.target.catalog, self._before)
         if not alike:
             return self._writes()
-        self._compared = self.target.catalog.entries(self._before_number, alike)
+        self._compared = load_entries(self.target.catalog, self._before_number, alike)
         return [Duty(compare=self._compared, version=self._before_number)] * self._size
 
     def take_changed(self, told: Sequence[set[str]]) -> list[Duty]:

@@ -20,7 +20,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.read.dedup import find_chunks, find_tensors
+from dcpstore.catalog.read.entries import load_chunks
 from dcpstore.encoding.digests import content_digest
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.box_table import GridTable, Ints
@@ -238,7 +240,7 @@ class Books:
         Return the FQNs of those entries of `before` whose tensor may be the same as the save's, and
         is stored under other grids: only its bytes can tell.
         """
-        self._known = catalog.find_tensors({c.digest for c in self._contents.values()})
+        self._known = find_tensors(catalog, {c.digest for c in self._contents.values()})
         return [
             fqn
             for fqn, content in self._contents.items()
@@ -273,7 +275,7 @@ class Books:
             cells = np.flatnonzero((is_new & (codecs == codec))[self._cells.tensor])
             cells = self._cells.distinct(cells)
             digests = self._cells.digests(cells)
-            found = catalog.find_chunks(digests, codec)
+            found = find_chunks(catalog, digests, codec)
             self._places.update({(codec, digest): place for digest, place in found.items()})
             is_asked = [d not in found and (codec, d) not in written for d in digests]
             chosen.append(cells[is_asked])
@@ -372,7 +374,7 @@ class Books:
             if grid.size
         ]
         chunks: dict[int, list[NewChunk]] = {tensor_id: [] for tensor_id in known}
-        for chunk in catalog.chunks(ranges):
+        for chunk in load_chunks(catalog, ranges):
             chunks[chunk.tensor_id].append(NewChunk(*chunk[1:]))
         return {
             tensor.digest: NewTensor(

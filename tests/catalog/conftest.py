@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.write.saves import begin_save, commit_save
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.grids import Grid
 from dcpstore.records import (
@@ -40,8 +41,8 @@ def save(catalog: Catalog) -> Save:
 
     def save(tensors: Mapping[str, str] | None = None, **draft: Any) -> Version:
         uid = f"save-{next(uids)}"
-        catalog.begin(make_draft(uid, **draft))
-        return catalog.commit(uid, make_content(uid, tensors or {"w": uid}))
+        begin_save(catalog, make_draft(uid, **draft))
+        return commit_save(catalog, uid, make_content(uid, tensors or {"w": uid}))
 
     return save
 

@@ -11,10 +11,16 @@ import pytest
 from sqlalchemy import create_engine, event
 
 import dcpstore
-from dcpstore.catalog import Catalog, sqlite_url
+from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.db import database as engine_module
 from dcpstore.catalog.db import db_errors as faults_module
 from dcpstore.catalog.db.database import Database
+from dcpstore.catalog.db.url import sqlite_url
+from dcpstore.catalog.read.dedup import find_chunks, find_tensors
+from dcpstore.catalog.read.entries import load_chunks, load_entries, load_plan
+from dcpstore.catalog.read.log_filter import list_log
+from dcpstore.catalog.read.ref_lookup import list_refs, resolve
+from dcpstore.catalog.write.saves import abort_save, begin_save, commit_save
 from dcpstore.errors import (
     ConflictError,
     CorruptionError,
@@ -79,7 +85,7 @@ def test_settings_are_ours_alone(sqlite_catalog: Catalog, tmp_path: Path) -> Non
         "foreign_keys": 1,
         "busy_timeout": 60_000,
     }
-    with sqlite_catalog._database.outside() as driver:
+    with sqlite_catalog.database.outside() as driver:
         for name, value in expected.items():
             assert driver.execute(f"PRAGMA {name}").fetchone() == (value,)
     other = create_engine(sqlite_url(tmp_path / "other.db"))
@@ -99,7 +105,7 @@ def connections(catalog: Catalog, count: int) -> list[int]:
         "WHERE datname = current_database() AND pid <> pg_backend_pid()"
     )
     until = time.monotonic() + 30
-    with catalog._database.read_only() as other:
+    with catalog.database.read_only() as other:
         while len(found := other.exec_driver_sql(query).scalars().all()) != count:
             assert time.monotonic() < until, f"{found}, not {count} of them"
             other.rollback()  # a transaction sees the sessions as of one moment
@@ -109,40 +115,40 @@ def connections(catalog: Catalog, count: int) -> list[int]:
 
 @pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
 def test_a_server_holds_a_connection_only_while_it_is_kept(catalog: Catalog) -> None:
-    catalog.refs()
+    list_refs(catalog)
     connections(catalog, 0)
-    with catalog.kept():
-        catalog.begin(make_draft("u"))
+    with catalog.keep_connection():
+        begin_save(catalog, make_draft("u"))
         kept = connections(catalog, 1)
-        with catalog.kept():
-            catalog.refs()
-        catalog.abort("u", "no more")
+        with catalog.keep_connection():
+            list_refs(catalog)
+        abort_save(catalog, "u", "no more")
         assert connections(catalog, 1) == kept
     connections(catalog, 0)
 
 
 @pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
 def test_a_kept_connection_that_the_server_ended_is_replaced(catalog: Catalog) -> None:
-    with catalog.kept():
-        catalog.begin(make_draft("u"))
+    with catalog.keep_connection():
+        begin_save(catalog, make_draft("u"))
         (ended,) = connections(catalog, 1)
-        with catalog._database.read_only() as other:
+        with catalog.database.read_only() as other:
             other.exec_driver_sql(f"SELECT pg_terminate_backend({ended})")
         connections(catalog, 0)
-        assert catalog.commit("u", make_content("u", {"w": "W"})).number == 1
+        assert commit_save(catalog, "u", make_content("u", {"w": "W"})).number == 1
         connections(catalog, 1)
 
 
 @pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
 def test_a_forked_process_connects_for_itself(catalog: Catalog, save: Save) -> None:
     def ask() -> None:
-        theirs.send((catalog.log(), connections(catalog, 2)))
+        theirs.send((list_log(catalog), connections(catalog, 2)))
 
     save()
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    with catalog.kept():
-        expected = catalog.log()
+    with catalog.keep_connection():
+        expected = list_log(catalog)
         with warnings.catch_warnings():  # other tests' threads run, and the child does not ask them
             warnings.simplefilter("ignore", DeprecationWarning)
             child = context.Process(target=ask)
@@ -151,14 +157,14 @@ def test_a_forked_process_connects_for_itself(catalog: Catalog, save: Save) -> N
         told, both = ours.recv()
         child.join()
         assert child.exitcode == 0
-        assert told == catalog.log() == expected
+        assert told == list_log(catalog) == expected
         assert set(connections(catalog, 1)) < set(both)
 
 
 def test_foreign_keys_hold(catalog: Catalog, save: Save) -> None:
     save()
     for table in ("version", "tensor", "pack", "plan"):
-        with pytest.raises(ConflictError), catalog._database.write() as connection:
+        with pytest.raises(ConflictError), catalog.database.write() as connection:
             connection.exec_driver_sql(f"DELETE FROM {table}")
 
 
@@ -198,9 +204,9 @@ def test_damaged_file_is_corruption(sqlite_catalog: Catalog, tmp_path: Path) -> 
 def test_no_query_walks_a_whole_table(sqlite_catalog: Catalog) -> None:
     """Reads SQLite's plan of each statement; few rows here, but its plans do not depend on them."""
     catalog = sqlite_catalog
-    catalog.begin(make_draft("u", step=1, tags=("t",), metrics={"m": 1.0}))
-    catalog.commit("u", make_content("u", {"w": "W"}))
-    (entry,) = catalog.entries(1, ["w"])
+    begin_save(catalog, make_draft("u", step=1, tags=("t",), metrics={"m": 1.0}))
+    commit_save(catalog, "u", make_content("u", {"w": "W"}))
+    (entry,) = load_entries(catalog, 1, ["w"])
     assert entry.tensor is not None
     plans: dict[str, list[str]] = {}
 
@@ -210,19 +216,19 @@ def test_no_query_walks_a_whole_table(sqlite_catalog: Catalog) -> None:
             rows = driver.execute(f"EXPLAIN QUERY PLAN {statement}", params).fetchall()
             plans[statement] = [row[3] for row in rows]
 
-    event.listen(catalog._database._engine, "before_cursor_execute", explain)
+    event.listen(catalog.database._engine, "before_cursor_execute", explain)
     for ref in (None, "v1", "t", "main~0@step=1"):
-        catalog.resolve(ref)
-    catalog.log(1)
-    catalog.entries(1)
-    catalog.entries(1, ["w"])
-    catalog.chunks([ChunkRange(entry.tensor.id, 0, 0, 2)])
-    catalog.find_chunks([chunk_digest("W", 0, 0)], "none")
-    catalog.find_tensors(["digest of W"])
-    catalog.plan(1)
-    catalog.begin(make_draft("u2"))
-    catalog.commit("u2", make_content("u2", {"w": "W", "v": "V"}))
-    event.remove(catalog._database._engine, "before_cursor_execute", explain)
+        resolve(catalog, ref)
+    list_log(catalog, 1)
+    load_entries(catalog, 1)
+    load_entries(catalog, 1, ["w"])
+    load_chunks(catalog, [ChunkRange(entry.tensor.id, 0, 0, 2)])
+    find_chunks(catalog, [chunk_digest("W", 0, 0)], "none")
+    find_tensors(catalog, ["digest of W"])
+    load_plan(catalog, 1)
+    begin_save(catalog, make_draft("u2"))
+    commit_save(catalog, "u2", make_content("u2", {"w": "W", "v": "V"}))
+    event.remove(catalog.database._engine, "before_cursor_execute", explain)
     assert len(plans) > 15
     fine = {"SCAN each VIRTUAL TABLE INDEX 1:", "SCAN ancestor", "SCAN up", "SCAN CONSTANT ROW"}
     for statement, steps in plans.items():

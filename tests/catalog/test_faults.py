@@ -13,10 +13,21 @@ import psycopg
 import pytest
 from sqlalchemy import Connection
 
-from dcpstore.catalog import Catalog, sqlite_url
+from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.db import database as engine_module
 from dcpstore.catalog.db import db_errors as faults_module
 from dcpstore.catalog.db.db_errors import UnknownOutcomeError
+from dcpstore.catalog.db.url import sqlite_url
+from dcpstore.catalog.maintenance.journal import mark_journaled, unjournaled
+from dcpstore.catalog.read.entries import load_entries
+from dcpstore.catalog.read.log_filter import list_log
+from dcpstore.catalog.read.ref_lookup import list_refs, resolve
+from dcpstore.catalog.read.user_sql import query_rows
+from dcpstore.catalog.write.copied import commit_copy
+from dcpstore.catalog.write.lease import touch_save
+from dcpstore.catalog.write.operations import list_operations
+from dcpstore.catalog.write.refs import make_ref
+from dcpstore.catalog.write.saves import abort_save, begin_save, commit_save
 from dcpstore.errors import ConflictError, CorruptionError, DcpstoreError, NotFoundError
 from tests.proxy import Proxy, proxied
 from tests.servers import new_database
@@ -42,8 +53,8 @@ def proxy(postgres_url: str) -> Iterator[Proxy]:
 def behind(proxy: Proxy) -> Iterator[Catalog]:
     """A catalog behind a proxy, with one version."""
     with Catalog.make(proxy.url, data_url="file:///data") as catalog:
-        catalog.begin(make_draft("first"))
-        catalog.commit("first", make_content("first", {"w": "W"}))
+        begin_save(catalog, make_draft("first"))
+        commit_save(catalog, "first", make_content("first", {"w": "W"}))
         yield catalog
 
 
@@ -61,25 +72,25 @@ def test_a_save_whose_commit_was_lost_is_committed_once(
     behind: Catalog, proxy: Proxy, what: What
 ) -> None:
     lose_next(proxy, what)
-    behind.begin(make_draft("u", tags=("t",), metrics={"m": 1.0}))
+    begin_save(behind, make_draft("u", tags=("t",), metrics={"m": 1.0}))
     lose_next(proxy, what)
-    version = behind.commit("u", make_content("u", {"w": "V"}))
+    version = commit_save(behind, "u", make_content("u", {"w": "V"}))
     assert (version.number, version.tags, version.metrics) == (2, ("t",), {"m": 1.0})
-    assert behind.log() == [version, behind.resolve("v1")]
-    assert [o.kind for o in behind.operations()] == ["tag", "save", "save", "init"]
+    assert list_log(behind) == [version, resolve(behind, "v1")]
+    assert [o.kind for o in list_operations(behind)] == ["tag", "save", "save", "init"]
 
 
 def test_what_may_be_done_twice_is(behind: Catalog, proxy: Proxy, what: What) -> None:
-    behind.begin(make_draft("u"))
+    begin_save(behind, make_draft("u"))
     lose_next(proxy, what)
-    behind.touch("u")
+    touch_save(behind, "u")
     lose_next(proxy, what)
-    behind.abort("u", "given up")
+    abort_save(behind, "u", "given up")
     lose_next(proxy, what)
-    behind.mark_journaled(1)
-    rows = behind.query("SELECT status, error FROM version WHERE uid = 'u'", {})
+    mark_journaled(behind, 1)
+    rows = query_rows(behind, "SELECT status, error FROM version WHERE uid = 'u'", {})
     assert rows == [("aborted", "given up")]
-    assert [said["operation"] for said in behind.unjournaled()] == [2]
+    assert [said["operation"] for said in unjournaled(behind)] == [2]
 
 
 def test_where_nothing_tells_whether_it_was_done_people_are_told(
@@ -87,26 +98,30 @@ def test_where_nothing_tells_whether_it_was_done_people_are_told(
 ) -> None:
     lose_next(proxy, what)
     with pytest.raises(UnknownOutcomeError, match=r"not known: look with 'dcpstore ops'"):
-        behind.tag("best", 1, author="ada")
-    assert [ref.name for ref in behind.refs("tag")] == (["best"] if what == "answer" else [])
+        make_ref(behind, "best", "tag", version=1, author="ada")
+    assert [ref.name for ref in list_refs(behind, "tag")] == (["best"] if what == "answer" else [])
 
 
 def test_a_copy_whose_commit_was_lost_is_there_once(
     behind: Catalog, proxy: Proxy, what: What
 ) -> None:
-    behind.begin(make_draft("temporary"))
+    begin_save(behind, make_draft("temporary"))
     lose_next(proxy, what)
-    version = behind.upkeep().commit_copy(
-        "temporary", make_draft("origin"), make_content("temporary", {"w": "V"}), parent=None
+    version = commit_copy(
+        behind,
+        "temporary",
+        make_draft("origin"),
+        make_content("temporary", {"w": "V"}),
+        parent=None,
     )
     assert (version.number, version.uid) == (2, "origin")
-    assert [v.uid for v in behind.log()] == ["origin", "first"]
+    assert [v.uid for v in list_log(behind)] == ["origin", "first"]
 
 
 def test_a_slow_server_is_waited_for(behind: Catalog, proxy: Proxy) -> None:
     proxy.delay = 0.05
-    behind.begin(make_draft("u"))
-    assert behind.commit("u", make_content("u", {"w": "V"})).number == 2
+    begin_save(behind, make_draft("u"))
+    assert commit_save(behind, "u", make_content("u", {"w": "V"})).number == 2
 
 
 def test_a_server_that_ends_all_sessions(behind: Catalog, postgres_url: str) -> None:
@@ -124,8 +139,8 @@ def test_a_server_that_ends_all_sessions(behind: Catalog, postgres_url: str) -> 
                 )
         return int(connection.exec_driver_sql("SELECT last_operation FROM repository").scalar_one())
 
-    before = behind.operations()[0].number
-    assert behind._database.change(work) == before + 1
+    before = list_operations(behind)[0].number
+    assert behind.database.change(work) == before + 1
     assert len(attempts) == 2
 
 
@@ -140,9 +155,9 @@ def test_a_deadlock_is_tried_again(behind: Catalog) -> None:
             if len(attempts) <= 2 and table == first:
                 both.wait(20)
 
-    other = threading.Thread(target=behind._database.change, args=(work, "ref", "metric"))
+    other = threading.Thread(target=behind.database.change, args=(work, "ref", "metric"))
     other.start()
-    behind._database.change(work, "metric", "ref")
+    behind.database.change(work, "metric", "ref")
     other.join(30)
     assert not other.is_alive()
     assert len(attempts) == 3
@@ -159,13 +174,13 @@ def test_a_server_without_a_free_connection(
         holder = psycopg.connect(url)
         threading.Timer(0.5, holder.close).start()
         with Catalog.open(url) as catalog:  # waits for the holder
-            assert len(catalog.log()) == 1
+            assert len(list_log(catalog)) == 1
             monkeypatch.setattr(faults_module, "_PATIENCE", 0.3)
             with (
                 psycopg.connect(url),
                 pytest.raises(DcpstoreError, match=r"no connection left .*max_connections"),
             ):
-                catalog.log()
+                list_log(catalog)
         admin.execute(f"DROP OWNED BY {role}")
         admin.execute(f"DROP ROLE {role}")
 
@@ -177,8 +192,8 @@ def test_a_lock_that_is_not_released(
     with psycopg.connect(postgres_url) as other:
         other.execute("SELECT * FROM repository FOR UPDATE")
         with pytest.raises(ConflictError, match="locked by another process"):
-            behind.tag("best", 1, author="ada")
-    assert behind.tag("best", 1, author="ada").version == 1
+            make_ref(behind, "best", "tag", version=1, author="ada")
+    assert make_ref(behind, "best", "tag", version=1, author="ada").version == 1
 
 
 def test_a_server_that_goes_away_is_no_password(
@@ -186,7 +201,7 @@ def test_a_server_that_goes_away_is_no_password(
 ) -> None:
     monkeypatch.setattr(faults_module, "_PATIENCE", 0.3)
     proxy.close()
-    calls: list[Callable[[], Any]] = [behind.log, lambda: behind.begin(make_draft("u"))]
+    calls: list[Callable[[], Any]] = [behind.log, lambda: begin_save(behind, make_draft("u"))]
     for call in calls:
         with pytest.raises(NotFoundError, match="cannot connect to the catalog"):
             call()
@@ -195,22 +210,22 @@ def test_a_server_that_goes_away_is_no_password(
 @pytest.fixture
 def file(tmp_path: Path) -> Iterator[Catalog]:
     with Catalog.make(sqlite_url(tmp_path / "c.db"), data_url="d") as catalog:
-        catalog.begin(make_draft("first"))
-        catalog.commit("first", make_content("first", {"w": "W"}))
+        begin_save(catalog, make_draft("first"))
+        commit_save(catalog, "first", make_content("first", {"w": "W"}))
         yield catalog
 
 
 def test_a_full_disk_changes_nothing(file: Catalog) -> None:
-    with file._database.outside() as driver:
+    with file.database.outside() as driver:
         (pages,) = driver.execute("PRAGMA page_count").fetchone()
         driver.execute(f"PRAGMA max_page_count = {pages}")
-    file.begin(make_draft("u"))
+    begin_save(file, make_draft("u"))
     with pytest.raises(DcpstoreError, match=r"no space is left .*Nothing was changed; free some"):
-        file.commit("u", make_content("u", {f"w{i}": f"{i}" for i in range(200)}))
-    assert len(file.log()) == 1
-    with file._database.outside() as driver:
+        commit_save(file, "u", make_content("u", {f"w{i}": f"{i}" for i in range(200)}))
+    assert len(list_log(file)) == 1
+    with file.database.outside() as driver:
         driver.execute("PRAGMA max_page_count = 1000000")
-    assert file.commit("u", make_content("u", {"w": "V"})).number == 2
+    assert commit_save(file, "u", make_content("u", {"w": "V"})).number == 2
 
 
 def test_a_busy_file_is_read_again(file: Catalog, tmp_path: Path) -> None:
@@ -220,7 +235,7 @@ def test_a_busy_file_is_read_again(file: Catalog, tmp_path: Path) -> None:
     other.execute("PRAGMA locking_mode = EXCLUSIVE")
     other.execute("BEGIN EXCLUSIVE")
     threading.Timer(0.3, other.close).start()
-    assert len(file.log()) == 1
+    assert len(list_log(file)) == 1
 
 
 # A row's column, and what does not belong there.
@@ -251,8 +266,8 @@ def test_a_damaged_row_is_corruption(
 
     def look() -> None:
         with Catalog.open(sqlite_url(tmp_path / "c.db")) as catalog:
-            catalog.log()
-            catalog.entries(1)
+            list_log(catalog)
+            load_entries(catalog, 1)
 
     with pytest.raises(CorruptionError, match="damaged"):
         look()

@@ -30,13 +30,17 @@ from sqlalchemy import (
 )
 
 import dcpstore
-from dcpstore.catalog import Catalog, sqlite_url
+from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.db.database import Database
+from dcpstore.catalog.db.url import sqlite_url
+from dcpstore.catalog.read.user_sql import query_rows
 from dcpstore.catalog.schema import lifecycle as revisions
 from dcpstore.catalog.schema import migrate as migrating_module
 from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema.lifecycle import upgrade_schema
 from dcpstore.catalog.schema.migrate import migrations_folder
 from dcpstore.catalog.schema.views import VIEWS
+from dcpstore.catalog.write.operations import list_operations
 from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError, SchemaError
 from dcpstore.maintenance.rebuild import rebuild
 from dcpstore.records import ChunkDefaults
@@ -72,7 +76,7 @@ def test_looking_for_a_repository_leaves_nothing(database_url: str, tmp_path: Pa
     with pytest.raises(NotFoundError, match=r"no repository at .*'dcpstore init'"):
         Catalog.open(database_url)
     with pytest.raises(NotFoundError, match="no repository at"):
-        Catalog.upgrade(database_url)
+        upgrade_schema(database_url)
     with pytest.raises(InvalidInputError, match="pass data="):
         Catalog.make(database_url, data_url=None)
     assert list(tmp_path.iterdir()) == []
@@ -97,7 +101,7 @@ def test_sqlite_files_of_any_name(
     Catalog.make(sqlite_url(name), data_url="d").close()
     assert (tmp_path / name).is_file()
     with Catalog.open(sqlite_url(tmp_path / name)) as catalog:
-        assert catalog.query("SELECT count(*) AS n FROM history", {})[0].n == 0
+        assert query_rows(catalog, "SELECT count(*) AS n FROM history", {})[0].n == 0
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
@@ -108,7 +112,7 @@ def test_relative_path_stays_where_it_was_opened(
     with Catalog.make("sqlite:///catalog.db", data_url="d") as catalog:
         (tmp_path / "elsewhere").mkdir()
         monkeypatch.chdir(tmp_path / "elsewhere")
-        assert catalog.query("SELECT count(*) AS n FROM history", {})[0].n == 0
+        assert query_rows(catalog, "SELECT count(*) AS n FROM history", {})[0].n == 0
 
 
 def test_other_peoples_tables_are_refused(database_url: str) -> None:
@@ -121,7 +125,7 @@ def test_other_peoples_tables_are_refused(database_url: str) -> None:
         connection.execute(text("CREATE TABLE alembic_version (version_num text)"))
         connection.execute(text("INSERT INTO alembic_version VALUES ('0001')"))
     with pytest.raises(SchemaError, match="is not a dcpstore catalog"):
-        Catalog.upgrade(database_url)
+        upgrade_schema(database_url)
 
 
 def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
@@ -153,7 +157,7 @@ def test_older_and_newer_schemas_name_the_cure(database_url: str) -> None:
         with pytest.raises(SchemaError, match=r"newer dcpstore.*update dcpstore"):
             Catalog.open(database_url)
         with pytest.raises(SchemaError, match=r"newer dcpstore.*update dcpstore"):
-            Catalog.upgrade(database_url)
+            upgrade_schema(database_url)
 
 
 def be_newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,15 +177,15 @@ def test_upgrade_runs_what_is_missing_and_is_idempotent(
     database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Catalog.make(database_url, data_url="d").close()
-    assert Catalog.upgrade(database_url) == (revisions.HEAD, revisions.HEAD)
+    assert upgrade_schema(database_url) == (revisions.HEAD, revisions.HEAD)
     be_newer(tmp_path, monkeypatch)
     with pytest.raises(SchemaError, match="older dcpstore"):
         Catalog.open(database_url)
-    assert Catalog.upgrade(database_url) == ("0001", "0002")
-    assert Catalog.upgrade(database_url) == ("0002", "0002")
+    assert upgrade_schema(database_url) == ("0001", "0002")
+    assert upgrade_schema(database_url) == ("0002", "0002")
     with Catalog.open(database_url) as catalog:
-        assert catalog.query("SELECT mood FROM version", {}) == []
-        assert catalog.query("SELECT * FROM history", {}) == []
+        assert query_rows(catalog, "SELECT mood FROM version", {}) == []
+        assert query_rows(catalog, "SELECT * FROM history", {}) == []
 
 
 def test_threads_create_and_upgrade_on_both_databases_at_once(
@@ -203,7 +207,7 @@ def test_threads_create_and_upgrade_on_both_databases_at_once(
         def work(i: int) -> object:
             barrier.wait()
             if i % 4 < 2:
-                return Catalog.upgrade(urls[i])
+                return upgrade_schema(urls[i])
             with Catalog.make(urls[i], data_url="d") as made:
                 return made.log()
 
@@ -212,9 +216,9 @@ def test_threads_create_and_upgrade_on_both_databases_at_once(
         assert found == [("0001", "0002") if i % 4 < 2 else [] for i in range(count)]
         for url in urls:
             with Catalog.open(url) as catalog:
-                assert catalog.query("SELECT mood FROM version", {}) == []
-                assert catalog.query("SELECT * FROM history", {}) == []
-                assert [operation.kind for operation in catalog.operations()] == ["init"]
+                assert query_rows(catalog, "SELECT mood FROM version", {}) == []
+                assert query_rows(catalog, "SELECT * FROM history", {}) == []
+                assert [operation.kind for operation in list_operations(catalog)] == ["init"]
 
 
 def test_many_threads_create_many_repositories(tmp_path: Path) -> None:
@@ -294,7 +298,7 @@ def test_opening_loads_neither_alembic_nor_torch(tmp_path: Path) -> None:
     url = sqlite_url(tmp_path / "catalog.db")
     Catalog.make(url, data_url="d").close()
     code = (
-        "import sys; from dcpstore.catalog import Catalog\n"
+        "import sys; from dcpstore.catalog.catalog import Catalog\n"
         "with Catalog.open(sys.argv[1]) as c: c.log()\n"
         "print(sorted({'alembic', 'torch', 'zarr', 'numpy', 'psycopg'} & sys.modules.keys()))"
     )

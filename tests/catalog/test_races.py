@@ -7,7 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.read.log_filter import list_log
+from dcpstore.catalog.read.user_sql import query_rows
+from dcpstore.catalog.write.operations import list_operations
+from dcpstore.catalog.write.saves import abort_save, begin_save, commit_save
 from dcpstore.errors import AlreadyExistsError, ConflictError, DcpstoreError
 
 from .conftest import Save, make_content, make_draft
@@ -22,7 +26,7 @@ def make_or_open(url: str) -> tuple[bool, str]:
     except AlreadyExistsError:
         found, is_maker = Catalog.open(url), False
     with found as catalog:
-        assert catalog.log() == []
+        assert list_log(catalog) == []
         return is_maker, catalog.repository.uid
 
 
@@ -56,24 +60,26 @@ def test_many_threads_create_one_repository(database_url: str) -> None:
 
 def test_commits_on_one_branch_line_up(catalog: Catalog) -> None:
     def work(i: int) -> int:
-        catalog.begin(make_draft(f"u{i}", tags=(f"t{i}",)))
-        return catalog.commit(f"u{i}", make_content(f"u{i}", {"w": "same", "v": f"{i}"})).number
+        begin_save(catalog, make_draft(f"u{i}", tags=(f"t{i}",)))
+        return commit_save(
+            catalog, f"u{i}", make_content(f"u{i}", {"w": "same", "v": f"{i}"})
+        ).number
 
     assert sorted(map(str, at_once(work))) == [str(i + 1) for i in range(MANY)]
-    log = catalog.log()
+    log = list_log(catalog)
     assert [version.parent for version in log] == [*range(MANY - 1, 0, -1), None]
-    assert catalog.log(MANY) == log
-    operations = catalog.operations()
+    assert list_log(catalog, MANY) == log
+    operations = list_operations(catalog)
     assert [o.number for o in operations] == list(range(1 + 2 * MANY, 0, -1))
-    assert catalog.query("SELECT count(*) AS n FROM tensor", {})[0].n == MANY + 1
+    assert query_rows(catalog, "SELECT count(*) AS n FROM tensor", {})[0].n == MANY + 1
 
 
 def test_compare_and_swap_lets_one_through(catalog: Catalog, save: Save) -> None:
     save()
 
     def work(i: int) -> int:
-        catalog.begin(make_draft(f"u{i}", expect_tip=1))
-        return catalog.commit(f"u{i}", make_content(f"u{i}", {"w": "same"})).number
+        begin_save(catalog, make_draft(f"u{i}", expect_tip=1))
+        return commit_save(catalog, f"u{i}", make_content(f"u{i}", {"w": "same"})).number
 
     ends = at_once(work)
     assert [end for end in ends if isinstance(end, int)] == [2]
@@ -85,28 +91,28 @@ def test_a_name_is_given_once(catalog: Catalog, save: Save, kind: str) -> None:
     save()
     ends = at_once(lambda i: getattr(catalog, kind)("best", 1, author=f"{i}"))
     assert sum(isinstance(end, AlreadyExistsError) for end in ends) == MANY - 1
-    assert [o.target for o in catalog.operations(limit=2)] == ["best", "main"]
+    assert [o.target for o in list_operations(catalog, limit=2)] == ["best", "main"]
 
 
 def test_commit_and_abort_exclude_each_other(catalog: Catalog) -> None:
     for i in range(MANY):
-        catalog.begin(make_draft(f"u{i}"))
+        begin_save(catalog, make_draft(f"u{i}"))
 
         def work(thread: int, uid: str = f"u{i}") -> object:
             if thread % 2:
-                return catalog.abort(uid, "given up")
-            return catalog.commit(uid, make_content(uid, {"w": uid}))
+                return abort_save(catalog, uid, "given up")
+            return commit_save(catalog, uid, make_content(uid, {"w": uid}))
 
         ends = at_once(work)
-        committed = [v for v in catalog.log() if v.uid == f"u{i}"]
+        committed = [v for v in list_log(catalog) if v.uid == f"u{i}"]
         assert sum(end == committed[0] for end in ends) == 1 if committed else not committed
-        status = catalog.query("SELECT status FROM version WHERE uid = :u", {"u": f"u{i}"})
+        status = query_rows(catalog, "SELECT status FROM version WHERE uid = :u", {"u": f"u{i}"})
         assert status == [("committed" if committed else "aborted",)]
 
 
 def test_readers_do_not_wait_for_a_writer(catalog: Catalog, save: Save) -> None:
     save()
-    with catalog._database.write() as connection:
+    with catalog.database.write() as connection:
         connection.exec_driver_sql("UPDATE repository SET last_version = 7")
         with ThreadPoolExecutor(1) as other:
             assert len(other.submit(catalog.log).result(timeout=20)) == 1

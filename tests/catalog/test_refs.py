@@ -4,8 +4,12 @@ import re
 
 import pytest
 
-from dcpstore.catalog import Catalog
-from dcpstore.catalog.read.log_filter import LogFilter
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.read.log_filter import LogFilter, list_log
+from dcpstore.catalog.read.ref_lookup import list_refs, resolve
+from dcpstore.catalog.write.operations import list_operations
+from dcpstore.catalog.write.refs import make_ref
+from dcpstore.catalog.write.undo import undo_last
 from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from dcpstore.records import RefRecord
 
@@ -43,9 +47,9 @@ def test_documented_refs(catalog: Catalog) -> None:
         "try@step=20": 2,
         "best@step=10": 1,
     }
-    log = catalog.log()
+    log = list_log(catalog)
     for ref, number in refs.items():
-        version = catalog.resolve(ref)
+        version = resolve(catalog, ref)
         assert (ref, version.number) == (ref, number)
         assert version in log
 
@@ -64,32 +68,34 @@ def test_unknown_refs_say_what_is_near(catalog: Catalog) -> None:
     }
     for ref, message in refs.items():
         with pytest.raises(NotFoundError, match=re.escape(message)):
-            catalog.resolve(ref)
+            resolve(catalog, ref)
 
 
 def test_versions_without_a_name_are_told_from_no_versions(catalog: Catalog, save: Save) -> None:
     with pytest.raises(NotFoundError, match="'main': the repository is empty"):
-        catalog.resolve(None)
+        resolve(catalog, None)
     save()
-    catalog.history().undo(expect=None, author="")
+    undo_last(catalog, expect=None, author="")
     with pytest.raises(NotFoundError, match=r"has versions, but none has a name\. See.* log'"):
-        catalog.resolve(None)
-    assert catalog.resolve(1).number == 1
+        resolve(catalog, None)
+    assert resolve(catalog, 1).number == 1
 
 
 def test_what_is_no_ref_is_refused(catalog: Catalog) -> None:
     with pytest.raises(InvalidInputError, match="is not a ref"):
-        catalog.resolve("best; DROP TABLE ref")
+        resolve(catalog, "best; DROP TABLE ref")
 
 
 @pytest.mark.usefixtures("history")
 def test_tags_and_branches_are_listed_sorted_and_recorded(catalog: Catalog) -> None:
-    assert catalog.tag("Zeta", 1, author="ada") == RefRecord("Zeta", "tag", 1)
-    assert catalog.branch("side", 2, author="bob") == RefRecord("side", "branch", 2)
-    assert [r.name for r in catalog.refs()] == ["Zeta", "a", "best", "main", "side", "try", "z"]
-    assert [r.name for r in catalog.refs("branch")] == ["main", "side", "try"]
-    assert [r.name for r in catalog.refs("tag")] == ["Zeta", "a", "best", "z"]
-    branch, tag = catalog.operations(limit=2)
+    assert make_ref(catalog, "Zeta", "tag", version=1, author="ada") == RefRecord("Zeta", "tag", 1)
+    assert make_ref(catalog, "side", "branch", version=2, author="bob") == RefRecord(
+        "side", "branch", 2
+    )
+    assert [r.name for r in list_refs(catalog)] == ["Zeta", "a", "best", "main", "side", "try", "z"]
+    assert [r.name for r in list_refs(catalog, "branch")] == ["main", "side", "try"]
+    assert [r.name for r in list_refs(catalog, "tag")] == ["Zeta", "a", "best", "z"]
+    branch, tag = list_operations(catalog, limit=2)
     assert (branch.kind, branch.target, branch.old, branch.new) == ("branch", "side", None, 2)
     assert (tag.kind, tag.target, tag.author, tag.number) == (
         "tag",
@@ -97,14 +103,14 @@ def test_tags_and_branches_are_listed_sorted_and_recorded(catalog: Catalog) -> N
         "ada",
         branch.number - 1,
     )
-    assert catalog.resolve("Zeta").tags == ("Zeta",)
-    assert catalog.resolve(6).tags == ("a", "z")
+    assert resolve(catalog, "Zeta").tags == ("Zeta",)
+    assert resolve(catalog, 6).tags == ("a", "z")
 
 
 def test_a_new_branch_goes_on_where_it_began(catalog: Catalog, save: Save) -> None:
     save()
     save()
-    catalog.branch("side", 1, author="")
+    make_ref(catalog, "side", "branch", version=1, author="")
     assert save(branch="side").parent == 1
 
 
@@ -119,11 +125,14 @@ def test_names_as_frameworks_give_them_resolve_alone_and_with_each_suffix(
     for name in FRAMEWORK_NAMES:
         tip = save(branch="main/rank=0", step=8, tags=(name,)).number
         refs = {name: tip, f"{name}~1": tip - 1, f"{name}@step=1": 2, f"{name}~1@step=0": 1}
-        assert {ref: catalog.resolve(ref).number for ref in refs} == refs
-        (found,) = catalog.history().log(None, limit=None, wanted=LogFilter(tag=f"{name}*"))
+        assert {ref: resolve(catalog, ref).number for ref in refs} == refs
+        (found,) = list_log(catalog, None, limit=None, wanted=LogFilter(tag=f"{name}*"))
         assert found.tags == (name,)
-    assert catalog.resolve("main/rank=0~1").number == tip - 1
-    assert catalog.branch("try=1@2", 1, author="").version == catalog.resolve("try=1@2").number
+    assert resolve(catalog, "main/rank=0~1").number == tip - 1
+    assert (
+        make_ref(catalog, "try=1@2", "branch", version=1, author="").version
+        == resolve(catalog, "try=1@2").number
+    )
 
 
 @pytest.mark.usefixtures("history")
@@ -131,13 +140,13 @@ def test_a_name_that_would_read_as_a_step_is_refused_with_an_offer(catalog: Cata
     for make in (catalog.tag, catalog.branch):
         with pytest.raises(InvalidInputError, match=r"'@step='.*'best-step=5' is allowed"):
             make("best@step=5", 1, author="")
-    assert catalog.tag("best-step=5", 1, author="").version == 1
+    assert make_ref(catalog, "best-step=5", "tag", version=1, author="").version == 1
 
 
 @pytest.mark.usefixtures("history")
 @pytest.mark.parametrize("make", ["tag", "branch"])
 def test_a_name_has_one_meaning(catalog: Catalog, make: str) -> None:
-    before = catalog.operations()
+    before = list_operations(catalog)
     for taken, what in (("best", "a tag of v2"), ("main", "a branch of v5")):
         with pytest.raises(AlreadyExistsError, match=f"{taken!r} is taken: it is {what}"):
             getattr(catalog, make)(taken, 1, author="")
@@ -147,4 +156,4 @@ def test_a_name_has_one_meaning(catalog: Catalog, make: str) -> None:
         getattr(catalog, make)("new", 1, author="\0")
     with pytest.raises(NotFoundError, match="no version v9"):
         getattr(catalog, make)("new", 9, author="")
-    assert catalog.operations() == before
+    assert list_operations(catalog) == before

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.read.log_filter import list_log
+from dcpstore.catalog.read.user_sql import query_rows
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, NotFoundError
 
 from .conftest import Save
@@ -30,13 +32,14 @@ def test_questions_are_answered(catalog: Catalog, save: Save) -> None:
         "VALUES (1)",
         "select 1",
     ):
-        assert catalog.query(sql, {}) == [(1,)]
-    assert catalog.query("EXPLAIN SELECT * FROM history", {})
+        assert query_rows(catalog, sql, {}) == [(1,)]
+    assert query_rows(catalog, "EXPLAIN SELECT * FROM history", {})
 
 
 def test_parameters_are_found_outside_of_strings_only(catalog: Catalog, save: Save) -> None:
     save(message=":b 100%")
-    rows = catalog.query(
+    rows = query_rows(
+        catalog,
         """SELECT message, ':b' AS "a:b", 7 % 4 AS rest, 'it''s :b' AS quoted -- :b, it's
         FROM history /* :b */ WHERE branch = :b AND message LIKE '%:b%' AND version > :least""",
         {"b": "main", "least": 0, "unused": 1},
@@ -49,37 +52,39 @@ def test_parameters_are_found_outside_of_strings_only(catalog: Catalog, save: Sa
 def test_values_are_the_same_on_both(catalog: Catalog, save: Save) -> None:
     save(step=3)
     save(step=4)
-    (row,) = catalog.query(
-        "SELECT sum(nbytes) AS total, avg(step) AS mean, max(created_at) AS last FROM history", {}
+    (row,) = query_rows(
+        catalog,
+        "SELECT sum(nbytes) AS total, avg(step) AS mean, max(created_at) AS last FROM history",
+        {},
     )
     assert (row.total, type(row.total), row.mean) == (56, int, 3.5)
-    newest = catalog.log(limit=1)[0].created_at
+    newest = list_log(catalog, limit=1)[0].created_at
     assert row.last == newest.strftime("%Y-%m-%d %H:%M:%S.%f")
     since = "SELECT version FROM history WHERE created_at >= :t ORDER BY version"
     elsewhere = newest.astimezone(timezone(timedelta(hours=-7)))
-    assert catalog.query(since, {"t": elsewhere}) == [(2,)]
-    assert catalog.query(since, {"t": datetime(2000, 1, 1, tzinfo=UTC)}) == [(1,), (2,)]
+    assert query_rows(catalog, since, {"t": elsewhere}) == [(2,)]
+    assert query_rows(catalog, since, {"t": datetime(2000, 1, 1, tzinfo=UTC)}) == [(1,), (2,)]
 
 
 def test_numbers_of_numpy_are_numbers(catalog: Catalog) -> None:
     given = {"a": np.int64(5), "b": np.float32(0.5), "c": np.uint8(7), "d": np.array([3])}
-    (row,) = catalog.query("SELECT :a + 0 AS a, :b + 0 AS b, :c + 0 AS c, :d + 0 AS d", given)
+    (row,) = query_rows(catalog, "SELECT :a + 0 AS a, :b + 0 AS b, :c + 0 AS c, :d + 0 AS d", given)
     assert tuple(row) == (5, 0.5, 7, 3)
     with pytest.raises(InvalidInputError, match="parameter 'a' is a ndarray"):
-        catalog.query("SELECT :a AS a", {"a": np.zeros(2)})
+        query_rows(catalog, "SELECT :a AS a", {"a": np.zeros(2)})
 
 
 @on_postgres
 def test_numbers_without_end_are_floats(catalog: Catalog) -> None:
     for text in ("Infinity", "-Infinity", "NaN"):
-        (row,) = catalog.query(f"SELECT '{text}'::numeric AS x", {})
+        (row,) = query_rows(catalog, f"SELECT '{text}'::numeric AS x", {})
         assert repr(row.x) == repr(float(text))
 
 
 @on_postgres
 def test_strings_with_escapes_hide_colons_too(catalog: Catalog) -> None:
     query = r"SELECT E'it\'s :x' AS a, e'\\' AS b, 'c:\' AS c, :y ::text AS d"
-    assert catalog.query(query, {"y": "z"}) == [("it's :x", "\\", "c:\\", "z")]
+    assert query_rows(catalog, query, {"y": "z"}) == [("it's :x", "\\", "c:\\", "z")]
 
 
 CHANGES = [
@@ -111,13 +116,13 @@ CHANGES = [
 
 def test_nothing_can_be_changed(catalog: Catalog, save: Save) -> None:
     save()
-    before = catalog.log()
+    before = list_log(catalog)
     for sql in CHANGES:
         with pytest.raises(InvalidInputError):
-            print(sql, catalog.query(sql, {}))  # shows which one passed
-        assert catalog.log() == before
+            print(sql, query_rows(catalog, sql, {}))  # shows which one passed
+        assert list_log(catalog) == before
     save()
-    assert catalog.query("SELECT count(*) AS n FROM version", {})[0].n == 2
+    assert query_rows(catalog, "SELECT count(*) AS n FROM version", {})[0].n == 2
 
 
 WRONG: list[tuple[str, dict[str, object], str]] = [
@@ -139,7 +144,7 @@ WRONG: list[tuple[str, dict[str, object], str]] = [
 def test_errors_are_the_databases_own_words(catalog: Catalog, subtests: pytest.Subtests) -> None:
     for sql, params, match in WRONG:
         with subtests.test(sql=sql), pytest.raises(InvalidInputError, match=match):
-            catalog.query(sql, params)
+            query_rows(catalog, sql, params)
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -155,7 +160,7 @@ def test_damage_is_no_mistake_of_who_asks(catalog: Catalog, save: Save, tmp_path
         file.seek((page - 1) * size)
         file.write(b"\xff" * size)
     with pytest.raises(CorruptionError, match="is damaged"):
-        catalog.query("SELECT * FROM history", {})
+        query_rows(catalog, "SELECT * FROM history", {})
 
 
 @on_postgres
@@ -163,12 +168,12 @@ def test_a_session_that_ends_is_no_mistake_either(
     catalog: Catalog, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(NotFoundError, match="cannot connect to the catalog"):
-        catalog.query("SELECT pg_terminate_backend(pg_backend_pid())", {})
+        query_rows(catalog, "SELECT pg_terminate_backend(pg_backend_pid())", {})
     assert caplog.text == ""  # what a pool logs reaches people's terminals
     with pytest.raises(DcpstoreError, match="canceling statement") as caught:
-        catalog.query("SELECT pg_cancel_backend(pg_backend_pid()), pg_sleep(60)", {})
+        query_rows(catalog, "SELECT pg_cancel_backend(pg_backend_pid()), pg_sleep(60)", {})
     assert not isinstance(caught.value, InvalidInputError)
-    assert catalog.query("SELECT 1", {}) == [(1,)]
+    assert query_rows(catalog, "SELECT 1", {}) == [(1,)]
 
 
 class Rung(Exception):
@@ -188,9 +193,9 @@ def test_a_signal_ends_a_long_query(catalog: Catalog, database_url: str) -> None
     try:
         timer.start()
         with pytest.raises(Rung):
-            catalog.query(query, {})
+            query_rows(catalog, query, {})
         assert time.monotonic() - began < 30
     finally:
         signal.signal(signal.SIGUSR1, before)
         timer.join()
-    assert catalog.query("SELECT 1", {}) == [(1,)]
+    assert query_rows(catalog, "SELECT 1", {}) == [(1,)]

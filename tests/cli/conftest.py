@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from click.testing import CliRunner, Result
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
 from dcpstore.cli.app import commands
 from tests.cli.history import save_example
 from tests.soundness import Place
@@ -37,7 +37,7 @@ def catalog(empty: str) -> Iterator[Catalog]:
 @pytest.fixture
 def target(empty: str, catalog: Catalog) -> str:
     """The URL of a repository with three versions, one of them tagged."""
-    with catalog.kept():
+    with catalog.keep_connection():
         save_example(catalog)
     return empty
 

@@ -4,7 +4,8 @@ import hashlib
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.write.saves import begin_save, commit_save
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.grids import Grid
 from dcpstore.records import (
@@ -37,7 +38,8 @@ def save_version(
 ) -> Version:
     """Commit a version of two tensors and two values; `index` decides its uid, time and bytes."""
     uid = hashlib.md5(f"version {index}".encode()).hexdigest()
-    catalog.begin(
+    begin_save(
+        catalog,
         VersionDraft(
             uid=uid,
             branch=branch,
@@ -49,9 +51,9 @@ def save_version(
             author="ada",
             host="node1",
             ranks=2,
-        )
+        ),
     )
-    return catalog.commit(uid, _content(uid, index, step))
+    return commit_save(catalog, uid, _content(uid, index, step))
 
 
 def save_example(catalog: Catalog) -> None:

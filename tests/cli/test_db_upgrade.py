@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dcpstore.catalog import Catalog
+from dcpstore.cli import setup
 from tests.cli.conftest import Run, ask_database
 
 
@@ -18,7 +18,7 @@ def test_a_catalog_of_today_stays(run: Run, target: str) -> None:
 
 
 def test_an_upgrade_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Catalog, "upgrade", lambda url: ("0001", url[-10:]))
+    monkeypatch.setattr(setup, "upgrade_schema", lambda url: ("0001", url[-10:]))
     assert run("db-upgrade", repo="some/where").stdout == "upgraded the schema 0001 -> catalog.db\n"
 
 

@@ -6,7 +6,7 @@ from datetime import datetime
 
 import pytest
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
 from tests.cli.conftest import Run, ask_database, run_process
 from tests.cli.history import save_version
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
 from dcpstore.cli.output import human_bytes, visible
 from tests.cli.conftest import process_environment
 from tests.cli.history import save_version

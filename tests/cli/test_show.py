@@ -3,7 +3,7 @@
 import json
 import re
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
 from tests.cli.conftest import Run
 from tests.cli.history import save_version
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
 from tests.cli.conftest import Run, ask_database
 from tests.cli.history import save_version
 

@@ -3,7 +3,10 @@
 import json
 from datetime import UTC, datetime, timedelta
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.maintenance.condemn import condemn
+from dcpstore.catalog.write.lease import list_running, touch_save
+from dcpstore.catalog.write.saves import abort_save, begin_save
 from dcpstore.records import RankProgress
 from tests.catalog.conftest import make_draft
 from tests.cli.conftest import Run, ask_database
@@ -14,9 +17,10 @@ NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 def test_running_saves_are_listed(run: Run, target: str, catalog: Catalog) -> None:
     assert run("status", repo=target).stdout == "no save is running\n"
     assert run("status", "--json", repo=target).stdout == "[]\n"
-    catalog.begin(make_draft("quiet", step=7))
-    catalog.begin(make_draft("busy", branch="side\x1b"[:4]))
-    catalog.touch(
+    begin_save(catalog, make_draft("quiet", step=7))
+    begin_save(catalog, make_draft("busy", branch="side\x1b"[:4]))
+    touch_save(
+        catalog,
         "busy",
         [
             RankProgress(0, "write", 1 << 20, 3 << 20, NOW),
@@ -53,7 +57,7 @@ def test_running_saves_are_listed(run: Run, target: str, catalog: Catalog) -> No
 
 
 def test_a_silent_save_has_lost_its_lease(run: Run, target: str, catalog: Catalog) -> None:
-    catalog.begin(make_draft("quiet"))
+    begin_save(catalog, make_draft("quiet"))
     ask_database(target, "UPDATE version SET touched_at = '2026-01-01' WHERE uid = 'quiet'")
     assert "lapsed" in run("status", repo=target).stdout
     assert "alive" in run("status", "--lease", "100w", repo=target).stdout
@@ -61,12 +65,13 @@ def test_a_silent_save_has_lost_its_lease(run: Run, target: str, catalog: Catalo
 
 def test_what_was_told_goes_with_the_save(target: str, catalog: Catalog) -> None:
     for uid in ("aborted", "crashed"):
-        catalog.begin(make_draft(uid))
-        catalog.touch(uid, [RankProgress(0, "write", 1, 2, NOW)])
-    catalog.abort("aborted", "given up")
-    catalog.touch("aborted", [RankProgress(0, "write", 2, 2, NOW)])
+        begin_save(catalog, make_draft(uid))
+        touch_save(catalog, uid, [RankProgress(0, "write", 1, 2, NOW)])
+    abort_save(catalog, "aborted", "given up")
+    touch_save(catalog, "aborted", [RankProgress(0, "write", 2, 2, NOW)])
     day = timedelta(days=1)
-    catalog.upkeep().condemn(
+    condemn(
+        catalog,
         now=datetime.now(UTC) + day,
         grace=day,
         lease=day / 2,
@@ -74,5 +79,5 @@ def test_what_was_told_goes_with_the_save(target: str, catalog: Catalog) -> None
         author="",
         dry_run=False,
     )
-    assert catalog.running() == []
+    assert list_running(catalog) == []
     assert ask_database(target, "SELECT count(*) FROM progress") == [(0,)]

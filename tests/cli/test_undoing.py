@@ -2,7 +2,9 @@
 
 import json
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.write.annotations import add_metrics
+from dcpstore.catalog.write.refs import delete_ref
 from tests.cli.conftest import Run, ask_database
 from tests.cli.history import save_version
 
@@ -27,13 +29,13 @@ def test_back_and_forth(run: Run, target: str) -> None:
 
 
 def test_what_was_added_is_taken_back(run: Run, catalog: Catalog, target: str) -> None:
-    catalog.history().add_metrics("v1", {"late": 1.0}, author="ada")
+    add_metrics(catalog, "v1", {"late": 1.0}, author="ada")
     assert run("undo", repo=target).stdout == "took back what was added to v1\n"
     assert "late" not in run("show", "v1", repo=target).stdout
 
 
 def test_operations_tell_who_did_what(run: Run, catalog: Catalog, target: str) -> None:
-    catalog.history().delete_ref("best", "tag", expect=None, author="ada")
+    delete_ref(catalog, "best", "tag", expect=None, author="ada")
     lines = run("ops", "-n", "2", repo=target).stdout.splitlines()
     assert lines[0].split() == ["OP", "WHEN", "WHO", "WHAT", "OF", "FROM", "TO"]
     assert lines[1].split()[3:] == ["ada", "delete_tag", "best", "v2", "-"]

@@ -4,7 +4,10 @@ import hashlib
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.read.dedup import find_tensors
+from dcpstore.catalog.write.refs import make_ref
+from dcpstore.catalog.write.saves import begin_save, commit_save
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.grids import Grid
 from dcpstore.records import (
@@ -28,13 +31,13 @@ def tell_story(catalog: Catalog) -> None:
     _save(catalog, 1, frozen="embed 1", lr=lr, val_loss=2.31, message="after warm-up")
     _save(catalog, 2, frozen=frozen, lr=lr, val_loss=1.87, tags=("best",))
     _save(catalog, 3, frozen=frozen, lr=lr, val_loss=1.94, message="loss rises again")
-    history = catalog.history()
+    history = catalog
     history.roll_back("main", "best", force=False, expect_tip=None, author="ada")
-    catalog.branch("try-lr", 2, author="ada")
+    make_ref(catalog, "try-lr", "branch", version=2, author="ada")
     _save(catalog, 4, frozen=frozen, lr="0.0001", val_loss=1.79, branch="try-lr")
     _save(catalog, 5, frozen=frozen, lr=lr, norm="norm 4", val_loss=1.82, author="grace")
     history.add_metrics("try-lr", {"accuracy": 0.61}, author="grace")
-    catalog.tag("release", 4, author="grace")
+    make_ref(catalog, "release", "tag", version=4, author="grace")
 
 
 def _save(
@@ -52,7 +55,8 @@ def _save(
 ) -> None:
     uid = hashlib.md5(f"story {index}".encode()).hexdigest()
     step = {4: 1500}.get(index, 500 * index)
-    catalog.begin(
+    begin_save(
+        catalog,
         VersionDraft(
             uid=uid,
             branch=branch,
@@ -64,21 +68,23 @@ def _save(
             author=author,
             host="node1",
             ranks=2,
-        )
+        ),
     )
     texts = {
         "model.embed.weight": frozen,
         "model.head.weight": f"head {index}",
         "model.norm": norm or f"norm {index}",
     }
-    catalog.commit(uid, _content(catalog, uid, texts, lr, START + timedelta(minutes=17 * index)))
+    commit_save(
+        catalog, uid, _content(catalog, uid, texts, lr, START + timedelta(minutes=17 * index))
+    )
 
 
 def _content(
     catalog: Catalog, uid: str, texts: Mapping[str, str], lr: str, at: datetime
 ) -> VersionContent:
     digests = {fqn: hashlib.sha256(text.encode()).hexdigest() for fqn, text in texts.items()}
-    known = catalog.find_tensors(list(digests.values()))
+    known = find_tensors(catalog, list(digests.values()))
     pack, offset, tensors = f"packs/{uid}/0-0.pack", 0, []
     for fqn, digest in digests.items():
         shape, nbytes = SHAPES[fqn], _nbytes(fqn)

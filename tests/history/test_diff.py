@@ -151,7 +151,7 @@ def test_the_number_of_queries_does_not_grow(small: Repository) -> None:
         changed = {n: torch.arange(40.0) * (1 + i) for i, n in enumerate(names)}
         dcpstore.save({"m": changed}, small, branch=f"b{many}")
         seen: list[str] = []
-        engine = small.catalog._database._engine
+        engine = small.catalog.database._engine
 
         def note(c: object, cursor: object, statement: str, *_: object, seen: Any = seen) -> None:
             seen.append(statement)

@@ -15,7 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dcpstore
-from dcpstore.catalog import Catalog, sqlite_url
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.db.url import sqlite_url
+from dcpstore.catalog.read.ref_lookup import list_refs
+from dcpstore.catalog.write.refs import make_ref
+from dcpstore.catalog.write.undo import undo_last
 from dcpstore.core.ids import new_uid
 from dcpstore.errors import AlreadyExistsError, ConflictError, InvalidInputError, NotFoundError
 from dcpstore.maintenance.rebuild import rebuild
@@ -203,7 +207,7 @@ def test_a_ref_that_moved_otherwise_is_not_undone(repo: Repository) -> None:
     save(repo, 1)
     repo.tag("t", "v1")
     # As an older program would: without an operation.
-    with repo.catalog._database.write() as connection:
+    with repo.catalog.database.write() as connection:
         connection.exec_driver_sql("DELETE FROM ref WHERE name = 't'")
     before = everything(repo)
     with pytest.raises(ConflictError, match=r"'t' is gone, not where"):
@@ -268,7 +272,7 @@ def test_a_rebuilt_catalog_has_undone_what_was_undone(repo: Repository, place: P
     told = refs(repo), repo.log(), repo.operations()
     with rebuilt(place) as again:
         assert (refs(again), again.log(), again.operations()) == told
-        again.catalog.history().undo(expect=None, author="")  # past the journal, which both share
+        undo_last(again.catalog, expect=None, author="")  # past the journal, which both share
         assert refs(again)["main"] == 2
 
 
@@ -337,10 +341,10 @@ def test_undo_returns_to_every_state_before(
     """Whatever was done, undoing it all passes through the same refs backwards."""
     url = sqlite_url(tmp_path_factory.mktemp("undo") / "catalog.db")
     with Catalog.make(url, data_url="file:///none") as catalog:
-        history = catalog.history()
+        history = catalog
 
         def named() -> dict[str, tuple[str, int]]:
-            return {ref.name: (ref.kind, ref.version) for ref in catalog.refs()}
+            return {ref.name: (ref.kind, ref.version) for ref in list_refs(catalog)}
 
         states = [named()]
         versions = 0
@@ -355,7 +359,7 @@ def test_undo_returns_to_every_state_before(
                     case ("rollback", number):
                         history.roll_back("main", number, force=True, expect_tip=None, author="")
                     case ("tag", name, number, move):
-                        catalog.tag(name, number, author="", move=move)
+                        make_ref(catalog, name, "tag", version=number, author="", move=move)
                     case ("delete", name):
                         kind = "branch" if len(name) > 1 else "tag"
                         history.delete_ref(name, kind, expect=None, author="")

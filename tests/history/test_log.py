@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcpstore.catalog.read.ancestors import ancestor_at, is_ancestor, lineage_below
+from dcpstore.catalog.write.refs import make_ref
+from dcpstore.catalog.write.saves import abort_save, begin_save
 from dcpstore.cli.app import commands
 from dcpstore.cli.log import draw_graph
 from dcpstore.errors import InvalidInputError, NotFoundError
@@ -25,11 +27,11 @@ from tests.soundness import Place
 @pytest.fixture
 def told(place: Place) -> Iterator[Repository]:
     """A repository without bytes: v1 and v2 on main, v3 on try from v1, v4 on main."""
-    with place.open() as repo, repo.catalog.kept():
+    with place.open() as repo, repo.catalog.keep_connection():
         catalog = repo.catalog
         save_version(catalog, 1, step=10, metrics={"loss": 3.0}, labels={"lr": "1", "q": 'a"b'})
         save_version(catalog, 2, step=20, metrics={"loss": 2.0, "acc": 0.5}, tags=("best", "b.2"))
-        catalog.branch("try", 1, author="")
+        make_ref(catalog, "try", "branch", version=1, author="")
         save_version(catalog, 3, step=20, branch="try", metrics={"loss": float("nan")})
         save_version(catalog, 4, step=30, metrics={"loss": 2.0}, labels={"lr": "2"}, tags=("B",))
         yield repo
@@ -79,8 +81,8 @@ MEANINGLESS: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_only_what_is_there_can_be_meant(told: Repository) -> None:
     """A save that came to nothing, or a version that expired, has no branch and no metric."""
     typo = VersionDraft(uid="typo", branch="mian", metrics={"lss": 1.0})
-    told.catalog.begin(typo)
-    told.catalog.abort("typo", "")
+    begin_save(told.catalog, typo)
+    abort_save(told.catalog, "typo", "")
     save_version(told.catalog, 5, branch="mani", metrics={"loos": 1.0})
     told.undo()
     save_version(told.catalog, 6)
@@ -129,12 +131,12 @@ def test_the_first_digits_of_a_uid(told: Repository) -> None:
         told.show("1a1a1a")
     with pytest.raises(NotFoundError, match="no branch or tag 'abcdef'"):
         told.show("abcdef")
-    told.catalog.tag("abcdef", 1, author="")
+    make_ref(told.catalog, "abcdef", "tag", version=1, author="")
     assert told.show("abcdef").number == 1  # a name wins
 
 
 def test_uids_that_begin_alike_and_those_that_read_as_numbers(told: Repository) -> None:
-    with told.catalog._database.write() as connection:
+    with told.catalog.database.write() as connection:
         for number, uid in {1: "abcdef01", 2: "abcdef02", 3: "00000412", 4: "000004ff"}.items():
             connection.exec_driver_sql(
                 f"UPDATE version SET uid = '{uid:0<32}' WHERE number = {number}"
@@ -144,7 +146,7 @@ def test_uids_that_begin_alike_and_those_that_read_as_numbers(told: Repository) 
     assert told.show("abcdef02").number == 2
     assert told.show("00000412").number == 3  # there is no v412
     assert told.show("000004").number == 4  # but there is a v4
-    told.catalog.tag("abcdef", 4, author="")
+    make_ref(told.catalog, "abcdef", "tag", version=4, author="")
     assert told.show("abcdef").number == 4
 
 
@@ -211,9 +213,9 @@ def test_any_ancestor_is_found_by_its_depth(place: Place) -> None:
         for i in range(1, 61):
             branch = f"b{i % 7}" if i > 20 else "main"
             if branch not in {ref.name for ref in repo.branches()} and i > 20:
-                repo.catalog.branch(branch, i // 2, author="")
+                make_ref(repo.catalog, branch, "branch", version=i // 2, author="")
             parents[i] = save_version(repo.catalog, i, branch=branch).parent
-        with repo.catalog._database.read() as connection:
+        with repo.catalog.database.read() as connection:
             rows = connection.exec_driver_sql("SELECT number, id FROM version").all()
             ids = {row.number: row.id for row in rows}
             numbers = {id_: number for number, id_ in ids.items()}

@@ -87,7 +87,7 @@ def state_of(repo: Repository) -> list[Any]:
     catalog = [
         repo.sql(f"SELECT * FROM {name}") for name in ("version", "plan", "ref", "operation")
     ]
-    tables = "sqlite_schema" if repo.catalog._database.is_sqlite else "pg_tables"
+    tables = "sqlite_schema" if repo.catalog.database.is_sqlite else "pg_tables"
     names = repo.sql(f"SELECT * FROM {tables} ORDER BY 1, 2")
     return [*catalog, names, repo.log()]
 
@@ -95,7 +95,7 @@ def state_of(repo: Repository) -> list[Any]:
 def test_no_query_changes_anything(repo: Repository, tmp_path: Path) -> None:
     dcpstore.save({"w": torch.ones(2)}, repo)
     before = state_of(repo)
-    is_sqlite = repo.catalog._database.is_sqlite
+    is_sqlite = repo.catalog.database.is_sqlite
     for text in SQLITE if is_sqlite else POSTGRES:
         with pytest.raises(InvalidInputError):
             print(text, repo.sql(text.replace("{folder}", str(tmp_path))))

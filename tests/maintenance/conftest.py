@@ -11,8 +11,9 @@ import torch
 
 import dcpstore
 from dcpstore import Repository, Version
-from dcpstore.catalog import sqlite_url
+from dcpstore.catalog.db.url import sqlite_url
 from dcpstore.catalog.schema.views import VIEWS
+from dcpstore.catalog.write.saves import begin_save
 from dcpstore.core.ids import new_uid
 from dcpstore.records import VersionDraft
 from dcpstore.repository import open as open_repository
@@ -58,7 +59,7 @@ def other(tmp_path: Path) -> Iterator[Repository]:
 def begin(repo: Repository, **said: Any) -> VersionDraft:
     """Begin a save that goes no further."""
     draft = VersionDraft(uid=new_uid(), branch="main", author="ada", host="node1", **said)
-    repo.catalog.begin(draft)
+    begin_save(repo.catalog, draft)
     return draft
 
 

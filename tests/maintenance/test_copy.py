@@ -16,6 +16,7 @@ from dcpstore import (
     Repository,
 )
 from dcpstore.formats.manifest import decode_manifest, manifest_key
+from dcpstore.maintenance import copy as copying
 from dcpstore.maintenance.rebuild import rebuild
 from dcpstore.repository import open as open_repository
 from tests.maintenance.conftest import Save, packs_of, saver, views
@@ -147,7 +148,7 @@ def test_a_tag_that_is_called_as_a_branch_of_the_source_stops_no_copy(
 def test_a_branch_that_went_or_is_a_tag_by_now_is_not_moved(repo: Repository, save: Save) -> None:
     save(tags=["a"])
     save()
-    advance = repo.catalog.upkeep().advance_branch
+    advance = repo.catalog.advance_branch
     assert not advance("gone", 2, author="ada")
     assert not advance("a", 2, author="ada")
     assert repo.show("a").number == 1
@@ -175,9 +176,8 @@ def test_a_copy_that_was_killed_is_done_by_the_next(
     def killed(*args: object, **said: object) -> None:
         raise KeyboardInterrupt
 
-    upkeep = type(other.catalog.upkeep())
     with monkeypatch.context() as broken:
-        broken.setattr(upkeep, "commit_copy", killed)
+        broken.setattr(copying, "commit_copy", killed)
         with pytest.raises(KeyboardInterrupt):
             repo.copy_to(other)
     assert other.log() == []
@@ -191,16 +191,15 @@ def test_two_copies_of_one_version_at_once(
     repo: Repository, other: Repository, save: Save, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save()
-    upkeep = type(other.catalog.upkeep())
-    commit = upkeep.commit_copy
+    commit = copying.commit_copy
 
     def commit_second(*args: object, **said: object) -> object:
-        monkeypatch.setattr(upkeep, "commit_copy", commit)
+        monkeypatch.setattr(copying, "commit_copy", commit)
         with ThreadPoolExecutor(1) as pool:  # a thread that copies may not do so inside itself
             pool.submit(repo.copy_to, other).result()
         return commit(*args, **said)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(upkeep, "commit_copy", commit_second)
+    monkeypatch.setattr(copying, "commit_copy", commit_second)
     with pytest.raises(ConflictError, match="meanwhile"):
         repo.copy_to(other)
     other.gc(grace="0s", lease="0s")

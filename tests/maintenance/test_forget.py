@@ -13,11 +13,14 @@ import torch
 
 import dcpstore
 from dcpstore import ConflictError, InvalidInputError, NotFoundError, Repository
-from dcpstore.catalog import sqlite_url
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.db.url import sqlite_url
+from dcpstore.catalog.write.undo import undo_last
 from dcpstore.core.ids import new_uid
 from dcpstore.formats.journal_entry import decode_operation, operation_key
 from dcpstore.maintenance.rebuild import rebuild
 from dcpstore.records import RefRecord, Version, VersionContent
+from dcpstore.saving import commit as committing
 from tests.hostile.parsers import sign_operation
 from tests.maintenance.conftest import Save, packs_of, views
 from tests.soundness import Place
@@ -65,7 +68,7 @@ def test_named_versions_go_in_one_operation_and_come_back(
         repo.show("best")
     with rebuilt(place) as again:
         assert views(again) == views(repo)
-        again.catalog.history().undo(expect=done.number, author="")  # past the journal of both
+        undo_last(again.catalog, expect=done.number, author="")  # past the journal of both
         assert seen(again) == before
         assert set(again.read(2)) == set(read)
     undone = repo.undo(expect=done.number)
@@ -126,7 +129,7 @@ def test_a_branch_whose_tip_is_forgotten_moves_back_to_what_stays(
     assert {ref.name for ref in gone.deleted} == {"main", "side"}
     assert repo.log() == repo.branches() == []
     with rebuilt(place) as again:
-        again.catalog.history().undo(expect=None, author="")
+        undo_last(again.catalog, expect=None, author="")
         assert seen(again) == before
     assert save().parent is None  # main begins again
     repo.undo()
@@ -156,7 +159,7 @@ def test_gc_frees_what_was_forgotten_and_ends_the_undo(
     with rebuilt(place) as again:
         assert views(again) == views(repo)
         with pytest.raises(NotFoundError, match="gc has dropped"):
-            again.catalog.history().undo(expect=None, author="")
+            undo_last(again.catalog, expect=None, author="")
     assert repo.gc(grace="0s").deleted
     assert len(packs_of(repo)) == len(packs) - 1  # what the third shares with the first stays
     with pytest.raises(ConflictError, match="is 5 "):
@@ -184,18 +187,18 @@ def test_a_save_that_runs_meanwhile_goes_on_from_what_stays(
 ) -> None:
     for _ in range(3):
         save()
-    commit = repo.catalog.commit
+    commit = committing.commit_save
 
     def after(change: Callable[[Repository], object]) -> Version:
         """Save, with a change by another process just before the commit."""
 
-        def change_first(uid: str, content: VersionContent) -> Version:
+        def change_first(catalog: Catalog, uid: str, content: VersionContent) -> Version:
             with place.open() as other, ThreadPoolExecutor(1) as pool:
                 pool.submit(change, other).result()
-            return commit(uid, content)
+            return commit(catalog, uid, content)
 
         with monkeypatch.context() as patched:
-            patched.setattr(repo.catalog, "commit", change_first)
+            patched.setattr(committing, "commit_save", change_first)
             return save()
 
     assert after(lambda other: other.forget(3)).parent == 2  # not the tip that it began with

@@ -13,8 +13,14 @@ import torch
 
 import dcpstore
 from dcpstore import ConflictError, DcpstoreError, InvalidInputError, NotFoundError, Repository
+from dcpstore import repository as repository_module
+from dcpstore.catalog.read.entries import load_chunks
 from dcpstore.core.ids import new_uid
 from dcpstore.formats.manifest import decode_manifest, manifest_key
+from dcpstore.maintenance import gc as collecting
+from dcpstore.maintenance import rewrite as rewriting
+from dcpstore.saving import commit as committing
+from dcpstore.saving import save_state
 from dcpstore.storage.packs import PackReader
 from tests.maintenance.conftest import Save, open_intruder, packs_of
 from tests.soundness import Place
@@ -91,7 +97,7 @@ def test_a_load_that_holds_old_places_goes_on_until_the_grace_ends(repo: Reposit
     dcpstore.save({"small": small}, repo)
     entry = repo.entries(2, ["small"])[0]
     assert entry.tensor is not None
-    places = repo.catalog.chunks([dcpstore.records.ChunkRange(entry.tensor.id, 0, 0, 0)])
+    places = load_chunks(repo.catalog, [dcpstore.records.ChunkRange(entry.tensor.id, 0, 0, 0)])
     repo.expire(keep_last=1)
     assert repo.gc().repacked
     reader = PackReader(repo.storage)
@@ -123,17 +129,17 @@ def test_a_save_that_meant_to_reuse_collected_bytes_fails_and_shows_nothing(
     old = torch.randn(100)
     dcpstore.save({"w": old}, repo)
     dcpstore.save({"w": old + 1}, repo)
-    found = repo.catalog.find_tensors
+    found = save_state.find_tensors
 
-    def find_and_collect(digests: Any) -> Any:
-        known = found(digests)
-        monkeypatch.setattr(repo.catalog, "find_tensors", found)
+    def find_and_collect(catalog: Any, digests: Any) -> Any:
+        known = found(catalog, digests)
+        monkeypatch.setattr(save_state, "find_tensors", found)
         assert known
         by_another(lambda: repo.expire(keep_last=1))
         by_another(lambda: repo.gc(grace="1h"))
         return known
 
-    monkeypatch.setattr(repo.catalog, "find_tensors", find_and_collect)
+    monkeypatch.setattr(save_state, "find_tensors", find_and_collect)
     with pytest.raises(ConflictError, match="again"):
         dcpstore.save({"w": old}, repo)
     assert [v.number for v in repo.log()] == [2]
@@ -167,14 +173,14 @@ def test_no_manifest_names_what_goes_of_two_saves_that_wrote_the_same(
     repo: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     same = torch.randn(100)
-    commit = repo.catalog.commit
+    commit = committing.commit_save
 
     def commit_second(*said: Any) -> Any:
-        monkeypatch.setattr(repo.catalog, "commit", commit)
+        monkeypatch.setattr(committing, "commit_save", commit)
         by_another(lambda: dcpstore.save({"same": same}, repo, branch="rival"))
         return commit(*said)
 
-    monkeypatch.setattr(repo.catalog, "commit", commit_second)
+    monkeypatch.setattr(committing, "commit_save", commit_second)
     version = dcpstore.save({"same": same}, repo)
     (gone,) = repo.gc(grace=NOW).deleted
     assert gone.key == f"packs/{version.uid}/0-0.pack"
@@ -260,8 +266,7 @@ def test_a_pack_that_cannot_be_repacked_is_passed_over(
     dcpstore.save({"kept": kept}, repo)
     dcpstore.save({"more": more}, repo)
     repo.expire(keep_every=2, keep_last=2)
-    upkeep = type(repo.catalog.upkeep())
-    plan = upkeep.plan_pack
+    plan = rewriting.plan_pack
 
     spoilt: list[tuple[Path, bytes]] = []
 
@@ -271,7 +276,7 @@ def test_a_pack_that_cannot_be_repacked_is_passed_over(
             rival.gc(grace="1h")
 
     def plan_and_spoil(self: Any, old: str, new: str, **said: Any) -> bool:
-        monkeypatch.setattr(upkeep, "plan_pack", plan)
+        monkeypatch.setattr(rewriting, "plan_pack", plan)
         if how == "damaged":
             path = Path(place.data) / old
             spoilt.append((path, path.read_bytes()))
@@ -281,7 +286,7 @@ def test_a_pack_that_cannot_be_repacked_is_passed_over(
             by_another(collect)
         return done
 
-    monkeypatch.setattr(upkeep, "plan_pack", plan_and_spoil)
+    monkeypatch.setattr(rewriting, "plan_pack", plan_and_spoil)
     repo.gc(grace="1h")
     assert {row.status for row in repo.sql("SELECT status FROM pack")} == {"live", "condemned"}
     for path, whole in spoilt:
@@ -297,12 +302,11 @@ def test_a_collection_that_is_killed_is_finished_by_the_next(
     dcpstore.save({"big": big, "small": small}, repo)
     dcpstore.save({"small": small}, repo)
     repo.expire(keep_last=1)
-    upkeep = type(repo.catalog.upkeep())
     targets: dict[str, tuple[object, str]] = {
-        "copied": (upkeep, "switch_pack"),
-        "switched": (upkeep, "stale_versions"),
-        "renewed": (upkeep, "clear_stale"),
-        "deleted": (upkeep, "forget_packs"),
+        "copied": (rewriting, "switch_pack"),
+        "switched": (collecting, "stale_versions"),
+        "renewed": (rewriting, "clear_stale"),
+        "deleted": (collecting, "forget_packs"),
     }
     with monkeypatch.context() as broken:
         broken.setattr(*targets[step], _killed)
@@ -325,7 +329,7 @@ def test_a_version_that_expires_while_it_is_read_is_said_to(
 ) -> None:
     save()
     save()
-    entries = repo.catalog.entries
+    entries = repository_module.load_entries
 
     def entries_and_collect(*args: Any) -> Any:
         found = entries(*args)
@@ -333,7 +337,7 @@ def test_a_version_that_expires_while_it_is_read_is_said_to(
         repo.gc()
         return found
 
-    monkeypatch.setattr(repo.catalog, "entries", entries_and_collect)
+    monkeypatch.setattr(repository_module, "load_entries", entries_and_collect)
     with pytest.raises(NotFoundError, match="expired"):
         repo.read(1)
     monkeypatch.undo()

@@ -10,6 +10,7 @@ from sqlalchemy import update
 from dcpstore import ConflictError, InvalidInputError, Repository
 from dcpstore.catalog.schema import tables as schema
 from dcpstore.catalog.write.lease import kept_lease
+from dcpstore.catalog.write.saves import abort_save, commit_save
 from dcpstore.formats.manifest import manifest_key
 from dcpstore.storage.packs import PackWriter
 from tests.maintenance.conftest import Save, begin
@@ -33,7 +34,7 @@ def test_what_crashed_saves_left_is_cleared_after_their_lease(repo: Repository, 
     assert not [key for key in repo.storage.list() if draft.uid in key]
     killed.discard()
     with pytest.raises(ConflictError, match="aborted"):
-        repo.catalog.commit(draft.uid, None)  # type: ignore[arg-type]
+        commit_save(repo.catalog, draft.uid, None)  # type: ignore[arg-type]
     assert repo.gc(lease=NOW, grace=NOW).cleared == ()
 
 
@@ -50,7 +51,7 @@ def test_a_save_that_lapses_while_gc_runs_keeps_what_it_wrote(
     def lapse_and_list(prefix: str = "") -> Any:
         if prefix != "packs":  # which is listed once crashed saves were told
             return listed(prefix)
-        with repo.catalog._database.write() as connection:
+        with repo.catalog.database.write() as connection:
             silent = datetime.now(UTC) - timedelta(hours=2)
             connection.execute(update(schema.version).values(touched_at=silent))
         return listed(prefix)
@@ -76,7 +77,7 @@ def test_a_grace_shorter_than_a_running_save_is_refused(repo: Repository, save: 
         repo.gc(grace=NOW)
     assert repo.operations() == before
     assert repo.gc(grace="1h").repacked
-    repo.catalog.abort(draft.uid, "given up")
+    abort_save(repo.catalog, draft.uid, "given up")
     assert repo.gc(grace=NOW).deleted
 
 
@@ -100,4 +101,4 @@ def test_a_running_save_renews_its_lease(repo: Repository) -> None:
     with kept_lease(repo.catalog, draft.uid, seconds=0.01):
         assert renewed.wait(10)
     assert touched() > before
-    repo.catalog.abort(draft.uid, "done")
+    abort_save(repo.catalog, draft.uid, "done")

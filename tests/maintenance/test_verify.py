@@ -10,7 +10,9 @@ import torch
 
 import dcpstore
 from dcpstore import CorruptionError, DcpstoreError, InvalidInputError, Repository, Version
+from dcpstore.catalog.maintenance.fsck import mark_pack
 from dcpstore.formats.manifest import manifest_key
+from dcpstore.maintenance import deep_verify
 from dcpstore.repository import open as open_repository
 from tests.cli.conftest import ask_database
 from tests.maintenance.conftest import open_intruder
@@ -78,7 +80,7 @@ def test_a_deep_look_passes_over_no_pack_that_was_looked_at_in_the_future(
     versions = saved(repo)
     pack = f"packs/{versions[1].uid}/0-0.pack"
     ahead = datetime.now(UTC) + timedelta(hours=30)  # the clock was wrong then
-    repo.catalog.upkeep().mark_pack(pack, damage=None, verified_at=ahead)
+    mark_pack(repo.catalog, pack, damage=None, verified_at=ahead)
     flip(pack_file(place, versions[1]), 17)
     assert [one.key for one in repo.verify(deep=True).damaged] == [pack]
 
@@ -253,8 +255,7 @@ def test_a_deep_look_that_was_broken_off_goes_on(
     repo: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(repo)
-    upkeep = type(repo.catalog.upkeep())
-    mark, marked = upkeep.mark_pack, []
+    mark, marked = deep_verify.mark_pack, []
 
     def mark_one(self: Any, key: str, **found: Any) -> None:
         if marked:
@@ -263,7 +264,7 @@ def test_a_deep_look_that_was_broken_off_goes_on(
         mark(self, key, **found)
 
     with monkeypatch.context() as broken:
-        broken.setattr(upkeep, "mark_pack", mark_one)
+        broken.setattr(deep_verify, "mark_pack", mark_one)
         with pytest.raises(KeyboardInterrupt):
             repo.verify(deep=True)
     resumed = repo.verify(deep=True, resume=True)

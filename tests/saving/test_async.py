@@ -19,6 +19,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import dcpstore
 from dcpstore import ConflictError, DcpstoreError, InvalidInputError, Repository
 from dcpstore.asynchronous.staging import find_saver
+from dcpstore.catalog.read.user_sql import query_rows
 from tests.ranks import RankPool, mesh
 from tests.soundness import Place
 
@@ -259,7 +260,7 @@ def test_a_failure_is_raised_once_and_kept(place: Place, heard: str) -> None:
         hear[heard]()
     packs.unlink()
     with place.open() as again:
-        (row,) = again.catalog.query("SELECT status, error FROM version", {})
+        (row,) = query_rows(again.catalog, "SELECT status, error FROM version", {})
         assert row.status == "aborted"
         assert "packs" in row.error
         assert dcpstore.async_save({"w": torch.ones(3)}, again).result().number == 1

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 import dcpstore
 from dcpstore import DcpstoreError, RankFailure, Repository
+from dcpstore.catalog.read.user_sql import query_rows
 from tests.ranks import RankPool, mesh
 from tests.saving.conftest import Opaque, W, unchanged
 from tests.soundness import Place
@@ -189,7 +190,7 @@ def test_one_rank_that_fails_makes_all_raise_and_shows_nothing(
     assert first[0] == "RankFailure"
     assert first[2] == {1: "OSError"}
     unchanged(kept)
-    aborted = kept.catalog.query("SELECT status, error FROM version WHERE number IS NULL", {})
+    aborted = query_rows(kept.catalog, "SELECT status, error FROM version WHERE number IS NULL", {})
     assert [(row.status, "device is lost" in row.error) for row in aborted] == [("aborted", True)]
     assert dcpstore.save(W, kept).number == 2
 

@@ -18,7 +18,8 @@ from sqlalchemy import event
 
 import dcpstore
 from dcpstore import ConflictError, DefaultSavePlanner, RankFailure, Repository
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.write.lease import touch_save
 from tests.ranks import RankPool
 from tests.soundness import Place
 
@@ -104,7 +105,7 @@ def test_reading_and_other_repositories_are_free_inside_a_save(
 @contextmanager
 def in_a_transaction(repo: Repository, call: Callable[[], object]) -> Iterator[None]:
     """Have `call` called once, in the middle of the next transaction that adds an operation."""
-    engine = repo.catalog._database._engine
+    engine = repo.catalog.database._engine
 
     def see(connection: Any, cursor: Any, statement: str, *rest: object) -> None:
         if "INTO operation" in statement and calls:
@@ -129,7 +130,7 @@ def test_a_signal_a_finalizer_or_the_collector_cannot_change_inside_a_transactio
         for call in (
             lambda: dcpstore.save(state, place.url),
             lambda: repo.tag("inner"),
-            lambda: repo.catalog.touch("nothing"),  # what no operation is around
+            lambda: touch_save(repo.catalog, "nothing"),  # what no operation is around
         ):
             try:
                 ends.append(call())

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 import dcpstore
 from dcpstore import DcpstoreError, InvalidInputError, Repository, UnsafeDataError
+from dcpstore.catalog.read.user_sql import query_rows
 from dcpstore.convert import import_torch
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
@@ -89,7 +90,7 @@ def assert_nothing_written(repo: Repository) -> None:
     assert list(repo.storage.list("packs")) == []
     assert list(repo.storage.list("manifests")) == []
     assert repo.log() == []
-    assert repo.catalog.query("SELECT uid FROM version WHERE status = 'pending'", {}) == []
+    assert query_rows(repo.catalog, "SELECT uid FROM version WHERE status = 'pending'", {}) == []
 
 
 @pytest.mark.parametrize("save", SAVES.values(), ids=SAVES)

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dcpstore
 from dcpstore import InvalidInputError, PerRank, Repository
+from dcpstore.catalog.read.user_sql import query_rows
 from dcpstore.saving.replicas import fingerprint
 from tests.ranks import RankPool, mesh
 from tests.saving.conftest import unchanged
@@ -191,7 +192,7 @@ def test_contents_that_differ_are_refused_on_every_rank(
             assert "'same'" not in first[what][1]
     unchanged(kept)
     assert sorted([*kept.storage.list("packs"), *kept.storage.list("manifests")]) == before
-    assert kept.catalog.query("SELECT uid FROM version WHERE status = 'pending'", {}) == []
+    assert query_rows(kept.catalog, "SELECT uid FROM version WHERE status = 'pending'", {}) == []
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
-from dcpstore.catalog import sqlite_url
+from dcpstore.catalog.db.url import sqlite_url
 from tests.servers import postgres_server
 
 __all__ = [

@@ -11,8 +11,10 @@ import torch
 
 import dcpstore
 from dcpstore import NotFoundError, Repository
-from dcpstore.catalog import Catalog
 from dcpstore.catalog.location import locate
+from dcpstore.catalog.maintenance.fsck import list_packs
+from dcpstore.catalog.schema.lifecycle import upgrade_schema
+from dcpstore.catalog.write.saves import begin_save
 from dcpstore.core.ids import new_uid
 from dcpstore.formats.manifest import manifest_key
 from dcpstore.maintenance.rebuild import rebuild
@@ -55,7 +57,7 @@ def check(operation: Operation, site: Site, ended: bool) -> None:
     """Raise AssertionError where a struck repository is not as it must be."""
     torch.set_num_threads(1)
     operation.mend(site)
-    with site.open(create=not operation.before) as repo, repo.catalog.kept():
+    with site.open(create=not operation.before) as repo, repo.catalog.keep_connection():
         numbers = {version.number for version in repo.log()}
         if ended:
             assert numbers == operation.after, f"it ended, and v{numbers} are there"
@@ -100,7 +102,7 @@ def check_versions(repo: Repository) -> None:
 def check_folder(repo: Repository) -> None:
     """Check that the data folder holds what the catalog names, and nothing else."""
     stored = {key for key in repo.storage.list() if not key.startswith("catalog.db")}
-    named = {pack.key for pack in repo.catalog.upkeep().packs()}
+    named = {pack.key for pack in list_packs(repo.catalog)}
     named |= {manifest_key(version.uid) for version in repo.log()}
     named |= {key for key in stored if key.startswith("operations/") and key.endswith(".json")}
     assert stored == named, f"left over: {stored - named}; missing: {named - stored}"
@@ -225,7 +227,7 @@ def condemned(site: Site) -> None:
     repack(site, 0)
     with site.open() as repo:
         crashed = VersionDraft(uid=new_uid(), branch="main", author="ada", host="node1")
-        repo.catalog.begin(crashed)
+        begin_save(repo.catalog, crashed)
         repo.storage.put(pack_key(crashed.uid, 0, 0), b"left over")
         repo.storage.put(manifest_key(crashed.uid), b"{}")
 
@@ -262,14 +264,14 @@ def rebuild_again(site: Site) -> None:
 
 def upgrade(site: Site, rank: int) -> None:
     with newer_schema():
-        before, after = Catalog.upgrade(locate(site.target)[0])
+        before, after = upgrade_schema(locate(site.target)[0])
         assert (before, after) == ("0001", NEWEST)
 
 
 def check_upgrade(site: Site) -> None:
     """Check that the tables are all of one schema, and go back to those of today, for the look."""
     with newer_schema():
-        Catalog.upgrade(locate(site.target)[0])
+        upgrade_schema(locate(site.target)[0])
         with site.open() as repo:
             (row,) = repo.sql("SELECT mood, weather FROM version WHERE number = 1")
             assert tuple(row) == ("good", "fair")

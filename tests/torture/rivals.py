@@ -18,8 +18,8 @@ import torch
 
 import dcpstore
 from dcpstore import AlreadyExistsError, ConflictError, InvalidInputError, NotFoundError, Repository
-from dcpstore.catalog import Catalog
 from dcpstore.catalog.location import locate
+from dcpstore.catalog.schema.lifecycle import upgrade_schema
 from dcpstore.maintenance.rebuild import rebuild
 from dcpstore.repository import make
 from tests.soundness import assert_sound
@@ -150,7 +150,7 @@ def judge_one_winner(site: Site, answers: list[Any]) -> None:
 
 def upgrade(site: Site, seed: int) -> str:
     with newer_schema():
-        return Catalog.upgrade(locate(site.target)[0])[0]
+        return upgrade_schema(locate(site.target)[0])[0]
 
 
 def judge_one_upgrade(site: Site, answers: list[Any]) -> None:

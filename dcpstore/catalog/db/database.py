@@ -14,13 +14,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Concatenate, Literal, ParamSpec, TypeVar
+from typing import Literal, TypeVar
 
 from sqlalchemy import Connection, NullPool, QueuePool, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from dcpstore.catalog.db.compiled import compiled_statements
 from dcpstore.catalog.db.db_errors import (
     BUSY_SECONDS,
     Patience,
@@ -44,7 +43,6 @@ _LIMITS = (
 )
 _FRESH_SECONDS = 30  # what a kept connection may be old, before a network forgets it
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -66,14 +64,12 @@ class Database:
         self._was_connected = False
         self._keeping = threading.RLock()  # a signal handler may ask in the middle
         self._keepers = 0
-        options = {"compiled_cache": compiled_statements}
         if self.is_sqlite:
             self._engine = create_engine(
                 "sqlite://",
                 creator=self._connect_sqlite,
                 poolclass=QueuePool,
                 max_overflow=-1,  # threads wait for the database's lock, never for a connection
-                execution_options=options,
             )
             event.listen(self._engine, "begin", _begin_sqlite)
         else:
@@ -83,7 +79,6 @@ class Database:
                 max_overflow=-1,
                 pool_recycle=_FRESH_SECONDS,
                 pool_pre_ping=True,  # the server may end what is kept
-                execution_options=options,
             )
         keep_to_process(self._engine)
 
@@ -120,7 +115,7 @@ class Database:
         self._engine.dispose()
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
+    def keep_connection(self) -> Iterator[None]:
         """Keep a connection to a server for the transactions inside the block.
 
         Outside there is none: hours pass between saves, and a cluster has many ranks. (Connections
@@ -136,66 +131,45 @@ class Database:
                 if not self._keepers and not self.is_sqlite:
                     self._engine.dispose()
 
-    def ask(
-        self, call: Callable[Concatenate[Connection, P], T], /, *args: P.args, **kwargs: P.kwargs
+    def transact(
+        self,
+        call: Callable[[Connection], T],
+        *,
+        writes: bool,
+        if_unknown: Callable[[], tuple[T] | None] = lambda: None,
     ) -> T:
-        """Return what `call` reads on a connection, which sees the database as of one moment.
+        """Run a transaction until it succeeds, fails for good, or the retries are used up.
 
-        It is tried again where the connection is lost or the database is busy.
+        Args:
+            call: what it does, and nothing else; returns the result.
+            writes: whether it may change the database.
+            if_unknown: called where the answer to its commit was lost: returns the result, or None
+                where it may be run again.
         """
-        return self._persist(
-            lambda connection: call(connection, *args, **kwargs),
-            writes=False,
-            if_unknown=lambda: None,
-        )
-
-    def change(
-        self, call: Callable[Concatenate[Connection, P], T], /, *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        """Return what `call` returns, whose changes are one transaction.
-
-        It is tried again where the database is known to have taken it back, and `call` must do
-        nothing else.
-
-        Raises:
-            UnknownOutcomeError: the answer to the commit was lost.
-        """
-
-        def refuse() -> None:
-            raise UnknownOutcomeError
-
-        return self._persist(
-            lambda connection: call(connection, *args, **kwargs), writes=True, if_unknown=refuse
-        )
-
-    def change_again(
-        self, call: Callable[Concatenate[Connection, P], T], /, *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        """As `change`, for what changes nothing more when it is done twice: so it may be."""
-        return self._persist(
-            lambda connection: call(connection, *args, **kwargs),
-            writes=True,
-            if_unknown=lambda: None,
-        )
-
-    def change_once(
-        self, call: Callable[[Connection], T], find: Callable[[Connection], T | None]
-    ) -> T:
-        """As `change`, for what leaves a trace: where the answer is lost, `find` looks for it.
-
-        It must wait for the lost transaction, by a row that this had locked, and return None where
-        that came to nothing.
-        """
-
-        def look() -> tuple[T] | None:
-            found = self.change_again(find)
-            return None if found is None else (found,)
-
-        return self._persist(call, writes=True, if_unknown=look)
+        patience = Patience()
+        while True:
+            is_committing = False
+            try:
+                with self._connected(writes=writes) as connection:
+                    result = call(connection)
+                    is_committing = writes
+                return result
+            except DBAPIError as error:
+                text = self.shown_error(error)
+                if is_committing and self._is_unknown(error, text):
+                    outcome = self._find_out(error, text, if_unknown)
+                    if outcome is not None:
+                        return outcome[0]
+                elif not is_passing(
+                    error, text, is_sqlite=self.is_sqlite, was_connected=self._was_connected
+                ):
+                    raise self._translate(error) from error
+                if not patience.wait():
+                    raise self._translate(error) from error
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """Yield a connection whose queries all see the database as of one moment; no try again."""
+        """Yield a connection whose queries all see the database as of one moment; no retry."""
         with self._translated(), self._connected(writes=False) as connection:
             yield connection
 
@@ -203,7 +177,7 @@ class Database:
     def write(self) -> Iterator[Connection]:
         """Yield a connection in a transaction that commits at the end, or leaves nothing.
 
-        There is no try again: for what does more than change the database.
+        It is not retried: for what does more than change the database.
         """
         with self._translated(), self._connected(writes=True) as connection:
             yield connection
@@ -268,39 +242,6 @@ class Database:
         text = self.shown_error(error)
         return translate(error, text, shown=self.shown, is_sqlite=self.is_sqlite)
 
-    def _persist(
-        self,
-        call: Callable[[Connection], T],
-        *,
-        writes: bool,
-        if_unknown: Callable[[], tuple[T] | None],
-    ) -> T:
-        """Run a transaction until it succeeds, fails for good, or patience is at an end.
-
-        Where the answer to its commit was lost, `if_unknown` returns what came of it, or None where
-        it may be tried again.
-        """
-        patience = Patience()
-        while True:
-            is_committing = False
-            try:
-                with self._connected(writes=writes) as connection:
-                    result = call(connection)
-                    is_committing = writes
-                return result
-            except DBAPIError as error:
-                text = self.shown_error(error)
-                if is_committing and self._is_unknown(error, text):
-                    outcome = self._find_out(error, text, if_unknown)
-                    if outcome is not None:
-                        return outcome[0]
-                elif not is_passing(
-                    error, text, is_sqlite=self.is_sqlite, was_connected=self._was_connected
-                ):
-                    raise self._translate(error) from error
-                if not patience.wait():
-                    raise self._translate(error) from error
-
     def _changing(self) -> AbstractContextManager[None]:
         """Refuse a transaction that writes inside another one of this thread: both would wait."""
         place = self.shown if self.file is None else os.path.realpath(self.file)
@@ -326,7 +267,7 @@ class Database:
     def _connected(self, *, writes: bool) -> Iterator[Connection]:
         """Yield a connection in a transaction; errors are the database's own."""
         alone = self._changing() if writes else nullcontext()
-        with alone, self.kept(), self._engine.connect() as connection:
+        with alone, self.keep_connection(), self._engine.connect() as connection:
             self._was_connected = True
             if writes:
                 connection.execution_options(**{_WRITES: True})

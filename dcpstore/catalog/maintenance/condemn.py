@@ -15,6 +15,7 @@ from typing import NamedTuple
 from sqlalchemy import Connection, bindparam, delete, exists, func, insert, select, update
 
 from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
+from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.maintenance.expire import drop_forgotten
 from dcpstore.catalog.schema import tables as schema
 from dcpstore.catalog.write.operations import Change, append_operations, take_operations
@@ -51,6 +52,7 @@ class Condemned(NamedTuple):
     dropped: list[str]
 
 
+@writes()
 def condemn(
     connection: Connection,
     *,
@@ -59,12 +61,33 @@ def condemn(
     lease: timedelta,
     live_share: float,
     author: str,
+    dry_run: bool,
 ) -> Condemned:
     """Drop forgotten versions and unreachable tensors, condemn unreached packs, give up crashes.
+
+    With `dry_run` nothing is changed; the result is what would be.
 
     Raises:
         InvalidInputError: a save is running that is older than `grace`.
     """
+    with connection.begin_nested() as step:
+        found = _condemn(
+            connection, now=now, grace=grace, lease=lease, live_share=live_share, author=author
+        )
+        if dry_run:
+            step.rollback()
+        return found
+
+
+def _condemn(
+    connection: Connection,
+    *,
+    now: datetime,
+    grace: timedelta,
+    lease: timedelta,
+    live_share: float,
+    author: str,
+) -> Condemned:
     take_operations(connection, 0)  # everyone else waits
     crashed = _give_up_crashed(connection, now=now, lease=lease)
     _check_running(connection, now=now, grace=grace)
@@ -94,6 +117,7 @@ def condemn(
     return Condemned(condemned, _sparse(connection, live_share), crashed, dropped)
 
 
+@writes()
 def plan_pack(connection: Connection, old: str, new: str, *, now: datetime) -> bool:
     """Announce that the live chunks of a pack are to be copied to another; False: it went away."""
     take_operations(connection, 0)
@@ -108,11 +132,13 @@ def plan_pack(connection: Connection, old: str, new: str, *, now: datetime) -> b
     return True
 
 
+@writes(idempotent=True)
 def unplan_pack(connection: Connection, key: str) -> None:
     """Forget a pack that was announced and will not be written."""
     connection.execute(delete(_pack).where(_pack.c.key == key, _pack.c.status == "planned"))
 
 
+@writes()
 def switch_pack(
     connection: Connection,
     old: str,
@@ -192,6 +218,7 @@ def mark_stale(connection: Connection, tensors: Collection[int]) -> None:
     )
 
 
+@reads
 def find_doomed(connection: Connection, *, before: datetime) -> list[PackRecord]:
     """Return the packs condemned before a time; none while a manifest may still name them."""
     if connection.scalar(select(func.count()).where(_version.c.stale.is_not(None))):
@@ -208,6 +235,7 @@ def find_doomed(connection: Connection, *, before: datetime) -> list[PackRecord]
     return [PackRecord(*row) for row in rows]
 
 
+@writes()
 def forget_packs(
     connection: Connection, keys: Sequence[str], *, now: datetime, author: str
 ) -> None:
@@ -226,6 +254,7 @@ def forget_packs(
         _record(connection, {"deleted": sorted(gone)}, author=author, at=now)
 
 
+@reads
 def find_leftovers(
     connection: Connection,
     keys: Iterable[tuple[str, str]],

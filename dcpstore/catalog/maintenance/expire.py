@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Select, delete, func, select, update
 
 from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
+from dcpstore.catalog.db.transactions import writes
+from dcpstore.catalog.read.ref_lookup import RefRow, list_refs, refs_of, resolve
 from dcpstore.catalog.read.versions import ancestors, is_visible, load_versions
 from dcpstore.catalog.schema import tables as schema
 from dcpstore.catalog.validation import check_text
 from dcpstore.catalog.write.operations import Change, append_operations, take_operations
-from dcpstore.catalog.write.refs import RefRow, list_refs, refs_of, resolve
 from dcpstore.core.ref_syntax import parse_ref
 from dcpstore.errors import InvalidInputError, NotFoundError
 from dcpstore.records import ForgetReport, RefRecord, Version
@@ -46,6 +47,7 @@ class _Move(NamedTuple):
     to: tuple[int, int] | None  # id and number
 
 
+@writes()
 def expire_versions(
     connection: Connection, choose: Choose, *, author: str, rules: Mapping[str, Any]
 ) -> None:
@@ -62,6 +64,7 @@ def expire_versions(
     _record(connection, "expire", going, {"rules": dict(rules)}, author=author, at=now)
 
 
+@writes()
 def forget_versions(
     connection: Connection,
     refs: Iterable[str | int],

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from sqlalchemy import Connection, select, update
 
 from dcpstore.catalog.db.key_lists import wanted_ids
+from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.read.entries import load_entries, load_plan
 from dcpstore.catalog.read.versions import ancestors, id_of_number, load_versions
 from dcpstore.catalog.schema import tables as schema
@@ -27,6 +28,7 @@ __all__ = ["clear_stale", "lineage", "load_content", "mark_version_stale", "stal
 _version = schema.version
 
 
+@reads
 def load_content(connection: Connection, number: int) -> tuple[VersionDraft, VersionContent]:
     """Return a committed version whole: every tensor with all its chunks, as they lie now.
 
@@ -86,6 +88,7 @@ def load_content(connection: Connection, number: int) -> tuple[VersionDraft, Ver
     return draft, content
 
 
+@reads
 def stale_versions(connection: Connection) -> dict[int, str]:
     """Return the numbers of versions whose manifest names places of the past, each with a mark."""
     rows = connection.execute(
@@ -96,6 +99,7 @@ def stale_versions(connection: Connection) -> dict[int, str]:
     return {row.number: row.stale for row in rows}
 
 
+@writes()
 def clear_stale(connection: Connection, number: int, mark: str) -> bool:
     """Note that a manifest was written anew; False if chunks moved again since `mark` was read.
 
@@ -112,6 +116,7 @@ def clear_stale(connection: Connection, number: int, mark: str) -> bool:
     return bool(done)
 
 
+@writes(idempotent=True)
 def mark_version_stale(connection: Connection, number: int) -> None:
     """Note that the manifest of a version is to be written anew."""
     connection.execute(
@@ -121,6 +126,7 @@ def mark_version_stale(connection: Connection, number: int) -> None:
     )
 
 
+@reads
 def lineage(connection: Connection, number: int) -> list[str]:
     """Return the uids of the ancestors of a version, the parent first, expired ones included."""
     up = ancestors(id_of_number(connection, number))

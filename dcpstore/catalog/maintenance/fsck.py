@@ -13,6 +13,7 @@ from typing import NamedTuple
 from sqlalchemy import Connection, Select, func, or_, select, update
 
 from dcpstore.catalog.db.key_lists import wanted_ids
+from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.schema import tables as schema
 from dcpstore.geometry.grids import Grid
 
@@ -23,11 +24,11 @@ __all__ = [
     "Reached",
     "begin_verify",
     "end_verify",
-    "inspect",
+    "find_faults",
+    "find_reached",
     "list_packs",
     "mark_pack",
     "packed_chunks",
-    "reached",
     "reached_by_tensor",
 ]
 
@@ -73,7 +74,8 @@ class Reached(NamedTuple):
     tensor: int
 
 
-def inspect(connection: Connection) -> list[Fault]:
+@reads
+def find_faults(connection: Connection) -> list[Fault]:
     """Return what breaks the rules of the catalog; nothing in a sound one."""
     return [
         *_database_faults(connection),
@@ -84,6 +86,7 @@ def inspect(connection: Connection) -> list[Fault]:
     ]
 
 
+@reads
 def list_packs(connection: Connection) -> list[PackState]:
     """Return the live packs, by key."""
     rows = connection.execute(
@@ -94,6 +97,7 @@ def list_packs(connection: Connection) -> list[PackState]:
     return [PackState(*row) for row in rows]
 
 
+@reads
 def packed_chunks(connection: Connection, key: str) -> list[PackedChunk]:
     """Return the chunks that lie in a pack, by offset; a place that many share comes once."""
     tensor, part = schema.tensor, schema.part
@@ -122,7 +126,8 @@ def packed_chunks(connection: Connection, key: str) -> list[PackedChunk]:
     return list(places.values())
 
 
-def reached(connection: Connection, key: str, offsets: Sequence[int] | None) -> list[Reached]:
+@reads
+def find_reached(connection: Connection, key: str, offsets: Sequence[int] | None) -> list[Reached]:
     """Return the entries that have chunks in a pack, at `offsets` or, with None, anywhere."""
     held = (
         select(_chunk.c.tensor)
@@ -135,11 +140,13 @@ def reached(connection: Connection, key: str, offsets: Sequence[int] | None) -> 
     return _holders(connection, held)
 
 
+@reads
 def reached_by_tensor(connection: Connection, tensor: int) -> list[Reached]:
     """Return the entries that have a tensor."""
     return _holders(connection, select(schema.tensor.c.id).where(schema.tensor.c.id == tensor))
 
 
+@writes(idempotent=True)
 def mark_pack(
     connection: Connection, key: str, *, damage: str | None, verified_at: datetime | None
 ) -> None:
@@ -148,6 +155,7 @@ def mark_pack(
     connection.execute(update(_pack).where(_pack.c.key == key).values(damage=damage, **seen))
 
 
+@writes(idempotent=True)
 def begin_verify(connection: Connection, *, resume: bool, now: datetime) -> datetime:
     """Return when the deep verify began that `resume` goes on with; else begin one now."""
     began: datetime | None = connection.scalar(select(schema.repository.c.verify_began_at))
@@ -157,6 +165,7 @@ def begin_verify(connection: Connection, *, resume: bool, now: datetime) -> date
     return now
 
 
+@writes(idempotent=True)
 def end_verify(connection: Connection) -> None:
     """Note that every pack was looked at."""
     connection.execute(update(schema.repository).values(verify_began_at=None))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Row, select, update
 
 from dcpstore.catalog.db.key_lists import wanted_ids
+from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.schema import tables as schema
 
 __all__ = [
@@ -58,6 +59,7 @@ def changed_refs(said: Mapping[str, Any]) -> Iterator[ChangedRef]:
         yield ChangedRef(said["target"], kind, said["old"], said["new"])
 
 
+@reads
 def unjournaled(connection: Connection) -> list[Json]:
     """Return the oldest operations that are not known to be in the data folder, in order."""
     operation = schema.operation
@@ -91,6 +93,7 @@ def unjournaled(connection: Connection) -> list[Json]:
     ]
 
 
+@writes(idempotent=True)
 def mark_journaled(connection: Connection, number: int) -> None:
     """Note that every operation up to `number` is durable in the data folder."""
     written = schema.repository.c.last_journaled
@@ -99,11 +102,13 @@ def mark_journaled(connection: Connection, number: int) -> None:
     )
 
 
+@reads
 def last_journaled(connection: Connection) -> int:
     """Return the last operation that is known to be in the data folder."""
     return int(connection.execute(select(schema.repository.c.last_journaled)).scalar_one())
 
 
+@writes(idempotent=True)
 def journal_again(connection: Connection, number: int) -> None:
     """Have the operations from `number` on written once more."""
     written = schema.repository.c.last_journaled

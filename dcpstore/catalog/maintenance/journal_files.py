@@ -14,7 +14,9 @@ from datetime import datetime
 from functools import wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.maintenance.journal import mark_journaled, unjournaled
+from dcpstore.catalog.write.operations import list_operations
 from dcpstore.core.reentry import changing
 from dcpstore.errors import CorruptionError, DcpstoreError, NotFoundError
 from dcpstore.formats.journal_entry import (
@@ -46,7 +48,7 @@ def journaled(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R,
 
     @wraps(method)
     def run(self: R, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with changing_repository(self.catalog), self.catalog.kept():
+        with changing_repository(self.catalog), self.catalog.keep_connection():
             result = method(self, *args, **kwargs)
             write_journal(self.catalog, self.storage)
         return result
@@ -105,12 +107,12 @@ def write_journal(catalog: Catalog, storage: Storage) -> bool:
     is missing.
     """
     try:
-        while operations := catalog.unjournaled():
+        while operations := unjournaled(catalog):
             if operations[0]["kind"] == "init":
                 check_owner(catalog, storage)
             for said in operations:
                 storage.put(operation_key(said["operation"]), encode_operation(said))
-            catalog.mark_journaled(operations[-1]["operation"])
+            mark_journaled(catalog, operations[-1]["operation"])
     except DcpstoreError as error:
         _log.warning(
             "an operation is not in the journal of %s yet (%s); the next change writes it",
@@ -126,7 +128,7 @@ def _are_own(catalog: Catalog, storage: Storage) -> bool | None:
 
     By its time, too, which is kept to the microsecond.
     """
-    done = {operation.number: operation for operation in catalog.operations()}
+    done = {operation.number: operation for operation in list_operations(catalog)}
     for number in sorted(filter(None, map(operation_number, storage.list("operations")))):
         try:
             said = decode_operation(storage.get(operation_key(number)))

@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 
-from dcpstore.catalog import Catalog
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.maintenance.expire import expire_versions
 from dcpstore.catalog.validation import check_text
 from dcpstore.core.durations import as_duration, in_utc
 from dcpstore.errors import DcpstoreError, InvalidInputError, NotFoundError
@@ -117,7 +118,7 @@ def expire(
         verdicts = _judge(rules, versions, refs, branch=branch)
         return [v.version.number for v in verdicts if not v.kept_by and not dry_run]
 
-    catalog.upkeep().expire(choose, author=author, rules=_told(rules))
+    expire_versions(catalog, choose, author=author, rules=_told(rules))
     return ExpireReport(verdicts, dry_run)
 
 

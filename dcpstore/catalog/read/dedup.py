@@ -11,6 +11,7 @@ from collections.abc import Collection
 from sqlalchemy import ColumnElement, Connection, Text, cast, exists, or_, select
 
 from dcpstore.catalog.db.key_lists import wanted_digests, wanted_ids, wanted_names
+from dcpstore.catalog.db.transactions import reads
 from dcpstore.catalog.read.entries import load_tensors
 from dcpstore.catalog.schema import tables as schema
 from dcpstore.records import ChunkPlace, TensorRecord
@@ -18,8 +19,9 @@ from dcpstore.records import ChunkPlace, TensorRecord
 __all__ = ["find_chunks", "find_tensors", "known_tensors"]
 
 
+@reads
 def find_chunks(
-    connection: Connection, digests: Collection[bytes], codec: str | None
+    connection: Connection, digests: Collection[bytes], codec: str | None = None
 ) -> dict[bytes, ChunkPlace]:
     """Return where chunks of these digests lie, encoded with `codec`, or any; one place each."""
     if not digests:
@@ -66,6 +68,7 @@ def known_tensors(connection: Connection, digests: Collection[str]) -> dict[str,
     return {row.digest: (row.id, row.live) for row in rows}
 
 
+@reads
 def find_tensors(connection: Connection, digests: Collection[str]) -> dict[str, TensorRecord]:
     """Return the tensors of these contents, cut so or otherwise, that lie whole in live packs."""
     if not digests:

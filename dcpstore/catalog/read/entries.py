@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Select, select
 
 from dcpstore.catalog.db.key_lists import look_up_each, wanted_names, wanted_pairs, wanted_ranges
-from dcpstore.catalog.read.log_filter import LogFilter, filtered
-from dcpstore.catalog.read.versions import ancestors, id_of_number, load_versions
+from dcpstore.catalog.db.transactions import reads
+from dcpstore.catalog.read.versions import id_of_number
 from dcpstore.catalog.schema import tables as schema
-from dcpstore.catalog.validation import check_limit
 from dcpstore.errors import CorruptionError, NotFoundError
 from dcpstore.geometry.boxes import Box
 from dcpstore.records import (
@@ -29,13 +28,11 @@ from dcpstore.records import (
     ShardRecord,
     StoredChunk,
     TensorRecord,
-    Version,
 )
 
 __all__ = [
     "Pair",
     "SharedChunk",
-    "list_log",
     "load_both",
     "load_chunks",
     "load_entries",
@@ -97,38 +94,9 @@ def load_tensors(connection: Connection, ids: Select[Any]) -> dict[int, TensorRe
 _SHOWN = 10  # unknown FQNs that one message names
 
 
-def list_log(
-    connection: Connection,
-    start: int | None,
-    *,
-    limit: int | None,
-    wanted: LogFilter | None = None,
-) -> list[Version]:
-    """Return versions, newest first: all, or `start` and its ancestors; those `wanted` only.
-
-    Raises:
-        InvalidInputError: `limit` is no number of rows, or `wanted` cannot be meant.
-    """
-    check_limit(limit)
-    if limit == 0:
-        return []
-    ids: Select[Any] | None = None
-    if start is not None:
-        first = id_of_number(connection, start)
-        if limit is not None and wanted is None:
-            near = select(ancestors(first, most=limit - 1).c.id)
-            found = load_versions(connection, near, limit=limit)
-            if len(found) == limit:
-                return found
-            # Some of so few were expired, or there are no more.
-        ids = select(ancestors(first).c.id)
-    if wanted is not None:
-        ids = filtered(connection, ids, wanted)
-    return load_versions(connection, ids, limit=limit)
-
-
+@reads
 def load_entries(
-    connection: Connection, version: int, fqns: Collection[str] | None
+    connection: Connection, version: int, fqns: Collection[str] | None = None
 ) -> list[EntryRecord]:
     """Return the entries of a version, or those of `fqns`, sorted by FQN.
 
@@ -152,6 +120,7 @@ def load_entries(
     return found
 
 
+@reads
 def load_chunks(connection: Connection, wanted: Sequence[ChunkRange]) -> list[StoredChunk]:
     """Return the chunks of these ranges, each once, in the order in which they lie in the packs."""
     ranges = _merged(wanted)
@@ -182,6 +151,7 @@ def load_chunks(connection: Connection, wanted: Sequence[ChunkRange]) -> list[St
     return sorted(map(StoredChunk._make, rows.all()), key=itemgetter(4, 5, 0, 1, 2))
 
 
+@reads
 def load_planner_data(connection: Connection, version: int) -> str | None:
     """Return what a custom planner kept with a version, as typed JSON."""
     text = connection.scalar(
@@ -192,6 +162,7 @@ def load_planner_data(connection: Connection, version: int) -> str | None:
     return None if text is None else str(text)
 
 
+@reads
 def load_plan(connection: Connection, version: int) -> PlanRecord:
     """Return the global plan of a version; its shards sorted by FQN and rank."""
     plan, shard = schema.plan, schema.shard
@@ -259,6 +230,7 @@ class SharedChunk(NamedTuple):
     ordinal: int
 
 
+@reads
 def load_both(
     connection: Connection, old: int, new: int
 ) -> tuple[list[EntryRecord], list[EntryRecord]]:
@@ -266,6 +238,7 @@ def load_both(
     return load_entries(connection, old, None), load_entries(connection, new, None)
 
 
+@reads
 def shared_chunks(connection: Connection, pairs: Sequence[Pair]) -> list[SharedChunk]:
     """Return the chunks that each pair has in common, at the same place."""
     if not pairs:

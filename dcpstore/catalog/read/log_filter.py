@@ -22,15 +22,16 @@ from sqlalchemy import (
     type_coerce,
 )
 
-from dcpstore.catalog.read.versions import is_visible, load_versions
+from dcpstore.catalog.db.transactions import reads
+from dcpstore.catalog.read.versions import ancestors, id_of_number, is_visible, load_versions
 from dcpstore.catalog.schema import tables as schema
-from dcpstore.catalog.validation import check_labels, check_steps, check_text
+from dcpstore.catalog.validation import check_labels, check_limit, check_steps, check_text
 from dcpstore.core.durations import in_utc
 from dcpstore.core.ref_syntax import NAME_CHARACTERS
 from dcpstore.errors import InvalidInputError, NotFoundError
 from dcpstore.records import Version
 
-__all__ = ["LogFilter", "best_version", "filtered"]
+__all__ = ["LogFilter", "best_version", "filtered", "list_log"]
 
 _version, _metric, _ref = schema.version, schema.metric, schema.ref
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -79,6 +80,7 @@ def filtered(connection: Connection, ids: Select[Any] | None, wanted: LogFilter)
     return query if ids is None else query.where(_version.c.id.in_(ids))
 
 
+@reads
 def best_version(
     connection: Connection, name: str, *, mode: Literal["min", "max"], branch: str | None
 ) -> Version:
@@ -193,3 +195,34 @@ def _on_branch(connection: Connection, branch: str) -> ColumnElement[bool]:
         known = connection.scalars(select(_version.c.branch).where(is_visible()).distinct()).all()
         raise NotFoundError.near("branch", branch, known, "See 'dcpstore branch' for all of them.")
     return on_branch
+
+
+@reads
+def list_log(
+    connection: Connection,
+    start: int | None = None,
+    *,
+    limit: int | None = None,
+    wanted: LogFilter | None = None,
+) -> list[Version]:
+    """Return versions, newest first: all, or `start` and its ancestors; those `wanted` only.
+
+    Raises:
+        InvalidInputError: `limit` is no number of rows, or `wanted` cannot be meant.
+    """
+    check_limit(limit)
+    if limit == 0:
+        return []
+    ids: Select[Any] | None = None
+    if start is not None:
+        first = id_of_number(connection, start)
+        if limit is not None and wanted is None:
+            near = select(ancestors(first, most=limit - 1).c.id)
+            found = load_versions(connection, near, limit=limit)
+            if len(found) == limit:
+                return found
+            # Some of so few were expired, or there are no more.
+        ids = select(ancestors(first).c.id)
+    if wanted is not None:
+        ids = filtered(connection, ids, wanted)
+    return load_versions(connection, ids, limit=limit)

@@ -19,13 +19,13 @@ from typing import Any, TypeVar
 
 from sqlalchemy.exc import DBAPIError
 
-from dcpstore.catalog.db.database import Database
+from dcpstore.catalog.db.transactions import OpenCatalog
 from dcpstore.catalog.schema.views import VIEWS
 from dcpstore.catalog.validation import check_text
 from dcpstore.errors import InvalidInputError
 from dcpstore.records import Row
 
-__all__ = ["Table", "run_query"]
+__all__ = ["Table", "query_rows", "query_table"]
 
 T = TypeVar("T")
 Table = tuple[list[str], list[Row]]
@@ -63,7 +63,7 @@ _FAILURES_SQLITE = {
 _FAILURES_POSTGRES = ("08", "40", "53", "55P03", "57", "58", "XX")
 
 
-def run_query(database: Database, sql: str, params: Mapping[str, object]) -> Table:
+def query_table(catalog: OpenCatalog, sql: str, params: Mapping[str, object]) -> Table:
     """Return the columns and rows of one query; `:name` in it stands for a parameter.
 
     Both databases give the same values: numbers as int or float, times as text in UTC.
@@ -78,6 +78,7 @@ def run_query(database: Database, sql: str, params: Mapping[str, object]) -> Tab
             f"{_short(sql)!r} is not a query; begin with SELECT, WITH, VALUES or EXPLAIN. "
             "The catalog changes only through dcpstore's own commands."
         )
+    database = catalog.database
     ask = _ask_sqlite if database.is_sqlite else _ask_postgres
     with database.read_only() as connection:
         driver = connection.dialect.loaded_dbapi
@@ -95,6 +96,11 @@ def run_query(database: Database, sql: str, params: Mapping[str, object]) -> Tab
                 f"the database refused {_short(sql)!r}: {database.shown_error(error)}. "
                 f"The views to ask are {', '.join(VIEWS)}."
             ) from error
+
+
+def query_rows(catalog: OpenCatalog, sql: str, params: Mapping[str, object]) -> list[Row]:
+    """Return the rows alone, each of which knows its columns; else as `query_table`."""
+    return query_table(catalog, sql, params)[1]
 
 
 # The drivers' connections are Any: mypy knows psycopg only where it is installed.

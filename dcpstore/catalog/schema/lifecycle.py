@@ -13,7 +13,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from importlib import import_module
 from typing import NamedTuple, TypeVar
@@ -65,7 +65,11 @@ def open_repository(database: Database, *, data_url: str | None) -> RepositoryRe
         InvalidInputError: it has another `data_url`.
         SchemaError: the database is not ours, or its tables are not of today.
     """
-    record = None if database.is_missing else database.ask(_find_record, database)
+    record = (
+        None
+        if database.is_missing
+        else database.transact(lambda connection: _find_record(connection, database), writes=False)
+    )
     if record is None:
         raise NotFoundError(
             f"no repository at {database.shown}. Check the path or URL, or create one with "
@@ -140,15 +144,13 @@ def create_repository(
         return _read_record(connection)
 
 
-def restore_repository(
-    database: Database, record: RepositoryRecord, fill: Callable[[Connection], T]
-) -> T:
+def restore_repository(url: str, record: RepositoryRecord, fill: Callable[[Connection], T]) -> T:
     """Create the catalog of a repository that was lost and fill it, in one transaction.
 
     Raises:
         AlreadyExistsError: the database is not empty.
     """
-    with _creating(database) as connection:
+    with closing(Database(url)) as database, _creating(database) as connection:
         if inspect(connection).get_table_names():
             raise AlreadyExistsError(
                 f"the database {database.shown} is not empty, and a rebuild never changes what is "
@@ -159,23 +161,28 @@ def restore_repository(
         return fill(connection)
 
 
-def upgrade_schema(database: Database) -> tuple[str, str]:
-    """Bring an older catalog's tables to those of today; return the revisions before and after.
+def upgrade_schema(url: str) -> tuple[str, str]:
+    """Upgrade the tables of an older catalog; return the revisions before and after.
 
     Raises:
         NotFoundError: there is no catalog.
         SchemaError: the database is not ours, or newer than this dcpstore.
     """
-    if database.is_missing:
-        raise NotFoundError(f"no repository at {database.shown}. Check the path or URL.")
-    with database.write() as connection:
-        _lock(database, connection)
-        found = _look(database, connection, older_is_fine=True)
-        if found.empty:
+    with closing(Database(url)) as database:
+        if database.is_missing:
             raise NotFoundError(f"no repository at {database.shown}. Check the path or URL.")
-        if found.revision != HEAD:
-            _migrate(connection)
-        return found.revision, HEAD
+        with database.write() as connection:
+            return _upgraded(database, connection)
+
+
+def _upgraded(database: Database, connection: Connection) -> tuple[str, str]:
+    _lock(database, connection)
+    found = _look(database, connection, older_is_fine=True)
+    if found.empty:
+        raise NotFoundError(f"no repository at {database.shown}. Check the path or URL.")
+    if found.revision != HEAD:
+        _migrate(connection)
+    return found.revision, HEAD
 
 
 @contextmanager

@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, delete, insert, select, update
 
+from dcpstore.catalog.db.transactions import writes
+from dcpstore.catalog.read.ref_lookup import resolve
 from dcpstore.catalog.read.versions import id_of_number, load_versions
 from dcpstore.catalog.schema import tables as schema
 from dcpstore.catalog.validation import check_labels, check_metrics, check_text
 from dcpstore.catalog.write.operations import Change, append_operations, take_operations
-from dcpstore.catalog.write.refs import resolve
 from dcpstore.errors import AlreadyExistsError
 from dcpstore.records import Version
 
@@ -27,6 +28,7 @@ _version, _metric = schema.version, schema.metric
 T = TypeVar("T", float, str)
 
 
+@writes()
 def add_metrics(
     connection: Connection, ref: str | int | None, metrics: Mapping[str, float], *, author: str
 ) -> Version:
@@ -50,6 +52,7 @@ def add_metrics(
     return _record(connection, target, "metrics", new, author=author)
 
 
+@writes()
 def add_labels(
     connection: Connection, ref: str | int | None, labels: Mapping[str, str], *, author: str
 ) -> Version:

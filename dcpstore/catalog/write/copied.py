@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from sqlalchemy import Connection, select, update
 
 from dcpstore.catalog.db.key_lists import wanted_names
+from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.read.ancestors import is_ancestor, lineage_below
+from dcpstore.catalog.read.ref_lookup import find_refs
 from dcpstore.catalog.read.versions import id_of_number, load_versions
 from dcpstore.catalog.schema import tables as schema
 from dcpstore.catalog.validation import check_draft
@@ -19,8 +21,7 @@ from dcpstore.catalog.write.operations import (
     take_operations,
     take_version,
 )
-from dcpstore.catalog.write.refs import find_refs
-from dcpstore.catalog.write.saves import find_committed, insert_pending
+from dcpstore.catalog.write.saves import find_begun, find_committed, insert_pending
 from dcpstore.errors import ConflictError
 from dcpstore.records import Version, VersionContent, VersionDraft
 
@@ -29,16 +30,18 @@ __all__ = ["advance_branch", "begin_copy", "commit_copy", "find_copied", "known_
 _version = schema.version
 
 
-def known_uids(connection: Connection, uids: Iterable[str]) -> dict[str, tuple[int, str]]:
+@reads
+def known_uids(connection: Connection, uids: Sequence[str]) -> dict[str, tuple[int, str]]:
     """Return the number and the status of versions that have a number, by uid."""
     rows = connection.execute(
         select(_version.c.uid, _version.c.number, _version.c.status).where(
-            _version.c.uid.in_(wanted_names(connection, list(uids))), _version.c.number.is_not(None)
+            _version.c.uid.in_(wanted_names(connection, uids)), _version.c.number.is_not(None)
         )
     )
     return {row.uid: (row.number, row.status) for row in rows}
 
 
+@writes(find=find_begun)
 def begin_copy(connection: Connection, draft: VersionDraft) -> bool:
     """Insert a pending version that is to be a copy; return True.
 
@@ -53,13 +56,21 @@ def begin_copy(connection: Connection, draft: VersionDraft) -> bool:
     return True
 
 
-def find_copied(connection: Connection, uid: str, final: str) -> Version | None:
+def find_copied(
+    connection: Connection,
+    uid: str,
+    draft: VersionDraft,
+    content: VersionContent,
+    *,
+    parent: str | None,
+) -> Version | None:
     """Return the copy that `commit_copy` was to make of `uid`, once its transaction has ended."""
     connection.execute(select(_version.c.id).where(_version.c.uid == uid).with_for_update())
-    known = connection.scalar(select(_version.c.id).where(_version.c.uid == final))
-    return None if known is None else find_committed(connection, final)
+    known = connection.scalar(select(_version.c.id).where(_version.c.uid == draft.uid))
+    return None if known is None else find_committed(connection, draft.uid)
 
 
+@writes(find=find_copied)
 def commit_copy(
     connection: Connection,
     uid: str,
@@ -120,6 +131,7 @@ def commit_copy(
     return version
 
 
+@writes()
 def advance_branch(connection: Connection, name: str, number: int, *, author: str) -> bool:
     """Move a branch on to a version below its tip; False where that is none, or no branch is."""
     first = take_operations(connection, 0)

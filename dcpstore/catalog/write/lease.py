@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, delete, insert, select, update
 
+from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.schema import tables as schema
 from dcpstore.records import RankProgress, RunningSave
 
 if TYPE_CHECKING:
-    from dcpstore.catalog import Catalog
+    from dcpstore.catalog.catalog import Catalog
 from dcpstore.errors import DcpstoreError
 
 __all__ = ["forget_progress", "kept_lease", "list_running", "touch_save"]
@@ -31,6 +32,7 @@ __all__ = ["forget_progress", "kept_lease", "list_running", "touch_save"]
 _version, _progress = schema.version, schema.progress
 
 
+@writes(idempotent=True)
 def touch_save(connection: Connection, uid: str, progress: Sequence[RankProgress]) -> None:
     """Note that a pending save is still at work, and how far its ranks are."""
     pending = connection.scalar(
@@ -51,6 +53,7 @@ def forget_progress(connection: Connection, version: int) -> None:
     connection.execute(delete(_progress).where(_progress.c.version == version))
 
 
+@reads
 def list_running(connection: Connection) -> list[RunningSave]:
     """Return the saves that have begun and not ended, the oldest first."""
     rows = connection.execute(
@@ -103,14 +106,14 @@ def kept_lease(
         while not ended.wait(pause):
             pause = seconds
             try:
-                catalog.touch(uid, progress())
+                touch_save(catalog, uid, progress())
             except DcpstoreError as error:
                 _log.warning("the lease of the save %s was not renewed: %s", uid, error)
 
     thread = threading.Thread(target=renew, name="dcpstore-lease", daemon=True)
     thread.start()
     try:
-        with catalog.kept():
+        with catalog.keep_connection():
             yield
     finally:
         ended.set()

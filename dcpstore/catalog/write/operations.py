@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, insert, select, update
 
+from dcpstore.catalog.db.transactions import reads
 from dcpstore.catalog.schema import tables as schema
 from dcpstore.catalog.validation import check_limit
 from dcpstore.records import Operation
@@ -78,7 +79,8 @@ def append_operations(
     )
 
 
-def list_operations(connection: Connection, *, limit: int | None) -> list[Operation]:
+@reads
+def list_operations(connection: Connection, *, limit: int | None = None) -> list[Operation]:
     """Return the operations, newest first.
 
     Raises:

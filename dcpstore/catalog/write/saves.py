@@ -11,7 +11,9 @@ from typing import Any, NoReturn
 
 from sqlalchemy import Connection, Row, insert, select, update
 
+from dcpstore.catalog.db.transactions import writes
 from dcpstore.catalog.read.ancestors import lineage_below
+from dcpstore.catalog.read.ref_lookup import RefRow, find_refs
 from dcpstore.catalog.read.versions import id_of_number, load_versions
 from dcpstore.catalog.schema import tables as schema
 from dcpstore.catalog.validation import can_be_kept, check_draft, check_key, check_text
@@ -23,7 +25,7 @@ from dcpstore.catalog.write.operations import (
     take_operations,
     take_version,
 )
-from dcpstore.catalog.write.refs import RefRow, find_refs, taken
+from dcpstore.catalog.write.refs import taken
 from dcpstore.errors import ConflictError, NotFoundError
 from dcpstore.records import Version, VersionContent, VersionDraft
 
@@ -39,6 +41,24 @@ __all__ = [
 _version = schema.version
 
 
+def find_begun(connection: Connection, draft: VersionDraft) -> bool | None:
+    """Return True where the save of a draft was begun, else None."""
+    known = connection.scalar(select(_version.c.id).where(_version.c.uid == draft.uid))
+    return None if known is None else True
+
+
+def find_committed(connection: Connection, uid: str) -> Version | None:
+    """Return the version of `uid`, once the transaction that was to commit it has ended."""
+    row = _lock_save(connection, uid)  # which that transaction holds
+    if row.number is None:
+        return None
+    (version,) = load_versions(
+        connection, select(_version.c.id).where(_version.c.id == row.id), limit=1
+    )
+    return version
+
+
+@writes(find=find_begun)
 def begin_save(connection: Connection, draft: VersionDraft) -> bool:
     """Insert a pending version; return True.
 
@@ -89,23 +109,7 @@ def insert_pending(connection: Connection, draft: VersionDraft, *, parent: int |
         )
 
 
-def find_begun(connection: Connection, uid: str) -> bool | None:
-    """Return True where a save of this uid was begun, else None."""
-    known = connection.scalar(select(_version.c.id).where(_version.c.uid == uid))
-    return None if known is None else True
-
-
-def find_committed(connection: Connection, uid: str) -> Version | None:
-    """Return the version of `uid`, once the transaction that was to commit it has ended."""
-    row = _lock_save(connection, uid)  # which that transaction holds
-    if row.number is None:
-        return None
-    (version,) = load_versions(
-        connection, select(_version.c.id).where(_version.c.id == row.id), limit=1
-    )
-    return version
-
-
+@writes(find=lambda connection, uid, content: find_committed(connection, uid))
 def commit_save(connection: Connection, uid: str, content: VersionContent) -> Version:
     """Make the version of `uid` visible, with all that belongs to it.
 
@@ -153,6 +157,7 @@ def commit_save(connection: Connection, uid: str, content: VersionContent) -> Ve
     return version
 
 
+@writes(idempotent=True)
 def abort_save(connection: Connection, uid: str, error: str) -> None:
     """Give up a pending version and keep why; a second time does nothing.
 

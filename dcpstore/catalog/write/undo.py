@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
+from dcpstore.catalog.db.transactions import writes
 from dcpstore.catalog.maintenance.expire import bring_back, may_come_back
+from dcpstore.catalog.read.ref_lookup import RefKind, find_refs
 from dcpstore.catalog.schema import tables as schema
 from dcpstore.catalog.validation import check_text
 from dcpstore.catalog.write.annotations import take_back_labels, take_back_metrics
@@ -24,7 +26,6 @@ from dcpstore.catalog.write.operations import (
     list_operations,
     take_operations,
 )
-from dcpstore.catalog.write.refs import RefKind, find_refs
 from dcpstore.errors import ConflictError, InvalidInputError, NotFoundError
 from dcpstore.records import Operation
 
@@ -55,6 +56,7 @@ class _Move(NamedTuple):
     then: int | None
 
 
+@writes()
 def undo_last(connection: Connection, *, expect: int | None, author: str) -> Operation:
     """Take back the last operation that is not undone; return the operation that did so.
 

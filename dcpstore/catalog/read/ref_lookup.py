@@ -1,0 +1,225 @@
+"""What a ref means: one name has one meaning, and a ref resolves to one version."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
+
+from sqlalchemy import Connection, Select, exists, select
+
+from dcpstore.catalog.db.key_lists import wanted_names
+from dcpstore.catalog.db.transactions import reads
+from dcpstore.catalog.read.ancestors import ancestor_at, depth_of, is_ancestor
+from dcpstore.catalog.read.versions import ancestors, gone, id_of_number, is_visible, load_versions
+from dcpstore.catalog.schema import tables as schema
+from dcpstore.core.ref_syntax import Ref, parse_ref
+from dcpstore.errors import InvalidInputError, NotFoundError
+from dcpstore.records import RefRecord, Version
+
+__all__ = [
+    "DEFAULT_BRANCH",
+    "RefKind",
+    "RefRow",
+    "find_ref",
+    "find_refs",
+    "list_refs",
+    "refs_of",
+    "resolve",
+]
+
+DEFAULT_BRANCH = "main"
+_SHOWN = 10  # versions that one message names
+RefKind = Literal["branch", "tag"]
+
+
+class RefRow(NamedTuple):
+    """A ref with the id and the number of its version."""
+
+    name: str
+    kind: RefKind
+    id: int
+    number: int
+
+
+@reads
+def resolve(connection: Connection, ref: str | int | None) -> Version:
+    """Return the version that `ref` means; None is the tip of the default branch.
+
+    Raises:
+        InvalidInputError: `ref` breaks the grammar.
+        NotFoundError: nothing is called so, or the walk leaves the history.
+    """
+    parsed = Ref(name=DEFAULT_BRANCH) if ref is None else parse_ref(ref)
+    found = _start(connection, parsed)
+    if parsed.up:
+        found = _up(connection, found, parsed)
+    if parsed.step is not None:
+        found = _at_step(connection, found, parsed)
+    versions = load_versions(
+        connection, select(schema.version.c.id).where(schema.version.c.id == found), limit=1
+    )
+    if not versions:  # the walk up ended at one whose row alone is kept
+        version = schema.version
+        raise gone(
+            *connection.execute(
+                select(version.c.number, version.c.expired_at, version.c.plan).where(
+                    version.c.id == found
+                )
+            ).one()
+        )
+    return versions[0]
+
+
+@reads
+def find_refs(connection: Connection, names: Iterable[str]) -> dict[str, RefRow]:
+    """Return the branches and tags of these names, by name.
+
+    Raises:
+        InvalidInputError: a name is no text.
+    """
+    asked = list(names)
+    for name in asked:
+        if not isinstance(name, str):
+            raise InvalidInputError(f"{name!r} names no branch or tag; give its name, a text.")
+    wanted = wanted_names(connection, asked)
+    rows = connection.execute(_rows().where(schema.ref.c.name.in_(wanted)))
+    return {row.name: RefRow(*row) for row in rows}
+
+
+def find_ref(connection: Connection, name: str, kind: RefKind) -> RefRow:
+    """Return a ref of one kind.
+
+    Raises:
+        NotFoundError: there is none; names the nearest.
+    """
+    found = find_refs(connection, [name]).get(name)
+    if found is not None and found.kind == kind:
+        return found
+    if found is not None:
+        raise NotFoundError(f"no {kind} {name!r}: it is a {found.kind}. See 'dcpstore {kind}'.")
+    known = connection.scalars(select(schema.ref.c.name).where(schema.ref.c.kind == kind)).all()
+    raise NotFoundError.near(kind, name, known, f"See 'dcpstore {kind}' for all of them.")
+
+
+@reads
+def list_refs(connection: Connection, kind: RefKind | None = None) -> list[RefRecord]:
+    """Return all branches and tags, or those of one kind, sorted by name."""
+    query = _rows().order_by(schema.ref.c.name)
+    if kind is not None:
+        query = query.where(schema.ref.c.kind == kind)
+    rows = connection.execute(query)
+    return [RefRecord(row.name, row.kind, row.number) for row in rows]
+
+
+def refs_of(connection: Connection, versions: Select[Any]) -> list[RefRow]:
+    """Return the refs that name versions, whose ids a query yields, sorted by name."""
+    query = _rows().where(schema.ref.c.version.in_(versions)).order_by(schema.ref.c.name)
+    return [RefRow(*row) for row in connection.execute(query)]
+
+
+def _find_uid(connection: Connection, prefix: str) -> int | None:
+    """Return the id of the version whose uid begins with these lower-case hex digits, if one does.
+
+    Raises:
+        InvalidInputError: several do; lists them.
+        NotFoundError: it was expired.
+    """
+    version = schema.version
+    rows = connection.execute(
+        select(version.c.id, version.c.uid, version.c.number, version.c.expired_at, version.c.plan)
+        .where(version.c.uid >= prefix, version.c.uid < prefix + "g", version.c.number.is_not(None))
+        .order_by(version.c.uid)
+        .limit(_SHOWN + 1)
+    ).all()
+    if len(rows) > 1:
+        listed = ", ".join(f"{row.uid} (v{row.number})" for row in rows[:_SHOWN])
+        more = " and more" if len(rows) > _SHOWN else ""
+        raise InvalidInputError(
+            f"several versions have a uid that begins with {prefix!r}: {listed}{more}. "
+            "Write more of its digits."
+        )
+    if rows and rows[0].expired_at is not None:
+        raise gone(rows[0].number, rows[0].expired_at, rows[0].plan)
+    return rows[0].id if rows else None
+
+
+def _rows() -> Select[Any]:
+    ref, version = schema.ref, schema.version
+    return select(ref.c.name, ref.c.kind, version.c.id, version.c.number).join(
+        version, version.c.id == ref.c.version
+    )
+
+
+def _start(connection: Connection, ref: Ref) -> int:
+    """Return the id of the version where a ref begins."""
+    by_uid = None
+    if ref.name is not None and (found := find_refs(connection, [ref.name]).get(ref.name)):
+        return found.id
+    if ref.uid is not None and not _is_number(connection, ref.number):
+        by_uid = _find_uid(connection, ref.uid)
+    if by_uid is not None:
+        return by_uid
+    if ref.number is not None:
+        return id_of_number(connection, ref.number)
+    if ref.name is None:
+        raise NotFoundError(
+            f"no version has a uid that begins with {ref.uid!r}. See 'dcpstore log --json'."
+        )
+    known = connection.scalars(select(schema.ref.c.name)).all()
+    if not known and connection.scalar(select(exists().where(is_visible()))):
+        raise NotFoundError(
+            f"no branch or tag {ref.name!r}: the repository has versions, but none has a name. See "
+            "'dcpstore log' for their numbers, and begin a branch with 'dcpstore branch --at'."
+        )
+    if not known:
+        raise NotFoundError(
+            f"no branch or tag {ref.name!r}: the repository is empty. Save a version first."
+        )
+    raise NotFoundError.near(
+        "branch or tag", ref.name, known, "See 'dcpstore tag' and 'dcpstore branch' for all names."
+    )
+
+
+def _is_number(connection: Connection, number: int | None) -> bool:
+    version = schema.version
+    return number is not None and bool(
+        connection.scalar(select(exists().where(version.c.number == number)))
+    )
+
+
+def _up(connection: Connection, start: int, ref: Ref) -> int:
+    depth = depth_of(connection, start)
+    if depth < ref.up:
+        noun = "ancestor" if depth == 1 else "ancestors"
+        raise NotFoundError(
+            f"no version {str(ref)!r}: the start has {depth} {noun}. "
+            "See 'dcpstore log' for the history."
+        )
+    return ancestor_at(connection, start, depth - ref.up)
+
+
+def _at_step(connection: Connection, start: int, ref: Ref) -> int:
+    version = schema.version
+    # Of one line of history, the newest has the greatest number; most steps are there once.
+    candidates = connection.scalars(
+        select(version.c.id)
+        .where(version.c.step == ref.step, is_visible())
+        .order_by(version.c.number.desc())
+    )
+    for candidate in candidates:
+        if is_ancestor(connection, candidate, of=start):
+            return int(candidate)
+    up = ancestors(start)
+    steps = {
+        step
+        for step in connection.scalars(
+            select(version.c.step).join(up, up.c.id == version.c.id).where(is_visible())
+        )
+        if step is not None
+    }
+    near = sorted(steps, key=lambda step: abs(step - (ref.step or 0)))[:3]
+    there = f"The nearest steps are {', '.join(map(str, sorted(near)))}." if near else ""
+    raise NotFoundError(
+        f"no version {str(ref)!r}: none on the way up has step {ref.step}. {there} "
+        "See 'dcpstore log' for the history."
+    )
