@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dcpstore.core.gc_pause import collector_free, collector_held
+from dcpstore.core.gc_pause import gc_allowed, gc_paused
 
 MANY, FEW = 1 << 30, 1 << 20  # bytes
 
@@ -19,15 +19,15 @@ def is_on() -> Iterator[None]:
 
 
 def test_it_is_off_while_held_and_on_while_many_bytes_move() -> None:
-    with collector_held():
+    with gc_paused():
         assert not gc.isenabled()
-        with collector_held(), collector_free(MANY):
+        with gc_paused(), gc_allowed(MANY):
             assert gc.isenabled()
-            with collector_held():
+            with gc_paused():
                 assert not gc.isenabled()
-        with collector_free(FEW):
+        with gc_allowed(FEW):
             assert not gc.isenabled()
-        with collector_free():
+        with gc_allowed():
             assert gc.isenabled()
         assert not gc.isenabled()
 
@@ -36,30 +36,30 @@ def test_whoever_does_not_hold_it_off_does_not_let_it_go() -> None:
     held, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with collector_held():
+        with gc_paused():
             held.set()
             leave.wait(60)
 
     other = threading.Thread(target=hold)
     other.start()
     held.wait(60)
-    with collector_free(FEW), collector_free():
+    with gc_allowed(FEW), gc_allowed():
         assert not gc.isenabled()
-    with collector_held(), collector_free():
+    with gc_paused(), gc_allowed():
         assert not gc.isenabled()
     leave.set()
     other.join(60)
 
 
 def test_an_error_leaves_it_on() -> None:
-    with pytest.raises(KeyError), collector_held(), collector_free():
+    with pytest.raises(KeyError), gc_paused(), gc_allowed():
         raise KeyError
 
 
 def test_who_had_turned_it_off_finds_it_off() -> None:
     gc.disable()
     try:
-        with collector_held(), collector_free():
+        with gc_paused(), gc_allowed():
             assert not gc.isenabled()
         assert not gc.isenabled()
     finally:

@@ -29,7 +29,7 @@ from dcpstore.planning import DefaultSavePlanner
 from dcpstore.records import Version
 from dcpstore.repository import Repository, opened
 from dcpstore.saving import SaveRequest
-from dcpstore.saving.coordinator import Opening, check_agreement
+from dcpstore.saving.coordinator import OpenRequest, check_agreement
 from dcpstore.saving.replicas import compare_state
 from dcpstore.state.stateful import check_keys, is_statistic
 
@@ -79,11 +79,11 @@ def save_in_process(
     """
     assert isinstance(ranks, RankGroup)
 
-    def begin() -> Opening:
+    def begin() -> OpenRequest:
         for key, value in staged.items():
             _check_state(key, value)
         with opened(where, create=True) as repo:
-            return Opening(repo.about.uid, request, check_keys(staged))
+            return OpenRequest(repo.about.uid, request, check_keys(staged))
 
     in_step(ranks, "open", begin, check_agreement)
     if ranks.size > 1:

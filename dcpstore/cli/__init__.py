@@ -1,7 +1,7 @@
 """The command line: one module for each command or close group of them.
 
-`commands` names them, `session` holds what they share on the way in, `output` what they share on
-the way out, `failures` what a failure is to the shell. No command loads torch.
+`app` has the table of commands, `session` what they share as input, `output` how they print, and
+`exit_codes` how a failure ends. No command loads torch, but those that move tensors.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import sys
 from gc import freeze
 from importlib import import_module
-
-from dcpstore.core.gc_pause import collector_held
 
 __all__ = ["INTERRUPTED", "main"]
 
@@ -20,9 +18,8 @@ INTERRUPTED = 130  # as a shell shows death by SIGINT
 def main() -> None:
     """Run the command line; Ctrl-C ends it quietly from its first import on."""
     try:
-        with collector_held():
-            commands = import_module("dcpstore.cli.app")
-        freeze()  # what was loaded stays; to walk through it costs more than many a command
+        commands = import_module("dcpstore.cli.app")
+        freeze()  # what was loaded stays; the collector need not walk through it
         commands.run()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

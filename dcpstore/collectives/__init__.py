@@ -1,6 +1,6 @@
 """What ranks do together: steps in which each rank's error reaches all, and nobody waits forever.
 
-`group` says who takes part and how bytes travel, `meeting` that all have come before they do,
+`group` says who takes part and how bytes travel, `barrier` that all have arrived before they do,
 `steps` what a save or a load is made of.
 """
 

@@ -1,11 +1,13 @@
-"""Meetings of ranks: before they exchange anything, all have come, or all hear who has not.
+"""A barrier before each exchange: all ranks arrive, or all learn which ranks did not.
 
-Invariant: a meeting has one verdict, and every live rank gets it within the deadline, counted from
-its own coming. Whoever's time is up gives it in the coordinator's place; the first one counts. So a
-rank that is late, or comes to a meeting that failed without it, raises the same error as the rest.
+Invariant: a barrier has one verdict, and every live rank gets it within the deadline, counted from
+its own arrival. A rank whose time is up gives the verdict in place of the coordinator; the first
+verdict counts. So a rank that is late, or arrives at a barrier that failed without it, raises the
+same error as the others.
 
-Meetings are held in the key-value store by which the ranks found one another. It needs no backend,
-and a failed meeting leaves the group as it was, for nobody has entered a collective yet.
+The barrier uses the key-value store of torch.distributed by which the ranks found one another. It
+needs no backend, and a failed barrier leaves the process group as it was, for no rank has entered a
+collective yet.
 """
 
 from __future__ import annotations
@@ -21,17 +23,17 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from dcpstore.errors import RankFailure
 
-__all__ = ["Meeting"]
+__all__ = ["StoreBarrier"]
 
 _log = logging.getLogger(__name__)
 _ALL_CAME = "all came"
 _ROLL_CALL = timedelta(seconds=5)  # how long a lost connection waits for those who are still there
 
 
-class Meeting:
-    """The meetings of one rank with the others of a group, one after another.
+class StoreBarrier:
+    """The barriers of one rank with the others of a group, one after another.
 
-    All ranks make theirs on a group in the same order, as they call a collective.
+    All ranks create theirs on a group in the same order, as they call a collective.
     """
 
     def __init__(self, store: Store, *, rank: int, size: int, coordinator: int) -> None:
@@ -46,26 +48,26 @@ class Meeting:
         self._call = self._store.add(f"calls/{rank}", 1)
         self._count = 0
 
-    def hold(self, step: str) -> None:
-        """Come to the next meeting, and return when all have come.
+    def wait(self, step: str) -> None:
+        """Wait at the next barrier until all ranks have arrived.
 
         Raises:
-            RankFailure: some have not within the deadline, or one has lost touch with the others.
+            RankFailure: some have not arrived within the deadline, or one lost its connection.
         """
         self._count += 1
         with self._answering(step):
-            verdict = self._come(step)
+            verdict = self._arrive(step)
         if verdict != _ALL_CAME:
             raise _opened(verdict)
 
     def report_lost(self, step: str, error: Exception) -> RankFailure:
-        """Return the failure that a broken exchange is, and have the others hear it as they come.
+        """Return the failure of a broken exchange, and let the others learn it as they arrive.
 
-        Whoever neither comes nor reports a broken exchange himself is taken for lost.
+        A rank that neither arrives nor reports a broken exchange itself counts as lost.
         """
         self._count += 1
         with self._answering(step):
-            # Not as come: that could make the meeting succeed.
+            # Not as an arrival: that could make the barrier succeed.
             self._store.set(f"{self._verdict}/lost/{self._rank}", "")
             until = time.monotonic() + min(self._deadline, _ROLL_CALL).total_seconds()
             while (lost := self._silent()) and time.monotonic() < until:
@@ -73,17 +75,19 @@ class Meeting:
             lost = lost or [self._rank]
             failures = dict.fromkeys(lost, f"the connection was lost: {_line(error)}")
             headline = f"lost touch with {_named(lost)} in {step}:"
-            return _opened(self._rule(step, headline, failures, kind="lost"))
+            return _opened(self._decide(step, headline, failures, kind="lost"))
 
-    def tell(self, said: str) -> None:
-        """Leave a word for whoever asks how far this rank is."""
+    def publish(self, said: str) -> None:
+        """Publish the progress of this rank; does not block."""
         try:
             self._store.set(f"{self._call}/said/{self._rank}", said)
-        except RuntimeError as error:  # of no weight: the next meeting finds the store gone too
-            _log.info("the other ranks do not hear how far this one is: %s", _line(error))
+        except (
+            RuntimeError
+        ) as error:  # not an error: the next barrier fails too if the store is gone
+            _log.info("cannot publish the progress of this rank: %s", _line(error))
 
-    def heard(self) -> dict[int, str]:
-        """Return the last word of each rank that has told one."""
+    def progress_by_rank(self) -> dict[int, str]:
+        """Return what each rank published last, by rank."""
         words = {}
         try:
             for rank in range(self._size):
@@ -91,18 +95,18 @@ class Meeting:
                 if self._ear.check([key]):
                     words[rank] = self._ear.get(key).decode()
         except RuntimeError as error:
-            _log.info("how far the other ranks are is not known: %s", _line(error))
+            _log.info("cannot read the progress of the other ranks: %s", _line(error))
         return words
 
-    def _come(self, step: str) -> str:
-        """Come, and return the verdict."""
+    def _arrive(self, step: str) -> str:
+        """Record the arrival of this rank and return the verdict."""
         self._store.set(self._arrival(self._rank), "")
         if self._rank == self._coordinator:
             everyone = [self._arrival(rank) for rank in range(self._size)]
             if not self._is_there(everyone) and self._missing():
                 return self._give_up(step)
             verdict = self._store.compare_set(self._verdict, "", _ALL_CAME).decode()
-            if self._count > 1:  # whoever is here has heard how the one before ended
+            if self._count > 1:  # every rank here knows the verdict of the one before
                 self._store.delete_key(f"{self._call}/{self._count - 1}")
         elif self._is_there([self._verdict]):
             verdict = self._store.get(self._verdict).decode()
@@ -113,18 +117,18 @@ class Meeting:
         return verdict
 
     def _give_up(self, step: str) -> str:
-        """Give the verdict of a meeting whose time is up, and return the one that counts."""
+        """Give the verdict of a barrier whose time is up, and return the one that counts."""
         late = self._missing()
         seconds = self._deadline.total_seconds()
         failures = dict.fromkeys(late, f"did not come within {seconds:g} s")
-        if not late:  # the coordinator came, and ended before it could say that all had
+        if not late:  # the coordinator arrived, and ended before it gave the verdict
             late = [self._coordinator]
             failures = {self._coordinator: f"came, and gave no answer within {seconds:g} s"}
         headline = f"waiting for {_named(late)} in {step}:"
-        return self._rule(step, headline, failures, kind="late")
+        return self._decide(step, headline, failures, kind="late")
 
-    def _rule(self, step: str, headline: str, failures: Mapping[int, str], *, kind: str) -> str:
-        """Give a verdict, and return the one that counts: the first."""
+    def _decide(self, step: str, headline: str, failures: Mapping[int, str], *, kind: str) -> str:
+        """Give a verdict, and return the one that counts: the first one given."""
         said = {"step": step, "headline": headline, "failures": [*failures.items()], "kind": kind}
         verdict = self._store.compare_set(self._verdict, "", json.dumps(said)).decode()
         for rank in failures:  # wake the coordinator, which waits for them
@@ -135,7 +139,7 @@ class Meeting:
         return [r for r in range(self._size) if not self._store.check([self._arrival(r)])]
 
     def _silent(self) -> list[int]:
-        """Return the other ranks that have not come, nor lost touch themselves."""
+        """Return the other ranks that have neither arrived nor reported a lost connection."""
         return [
             rank
             for rank in self._missing()

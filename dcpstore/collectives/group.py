@@ -13,8 +13,8 @@ from typing import Protocol
 
 import torch.distributed as dist
 
-from dcpstore.collectives.barrier import Meeting
-from dcpstore.core.gc_pause import collector_free
+from dcpstore.collectives.barrier import StoreBarrier
+from dcpstore.core.gc_pause import gc_allowed
 from dcpstore.core.reentry import changing, refuse_inside_change
 from dcpstore.errors import InvalidInputError
 
@@ -62,11 +62,11 @@ class Collectives(Protocol):
     def broadcast(self, value: bytes | None, *, step: str) -> bytes:
         """Return the coordinator's value."""
 
-    def tell(self, said: str) -> None:
+    def publish(self, said: str) -> None:
         """Leave a word for whoever asks how far this rank is; waits for nobody."""
 
-    def heard(self) -> dict[int, str]:
-        """Return the last word of each rank that has told one; any thread may ask."""
+    def progress_by_rank(self) -> dict[int, str]:
+        """Return what each rank published last, by rank; any thread may call it."""
 
 
 class Alone:
@@ -93,11 +93,11 @@ class Alone:
         assert value is not None
         return value
 
-    def tell(self, said: str) -> None:
+    def publish(self, said: str) -> None:
         """Keep the word."""
         self._said = {self.rank: said}
 
-    def heard(self) -> dict[int, str]:
+    def progress_by_rank(self) -> dict[int, str]:
         """Return the word."""
         return self._said
 
@@ -117,12 +117,14 @@ class RankGroup:
         self._coordinator = coordinator
         self.rank = _rank_in(group)
         self.size = dist.get_world_size(group)
-        self._meeting: Meeting | None = None
+        self._barrier: StoreBarrier | None = None
         if self.size > 1 and dist.get_backend(group) not in _WITHOUT_STORE:
             whole = group or dist.group.WORLD
             assert whole is not None, "a group was initialised, or it would have no size"
             store = whole.get_group_store()
-            self._meeting = Meeting(store, rank=self.rank, size=self.size, coordinator=coordinator)
+            self._barrier = StoreBarrier(
+                store, rank=self.rank, size=self.size, coordinator=coordinator
+            )
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -156,27 +158,27 @@ class RankGroup:
             dist.broadcast_object_list(box, group=self._group, group_src=self._coordinator)
         return box[0]
 
-    def tell(self, said: str) -> None:
+    def publish(self, said: str) -> None:
         """Leave a word for whoever asks how far this rank is."""
-        if self._meeting is not None:
-            self._meeting.tell(said)
+        if self._barrier is not None:
+            self._barrier.publish(said)
 
-    def heard(self) -> dict[int, str]:
-        """Return the last word of each rank that has told one."""
-        return {} if self._meeting is None else self._meeting.heard()
+    def progress_by_rank(self) -> dict[int, str]:
+        """Return what each rank published last, by rank."""
+        return {} if self._barrier is None else self._barrier.progress_by_rank()
 
     @contextmanager
     def _together(self, step: str) -> Iterator[None]:
         """Wait for all ranks, then exchange; a connection that breaks names who is gone."""
-        with collector_free():
-            if self._meeting is None:
+        with gc_allowed():
+            if self._barrier is None:
                 yield
                 return
-            self._meeting.hold(step)
+            self._barrier.wait(step)
             try:
                 yield
             except RuntimeError as error:  # gloo's, and all of torch.distributed's own
-                raise self._meeting.report_lost(step, error) from error
+                raise self._barrier.report_lost(step, error) from error
 
 
 def find_collectives(

@@ -1,9 +1,9 @@
-"""Python's garbage collector, held off while very many records are made that all stay.
+"""Disables cyclic garbage collection while a save or a load makes very many objects that all stay.
 
-Each time the number of objects has grown by a quarter the collector walks through every one of
+Each time the number of objects has grown by a quarter, the collector walks through every one of
 them, the training program's too; in a save of 5,000 tensors that took half of the time. Reference
-counts still free what they can. Invariant: it is off while anybody holds it off, and never while
-all who do are waiting.
+counts still free what they can. Invariant: collection is off while at least one thread pauses it,
+and on while all of those threads wait or move bytes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["collector_free", "collector_held"]
+__all__ = ["gc_allowed", "gc_paused"]
 
 _FEW = 256 << 20  # bytes that any disk moves soon enough
 
 
-class _Holders:
-    """How many threads hold the collector off, and whether it was on before the first of them."""
+class _Pauses:
+    """How many threads pause the collector, and whether it was on before the first of them."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a signal handler may save, too
@@ -29,7 +29,7 @@ class _Holders:
 
     def enter(self) -> None:
         with self._lock:
-            self._count += 1  # first, so that who interrupts here finds it held
+            self._count += 1  # first, so that a signal handler here finds it paused
             if self._count == 1:
                 self._was_on = gc.isenabled()
                 gc.disable()
@@ -41,58 +41,57 @@ class _Holders:
             self._count -= 1  # last, for the same reason
 
     def keep_own(self) -> None:
-        """In a process that was forked: of all threads only this one is there."""
+        """Count again in a forked process, in which only this thread goes on."""
         self._lock = threading.RLock()
         if self._count:
             self._count = 1
-            if not _is_holding():
+            if not _is_pausing():
                 self.leave()
 
 
-_holders = _Holders()
+_pauses = _Pauses()
 _thread = threading.local()
 
 
 @contextmanager
-def collector_held() -> Iterator[None]:
-    """Hold the collector off; threads may do so at once, and the last one lets it go on."""
-    with _thread_holding(True):
+def gc_paused() -> Iterator[None]:
+    """Disable cyclic garbage collection inside the block; nestable, and thread-safe."""
+    with _thread_pausing(True):
         yield
 
 
 @contextmanager
-def collector_free(nbytes: int = _FEW) -> Iterator[None]:
-    """Let the collector go on, for all that this thread wants, while it waits or moves bytes.
+def gc_allowed(nbytes: int = _FEW) -> Iterator[None]:
+    """Allow it again inside a block in which this thread waits or moves many bytes.
 
-    It does not pay for few bytes, which are moved soon.
+    For few bytes, which are moved soon, it does nothing.
     """
-    with _thread_holding(nbytes < _FEW and _is_holding()):
+    with _thread_pausing(nbytes < _FEW and _is_pausing()):
         yield
 
 
 @contextmanager
-def _thread_holding(holds: bool) -> Iterator[None]:
-    before = _is_holding()
-    _hold(holds)
+def _thread_pausing(pauses: bool) -> Iterator[None]:
+    before = _is_pausing()
+    _set(pauses)
     try:
         yield
     finally:
-        _hold(before)
+        _set(before)
 
 
-def _is_holding() -> bool:
-    return getattr(_thread, "is_holding", False)
+def _is_pausing() -> bool:
+    return getattr(_thread, "is_pausing", False)
 
 
-def _hold(holds: bool) -> None:
-    if holds == _is_holding():
+def _set(pauses: bool) -> None:
+    if pauses == _is_pausing():
         return
-    _thread.is_holding = holds
-    if holds:
-        _holders.enter()
+    _thread.is_pausing = pauses
+    if pauses:
+        _pauses.enter()
     else:
-        _holders.leave()
+        _pauses.leave()
 
 
-if hasattr(os, "register_at_fork"):  # there is no fork on Windows
-    os.register_at_fork(after_in_child=_holders.keep_own)
+os.register_at_fork(after_in_child=_pauses.keep_own)

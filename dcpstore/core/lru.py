@@ -1,4 +1,4 @@
-"""The few things used last: a mapping that forgets the oldest. Threads may share it."""
+"""A thread-safe LRU cache."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import threading
 from collections import OrderedDict
 from typing import Generic, TypeVar
 
-__all__ = ["Recent"]
+__all__ = ["LruCache"]
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
-class Recent(Generic[Key, Value]):
-    """Holds at most `most` values; to read or to write one makes it the newest."""
+class LruCache(Generic[Key, Value]):
+    """Holds at most `most` values; reading or writing one makes it the newest."""
 
     def __init__(self, most: int) -> None:
         self._most = most

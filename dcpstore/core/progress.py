@@ -33,9 +33,9 @@ class ProgressBar:
         what: str,
         *,
         shown: bool,
-        tell: Callable[[str, int, int], None] = lambda phase, done, total: None,
+        publish: Callable[[str, int, int], None] = lambda phase, done, total: None,
     ) -> None:
-        self._tell = tell
+        self._publish = publish
         self._told = 0.0
         self._what = what
         self._shown = shown and sys.stderr.isatty()
@@ -79,7 +79,7 @@ class ProgressBar:
 
     def _report(self) -> None:
         self._told = time.monotonic()
-        self._tell(self._phase, self._done, self._total)
+        self._publish(self._phase, self._done, self._total)
 
     @property
     def _title(self) -> str:

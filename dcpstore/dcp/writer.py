@@ -54,7 +54,7 @@ from dcpstore.saving.commit import (
 from dcpstore.saving.layout import Layout, join_layouts, lay_out
 from dcpstore.saving.pack_writer import ChunkWriter
 from dcpstore.saving.rank_chunks import ChunkKey, Digested, RankData
-from dcpstore.saving.save_state import Books
+from dcpstore.saving.save_state import SaveState
 
 __all__ = ["RepositoryWriter"]
 
@@ -291,7 +291,7 @@ class RepositoryWriter(StorageWriter):
                 check_agreement(table)
                 check_tiling(table)
                 layouts = join_layouts(table, [report.layouts for report in reports])
-            books = Books(
+            state = SaveState(
                 table,
                 layouts,
                 [report.digested for report in reports],
@@ -299,14 +299,14 @@ class RepositoryWriter(StorageWriter):
                 chunk=target.catalog.repository.chunk,
                 are_whole=not self._is_alone,
             )
-            books.look_up(target.catalog, {})
+            state.look_up(target.catalog, {})
             for report in reports:
-                books.take_places(report.places, report.nbytes)
+                state.take_places(report.places, report.nbytes)
             with kept_lease(target.catalog, draft.uid):
                 self.version = publish(
                     target,
                     draft,
-                    books,
+                    state,
                     packs=[pack for report in reports for pack in report.packs],
                     seconds={},
                     planner_data=planner_data,

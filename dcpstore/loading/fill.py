@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 from dcpstore.catalog.catalog import Catalog
-from dcpstore.core.gc_pause import collector_free
+from dcpstore.core.gc_pause import gc_allowed
 from dcpstore.core.progress import ProgressBar
 from dcpstore.encoding.values import PlannerBytes, check_safe, decode_value, depends_on_template
 from dcpstore.errors import CorruptionError, InvalidInputError, MismatchError, UnsafeDataError
@@ -131,7 +131,7 @@ class ItemReads:
         )
         nbytes = sum(request.target.nbytes for request in self._requests)
         bar.begin("read", nbytes)
-        with collector_free(nbytes):
+        with gc_allowed(nbytes):
             counts = read_boxes(
                 self._requests, catalog, packs, version=version, verify=verify, advance=bar.advance
             )

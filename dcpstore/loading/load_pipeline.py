@@ -23,7 +23,7 @@ from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.read.entries import load_entries, load_planner_data
 from dcpstore.catalog.read.ref_lookup import resolve
 from dcpstore.collectives import Collectives, in_step, in_turn
-from dcpstore.core.gc_pause import collector_held
+from dcpstore.core.gc_pause import gc_paused
 from dcpstore.core.ids import new_uid
 from dcpstore.core.progress import ProgressBar
 from dcpstore.encoding.values import decode_value
@@ -69,7 +69,7 @@ class LoadSource:
     location: str | Path
 
 
-@collector_held()
+@gc_paused()
 def load_version(
     state_dict: MutableMapping[str, Any],
     open_source: Callable[[], LoadSource],

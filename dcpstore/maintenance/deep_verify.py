@@ -26,7 +26,7 @@ from dcpstore.catalog.maintenance.fsck import (
 )
 from dcpstore.core.progress import ProgressBar
 from dcpstore.errors import CorruptionError, InvalidInputError
-from dcpstore.maintenance.verify import ChunkDamage, is_of_quick_look
+from dcpstore.maintenance.verify import ChunkDamage, found_by_quick_check
 from dcpstore.reading.chunk_reads import check_chunk
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackReader
@@ -80,7 +80,7 @@ def check_packs(
                 if reason is not None:
                     bad.append(_damage(catalog, pack.key, chunk, reason))
             damage = f"{len(bad)} damaged chunks: {bad[0].reason}" if bad else None
-            if is_of_quick_look(pack.damage):
+            if found_by_quick_check(pack.damage):
                 damage = pack.damage
             mark_pack(upkeep, pack.key, damage=damage, verified_at=datetime.now(UTC))
             found(pack, bad)

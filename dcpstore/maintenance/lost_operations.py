@@ -84,7 +84,9 @@ def stand_ins(
             else:
                 found = None if uid in expired else manifest(uid)
             said["new"] = {"uid": uid, "version": version}
-            said["version"] = _fact(uid, version, found, at) | _parent(version, found, uids, tips)
+            said["version"] = _version_as_json(uid, version, found, at) | _parent(
+                version, found, uids, tips
+            )
             if found is not None:
                 tips[found.draft.branch] = said["new"]
         made.append(said)
@@ -129,7 +131,7 @@ def _makers(
         yield maker, version
 
 
-def _fact(uid: str, number: int, manifest: Manifest | None, at: str) -> Json:
+def _version_as_json(uid: str, number: int, manifest: Manifest | None, at: str) -> Json:
     """Return what is known of a version, as its own operation would have said it."""
     fact: Json = {
         "uid": uid,

@@ -37,7 +37,7 @@ __all__ = [
     "Damage",
     "DamagedVersion",
     "VerifyReport",
-    "is_of_quick_look",
+    "found_by_quick_check",
     "verify",
 ]
 
@@ -135,7 +135,7 @@ def verify(
     )
 
 
-def is_of_quick_look(damage: str | None) -> bool:
+def found_by_quick_check(damage: str | None) -> bool:
     """Tell whether damage is of a pack as a whole: no digest that is right makes up for it."""
     return damage is not None and damage.startswith(_QUICK)
 
@@ -162,7 +162,7 @@ class _Look:
         packs = []
         for pack in list_packs(self._catalog):
             damage = self._quick_look(pack)
-            if damage is None and not is_of_quick_look(pack.damage):
+            if damage is None and not found_by_quick_check(pack.damage):
                 damage = pack.damage  # for a deep look to find mended
             if damage is not None:
                 self._enter_pack(pack, damage)
@@ -206,7 +206,7 @@ class _Look:
 
     def found_in_pack(self, pack: PackState, bad: Sequence[ChunkDamage]) -> None:
         """Take what a deep look found in one pack; nothing, where all is well."""
-        if is_of_quick_look(pack.damage):  # told already, as a whole
+        if found_by_quick_check(pack.damage):  # told already, as a whole
             return
         if not bad:
             self._found.pop(("pack", pack.key), None)

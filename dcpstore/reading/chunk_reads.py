@@ -66,7 +66,7 @@ class ChunkReader:
         for one, encoded in zip(wanted, found, strict=True):
             yield self._checked(one, encoded)
         first = min(offset for offset, _ in ranges)
-        self._packs.let_go(pack, first, max(map(sum, ranges)) - first)
+        self._packs.release(pack, first, max(map(sum, ranges)) - first)
 
     def _found(self, wanted: Wanted) -> memoryview:
         _, chunk = wanted

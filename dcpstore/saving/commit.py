@@ -1,4 +1,4 @@
-"""From a request to a draft, and from finished books to a version that all can see.
+"""From a request to a draft, and from finished state to a version that all can see.
 
 Invariant: the manifest is durable before the one transaction that makes the version visible
 (design, invariants 2 and 3).
@@ -38,7 +38,7 @@ from dcpstore.records import (
     VersionDraft,
 )
 from dcpstore.saving.plan_exchange import PlanMemory
-from dcpstore.saving.save_state import Books
+from dcpstore.saving.save_state import SaveState
 from dcpstore.storage.interface import Storage
 from dcpstore.zarr.documents import write_manifest
 
@@ -272,7 +272,7 @@ def _is_path(given: object) -> bool:
 def publish(
     target: SaveTarget,
     draft: VersionDraft,
-    books: Books,
+    state: SaveState,
     *,
     packs: Sequence[PackRecord],
     seconds: dict[str, float],
@@ -288,11 +288,11 @@ def publish(
     """
     try:
         version = _published(
-            target, draft, books, packs=packs, seconds=seconds, planner_data=planner_data
+            target, draft, state, packs=packs, seconds=seconds, planner_data=planner_data
         )
     except ConflictError:
         version = _published(
-            target, draft, books, packs=packs, seconds=seconds, planner_data=planner_data
+            target, draft, state, packs=packs, seconds=seconds, planner_data=planner_data
         )
     write_journal(target.catalog, target.storage)
     return version
@@ -316,26 +316,26 @@ def give_up(catalog: Catalog, uid: str, error: BaseException) -> None:
 def _published(
     target: SaveTarget,
     draft: VersionDraft,
-    books: Books,
+    state: SaveState,
     *,
     packs: Sequence[PackRecord],
     seconds: dict[str, float],
     planner_data: str | None,
 ) -> Version:
     began = time.perf_counter()
-    tensors = books.tensors(target.catalog)
+    tensors = state.tensors(target.catalog)
     _check_whole(tensors)
     content = VersionContent(
-        entries=books.entries(),
+        entries=state.entries(),
         tensors=tensors,
         packs=packs,
-        plan=books.plan,
-        nbytes=books.nbytes,
+        plan=state.plan,
+        nbytes=state.nbytes,
         nbytes_written=sum(pack.nbytes for pack in packs),
-        nbytes_reused=books.nbytes_reused,
+        nbytes_reused=state.nbytes_reused,
         seconds=seconds,
         created_at=datetime.now(UTC),
-        aliases=books.aliases,
+        aliases=state.aliases,
         planner_data=planner_data,
     )
     entries = content.records()

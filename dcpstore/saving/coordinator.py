@@ -1,4 +1,4 @@
-"""What the coordinator of a save does with every rank's answers.
+"""The coordinator of a save: what it does with what the ranks send in each exchange.
 
 Invariant: it alone asks the catalog and changes it, and it never leaves a begun version pending
 when it knows that the save has failed.
@@ -31,17 +31,24 @@ from dcpstore.saving.commit import (
 )
 from dcpstore.saving.pack_writer import Written
 from dcpstore.saving.plan_exchange import (
-    Answer,
     GlobalPlan,
-    Offer,
-    answer_offers,
-    answer_plans,
+    PlanOffer,
+    PlanReply,
+    reply_to_offers,
+    reply_to_plans,
     shares_tables,
 )
 from dcpstore.saving.rank_chunks import ChunkKey, Digested
-from dcpstore.saving.save_state import Books, is_cut_otherwise
+from dcpstore.saving.save_state import SaveState, is_cut_otherwise
 
-__all__ = ["Duty", "Found", "Lead", "Opening", "Seconds", "check_agreement"]
+__all__ = [
+    "Coordinator",
+    "OpenRequest",
+    "RankDigests",
+    "Seconds",
+    "WriteAssignment",
+    "check_agreement",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +59,7 @@ _SHOWN = 8  # names in one message; more would bury the first
 
 
 @dataclass(frozen=True, slots=True)
-class Opening:
+class OpenRequest:
     """What each rank brings to the first exchange, and must agree on but for its keys."""
 
     repository: str
@@ -61,7 +68,7 @@ class Opening:
 
 
 @dataclass(frozen=True, slots=True)
-class Duty:
+class WriteAssignment:
     """What a rank is to do next: compare entries of a version with what it holds, or write.
 
     `write` are places among its chunks, less those that it writes already. All ranks are given the
@@ -74,13 +81,13 @@ class Duty:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class RankDigests:
     """What a rank found out about its data.
 
     Attributes:
         digested: its chunks and values.
         seconds: that each phase took it.
-        alike: the digests of what other ranks hold too; empty where it told them before.
+        alike: the digests of what other ranks hold too; empty where it reports them before.
     """
 
     digested: Digested
@@ -88,8 +95,8 @@ class Found:
     alike: bytes
 
 
-class Lead:
-    """What the coordinator does with everyone's answers; on the other ranks it is never asked."""
+class Coordinator:
+    """The coordinator of one save; on the other ranks its methods are not called."""
 
     target: SaveTarget
 
@@ -107,16 +114,16 @@ class Lead:
     def _chunk(self) -> ChunkDefaults:
         return self.target.catalog.repository.chunk
 
-    def begin(self, told: Sequence[Opening]) -> tuple[str, list[str]]:
+    def begin(self, requests: Sequence[OpenRequest]) -> tuple[str, list[str]]:
         """Check that the ranks agree and begin the version; return its uid and all ranks' keys."""
-        check_agreement(told)
-        self._retention = told[0].request.retention
-        self.draft = draft_version(self.target.catalog, told[0].request, ranks=self._size)
+        check_agreement(requests)
+        self._retention = requests[0].request.retention
+        self.draft = draft_version(self.target.catalog, requests[0].request, ranks=self._size)
         begin_save(self.target.catalog, self.draft)
         self._open = True
         if not self._is_whole:
             self._report_shadow()
-        return self.draft.uid, sorted({key for one in told for key in one.keys})
+        return self.draft.uid, sorted({key for one in requests for key in one.keys})
 
     def _report_shadow(self) -> None:
         """Warn where a load by the branch's plain name will find what all ranks saved together."""
@@ -129,14 +136,14 @@ class Lead:
                 self.draft.branch,
             )
 
-    def plan(self, offers: list[Offer]) -> list[Answer]:
+    def plan(self, offers: list[PlanOffer]) -> list[PlanReply]:
         """Make the global plan, or find the one of before, and tell each rank its part."""
         if self._before is None and not self._is_whole:
             self._before_number, self._before = 0, {}  # no grid of another part is of use
         elif self._before is None:
             self._before_number, self._before = entries_before(self.target, self.draft)
         if shares_tables(self._planner):
-            self._plan, answers = answer_offers(
+            self._plan, replies = reply_to_offers(
                 offers,
                 self.target.memory,
                 chunk=self._chunk,
@@ -144,15 +151,15 @@ class Lead:
                 to_lowest_rank=self._planner.dedup_save_to_lowest_rank,
                 is_whole=self._is_whole,
             )
-            return self._split(answers)
+            return self._split(replies)
         plans = [offer.plan for offer in offers if offer.plan is not None]
-        told, described = self._planner.create_global_plan(plans)
-        # torch's plan cache: a rank whose plan is as before is told so, with an empty plan
-        is_cached = not all(plan.usable for plan in told)
-        whole = getattr(self._planner, "global_plan", told) if is_cached else told
-        self._plan, answers = answer_plans(
+        parts, described = self._planner.create_global_plan(plans)
+        # torch's plan cache: a rank whose plan did not change gets an empty one
+        is_cached = not all(plan.usable for plan in parts)
+        whole = getattr(self._planner, "global_plan", parts) if is_cached else parts
+        self._plan, replies = reply_to_plans(
             offers,
-            told,
+            parts,
             whole,
             chunk=self._chunk,
             parent=self._before,
@@ -161,9 +168,11 @@ class Lead:
         self._plan.paths, self._plan.planner_data = kept_planner_data(
             described.planner_data, recorded_by(self._planner)
         )
-        return self._split(answers)
+        return self._split(replies)
 
-    def choose_first(self, told: Sequence[tuple[list[ChunkKey], bytes]]) -> Sequence[Sequence[int]]:
+    def choose_first(
+        self, reports: Sequence[tuple[list[ChunkKey], bytes]]
+    ) -> Sequence[Sequence[int]]:
         """Return which of its first chunks each rank may write whatever the others hold.
 
         A chunk that the repository does not hold by any codec is part of no tensor that it holds.
@@ -171,20 +180,20 @@ class Lead:
         Raises:
             InvalidInputError: the ranks hold different contents of one item.
         """
-        self._compare([alike for _, alike in told])
+        self._compare([alike for _, alike in reports])
         seen: dict[ChunkKey, tuple[int, int]] = {}
-        for rank, (keys, _) in enumerate(told):
+        for rank, (keys, _) in enumerate(reports):
             for place, key in enumerate(keys):
                 seen.setdefault(key, (rank, place))
         held = find_chunks(self.target.catalog, {digest for _, digest in seen})
-        chosen: list[list[int]] = [[] for _ in told]
+        chosen: list[list[int]] = [[] for _ in reports]
         for (_, digest), (rank, place) in seen.items():
             if digest not in held:
                 chosen[rank].append(place)
         self._first = chosen
         return chosen
 
-    def look_up(self, told: Sequence[Found]) -> list[Duty]:
+    def look_up(self, reports: Sequence[RankDigests]) -> list[WriteAssignment]:
         """Find what the repository holds; have compared what digests cannot tell.
 
         Raises:
@@ -193,30 +202,30 @@ class Lead:
         assert self._plan is not None
         assert self._before is not None
         if not self._splits:
-            self._compare([one.alike for one in told])
-        self._books = Books(
+            self._compare([one.alike for one in reports])
+        self._state = SaveState(
             self._plan.table,
             self._plan.layouts,
-            [one.digested for one in told],
+            [one.digested for one in reports],
             paths=self._plan.paths,
             chunk=self._chunk,
             are_whole=self._is_whole,
         )
-        alike = self._books.look_up(self.target.catalog, self._before)
+        alike = self._state.look_up(self.target.catalog, self._before)
         if not alike:
             return self._writes()
         self._compared = load_entries(self.target.catalog, self._before_number, alike)
-        return [Duty(compare=self._compared, version=self._before_number)] * self._size
+        return [WriteAssignment(compare=self._compared, version=self._before_number)] * self._size
 
-    def take_changed(self, told: Sequence[set[str]]) -> list[Duty]:
+    def take_changed(self, reports: Sequence[set[str]]) -> list[WriteAssignment]:
         """Take what each rank found changed; return which of its chunks each is to write."""
-        changed = set().union(*told)
-        self._books.take_unchanged(e for e in self._compared if e.fqn not in changed)
+        changed = set().union(*reports)
+        self._state.take_unchanged(e for e in self._compared if e.fqn not in changed)
         return self._writes()
 
-    def _writes(self) -> list[Duty]:
-        chosen = self._books.choose_writes(self.target.catalog, self._first)
-        return [Duty(write=mine) for mine in chosen]
+    def _writes(self) -> list[WriteAssignment]:
+        chosen = self._state.choose_writes(self.target.catalog, self._first)
+        return [WriteAssignment(write=mine) for mine in chosen]
 
     def _compare(self, alike: Sequence[bytes]) -> None:
         """Check that what several ranks hold is the same on all; report buffers that differ."""
@@ -244,7 +253,7 @@ class Lead:
                 more,
             )
 
-    def _split(self, answers: list[Answer]) -> list[Answer]:
+    def _split(self, replies: list[PlanReply]) -> list[PlanReply]:
         """Tell the ranks to write their first chunks early, where it pays and none is in vain."""
         assert self._before is not None
         plan = self._plan
@@ -257,19 +266,19 @@ class Lead:
             )
         )
         self._splits = splits
-        return [replace(answer, splits=True) for answer in answers] if splits else answers
+        return [replace(reply, splits=True) for reply in replies] if splits else replies
 
-    def commit(self, told: Sequence[tuple[Written, Seconds]]) -> Version:
+    def commit(self, reports: Sequence[tuple[Written, Seconds]]) -> Version:
         """Write the manifest and commit the version."""
         assert self._plan is not None
-        self._books.take_results([written for written, _ in told])
+        self._state.take_results([written for written, _ in reports])
         version = publish(
             self.target,
             self.draft,
-            self._books,
-            packs=[pack for written, _ in told for pack in written.packs],
+            self._state,
+            packs=[pack for written, _ in reports for pack in written.packs],
             seconds={
-                phase: max(one.get(phase, 0.0) for _, one in told)
+                phase: max(one.get(phase, 0.0) for _, one in reports)
                 for phase in ("plan", "digest", "compare", "write")
             },
             planner_data=self._plan.planner_data,
@@ -285,13 +294,13 @@ class Lead:
             give_up(self.target.catalog, self.draft.uid, error)
 
 
-def check_agreement(told: Sequence[Opening]) -> None:
+def check_agreement(requests: Sequence[OpenRequest]) -> None:
     """Check that all ranks ask for the same save, of one repository.
 
     Raises:
         InvalidInputError: two do not, by the argument that differs.
     """
-    uids = [one.repository for one in told]
+    uids = [one.repository for one in requests]
     if len(set(uids)) > 1:
         odd = next(rank for rank, uid in enumerate(uids) if uid != uids[0])
         raise InvalidInputError(
@@ -299,9 +308,9 @@ def check_agreement(told: Sequence[Opening]) -> None:
             "repository on every rank, on storage that all of them see."
         )
     for name in (part.name for part in fields(SaveRequest)):
-        if name in ("metrics", "labels") and told[0].request.metrics_from == "rank0":
+        if name in ("metrics", "labels") and requests[0].request.metrics_from == "rank0":
             continue
-        values = [getattr(one.request, name) for one in told]
+        values = [getattr(one.request, name) for one in requests]
         texts = [_text(value) for value in values]
         odd = next((rank for rank, text in enumerate(texts) if text != texts[0]), 0)
         if odd:

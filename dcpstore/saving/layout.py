@@ -77,7 +77,7 @@ def lay_out(
     return layouts
 
 
-def join_layouts(table: GlobalTable, told: Sequence[Mapping[str, Layout]]) -> dict[str, Layout]:
+def join_layouts(table: GlobalTable, by_rank: Sequence[Mapping[str, Layout]]) -> dict[str, Layout]:
     """Return the layouts by which all ranks cut together, of those by which each did.
 
     Where they differ, each box is parts of its own, cut as its rank cut it: so they do not change
@@ -85,14 +85,14 @@ def join_layouts(table: GlobalTable, told: Sequence[Mapping[str, Layout]]) -> di
 
     Args:
         table: who writes which box.
-        told: by rank, the layouts of what it writes.
+        by_rank: for each rank, the layouts of what it writes.
 
     Raises:
         InvalidInputError: ranks encode a tensor by different codecs.
     """
     layouts: dict[str, Layout] = {}
     differing = set()
-    for mine in told:
+    for mine in by_rank:
         for fqn, layout in mine.items():
             if layouts.setdefault(fqn, layout) != layout:
                 differing.add(fqn)
@@ -100,7 +100,7 @@ def join_layouts(table: GlobalTable, told: Sequence[Mapping[str, Layout]]) -> di
         if name.fqn not in differing:
             continue
         rows = table.rows_of(number)
-        cut = [told[rank][name.fqn] for rank in table.rank[rows].tolist()]
+        cut = [by_rank[rank][name.fqn] for rank in table.rank[rows].tolist()]
         if len({layout.codec for layout in cut}) > 1:
             raise InvalidInputError(
                 f"{name.fqn!r} is planned by codecs {sorted({c.codec for c in cut})}, for a plan "

@@ -1,9 +1,9 @@
 """How the ranks come to one plan: tables the first time, digests from then on.
 
-A repository that a process has open remembers the local plans it offered, with what it was told to
-write of them, and on the coordinator the global plans. An unchanged topology then costs 64 bytes a
-rank. Invariant: what is remembered is used only where every rank's local plan and the cutting of
-the parent are as they were.
+A repository that a process has open remembers the local plans it offered, with what it was
+assigned to write of them, and on the coordinator the global plans. An unchanged topology then costs
+64 bytes a rank. Invariant: what is remembered is used only where every rank's local plan and the
+chunk grids of the parent are as they were.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TypeGuard
 from blake3 import blake3
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-from dcpstore.core.lru import Recent
+from dcpstore.core.lru import LruCache
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.box_table import Ints
 from dcpstore.planning.plan_checks import check_agreement, check_names, check_tiling
@@ -28,13 +28,13 @@ from dcpstore.saving.layout import Layout, kept_grids, lay_out
 from dcpstore.saving.replicas import Replicas
 
 __all__ = [
-    "Answer",
     "GlobalPlan",
     "LocalPlan",
-    "Offer",
     "PlanMemory",
-    "answer_offers",
-    "answer_plans",
+    "PlanOffer",
+    "PlanReply",
+    "reply_to_offers",
+    "reply_to_plans",
     "shares_tables",
 ]
 
@@ -43,7 +43,7 @@ _VERSIONS = 2  # whose entries are remembered, by number: the parents of the nex
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class RankShare:
     """What one rank is to write: items of its plan, by place, and how their tensors are cut.
 
     `compared` are the places of those that other ranks hold too.
@@ -55,7 +55,7 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
+class PlanOffer:
     """What a rank tells of its local plan.
 
     Attributes:
@@ -74,8 +74,8 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What a rank is told.
+class PlanReply:
+    """What the coordinator replies to the plan of one rank.
 
     Attributes:
         key: names the share that it is given, or holds.
@@ -120,9 +120,9 @@ class PlanMemory:
     """What one process remembers of its saves to one repository."""
 
     def __init__(self) -> None:
-        self.shares: Recent[bytes, tuple[bytes, Share]] = Recent(_MOST)
-        self.plans: Recent[tuple[bytes, ...], GlobalPlan] = Recent(_MOST)
-        self.entries: Recent[int, Mapping[str, EntryRecord]] = Recent(_VERSIONS)
+        self.shares: LruCache[bytes, tuple[bytes, RankShare]] = LruCache(_MOST)
+        self.plans: LruCache[tuple[bytes, ...], GlobalPlan] = LruCache(_MOST)
+        self.entries: LruCache[int, Mapping[str, EntryRecord]] = LruCache(_VERSIONS)
 
 
 class LocalPlan:
@@ -142,29 +142,29 @@ class LocalPlan:
         self._buffers = buffers
         self._digest = b"" if self._table is None else self._table.digest
 
-    def offer(self, *, whole: bool = False) -> Offer:
+    def offer(self, *, whole: bool = False) -> PlanOffer:
         """Return what to tell of the plan; `whole` tells it though a share is held."""
         if self._table is None:
-            return Offer(plan=self._plan, buffers=frozenset(self._buffers))
+            return PlanOffer(plan=self._plan, buffers=frozenset(self._buffers))
         key, _ = self._memory.shares.get(self._digest) or (b"", None)
-        return Offer(self._digest, key, self._table if whole or not key else None)
+        return PlanOffer(self._digest, key, self._table if whole or not key else None)
 
-    def take(self, answer: Answer) -> tuple[SavePlan, Mapping[str, Layout]]:
+    def take(self, reply: PlanReply) -> tuple[SavePlan, Mapping[str, Layout]]:
         """Return what this rank is to write, and remember it; `compared` is known from then on."""
-        if answer.plan is not None:
-            assert answer.layouts is not None
-            assert answer.compared is not None
-            self.compared = [self._plan.items[i] for i in answer.compared.tolist()]
-            return answer.plan, pickle.loads(answer.layouts)
-        if answer.layouts is not None:
-            assert answer.kept is not None
-            assert answer.compared is not None
-            share = Share(answer.kept, pickle.loads(answer.layouts), answer.compared)
-            self._memory.shares.put(self._digest, (answer.key, share))
+        if reply.plan is not None:
+            assert reply.layouts is not None
+            assert reply.compared is not None
+            self.compared = [self._plan.items[i] for i in reply.compared.tolist()]
+            return reply.plan, pickle.loads(reply.layouts)
+        if reply.layouts is not None:
+            assert reply.kept is not None
+            assert reply.compared is not None
+            share = RankShare(reply.kept, pickle.loads(reply.layouts), reply.compared)
+            self._memory.shares.put(self._digest, (reply.key, share))
         else:
             held = self._memory.shares.get(self._digest)
-            assert held is not None, f"told to write {answer.key!r}, which is not held"
-            assert held[0] == answer.key, f"told to write {answer.key!r}, holding {held[0]!r}"
+            assert held is not None, f"assigned to write {reply.key!r}, which is not held"
+            assert held[0] == reply.key, f"assigned to write {reply.key!r}, holding {held[0]!r}"
             share = held[1]
         self.compared = [self._plan.items[i] for i in share.compared.tolist()]
         items = [self._plan.items[i] for i in share.kept.tolist()]
@@ -179,16 +179,16 @@ def shares_tables(planner: SavePlanner) -> TypeGuard[DefaultSavePlanner]:
     )
 
 
-def answer_offers(
-    offers: Sequence[Offer],
+def reply_to_offers(
+    offers: Sequence[PlanOffer],
     memory: PlanMemory,
     *,
     chunk: ChunkDefaults,
     parent: Mapping[str, EntryRecord],
     to_lowest_rank: bool,
     is_whole: bool = True,
-) -> tuple[GlobalPlan | None, list[Answer]]:
-    """Return the global plan, and what each rank is told; no plan yet where tables are asked for.
+) -> tuple[GlobalPlan | None, list[PlanReply]]:
+    """Return the global plan, and the reply to each rank; no plan yet where tables are asked for.
 
     `is_whole` says whether the offers are those of all ranks: one alone may hold parts of tensors.
 
@@ -207,7 +207,7 @@ def answer_offers(
     if plan is None:
         tables = [offer.table for offer in offers if offer.table is not None]
         if len(tables) < len(offers):
-            return None, [Answer()] * len(offers)
+            return None, [PlanReply()] * len(offers)
         held = GlobalTable.of(tables)
         table = plan_globally(held, to_lowest_rank=to_lowest_rank, is_whole=is_whole)
         plan = GlobalPlan(table, Replicas.of(held), paths=table.paths)
@@ -220,20 +220,20 @@ def answer_offers(
         key = blake3(b"".join(digests) + pickle.dumps(layouts)).digest()
         plan = dataclasses.replace(plan, layouts=layouts, key=key)
         memory.plans.put(digests, plan)
-    return plan, _answers(plan, offers)
+    return plan, _replies(plan, offers)
 
 
-def _answers(plan: GlobalPlan, offers: Sequence[Offer]) -> list[Answer]:
+def _replies(plan: GlobalPlan, offers: Sequence[PlanOffer]) -> list[PlanReply]:
     table, encoded = plan.table, _EncodedLayouts(plan)
-    answers = []
+    replies = []
     for rank, offer in enumerate(offers):
         if offer.held == plan.key:
-            answers.append(Answer(plan.key))
+            replies.append(PlanReply(plan.key))
         else:
             layouts = encoded.of(table.numbers_of(rank))
             compared = plan.replicas.of_rank(rank)
-            answers.append(Answer(plan.key, table.kept(rank), layouts, compared))
-    return answers
+            replies.append(PlanReply(plan.key, table.kept(rank), layouts, compared))
+    return replies
 
 
 class _EncodedLayouts:
@@ -254,20 +254,20 @@ class _EncodedLayouts:
         return self._made[key]
 
 
-def answer_plans(
-    offers: Sequence[Offer],
-    told: Sequence[SavePlan],
+def reply_to_plans(
+    offers: Sequence[PlanOffer],
+    parts: Sequence[SavePlan],
     whole: Sequence[SavePlan],
     *,
     chunk: ChunkDefaults,
     parent: Mapping[str, EntryRecord],
     is_whole: bool = True,
-) -> tuple[GlobalPlan, list[Answer]]:
+) -> tuple[GlobalPlan, list[PlanReply]]:
     """Do the same for the global plan that a planner of the caller's made.
 
     Args:
         offers: by rank, with its local plan.
-        told: what the ranks are told, by rank.
+        parts: the plan of each rank, by rank.
         whole: what they are to write: where torch caches plans, those of an earlier save.
         chunk: the repository's defaults.
         parent: the entries of the parent version by FQN.
@@ -283,10 +283,10 @@ def answer_plans(
     plan = GlobalPlan(table, Replicas.of(held), layouts)
     encoded = _EncodedLayouts(plan)
     return plan, [
-        Answer(
+        PlanReply(
             layouts=encoded.of(table.numbers_of(rank)),
             compared=plan.replicas.of_rank(rank),
             plan=mine,
         )
-        for rank, mine in enumerate(told)
+        for rank, mine in enumerate(parts)
     ]

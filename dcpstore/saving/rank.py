@@ -17,13 +17,13 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import SavePlanner
 
 from dcpstore.collectives import Collectives
-from dcpstore.core.gc_pause import collector_free
+from dcpstore.core.gc_pause import gc_allowed
 from dcpstore.core.progress import ProgressBar
 from dcpstore.reading.box_reads import find_changed
 from dcpstore.saving.commit import SaveTarget
-from dcpstore.saving.coordinator import Duty, Found, Seconds
+from dcpstore.saving.coordinator import RankDigests, Seconds, WriteAssignment
 from dcpstore.saving.pack_writer import ChunkWriter, Written
-from dcpstore.saving.plan_exchange import Answer, LocalPlan, Offer
+from dcpstore.saving.plan_exchange import LocalPlan, PlanOffer, PlanReply
 from dcpstore.saving.rank_chunks import ChunkKey, RankData, RawChunk, total_nbytes
 from dcpstore.saving.replicas import fingerprints
 from dcpstore.state.savable import check_state, nesting_checked
@@ -69,7 +69,7 @@ class RankWork:
 
     def plan(
         self, state_dict: Mapping[str, Any], keys: Sequence[str], ranks: Collectives, *, uid: str
-    ) -> Offer:
+    ) -> PlanOffer:
         """Return what to tell of this rank's plan of its state.
 
         `keys` are those of all ranks, and `uid` that of the version to be.
@@ -84,13 +84,13 @@ class RankWork:
         self._plan = LocalPlan(local, self._planner, self._target.memory, buffers=buffers)
         return self._plan.offer()
 
-    def plan_whole(self) -> Offer:
+    def plan_whole(self) -> PlanOffer:
         """Return the whole plan, where the coordinator does not know it."""
         return self._plan.offer(whole=True)
 
-    def take(self, answer: Answer, *, seconds: float) -> None:
+    def take(self, reply: PlanReply, *, seconds: float) -> None:
         """Note what the coordinator said to the plan, and how long it was until then."""
-        self._answer = answer
+        self._reply = reply
         self._seconds["plan"] = seconds
 
     def digest_first(self) -> tuple[list[ChunkKey], bytes]:
@@ -106,33 +106,33 @@ class RankWork:
         self._first = [chunks[i] for i in places]
         self._writer.begin(self._first)
 
-    def digest(self) -> Found:
-        """Return the digests of all chunks and, if not told yet, of what other ranks hold too."""
+    def digest(self) -> RankDigests:
+        """Return the digests of all chunks and, if still needed, of what other ranks hold too."""
         with self._timed("digest"):
             data = self._resolved()
-            alike = b"" if self._answer.splits else self._alike()
-            with collector_free(total_nbytes(data.chunks)):
-                return Found(data.digest(self._pool, self._bar.advance), self._seconds, alike)
+            alike = b"" if self._reply.splits else self._alike()
+            with gc_allowed(total_nbytes(data.chunks)):
+                return RankDigests(data.digest(self._pool, self._bar.advance), self._seconds, alike)
 
-    def compare(self, duty: Duty) -> set[str]:
+    def compare(self, assignment: WriteAssignment) -> set[str]:
         """Return the FQNs of those entries that differ from what this rank holds of them."""
-        with self._timed("compare"), collector_free():
+        with self._timed("compare"), gc_allowed():
             return find_changed(
-                self._resolved().held(duty.compare),
+                self._resolved().held(assignment.compare),
                 self._target.catalog,
                 self._target.storage,
-                version=duty.version,
+                version=assignment.version,
                 pool=self._pool,
             )
 
-    def write(self, duty: Duty) -> tuple[Written, Seconds]:
+    def write(self, assignment: WriteAssignment) -> tuple[Written, Seconds]:
         """Write what is left to write; return where all chunks of this rank lie, durable."""
         with self._timed("write"):
             every = self._resolved().chunks
-            chunks = [every[i] for i in duty.write]
+            chunks = [every[i] for i in assignment.write]
             nbytes = total_nbytes(chunks) + total_nbytes(self._first)
             self._bar.begin("write", nbytes)
-            with collector_free(nbytes):
+            with gc_allowed(nbytes):
                 return self._writer.finish(chunks, self._bar.advance), self._seconds
 
     def _alike(self) -> bytes:
@@ -144,7 +144,7 @@ class RankWork:
     def _resolved(self) -> RankData:
         """Return the data of what this rank is to write, which its planner is asked for once."""
         if self._data is None:
-            plan, layouts = self._plan.take(self._answer)
+            plan, layouts = self._plan.take(self._reply)
             self._data = RankData(
                 self._planner.finish_plan(plan),
                 self._planner,

@@ -6,7 +6,7 @@ much to write, so that the first chunks are on their way to the disk while the o
 or one where the parent is cut otherwise, and only its bytes tell what changed. Packs, then the
 manifest, are durable before one transaction makes the version visible (design, invariants 2 to 4).
 
-How far each rank of a save is: told by all, and heard by the coordinator, for the catalog.
+Every rank publishes its progress; the coordinator collects it for the catalog.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from dcpstore.catalog.maintenance.journal_files import changing_repository
 from dcpstore.catalog.write.lease import kept_lease
 from dcpstore.collectives import Collectives, alone_in_thread, in_step, in_turn
-from dcpstore.core.gc_pause import collector_held
+from dcpstore.core.gc_pause import gc_paused
 from dcpstore.core.progress import ProgressBar
 from dcpstore.planning.save_planner import planner_of
 from dcpstore.records import RankProgress, Version
 from dcpstore.saving.commit import SaveRequest, SaveTarget
-from dcpstore.saving.coordinator import Lead, Opening
+from dcpstore.saving.coordinator import Coordinator, OpenRequest
 from dcpstore.saving.pack_writer import ChunkWriter
 from dcpstore.saving.rank import RankWork
 from dcpstore.state.stateful import check_keys
@@ -47,22 +47,24 @@ class Reports:
         self._phase = ""
         self._since = ""
 
-    def tell(self, phase: str, nbytes: int, total: int) -> None:
+    def publish(self, phase: str, nbytes: int, total: int) -> None:
         """Report that this rank has done `nbytes` of `total` in a phase."""
         if phase != self._phase:
             self._phase, self._since = phase, datetime.now(UTC).isoformat()
-        self._ranks.tell(json.dumps([phase, nbytes, total, self._since]))
+        self._ranks.publish(json.dumps([phase, nbytes, total, self._since]))
 
-    def heard(self) -> list[RankProgress]:
+    def progress_by_rank(self) -> list[RankProgress]:
         """Return what each rank reported last."""
-        heard = []
-        for rank, said in self._ranks.heard().items():
+        progress_by_rank = []
+        for rank, said in self._ranks.progress_by_rank().items():
             phase, nbytes, total, since = json.loads(said)
-            heard.append(RankProgress(rank, phase, nbytes, total, datetime.fromisoformat(since)))
-        return heard
+            progress_by_rank.append(
+                RankProgress(rank, phase, nbytes, total, datetime.fromisoformat(since))
+            )
+        return progress_by_rank
 
 
-@collector_held()
+@gc_paused()
 def save_version(
     state_dict: Mapping[str, Any],
     open_target: Callable[[], SaveTarget],
@@ -91,52 +93,56 @@ def save_version(
         RankFailure: some ranks failed; the repository shows nothing of the save.
     """
     planner = planner_of(planner, is_whole=is_whole)
-    lead = Lead(planner, ranks.size, is_whole=is_whole)
+    coordinator = Coordinator(planner, ranks.size, is_whole=is_whole)
     reports = Reports(ranks)
 
-    def begin() -> Opening:
+    def begin() -> OpenRequest:
         given = request(), check_keys(state_dict)  # first: for bad ones no repository is made
-        lead.target = open_target()
-        held.enter_context(changing_repository(lead.target.catalog))
-        return Opening(lead.target.catalog.repository.uid, *given)
+        coordinator.target = open_target()
+        held.enter_context(changing_repository(coordinator.target.catalog))
+        return OpenRequest(coordinator.target.catalog.repository.uid, *given)
 
     held = contextlib.ExitStack()
     held.enter_context(alone_in_thread(ranks))
     try:
         began = time.perf_counter()
-        uid, keys = in_step(ranks, "open", begin, lead.begin)
+        uid, keys = in_step(ranks, "open", begin, coordinator.begin)
         with (
-            kept_lease(lead.target.catalog, uid, progress=reports.heard)
+            kept_lease(coordinator.target.catalog, uid, progress=reports.progress_by_rank)
             if ranks.leads
             else contextlib.nullcontext(),
             ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-save") as pool,
-            ChunkWriter(lead.target.storage, uid=uid, rank=ranks.rank, pool=pool) as writer,
-            ProgressBar("save", shown=ranks.leads, tell=reports.tell) as bar,
+            ChunkWriter(coordinator.target.storage, uid=uid, rank=ranks.rank, pool=pool) as writer,
+            ProgressBar("save", shown=ranks.leads, publish=reports.publish) as bar,
         ):
             bar.begin("plan", 0)
             work = RankWork(
                 planner,
-                lead.target,
+                coordinator.target,
                 pool=pool,
                 writer=writer,
                 bar=bar,
                 allow_pickle=allow_pickle,
                 buffers=buffers,
             )
-            answer = in_turn(
-                ranks, "plan", lambda: work.plan(state_dict, keys, ranks, uid=uid), lead.plan
+            reply = in_turn(
+                ranks, "plan", lambda: work.plan(state_dict, keys, ranks, uid=uid), coordinator.plan
             )
-            if answer.asks:
-                answer = in_turn(ranks, "plan", work.plan_whole, lead.plan)
-            work.take(answer, seconds=time.perf_counter() - began)
-            if answer.splits:
-                work.begin_writing(in_turn(ranks, "digest", work.digest_first, lead.choose_first))
-            duty = in_turn(ranks, "digest", work.digest, lead.look_up)
-            if duty.compare:
-                duty = in_turn(ranks, "compare", partial(work.compare, duty), lead.take_changed)
-            return in_step(ranks, "write", partial(work.write, duty), lead.commit)
+            if reply.asks:
+                reply = in_turn(ranks, "plan", work.plan_whole, coordinator.plan)
+            work.take(reply, seconds=time.perf_counter() - began)
+            if reply.splits:
+                work.begin_writing(
+                    in_turn(ranks, "digest", work.digest_first, coordinator.choose_first)
+                )
+            assignment = in_turn(ranks, "digest", work.digest, coordinator.look_up)
+            if assignment.compare:
+                assignment = in_turn(
+                    ranks, "compare", partial(work.compare, assignment), coordinator.take_changed
+                )
+            return in_step(ranks, "write", partial(work.write, assignment), coordinator.commit)
     except BaseException as error:
-        lead.give_up(error)
+        coordinator.give_up(error)
         raise
     finally:
         held.close()

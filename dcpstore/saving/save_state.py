@@ -1,9 +1,9 @@
-"""The coordinator's books of one save: which chunks exist, who writes which, what is committed.
+"""The coordinator's state of one save: which chunks exist, who writes which, what is committed.
 
 Invariant: a version is put together only from results that equal the plan, chunk by chunk (design,
 invariant 4), and a content that the repository holds is never written again.
 
-The planned chunks of all ranks in columns, matched with the digests that the ranks told.
+The planned chunks of all ranks in columns, matched with the digests that the ranks reported.
 
 Invariant: the cells stand by rank, and within a rank in the order in which it tells its digests: by
 item of its plan, then by blob.
@@ -43,7 +43,7 @@ from dcpstore.saving.layout import Layout, blob_layout, planned_chunks
 from dcpstore.saving.pack_writer import Written
 from dcpstore.saving.rank_chunks import ChunkKey, Digested
 
-__all__ = ["DIGEST", "Books", "Cells", "is_cut_otherwise"]
+__all__ = ["DIGEST", "Cells", "SaveState", "is_cut_otherwise"]
 
 DIGEST = 32  # bytes
 
@@ -73,15 +73,15 @@ class Cells:
         table: GlobalTable,
         fqns: Sequence[str],
         layouts: Mapping[str, Layout],
-        told: Sequence[Digested],
+        reports: Sequence[Digested],
     ) -> Cells:
-        """Return the cells of all ranks, with what each rank told of its own.
+        """Return the cells of all ranks, with what each rank reported of its own.
 
         Args:
             table: who writes which box.
             fqns: of tensors and blobs, by number.
             layouts: of all of them.
-            told: by rank.
+            reports: by rank.
 
         Raises:
             InvalidInputError: a rank resolved more or fewer chunks than its plan has.
@@ -91,7 +91,7 @@ class Cells:
         row, part, ordinal = _planned(table, layouts)
         blobs = [
             (rank, number[fqn], i)
-            for rank, digested in enumerate(told)
+            for rank, digested in enumerate(reports)
             for fqn in sorted(digested.blobs)
             for i in range(layouts[fqn].grids[0].size)
         ]
@@ -99,7 +99,7 @@ class Cells:
         rank = np.concatenate([table.rank[row], more[:, 0]])
         order = np.argsort(rank, kind="stable")
         starts = np.searchsorted(rank[order], np.arange(table.ranks + 1))
-        for i, (digested, planned) in enumerate(zip(told, np.diff(starts), strict=True)):
+        for i, (digested, planned) in enumerate(zip(reports, np.diff(starts), strict=True)):
             if len(digested.digests) != DIGEST * planned:
                 raise InvalidInputError(
                     f"rank {i} resolved {len(digested.digests) // DIGEST} chunks, and its plan has "
@@ -109,7 +109,9 @@ class Cells:
             tensor=np.concatenate([numbers[table.rows.tensor[row]], more[:, 1]])[order],
             part=np.concatenate([part, np.zeros(len(blobs), np.int64)])[order],
             ordinal=np.concatenate([ordinal, more[:, 2]])[order],
-            digest=np.frombuffer(b"".join(d.digests for d in told), np.uint8).reshape(-1, DIGEST),
+            digest=np.frombuffer(b"".join(d.digests for d in reports), np.uint8).reshape(
+                -1, DIGEST
+            ),
             starts=starts,
         )
 
@@ -150,7 +152,9 @@ class Cells:
         shared = min(planned.shape[1], wanted.shape[1])
         differs = (planned[:, :shared] != wanted[:, :shared]).any(axis=0)
         first = int(differs.argmax()) if differs.any() else shared
-        number = min(int(told[0, first]) for told in (planned, wanted) if first < told.shape[1])
+        number = min(
+            int(reports[0, first]) for reports in (planned, wanted) if first < reports.shape[1]
+        )
         raise InvalidInputError(
             f"{fqns[number]!r}: the ranks wrote {int((planned[0] == number).sum())} chunks, not "
             f"each of the {int((wanted[0] == number).sum())} once; make every planned item be "
@@ -192,7 +196,7 @@ class _Content(NamedTuple):
     nbytes: int
 
 
-class Books:
+class SaveState:
     """Put together from the plan and every rank's digests; then asked, in the order of a save.
 
     `are_whole` says that the plan is that of all ranks, so that each tensor must be there whole.
@@ -202,7 +206,7 @@ class Books:
         self,
         table: GlobalTable,
         layouts: Mapping[str, Layout],
-        told: Sequence[Digested],
+        reports: Sequence[Digested],
         *,
         paths: Mapping[str, ObjectPath],
         chunk: ChunkDefaults,
@@ -213,7 +217,7 @@ class Books:
         self._layouts = dict(layouts)
         self._values: dict[str, str] = {}
         self._blobs: dict[str, str] = {}
-        for digested in told:
+        for digested in reports:
             self._values.update(digested.values)
             for fqn, (text, nbytes) in digested.blobs.items():
                 self._blobs[fqn] = text
@@ -227,7 +231,7 @@ class Books:
         if are_whole:
             _check_whole(self._layouts)
         self._fqns = list(self._layouts)
-        self._cells = Cells.of(table, self._fqns, self._layouts, told)
+        self._cells = Cells.of(table, self._fqns, self._layouts, reports)
         self._contents = self._gathered_contents()
         self._asked: list[Ints] = []  # by rank, rows of `_cells`, in the order they are written
         self._places: dict[ChunkKey, ChunkPlace] = {}

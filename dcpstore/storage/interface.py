@@ -52,7 +52,7 @@ class Source(Protocol):
             CorruptionError: the object ends before a range does.
         """
 
-    def let_go(self, offset: int, length: int) -> None:
+    def release(self, offset: int, length: int) -> None:
         """Give back the memory of what was read there; views of it stay good."""
 
 

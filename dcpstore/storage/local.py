@@ -184,7 +184,7 @@ class MappedFile:
                 )
         return [self._view[offset : offset + length] for offset, length in ranges]
 
-    def let_go(self, offset: int, length: int) -> None:
+    def release(self, offset: int, length: int) -> None:
         """Unmap the pages there; they stay in the page cache, and a view maps them again."""
         if self._map is not None and length and hasattr(self._map, "madvise"):
             start = offset // mmap.PAGESIZE * mmap.PAGESIZE

@@ -181,7 +181,7 @@ class FetchedObject:
         fetched = iter(self._store.fetch(self._key, asked) if asked else ())
         return [memoryview(next(fetched) if length else b"") for _, length in ranges]
 
-    def let_go(self, offset: int, length: int) -> None:
+    def release(self, offset: int, length: int) -> None:
         """Do nothing: what was fetched goes with its last view."""
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from typing_extensions import Buffer
 
-from dcpstore.core.lru import Recent
+from dcpstore.core.lru import LruCache
 from dcpstore.errors import CorruptionError, NotFoundError
 from dcpstore.records import ChunkPlace, PackRecord
 from dcpstore.storage.interface import Range, Sink, Source, Storage
@@ -83,7 +83,7 @@ class PackReader:
 
     def __init__(self, storage: Storage, *, most_open: int = 64) -> None:
         self._storage = storage
-        self._open: Recent[str, Source] = Recent(most_open)
+        self._open: LruCache[str, Source] = LruCache(most_open)
 
     def read(self, pack: str, offset: int, length: int) -> memoryview:
         """Return the encoded bytes of one chunk: in a folder a view of the mapped pack, no copy.
@@ -116,11 +116,11 @@ class PackReader:
                 f"pack {pack!r} is too short for {length} bytes at offset {offset}: {error}"
             ) from error
 
-    def let_go(self, pack: str, offset: int, length: int) -> None:
+    def release(self, pack: str, offset: int, length: int) -> None:
         """Give back the memory of what was read there; bytes that were handed out stay valid."""
         source = self._open.get(pack)
         if source is not None:
-            source.let_go(offset, length)
+            source.release(offset, length)
 
     def close(self) -> None:
         """Let every pack go; bytes that were handed out stay valid."""

@@ -38,8 +38,8 @@ class CountingSource:
         self._seen += [(self._key, offset) for offset, _ in ranges]
         return self._source.read(ranges)
 
-    def let_go(self, offset: int, length: int) -> None:
-        self._source.let_go(offset, length)
+    def release(self, offset: int, length: int) -> None:
+        self._source.release(offset, length)
 
 
 @contextmanager

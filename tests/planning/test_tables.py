@@ -25,7 +25,7 @@ from dcpstore.planning.plan_table import GlobalTable, PlanTable
 from dcpstore.planning.save_planner import DefaultSavePlanner, share_out
 from dcpstore.records import ChunkDefaults, EntryRecord, TensorRecord
 from dcpstore.saving.layout import Layout
-from dcpstore.saving.plan_exchange import LocalPlan, PlanMemory, answer_offers
+from dcpstore.saving.plan_exchange import LocalPlan, PlanMemory, reply_to_offers
 
 CHUNK = ChunkDefaults(nbytes=1 << 20, codec="none")
 
@@ -129,18 +129,18 @@ def plan_together(
     tables = sum(offer.table is not None for offer in offers)
 
     def answered(offers: list) -> tuple:
-        return answer_offers(
+        return reply_to_offers(
             offers, ranks[0].memory, chunk=CHUNK, parent=parent or {}, to_lowest_rank=False
         )
 
-    plan, answers = answered(offers)
+    plan, replies = answered(offers)
     if plan is None:
-        assert all(answer.asks for answer in answers)
+        assert all(reply.asks for reply in replies)
         offers = [proposal.offer(whole=True) for proposal in proposals]
         tables += len(offers)
-        plan, answers = answered(offers)
+        plan, replies = answered(offers)
     assert plan is not None
-    taken = zip(proposals, answers, strict=True)
+    taken = zip(proposals, replies, strict=True)
     return tables, [(mine, dict(cut)) for p, a in taken for mine, cut in [p.take(a)]]
 
 

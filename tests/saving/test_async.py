@@ -109,7 +109,7 @@ def test_a_relative_path_is_that_of_the_call(
 def test_a_process_that_is_forked_has_no_save_of_its_parent(tmp_path: Path) -> None:
     code = """
 import gc, os, sys, threading, torch, dcpstore
-from dcpstore.core.gc_pause import collector_held
+from dcpstore.core.gc_pause import gc_paused
 go_on = threading.Event()
 class Held(dcpstore.DefaultSavePlanner):
     def finish_plan(self, new_plan):
@@ -124,7 +124,7 @@ with dcpstore.open("r") as repo:
     child = os.fork()
     if not child:
         assert gc.isenabled()
-        with collector_held():
+        with gc_paused():
             assert not gc.isenabled()
         assert gc.isenabled()
         dcpstore.save(state, "child")

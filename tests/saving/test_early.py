@@ -11,7 +11,7 @@ from typing_extensions import Buffer
 
 import dcpstore
 from dcpstore import DcpstoreError, RankFailure, Repository
-from dcpstore.saving.coordinator import Lead
+from dcpstore.saving.coordinator import Coordinator
 from dcpstore.saving.rank_chunks import ChunkKey
 from dcpstore.storage.local import FileSink
 from tests.ranks import RankPool, mesh
@@ -26,14 +26,16 @@ class Early:
         if much is not None:
             patch.setattr("dcpstore.saving.coordinator._MUCH", much)
         self.counts: list[int] = []
-        choose = Lead.choose_first
+        choose = Coordinator.choose_first
 
-        def counted(lead: Lead, told: Sequence[Sequence[ChunkKey]]) -> Sequence[Sequence[int]]:
-            chosen = choose(lead, told)
+        def counted(
+            coordinator: Coordinator, told: Sequence[Sequence[ChunkKey]]
+        ) -> Sequence[Sequence[int]]:
+            chosen = choose(coordinator, told)
             self.counts.append(sum(map(len, chosen)))
             return chosen
 
-        patch.setattr(Lead, "choose_first", counted)
+        patch.setattr(Coordinator, "choose_first", counted)
 
 
 @pytest.fixture
@@ -175,7 +177,7 @@ def test_an_interrupt_while_chunks_are_written_leaves_nothing(
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Lead, "look_up", interrupted)
+    monkeypatch.setattr(Coordinator, "look_up", interrupted)
     with pytest.raises(KeyboardInterrupt):
         dcpstore.save(layers(), repo)
     monkeypatch.undo()

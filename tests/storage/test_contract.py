@@ -69,7 +69,7 @@ class StorageContract:
         source = storage.open(KEY)
         for offset, length in ((0, 300_000), (5, 1), (4096, 4096), (299_999, 1), (10, 0)):
             (view,) = source.read([(offset, length)])
-            source.let_go(offset, length)
+            source.release(offset, length)
             assert bytes(view) == content[offset : offset + length]
 
     @pytest.mark.parametrize("wanted", [(0, 101), (100, 1), (99, 2), (-1, 2), (5, -1), (1000, 1)])

@@ -67,19 +67,19 @@ class Rivals:
             start(_compete, work, site, 100 * (rank + 1) + 10 * point)
             for rank, work in enumerate(self._contest.rivals)
         ]
-        answers = []
+        replies = []
         for rank, child in enumerate(children):
             ended = child.end()
             if ended.hung:
                 return Outcome(Verdict.HUNG, f"rival {rank} waits")
             if ended.error or ended.code:
                 return Outcome(Verdict.LOST, f"rival {rank}: {ended.code} {ended.error[-1500:]}")
-            answers.append(ended.value)
-        judged = start(_judge, self._contest.judge, site, answers).end()
+            replies.append(ended.value)
+        judged = start(_judge, self._contest.judge, site, replies).end()
         if judged.hung:
             return Outcome(Verdict.HUNG, "the look afterwards waits")
         if judged.error or judged.code:
-            return Outcome(Verdict.LOST, f"{answers} {judged.error[-1500:]}")
+            return Outcome(Verdict.LOST, f"{replies} {judged.error[-1500:]}")
         mould.discard(site)
         return Outcome(Verdict.SURVIVED)
 
@@ -99,9 +99,9 @@ def _compete(work: Work, site: Site, seed: int) -> Any:
     return work(site, seed)
 
 
-def _judge(judge: Callable[[Site, list[Any]], None], site: Site, answers: list[Any]) -> None:
+def _judge(judge: Callable[[Site, list[Any]], None], site: Site, replies: list[Any]) -> None:
     torch.set_num_threads(1)
-    judge(site, answers)
+    judge(site, replies)
     with site.open() as repo:
         check_versions(repo)
         for _ in range(2):
@@ -119,7 +119,7 @@ def _named(repo: Repository) -> tuple[Any, ...]:
     return refs, [(v.number, v.uid, v.parent, v.branch) for v in repo.log()]
 
 
-# Opening
+# OpenRequest
 
 
 def open_new(site: Site, seed: int) -> str:
@@ -127,8 +127,8 @@ def open_new(site: Site, seed: int) -> str:
         return repo.about.uid
 
 
-def judge_one(site: Site, answers: list[Any]) -> None:
-    assert len(set(answers)) == 1, answers
+def judge_one(site: Site, replies: list[Any]) -> None:
+    assert len(set(replies)) == 1, replies
     save(site, 1)
 
 
@@ -141,8 +141,8 @@ def init(site: Site, seed: int) -> str:
         return ""
 
 
-def judge_one_winner(site: Site, answers: list[Any]) -> None:
-    (winner,) = filter(None, answers)
+def judge_one_winner(site: Site, replies: list[Any]) -> None:
+    (winner,) = filter(None, replies)
     with site.open() as repo:
         assert repo.about.uid == winner
     save(site, 1)
@@ -153,8 +153,8 @@ def upgrade(site: Site, seed: int) -> str:
         return upgrade_schema(locate(site.target)[0])[0]
 
 
-def judge_one_upgrade(site: Site, answers: list[Any]) -> None:
-    assert sorted(answers) == ["0001", *[NEWEST] * (len(answers) - 1)]
+def judge_one_upgrade(site: Site, replies: list[Any]) -> None:
+    assert sorted(replies) == ["0001", *[NEWEST] * (len(replies) - 1)]
     go_back(locate(site.target)[0])
 
 
@@ -188,17 +188,17 @@ def train_untagged(site: Site, seed: int) -> list[int]:
     return train(site, seed, is_tagged=False)
 
 
-def judge_line(site: Site, answers: list[Any]) -> None:
-    numbers = sorted(number for told in filter(None, answers) for number in told)
-    assert numbers == list(range(4, 4 + SAVES * sum(map(bool, answers))))
+def judge_line(site: Site, replies: list[Any]) -> None:
+    numbers = sorted(number for told in filter(None, replies) for number in told)
+    assert numbers == list(range(4, 4 + SAVES * sum(map(bool, replies))))
     with site.open() as repo:
         assert [v.parent for v in repo.log("main")] == [*range(numbers[-1] - 1, 0, -1), None]
         assert repo.show("main").number == numbers[-1]
 
 
-def judge_lines(site: Site, answers: list[Any]) -> None:
+def judge_lines(site: Site, replies: list[Any]) -> None:
     with site.open() as repo:
-        for rank, numbers in enumerate(answers):
+        for rank, numbers in enumerate(replies):
             branch = f"b{rank + 1}"
             assert [v.number for v in repo.log(branch)] == numbers[::-1]
         assert repo.show("main").number == 3
@@ -240,8 +240,8 @@ def rename_once(repo: Repository, chance: random.Random) -> None:
             repo.undo()
 
 
-def judge_names(site: Site, answers: list[Any]) -> None:
-    assert min(answers) > 0, answers
+def judge_names(site: Site, replies: list[Any]) -> None:
+    assert min(replies) > 0, replies
 
 
 # Keeping in order
@@ -280,10 +280,10 @@ def copy(site: Site, seed: int) -> int:
         return len(other.log())
 
 
-def judge_crowd(site: Site, answers: list[Any]) -> None:
-    assert answers[3] == [], answers[3]  # nothing was damaged while others worked
+def judge_crowd(site: Site, replies: list[Any]) -> None:
+    assert replies[3] == [], replies[3]  # nothing was damaged while others worked
     with site.open() as repo:
-        numbers = [*answers[0], *answers[1]]
+        numbers = [*replies[0], *replies[1]]
         assert repo.show("main").number == max(numbers) == 3 + len(numbers)
 
 

@@ -99,7 +99,7 @@ def forget_versions(
             for ref in held
         ]
         _apply(connection, moves)
-        detail = {"refs": _told(connection, moves)}
+        detail = {"refs": _moves_as_json(connection, moves)}
         _record(connection, "forget", going, detail, author=author, at=now)
         if dry_run:
             step.rollback()
@@ -233,7 +233,7 @@ def _apply(connection: Connection, moves: Iterable[_Move]) -> None:
             connection.execute(update(ref).where(mine).values(version=move.to[0]))
 
 
-def _told(connection: Connection, moves: Iterable[_Move]) -> list[dict[str, Any]]:
+def _moves_as_json(connection: Connection, moves: Iterable[_Move]) -> list[dict[str, Any]]:
     """Return moves as the journal has them: versions by uid and number."""
     moves = list(moves)
     ids = {move.ref.id for move in moves} | {move.to[0] for move in moves if move.to is not None}

@@ -75,7 +75,7 @@ def unjournaled(connection: Connection) -> list[Json]:
     named = {found for row in rows for found in (row.old, row.new) if found is not None}
     told = {row.new for row in rows if row.new is not None and row.kind not in ABOUT_REFS}
     versions = _names(connection, named)
-    facts = _facts(connection, told)
+    facts = _versions_as_json(connection, told)
     return [
         {
             "operation": row.number,
@@ -138,7 +138,7 @@ def _names(connection: Connection, ids: Iterable[int]) -> dict[int | None, Json]
     return {row.id: {"uid": row.uid, "version": row.number} for row in rows}
 
 
-def _facts(connection: Connection, ids: set[int]) -> dict[int, Json]:
+def _versions_as_json(connection: Connection, ids: set[int]) -> dict[int, Json]:
     """Return all that rows say of versions, their packs and metrics included, by id."""
     if not ids:
         return {}
@@ -146,7 +146,7 @@ def _facts(connection: Connection, ids: set[int]) -> dict[int, Json]:
     metric, pack = schema.metric, schema.pack
     wanted = wanted_ids(connection, ids)
     facts = {
-        row.id: _fact(row)
+        row.id: _version_as_json(row)
         for row in connection.execute(
             select(version, parent.c.uid.label("parent_uid"))
             .outerjoin(parent, parent.c.id == version.c.parent)
@@ -165,7 +165,7 @@ def _facts(connection: Connection, ids: set[int]) -> dict[int, Json]:
     return facts
 
 
-def _fact(row: Row[Any]) -> Json:
+def _version_as_json(row: Row[Any]) -> Json:
     return {
         "uid": row.uid,
         "number": row.number,

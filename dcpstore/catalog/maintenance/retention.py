@@ -118,7 +118,7 @@ def expire(
         verdicts = _judge(rules, versions, refs, branch=branch)
         return [v.version.number for v in verdicts if not v.kept_by and not dry_run]
 
-    expire_versions(catalog, choose, author=author, rules=_told(rules))
+    expire_versions(catalog, choose, author=author, rules=_rules_as_json(rules))
     return ExpireReport(verdicts, dry_run)
 
 
@@ -208,7 +208,7 @@ def _since(given: datetime | timedelta | str) -> datetime:
     return in_utc(given, what="keep_since")
 
 
-def _told(rules: Retention) -> dict[str, object]:
+def _rules_as_json(rules: Retention) -> dict[str, object]:
     """Return the rules as JSON, for the operation."""
     said = {name: value for name, value in asdict(rules).items() if value}
     if rules.keep_since is not None:

@@ -22,7 +22,6 @@ from sqlalchemy import (
 
 from dcpstore.catalog.db.key_lists import wanted_ids
 from dcpstore.catalog.schema import tables as schema
-from dcpstore.core.gc_pause import collector_held
 from dcpstore.errors import NotFoundError
 from dcpstore.records import Version
 
@@ -30,7 +29,7 @@ __all__ = ["ancestors", "gone", "id_of_number", "is_visible", "load_versions"]
 
 _version = schema.version
 _parent = schema.version.alias("parent_version")
-_TOLD = (  # what a record is made of, in its order from `labels` on; other columns can be long
+_COLUMNS = (  # what a record is made of, in its order from `labels` on; other columns can be long
     _version.c.id,
     _version.c.number,
     _version.c.uid,
@@ -49,13 +48,12 @@ _TOLD = (  # what a record is made of, in its order from `labels` on; other colu
 )
 
 
-@collector_held()
 def load_versions(
     connection: Connection, ids: Select[Any] | None, *, limit: int | None
 ) -> list[Version]:
     """Return the committed versions, newest first: all, or those whose ids a query yields."""
     query = (
-        select(*_TOLD)
+        select(*_COLUMNS)
         .select_from(_version)
         .outerjoin(_parent, _parent.c.id == _version.c.parent)
         .where(is_visible())

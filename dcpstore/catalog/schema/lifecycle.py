@@ -50,7 +50,7 @@ _CREATION_LOCK = 0x6463_7073  # any number that is ours: Postgres's key of the a
 _WAL_SECONDS = 30.0
 
 
-class _Found(NamedTuple):
+class _SchemaState(NamedTuple):
     """What lies in a database: nothing, or a catalog at a revision."""
 
     empty: bool
@@ -233,11 +233,13 @@ def _lock(database: Database, connection: Connection) -> None:
         connection.execute(select(func.pg_advisory_xact_lock(_CREATION_LOCK)))
 
 
-def _look(database: Database, connection: Connection, *, older_is_fine: bool = False) -> _Found:
+def _look(
+    database: Database, connection: Connection, *, older_is_fine: bool = False
+) -> _SchemaState:
     """Return what lies in the database, or raise SchemaError where we may not use it."""
     names = set(inspect(connection).get_table_names())
     if not names:
-        return _Found(True, "")
+        return _SchemaState(True, "")
     revision = None
     if {"alembic_version", "repository", "version", "entry"} <= names:
         revision = connection.scalar(text("SELECT version_num FROM alembic_version"))
@@ -247,7 +249,7 @@ def _look(database: Database, connection: Connection, *, older_is_fine: bool = F
             f"({', '.join(sorted(names)[:5])}). Give it a database of its own."
         )
     if revision == HEAD or (older_is_fine and is_older(revision)):
-        return _Found(False, revision)
+        return _SchemaState(False, revision)
     if is_older(revision):
         raise SchemaError(
             f"the catalog {database.shown} is of an older dcpstore (schema {revision}, now "

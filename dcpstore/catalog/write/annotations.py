@@ -22,7 +22,7 @@ from dcpstore.catalog.write.operations import Change, append_operations, take_op
 from dcpstore.errors import AlreadyExistsError
 from dcpstore.records import Version
 
-__all__ = ["add_labels", "add_metrics", "take_back_labels", "take_back_metrics"]
+__all__ = ["add_labels", "add_metrics", "revert_labels", "revert_metrics"]
 
 _version, _metric = schema.version, schema.metric
 T = TypeVar("T", float, str)
@@ -75,14 +75,14 @@ def add_labels(
     return _record(connection, target, "labels", new, author=author)
 
 
-def take_back_metrics(connection: Connection, version: int, names: Collection[str]) -> None:
+def revert_metrics(connection: Connection, version: int, names: Collection[str]) -> None:
     """Remove metrics that were added."""
     connection.execute(
         delete(_metric).where(_metric.c.version == version, _metric.c.name.in_(list(names)))
     )
 
 
-def take_back_labels(connection: Connection, version: int, names: Collection[str]) -> None:
+def revert_labels(connection: Connection, version: int, names: Collection[str]) -> None:
     """Remove labels that were added."""
     kept = connection.execute(
         select(_version.c.labels).where(_version.c.id == version)

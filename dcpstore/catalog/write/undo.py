@@ -19,7 +19,7 @@ from dcpstore.catalog.maintenance.expire import bring_back, may_come_back
 from dcpstore.catalog.read.ref_lookup import RefKind, find_refs
 from dcpstore.catalog.schema import tables as schema
 from dcpstore.catalog.validation import check_text
-from dcpstore.catalog.write.annotations import take_back_labels, take_back_metrics
+from dcpstore.catalog.write.annotations import revert_labels, revert_metrics
 from dcpstore.catalog.write.operations import (
     Change,
     append_operations,
@@ -203,8 +203,8 @@ def _remember(connection: Connection, row: Row[Any]) -> Change:
 def _take_back_addition(connection: Connection, row: Row[Any]) -> Change:
     names = row.detail["added"]
     if row.kind == "metrics":
-        take_back_metrics(connection, row.new, names)
+        revert_metrics(connection, row.new, names)
     else:
-        take_back_labels(connection, row.new, names)
+        revert_labels(connection, row.new, names)
     detail = {"undoes": row.number, "removed": {row.kind: names}}
     return Change("undo", "", None, row.new, detail)
