@@ -180,7 +180,7 @@ def test_locked_database_is_a_conflict(
         Catalog.open(sqlite_url(tmp_path / "catalog.db")) as impatient,
         pytest.raises(ConflictError, match="locked by another process for more than 0 seconds"),
     ):
-        impatient.begin(make_draft("u"))
+        begin_save(impatient, make_draft("u"))
     other.execute("ROLLBACK")
     other.close()
 

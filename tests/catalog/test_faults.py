@@ -17,6 +17,7 @@ from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.db import database as engine_module
 from dcpstore.catalog.db import db_errors as faults_module
 from dcpstore.catalog.db.db_errors import UnknownOutcomeError
+from dcpstore.catalog.db.transactions import writes
 from dcpstore.catalog.db.url import sqlite_url
 from dcpstore.catalog.maintenance.journal import mark_journaled, unjournaled
 from dcpstore.catalog.read.entries import load_entries
@@ -140,7 +141,7 @@ def test_a_server_that_ends_all_sessions(behind: Catalog, postgres_url: str) -> 
         return int(connection.exec_driver_sql("SELECT last_operation FROM repository").scalar_one())
 
     before = list_operations(behind)[0].number
-    assert behind.database.change(work) == before + 1
+    assert writes()(work)(behind) == before + 1
     assert len(attempts) == 2
 
 
@@ -155,9 +156,9 @@ def test_a_deadlock_is_tried_again(behind: Catalog) -> None:
             if len(attempts) <= 2 and table == first:
                 both.wait(20)
 
-    other = threading.Thread(target=behind.database.change, args=(work, "ref", "metric"))
+    other = threading.Thread(target=writes()(work), args=(behind, "ref", "metric"))
     other.start()
-    behind.database.change(work, "metric", "ref")
+    writes()(work)(behind, "metric", "ref")
     other.join(30)
     assert not other.is_alive()
     assert len(attempts) == 3
@@ -201,7 +202,10 @@ def test_a_server_that_goes_away_is_no_password(
 ) -> None:
     monkeypatch.setattr(faults_module, "_PATIENCE", 0.3)
     proxy.close()
-    calls: list[Callable[[], Any]] = [behind.log, lambda: begin_save(behind, make_draft("u"))]
+    calls: list[Callable[[], Any]] = [
+        lambda: list_log(behind),
+        lambda: begin_save(behind, make_draft("u")),
+    ]
     for call in calls:
         with pytest.raises(NotFoundError, match="cannot connect to the catalog"):
             call()

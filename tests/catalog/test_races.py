@@ -11,6 +11,7 @@ from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.read.log_filter import list_log
 from dcpstore.catalog.read.user_sql import query_rows
 from dcpstore.catalog.write.operations import list_operations
+from dcpstore.catalog.write.refs import make_ref
 from dcpstore.catalog.write.saves import abort_save, begin_save, commit_save
 from dcpstore.errors import AlreadyExistsError, ConflictError, DcpstoreError
 
@@ -89,7 +90,7 @@ def test_compare_and_swap_lets_one_through(catalog: Catalog, save: Save) -> None
 @pytest.mark.parametrize("kind", ["tag", "branch"])
 def test_a_name_is_given_once(catalog: Catalog, save: Save, kind: str) -> None:
     save()
-    ends = at_once(lambda i: getattr(catalog, kind)("best", 1, author=f"{i}"))
+    ends = at_once(lambda i: make_ref(catalog, "best", kind, version=1, author=f"{i}"))
     assert sum(isinstance(end, AlreadyExistsError) for end in ends) == MANY - 1
     assert [o.target for o in list_operations(catalog, limit=2)] == ["best", "main"]
 
@@ -115,6 +116,8 @@ def test_readers_do_not_wait_for_a_writer(catalog: Catalog, save: Save) -> None:
     with catalog.database.write() as connection:
         connection.exec_driver_sql("UPDATE repository SET last_version = 7")
         with ThreadPoolExecutor(1) as other:
-            assert len(other.submit(catalog.log).result(timeout=20)) == 1
-            assert other.submit(catalog.query, "SELECT 1 AS x", {}).result(timeout=20) == [(1,)]
+            assert len(other.submit(list_log, catalog).result(timeout=20)) == 1
+            assert other.submit(query_rows, catalog, "SELECT 1 AS x", {}).result(timeout=20) == [
+                (1,)
+            ]
         connection.exec_driver_sql("UPDATE repository SET last_version = 1")

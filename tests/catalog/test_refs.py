@@ -1,12 +1,13 @@
 """Refs: every documented way to name a version, and one meaning for each name."""
 
 import re
+from typing import get_args
 
 import pytest
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.read.log_filter import LogFilter, list_log
-from dcpstore.catalog.read.ref_lookup import list_refs, resolve
+from dcpstore.catalog.read.ref_lookup import RefKind, list_refs, resolve
 from dcpstore.catalog.write.operations import list_operations
 from dcpstore.catalog.write.refs import make_ref
 from dcpstore.catalog.write.undo import undo_last
@@ -137,9 +138,9 @@ def test_names_as_frameworks_give_them_resolve_alone_and_with_each_suffix(
 
 @pytest.mark.usefixtures("history")
 def test_a_name_that_would_read_as_a_step_is_refused_with_an_offer(catalog: Catalog) -> None:
-    for make in (catalog.tag, catalog.branch):
+    for kind in get_args(RefKind):
         with pytest.raises(InvalidInputError, match=r"'@step='.*'best-step=5' is allowed"):
-            make("best@step=5", 1, author="")
+            make_ref(catalog, "best@step=5", kind, version=1, author="")
     assert make_ref(catalog, "best-step=5", "tag", version=1, author="").version == 1
 
 
@@ -149,11 +150,11 @@ def test_a_name_has_one_meaning(catalog: Catalog, make: str) -> None:
     before = list_operations(catalog)
     for taken, what in (("best", "a tag of v2"), ("main", "a branch of v5")):
         with pytest.raises(AlreadyExistsError, match=f"{taken!r} is taken: it is {what}"):
-            getattr(catalog, make)(taken, 1, author="")
+            make_ref(catalog, taken, make, version=1, author="")
     with pytest.raises(InvalidInputError, match="reads as a version number"):
-        getattr(catalog, make)("v9", 1, author="")
+        make_ref(catalog, "v9", make, version=1, author="")
     with pytest.raises(InvalidInputError, match="author"):
-        getattr(catalog, make)("new", 1, author="\0")
+        make_ref(catalog, "new", make, version=1, author="\0")
     with pytest.raises(NotFoundError, match="no version v9"):
-        getattr(catalog, make)("new", 9, author="")
+        make_ref(catalog, "new", make, version=9, author="")
     assert list_operations(catalog) == before

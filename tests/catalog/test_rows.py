@@ -59,17 +59,25 @@ def test_hard_values_come_back(database: Database, save: Save) -> None:
         chunk = schema.chunk.c
         assert [*connection.scalars(select(chunk.digest).order_by(chunk.ordinal))] == digests
 
-    database.change(work)
+    database.transact(work, writes=True)
 
 
 def test_no_row_is_no_error(database: Database) -> None:
-    database.change(insert_rows, schema.tensor, NAMES, [])
+    database.transact(
+        lambda connection: insert_rows(connection, schema.tensor, NAMES, []), writes=True
+    )
 
 
 def test_a_row_that_is_there_is_a_conflict_and_nothing_changes(database: Database) -> None:
     with pytest.raises(ConflictError, match="refused a row"):
-        database.change(insert_rows, schema.tensor, NAMES, [*tensors(["a", "b", "a"])])
-    assert database.ask(lambda connection: connection.execute(select(schema.tensor)).all()) == []
+        database.transact(
+            lambda connection: insert_rows(
+                connection, schema.tensor, NAMES, [*tensors(["a", "b", "a"])]
+            ),
+            writes=True,
+        )
+    with database.read() as connection:
+        assert connection.execute(select(schema.tensor)).all() == []
 
 
 def test_a_connection_that_is_lost_in_between_is_made_again(postgres_server: Any) -> None:
@@ -95,10 +103,9 @@ def test_a_connection_that_is_lost_in_between_is_made_again(postgres_server: Any
 
             insert_rows(connection, schema.tensor, NAMES, rows())
 
-        database.change(work)
+        database.transact(work, writes=True)
         assert tries == 2
-        found = database.ask(
-            lambda connection: connection.scalars(select(schema.tensor.c.digest)).all()
-        )
+        with database.read() as connection:
+            found = connection.scalars(select(schema.tensor.c.digest)).all()
         assert sorted(found) == digests
         database.close()

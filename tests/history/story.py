@@ -6,7 +6,8 @@ from datetime import UTC, datetime, timedelta
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.read.dedup import find_tensors
-from dcpstore.catalog.write.refs import make_ref
+from dcpstore.catalog.write.annotations import add_metrics
+from dcpstore.catalog.write.refs import make_ref, roll_back
 from dcpstore.catalog.write.saves import begin_save, commit_save
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.grids import Grid
@@ -31,12 +32,11 @@ def tell_story(catalog: Catalog) -> None:
     _save(catalog, 1, frozen="embed 1", lr=lr, val_loss=2.31, message="after warm-up")
     _save(catalog, 2, frozen=frozen, lr=lr, val_loss=1.87, tags=("best",))
     _save(catalog, 3, frozen=frozen, lr=lr, val_loss=1.94, message="loss rises again")
-    history = catalog
-    history.roll_back("main", "best", force=False, expect_tip=None, author="ada")
+    roll_back(catalog, "main", "best", force=False, expect_tip=None, author="ada")
     make_ref(catalog, "try-lr", "branch", version=2, author="ada")
     _save(catalog, 4, frozen=frozen, lr="0.0001", val_loss=1.79, branch="try-lr")
     _save(catalog, 5, frozen=frozen, lr=lr, norm="norm 4", val_loss=1.82, author="grace")
-    history.add_metrics("try-lr", {"accuracy": 0.61}, author="grace")
+    add_metrics(catalog, "try-lr", {"accuracy": 0.61}, author="grace")
     make_ref(catalog, "release", "tag", version=4, author="grace")
 
 

@@ -18,7 +18,7 @@ import dcpstore
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.db.url import sqlite_url
 from dcpstore.catalog.read.ref_lookup import list_refs
-from dcpstore.catalog.write.refs import make_ref
+from dcpstore.catalog.write.refs import delete_ref, make_ref, roll_back
 from dcpstore.catalog.write.undo import undo_last
 from dcpstore.core.ids import new_uid
 from dcpstore.errors import AlreadyExistsError, ConflictError, InvalidInputError, NotFoundError
@@ -341,7 +341,6 @@ def test_undo_returns_to_every_state_before(
     """Whatever was done, undoing it all passes through the same refs backwards."""
     url = sqlite_url(tmp_path_factory.mktemp("undo") / "catalog.db")
     with Catalog.make(url, data_url="file:///none") as catalog:
-        history = catalog
 
         def named() -> dict[str, tuple[str, int]]:
             return {ref.name: (ref.kind, ref.version) for ref in list_refs(catalog)}
@@ -357,14 +356,14 @@ def test_undo_returns_to_every_state_before(
                         save_version(catalog, versions + 1, branch=branch, tags=tags)
                         versions += 1
                     case ("rollback", number):
-                        history.roll_back("main", number, force=True, expect_tip=None, author="")
+                        roll_back(catalog, "main", number, force=True, expect_tip=None, author="")
                     case ("tag", name, number, move):
                         make_ref(catalog, name, "tag", version=number, author="", move=move)
                     case ("delete", name):
                         kind = "branch" if len(name) > 1 else "tag"
-                        history.delete_ref(name, kind, expect=None, author="")
+                        delete_ref(catalog, name, kind, expect=None, author="")
                     case _:
-                        history.undo(expect=None, author="")
+                        undo_last(catalog, expect=None, author="")
                         assert named() == states[-2]
                         states.pop()
                         continue
@@ -374,8 +373,8 @@ def test_undo_returns_to_every_state_before(
             if named() != before:
                 states.append(named())
         while len(states) > 1:
-            history.undo(expect=None, author="")
+            undo_last(catalog, expect=None, author="")
             states.pop()
             assert named() == states[-1]
         with pytest.raises(InvalidInputError, match="nothing is left"):
-            history.undo(expect=None, author="")
+            undo_last(catalog, expect=None, author="")

@@ -15,6 +15,7 @@ from dcpstore import (
     NotFoundError,
     Repository,
 )
+from dcpstore.catalog.write.copied import advance_branch
 from dcpstore.formats.manifest import decode_manifest, manifest_key
 from dcpstore.maintenance import copy as copying
 from dcpstore.maintenance.rebuild import rebuild
@@ -148,9 +149,8 @@ def test_a_tag_that_is_called_as_a_branch_of_the_source_stops_no_copy(
 def test_a_branch_that_went_or_is_a_tag_by_now_is_not_moved(repo: Repository, save: Save) -> None:
     save(tags=["a"])
     save()
-    advance = repo.catalog.advance_branch
-    assert not advance("gone", 2, author="ada")
-    assert not advance("a", 2, author="ada")
+    assert not advance_branch(repo.catalog, "gone", 2, author="ada")
+    assert not advance_branch(repo.catalog, "a", 2, author="ada")
     assert repo.show("a").number == 1
 
 

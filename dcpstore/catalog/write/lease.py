@@ -33,7 +33,7 @@ _version, _progress = schema.version, schema.progress
 
 
 @writes(idempotent=True)
-def touch_save(connection: Connection, uid: str, progress: Sequence[RankProgress]) -> None:
+def touch_save(connection: Connection, uid: str, progress: Sequence[RankProgress] = ()) -> None:
     """Note that a pending save is still at work, and how far its ranks are."""
     pending = connection.scalar(
         update(_version)
