@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dcpstore.catalog.glance import LogLine, glance_at_log
 from dcpstore.catalog.maintenance.fsck import list_packs
 from dcpstore.catalog.read.entries import load_chunks, load_entries
 from dcpstore.encoding.codecs import decode
@@ -14,7 +15,7 @@ from dcpstore.encoding.dtypes import numpy_dtype
 from dcpstore.formats.journal_entry import operation_number
 from dcpstore.formats.manifest import decode_manifest, manifest_key
 from dcpstore.geometry.boxes import find_overlap
-from dcpstore.records import ChunkDefaults, ChunkRange, StoredChunk, TensorRecord
+from dcpstore.records import ChunkDefaults, ChunkRange, StoredChunk, TensorRecord, Version
 from dcpstore.repository import Repository
 from dcpstore.repository import open as open_repository
 from dcpstore.storage.packs import PackReader
@@ -49,6 +50,8 @@ def _assert_sound(repo: Repository) -> None:
     ]
     assert numbers == sorted(numbers, reverse=True)
     assert sorted(numbers + expired) == list(range(1, len(numbers + expired) + 1))
+    seen = glance_at_log(repo._target, limit=None)
+    assert seen is None or seen == list(map(as_line, versions))
     packs = PackReader(repo.storage)
     checked: set[int] = set()
     for version in versions:
@@ -66,6 +69,11 @@ def _assert_sound(repo: Repository) -> None:
     for ref in (*repo.tags(), *repo.branches()):
         assert repo.show(ref.name).number == ref.version
     _assert_kept(repo)
+
+
+def as_line(version: Version) -> LogLine:
+    """Return what a glance at the log shows of a version."""
+    return LogLine(*(getattr(version, name) for name in LogLine._fields))
 
 
 def _assert_kept(repo: Repository) -> None:

@@ -20,6 +20,7 @@ from dcpstore import (
     RepositoryWriter,
 )
 from dcpstore.catalog.db.url import sqlite_url
+from dcpstore.catalog.glance import glance_at_log
 from dcpstore.convert import export_safetensors, import_any, import_safetensors
 from dcpstore.repository import open as open_repository
 
@@ -173,6 +174,9 @@ def test_dots_lead_where_links_lead(elsewhere: Path) -> None:
     for target in ("link/../new", "sqlite:///link/../new/catalog.db", elsewhere / "deep" / "new"):
         with open_repository(target, create=False) as repo:
             assert torch.equal(repo.read()["w"], state(1)["w"])
+        lines = glance_at_log(str(target), limit=None)
+        assert lines is not None
+        assert len(lines) == 1
 
 
 def test_a_refused_save_makes_no_repository(tmp_path: Path) -> None:

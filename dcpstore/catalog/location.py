@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dcpstore.catalog.db.url import CATALOG_FILE, parse_url, sqlite_url
+from dcpstore.catalog.db.sqlite_file import CATALOG_FILE
+from dcpstore.catalog.db.url import parse_url, sqlite_url
 from dcpstore.catalog.validation import can_be_kept
 from dcpstore.errors import InvalidInputError
 from dcpstore.storage.urls import check_data_url

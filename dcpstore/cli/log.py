@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dcpstore.catalog.glance import LogLine, glance_at_log
 from dcpstore.cli.output import Column, human_bytes, human_time, note, print_json, print_table
 from dcpstore.cli.session import Session, repo_options
 
@@ -23,8 +24,8 @@ __all__ = ["draw_graph", "log"]
 
 
 def draw_graph(
-    versions: Sequence[Version],
-) -> Iterator[tuple[str, Version | None]]:
+    versions: Sequence[Version | LogLine],
+) -> Iterator[tuple[str, Version | LogLine | None]]:
     """Yield the lines of a graph: each version with its star, and what joins the lanes between.
 
     Versions come by number, downwards, so a parent comes below its children. A lane whose parent is
@@ -121,18 +122,22 @@ def log(
     """List versions, newest first: all of them, or REF and its ancestors."""
     given = (steps, since, until, tag, branch)
     is_filtered = bool(where or label) or any(one is not None for one in given)
-    with session.open() as repo:
-        versions = repo.log(
-            ref,
-            limit=limit,
-            where=where,
-            steps=(None, None) if steps is None else _steps(steps),
-            since=None if since is None else _time(since, "--since"),
-            until=None if until is None else _time(until, "--until"),
-            labels=_labels(label),
-            tag=tag,
-            branch=branch,
-        )
+    versions: Sequence[Version | LogLine] | None = None
+    if ref is None and not is_filtered and not session.json:
+        versions = glance_at_log(session.target, limit=limit)
+    if versions is None:
+        with session.open() as repo:
+            versions = repo.log(
+                ref,
+                limit=limit,
+                where=where,
+                steps=(None, None) if steps is None else _steps(steps),
+                since=None if since is None else _time(since, "--since"),
+                until=None if until is None else _time(until, "--until"),
+                labels=_labels(label),
+                tag=tag,
+                branch=branch,
+            )
     if session.json:
         print_json(versions)
     elif versions and graph:
@@ -173,12 +178,12 @@ def _labels(texts: Sequence[str]) -> dict[str, str]:
     return labels
 
 
-def _graph_row(line: tuple[str, Version | None]) -> tuple[str, ...]:
+def _graph_row(line: tuple[str, Version | LogLine | None]) -> tuple[str, ...]:
     graph, version = line
     return (graph, *(("",) * len(_COLUMNS) if version is None else _row(version)))
 
 
-def _row(version: Version) -> tuple[str, ...]:
+def _row(version: Version | LogLine) -> tuple[str, ...]:
     return (
         str(version),
         version.branch,

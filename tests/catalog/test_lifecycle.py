@@ -35,8 +35,8 @@ from dcpstore.catalog.db.database import Database
 from dcpstore.catalog.db.url import sqlite_url
 from dcpstore.catalog.read.log_filter import list_log
 from dcpstore.catalog.read.user_sql import query_rows
-from dcpstore.catalog.schema import lifecycle as revisions
 from dcpstore.catalog.schema import migrate as migrating_module
+from dcpstore.catalog.schema import revisions
 from dcpstore.catalog.schema import tables as schema
 from dcpstore.catalog.schema.lifecycle import upgrade_schema
 from dcpstore.catalog.schema.migrate import migrations_folder

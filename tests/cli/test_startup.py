@@ -79,6 +79,13 @@ def test_no_command_loads_torch(target: str, tmp_path: Path) -> None:
     assert found == {name: set() for name in found}
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_the_plain_log_loads_no_sqlalchemy(target: str, tmp_path: Path) -> None:
+    plain = (["log"], ["log", "-n", "2"], ["log", "--graph"])
+    all_ways = loaded(*plain, ["log", "main"], repo=target, folder=tmp_path, among=["sqlalchemy"])
+    assert all_ways == [set(), set(), set(), {"sqlalchemy"}]
+
+
 def test_the_list_of_commands_loads_none_of_them(tmp_path: Path) -> None:
     modules = ["sqlalchemy", *HEAVY, *(f"dcpstore.cli.{name}" for name in ("log", "setup", "undo"))]
     assert loaded(["--help"], repo="", folder=tmp_path, among=modules) == [set()]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from dcpstore.catalog.schema import lifecycle as revisions
 from dcpstore.catalog.schema import migrate as migrating
+from dcpstore.catalog.schema import revisions
 
 __all__ = ["NEWEST", "go_back", "newer_schema"]
 

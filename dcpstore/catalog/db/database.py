@@ -28,7 +28,8 @@ from dcpstore.catalog.db.db_errors import (
     is_passing,
     translate,
 )
-from dcpstore.catalog.db.url import keep_to_process, open_file, parse_url, server_engine
+from dcpstore.catalog.db.sqlite_file import open_file
+from dcpstore.catalog.db.url import keep_to_process, parse_url, server_engine
 from dcpstore.core.reentry import changing
 from dcpstore.errors import DcpstoreError
 

@@ -1,15 +1,9 @@
-"""The file of a catalog on SQLite: where it lies, and how it is opened.
-
-Before a transaction: a URL that can be meant, and an engine that connects well.
-"""
+"""Catalog URLs, and the engines that connect to them."""
 
 from __future__ import annotations
 
 import os
-import sqlite3
-from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import quote
+from typing import Any
 
 from sqlalchemy import URL, Engine, create_engine, event, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -19,9 +13,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from dcpstore.errors import InvalidInputError
 
 __all__ = [
-    "CATALOG_FILE",
     "keep_to_process",
-    "open_file",
     "parse_url",
     "server_engine",
     "sqlite_url",
@@ -107,25 +99,3 @@ def _leave_to_parent(
         # as SQLAlchemy's guide on pools and os.fork() has it; the stubs call it read-only
         entry.dbapi_connection = lent.dbapi_connection = None  # type: ignore[misc]
         raise DisconnectionError("this connection is another process's")
-
-
-CATALOG_FILE = "catalog.db"  # in the folder of a repository
-
-
-def open_file(
-    file: Path, *, mode: Literal["ro", "rw", "rwc"], timeout: float
-) -> sqlite3.Connection:
-    """Return SQLite's own connection, outside of a transaction.
-
-    Args:
-        file: the catalog's file.
-        mode: read it, or write too, or make it where it is missing.
-        timeout: seconds to wait for others who lock it.
-    """
-    return sqlite3.connect(
-        f"file:{quote(os.fsencode(str(file)))}?mode={mode}",
-        uri=True,
-        timeout=timeout,
-        isolation_level=None,  # we say BEGIN ourselves, and which
-        check_same_thread=False,  # a pool lends a connection to one thread at a time
-    )

@@ -2,8 +2,6 @@
 
 However many processes open a new database at once, one creates the catalog and all find it whole:
 the look and the creation are one transaction that holds the database's write lock.
-
-Which tables a catalog has, by the id of the last migration that it went through.
 """
 
 from __future__ import annotations
@@ -21,27 +19,18 @@ from typing import NamedTuple, TypeVar
 from sqlalchemy import Connection, func, insert, inspect, select, text
 
 from dcpstore.catalog.db.database import Database
+from dcpstore.catalog.schema import revisions
 from dcpstore.catalog.schema import tables as schema
 from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError, SchemaError
 from dcpstore.records import ChunkDefaults, RepositoryRecord
 
 __all__ = [
     "FORMAT_VERSION",
-    "HEAD",
     "create_repository",
-    "is_older",
     "open_repository",
     "restore_repository",
     "upgrade_schema",
 ]
-
-HEAD = "0001"  # the newest migration; a test holds it against migrations/versions
-
-
-def is_older(revision: str) -> bool:
-    """Tell whether a revision comes before ours: their ids are counted, in four digits."""
-    return revision.isdecimal() and len(revision) == len(HEAD) and revision < HEAD
-
 
 T = TypeVar("T")
 
@@ -180,9 +169,9 @@ def _upgraded(database: Database, connection: Connection) -> tuple[str, str]:
     found = _look(database, connection, older_is_fine=True)
     if found.empty:
         raise NotFoundError(f"no repository at {database.shown}. Check the path or URL.")
-    if found.revision != HEAD:
+    if found.revision != revisions.HEAD:
         _migrate(connection)
-    return found.revision, HEAD
+    return found.revision, revisions.HEAD
 
 
 @contextmanager
@@ -248,16 +237,16 @@ def _look(
             f"{database.shown} is not a dcpstore catalog: it has other tables "
             f"({', '.join(sorted(names)[:5])}). Give it a database of its own."
         )
-    if revision == HEAD or (older_is_fine and is_older(revision)):
+    if revision == revisions.HEAD or (older_is_fine and revisions.is_older(revision)):
         return _SchemaState(False, revision)
-    if is_older(revision):
+    if revisions.is_older(revision):
         raise SchemaError(
             f"the catalog {database.shown} is of an older dcpstore (schema {revision}, now "
-            f"{HEAD}). Upgrade it with 'dcpstore db-upgrade --repo {database.shown}'."
+            f"{revisions.HEAD}). Upgrade it with 'dcpstore db-upgrade --repo {database.shown}'."
         )
     raise SchemaError(
         f"the catalog {database.shown} is of a newer dcpstore (schema {revision}, this one knows "
-        f"{HEAD}); update dcpstore."
+        f"{revisions.HEAD}); update dcpstore."
     )
 
 
