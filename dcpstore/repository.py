@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from dcpstore.catalog.maintenance.retention import Best, ExpireReport
     from dcpstore.history.diff import Diff
     from dcpstore.maintenance.copy import CopyReport
+    from dcpstore.maintenance.damage import VerifyReport
     from dcpstore.maintenance.gc import GcReport
-    from dcpstore.maintenance.verify import VerifyReport
     from dcpstore.reading.selection import Index
     from dcpstore.saving.plan_exchange import PlanMemory
     from dcpstore.zarr.store import VersionStore

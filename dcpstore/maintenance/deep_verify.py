@@ -26,7 +26,7 @@ from dcpstore.catalog.maintenance.fsck import (
 )
 from dcpstore.core.progress import ProgressBar
 from dcpstore.errors import CorruptionError, InvalidInputError
-from dcpstore.maintenance.verify import ChunkDamage, found_by_quick_check
+from dcpstore.maintenance.damage import ChunkDamage, found_by_quick_check
 from dcpstore.reading.chunk_reads import check_chunk
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackReader

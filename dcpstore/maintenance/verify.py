@@ -9,7 +9,6 @@ anew, the next change a damaged operation.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.maintenance.export import mark_version_stale
@@ -29,68 +28,20 @@ from dcpstore.catalog.read.ref_lookup import resolve
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.formats.journal_entry import decode_operation, operation_key
 from dcpstore.formats.manifest import decode_manifest, manifest_key
+from dcpstore.maintenance.damage import (
+    QUICK,
+    ChunkDamage,
+    Damage,
+    DamagedVersion,
+    VerifyReport,
+    found_by_quick_check,
+)
 from dcpstore.records import Version
 from dcpstore.storage.interface import Storage
 
 __all__ = [
-    "ChunkDamage",
-    "Damage",
-    "DamagedVersion",
-    "VerifyReport",
-    "found_by_quick_check",
     "verify",
 ]
-
-_QUICK = ("missing: ", "size: ")  # how damage begins that a look without reading finds
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkDamage:
-    """One chunk that is not what its digest says; `fqns` are of any version that has it."""
-
-    pack: str
-    offset: int
-    length: int
-    part: int
-    ordinal: int
-    reason: str
-    fqns: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """One thing that is damaged: a "pack", "manifest" or "operation" by its key, or the "catalog".
-
-    `versions` and `fqns` are those that it touches.
-    """
-
-    kind: str
-    key: str
-    reason: str
-    versions: tuple[int, ...] = ()
-    fqns: tuple[str, ...] = ()
-    chunks: tuple[ChunkDamage, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class DamagedVersion:
-    """A version that does not load whole, and the nearest one that does: an ancestor, if any."""
-
-    version: int
-    nearest_intact: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyReport:
-    """What was looked at, and everything that was found damaged."""
-
-    damaged: tuple[Damage, ...]
-    versions: tuple[DamagedVersion, ...]
-    packs: int
-    manifests: int
-    chunks: int
-    nbytes_read: int
-    deep: bool
 
 
 def verify(
@@ -133,11 +84,6 @@ def verify(
         nbytes_read=nbytes,
         deep=deep,
     )
-
-
-def found_by_quick_check(damage: str | None) -> bool:
-    """Tell whether damage is of a pack as a whole: no digest that is right makes up for it."""
-    return damage is not None and damage.startswith(_QUICK)
 
 
 class _Look:
@@ -222,12 +168,12 @@ class _Look:
             size = self._storage.size(pack.key)
         except NotFoundError:
             return (
-                f"{_QUICK[0]}the data folder does not hold it" if self._is_live(pack.key) else None
+                f"{QUICK[0]}the data folder does not hold it" if self._is_live(pack.key) else None
             )
         except (InvalidInputError, CorruptionError) as error:  # its key, or a link, leads out
-            return f"{_QUICK[0]}{error}"
+            return f"{QUICK[0]}{error}"
         if size != pack.nbytes and self._is_live(pack.key):
-            return f"{_QUICK[1]}{size} bytes instead of {pack.nbytes}"
+            return f"{QUICK[1]}{size} bytes instead of {pack.nbytes}"
         return None
 
     def _enter_pack(self, pack: PackState, reason: str) -> None:

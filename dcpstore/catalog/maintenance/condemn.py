@@ -18,6 +18,7 @@ from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
 from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.maintenance.expire import drop_forgotten
 from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.write.contents import mark_stale
 from dcpstore.catalog.write.operations import Change, append_operations, take_operations
 from dcpstore.errors import InvalidInputError
 from dcpstore.records import PackRecord
@@ -29,7 +30,6 @@ __all__ = [
     "find_doomed",
     "find_leftovers",
     "forget_packs",
-    "mark_stale",
     "plan_pack",
     "switch_pack",
     "unplan_pack",
@@ -207,15 +207,6 @@ def switch_pack(
         connection, number, [Change("gc", "", None, None, detail)], author=author, at=now
     )
     return True
-
-
-def mark_stale(connection: Connection, tensors: Collection[int]) -> None:
-    """Note that the manifests of the versions that hold `tensors` name places of the past."""
-    entry = schema.entry
-    holders = select(entry.c.version).where(entry.c.tensor.in_(wanted_ids(connection, tensors)))
-    connection.execute(
-        update(_version).where(_version.c.id.in_(holders)).values(stale=secrets.token_hex(8))
-    )
 
 
 @reads

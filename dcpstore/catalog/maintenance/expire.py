@@ -11,9 +11,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Select, delete, func, select, update
+from sqlalchemy import Connection, Select, delete, select, update
 
-from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
+from dcpstore.catalog.db.key_lists import wanted_ids
 from dcpstore.catalog.db.transactions import writes
 from dcpstore.catalog.read.ref_lookup import RefRow, list_refs, refs_of, resolve
 from dcpstore.catalog.read.versions import ancestors, is_visible, load_versions
@@ -21,16 +21,14 @@ from dcpstore.catalog.schema import tables as schema
 from dcpstore.catalog.validation import check_text
 from dcpstore.catalog.write.operations import Change, append_operations, take_operations
 from dcpstore.core.ref_syntax import parse_ref
-from dcpstore.errors import InvalidInputError, NotFoundError
+from dcpstore.errors import InvalidInputError
 from dcpstore.records import ForgetReport, RefRecord, Version
 
 __all__ = [
     "Choose",
-    "bring_back",
     "drop_forgotten",
     "expire_versions",
     "forget_versions",
-    "may_come_back",
 ]
 
 _version = schema.version
@@ -109,36 +107,6 @@ def forget_versions(
         tuple(RefRecord(m.ref.name, m.ref.kind, m.to[1]) for m in moves if m.to is not None),
         dry_run,
     )
-
-
-def bring_back(connection: Connection, uids: Collection[str], *, what: str) -> None:
-    """Make forgotten versions visible again; `what` forgot them.
-
-    Raises:
-        NotFoundError: gc has dropped what they held.
-    """
-    if not may_come_back(connection, uids):
-        raise NotFoundError(
-            f"cannot undo {what}: gc has dropped what was forgotten. To undo what was done before, "
-            "name that operation: undo(expect=...) (--expect). See 'dcpstore ops'."
-        )
-    connection.execute(
-        update(_version)
-        .where(_version.c.uid.in_(wanted_names(connection, uids)))
-        .values(status="committed", expired_at=None)
-    )
-
-
-def may_come_back(connection: Connection, uids: Collection[str]) -> bool:
-    """Tell whether versions were forgotten, and all of them can be brought back."""
-    kept = connection.scalar(
-        select(func.count()).where(
-            _version.c.uid.in_(wanted_names(connection, uids)),
-            _version.c.status == "expired",
-            _version.c.plan.is_not(None),
-        )
-    )
-    return kept == len(uids)
 
 
 def drop_forgotten(connection: Connection) -> list[str]:

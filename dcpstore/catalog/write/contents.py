@@ -6,19 +6,19 @@ that what is known stays known. Rows go in all at once, never one query a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Collection, Mapping, Sequence
 
 from sqlalchemy import Connection, delete, insert, select, update
 
 from dcpstore.catalog.db.bulk_insert import insert_rows
 from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
-from dcpstore.catalog.maintenance.condemn import mark_stale
 from dcpstore.catalog.read.dedup import known_tensors
 from dcpstore.catalog.schema import tables as schema
 from dcpstore.errors import ConflictError
 from dcpstore.records import NewEntry, NewTensor, PackRecord, PlanRecord, VersionContent
 
-__all__ = ["write_content", "write_plan"]
+__all__ = ["mark_stale", "write_content", "write_plan"]
 
 
 def write_content(connection: Connection, version: int, content: VersionContent) -> None:
@@ -213,3 +213,12 @@ def _reused_packs(
 
 def _chunk_count(tensor: NewTensor) -> int:
     return sum(part.size for part in tensor.parts)
+
+
+def mark_stale(connection: Connection, tensors: Collection[int]) -> None:
+    """Note that the manifests of the versions that hold `tensors` name places of the past."""
+    entry, version = schema.entry, schema.version
+    holders = select(entry.c.version).where(entry.c.tensor.in_(wanted_ids(connection, tensors)))
+    connection.execute(
+        update(version).where(version.c.id.in_(holders)).values(stale=secrets.token_hex(8))
+    )

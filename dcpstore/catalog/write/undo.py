@@ -7,15 +7,14 @@ follows any. `detail["undoes"]` is their number, by which the next undo goes fur
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
 from dcpstore.catalog.db.transactions import writes
-from dcpstore.catalog.maintenance.expire import bring_back, may_come_back
 from dcpstore.catalog.read.ref_lookup import RefKind, find_refs
 from dcpstore.catalog.schema import tables as schema
 from dcpstore.catalog.validation import check_text
@@ -119,7 +118,7 @@ def _last_not_undone(connection: Connection, expect: int | None) -> Sequence[Row
             own = [part for part in parts if part.detail["save"] == row.number]
             return [row, *reversed(own)]
         elif row.kind == "forget" and (
-            expect in {None, row.number} or may_come_back(connection, row.detail["versions"])
+            expect in {None, row.number} or _may_come_back(connection, row.detail["versions"])
         ):
             return [row]
     raise InvalidInputError("nothing is left to undo. See 'dcpstore ops' for what was done.")
@@ -177,7 +176,7 @@ def _move(connection: Connection, moves: Sequence[_Move]) -> None:
 def _remember(connection: Connection, row: Row[Any]) -> Change:
     """Bring forgotten versions back, with the refs that they had."""
     uids, refs = row.detail["versions"], row.detail["refs"]
-    bring_back(connection, uids, what=f"operation {row.number} (forget of {row.target!r})")
+    _bring_back(connection, uids, what=f"operation {row.number} (forget of {row.target!r})")
     named = {end["uid"] for ref in refs for end in (ref["old"], ref["new"]) if end is not None}
     ids: dict[str | None, int] = {
         found.uid: found.id
@@ -208,3 +207,33 @@ def _take_back_addition(connection: Connection, row: Row[Any]) -> Change:
         revert_labels(connection, row.new, names)
     detail = {"undoes": row.number, "removed": {row.kind: names}}
     return Change("undo", "", None, row.new, detail)
+
+
+def _bring_back(connection: Connection, uids: Collection[str], *, what: str) -> None:
+    """Make forgotten versions visible again; `what` forgot them.
+
+    Raises:
+        NotFoundError: gc has dropped what they held.
+    """
+    if not _may_come_back(connection, uids):
+        raise NotFoundError(
+            f"cannot undo {what}: gc has dropped what was forgotten. To undo what was done before, "
+            "name that operation: undo(expect=...) (--expect). See 'dcpstore ops'."
+        )
+    connection.execute(
+        update(_version)
+        .where(_version.c.uid.in_(wanted_names(connection, uids)))
+        .values(status="committed", expired_at=None)
+    )
+
+
+def _may_come_back(connection: Connection, uids: Collection[str]) -> bool:
+    """Tell whether versions were forgotten, and all of them can be brought back."""
+    kept = connection.scalar(
+        select(func.count()).where(
+            _version.c.uid.in_(wanted_names(connection, uids)),
+            _version.c.status == "expired",
+            _version.c.plan.is_not(None),
+        )
+    )
+    return kept == len(uids)
