@@ -1,0 +1,89 @@
+"""Repositories that older schemas left behind open, upgrade, verify, load and rebuild."""
+
+import re
+import tarfile
+from pathlib import Path
+
+import psycopg
+import pytest
+import torch
+from click.testing import CliRunner
+
+import dcpstore
+from dcpstore import Repository, SchemaError
+from dcpstore.catalog.db.url import sqlite_url
+from dcpstore.catalog.schema.revisions import HEAD, is_older
+from dcpstore.cli.app import commands
+from dcpstore.maintenance.rebuild import rebuild
+from tests.kept.write import state
+from tests.maintenance.conftest import views
+from tests.soundness import assert_sound
+
+KEPT = sorted(folder.name for folder in Path(__file__).parent.glob("[0-9]*"))
+STEPS = {3: 2, 4: 3, 5: 4, 6: 30, 7: 31}  # by version
+
+
+@pytest.fixture(params=KEPT)
+def revision(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def kept(revision: str, database_url: str, tmp_path: Path) -> str:
+    """The URL of the catalog of a kept repository; its data is in the folder "data"."""
+    kind = "sqlite" if database_url.startswith("sqlite") else "postgres"
+    data = tmp_path / "data"
+    with tarfile.open(Path(__file__).parent / revision / f"{kind}.tar.gz") as archive:
+        archive.extractall(data, filter="data")
+    if kind == "sqlite":
+        return sqlite_url(data / "catalog.db")
+    dump = (data / "catalog.sql").read_text()
+    (data / "catalog.sql").unlink()
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(re.sub(r"(?m)^\\.*$", "", dump).encode())  # without psql's own commands
+        connection.execute("UPDATE public.repository SET data_url = %s", [str(data)])
+    return database_url
+
+
+def is_same(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(is_same(one[key], other[key]) for key in one)
+    return type(one) is type(other) and one == other
+
+
+def assert_as_saved(repo: Repository) -> None:
+    for number, step in STEPS.items():
+        assert is_same(repo.read(number, nested=True), state(step))
+        assert repo.show(number).step == step
+    assert is_same(repo.read("main"), {"weight": torch.ones(5)})
+    assert [version.number for version in repo.log()] == [8, 7, *sorted(STEPS, reverse=True)[1:]]
+    assert {ref.name: ref.version for ref in repo.tags()} == {"t3": 4}
+    assert {ref.name: ref.version for ref in repo.branches()} == {"main": 8, "side": 6}
+    version = repo.show("t3")
+    assert (version.labels, version.author, version.message) == ({"lr": "3e-4"}, "ada", "step 3")
+    assert version.metrics["loss"] == 1 / 4
+    assert repo.verify(deep=True).damaged == ()
+
+
+def test_kept_repository_upgrades_and_rebuilds(kept: str, revision: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    if is_older(revision):
+        with pytest.raises(SchemaError, match="'dcpstore db-upgrade"):
+            dcpstore.open(kept)
+        done = CliRunner().invoke(commands, ["db-upgrade", "--repo", kept], catch_exceptions=False)
+        assert (done.exit_code, HEAD in done.output) == (0, True)
+    with dcpstore.open(kept) as repo:
+        assert_as_saved(repo)
+        assert_sound(repo)
+        before = views(repo)
+    rebuild(data, tmp_path / "rebuilt")
+    with dcpstore.open(tmp_path / "rebuilt") as repo:
+        assert_as_saved(repo)
+        assert views(repo) == before
+        # What is saved now finds what was saved then.
+        again = dcpstore.save(state(31), repo)
+        assert again.nbytes_written == 0
+        assert again.nbytes_reused == again.nbytes
+        assert_sound(repo)
