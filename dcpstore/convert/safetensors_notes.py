@@ -30,7 +30,7 @@ from dcpstore.convert.exporting import DEEPEST, ExportedTensor
 from dcpstore.encoding.dtypes import DTYPES, MOST_DIMS
 from dcpstore.encoding.values import decode_value, encode_value
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError
-from dcpstore.formats import json_fields as jsontext
+from dcpstore.formats import json_text
 from dcpstore.records import ObjectPath, StatePath
 
 __all__ = [
@@ -248,7 +248,7 @@ def notes(
         ties: for each name that is left out, the one that is kept.
     """
     nested = {
-        fqn: json.loads(jsontext.path(path))
+        fqn: json.loads(json_text.path(path))
         for fqn, path in paths.items()
         if path != (fqn,) or (isinstance(path, StatePath) and path.marks)
     }

@@ -15,7 +15,7 @@ from blake3 import blake3
 
 from dcpstore.core.ref_syntax import check_name
 from dcpstore.errors import CorruptionError, SchemaError
-from dcpstore.formats import json_fields as fields
+from dcpstore.formats import json_fields
 
 __all__ = ["decode_operation", "encode_operation", "operation_key", "operation_number"]
 
@@ -75,31 +75,31 @@ def decode_operation(data: bytes) -> Json:
 
 def _check(said: Json) -> None:
     """Check every field that a rebuild uses."""
-    fields.natural(said["operation"])
-    kind, target = fields.text(said["kind"]), fields.text(said["target"])
+    json_fields.natural(said["operation"])
+    kind, target = json_fields.text(said["kind"]), json_fields.text(said["target"])
     detail = {} if said["detail"] is None else said["detail"]
     _check_detail(kind, detail)
     is_of_versions = kind == "undo" and "versions" in detail  # the undo of a forget
     if target and kind not in _WITHOUT_REF and not is_of_versions:
         check_name(target, kind="ref")
     for end in ("old", "new"):
-        fields.optional(_check_named)(said[end])
-    fields.text(said["author"])
-    fields.time(said["created_at"])
+        json_fields.optional(_check_named)(said[end])
+    json_fields.text(said["author"])
+    json_fields.time(said["created_at"])
     if "version" in said:
         _check_version(said["version"])
     if "repository" in said:
         about = said["repository"]
-        fields.uid(about["uid"])
-        fields.natural(about["format_version"])
-        fields.natural(about["chunk_nbytes"])
-        fields.text(about["chunk_codec"])
-        fields.time(about["created_at"])
+        json_fields.uid(about["uid"])
+        json_fields.natural(about["format_version"])
+        json_fields.natural(about["chunk_nbytes"])
+        json_fields.text(about["chunk_codec"])
+        json_fields.time(about["created_at"])
 
 
 def _check_named(version: Json) -> None:
-    fields.uid(version["uid"])
-    fields.natural(version["version"])
+    json_fields.uid(version["uid"])
+    json_fields.natural(version["version"])
 
 
 def _check_ref(ref: Json) -> None:
@@ -108,45 +108,49 @@ def _check_ref(ref: Json) -> None:
     if ref["kind"] not in ("tag", "branch"):
         raise ValueError("a ref is a tag or a branch")
     for end in ("old", "new"):
-        fields.optional(_check_named)(ref[end])
+        json_fields.optional(_check_named)(ref[end])
 
 
 def _check_detail(kind: str, detail: Json) -> None:
-    fields.mapping(detail, lambda found: found)
+    json_fields.mapping(detail, lambda found: found)
     if kind in ("expire", "forget"):
-        fields.items(detail["versions"], fields.uid)
+        json_fields.items(detail["versions"], json_fields.uid)
     if kind == "forget":
-        fields.items(detail["refs"], _check_ref)
+        json_fields.items(detail["refs"], _check_ref)
     if kind == "undo":
-        fields.natural(detail["undoes"])
-        fields.items(detail.get("versions", []), fields.uid)
-    fields.items(detail.get("refs", []), _check_ref)
-    removed = fields.mapping(detail.get("removed", {}), lambda n: fields.items(n, fields.text))
+        json_fields.natural(detail["undoes"])
+        json_fields.items(detail.get("versions", []), json_fields.uid)
+    json_fields.items(detail.get("refs", []), _check_ref)
+    removed = json_fields.mapping(
+        detail.get("removed", {}), lambda n: json_fields.items(n, json_fields.text)
+    )
     if not removed.keys() <= {"metrics", "labels"}:
         raise ValueError("metrics and labels can be removed, and nothing else")
-    for added in fields.items(detail.get("added", []), lambda found: found):
+    for added in json_fields.items(detail.get("added", []), lambda found: found):
         if kind == "gc":
-            fields.entries(added, fields.pack, fields.natural, fields.uid)
+            json_fields.entries(added, json_fields.pack, json_fields.natural, json_fields.uid)
         else:
-            fields.text(added)
+            json_fields.text(added)
     if kind == "gc":
         for what in ("condemned", "deleted"):
-            fields.items(detail.get(what, []), fields.pack)
-        fields.items(detail.get("dropped", []), fields.uid)
+            json_fields.items(detail.get(what, []), json_fields.pack)
+        json_fields.items(detail.get("dropped", []), json_fields.uid)
 
 
 def _check_version(fact: Json) -> None:
-    fields.uid(fact["uid"])
-    fields.optional(fields.uid)(fact["parent"])
+    json_fields.uid(fact["uid"])
+    json_fields.optional(json_fields.uid)(fact["parent"])
     check_name(fact["branch"], kind="branch")
-    fields.optional(fields.natural)(fact["step"])
+    json_fields.optional(json_fields.natural)(fact["step"])
     for name in ("message", "author", "host"):
-        fields.text(fact[name])
+        json_fields.text(fact[name])
     for name in ("number", "ranks", "nbytes", "nbytes_written", "nbytes_reused"):
-        fields.natural(fact[name])
+        json_fields.natural(fact[name])
     for name in ("started_at", "created_at"):
-        fields.time(fact[name])
-    fields.mapping(fact["labels"], fields.text)
-    fields.mapping(fact["metrics"], fields.number)
-    fields.mapping(fact["seconds"], fields.number)
-    fields.items(fact["packs"], lambda pack: fields.entries(pack, fields.pack, fields.natural))
+        json_fields.time(fact[name])
+    json_fields.mapping(fact["labels"], json_fields.text)
+    json_fields.mapping(fact["metrics"], json_fields.number)
+    json_fields.mapping(fact["seconds"], json_fields.number)
+    json_fields.items(
+        fact["packs"], lambda pack: json_fields.entries(pack, json_fields.pack, json_fields.natural)
+    )

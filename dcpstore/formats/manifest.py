@@ -21,8 +21,7 @@ from blake3 import blake3
 
 from dcpstore.core.ref_syntax import check_name
 from dcpstore.errors import CorruptionError, SchemaError
-from dcpstore.formats import json_fields as fields
-from dcpstore.formats import json_fields as jsontext
+from dcpstore.formats import json_fields, json_text
 from dcpstore.geometry.grids import Grid
 from dcpstore.records import (
     EntryKind,
@@ -79,12 +78,12 @@ def encode_manifest(
         documents: the Zarr documents by key, "zarr.json" of the root among them.
         references: each chunk by its Zarr key.
     """
-    refs = [f"{jsontext.quoted(key)}:{jsontext.quoted(text)}" for key, text in documents.items()]
+    refs = [f"{json_text.quoted(key)}:{json_text.quoted(text)}" for key, text in documents.items()]
     refs += [
-        f'{jsontext.quoted(key)}:["{{{{data}}}}/{c.pack}",{c.offset},{c.length}]'
+        f'{json_text.quoted(key)}:["{{{{data}}}}/{c.pack}",{c.offset},{c.length}]'
         for key, c in references
     ]
-    head = f'"templates":{jsontext.encode({"data": data_url})},"refs":{{'
+    head = f'"templates":{json_text.encode({"data": data_url})},"refs":{{'
     tail = f'}},"dcpstore":{_encode_version(draft, content)}}}'
     body = [part.encode() for part in (head, ",".join(refs), tail)]  # megabytes: few copies
     digest = blake3(b"{")
@@ -115,12 +114,12 @@ def decode_manifest(data: bytes) -> Manifest:
     try:
         body = json.loads(b"{" + data[head.end() :])
         said = body["dcpstore"]
-        if fields.natural(said["format"]) > _FORMAT:
+        if json_fields.natural(said["format"]) > _FORMAT:
             raise SchemaError(
                 f"a manifest has format {said['format']}, newer than {_FORMAT}; update dcpstore."
             )
         draft, content = _decode_version(said)
-        return Manifest(draft, content, fields.text(body["templates"]["data"]))
+        return Manifest(draft, content, json_fields.text(body["templates"]["data"]))
     except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise CorruptionError(
             f"a manifest does not hold what it must ({type(error).__name__}: {error}); restore it "
@@ -158,21 +157,21 @@ def _encode_version(draft: VersionDraft, content: VersionContent) -> str:
     entries = ",".join(map(_encode_entry, content.entries))
     tensors = ",".join([_encode_tensor(tensor, number) for tensor in content.tensors])
     return (
-        f'{jsontext.encode(facts)[:-1]},"plan":{{"digest":"{plan.digest}","ranks":{plan.ranks},'
-        f'"shards":[{shards}]}},"entries":[{entries}],"packs":{jsontext.encode(packs)},'
+        f'{json_text.encode(facts)[:-1]},"plan":{{"digest":"{plan.digest}","ranks":{plan.ranks},'
+        f'"shards":[{shards}]}},"entries":[{entries}],"packs":{json_text.encode(packs)},'
         f'"tensors":[{tensors}]}}'
     )
 
 
 def _encode_shard(shard: ShardRecord) -> str:
-    offsets, sizes = map(jsontext.integers, (shard.box.offsets, shard.box.sizes))
-    return f"[{jsontext.quoted(shard.fqn)},{shard.rank},{offsets},{sizes}]"
+    offsets, sizes = map(json_text.integers, (shard.box.offsets, shard.box.sizes))
+    return f"[{json_text.quoted(shard.fqn)},{shard.rank},{offsets},{sizes}]"
 
 
 def _encode_entry(entry: NewEntry) -> str:
-    fqn, path = jsontext.quoted(entry.fqn), jsontext.path(entry.path)
+    fqn, path = json_text.quoted(entry.fqn), json_text.path(entry.path)
     tensor = "null" if entry.tensor_digest is None else f'"{entry.tensor_digest}"'
-    value = "null" if entry.value is None else jsontext.quoted(entry.value)
+    value = "null" if entry.value is None else json_text.quoted(entry.value)
     return f'[{fqn},{path},"{entry.kind}",{tensor},{value}]'
 
 
@@ -197,7 +196,7 @@ def _encode_cut(
     """Return what tensors of one kind have in common, without braces; few are distinct."""
     grids = [[part.offsets, part.shape, part.chunk_shape] for part in parts]
     facts = {"dtype": dtype, "shape": shape, "codec": codec, "nbytes": nbytes, "parts": grids}
-    return jsontext.encode(facts)[1:-1]
+    return json_text.encode(facts)[1:-1]
 
 
 def _ordinals(parts: Sequence[Grid]) -> list[tuple[int, int]]:
@@ -206,39 +205,39 @@ def _ordinals(parts: Sequence[Grid]) -> list[tuple[int, int]]:
 
 def _decode_version(said: Json) -> tuple[VersionDraft, VersionContent]:
     draft = VersionDraft(
-        uid=fields.uid(said["uid"]),
+        uid=json_fields.uid(said["uid"]),
         branch=check_name(said["branch"], kind="branch"),
-        parent=fields.optional(fields.natural)(said["parent"]),
-        step=fields.optional(fields.natural)(said["step"]),
-        message=fields.text(said["message"]),
-        tags=tuple(fields.items(said["tags"], lambda tag: check_name(tag, kind="tag"))),
-        metrics=fields.mapping(said["metrics"], fields.number),
-        labels=fields.mapping(said["labels"], fields.text),
-        author=fields.text(said["author"]),
-        host=fields.text(said["host"]),
-        ranks=fields.natural(said["ranks"]),
+        parent=json_fields.optional(json_fields.natural)(said["parent"]),
+        step=json_fields.optional(json_fields.natural)(said["step"]),
+        message=json_fields.text(said["message"]),
+        tags=tuple(json_fields.items(said["tags"], lambda tag: check_name(tag, kind="tag"))),
+        metrics=json_fields.mapping(said["metrics"], json_fields.number),
+        labels=json_fields.mapping(said["labels"], json_fields.text),
+        author=json_fields.text(said["author"]),
+        host=json_fields.text(said["host"]),
+        ranks=json_fields.natural(said["ranks"]),
     )
-    packs = fields.items(said["packs"], _pack_or_none)
+    packs = json_fields.items(said["packs"], _pack_or_none)
     plan = said["plan"]
     content = VersionContent(
-        entries=fields.items(said["entries"], _decode_entry),
-        tensors=fields.items(said["tensors"], lambda tensor: _decode_tensor(tensor, packs)),
+        entries=json_fields.items(said["entries"], _decode_entry),
+        tensors=json_fields.items(said["tensors"], lambda tensor: _decode_tensor(tensor, packs)),
         packs=[
-            PackRecord(*fields.entries(one, fields.pack, fields.natural))
-            for one in fields.items(said["written"], list)
+            PackRecord(*json_fields.entries(one, json_fields.pack, json_fields.natural))
+            for one in json_fields.items(said["written"], list)
         ],
         plan=PlanRecord(
-            fields.text(plan["digest"]),
-            fields.natural(plan["ranks"]),
-            fields.items(plan["shards"], _decode_shard),
+            json_fields.text(plan["digest"]),
+            json_fields.natural(plan["ranks"]),
+            json_fields.items(plan["shards"], _decode_shard),
         ),
-        nbytes=fields.natural(said["nbytes"]),
-        nbytes_written=fields.natural(said["nbytes_written"]),
-        nbytes_reused=fields.natural(said["nbytes_reused"]),
-        seconds=fields.mapping(said["seconds"], fields.number),
-        created_at=fields.time(said["created_at"]),
-        aliases=fields.mapping(said["aliases"], fields.text),
-        planner_data=fields.optional(fields.text)(said["planner_data"]),
+        nbytes=json_fields.natural(said["nbytes"]),
+        nbytes_written=json_fields.natural(said["nbytes_written"]),
+        nbytes_reused=json_fields.natural(said["nbytes_reused"]),
+        seconds=json_fields.mapping(said["seconds"], json_fields.number),
+        created_at=json_fields.time(said["created_at"]),
+        aliases=json_fields.mapping(said["aliases"], json_fields.text),
+        planner_data=json_fields.optional(json_fields.text)(said["planner_data"]),
     )
     _check_names(content)
     return draft, content
@@ -257,13 +256,13 @@ def _check_names(content: VersionContent) -> None:
 
 def _pack_or_none(found: object) -> str:
     """Return the key of a pack; a tensor without elements may name none."""
-    return "" if found == "" else fields.pack(found)
+    return "" if found == "" else json_fields.pack(found)
 
 
 def _decode_entry(said: Sequence[Any]) -> NewEntry:
-    optional_text = fields.optional(fields.text)
-    fqn, path, kind, digest, value = fields.entries(
-        said, fields.text, StatePath.parsed, fields.text, optional_text, optional_text
+    optional_text = json_fields.optional(json_fields.text)
+    fqn, path, kind, digest, value = json_fields.entries(
+        said, json_fields.text, StatePath.parsed, json_fields.text, optional_text, optional_text
     )
     if (kind == "value") == (digest is not None) or (kind == "value" and value is None):
         raise ValueError(f"{fqn!r} is a {kind!r} of tensor {digest!r} and value {value!r}")
@@ -274,12 +273,14 @@ def _decode_entry(said: Sequence[Any]) -> NewEntry:
 
 def _decode_shard(said: Sequence[Any]) -> ShardRecord:
     fqn, rank, offsets, sizes = said
-    return ShardRecord(fields.text(fqn), fields.natural(rank), fields.box(offsets, sizes))
+    return ShardRecord(
+        json_fields.text(fqn), json_fields.natural(rank), json_fields.box(offsets, sizes)
+    )
 
 
 def _decode_tensor(said: Json, packs: Sequence[str]) -> NewTensor:
-    shape = fields.naturals(said["shape"])
-    parts = tuple(fields.items(said["parts"], lambda part: fields.grid(part, shape)))
+    shape = json_fields.naturals(said["shape"])
+    parts = tuple(json_fields.items(said["parts"], lambda part: json_fields.grid(part, shape)))
     count = sum(part.size for part in parts)
     if count != len(said["chunks"]):
         raise ValueError(f"{len(said['chunks'])} chunks for {count} cells of {said['digest']}")
@@ -288,20 +289,20 @@ def _decode_tensor(said: Json, packs: Sequence[str]) -> NewTensor:
             part,
             ordinal,
             bytes.fromhex(digest),
-            packs[fields.natural(pack)],
-            fields.natural(offset),
-            fields.natural(length),
+            packs[json_fields.natural(pack)],
+            json_fields.natural(offset),
+            json_fields.natural(length),
         )
         for (part, ordinal), (digest, pack, offset, length) in zip(
             _ordinals(parts), said["chunks"], strict=True
         )
     ]
     return NewTensor(
-        fields.text(said["digest"]),
-        fields.text(said["dtype"]),
+        json_fields.text(said["digest"]),
+        json_fields.text(said["dtype"]),
         shape,
-        fields.text(said["codec"]),
-        fields.natural(said["nbytes"]),
+        json_fields.text(said["codec"]),
+        json_fields.natural(said["nbytes"]),
         parts,
         chunks,
     )

@@ -50,9 +50,8 @@ def check_packs(
     `found` hears of each pack when it was looked at. With `resume`, packs that the look which is
     gone on with has passed already are left out.
     """
-    upkeep = catalog
     now = datetime.now(UTC)
-    began = begin_verify(upkeep, resume=resume, now=now)
+    began = begin_verify(catalog, resume=resume, now=now)
     # what was looked at in the future, by a clock that was wrong then, is looked at again
     waiting = [p for p in packs if p.verified_at is None or not began <= p.verified_at < now]
     throttle = _Throttle(limit)
@@ -64,7 +63,7 @@ def check_packs(
     ):
         bar.begin("digests", sum(pack.nbytes for pack in waiting))
         for pack in waiting:
-            chunks = packed_chunks(upkeep, pack.key)
+            chunks = packed_chunks(catalog, pack.key)
 
             def check(chunk: PackedChunk, key: str = pack.key) -> str | None:
                 throttle.take(chunk.length)
@@ -82,11 +81,11 @@ def check_packs(
             damage = f"{len(bad)} damaged chunks: {bad[0].reason}" if bad else None
             if found_by_quick_check(pack.damage):
                 damage = pack.damage
-            mark_pack(upkeep, pack.key, damage=damage, verified_at=datetime.now(UTC))
+            mark_pack(catalog, pack.key, damage=damage, verified_at=datetime.now(UTC))
             found(pack, bad)
             count += len(chunks)
             nbytes += sum(chunk.length for chunk in chunks)
-    end_verify(upkeep)
+    end_verify(catalog)
     return count, nbytes
 
 

@@ -81,14 +81,13 @@ def collect(
         DcpstoreError: the data folder is another repository's.
     """
     grace, lease = as_duration(grace, what="grace"), as_duration(lease, what="lease")
-    upkeep = catalog
     check_owner(catalog, storage)
     if not dry_run:
         write_journal(catalog, storage)
     clock = _steady_clock()
     began = clock()
     found = condemn(
-        upkeep,
+        catalog,
         now=began,
         grace=grace,
         lease=lease,
@@ -103,7 +102,7 @@ def collect(
 
             repacked = list(repack(catalog, storage, found.sparse, author=author))
         write_journal(catalog, storage)  # before a manifest names what is new
-        if stale_versions(upkeep):
+        if stale_versions(catalog):
             from dcpstore.maintenance.rewrite import renew_manifests  # noqa: PLC0415 (loads torch)
 
             renew_manifests(catalog, storage)
@@ -142,13 +141,12 @@ def _steady_clock() -> Callable[[], datetime]:
 def _delete_packs(
     catalog: Catalog, storage: Storage, *, before: datetime, author: str, dry_run: bool
 ) -> list[PackRecord]:
-    upkeep = catalog
-    doomed = find_doomed(upkeep, before=before)
+    doomed = find_doomed(catalog, before=before)
     if doomed and not dry_run:
         for pack in doomed:
             storage.delete(pack.key)
         # Only now: a crash in between leaves rows by which the next collection tries again.
-        forget_packs(upkeep, [p.key for p in doomed], now=datetime.now(UTC), author=author)
+        forget_packs(catalog, [p.key for p in doomed], now=datetime.now(UTC), author=author)
         write_journal(catalog, storage)
     return doomed
 

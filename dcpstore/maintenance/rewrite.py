@@ -36,21 +36,20 @@ def renew_manifests(catalog: Catalog, storage: Storage) -> int:
 
     None while the journal cannot be written: they stay marked, for the next collection.
     """
-    upkeep = catalog
     renewed = 0
     tried: set[tuple[int, str]] = set()
-    while new := [found for found in stale_versions(upkeep).items() if found not in tried]:
+    while new := [found for found in stale_versions(catalog).items() if found not in tried]:
         for number, mark in new:
             tried.add((number, mark))
             try:
-                draft, content = load_content(upkeep, number)
+                draft, content = load_content(catalog, number)
             except (NotFoundError, CorruptionError):  # expired meanwhile; or for verify to report
                 continue
             if not write_journal(catalog, storage):  # of what moved until the content was read
                 return renewed
             write_manifest(storage, draft, content, content.records())
             # Where chunks moved again since, the mark is another, and the loop comes back to it.
-            renewed += clear_stale(upkeep, number, mark)
+            renewed += clear_stale(catalog, number, mark)
     return renewed
 
 
@@ -64,11 +63,11 @@ def repack(
 
     A pack that turns out damaged stays as it is, for verify to report.
     """
-    upkeep, uid = catalog, new_uid()
+    uid = new_uid()
     done = []
     for rank, old in enumerate(packs):
         key = pack_key(uid, rank, 0)
-        if not plan_pack(upkeep, old.key, key, now=datetime.now(UTC)):
+        if not plan_pack(catalog, old.key, key, now=datetime.now(UTC)):
             continue
         writer = PackWriter(storage, uid, rank, limit=_WHOLE)
         try:
@@ -76,16 +75,16 @@ def repack(
             made = writer.finish()
         except CorruptionError:
             writer.discard()
-            unplan_pack(upkeep, key)
+            unplan_pack(catalog, key)
             continue
         except BaseException:
             writer.discard()
             raise
         if not made:  # another collection left no live chunk in it meanwhile
-            unplan_pack(upkeep, key)
+            unplan_pack(catalog, key)
             continue
         (new,) = made
-        if switch_pack(upkeep, old.key, new, moves, now=datetime.now(UTC), author=author):
+        if switch_pack(catalog, old.key, new, moves, now=datetime.now(UTC), author=author):
             done.append((old, new))
     return done
 

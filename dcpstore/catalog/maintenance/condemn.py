@@ -17,7 +17,7 @@ from sqlalchemy import Connection, bindparam, delete, exists, func, insert, sele
 from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
 from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.maintenance.expire import drop_forgotten
-from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema import tables
 from dcpstore.catalog.write.contents import mark_stale
 from dcpstore.catalog.write.operations import Change, append_operations, take_operations
 from dcpstore.errors import InvalidInputError
@@ -35,7 +35,7 @@ __all__ = [
     "unplan_pack",
 ]
 
-_version, _pack, _chunk = schema.version, schema.pack, schema.chunk
+_version, _pack, _chunk = tables.version, tables.pack, tables.chunk
 
 Place = tuple[int, int, int]  # tensor, part and ordinal of one chunk
 
@@ -309,7 +309,7 @@ def _give_up_crashed(connection: Connection, *, now: datetime, lease: timedelta)
     )
     uids = sorted(rows)
     lost = select(_version.c.id).where(_version.c.uid.in_(wanted_names(connection, uids)))
-    connection.execute(delete(schema.progress).where(schema.progress.c.version.in_(lost)))
+    connection.execute(delete(tables.progress).where(tables.progress.c.version.in_(lost)))
     return uids
 
 
@@ -330,19 +330,19 @@ def _check_running(connection: Connection, *, now: datetime, grace: timedelta) -
 
 def _forget_tensors(connection: Connection) -> None:
     """Remove tensors that no entry names, with all that belongs to them."""
-    tensor, entry = schema.tensor, schema.entry
+    tensor, entry = tables.tensor, tables.entry
     dead = connection.scalars(
         select(tensor.c.id).where(~exists().where(entry.c.tensor == tensor.c.id))
     ).all()
     if not dead:
         return
-    for column in (schema.alias.c.tensor, _chunk.c.tensor, schema.part.c.tensor, tensor.c.id):
+    for column in (tables.alias.c.tensor, _chunk.c.tensor, tables.part.c.tensor, tensor.c.id):
         connection.execute(delete(column.table).where(column.in_(wanted_ids(connection, dead))))
 
 
 def _forget_plans(connection: Connection) -> None:
     """Remove plans that no version was saved by any more."""
-    plan, shard = schema.plan, schema.shard
+    plan, shard = tables.plan, tables.shard
     unused = select(plan.c.id).where(~exists().where(_version.c.plan == plan.c.id))
     connection.execute(delete(shard).where(shard.c.plan.in_(unused)))
     connection.execute(delete(plan).where(plan.c.id.in_(unused)))

@@ -17,7 +17,7 @@ from dcpstore.catalog.db.key_lists import wanted_ids
 from dcpstore.catalog.db.transactions import writes
 from dcpstore.catalog.read.ref_lookup import RefRow, list_refs, refs_of, resolve
 from dcpstore.catalog.read.versions import ancestors, is_visible, load_versions
-from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import check_text
 from dcpstore.catalog.write.operations import Change, append_operations, take_operations
 from dcpstore.core.ref_syntax import parse_ref
@@ -31,7 +31,7 @@ __all__ = [
     "forget_versions",
 ]
 
-_version = schema.version
+_version = tables.version
 _SHOWN = 10  # tags that one message names
 
 # Given every version and every ref, returns the numbers of the versions to expire.
@@ -152,7 +152,7 @@ def _expire(connection: Connection, going: Sequence[Version], *, at: datetime) -
 
 def _drop(connection: Connection, ids: Select[Any]) -> None:
     """Take the entries and plans of expired versions away, for good."""
-    entry = schema.entry
+    entry = tables.entry
     connection.execute(delete(entry).where(entry.c.version.in_(ids)))
     connection.execute(update(_version).where(_version.c.id.in_(ids)).values(plan=None, stale=None))
 
@@ -192,7 +192,7 @@ def _nearest_ancestor(connection: Connection, version: int) -> tuple[int, int] |
 
 def _apply(connection: Connection, moves: Iterable[_Move]) -> None:
     """Delete refs, and move those that stay."""
-    ref = schema.ref
+    ref = tables.ref
     for move in moves:
         mine = ref.c.name == move.ref.name
         if move.to is None:

@@ -11,7 +11,7 @@ from dcpstore.catalog.db.key_lists import wanted_ids
 from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.read.entries import load_entries, load_plan
 from dcpstore.catalog.read.versions import ancestors, id_of_number, load_versions
-from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema import tables
 from dcpstore.errors import CorruptionError
 from dcpstore.records import (
     NewChunk,
@@ -25,7 +25,7 @@ from dcpstore.records import (
 
 __all__ = ["clear_stale", "lineage", "load_content", "mark_version_stale", "stale_versions"]
 
-_version = schema.version
+_version = tables.version
 
 
 @reads
@@ -44,7 +44,7 @@ def load_content(connection: Connection, number: int) -> tuple[VersionDraft, Ver
     entries = load_entries(connection, number, None)
     tensors = {e.tensor.id: e.tensor for e in entries if e.tensor is not None}
     chunks = _chunks(connection, version_id)
-    pack = schema.pack
+    pack = tables.pack
     packs = connection.execute(
         select(pack.c.key, pack.c.nbytes)
         .where(pack.c.version == version_id, pack.c.status == "live")
@@ -156,7 +156,7 @@ def _new(tensor: TensorRecord, chunks: list[NewChunk]) -> NewTensor:
 
 
 def _aliases(connection: Connection, tensors: Iterable[TensorRecord]) -> dict[str, str]:
-    alias = schema.alias
+    alias = tables.alias
     digests = {tensor.id: tensor.digest for tensor in tensors}
     rows = connection.execute(
         select(alias).where(alias.c.tensor.in_(wanted_ids(connection, digests.keys())))
@@ -166,7 +166,7 @@ def _aliases(connection: Connection, tensors: Iterable[TensorRecord]) -> dict[st
 
 def _chunks(connection: Connection, version_id: int) -> dict[int, list[NewChunk]]:
     """Return the chunks of every tensor of a version, in order of (part, ordinal)."""
-    chunk, pack, entry = schema.chunk, schema.pack, schema.entry
+    chunk, pack, entry = tables.chunk, tables.pack, tables.entry
     held = select(entry.c.tensor).where(entry.c.version == version_id, entry.c.tensor.is_not(None))
     found: dict[int, list[NewChunk]] = {}
     for row in connection.execute(

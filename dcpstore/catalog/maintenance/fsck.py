@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Select, func, or_, select, update
 
 from dcpstore.catalog.db.key_lists import wanted_ids
 from dcpstore.catalog.db.transactions import reads, writes
-from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema import tables
 from dcpstore.geometry.grids import Grid
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
     "reached_by_tensor",
 ]
 
-_version, _pack, _chunk = schema.version, schema.pack, schema.chunk
+_version, _pack, _chunk = tables.version, tables.pack, tables.chunk
 _SHOWN = 20  # faults of one kind that are told
 
 
@@ -100,7 +100,7 @@ def list_packs(connection: Connection) -> list[PackState]:
 @reads
 def packed_chunks(connection: Connection, key: str) -> list[PackedChunk]:
     """Return the chunks that lie in a pack, by offset; a place that many share comes once."""
-    tensor, part = schema.tensor, schema.part
+    tensor, part = tables.tensor, tables.part
     rows = connection.execute(
         select(
             _chunk.c.offset,
@@ -143,7 +143,7 @@ def find_reached(connection: Connection, key: str, offsets: Sequence[int] | None
 @reads
 def reached_by_tensor(connection: Connection, tensor: int) -> list[Reached]:
     """Return the entries that have a tensor."""
-    return _holders(connection, select(schema.tensor.c.id).where(schema.tensor.c.id == tensor))
+    return _holders(connection, select(tables.tensor.c.id).where(tables.tensor.c.id == tensor))
 
 
 @writes(idempotent=True)
@@ -158,21 +158,21 @@ def mark_pack(
 @writes(idempotent=True)
 def begin_verify(connection: Connection, *, resume: bool, now: datetime) -> datetime:
     """Return when the deep verify began that `resume` goes on with; else begin one now."""
-    began: datetime | None = connection.scalar(select(schema.repository.c.verify_began_at))
+    began: datetime | None = connection.scalar(select(tables.repository.c.verify_began_at))
     if resume and began is not None:
         return began
-    connection.execute(update(schema.repository).values(verify_began_at=now))
+    connection.execute(update(tables.repository).values(verify_began_at=now))
     return now
 
 
 @writes(idempotent=True)
 def end_verify(connection: Connection) -> None:
     """Note that every pack was looked at."""
-    connection.execute(update(schema.repository).values(verify_began_at=None))
+    connection.execute(update(tables.repository).values(verify_began_at=None))
 
 
 def _holders(connection: Connection, tensors: Select[tuple[int]]) -> list[Reached]:
-    entry = schema.entry
+    entry = tables.entry
     rows = connection.execute(
         select(_version.c.number, entry.c.fqn, entry.c.tensor)
         .join(_version, _version.c.id == entry.c.version)
@@ -194,7 +194,7 @@ def _database_faults(connection: Connection) -> Iterator[Fault]:
 
 
 def _ref_faults(connection: Connection) -> Iterator[Fault]:
-    ref = schema.ref
+    ref = tables.ref
     for row in connection.execute(
         select(ref.c.kind, ref.c.name, _version.c.status)
         .join(_version, _version.c.id == ref.c.version)
@@ -205,9 +205,9 @@ def _ref_faults(connection: Connection) -> Iterator[Fault]:
 
 
 def _number_faults(connection: Connection) -> Iterator[Fault]:
-    repository = connection.execute(select(schema.repository)).one()
+    repository = connection.execute(select(tables.repository)).one()
     for table, column, last in (
-        ("operations", schema.operation.c.number, repository.last_operation),
+        ("operations", tables.operation.c.number, repository.last_operation),
         ("versions", _version.c.number, repository.last_version),
     ):
         count, most = connection.execute(select(func.count(column), func.max(column))).one()
@@ -236,7 +236,7 @@ def _pack_faults(connection: Connection) -> Iterator[Fault]:
 
 def _tensor_faults(connection: Connection) -> Iterator[Fault]:
     """Yield the tensors whose chunks are not as many as their grids have cells."""
-    part = schema.part
+    part = tables.part
     counted = (
         select(_chunk.c.tensor, _chunk.c.part, func.count().label("chunks"))
         .group_by(_chunk.c.tensor, _chunk.c.part)

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Row, select, update
 
 from dcpstore.catalog.db.key_lists import wanted_ids
 from dcpstore.catalog.db.transactions import reads, writes
-from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema import tables
 
 __all__ = [
     "ABOUT_REFS",
@@ -62,8 +62,8 @@ def changed_refs(said: Mapping[str, Any]) -> Iterator[ChangedRef]:
 @reads
 def unjournaled(connection: Connection) -> list[Json]:
     """Return the oldest operations that are not known to be in the data folder, in order."""
-    operation = schema.operation
-    written = connection.scalar(select(schema.repository.c.last_journaled))
+    operation = tables.operation
+    written = connection.scalar(select(tables.repository.c.last_journaled))
     rows = connection.execute(
         select(operation)
         .where(operation.c.number > written)
@@ -96,29 +96,29 @@ def unjournaled(connection: Connection) -> list[Json]:
 @writes(idempotent=True)
 def mark_journaled(connection: Connection, number: int) -> None:
     """Note that every operation up to `number` is durable in the data folder."""
-    written = schema.repository.c.last_journaled
+    written = tables.repository.c.last_journaled
     connection.execute(
-        update(schema.repository).where(written < number).values(last_journaled=number)
+        update(tables.repository).where(written < number).values(last_journaled=number)
     )
 
 
 @reads
 def last_journaled(connection: Connection) -> int:
     """Return the last operation that is known to be in the data folder."""
-    return int(connection.execute(select(schema.repository.c.last_journaled)).scalar_one())
+    return int(connection.execute(select(tables.repository.c.last_journaled)).scalar_one())
 
 
 @writes(idempotent=True)
 def journal_again(connection: Connection, number: int) -> None:
     """Have the operations from `number` on written once more."""
-    written = schema.repository.c.last_journaled
+    written = tables.repository.c.last_journaled
     connection.execute(
-        update(schema.repository).where(written >= number).values(last_journaled=number - 1)
+        update(tables.repository).where(written >= number).values(last_journaled=number - 1)
     )
 
 
 def _about(connection: Connection) -> Json:
-    row = connection.execute(select(schema.repository)).one()
+    row = connection.execute(select(tables.repository)).one()
     return {
         "uid": row.uid,
         "format_version": row.format_version,
@@ -129,7 +129,7 @@ def _about(connection: Connection) -> Json:
 
 
 def _names(connection: Connection, ids: Iterable[int]) -> dict[int | None, Json]:
-    version = schema.version
+    version = tables.version
     rows = connection.execute(
         select(version.c.id, version.c.uid, version.c.number).where(
             version.c.id.in_(wanted_ids(connection, list(ids)))
@@ -142,8 +142,8 @@ def _versions_as_json(connection: Connection, ids: set[int]) -> dict[int, Json]:
     """Return all that rows say of versions, their packs and metrics included, by id."""
     if not ids:
         return {}
-    version, parent = schema.version, schema.version.alias("parent_version")
-    metric, pack = schema.metric, schema.pack
+    version, parent = tables.version, tables.version.alias("parent_version")
+    metric, pack = tables.metric, tables.pack
     wanted = wanted_ids(connection, ids)
     facts = {
         row.id: _version_as_json(row)

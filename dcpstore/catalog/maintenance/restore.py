@@ -19,7 +19,7 @@ from sqlalchemy import Connection, insert, select, update
 from dcpstore.catalog.db.key_lists import wanted_names
 from dcpstore.catalog.maintenance.journal import ChangedRef, changed_refs
 from dcpstore.catalog.read.ancestors import lineage_below
-from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema import tables
 from dcpstore.catalog.write.contents import write_content, write_plan
 from dcpstore.catalog.write.operations import Change, append_operations, take_operations
 from dcpstore.errors import ConflictError
@@ -30,7 +30,7 @@ __all__ = ["Contents", "Restored", "restore"]
 # JSON as read: what it holds is checked by use, so `Any`.
 Json = Mapping[str, Any]
 
-_version, _pack = schema.version, schema.pack
+_version, _pack = tables.version, tables.pack
 
 
 class Contents(Protocol):
@@ -191,9 +191,9 @@ def _write_versions(connection: Connection, state: _State) -> dict[str, int]:
             for name, value in fact["metrics"].items()
         ]
         if metrics:
-            connection.execute(insert(schema.metric), metrics)
+            connection.execute(insert(tables.metric), metrics)
     last = max((int(fact["number"]) for fact in facts), default=0)
-    connection.execute(update(schema.repository).values(last_version=last))
+    connection.execute(update(tables.repository).values(last_version=last))
     return ids
 
 
@@ -217,9 +217,9 @@ def _write_operations(
         for said in operations
     ]
     if rows:
-        connection.execute(insert(schema.operation), rows)
+        connection.execute(insert(tables.operation), rows)
     last = max((int(row["number"]) for row in rows), default=0)
-    connection.execute(update(schema.repository).values(last_operation=last, last_journaled=last))
+    connection.execute(update(tables.repository).values(last_operation=last, last_journaled=last))
 
 
 def _write_packs(connection: Connection, state: _State, ids: Mapping[str, int]) -> None:
@@ -314,7 +314,7 @@ def _write_untold(
 
 def _packs_of(connection: Connection, version: int) -> set[str]:
     """Return the keys of the packs in which chunks of a version lie."""
-    chunk, entry = schema.chunk, schema.entry
+    chunk, entry = tables.chunk, tables.entry
     return set(
         connection.scalars(
             select(_pack.c.key)
@@ -339,7 +339,7 @@ def _write_refs(
         if found is None or found not in ids:
             continue
         there[name] = found
-        connection.execute(insert(schema.ref).values(name=name, kind=kind, version=ids[found]))
+        connection.execute(insert(tables.ref).values(name=name, kind=kind, version=ids[found]))
     return there
 
 

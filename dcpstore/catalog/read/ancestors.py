@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, case, select
 
-from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema import tables
 
 __all__ = ["ancestor_at", "depth_of", "is_ancestor", "lineage_below"]
 
-_version = schema.version
+_version = tables.version
 
 
 def lineage_below(connection: Connection, parent: int | None) -> dict[str, int | None]:

@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, Connection, Text, cast, exists, or_, selec
 from dcpstore.catalog.db.key_lists import wanted_digests, wanted_ids, wanted_names
 from dcpstore.catalog.db.transactions import reads
 from dcpstore.catalog.read.entries import load_tensors
-from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema import tables
 from dcpstore.records import ChunkPlace, TensorRecord
 
 __all__ = ["find_chunks", "find_tensors", "known_tensors"]
@@ -26,7 +26,7 @@ def find_chunks(
     """Return where chunks of these digests lie, encoded with `codec`, or any; one place each."""
     if not digests:
         return {}
-    chunk, tensor, pack = schema.chunk, schema.tensor, schema.pack
+    chunk, tensor, pack = tables.chunk, tables.tensor, tables.pack
     wanted = wanted_digests(connection, digests)
     # One content may lie in as many tensors as there are versions: take the first that serves, from
     # the index, and never look at the others. Nested like this, neither database can turn it round
@@ -59,7 +59,7 @@ def known_tensors(connection: Connection, digests: Collection[str]) -> dict[str,
     """Return the tensors of these very digests: id, and whether all its packs are live."""
     if not digests:
         return {}
-    tensor = schema.tensor
+    tensor = tables.tensor
     rows = connection.execute(
         select(tensor.c.digest, tensor.c.id, (~_has_condemned_chunk()).label("live")).where(
             tensor.c.digest.in_(wanted_names(connection, digests))
@@ -73,7 +73,7 @@ def find_tensors(connection: Connection, digests: Collection[str]) -> dict[str, 
     """Return the tensors of these contents, cut so or otherwise, that lie whole in live packs."""
     if not digests:
         return {}
-    tensor, alias = schema.tensor, schema.alias
+    tensor, alias = tables.tensor, tables.alias
     wanted = wanted_names(connection, digests)
     live = ~_has_condemned_chunk()
     own = select(tensor.c.digest, tensor.c.id).where(tensor.c.digest.in_(wanted), live)
@@ -92,9 +92,9 @@ def find_tensors(connection: Connection, digests: Collection[str]) -> dict[str, 
 
 def _has_condemned_chunk() -> ColumnElement[bool]:
     """Return the condition that a row of `tensor` has a chunk in a condemned or damaged pack."""
-    chunk, pack = schema.chunk, schema.pack
+    chunk, pack = tables.chunk, tables.pack
     return exists().where(
-        chunk.c.tensor == schema.tensor.c.id,
+        chunk.c.tensor == tables.tensor.c.id,
         pack.c.id == chunk.c.pack,
         or_(pack.c.status == "condemned", pack.c.damage.is_not(None)),
     )

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Select, select
 from dcpstore.catalog.db.key_lists import look_up_each, wanted_names, wanted_pairs, wanted_ranges
 from dcpstore.catalog.db.transactions import reads
 from dcpstore.catalog.read.versions import id_of_number
-from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema import tables
 from dcpstore.errors import CorruptionError, NotFoundError
 from dcpstore.geometry.boxes import Box
 from dcpstore.records import (
@@ -45,7 +45,7 @@ __all__ = [
 
 def load_tensors(connection: Connection, ids: Select[Any]) -> dict[int, TensorRecord]:
     """Return the tensors whose ids a query selects, by id; two queries, however many they are."""
-    tensor, part = schema.tensor, schema.part
+    tensor, part = tables.tensor, tables.part
     parts: dict[int, list[PartRecord]] = {}
     cut = connection.execute(
         select(part.c.tensor, part.c.part, part.c.offsets, part.c.shape, part.c.chunk_shape)
@@ -104,7 +104,7 @@ def load_entries(
         NotFoundError: there is no such version, or it lacks some of `fqns`; names all of them.
     """
     version_id = id_of_number(connection, version)
-    entry = schema.entry
+    entry = tables.entry
     wanted = None if fqns is None else wanted_names(connection, set(fqns))
     held = select(entry.c.tensor).where(entry.c.version == version_id, entry.c.tensor.is_not(None))
     tensors = load_tensors(connection, _narrowed(held, wanted))
@@ -126,7 +126,7 @@ def load_chunks(connection: Connection, wanted: Sequence[ChunkRange]) -> list[St
     ranges = _merged(wanted)
     if not ranges:
         return []
-    chunk, pack = schema.chunk, schema.pack
+    chunk, pack = tables.chunk, tables.pack
     look_up_each(connection)
     table = wanted_ranges(connection, ranges)
     rows = connection.execute(
@@ -155,8 +155,8 @@ def load_chunks(connection: Connection, wanted: Sequence[ChunkRange]) -> list[St
 def load_planner_data(connection: Connection, version: int) -> str | None:
     """Return what a custom planner kept with a version, as typed JSON."""
     text = connection.scalar(
-        select(schema.version.c.planner_data).where(
-            schema.version.c.id == id_of_number(connection, version)
+        select(tables.version.c.planner_data).where(
+            tables.version.c.id == id_of_number(connection, version)
         )
     )
     return None if text is None else str(text)
@@ -165,12 +165,12 @@ def load_planner_data(connection: Connection, version: int) -> str | None:
 @reads
 def load_plan(connection: Connection, version: int) -> PlanRecord:
     """Return the global plan of a version; its shards sorted by FQN and rank."""
-    plan, shard = schema.plan, schema.shard
+    plan, shard = tables.plan, tables.shard
     version_id = id_of_number(connection, version)
     head = connection.execute(
         select(plan)
-        .join(schema.version, schema.version.c.plan == plan.c.id)
-        .where(schema.version.c.id == version_id)
+        .join(tables.version, tables.version.c.plan == plan.c.id)
+        .where(tables.version.c.id == version_id)
     ).one()
     rows = connection.execute(
         select(shard)
@@ -183,13 +183,13 @@ def load_plan(connection: Connection, version: int) -> PlanRecord:
 
 def _narrowed(query: Select[Any], wanted: Select[Any] | None) -> Select[Any]:
     """Return a query of entries for the wanted FQNs only."""
-    return query if wanted is None else query.where(schema.entry.c.fqn.in_(wanted))
+    return query if wanted is None else query.where(tables.entry.c.fqn.in_(wanted))
 
 
 def _missing(
     connection: Connection, version_id: int, version: int, missing: set[str]
 ) -> NotFoundError:
-    entry = schema.entry
+    entry = tables.entry
     known = connection.scalars(select(entry.c.fqn).where(entry.c.version == version_id)).all()
     lines = []
     for fqn in sorted(missing)[:_SHOWN]:
@@ -245,7 +245,7 @@ def shared_chunks(connection: Connection, pairs: Sequence[Pair]) -> list[SharedC
         return []
     look_up_each(connection)
     wanted = wanted_pairs(connection, pairs)
-    old, new = schema.chunk.alias("old_chunk"), schema.chunk.alias("new_chunk")
+    old, new = tables.chunk.alias("old_chunk"), tables.chunk.alias("new_chunk")
     rows = connection.execute(
         select(wanted.c.old, wanted.c.new, new.c.part, new.c.ordinal)
         .select_from(wanted)

@@ -24,7 +24,7 @@ from sqlalchemy import (
 
 from dcpstore.catalog.db.transactions import reads
 from dcpstore.catalog.read.versions import ancestors, id_of_number, is_visible, load_versions
-from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import check_labels, check_limit, check_steps, check_text
 from dcpstore.core.durations import in_utc
 from dcpstore.core.ref_syntax import NAME_CHARACTERS
@@ -33,7 +33,7 @@ from dcpstore.records import Version
 
 __all__ = ["LogFilter", "best_version", "filtered", "list_log"]
 
-_version, _metric, _ref = schema.version, schema.metric, schema.ref
+_version, _metric, _ref = tables.version, tables.metric, tables.ref
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt,
     "<=": operator.le,

@@ -11,7 +11,7 @@ from dcpstore.catalog.db.key_lists import wanted_names
 from dcpstore.catalog.db.transactions import reads
 from dcpstore.catalog.read.ancestors import ancestor_at, depth_of, is_ancestor
 from dcpstore.catalog.read.versions import ancestors, gone, id_of_number, is_visible, load_versions
-from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema import tables
 from dcpstore.core.ref_syntax import Ref, parse_ref
 from dcpstore.errors import InvalidInputError, NotFoundError
 from dcpstore.records import RefRecord, Version
@@ -56,10 +56,10 @@ def resolve(connection: Connection, ref: str | int | None) -> Version:
     if parsed.step is not None:
         found = _at_step(connection, found, parsed)
     versions = load_versions(
-        connection, select(schema.version.c.id).where(schema.version.c.id == found), limit=1
+        connection, select(tables.version.c.id).where(tables.version.c.id == found), limit=1
     )
     if not versions:  # the walk up ended at one whose row alone is kept
-        version = schema.version
+        version = tables.version
         raise gone(
             *connection.execute(
                 select(version.c.number, version.c.expired_at, version.c.plan).where(
@@ -82,7 +82,7 @@ def find_refs(connection: Connection, names: Iterable[str]) -> dict[str, RefRow]
         if not isinstance(name, str):
             raise InvalidInputError(f"{name!r} names no branch or tag; give its name, a text.")
     wanted = wanted_names(connection, asked)
-    rows = connection.execute(_rows().where(schema.ref.c.name.in_(wanted)))
+    rows = connection.execute(_rows().where(tables.ref.c.name.in_(wanted)))
     return {row.name: RefRow(*row) for row in rows}
 
 
@@ -97,23 +97,23 @@ def find_ref(connection: Connection, name: str, kind: RefKind) -> RefRow:
         return found
     if found is not None:
         raise NotFoundError(f"no {kind} {name!r}: it is a {found.kind}. See 'dcpstore {kind}'.")
-    known = connection.scalars(select(schema.ref.c.name).where(schema.ref.c.kind == kind)).all()
+    known = connection.scalars(select(tables.ref.c.name).where(tables.ref.c.kind == kind)).all()
     raise NotFoundError.near(kind, name, known, f"See 'dcpstore {kind}' for all of them.")
 
 
 @reads
 def list_refs(connection: Connection, kind: RefKind | None = None) -> list[RefRecord]:
     """Return all branches and tags, or those of one kind, sorted by name."""
-    query = _rows().order_by(schema.ref.c.name)
+    query = _rows().order_by(tables.ref.c.name)
     if kind is not None:
-        query = query.where(schema.ref.c.kind == kind)
+        query = query.where(tables.ref.c.kind == kind)
     rows = connection.execute(query)
     return [RefRecord(row.name, row.kind, row.number) for row in rows]
 
 
 def refs_of(connection: Connection, versions: Select[Any]) -> list[RefRow]:
     """Return the refs that name versions, whose ids a query yields, sorted by name."""
-    query = _rows().where(schema.ref.c.version.in_(versions)).order_by(schema.ref.c.name)
+    query = _rows().where(tables.ref.c.version.in_(versions)).order_by(tables.ref.c.name)
     return [RefRow(*row) for row in connection.execute(query)]
 
 
@@ -124,7 +124,7 @@ def _find_uid(connection: Connection, prefix: str) -> int | None:
         InvalidInputError: several do; lists them.
         NotFoundError: it was expired.
     """
-    version = schema.version
+    version = tables.version
     rows = connection.execute(
         select(version.c.id, version.c.uid, version.c.number, version.c.expired_at, version.c.plan)
         .where(version.c.uid >= prefix, version.c.uid < prefix + "g", version.c.number.is_not(None))
@@ -144,7 +144,7 @@ def _find_uid(connection: Connection, prefix: str) -> int | None:
 
 
 def _rows() -> Select[Any]:
-    ref, version = schema.ref, schema.version
+    ref, version = tables.ref, tables.version
     return select(ref.c.name, ref.c.kind, version.c.id, version.c.number).join(
         version, version.c.id == ref.c.version
     )
@@ -165,7 +165,7 @@ def _start(connection: Connection, ref: Ref) -> int:
         raise NotFoundError(
             f"no version has a uid that begins with {ref.uid!r}. See 'dcpstore log --json'."
         )
-    known = connection.scalars(select(schema.ref.c.name)).all()
+    known = connection.scalars(select(tables.ref.c.name)).all()
     if not known and connection.scalar(select(exists().where(is_visible()))):
         raise NotFoundError(
             f"no branch or tag {ref.name!r}: the repository has versions, but none has a name. See "
@@ -181,7 +181,7 @@ def _start(connection: Connection, ref: Ref) -> int:
 
 
 def _is_number(connection: Connection, number: int | None) -> bool:
-    version = schema.version
+    version = tables.version
     return number is not None and bool(
         connection.scalar(select(exists().where(version.c.number == number)))
     )
@@ -199,7 +199,7 @@ def _up(connection: Connection, start: int, ref: Ref) -> int:
 
 
 def _at_step(connection: Connection, start: int, ref: Ref) -> int:
-    version = schema.version
+    version = tables.version
     # Of one line of history, the newest has the greatest number; most steps are there once.
     candidates = connection.scalars(
         select(version.c.id)

@@ -21,14 +21,14 @@ from sqlalchemy import (
 )
 
 from dcpstore.catalog.db.key_lists import wanted_ids
-from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema import tables
 from dcpstore.errors import NotFoundError
 from dcpstore.records import Version
 
 __all__ = ["ancestors", "gone", "id_of_number", "is_visible", "load_versions"]
 
-_version = schema.version
-_parent = schema.version.alias("parent_version")
+_version = tables.version
+_parent = tables.version.alias("parent_version")
 _COLUMNS = (  # what a record is made of, in its order from `labels` on; other columns can be long
     _version.c.id,
     _version.c.number,
@@ -65,7 +65,7 @@ def load_versions(
         return []
     wanted = wanted_ids(connection, [row.id for row in rows])
     tags: dict[int, list[str]] = {}
-    ref = schema.ref
+    ref = tables.ref
     for tag in connection.execute(
         select(ref.c.version, ref.c.name)
         .where(ref.c.version.in_(wanted), ref.c.kind == "tag")
@@ -73,7 +73,7 @@ def load_versions(
     ):
         tags.setdefault(tag.version, []).append(tag.name)
     metrics: dict[int, dict[str, float]] = {}
-    metric = schema.metric
+    metric = tables.metric
     for value in connection.execute(
         select(metric).where(metric.c.version.in_(wanted)).order_by(metric.c.version, metric.c.name)
     ):
@@ -109,7 +109,7 @@ def id_of_number(connection: Connection, number: int) -> int:
         if found.expired_at is not None:
             raise gone(found.number, found.expired_at, found.plan)
         return int(found.id)
-    newest = connection.scalar(select(schema.repository.c.last_version))
+    newest = connection.scalar(select(tables.repository.c.last_version))
     if not newest:
         raise NotFoundError(f"no version v{number}: the repository is empty. Save a version first.")
     raise NotFoundError(

@@ -19,8 +19,7 @@ from typing import NamedTuple, TypeVar
 from sqlalchemy import Connection, func, insert, inspect, select, text
 
 from dcpstore.catalog.db.database import Database
-from dcpstore.catalog.schema import revisions
-from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema import revisions, tables
 from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError, SchemaError
 from dcpstore.records import ChunkDefaults, RepositoryRecord
 
@@ -126,7 +125,7 @@ def create_repository(
             ),
         )
         connection.execute(
-            insert(schema.operation).values(
+            insert(tables.operation).values(
                 number=1, kind="init", target="", author="", created_at=now
             )
         )
@@ -188,7 +187,7 @@ def _creating(database: Database) -> Iterator[Connection]:
 
 def _insert_record(connection: Connection, record: RepositoryRecord) -> None:
     connection.execute(
-        insert(schema.repository).values(
+        insert(tables.repository).values(
             id=1,
             uid=record.uid,
             format_version=record.format_version,
@@ -256,7 +255,7 @@ def _find_record(connection: Connection, database: Database) -> RepositoryRecord
 
 
 def _read_record(connection: Connection) -> RepositoryRecord:
-    row = connection.execute(select(schema.repository)).one()
+    row = connection.execute(select(tables.repository)).one()
     return RepositoryRecord(
         uid=row.uid,
         format_version=row.format_version,

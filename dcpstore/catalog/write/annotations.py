@@ -16,7 +16,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 from dcpstore.catalog.db.transactions import writes
 from dcpstore.catalog.read.ref_lookup import resolve
 from dcpstore.catalog.read.versions import id_of_number, load_versions
-from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import check_labels, check_metrics, check_text
 from dcpstore.catalog.write.operations import Change, append_operations, take_operations
 from dcpstore.errors import AlreadyExistsError
@@ -24,7 +24,7 @@ from dcpstore.records import Version
 
 __all__ = ["add_labels", "add_metrics", "revert_labels", "revert_metrics"]
 
-_version, _metric = schema.version, schema.metric
+_version, _metric = tables.version, tables.metric
 T = TypeVar("T", float, str)
 
 

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 from dcpstore.catalog.db.bulk_insert import insert_rows
 from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
 from dcpstore.catalog.read.dedup import known_tensors
-from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema import tables
 from dcpstore.errors import ConflictError
 from dcpstore.records import NewEntry, NewTensor, PackRecord, PlanRecord, VersionContent
 
@@ -32,7 +32,7 @@ def write_content(connection: Connection, version: int, content: VersionContent)
     _write_aliases(connection, content.aliases, tensors)
     insert_rows(
         connection,
-        schema.entry,
+        tables.entry,
         ("version", "fqn", "path", "kind", "tensor", "value"),
         (
             (version, e.fqn, e.path, e.kind, e.tensor_digest and tensors[e.tensor_digest], e.value)
@@ -43,7 +43,7 @@ def write_content(connection: Connection, version: int, content: VersionContent)
 
 def write_plan(connection: Connection, plan: PlanRecord) -> int:
     """Return the id of a plan, writing its shards where its digest is new."""
-    table = schema.plan
+    table = tables.plan
     found = connection.scalar(select(table.c.id).where(table.c.digest == plan.digest))
     if found is not None:
         return int(found)
@@ -56,7 +56,7 @@ def write_plan(connection: Connection, plan: PlanRecord) -> int:
         ordinal = seen[shard.fqn, shard.rank] = seen.get((shard.fqn, shard.rank), -1) + 1
         rows.append((new, shard.fqn, shard.rank, ordinal, shard.box.offsets, shard.box.sizes))
     insert_rows(
-        connection, schema.shard, ("plan", "fqn", "rank", "ordinal", "offsets", "sizes"), rows
+        connection, tables.shard, ("plan", "fqn", "rank", "ordinal", "offsets", "sizes"), rows
     )
     return int(new)
 
@@ -67,7 +67,7 @@ def _write_packs(
     """Return the ids of new packs by key."""
     if not packs:
         return {}
-    table = schema.pack
+    table = tables.pack
     rows = connection.execute(
         insert(table).returning(table.c.key, table.c.id),
         [
@@ -110,7 +110,7 @@ def _write_tensors(
     packs = {**packs, **_reused_packs(connection, list(given.values()), packs)}
     insert_rows(
         connection,
-        schema.chunk,
+        tables.chunk,
         ("tensor", "part", "ordinal", "digest", "pack", "offset", "length"),
         (
             (ids[tensor.digest], part, ordinal, digest, packs[pack], offset, length)
@@ -126,7 +126,7 @@ def _write_aliases(
 ) -> None:
     if not aliases:
         return
-    alias = schema.alias
+    alias = tables.alias
     known = set(
         connection.scalars(
             select(alias.c.digest).where(
@@ -146,7 +146,7 @@ def _insert_tensors(connection: Connection, tensors: Sequence[NewTensor]) -> dic
     """Insert tensors and their parts; return their ids by digest."""
     if not tensors:
         return {}
-    table = schema.tensor
+    table = tables.tensor
     insert_rows(
         connection,
         table,
@@ -158,7 +158,7 @@ def _insert_tensors(connection: Connection, tensors: Sequence[NewTensor]) -> dic
     ids: dict[str, int] = dict(rows.all())
     insert_rows(
         connection,
-        schema.part,
+        tables.part,
         ("tensor", "part", "offsets", "shape", "chunk_shape"),
         (
             (ids[tensor.digest], number, part.offsets, part.shape, part.chunk_shape)
@@ -174,7 +174,7 @@ def _forget_places(connection: Connection, moved: Mapping[int, NewTensor]) -> No
     if not moved:
         return
     mark_stale(connection, moved.keys())
-    chunk, tensor = schema.chunk, schema.tensor
+    chunk, tensor = tables.chunk, tables.tensor
     connection.execute(
         delete(chunk).where(chunk.c.tensor.in_(wanted_ids(connection, moved.keys())))
     )
@@ -194,7 +194,7 @@ def _reused_packs(
     keys = {chunk.pack for tensor in tensors for chunk in tensor.chunks} - new.keys()
     if not keys:
         return {}
-    pack = schema.pack
+    pack = tables.pack
     rows = connection.execute(
         select(pack.c.key, pack.c.id).where(
             pack.c.key.in_(wanted_names(connection, keys)),
@@ -217,7 +217,7 @@ def _chunk_count(tensor: NewTensor) -> int:
 
 def mark_stale(connection: Connection, tensors: Collection[int]) -> None:
     """Note that the manifests of the versions that hold `tensors` name places of the past."""
-    entry, version = schema.entry, schema.version
+    entry, version = tables.entry, tables.version
     holders = select(entry.c.version).where(entry.c.tensor.in_(wanted_ids(connection, tensors)))
     connection.execute(
         update(version).where(version.c.id.in_(holders)).values(stale=secrets.token_hex(8))

@@ -12,7 +12,7 @@ from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.read.ancestors import is_ancestor, lineage_below
 from dcpstore.catalog.read.ref_lookup import find_refs
 from dcpstore.catalog.read.versions import id_of_number, load_versions
-from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import check_draft
 from dcpstore.catalog.write.contents import write_content, write_plan
 from dcpstore.catalog.write.operations import (
@@ -27,7 +27,7 @@ from dcpstore.records import Version, VersionContent, VersionDraft
 
 __all__ = ["advance_branch", "begin_copy", "commit_copy", "find_copied", "known_uids"]
 
-_version = schema.version
+_version = tables.version
 
 
 @reads
@@ -141,7 +141,7 @@ def advance_branch(connection: Connection, name: str, number: int, *, author: st
     target = id_of_number(connection, number)
     if tip.id == target or not is_ancestor(connection, tip.id, of=target):
         return tip.id == target
-    connection.execute(update(schema.ref).where(schema.ref.c.name == name).values(version=target))
+    connection.execute(update(tables.ref).where(tables.ref.c.name == name).values(version=target))
     assert take_operations(connection) == first
     change = Change("copy", name, tip.id, target)
     append_operations(connection, first, [change], author=author, at=datetime.now(UTC))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection, delete, insert, select, update
 
 from dcpstore.catalog.db.transactions import reads, writes
-from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema import tables
 from dcpstore.records import RankProgress, RunningSave
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ from dcpstore.errors import DcpstoreError
 
 __all__ = ["forget_progress", "kept_lease", "list_running", "touch_save"]
 
-_version, _progress = schema.version, schema.progress
+_version, _progress = tables.version, tables.progress
 
 
 @writes(idempotent=True)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, insert, select, update
 
 from dcpstore.catalog.db.transactions import reads
-from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import check_limit
 from dcpstore.records import Operation
 
@@ -71,7 +71,7 @@ def append_operations(
 ) -> None:
     """Record `changes` under the numbers from `first` on, which are taken."""
     connection.execute(
-        insert(schema.operation),
+        insert(tables.operation),
         [
             {"number": first + i, "author": author, "created_at": at, **change._asdict()}
             for i, change in enumerate(changes)
@@ -87,8 +87,8 @@ def list_operations(connection: Connection, *, limit: int | None = None) -> list
         InvalidInputError: `limit` is no number of rows.
     """
     check_limit(limit)
-    operation = schema.operation
-    old, new = schema.version.alias("old_version"), schema.version.alias("new_version")
+    operation = tables.operation
+    old, new = tables.version.alias("old_version"), tables.version.alias("new_version")
     rows = connection.execute(
         select(operation, old.c.number.label("old_number"), new.c.number.label("new_number"))
         .outerjoin(old, old.c.id == operation.c.old)
@@ -111,9 +111,9 @@ def list_operations(connection: Connection, *, limit: int | None = None) -> list
 
 
 def _take(connection: Connection, counter: str, count: int) -> int:
-    column = schema.repository.c[counter]
+    column = tables.repository.c[counter]
     return int(
         connection.execute(
-            update(schema.repository).values({column: column + count}).returning(column)
+            update(tables.repository).values({column: column + count}).returning(column)
         ).scalar_one()
     )

@@ -15,7 +15,7 @@ from dcpstore.catalog.db.transactions import writes
 from dcpstore.catalog.read.ancestors import is_ancestor
 from dcpstore.catalog.read.ref_lookup import RefKind, RefRow, find_ref, find_refs, resolve
 from dcpstore.catalog.read.versions import id_of_number
-from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import check_text
 from dcpstore.catalog.write.operations import Change, append_operations, take_operations
 from dcpstore.core.ref_syntax import check_name
@@ -51,14 +51,14 @@ def make_ref(
     target = id_of_number(connection, version)
     before = find_refs(connection, [name]).get(name)
     if before is None:
-        connection.execute(insert(schema.ref).values(name=name, kind=kind, version=target))
+        connection.execute(insert(tables.ref).values(name=name, kind=kind, version=target))
     elif not move or before.kind != kind:
         raise taken(before, wanted=kind)
     elif before.id == target:
         return RefRecord(name, kind, version)
     else:
         connection.execute(
-            update(schema.ref).where(schema.ref.c.name == name).values(version=target)
+            update(tables.ref).where(tables.ref.c.name == name).values(version=target)
         )
     append_operations(
         connection,
@@ -83,7 +83,7 @@ def taken(existing: RefRow, *, wanted: RefKind) -> AlreadyExistsError:
     )
 
 
-_ref = schema.ref
+_ref = tables.ref
 
 
 @writes()

@@ -15,7 +15,7 @@ from dcpstore.catalog.db.transactions import writes
 from dcpstore.catalog.read.ancestors import lineage_below
 from dcpstore.catalog.read.ref_lookup import RefRow, find_refs
 from dcpstore.catalog.read.versions import id_of_number, load_versions
-from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import can_be_kept, check_draft, check_key, check_text
 from dcpstore.catalog.write.contents import write_content, write_plan
 from dcpstore.catalog.write.lease import forget_progress
@@ -38,7 +38,7 @@ __all__ = [
     "insert_pending",
 ]
 
-_version = schema.version
+_version = tables.version
 
 
 def find_begun(connection: Connection, draft: VersionDraft) -> bool | None:
@@ -101,7 +101,7 @@ def insert_pending(connection: Connection, draft: VersionDraft, *, parent: int |
     ).scalar_one()
     if draft.metrics:
         connection.execute(
-            insert(schema.metric),
+            insert(tables.metric),
             [
                 {"version": pending, "name": name, "value": float(value)}
                 for name, value in draft.metrics.items()
@@ -186,7 +186,7 @@ def _name(
     connection: Connection, pending: Row[Any], tip: RefRow | None, tags: list[str], *, at: datetime
 ) -> None:
     """Move the branch to the version, tag it, and record both."""
-    ref = schema.ref
+    ref = tables.ref
     rows = [{"name": tag, "kind": "tag", "version": pending.id} for tag in tags]
     if tip is None:
         rows.append({"name": pending.branch, "kind": "branch", "version": pending.id})

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Row, delete, func, insert, select, update
 from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
 from dcpstore.catalog.db.transactions import writes
 from dcpstore.catalog.read.ref_lookup import RefKind, find_refs
-from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import check_text
 from dcpstore.catalog.write.annotations import revert_labels, revert_metrics
 from dcpstore.catalog.write.operations import (
@@ -30,7 +30,7 @@ from dcpstore.records import Operation
 
 __all__ = ["undo_last"]
 
-_ref, _version, _operation = schema.ref, schema.version, schema.operation
+_ref, _version, _operation = tables.ref, tables.version, tables.operation
 _BATCH = 100  # operations that are looked at together, newest first
 
 # The kind of ref that an operation changed.
