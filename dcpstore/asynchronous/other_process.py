@@ -31,7 +31,8 @@ from dcpstore.repository import Repository, opened
 from dcpstore.saving import SaveRequest
 from dcpstore.saving.coordinator import OpenRequest, check_agreement
 from dcpstore.saving.replicas import compare_state
-from dcpstore.state.stateful import check_keys, is_statistic
+from dcpstore.state.buffers import is_statistic
+from dcpstore.state.stateful import check_keys
 
 __all__ = ["check_process", "save_in_process"]
 

@@ -31,6 +31,7 @@ from dcpstore.collectives import (
 from dcpstore.core.reentry import refuse_inside_change
 from dcpstore.errors import ConflictError, InvalidInputError
 from dcpstore.records import Version
+from dcpstore.state.buffers import buffer_names
 from dcpstore.state.savable import (
     check_copies,
     check_state,
@@ -40,7 +41,7 @@ from dcpstore.state.savable import (
     with_closed_shards,
     with_open_shards,
 )
-from dcpstore.state.stateful import buffer_names, check_keys, take_state
+from dcpstore.state.stateful import check_keys, take_state
 
 __all__ = ["Background", "IfBusy", "PendingSave", "find_saver", "finish_running", "raise_unseen"]
 

@@ -39,16 +39,17 @@ from dcpstore.api import RepositoryLike
 from dcpstore.convert.atomic_output import new_folder
 from dcpstore.convert.dcp_metadata import read_description, stored_at
 from dcpstore.convert.exporting import DEEPEST, Exported, ExportedTensor, ExportedVersion
-from dcpstore.convert.file_tensors import FileBox, FileTensor, FileView
+from dcpstore.convert.file_tensors import FileBox, FileTensor
 from dcpstore.convert.importing import Foreign, Naming, save_foreign
 from dcpstore.convert.pickles import Odd, odd_inside
+from dcpstore.convert.safe_path import FileView
 from dcpstore.convert.torch_archive import load_archive, open_source, refuse_odd
 from dcpstore.encoding.values import PlannerBytes
 from dcpstore.errors import CorruptionError
 from dcpstore.geometry.boxes import Box
 from dcpstore.planning import DefaultSavePlanner
+from dcpstore.planning.balance import item_nbytes
 from dcpstore.planning.plan_checks import item_box
-from dcpstore.planning.save_planner import item_nbytes
 from dcpstore.records import ObjectPath, Version
 from dcpstore.repository import opened
 

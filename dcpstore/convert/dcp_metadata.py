@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dcpstore.convert.file_tensors import inside
 from dcpstore.convert.pickles import Unpickler
+from dcpstore.convert.safe_path import inside
 from dcpstore.encoding.dtypes import MOST_DIMS
 from dcpstore.errors import CorruptionError, NotFoundError, UnsafeDataError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,30 +14,31 @@ import torch
 
 from dcpstore.api import RepositoryLike
 from dcpstore.convert.atomic_output import new_file, new_folder
-from dcpstore.convert.exporting import Exported, ExportedTensor, ExportedVersion, find_ties
-from dcpstore.convert.file_tensors import FileBox, FileTensor, inside, row_major
+from dcpstore.convert.exporting import Exported, ExportedTensor, ExportedVersion
+from dcpstore.convert.file_tensors import FileBox, FileTensor, row_major
 from dcpstore.convert.importing import Foreign, Naming, save_foreign
-from dcpstore.convert.safetensors_notes import (
-    NOTES,
-    TAGS,
-    Header,
-    aliases,
-    encode_header,
-    notes,
-    parse_size,
-    paths_of,
-    plain_text,
-    read_header,
-    shard_names,
-    shards_of,
-    values_of,
+from dcpstore.convert.safe_path import inside
+from dcpstore.convert.safetensors_header import NOTES, TAGS, Header, encode_header, read_header
+from dcpstore.convert.safetensors_notes import aliases, notes, paths_of, plain_text, values_of
+from dcpstore.convert.tied_weights import find_ties
+from dcpstore.errors import (
+    CorruptionError,
+    InvalidInputError,
+    NotFoundError,
+    UnsafeDataError,
 )
-from dcpstore.errors import CorruptionError, InvalidInputError, NotFoundError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
 from dcpstore.records import Version
 from dcpstore.repository import opened
 
-__all__ = ["INDEX", "export_safetensors", "import_safetensors"]
+__all__ = [
+    "INDEX",
+    "export_safetensors",
+    "import_safetensors",
+    "parse_size",
+    "shard_names",
+    "shards_of",
+]
 
 INDEX = "model.safetensors.index.json"
 _LARGEST_INDEX = 1 << 30
@@ -299,3 +301,47 @@ def _refuse_pieces(file: Path, header: Header) -> None:
             f"{str(file)!r} holds pieces of {pieces[0]!r}, not whole tensors; consolidate the "
             "files first (torch's consolidate_safetensors_files)."
         )
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+_BINARY = {"KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
+
+
+def parse_size(size: int | str) -> int:
+    """Return a size in bytes: a number, or a text such as "5GB" (powers of 1000) or "5GiB".
+
+    Raises:
+        InvalidInputError: it is neither, or not positive.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(size).strip().upper())
+    unit = (_UNITS | _BINARY).get(found[2]) if found else None
+    nbytes = int(float(found[1]) * unit) if found and unit else 0
+    if nbytes <= 0:
+        raise InvalidInputError(f"size {size!r} is none; give bytes, or such as '5GB' or '512MiB'.")
+    return nbytes
+
+
+def shards_of(tensors: Sequence[ExportedTensor], most: int) -> list[list[ExportedTensor]]:
+    """Return the tensors of each file: in the order of their names, up to `most` bytes a file.
+
+    Inside a file wide dtypes come first, so that each tensor begins at a multiple of its own width,
+    as whoever maps the file wants it. A tensor larger than `most` has a file to itself.
+    """
+    shards: list[list[ExportedTensor]] = [[]]
+    held = 0
+    for tensor in tensors:
+        if shards[-1] and held + tensor.nbytes > most:
+            shards.append([])
+            held = 0
+        shards[-1].append(tensor)
+        held += tensor.nbytes
+    return [sorted(shard, key=lambda t: (-t.dtype.itemsize, t.fqn)) for shard in shards]
+
+
+def shard_names(count: int) -> list[str]:
+    """Return the names of so many files, as Hugging Face's libraries look for them."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]

@@ -34,9 +34,10 @@ from dcpstore.catalog.write.lease import kept_lease
 from dcpstore.catalog.write.saves import abort_save, begin_save
 from dcpstore.core.ids import new_uid
 from dcpstore.errors import DcpstoreError, InvalidInputError
+from dcpstore.planning.balance import item_nbytes
 from dcpstore.planning.plan_checks import check_agreement, check_names, check_results, check_tiling
 from dcpstore.planning.plan_table import GlobalTable, PlanTable
-from dcpstore.planning.save_planner import item_nbytes, recorded_by
+from dcpstore.planning.save_planner import recorded_by
 from dcpstore.records import ChunkPlace, ObjectPath, PackRecord, Version, VersionDraft
 from dcpstore.repository import Repository, opened
 from dcpstore.saving.commit import (

@@ -21,7 +21,7 @@ from dcpstore.encoding.dtypes import dtype_name, torch_dtype
 from dcpstore.geometry.box_table import BoxTable, Ints, padded
 from dcpstore.geometry.boxes import Box
 from dcpstore.records import ObjectPath, PlanRecord, ShardRecord
-from dcpstore.state.stateful import is_statistic
+from dcpstore.state.buffers import is_statistic
 from dcpstore.state.tree import recorded_paths
 
 __all__ = ["GlobalTable", "Named", "PlanTable"]

@@ -22,10 +22,10 @@ from dcpstore.catalog.maintenance.retention import Retention, retain
 from dcpstore.catalog.read.entries import load_entries
 from dcpstore.catalog.read.ref_lookup import list_refs, resolve
 from dcpstore.catalog.validation import as_labels, as_metrics, check_draft
-from dcpstore.catalog.write.operations import this_user
 from dcpstore.catalog.write.saves import abort_save, commit_save
 from dcpstore.core.ids import new_uid
 from dcpstore.core.ref_syntax import rank_name
+from dcpstore.core.user import this_user
 from dcpstore.encoding.values import encode_value
 from dcpstore.errors import ConflictError, DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.records import (

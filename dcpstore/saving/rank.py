@@ -26,8 +26,9 @@ from dcpstore.saving.pack_writer import ChunkWriter, Written
 from dcpstore.saving.plan_exchange import LocalPlan, PlanOffer, PlanReply
 from dcpstore.saving.rank_chunks import ChunkKey, RankData, RawChunk, total_nbytes
 from dcpstore.saving.replicas import fingerprints
+from dcpstore.state.buffers import buffer_names
 from dcpstore.state.savable import check_state, nesting_checked
-from dcpstore.state.stateful import buffer_names, take_state
+from dcpstore.state.stateful import take_state
 
 __all__ = ["RankWork"]
 

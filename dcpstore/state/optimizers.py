@@ -21,8 +21,8 @@ from dcpstore.formats.composition import ComposedEntry, Entry
 from dcpstore.records import ObjectPath
 from dcpstore.state.composed import composed_place
 from dcpstore.state.load_options import LoadOptions
+from dcpstore.state.meta_device import without_memory
 from dcpstore.state.overlay import ABSENT, GapError, Leaf, Node, lay_over, new_place, tree_of
-from dcpstore.state.targets import without_memory
 from dcpstore.state.tree import path_below
 
 __all__ = ["is_by_number", "lists_parameters", "optional_names", "prepare_optimizer"]

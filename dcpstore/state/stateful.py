@@ -22,7 +22,6 @@ from typing import Any, TypeGuard
 
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.tensor import DTensor
 
 from dcpstore.errors import InvalidInputError
 from dcpstore.formats.composition import Entry, fold_entries
@@ -37,12 +36,10 @@ from dcpstore.state.tree import flattened, path_below
 __all__ = [
     "Owner",
     "Template",
-    "buffer_names",
     "check_fillable",
     "check_keys",
     "common_growth",
     "give_state",
-    "is_statistic",
     "take_state",
     "take_template",
 ]
@@ -395,62 +392,3 @@ def _handed(own: Any, filled: Any, rank: int) -> Any:
         items = [_handed(a, b, rank) for a, b in zip(mine, filled, strict=False)]
         return items if any(a is not b for a, b in zip(items, filled, strict=True)) else filled
     return filled
-
-
-# Of torch's batch norms, and of those that are written like them.
-_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
-
-
-def is_statistic(fqn: str) -> bool:
-    """Tell whether a tensor has the name of a batch norm's statistic."""
-    return fqn.rpartition(".")[2] in _STATISTICS
-
-
-def buffer_names(state_dict: Mapping[str, Any], taken: Mapping[str, Any]) -> frozenset[str]:
-    """Return the FQNs of the buffers of all modules in `state_dict`, wherever they lie in it.
-
-    Args:
-        state_dict: with its modules.
-        taken: the plain state of it.
-    """
-    names: set[str] = set()
-    _collect(state_dict, taken, (), names)
-    return frozenset(names)
-
-
-def _collect(owner: Any, given: Any, path: tuple[str, ...], names: set[str]) -> None:
-    if isinstance(owner, torch.nn.Module):
-        if isinstance(given, Mapping):
-            names.update(".".join((*path, name)) for name in _buffers_of(owner, given))
-    elif isinstance(owner, Mapping) and isinstance(given, Mapping):
-        for key, inner in owner.items():
-            if key in given:
-                _collect(inner, given[key], (*path, str(key)), names)
-    elif isinstance(owner, list) and isinstance(given, list) and len(owner) == len(given):
-        for i, inner in enumerate(owner):
-            _collect(inner, given[i], (*path, str(i)), names)
-
-
-def _buffers_of(module: torch.nn.Module, given: Mapping[str, Any]) -> list[str]:
-    """Return the names in a module's state that are buffers: by name, or by where they lie."""
-    buffers = dict(module.named_buffers(remove_duplicate=False))
-    if not buffers:
-        return []
-    # A hook may rename what it gives, and FSDP1 gives copies: one of the two is left as it was.
-    places = {_place(buffer) for buffer in buffers.values()} - {None}
-    return [
-        name
-        for name, tensor in given.items()
-        if isinstance(tensor, torch.Tensor) and (name in buffers or _place(tensor) in places)
-    ]
-
-
-def _place(tensor: torch.Tensor) -> tuple[str, int] | None:
-    """Return the device and address of a tensor's memory; None where it has none."""
-    with torch.no_grad():
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    try:
-        address = local.data_ptr()
-    except RuntimeError:  # of a tensor that has no storage
-        return None
-    return (str(local.device), address) if address else None

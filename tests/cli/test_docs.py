@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from dcpstore import repository
 from dcpstore.cli.app import commands
-from dcpstore.convert.safetensors_notes import encode_header
+from dcpstore.convert.safetensors_header import encode_header
 from tests.cli.history import save_example
 from tests.cli.test_failures import CODES
 

@@ -26,7 +26,8 @@ from dcpstore import (
     UnsafeDataError,
 )
 from dcpstore.convert import export_safetensors, import_safetensors, import_torch
-from dcpstore.convert.safetensors_notes import TAGS, parse_size, read_header
+from dcpstore.convert.safetensors_files import parse_size
+from dcpstore.convert.safetensors_header import TAGS, read_header
 from tests.convert.states import (
     FOREIGN,
     NOT_IN_SAFETENSORS,

@@ -20,9 +20,10 @@ from torch.distributed.checkpoint.planner import (
 
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box
+from dcpstore.planning.balance import share_out
 from dcpstore.planning.plan_checks import check_agreement, check_tiling, item_box
 from dcpstore.planning.plan_table import GlobalTable, PlanTable
-from dcpstore.planning.save_planner import DefaultSavePlanner, share_out
+from dcpstore.planning.save_planner import DefaultSavePlanner
 from dcpstore.records import ChunkDefaults, EntryRecord, TensorRecord
 from dcpstore.saving.layout import Layout
 from dcpstore.saving.plan_exchange import LocalPlan, PlanMemory, reply_to_offers

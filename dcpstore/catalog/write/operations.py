@@ -11,8 +11,6 @@ Invariant: there always is one, and both databases keep it; no change fails for 
 
 from __future__ import annotations
 
-import getpass
-import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -24,23 +22,7 @@ from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import check_limit
 from dcpstore.records import Operation
 
-__all__ = [
-    "Change",
-    "append_operations",
-    "list_operations",
-    "take_operations",
-    "take_version",
-    "this_user",
-]
-
-
-def this_user() -> str:
-    """Return the name of the user, or the number of one who has none (as in many containers)."""
-    try:
-        name = getpass.getuser()
-    except (KeyError, ImportError, OSError):  # the last alone from Python 3.13 on
-        return str(os.getuid())
-    return name.encode(errors="backslashreplace").decode()
+__all__ = ["Change", "append_operations", "list_operations", "take_operations", "take_version"]
 
 
 class Change(NamedTuple):
