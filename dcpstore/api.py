@@ -1,9 +1,7 @@
 """`save` and `load`: one call on every rank, as in torch.distributed.checkpoint.
 
-What `save`, `load` and `async_save` are given: a repository or a storage of torch's, a planner.
-
-Torch's older forms are taken. Invariant: what stands in the place of another argument is refused by
-the name of the argument that it is for, before anything is opened.
+Torch's older argument forms are accepted. Invariant: a value given in the place of another argument
+is refused, with the name of the argument that it belongs to, before anything is opened.
 """
 
 from __future__ import annotations
@@ -279,7 +277,7 @@ def save(
             `load` finds it by the plain name.
 
     Raises:
-        InvalidInputError: a name, an item or a plan that cannot be meant; ranks that disagree.
+        InvalidInputError: a name, an item or a plan is invalid, or the ranks disagree.
         UnsafeDataError: an item is neither tensor nor plain value, and pickle is not allowed.
         AlreadyExistsError: a tag is taken.
         NotFoundError: `parent` or `expect_tip` names nothing.
@@ -434,7 +432,7 @@ def load(
         MismatchError: everything that is missing or differs, on any rank; no tensor was touched.
             After the load, and saying so: what modules, optimizers and other `Stateful` objects do
             not hold with the stored bits, dtype, shape and Python type, or still on meta.
-        InvalidInputError: an argument, or a place in the state, that cannot be meant or filled.
+        InvalidInputError: an argument is invalid, or a place in the state cannot be filled.
         NotFoundError: no such version or repository.
         CorruptionError: stored bytes are damaged; tensors before the damage are filled already.
         UnsafeDataError: a value is a pickle, and pickle is not allowed; no tensor was touched.

@@ -48,7 +48,7 @@ class ConflictError(DcpstoreError):
 
 
 class InvalidInputError(DcpstoreError, ValueError):
-    """The caller gave something that cannot be meant."""
+    """An argument is invalid."""
 
 
 class MismatchError(DcpstoreError):
@@ -103,7 +103,7 @@ class CorruptionError(DcpstoreError):
 
 
 class UnsafeDataError(DcpstoreError):
-    """A pickle would have to be written or read without leave."""
+    """Writing or reading needs pickle, and `allow_pickle` is False."""
 
 
 class RankFailure(DcpstoreError):

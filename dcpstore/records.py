@@ -317,7 +317,7 @@ class RankProgress:
 class RunningSave:
     """A save that has begun and not ended; `touched_at` is when its coordinator last said so.
 
-    `progress` is by rank; a save that has not run for a second has told nothing yet.
+    `progress` is by rank; a save that has not run for a second has none yet.
     """
 
     uid: str

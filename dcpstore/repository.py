@@ -124,7 +124,7 @@ class Repository:
             branch: the branch on which it was saved.
 
         Raises:
-            InvalidInputError: a comparison or pattern that cannot be meant.
+            InvalidInputError: a comparison or pattern is invalid.
             NotFoundError: no version has such a metric, or was saved on such a branch.
         """
         start = None if ref is None else resolve(self.catalog, ref).number
@@ -309,8 +309,8 @@ class Repository:
         """Return what changed from one version to another.
 
         Without `stats` it reads the catalog alone: contents are compared by digest. With it, each
-        changed tensor is told in numbers, out of the chunks that differ. A tensor that is made of
-        tensors is one entry, with those as its parts.
+        changed tensor has statistics, from the chunks that differ. A tensor that is made of tensors
+        is one entry, with those as its parts.
 
         Raises:
             CorruptionError: with `stats`, stored bytes are damaged.
@@ -460,7 +460,7 @@ class Repository:
             dry_run: change nothing, and tell what would expire.
 
         Raises:
-            InvalidInputError: there is no rule, or one that cannot be meant.
+            InvalidInputError: there is no rule, or an invalid one.
             NotFoundError: no version has that metric, or was saved to that branch.
         """
         from dcpstore.catalog.maintenance.retention import (  # noqa: PLC0415 (as for gc)
@@ -701,7 +701,7 @@ def make(
     Raises:
         AlreadyExistsError: there is one, perhaps of a process that was faster; or the data folder
             holds another's data.
-        InvalidInputError: `data` is missing, or `chunk` cannot be meant.
+        InvalidInputError: `data` is missing, or `chunk` is invalid.
         NotFoundError: no database server.
         SchemaError: a database that is neither empty nor ours.
     """

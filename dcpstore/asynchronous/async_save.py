@@ -140,9 +140,9 @@ def async_save(
         The pending save: `staged` is done, `result()` waits for the version.
 
     Raises:
-        InvalidInputError: an argument or a tensor that cannot be meant; nothing was begun.
+        InvalidInputError: an argument or a tensor is invalid; nothing was begun.
         ConflictError: a save still runs and `if_busy` is "refuse".
-        DcpstoreError: a failure of the save before that nobody has heard of.
+        DcpstoreError: the save before failed, and its result was never asked for.
     """
 
     def asked(*, leads: bool = True) -> SaveRequest:

@@ -101,7 +101,7 @@ class PendingSave(Future[Version], AsyncSaveResponse):
         Raises:
             TimeoutError: it has not ended yet.
         """
-        failure = super().exception(timeout)  # until it ends, nothing has been heard of it
+        failure = super().exception(timeout)  # until it ends, its failure is not reported
         self._is_seen = True
         return failure
 
@@ -207,16 +207,16 @@ class _Saver:
                 is_busy = False
             return is_busy, self.take_unseen(), names
 
-        def agree(told: list[tuple[bool, BaseException | None, tuple[str, ...]]]) -> list[str]:
-            failure = next((error for _, error, _ in told if error is not None), None)
+        def agree(requests: list[tuple[bool, BaseException | None, tuple[str, ...]]]) -> list[str]:
+            failure = next((error for _, error, _ in requests if error is not None), None)
             if failure is not None:
                 raise failure
-            if any(is_busy for is_busy, _, _ in told):
+            if any(is_busy for is_busy, _, _ in requests):
                 raise ConflictError(
                     "the asynchronous save before is still running and if_busy='refuse'; wait for "
                     "its result(), or pass if_busy='wait'."
                 )
-            return sorted({key for _, _, keys in told for key in keys})
+            return sorted({key for _, _, keys in requests for key in keys})
 
         def stage() -> bool:
             nonlocal staged, fits, buffers
@@ -265,7 +265,7 @@ class _Saver:
                     self._saving,
                     "stage",
                     lambda: state.append(staged.settled()),
-                    lambda told: None,
+                    lambda requests: None,
                 )
             else:
                 state.append(staged.settled())
@@ -296,7 +296,7 @@ class _Saver:
             self._last.wait()
 
     def take_unseen(self) -> BaseException | None:
-        """Return the failure of the last save, if nobody has heard of it."""
+        """Return the failure of the last save, if its result was never asked for."""
         return None if self._last is None else self._last.take_unseen()
 
 
@@ -329,7 +329,7 @@ def find_saver(
 
 
 def raise_unseen() -> None:
-    """Wait for running saves and raise a failure that nobody has heard of."""
+    """Wait for running saves and raise a failure that was not reported yet."""
     for saver in _savers.values():
         saver.wait()
         failure = saver.take_unseen()

@@ -57,7 +57,7 @@ class Catalog:
 
         Raises:
             NotFoundError: there is no catalog, or no way to it.
-            InvalidInputError: the URL cannot be meant, or its data lie elsewhere.
+            InvalidInputError: the URL is invalid, or its data lie elsewhere.
             SchemaError: the database is not ours, older or newer; the message names the cure.
         """
         return cls._opened(url, lambda found: open_repository(found, data_url=data_url))
@@ -81,7 +81,7 @@ class Catalog:
 
         Raises:
             AlreadyExistsError: there is a catalog.
-            InvalidInputError: the URL cannot be meant, or `data_url` is missing.
+            InvalidInputError: the URL is invalid, or `data_url` is missing.
             NotFoundError: there is no way to the database.
             SchemaError: the database is not empty.
         """

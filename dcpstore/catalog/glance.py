@@ -2,7 +2,7 @@
 
 SQLAlchemy takes longer to load than all the rest of `dcpstore log` takes. The query here is that of
 the view `history`, on the tables themselves. Invariant: a glance raises nothing, and returns what
-`Catalog` would; or None where what it looks at is not as it should be, and then whoever asks turns
+`Catalog` would; or None where what it looks at is not as it should be, and then the caller turns
 to `Catalog`, which finds out what is wrong, and says so. What a log does not show, metrics for
 example, may be damaged all the same: `dcpstore verify` looks at everything.
 """

@@ -20,7 +20,7 @@ def locate(target: str | os.PathLike[str]) -> tuple[str, Path | None]:
     The URL of a file of SQLite is made absolute: the process may change its folder.
 
     Raises:
-        InvalidInputError: the target is no path, a file, or a URL that cannot be meant.
+        InvalidInputError: the target is not a path, is a file, or is an invalid URL.
     """
     target = check_path(target, what="the repository")
     if "://" in target:
@@ -28,7 +28,7 @@ def locate(target: str | os.PathLike[str]) -> tuple[str, Path | None]:
         is_file = url.get_backend_name() == "sqlite"
         return (sqlite_url(Path(url.database or "").absolute()) if is_file else target), None
     folder = Path(target).absolute()
-    if os.path.isfile(folder):  # who may not even ask is told so when the catalog is looked for
+    if os.path.isfile(folder):  # if even this may not be asked, opening the catalog says so
         raise InvalidInputError(
             f"{target!r} is a file; pass its folder, or 'sqlite:///{target}' if it is a catalog."
         )

@@ -69,7 +69,7 @@ def check_draft(draft: VersionDraft) -> None:
 
 
 def check_limit(limit: int | None) -> None:
-    """Raise InvalidInputError for a number of rows that cannot be meant; None is all of them."""
+    """Raise InvalidInputError for an invalid number of rows; None is all of them."""
     if limit is not None and (type(limit) is not int or not 0 <= limit <= _MAX_NUMBER):
         raise InvalidInputError(
             f"limit is {limit!r}; give a whole number from 0 to {_MAX_NUMBER}, or None for all."

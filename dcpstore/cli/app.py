@@ -138,6 +138,6 @@ def _ready(stream: TextIO | None, mode: Literal["r", "w"], errors: str) -> TextI
 
 
 def _leave_pipe(ctx: click.Context) -> NoReturn:
-    """Exit, after making sure that Python's last flush of what remains finds no closed pipe."""
+    """Exit, after making sure that Python's last flush finds no closed pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     ctx.exit(BROKEN_PIPE)

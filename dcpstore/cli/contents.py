@@ -1,7 +1,4 @@
-"""`dcpstore ls`: what a version holds, entry by entry.
-
-`dcpstore show`: all that is known of one version, its entries aside.
-"""
+"""`dcpstore show` and `dcpstore ls`: one version, and its entries."""
 
 from __future__ import annotations
 
@@ -27,6 +24,16 @@ from dcpstore.records import EntryRecord, Version
 from dcpstore.repository import matching_entries
 
 __all__ = ["ls", "show"]
+
+_WILD = frozenset("*?[")  # no ref holds one of these
+_COLUMNS = (
+    Column("FQN"),
+    Column("KIND"),
+    Column("DTYPE"),
+    Column("SHAPE"),
+    Column("BYTES OR VALUE", shrinks=True),
+)
+_LONG = (Column("CHUNKS", right=True), Column("CODEC"), Column("DIGEST"))
 
 
 @click.command()
@@ -64,17 +71,6 @@ def _pairs(version: Version) -> Iterator[tuple[str, str]]:
     labels = [f"{visible(name)} {visible(value)}" for name, value in version.labels.items()]
     yield "labels", "\n".join(labels) or "-"
     yield "message", version.message or "-"
-
-
-_WILD = frozenset("*?[")  # no ref holds one of these
-_COLUMNS = (
-    Column("FQN"),
-    Column("KIND"),
-    Column("DTYPE"),
-    Column("SHAPE"),
-    Column("BYTES OR VALUE", shrinks=True),
-)
-_LONG = (Column("CHUNKS", right=True), Column("CODEC"), Column("DIGEST"))
 
 
 @click.command()

@@ -1,7 +1,4 @@
-"""`dcpstore log`: the history, newest first, as the view `history` has it.
-
-Lines that join each version to its parent, beside a log that is printed newest first.
-"""
+"""`dcpstore log`: the history, newest first, with lines from each version to its parent."""
 
 from __future__ import annotations
 
@@ -21,6 +18,18 @@ if TYPE_CHECKING:
     from dcpstore.records import Version
 
 __all__ = ["draw_graph", "log"]
+
+_MOST = 1_000_000_000  # more would not fit the number types of every database
+_COLUMNS = (
+    Column("VERSION"),
+    Column("BRANCH", shrinks=True),
+    Column("STEP", right=True),
+    Column("TAGS", shrinks=True),
+    Column("WHEN"),
+    Column("BYTES", right=True),
+    Column("MESSAGE", shrinks=True),
+)
+_GRAPH = (Column(""), *_COLUMNS)
 
 
 def draw_graph(
@@ -71,21 +80,6 @@ def _without(lanes: list[int], lane: int, *, into: int | None) -> Iterator[tuple
         for at in range(2 * into + 1, 2 * lane - 1, 2):
             marks[at] = "_"
     yield "".join(marks).rstrip(), None
-
-
-_MOST = 1_000_000_000  # more would not fit the number types of every database
-_COLUMNS = (
-    Column("VERSION"),
-    Column("BRANCH", shrinks=True),
-    Column("STEP", right=True),
-    Column("TAGS", shrinks=True),
-    Column("WHEN"),
-    Column("BYTES", right=True),
-    Column("MESSAGE", shrinks=True),
-)
-
-
-_GRAPH = (Column(""), *_COLUMNS)
 
 
 @click.command()

@@ -1,13 +1,4 @@
-"""`dcpstore copy`: versions from one repository to another.
-
-`dcpstore expire` and `dcpstore forget`: let versions go, by rules or by name.
-
-`dcpstore gc`: free the bytes that nothing reaches.
-
-`dcpstore verify`: is everything intact; exit code 3 if not.
-
-`dcpstore rebuild`: a lost catalog comes back from the data folder.
-"""
+"""The commands that keep a repository in order: expire, forget, gc, verify, rebuild and copy."""
 
 from __future__ import annotations
 
@@ -36,6 +27,9 @@ from dcpstore.maintenance.damage import Damage, VerifyReport
 from dcpstore.maintenance.rebuild import rebuild as rebuild_catalog
 
 __all__ = ["copy", "expire", "forget", "gc", "rebuild", "verify"]
+
+_MIB = 1024 * 1024
+_SHOWN = 5  # FQNs and chunks of one damage that are listed
 
 _COLUMNS = (
     Column("VERSION"),
@@ -194,10 +188,6 @@ def gc(session: Session, grace: str, lease: str, dry_run: bool) -> None:
     if report.unknown:
         shown.append(("unknown", f"{len(report.unknown)} objects left alone"))
     print_pairs(shown)
-
-
-_MIB = 1024 * 1024
-_SHOWN = 5  # FQNs and chunks of one damage that are listed
 
 
 @click.command()

@@ -1,7 +1,4 @@
-"""`dcpstore db-upgrade`: bring the catalog of an older dcpstore to the tables of this one.
-
-`dcpstore init`: the one command that makes a repository.
-"""
+"""The commands that create or upgrade a catalog: init and db-upgrade."""
 
 from __future__ import annotations
 

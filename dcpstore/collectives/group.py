@@ -63,7 +63,7 @@ class Collectives(Protocol):
         """Return the coordinator's value."""
 
     def publish(self, said: str) -> None:
-        """Leave a word for whoever asks how far this rank is; waits for nobody."""
+        """Publish the progress of this rank; does not block."""
 
     def progress_by_rank(self) -> dict[int, str]:
         """Return what each rank published last, by rank; any thread may call it."""
@@ -159,7 +159,7 @@ class RankGroup:
         return box[0]
 
     def publish(self, said: str) -> None:
-        """Leave a word for whoever asks how far this rank is."""
+        """Publish the progress of this rank."""
         if self._barrier is not None:
             self._barrier.publish(said)
 

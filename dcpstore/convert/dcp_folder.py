@@ -1,12 +1,9 @@
 """DCP folders, as `torch.distributed.checkpoint.save` writes them: in, and out again.
 
-In: each piece of a tensor is read where it lies, whatever number of ranks wrote it. Out: torch's
-own writer writes, box after box, so any number of ranks load what it wrote.
-
-A version through torch's own FileSystemWriter, box after box.
-
-The writer holds the tensors of one file until it is written (torch 2.13 collects them for another
-format), so it is given many small files, each of some boxes of tensors; that bounds its memory.
+An import reads each piece of a tensor where it is, whatever number of ranks wrote it. An export
+uses torch's own FileSystemWriter, box by box, so any number of ranks load the result. That writer
+holds the tensors of one file until the file is written (torch 2.13 collects them for another
+format), so it is given many small files, each with some boxes of tensors; that bounds its memory.
 """
 
 from __future__ import annotations
@@ -111,7 +108,7 @@ def write_folder(folder: Path, planner: ExportPlanner) -> int:
     """Fill an empty folder with what the planner plans; return the number of files.
 
     These are the steps of `torch.distributed.checkpoint.save` on one rank, without its exception
-    that is no Exception and without a process group. Whoever names the folder syncs it.
+    that is not an Exception and without a process group. The caller syncs the folder.
     """
     writer = FileSystemWriter(
         folder, sync_files=False

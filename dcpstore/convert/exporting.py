@@ -1,17 +1,7 @@
-"""A version on its way out of a repository: its tensors box after box, its values, its ties.
+"""A version on its way out of a repository: its tensors box by box, and its values.
 
-Invariant: every byte is verified as a load verifies it, and no more than one box of a tensor is in
-memory; packs are let go after each box, so that mapped ones do not add up.
-
-The dtype that a caller asks floats to be converted to, by its usual names.
-
-Which tensors of a version are one: what a catalog of contents can tell.
-
-A repository keeps contents, not memory, so a tie is concluded from equal content, and only where
-that cannot do harm. Two tensors that happen to be equal must not become one: an optimizer would
-then update both at once, and a model would miss one of them. Hence what is equal by nature is
-never tied: optimizer state, tensors whose elements are all the same, and those whose FQNs differ
-in numbers alone, as a buffer that every layer has.
+Invariant: every byte is verified as a load verifies it, and at most one box of a tensor is in
+memory; packs are released after each box, so that mapped packs do not add up.
 """
 
 from __future__ import annotations
@@ -36,6 +26,9 @@ from dcpstore.storage.packs import PackReader
 
 __all__ = ["DEEPEST", "Exported", "ExportedTensor", "ExportedVersion", "converted", "wanted_dtype"]
 
+DEEPEST = 100  # containers one in another that a format nests, as in values
+_BOX = 64 << 20  # bytes of a tensor that are read at a time, where its chunks allow it
+
 _CASTS = {name: row.torch for row in DTYPES for name in row.casts}
 
 
@@ -59,10 +52,6 @@ def converted(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     if wanted is None or not dtype.is_floating_point or dtype == PACKED:
         return dtype  # of two numbers in an element no conversion keeps the shape
     return wanted
-
-
-DEEPEST = 100  # containers one in another that a format nests, as in values
-_BOX = 64 << 20  # bytes of a tensor that are read at a time, where its chunks allow it
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,7 @@
-"""Tensors that lie in files, read a box at a time.
+"""Tensors in files, read one box at a time.
 
-Invariant: nothing of a file is kept in memory, mapped or copied, past the read of one box; so a
+Invariant: nothing of a file stays in memory, mapped or copied, after the read of one box; so a
 checkpoint of any size passes through the memory of a few chunks.
-
-Where the files of a foreign checkpoint may lie: inside its own folder, links followed.
-
-A checkpoint comes from anywhere, by archive or clone, and with it its links: one that leads out
-would bring files of this machine into a version. A file that the caller names is the caller's.
 """
 
 from __future__ import annotations

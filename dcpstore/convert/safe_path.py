@@ -1,7 +1,7 @@
-"""Where the files of a foreign checkpoint may lie: inside its own folder, links followed.
+"""The files of a foreign checkpoint: only those inside its own folder, links followed.
 
-A checkpoint comes from anywhere, by archive or clone, and with it its links: one that leads out
-would bring files of this machine into a version. A file that the caller names is the caller's.
+A checkpoint comes from anywhere, by archive or clone, with its links: one that leads out of the
+folder would bring files of this machine into a version. A file that the caller names is trusted.
 """
 
 from __future__ import annotations

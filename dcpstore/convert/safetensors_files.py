@@ -40,6 +40,9 @@ __all__ = [
     "shards_of",
 ]
 
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY = {"KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
+
 INDEX = "model.safetensors.index.json"
 _LARGEST_INDEX = 1 << 30
 _SHOWN = 8  # FQNs that one message names
@@ -290,8 +293,8 @@ def _indexed(index: Path) -> list[Path]:
 def _refuse_pieces(file: Path, header: Header) -> None:
     """Refuse a file of torch's HuggingFaceStorageWriter that holds pieces of tensors."""
     try:
-        told = json.loads(header.notes.get(_SHARDING, "{}"))
-        pieces = [fqn for fqn, info in told.items() if any(info["saved_offsets"])]
+        sharding = json.loads(header.notes.get(_SHARDING, "{}"))
+        pieces = [fqn for fqn, info in sharding.items() if any(info["saved_offsets"])]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptionError(
             f"{str(file)!r} has a {_SHARDING} that is not torch's ({error}); copy it again."
@@ -301,12 +304,6 @@ def _refuse_pieces(file: Path, header: Header) -> None:
             f"{str(file)!r} holds pieces of {pieces[0]!r}, not whole tensors; consolidate the "
             "files first (torch's consolidate_safetensors_files)."
         )
-
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-_BINARY = {"KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
 
 
 def parse_size(size: int | str) -> int:
@@ -327,7 +324,7 @@ def shards_of(tensors: Sequence[ExportedTensor], most: int) -> list[list[Exporte
     """Return the tensors of each file: in the order of their names, up to `most` bytes a file.
 
     Inside a file wide dtypes come first, so that each tensor begins at a multiple of its own width,
-    as whoever maps the file wants it. A tensor larger than `most` has a file to itself.
+    for programs that map the file. A tensor larger than `most` has a file to itself.
     """
     shards: list[list[ExportedTensor]] = [[]]
     held = 0

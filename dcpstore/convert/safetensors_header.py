@@ -1,8 +1,8 @@
-"""The header of a safetensors file: read with distrust, written as the format says.
+"""The header of a safetensors file: checked when read, written as the format says.
 
 The format (https://github.com/huggingface/safetensors#format): 8 bytes of length, that much JSON,
-then the tensors, row-major and without gaps. Invariant: what `read_header` returns lies inside the
-file, each byte of its data in exactly one tensor.
+then the tensors, row-major and without gaps. Invariant: what `read_header` returns is inside the
+file, with each byte of the data in exactly one tensor.
 """
 
 from __future__ import annotations

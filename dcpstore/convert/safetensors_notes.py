@@ -1,16 +1,8 @@
-"""What the string notes of a safetensors file carry for us: values, nested paths and ties.
+"""What the string metadata of a safetensors file holds for us: values, nested paths and ties.
 
-A file holds tensors alone; the values of a version stand in its notes as typed JSON, so that an
+A file holds only tensors; the values of a version are in its metadata as typed JSON, so that an
 import finds them again. A tied tensor is written once, with the note that safetensors itself makes:
 the name that was left out, and the one that was kept.
-
-The header of a safetensors file: read with distrust, written as the format says.
-
-The format (https://github.com/huggingface/safetensors#format): 8 bytes of length, that much JSON,
-then the tensors, row-major and without gaps. Invariant: what `read_header` returns lies inside the
-file, each byte of its data in exactly one tensor.
-
-How a version is cut into safetensors files, and what each of them is called.
 """
 
 from __future__ import annotations
@@ -29,7 +21,6 @@ from dcpstore.formats import json_text
 from dcpstore.records import ObjectPath, StatePath
 
 __all__ = ["aliases", "notes", "paths_of", "plain_text", "values_of"]
-
 
 _VALUES, _PATHS = "dcpstore.values", "dcpstore.paths"
 

@@ -1,10 +1,10 @@
-"""Which tensors of a version are one: what a catalog of contents can tell.
+"""Which tensors of a version are tied, concluded from their contents.
 
 A repository keeps contents, not memory, so a tie is concluded from equal content, and only where
 that cannot do harm. Two tensors that happen to be equal must not become one: an optimizer would
-then update both at once, and a model would miss one of them. Hence what is equal by nature is
-never tied: optimizer state, tensors whose elements are all the same, and those whose FQNs differ
-in numbers alone, as a buffer that every layer has.
+then update both at once, and a model would miss one of them. So these are never tied: optimizer
+state, tensors whose elements are all the same, and tensors whose FQNs differ only in numbers, such
+as a buffer that every layer has.
 """
 
 from __future__ import annotations

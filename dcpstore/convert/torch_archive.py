@@ -1,16 +1,12 @@
-"""The archives that `torch.save` writes, without their tensors' bytes: where those lie.
+"""Archives of `torch.save`: their contents, and where the bytes of their tensors are.
 
-Invariant: no code of an archive runs without leave, and what torch cannot read is an error of ours.
-
-The records of an archive of `torch.save`: where they lie, and what torch is shown of them.
-
-Where an archive claims torch's own layout (`.format_version`), torch does not look where a storage
-lies but computes it. Archives that were packed again keep the claim and not the layout, as did the
-exports of older dcpstore, and then other bytes are read without a word. So the places are taken
-from the records' own headers, and torch is shown an outline, made here: the records that it reads,
-and the storages by name alone.
-
-Invariant: a record lies inside the archive, as it is, and overlaps no other.
+Where an archive claims torch's own layout (`.format_version`), torch computes where a storage is
+instead of looking. Archives that were packed again keep the claim but not the layout, as did the
+exports of older dcpstore, and then other bytes are read without an error. So the places are taken
+from the records' own headers, and torch gets an outline made here: the records that it reads, and
+the storages by name alone. Invariants: a record is stored uncompressed inside the archive and
+overlaps no other; no code of an archive runs unless pickle is allowed; and what torch cannot read
+raises an error of ours.
 """
 
 from __future__ import annotations
@@ -48,6 +44,9 @@ __all__ = [
     "read_records",
     "refuse_odd",
 ]
+
+_QUANTIZED = "QuantizedMeta"  # what torch says of tensors that it cannot load without their bytes
+_MOST_SPREAD = 1 << 30  # bytes that a tensor may have in memory, though fewer lie in the file
 
 _HEADER = struct.Struct("<4s22xHH")  # a record's own: its magic, then the lengths of name and extra
 _MAGIC = b"PK\x03\x04"
@@ -191,8 +190,6 @@ def _read(file: IO[bytes], record: Record) -> bytes:
 
 # What torch.load asks of the module that unpickles.
 _PLAIN = SimpleNamespace(__name__=pickles.__name__, Unpickler=pickles.PlainUnpickler)
-_QUANTIZED = "QuantizedMeta"  # what torch says of tensors that it cannot load without their bytes
-_MOST_SPREAD = 1 << 30  # bytes that a tensor may have in memory, though fewer lie in the file
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -300,7 +297,7 @@ def load_archive(file: IO[bytes], name: str, *, device: str, allow_pickle: bool)
         return Loaded(held, places)
     except UnsafeDataError as error:
         raise UnsafeDataError(
-            f"{name} would run code ({error}); if you trust whoever wrote it, import it with "
+            f"{name} would run code ({error}); if you trust its author, import it with "
             "allow_pickle (--allow-pickle)."
         ) from error
     except pickle.UnpicklingError as error:
@@ -358,6 +355,6 @@ def refuse_odd(name: str, odd: Mapping[str, Odd]) -> None:
         more = f" and {len(odd) - 8} more" if len(odd) > 8 else ""
         raise UnsafeDataError(
             f"{name} names code that would run, for {listed}{more}; leave the values out "
-            "(tensors_only, --tensors-only), or, if you trust whoever wrote it, import it with "
+            "(tensors_only, --tensors-only), or, if you trust its author, import it with "
             "allow_pickle (--allow-pickle)."
         )

@@ -1,16 +1,12 @@
 """Files of `torch.save`: in, and out again.
 
-In: the file's pickle is read, its tensors' bytes stay where they lie until a chunk wants them.
-
-An archive as `torch.save` writes it, tensor after tensor, none of them ever whole in memory.
-
-torch itself writes an archive only of tensors that it holds. The format is a zip archive of
-uncompressed records: a pickle whose tensors name their storages, and a record a storage, each at a
-multiple of 64 bytes so that it can be mapped.
-
-Invariant: it claims nothing that does not hold. torch's `.format_version` and `.storage_alignment`
-are left out: by them torch computes where storages lie, from the very bytes of headers that its own
-writer makes, and zipfile makes others. Without them it looks.
+An import reads the pickle of a file; the bytes of its tensors stay in the file until a chunk needs
+them. An export writes tensor after tensor, none of them whole in memory; torch itself writes only
+tensors that are in memory. The format is a zip archive of uncompressed records: a pickle whose
+tensors name their storages, and one record for each storage, aligned to 64 bytes so that it can be
+mapped. Invariant: an export claims nothing that is not so. Torch's `.format_version` and
+`.storage_alignment` are left out: with them torch computes where storages are, from the exact bytes
+of the headers that its own writer makes, and zipfile makes others. Without them it looks.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Who does what: the name under which this process's operations are recorded.
+"""The user name under which this process's operations are recorded.
 
-Invariant: there always is one, and both databases keep it; no change fails for want of a name.
+Invariant: there always is a name, and both databases keep it; no change fails without one.
 """
 
 from __future__ import annotations

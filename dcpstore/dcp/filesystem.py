@@ -1,9 +1,7 @@
-"""The names that torch has deprecated, for code that still uses them.
+"""`FileSystemWriter` and `FileSystemReader`: torch's, by name and arguments, on a folder.
 
-`FileSystemWriter` and `FileSystemReader`: torch's, by name and arguments, on a folder.
-
-The folder holds an embedded repository, so that a save over an earlier one makes a new version and
-overwrites nothing. Arguments that say how torch lays out its files have nothing to lay out here.
+The folder holds an embedded repository, so a save over an earlier one makes a new version and
+overwrites nothing. Arguments that say how torch lays out its files have no effect here.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ class RepositoryWriter(StorageWriter):
         self._allow_pickle = allow_pickle
         self._checkpoint_id: str | os.PathLike[str] | None = None
         self._rank = 0
-        self._is_alone = False  # torch was told to use no collectives: each rank its own version
+        self._is_alone = False  # torch uses no collectives: each rank saves its own version
         self._is_cached = False  # torch sent plans of this save in part only
         self._paths: Mapping[str, ObjectPath] = {}
         self._is_spent = False  # `save_id` belongs to a save that was begun
@@ -186,7 +186,7 @@ class RepositoryWriter(StorageWriter):
             UnsafeDataError: only a pickle could keep a plan's data.
             ConflictError, AlreadyExistsError, NotFoundError: as the catalog finds the refs.
         """
-        # torch's plan cache: a rank whose plan is as before has it, and is told so by an empty one
+        # torch's plan cache: a rank whose plan did not change gets an empty one
         self._is_cached = not all(plan.usable for plan in plans)
         if not any(plan.usable for plan in plans):
             with self._opened() as target:

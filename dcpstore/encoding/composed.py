@@ -1,12 +1,7 @@
-"""Tensors that are made of tensors: their parts and what else they are, and together again.
+"""Tensors that are made of tensors: taken apart into parts and a description, and put together.
 
-Invariant: what is put together is bit for bit what was taken apart, and no code of a checkpoint is
-run for it.
-
-The kinds of tensors that are made of tensors: a closed list, and their classes.
-
-Torch's sparse layouts and jagged nested tensors, and tensors of torchao. Invariant: a class comes
-from this list or from the caller's own state, never by a name in a checkpoint.
+Invariant: the result is equal to the original bit for bit, and no code of a checkpoint is run for
+it.
 """
 
 from __future__ import annotations
@@ -255,8 +250,8 @@ def context_difference(stored: Composition, own: Composition) -> str | None:
         for name in sorted(theirs.keys() | ours.keys())
         if theirs.get(name) != ours.get(name) and name not in kind.contents
     ]
-    told = [{name: one.get(name) for name in names} for one in (theirs, ours)]
-    how = f"is a {own.kind} with {told[0]} in the version, and with {told[1]} in the state"
+    settings = [{name: one.get(name) for name in names} for one in (theirs, ours)]
+    how = f"is a {own.kind} with {settings[0]} in the version, and with {settings[1]} in the state"
     return how if names else None
 
 

@@ -1,7 +1,7 @@
-"""Python's lesser containers: opened into a list or a dict of all that they hold, and closed again.
+"""Python's smaller containers: opened into a list or dict of their contents, and closed again.
 
-What lies in them is encoded like any other value, and so is the list or dict. Closing takes any
-decoded JSON and raises TypeError, ValueError or LookupError for what opening never gives.
+The contents are encoded like any other value, and so is the list or dict. Closing takes any decoded
+JSON and raises TypeError, ValueError or LookupError for what opening never produces.
 """
 
 from __future__ import annotations

@@ -1,14 +1,9 @@
-"""Python's lesser containers: opened into a list or a dict of all that they hold, and closed again.
+"""Objects of a program's own classes: taken apart into plain values, and made again.
 
-What lies in them is encoded like any other value, and so is the list or dict. Closing takes any
-decoded JSON and raises TypeError, ValueError or LookupError for what opening never gives.
-
-Objects of a program's own classes: taken apart into plain values, and made again.
-
-Kept are enum members, dataclasses, named tuples, and subclasses of str, int, float and bytes. With
-its parts goes the name of the class, which is text: it is never looked up or imported. Invariant:
-an object is made only in a class that the template of a load holds, and by that class's layout
-alone, no `__init__` of it runs; without one the parts come back as they are.
+Enum members, dataclasses, named tuples, and subclasses of str, int, float and bytes are kept. The
+name of the class is stored with the parts as text: it is never looked up or imported. Invariant:
+an object is only made in a class that the template of a load holds, by the layout of that class,
+and no `__init__` of it runs; without such a template the parts come back as they are.
 """
 
 from __future__ import annotations

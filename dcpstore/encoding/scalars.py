@@ -1,18 +1,10 @@
-"""The typed JSON of values that hold no other values: one tag a type, and both directions.
+"""Typed JSON of values that hold no other values: one tag for each type, in both directions.
 
-A payload is itself plain JSON. Decoders take any JSON and raise the errors of the constructors that
-they call; none of them runs code or allocates more than the payload's size calls for.
-
-The typed JSON of numbers, text and bytes, of which all other typed JSON is made.
-
-Plain JSON where JSON keeps the value exactly; else an object of one tag. Decoders take any JSON and
-raise the errors of the constructors that they call; none of them runs code or allocates more than
-the payload's size calls for.
-
-The typed JSON of numpy's scalars, arrays and dtypes, and of tensors that lie inside a value.
-
-Kept are those whose bytes mean the same on every machine. An array or a tensor is stored with all
-of its bytes: a tensor of any size belongs into the state as an entry of its own.
+Numbers, text and bytes are plain JSON where JSON keeps the value exactly; everything else is an
+object with one tag. Numpy's scalars, arrays and dtypes, and tensors inside a value, are stored with
+all of their bytes if those mean the same on every machine; a large tensor belongs into the state as
+an entry of its own. Decoders take any JSON and raise the errors of the constructors that they call;
+none of them runs code or allocates more than the size of the payload calls for.
 """
 
 from __future__ import annotations

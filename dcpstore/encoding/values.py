@@ -154,7 +154,7 @@ def check_safe(text: str) -> None:
     """
     if text == _PICKLE_BLOB:
         raise UnsafeDataError(
-            "a value is a pickle, which runs code when it is read; if you trust whoever wrote the "
+            "a value is a pickle, which runs code when it is read; if you trust the author of the "
             "version, load with allow_pickle=True."
         )
 

@@ -1,7 +1,7 @@
 """Tensors that are made of tensors, as a version keeps them: a mark, and an entry for each part.
 
 A composed tensor `f` is the value `f.$composed`, which says what it is, and its parts beside it:
-`f.indices`, `f.values`. Here such entries are told apart from others and seen as the one that they
+`f.indices`, `f.values`. Here such entries are recognised and seen as the one that they
 stand for; nothing here needs torch.
 """
 

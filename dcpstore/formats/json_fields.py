@@ -1,7 +1,7 @@
 """Fields of JSON that is kept: each is taken as what it must be, or refused.
 
-A digest tells damage from soundness, not friend from stranger: whoever writes the folder can write
-the digest too. So nothing of a manifest or operation is used before its kind and range are known;
+A digest shows damage, not who wrote the data: a program that writes the folder can write the digest
+too. So nothing of a manifest or operation is used before its kind and range are known;
 what does not fit is a ValueError or TypeError, which the reader of the object explains.
 """
 

@@ -217,7 +217,7 @@ def _step(n: int, dim: int, boxes: Iterable[Box]) -> int:
 def _tile(shape: Sequence[int], steps: Sequence[int], itemsize: int) -> list[int]:
     """Return smaller steps: a shard cut in up to four along each dimension, the longest first.
 
-    Whoever loads onto twice or four times the ranks, or by columns what was saved by rows, then
+    A load on twice or four times the ranks, or by columns what was saved by rows, then
     reads few bytes beside its own. Tiles stay near `_TILE` bytes: more of them cost more than they
     save.
     """

@@ -1,13 +1,10 @@
-"""Numbers about changed tensors, out of the chunks that differ and of no others.
+"""Numbers about changed tensors, computed from the chunks that differ and from no others.
 
-Where old and new are cut alike, chunks are held against each other one by one, and those of equal
-digest are never read; else each new chunk against the old ones below it. Memory stays bounded: each
-thread holds a decoded chunk of either version, and a few more old ones where the grids differ.
-
-Two arrays of stored elements, held against each other in numbers, whatever their dtypes.
-
-Elements become float64 (or complex128) by blocks, so that nothing large is ever copied whole. They
-count as changed by their bits where the dtypes are equal, as digests see them; else by their value.
+Where old and new have the same grid, chunks are compared one by one, and those of equal digest are
+never read; else each new chunk is compared with the old ones below it. Memory stays bounded: each
+thread holds one decoded chunk of either version, and a few more old ones if the grids differ.
+Elements become float64 (or complex128) block by block, so nothing large is copied whole. They count
+as changed by their bits if the dtypes are equal, as digests see them; else by their value.
 """
 
 from __future__ import annotations
@@ -36,6 +33,9 @@ from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackReader
 
 __all__ = ["compare", "with_stats"]
+
+Place = tuple[int, int]  # part and ordinal of a chunk
+_KEPT = 4  # old chunks that one thread keeps at hand where the grids differ
 
 Array = npt.NDArray[np.generic]
 Numbers = npt.NDArray[np.inexact]
@@ -134,10 +134,6 @@ def _values_differ(before: Numbers, after: Numbers) -> npt.NDArray[np.bool_]:
 def _dot(one: Numbers, other: Numbers) -> float:
     """Return the sum of products; the real part of it for complex numbers."""
     return float(np.vdot(one, other).real)
-
-
-Place = tuple[int, int]  # part and ordinal of a chunk
-_KEPT = 4  # old chunks that one thread keeps at hand where the grids differ
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,9 +120,9 @@ def _copy(version: Version, source: Place, target: Place) -> tuple[int, int]:
     try:
         with kept_lease(catalog, pending.uid):
             places, packs = _write_missing(content, source, target, writer)
-            told = replace(draft, parent=None if parent is None else known[parent][0])
+            renumbered = replace(draft, parent=None if parent is None else known[parent][0])
             made = _commit(
-                pending.uid, told, content, target, parent=parent, places=places, packs=packs
+                pending.uid, renumbered, content, target, parent=parent, places=places, packs=packs
             )
     except BaseException as error:
         abort_save(catalog, pending.uid, f"{type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""What a check of a repository finds damaged, and whom it touches."""
+"""What a check of a repository finds damaged, and which versions that touches."""
 
 from __future__ import annotations
 

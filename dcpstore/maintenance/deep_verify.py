@@ -1,7 +1,6 @@
-"""A deep look at packs: every chunk is read and held against its digest, on all cores.
+"""The deep check of packs: every chunk is read and compared with its digest, on all cores.
 
-Each pack's outcome is kept in the catalog at once, so that a look that was broken off goes on where
-it stopped.
+The result of each pack is kept in the catalog at once, so an interrupted check can be resumed.
 """
 
 from __future__ import annotations

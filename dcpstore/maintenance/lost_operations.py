@@ -94,7 +94,7 @@ def stand_ins(
 
 
 def _named(operations: Iterable[Json]) -> dict[int, str]:
-    """Return the uids of versions by number: those that are told of, and those that are named."""
+    """Return the uids of versions by number: those described, and those only named."""
     operations = list(operations)
     uids = {o["version"]["number"]: o["version"]["uid"] for o in operations if "version" in o}
     known = set(uids.values())
@@ -111,18 +111,18 @@ def _makers(
     operations: Iterable[Json], lost: Sequence[int], uids: Mapping[int, str]
 ) -> Iterator[tuple[int, int]]:
     """Yield each lost operation that made a version, with the number of that version."""
-    told: dict[int, int] = {}
+    described: dict[int, int] = {}
     for said in operations:
         if "version" in said:
-            told.setdefault(said["version"]["number"], said["operation"])
+            described.setdefault(said["version"]["number"], said["operation"])
     last = max(uids, default=0)
-    if last - len(told) > len(lost):
-        return  # versions cannot have come so: whoever wrote this journal made numbers up
+    if last - len(described) > len(lost):
+        return  # no repository has such versions: the numbers of this journal are made up
     free = (number for number in lost if number > 1)
     before = 0  # versions are made in the order of their numbers
     for version in range(1, last + 1):
-        if version in told:
-            before = max(before, told[version])
+        if version in described:
+            before = max(before, described[version])
             continue
         maker = next((number for number in free if number > before), None)
         if maker is None:

@@ -90,19 +90,19 @@ def rebuild(data: str | os.PathLike[str], into: str | os.PathLike[str]) -> Rebui
         if lost:
             journal_again(catalog, lost[0])
         write_journal(catalog, storage)
-    told = {said["version"]["uid"] for said in whole if "version" in said}
+    known = {said["version"]["uid"] for said in whole if "version" in said}
     return RebuildReport(
         versions=tuple(done.versions),
         lost=tuple(done.lost),
         moved_refs=tuple(done.dropped_refs),
         operations=len(operations),
         problems=tuple(problems),
-        unfinished=tuple(uid for uid in _described(storage) if uid not in told),
+        unfinished=tuple(uid for uid in _described(storage) if uid not in known),
     )
 
 
 class _Found:
-    """What is found in the data folder beside the journal; what is not is told once.
+    """What is found in the data folder beside the journal; what is not is reported once.
 
     Attributes:
         unnamed: versions that nothing tells of, by the uids that were made up for them.
@@ -182,11 +182,11 @@ def _read_journal(storage: Storage, problems: list[str]) -> tuple[list[Json], li
 
 def _check_numbers(operations: list[Json]) -> None:
     """Refuse a journal that gives two versions one number, or one version two."""
-    told = {(s["version"]["uid"], s["version"]["number"]) for s in operations if "version" in s}
-    uids, numbers = {uid for uid, _ in told}, {number for _, number in told}
-    if len(uids) < len(told) or len(numbers) < len(told) or 0 in numbers:
+    pairs = {(s["version"]["uid"], s["version"]["number"]) for s in operations if "version" in s}
+    uids, numbers = {uid for uid, _ in pairs}, {number for _, number in pairs}
+    if len(uids) < len(pairs) or len(numbers) < len(pairs) or 0 in numbers:
         raise CorruptionError(
-            f"the journal names {len(told)} versions by {len(uids)} uids and {len(numbers)} "
+            f"the journal names {len(pairs)} versions by {len(uids)} uids and {len(numbers)} "
             "numbers, so it is not of one repository; restore 'operations' from a copy."
         )
 

@@ -1,12 +1,11 @@
-"""Packs that are mostly dead: their live chunks are copied to a new one, then they are condemned.
+"""Packs and manifests that are replaced while their versions stay readable.
 
-Committed versions stay readable throughout: the new pack is durable before one transaction lets the
-chunks lie there, and who still holds the old places finds the old pack until its grace time ends.
-
-Manifests written anew from the catalog, where chunks moved.
-
-Invariant: a pack is not deleted while a manifest names it, and none names a pack that the journal
-has not heard of, so plain Zarr and a rebuild find every committed version at any time.
+The live chunks of a pack that is mostly dead are copied to a new pack, and the old one is
+condemned: the new pack is durable before one transaction moves the chunks to it, and a reader with
+the old places finds the old pack until its grace time ends. Then the manifests of those versions
+are written again from the catalog. Invariant: a pack is not deleted while a manifest names it, and
+no manifest names a pack that the journal does not have, so plain Zarr and a rebuild find every
+committed version at any time.
 """
 
 from __future__ import annotations
@@ -30,9 +29,11 @@ from dcpstore.zarr.documents import write_manifest
 
 __all__ = ["renew_manifests", "repack"]
 
+_WHOLE = 1 << 62  # bytes: what comes from one pack goes into one
+
 
 def renew_manifests(catalog: Catalog, storage: Storage) -> int:
-    """Write the manifests anew that name places of the past; return how many.
+    """Write again the manifests that name old places of chunks; return how many.
 
     None while the journal cannot be written: they stay marked, for the next collection.
     """
@@ -51,9 +52,6 @@ def renew_manifests(catalog: Catalog, storage: Storage) -> int:
             # Where chunks moved again since, the mark is another, and the loop comes back to it.
             renewed += clear_stale(catalog, number, mark)
     return renewed
-
-
-_WHOLE = 1 << 62  # bytes: what comes from one pack goes into one
 
 
 def repack(

@@ -1,9 +1,9 @@
-"""Is it intact: what the catalog and the data folder tell of damage, and whom it touches.
+"""Is a repository intact: which damage the catalog and the data folder show, and what it touches.
 
-A quick look reads no chunks: the catalog's rules, packs present and of the right size, manifests
-sound. A deep look reads every chunk that a version reaches, and the journal. What is damaged is
-marked: no save reuses it, so saving the content again heals it, and gc writes a damaged manifest
-anew, the next change a damaged operation.
+A quick check reads no chunks: the catalog's own rules, that packs exist with the right size, and
+that manifests are sound. A deep check reads every chunk that a version reaches, and the journal.
+Damage is marked: no save reuses a damaged chunk, so saving the content again heals it; gc writes a
+damaged manifest again, and the next change writes a damaged operation again.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class _Look:
 
     def found_in_pack(self, pack: PackState, bad: Sequence[ChunkDamage]) -> None:
         """Take what a deep look found in one pack; nothing, where all is well."""
-        if found_by_quick_check(pack.damage):  # told already, as a whole
+        if found_by_quick_check(pack.damage):  # reported already, as a whole
             return
         if not bad:
             self._found.pop(("pack", pack.key), None)

@@ -1,8 +1,8 @@
-"""Who writes what: each replicated item once, spread over the ranks that hold it.
+"""Which rank writes what: each replicated item once, spread over the ranks that hold it.
 
 Invariant: every item stays with a rank that holds its data, and exactly one rank keeps it. Values
 and module buffers all stay with the lowest rank that holds them, so that what belongs together (the
-mean and the variance of a batch norm) is that of one rank, even where the ranks differ.
+mean and the variance of a batch norm) comes from one rank, even if the ranks differ.
 """
 
 from __future__ import annotations

@@ -62,11 +62,11 @@ def check_agreement(table: GlobalTable) -> None:
     problems = []
     for fqn, numbers in sorted(meanings.items()):
         if len(numbers) > 1:
-            told = ", ".join(
+            kinds = ", ".join(
                 f"{_described(table.names[number])} on {_ranks(table.rank[table.rows_of(number)])}"
                 for number in numbers
             )
-            problems.append(f"{fqn!r} is {told}")
+            problems.append(f"{fqn!r} is {kinds}")
     _raise_if(problems, "the ranks disagree; give every rank the same model and the same state")
 
 

@@ -81,9 +81,9 @@ class PlanTable:
         rows = BoxTable(
             np.array(numbers, np.int64), padded(offsets, dims, 0), padded(sizes, dims, 1)
         )
-        told = pickle.dumps(list(map(tuple, names)))
+        pickled = pickle.dumps(list(map(tuple, names)))
         paths = pickle.dumps(plan.planner_data)
-        return cls(told, paths, rows, np.array(are_buffers, np.bool_))
+        return cls(pickled, paths, rows, np.array(are_buffers, np.bool_))
 
     @property
     def digest(self) -> bytes:

@@ -1,18 +1,9 @@
-"""Our save planner: what each rank holds becomes write items, and the coordinator shares them out.
+"""Our save planner: what each rank holds becomes write items, and the coordinator assigns them.
 
 A subclass of torch's default planner, so that the hooks that torch documents (`lookup_object`,
-`transform_object`, plans changed by a subclass) work alike.
-
-What a save asks of a planner whose tensors do not lie in memory.
-
-Such a planner is asked for a box at a time and for each box more than once; what it gave is let go
+`transform_object`, plans changed by a subclass) work in the same way. A planner whose tensors are
+not in memory is asked for one box at a time, and for each box more than once; each result is freed
 before the next, so a state may be larger than the memory of the process that saves it.
-
-Who writes what: each replicated item once, spread over the ranks that hold it.
-
-Invariant: every item stays with a rank that holds its data, and exactly one rank keeps it. Values
-and module buffers all stay with the lowest rank that holds them, so that what belongs together (the
-mean and the variance of a batch norm) is that of one rank, even where the ranks differ.
 """
 
 from __future__ import annotations

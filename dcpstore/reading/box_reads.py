@@ -1,11 +1,7 @@
-"""Data in memory held against a stored tensor, without writing anything.
+"""Boxes of stored tensors: which chunks they meet, read into memory or compared with it.
 
-For a save whose ranks cut a tensor otherwise than it is stored (the world size changed): digests
-cannot tell that it is unchanged, so its bytes do.
-
-The memory that a read fills: a box of a tensor, taken chunk by chunk.
-
-Boxes of stored tensors, read: which chunks they meet, where those lie, and into which memory.
+Comparing serves a save whose ranks cut a tensor differently from the stored one (the world size
+changed): digests cannot show that it is unchanged, so its bytes do.
 """
 
 from __future__ import annotations
@@ -142,7 +138,7 @@ def read_boxes(
     verify: bool = True,
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> ReadCounts:
-    """Fill the targets of `requests`; each chunk is read and checked once, whoever wants it.
+    """Fill the targets of `requests`; each chunk is read and checked once.
 
     Where stored and target dtype differ the values are converted, as `Tensor.copy_` does. `advance`
     hears of encoded bytes read.

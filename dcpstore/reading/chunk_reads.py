@@ -1,8 +1,6 @@
-"""Stored chunks checked one by one, out of the context of any version.
+"""Chunks read from their packs, and checked against their digests.
 
-Chunks out of their packs: raw bytes whose digests have been checked.
-
-Invariant: no byte leaves here before the digest of its chunk has been checked, unless the caller
+Invariant: no byte is returned before the digest of its chunk has been checked, unless the caller
 asked for none (design, invariant 6).
 """
 
@@ -61,7 +59,7 @@ class ChunkReader:
         try:
             found = self._packs.read_many(pack, ranges)
         except CorruptionError:
-            # one by one, so that the error is told of the chunk that it is about
+            # one by one, so that the error names the chunk
             found = [self._found(one) for one in wanted]
         for one, encoded in zip(wanted, found, strict=True):
             yield self._checked(one, encoded)

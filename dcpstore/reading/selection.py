@@ -1,7 +1,4 @@
-"""Entries read without a template: whole tensors, slices of them, and values.
-
-Values and blobs of a version, read back as Python objects.
-"""
+"""Entries read without a template: whole tensors, slices of them, values and blobs."""
 
 from __future__ import annotations
 

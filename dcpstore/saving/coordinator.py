@@ -254,7 +254,7 @@ class Coordinator:
             )
 
     def _split(self, replies: list[PlanReply]) -> list[PlanReply]:
-        """Tell the ranks to write their first chunks early, where it pays and none is in vain."""
+        """Let the ranks write early if the save is large and no parent tensor has another grid."""
         assert self._before is not None
         plan = self._plan
         splits = (

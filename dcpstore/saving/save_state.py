@@ -1,12 +1,9 @@
 """The coordinator's state of one save: which chunks exist, who writes which, what is committed.
 
-Invariant: a version is put together only from results that equal the plan, chunk by chunk (design,
-invariant 4), and a content that the repository holds is never written again.
-
-The planned chunks of all ranks in columns, matched with the digests that the ranks reported.
-
-Invariant: the cells stand by rank, and within a rank in the order in which it tells its digests: by
-item of its plan, then by blob.
+The planned chunks of all ranks stand in columns (`Cells`), by rank, and within a rank in the order
+in which it reports its digests: by item of its plan, then by blob. Invariant: a version is put
+together only from results that equal the plan, chunk by chunk (design, invariant 4), and content
+that the repository holds is never written again.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Which tensors of a state are the buffers of a module: those that ranks may differ in.
+"""Which tensors of a state are module buffers: those in which ranks may differ.
 
-Each rank of DDP updates the running statistics of its batch norms by its own batches, and the next
-forward begins with those of rank 0. So a difference there is no mistake, as one in a parameter is.
-Invariant: a tensor is called a buffer where a module says so, or where its name is that of a batch
-norm's statistic: a plain dict no longer says which of its tensors were buffers.
+Each rank of DDP updates the running statistics of its batch norms from its own batches, and the
+next forward pass begins with those of rank 0. So a difference there is not an error, as one in a
+parameter is. Invariant: a tensor counts as a buffer if a module says so, or if its name is that of
+a batch norm statistic: a plain dict no longer says which of its tensors were buffers.
 """
 
 from __future__ import annotations

@@ -1,18 +1,10 @@
-"""Composed tensors to load into: which entries they need, and together again when all are there.
+"""States with tensors that are made of tensors: each becomes a dict of its mark and its parts.
 
-Invariants: a tensor whose parts keep their sizes is filled in place; and one that must be another
-tensor is put in its place only when all of its parts have come.
-
-Where the parts of a composed tensor lie when ranks hold it together.
-
-A DTensor over a torchao tensor says how the whole is split; each part follows it, in numbers of its
-own. Invariant: a part is only split where its elements belong to the elements of the shard, and to
-no others; everything else is refused.
-
-States with tensors that are made of tensors: each as a dict of its mark and its parts.
-
-Invariant: what is planned, staged and checked then holds no such tensor, so that every planner can
-carry it.
+Invariants: what is planned, staged and checked then holds no such tensor, so every planner can
+carry it. A part is only split across ranks if its elements belong to the elements of the shard and
+to no others; everything else is refused. (A DTensor over a torchao tensor says how the whole is
+split, and each part follows it.) At a load, a tensor whose parts keep their sizes is filled in
+place; one that must become another tensor is replaced only when all of its parts have arrived.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class LoadOptions:
         on_dtype: whether a dtype that differs is an error, or values are converted.
 
     Raises:
-        InvalidInputError: an option that cannot be meant.
+        InvalidInputError: an option is invalid.
     """
 
     include: Sequence[str] | None = None

@@ -1,7 +1,8 @@
-"""Room for tensors on the meta device, made before a load fills them.
+"""Memory for tensors on the meta device, allocated before a load fills them.
 
-Torch makes such room too, but needs a process group for it, and turns every value of a kind that it
-does not know into None. Invariant: nothing is allocated before all ranks agree that all fits.
+Torch allocates it too, but needs a process group for that, and turns every value of a kind that it
+does not know into None. Invariant: nothing is allocated before all ranks agree that everything
+fits.
 """
 
 from __future__ import annotations

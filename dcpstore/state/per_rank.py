@@ -1,6 +1,6 @@
 """What each rank keeps for itself: `PerRank`, as entries of its own and back.
 
-Invariant: the containers of whoever owns a state are filled, and never replaced.
+Invariant: the containers of a state's owner are filled, and never replaced.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def with_shards(like: ShardedTensor, tensors: Sequence[torch.Tensor]) -> Sharded
 def no_shard(tensor: torch.Tensor) -> list[LocalShard]:
     """Return an empty box of a tensor, which says that there is such a tensor and no more.
 
-    One without dimensions has no empty box, and is not told of.
+    One without dimensions has no empty box, and is not reported.
     """
     if not tensor.dim():
         return []

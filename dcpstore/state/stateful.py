@@ -1,14 +1,7 @@
-"""Which tensors of a state are the buffers of a module: those that ranks may differ in.
-
-Each rank of DDP updates the running statistics of its batch norms by its own batches, and the next
-forward begins with those of rank 0. So a difference there is no mistake, as one in a parameter is.
-Invariant: a tensor is called a buffer where a module says so, or where its name is that of a batch
-norm's statistic: a plain dict no longer says which of its tensors were buffers.
-
-Modules, optimizers and whatever else has `state_dict()`: to plain state and back.
+"""Modules, optimizers and everything else with `state_dict()`: to plain state and back.
 
 They stand anywhere in a state's mappings and lists. Invariants: all ranks call `state_dict()` in
-the same order, for it may be a collective call (FSDP's is); and an owner is handed all that the
+the same order, because it may be a collective call (as in FSDP); and an owner is given all that the
 version holds below it, or an error names what would be lost.
 """
 

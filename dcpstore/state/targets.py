@@ -1,10 +1,4 @@
-"""Room for tensors on the meta device, made before a load fills them.
-
-Torch makes such room too, but needs a process group for it, and turns every value of a kind that it
-does not know into None. Invariant: nothing is allocated before all ranks agree that all fits.
-
-Tensors that a load is asked to fill: whether each element has a place of its own.
-"""
+"""Tensors that a load fills: whether each of their elements has memory of its own."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""A version's manifest, written with the Zarr documents that make it readable alone.
+"""The Zarr v3 documents of a version, the Zarr key of each chunk, and the manifest with both.
 
-The Zarr v3 documents of a version, and the Zarr key of each of its chunks.
-
-The same documents stand in a manifest and in `VersionStore`. A tensor is an array named by its FQN;
-one of several parts is a group of that name with an array a part. Values are attributes of the
-root. Two FQNs never share a node name, and no node name means something else to Zarr.
+The same documents are in a manifest and in `VersionStore`. A tensor is an array named by its FQN;
+one with several parts is a group of that name with one array for each part. Values are attributes
+of the root. Two FQNs never share a node name, and no node name has another meaning in Zarr.
 """
 
 from __future__ import annotations

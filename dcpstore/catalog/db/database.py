@@ -97,7 +97,7 @@ class Database:
         """Whether it is a file of SQLite that does not exist.
 
         Raises:
-            DcpstoreError: that cannot be told.
+            DcpstoreError: that cannot be found out.
         """
         try:
             if self.file is not None:

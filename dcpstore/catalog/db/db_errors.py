@@ -42,7 +42,7 @@ _CROWDED = (
 )
 _DAMAGED = (
     CorruptionError,
-    "the catalog {shown} is damaged ({text}). Restore it from a backup, or make it anew from the "
+    "the catalog {shown} is damaged ({text}). Restore it from a backup, or make it again from the "
     "data with 'dcpstore rebuild'.",
 )
 _POSTGRES: dict[str, tuple[type[DcpstoreError], str]] = {
@@ -175,7 +175,7 @@ def _of_postgres(error: DBAPIError, text: str, shown: str) -> DcpstoreError | No
             "is running and lets you in."
         )
     if "connection option" in text:
-        return InvalidInputError(f"the URL of the catalog {shown} cannot be meant: {text}.")
+        return InvalidInputError(f"invalid catalog URL {shown}: {text}.")
     if state == "55P03":
         return _locked(text, shown)
     if state in _POSTGRES:

@@ -1,4 +1,4 @@
-"""A version as its save would hand it over: for manifests written anew, and for copies."""
+"""A version as its save would hand it over: for copies and rewritten manifests."""
 
 from __future__ import annotations
 
@@ -101,9 +101,9 @@ def stale_versions(connection: Connection) -> dict[int, str]:
 
 @writes()
 def clear_stale(connection: Connection, number: int, mark: str) -> bool:
-    """Note that a manifest was written anew; False if chunks moved again since `mark` was read.
+    """Note that a manifest was written again; False if chunks moved again since `mark` was read.
 
-    It is stale then, whoever wrote it since: what was written here may have come last.
+    It is stale then, whichever process wrote it since: what was written here may have come last.
     """
     done = connection.execute(
         update(_version)
@@ -118,7 +118,7 @@ def clear_stale(connection: Connection, number: int, mark: str) -> bool:
 
 @writes(idempotent=True)
 def mark_version_stale(connection: Connection, number: int) -> None:
-    """Note that the manifest of a version is to be written anew."""
+    """Note that the manifest of a version is to be written again."""
     connection.execute(
         update(_version)
         .where(_version.c.number == number, _version.c.status == "committed")

@@ -1,4 +1,4 @@
-"""What the catalog itself can tell of damage, and what a look at the packs has to be told.
+"""Damage that the catalog itself shows, and what a check of the packs needs from it.
 
 Reads only, but for the marks that a look at a pack leaves: a damaged pack is never reused by a
 save, so that saving a content again heals it.
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _version, _pack, _chunk = tables.version, tables.pack, tables.chunk
-_SHOWN = 20  # faults of one kind that are told
+_SHOWN = 20  # faults of one kind that are reported
 
 
 class Fault(NamedTuple):

@@ -73,9 +73,9 @@ def unjournaled(connection: Connection) -> list[Json]:
     if not rows:
         return []
     named = {found for row in rows for found in (row.old, row.new) if found is not None}
-    told = {row.new for row in rows if row.new is not None and row.kind not in ABOUT_REFS}
+    made = {row.new for row in rows if row.new is not None and row.kind not in ABOUT_REFS}
     versions = _names(connection, named)
-    facts = _versions_as_json(connection, told)
+    facts = _versions_as_json(connection, made)
     return [
         {
             "operation": row.number,

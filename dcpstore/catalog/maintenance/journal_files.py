@@ -1,8 +1,8 @@
 """The journal of a repository: every finished operation, durable in the data folder too.
 
-Whoever changed the repository calls `write_journal` afterwards; what an earlier crash left
-unwritten is written first, so operations lie there without gaps. Two who write one operation write
-the same.
+Every change of the repository calls `write_journal` afterwards; operations that an earlier crash
+left unwritten are written first, so operations have no gaps. If two processes write one operation,
+they write the same bytes.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def check_owner(catalog: Catalog, storage: Storage) -> None:
     what the catalog has under that number: nobody else's is.
 
     Raises:
-        DcpstoreError: it is another's, or cannot be told.
+        DcpstoreError: it is another's, or that cannot be found out.
     """
     try:
         owner = decode_operation(storage.get(operation_key(1)))["repository"]["uid"]

@@ -37,7 +37,7 @@ class Contents(Protocol):
     """What the data folder holds beside its journal."""
 
     def content(self, uid: str) -> VersionContent | None:
-        """Return what a version holds; None, and it is told why, where no sound manifest says."""
+        """Return what a version holds, or None (and report why) without a sound manifest."""
 
     def pack_size(self, key: str) -> int | None:
         """Return the length of a pack, or None where there is none."""
@@ -70,10 +70,10 @@ class _State:
 
 def restore(connection: Connection, operations: Iterable[Json], contents: Contents) -> Restored:
     """Fill the empty tables of a new catalog, whose repository row is there."""
-    told = list(operations)
-    state = _replay(told)
+    operations = list(operations)
+    state = _replay(operations)
     ids = _write_versions(connection, state)
-    _write_operations(connection, told, ids)
+    _write_operations(connection, operations, ids)
     _write_packs(connection, state, ids)
     lost = [
         uid
@@ -86,7 +86,7 @@ def restore(connection: Connection, operations: Iterable[Json], contents: Conten
     numbers = {uid: state.facts[uid]["number"] for uid in state.facts}
     if lost:
         _record_loss(connection, [ids[uid] for uid in lost], [numbers[uid] for uid in lost])
-    _record_undone(connection, told, state, ids, refs)
+    _record_undone(connection, operations, state, ids, refs)
     return Restored(
         versions=sorted(n for uid, n in numbers.items() if uid not in {*state.expired, *lost}),
         lost=sorted(numbers[uid] for uid in lost),
@@ -261,7 +261,7 @@ def _fill(
                     .values(status="live", condemned_at=None)
                 )
             # What a sound manifest names is the version's, whatever became of the operation that
-            # told of it. The rows of all other packs are there, those of expired versions too.
+            # aware of it. The rows of all other packs are there, those of expired versions too.
             untold = {key: needed[key] for key in needed if key not in state.packs}
             _write_untold(connection, untold, version, contents, ids)
             write_content(connection, version, replace(content, packs=()))
@@ -304,7 +304,7 @@ def _write_untold(
             held = "nothing" if size is None else f"{size} bytes"
             raise ConflictError(
                 f"it names {nbytes} bytes of {key}, of which no operation tells, and the data "
-                f"folder holds {held} of it; restore it from a copy and rebuild anew"
+                f"folder holds {held} of it; restore it from a copy and rebuild again"
             )
         owner = ids.get(key.split("/")[1], version)
         rows.append({"key": key, "nbytes": size, "version": owner, "status": "live"})
@@ -375,12 +375,14 @@ def _record_undone(
 
     So an undo, which takes back one operation after another, goes on from where each ref is.
     """
-    told = [(said, change) for said in operations for change in changed_refs(said)]
+    ref_changes = [(said, change) for said in operations for change in changed_refs(said)]
     undone = {said["detail"]["undoes"] for said in operations if said["kind"] == "undo"}
-    wanted: dict[str, str | None] = {change.name: refs.get(change.name) for _, change in told}
+    wanted: dict[str, str | None] = {
+        change.name: refs.get(change.name) for _, change in ref_changes
+    }
     here: dict[str, str | None] = dict(state.refs)
     changes = []
-    for said, (name, _, *ends) in reversed(told):
+    for said, (name, _, *ends) in reversed(ref_changes):
         if said["kind"] == "undo" or said["operation"] in undone:
             continue
         old, new = (None if end is None else end["uid"] for end in ends)

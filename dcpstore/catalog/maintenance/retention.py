@@ -38,7 +38,7 @@ class Retention:
         keep_since: versions made since a time, or within a span such as `"7d"`.
 
     Raises:
-        InvalidInputError: there is no rule, or one that cannot be meant.
+        InvalidInputError: there is no rule, or an invalid one.
     """
 
     keep_last: int | None = None

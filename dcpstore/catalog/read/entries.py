@@ -1,8 +1,7 @@
-"""What two versions hold in common: entries by their tensors, tensors by the digests of chunks.
+"""What committed versions hold: entries, tensors with their parts, chunks and plans.
 
-Tensor contents as records, each with its parts.
-
-What committed versions hold: each question takes the same few queries, whatever their size.
+The number of queries does not depend on the size or number of what is read. Two versions are
+compared by their tensors, and tensors by the digests of their chunks.
 """
 
 from __future__ import annotations
@@ -41,6 +40,9 @@ __all__ = [
     "load_tensors",
     "shared_chunks",
 ]
+
+_SHOWN = 10  # unknown FQNs that one message names
+Pair = tuple[int, int]  # ids of tensors cut by the same grids, old and new
 
 
 def load_tensors(connection: Connection, ids: Select[Any]) -> dict[int, TensorRecord]:
@@ -89,9 +91,6 @@ def load_tensors(connection: Connection, ids: Select[Any]) -> dict[int, TensorRe
                 "'dcpstore rebuild'."
             )
     return found
-
-
-_SHOWN = 10  # unknown FQNs that one message names
 
 
 @reads
@@ -216,9 +215,6 @@ def _merged(ranges: Sequence[ChunkRange]) -> list[ChunkRange]:
                 continue
         merged.append(ChunkRange(tensor_id, part, first, last))
     return merged
-
-
-Pair = tuple[int, int]  # ids of tensors cut by the same grids, old and new
 
 
 class SharedChunk(NamedTuple):

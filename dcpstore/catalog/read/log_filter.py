@@ -73,7 +73,7 @@ def filtered(connection: Connection, ids: Select[Any] | None, wanted: LogFilter)
     """Return a query of the ids of those versions that are `wanted`, of all or of `ids`.
 
     Raises:
-        InvalidInputError: a comparison, name or pattern that cannot be meant.
+        InvalidInputError: a comparison, name or pattern is invalid.
         NotFoundError: no version has such a metric, or was saved on such a branch.
     """
     query = select(_version.c.id).where(*_conditions(connection, wanted))
@@ -208,7 +208,7 @@ def list_log(
     """Return versions, newest first: all, or `start` and its ancestors; those `wanted` only.
 
     Raises:
-        InvalidInputError: `limit` is no number of rows, or `wanted` cannot be meant.
+        InvalidInputError: `limit` is not a number of rows, or `wanted` is invalid.
     """
     check_limit(limit)
     if limit == 0:

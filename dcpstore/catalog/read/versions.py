@@ -88,9 +88,9 @@ def load_versions(
             tuple(tags.get(id_, ())),
             message,
             metrics.get(id_, {}),
-            *told,
+            *rest,
         )
-        for id_, number, uid, parent, branch, step, message, *told in rows
+        for id_, number, uid, parent, branch, step, message, *rest in rows
     ]
 
 

@@ -175,7 +175,7 @@ def _upgraded(database: Database, connection: Connection) -> tuple[str, str]:
 
 @contextmanager
 def _creating(database: Database) -> Iterator[Connection]:
-    """Yield a connection in the transaction of whoever may create the catalog: one at a time."""
+    """Yield a connection in a transaction that may create the catalog: one process at a time."""
     database.may_create_file = True
     if database.is_sqlite:
         with database.outside() as driver:

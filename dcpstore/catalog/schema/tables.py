@@ -78,7 +78,7 @@ repository = Table(
     _number("chunk_nbytes"),
     _words("chunk_codec"),
     Column("created_at", UtcTime, nullable=False),
-    # Counters: whoever raises one holds the row until its transaction ends, so that every
+    # Counters: a transaction that raises one holds the row until it ends, so that every
     # mutation waits for the one before it and numbers have no gaps.
     _number("last_version"),
     _number("last_operation"),

@@ -62,7 +62,7 @@ class _Checked(TypeDecorator[T]):
                 raise CorruptionError(
                     f"a row of the catalog is damaged: {str(value)[:80]!r} stands where "
                     f"{self.belongs} belongs ({error}). Restore the catalog from a backup, or make "
-                    "it anew from the data with 'dcpstore rebuild'."
+                    "it again from the data with 'dcpstore rebuild'."
                 ) from error
 
         return checked

@@ -1,7 +1,7 @@
 """The read-only views that people query: stable columns, the same on both databases.
 
 Views hold no data, so they are no part of a migration: each run drops them before the tables change
-and creates them anew afterwards.
+and creates them again afterwards.
 """
 
 from __future__ import annotations

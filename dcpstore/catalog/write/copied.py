@@ -1,4 +1,4 @@
-"""Versions that come from another repository: the uid stays, the number is given anew."""
+"""Versions that come from another repository: the uid stays, the number is new."""
 
 from __future__ import annotations
 

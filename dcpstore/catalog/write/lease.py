@@ -1,10 +1,8 @@
-"""The lease of a running save: renewed as long as the coordinator lives, by a thread of its own.
+"""The lease and the progress of a running save.
 
-Garbage collection takes a save that was silent for its lease for crashed, and clears what it wrote.
-
-Saves that run: their leases, and how far each rank is.
-
-Invariant: what is told of a save goes with it, whether it commits, is given up, or crashes.
+A thread of the coordinator renews the lease as a heartbeat; garbage collection treats a save that
+was silent for its lease as crashed, and clears what it wrote. Invariant: the progress of a save is
+removed with it, whether it commits, is given up, or crashes.
 """
 
 from __future__ import annotations
@@ -29,6 +27,10 @@ from dcpstore.errors import DcpstoreError
 
 __all__ = ["forget_progress", "kept_lease", "list_running", "touch_save"]
 
+_log = logging.getLogger(__name__)
+_FIRST = 1.0  # seconds; what ends sooner costs the database nothing
+_SECONDS = 10.0  # between renewals; gc takes an hour of silence for a crash
+
 _version, _progress = tables.version, tables.progress
 
 
@@ -49,7 +51,7 @@ def touch_save(connection: Connection, uid: str, progress: Sequence[RankProgress
 
 
 def forget_progress(connection: Connection, version: int) -> None:
-    """Remove what was told of a save that has ended."""
+    """Remove the progress of a save that has ended."""
     connection.execute(delete(_progress).where(_progress.c.version == version))
 
 
@@ -59,10 +61,10 @@ def list_running(connection: Connection) -> list[RunningSave]:
     rows = connection.execute(
         select(_version).where(_version.c.status == "pending").order_by(_version.c.started_at)
     ).all()
-    told: dict[int, list[RankProgress]] = {row.id: [] for row in rows}
+    by_version: dict[int, list[RankProgress]] = {row.id: [] for row in rows}
     for row in connection.execute(select(_progress).order_by(_progress.c.rank)):
-        if row.version in told:  # else its coordinator crashed, and gc gave it up
-            told[row.version].append(
+        if row.version in by_version:  # else its coordinator crashed, and gc gave it up
+            by_version[row.version].append(
                 RankProgress(row.rank, row.phase, row.nbytes, row.total, row.since)
             )
     return [
@@ -75,15 +77,10 @@ def list_running(connection: Connection) -> list[RunningSave]:
             ranks=row.ranks,
             started_at=row.started_at,
             touched_at=row.touched_at,
-            progress=tuple(told[row.id]),
+            progress=tuple(by_version[row.id]),
         )
         for row in rows
     ]
-
-
-_log = logging.getLogger(__name__)
-_FIRST = 1.0  # seconds; what ends sooner costs the database nothing
-_SECONDS = 10.0  # between renewals; gc takes an hour of silence for a crash
 
 
 @contextmanager
@@ -96,8 +93,8 @@ def kept_lease(
 ) -> Iterator[None]:
     """Renew the lease of the pending version `uid` until the block ends.
 
-    With each renewal the catalog is told the `progress` of the ranks. A connection to it is kept
-    as well, for what the save asks meanwhile.
+    Each renewal also writes the `progress` of the ranks. A connection to the catalog is kept for
+    the queries of the save.
     """
     ended = threading.Event()
 

@@ -1,12 +1,8 @@
-"""The append-only record of who did what, and the counters that put mutations in line.
+"""The append-only record of operations, and the counters that order mutations.
 
-Whoever takes a number holds the repository's row until its transaction ends. Every mutation takes
-one before it looks at anything, so that what it sees stays true until it commits, on Postgres as on
+A transaction that takes a number holds the repository's row until it ends. Every mutation takes one
+before it reads anything, so that what it reads stays true until it commits, on Postgres as on
 SQLite, and numbers have no gaps.
-
-Who does what: the name under which this process's operations are recorded.
-
-Invariant: there always is one, and both databases keep it; no change fails for want of a name.
 """
 
 from __future__ import annotations

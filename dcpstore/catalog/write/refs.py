@@ -24,6 +24,8 @@ from dcpstore.records import RefRecord
 
 __all__ = ["delete_ref", "make_ref", "roll_back", "taken"]
 
+_ref = tables.ref
+
 
 @writes()
 def make_ref(
@@ -81,9 +83,6 @@ def taken(existing: RefRow, *, wanted: RefKind) -> AlreadyExistsError:
     return AlreadyExistsError(
         f"the name {name!r} is taken: it is a {kind} of v{number}. Choose another name{advice}."
     )
-
-
-_ref = tables.ref
 
 
 @writes()
@@ -152,5 +151,5 @@ def _check_expected(found: RefRow, expect: int | None) -> None:
     if expect is not None and found.number != expect:
         raise ConflictError(
             f"the {found.kind} {found.name!r} is at v{found.number}, not at v{expect} as was "
-            "expected. Look at what came in between, then decide anew."
+            "expected. Look at what came in between, then decide again."
         )

@@ -111,7 +111,9 @@ def insert_pending(connection: Connection, draft: VersionDraft, *, parent: int |
 
 @writes(find=lambda connection, uid, content: find_committed(connection, uid))
 def commit_save(connection: Connection, uid: str, content: VersionContent) -> Version:
-    """Make the version of `uid` visible, with all that belongs to it.
+    """Make the version of `uid` visible, with all that belongs to it, in one transaction.
+
+    Its packs and manifest must be durable already (invariant 2).
 
     Raises:
         ConflictError: the branch moved against the save's wish, the save is not pending any more,
