@@ -25,37 +25,35 @@ FLOORS = {
     "storage": 3,
     "formats": 4,
     "encoding": 5,
-    "catalog": 5,  # what its rooms share: validation, places, the open catalog
+    "catalog.validation": 5,
     "catalog.db": 6,
     "catalog.schema": 7,
-    "catalog.read": 8,
-    "catalog.write": 9,
-    "catalog.maintenance": 10,
-    "zarr": 11,
-    "collectives": 11,
-    "state": 11,
-    "planning": 12,
-    "reading": 12,
-    "history": 13,
-    "loading": 13,
-    "maintenance": 13,
-    "saving": 13,
-    "repository": 14,
-    "api": 15,
-    "dcp": 15,
-    "asynchronous": 16,
-    "state_dict": 16,
-    "convert": 16,
-    "cli": 17,
-    "__main__": 18,
-    "__init__": 18,
+    "catalog.location": 7,
+    "catalog": 8,  # an open catalog, and the fast log
+    "catalog.read": 9,
+    "catalog.write": 10,
+    "catalog.maintenance": 11,
+    "zarr": 12,
+    "collectives": 12,
+    "state": 12,
+    "planning": 13,
+    "reading": 13,
+    "history": 14,
+    "loading": 14,
+    "maintenance": 14,
+    "saving": 14,
+    "repository": 15,
+    "api": 16,
+    "dcp": 16,
+    "asynchronous": 17,
+    "state_dict": 17,
+    "convert": 17,
+    "cli": 18,
+    "__main__": 19,
+    "__init__": 19,
 }
-# What is still the other way round, each with its reason.
-LADDERS = [
-    ("asynchronous", "api"),  # an option of `save` is an asynchronous save
-    ("catalog.db", "catalog"),  # an open catalog has a database
-    ("catalog.schema", "catalog"),  # and was made or checked when it was opened
-]
+# What is still the other way round, with the reason.
+LADDERS = [("asynchronous", "api")]  # a save first waits for an asynchronous one that is running
 
 # A library, and the only rooms that may import it.
 FENCES = {
@@ -129,12 +127,19 @@ def test_no_module_imports_itself_through_others() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
                 node.body = []
-        found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        imports[name] = {
+        found = {
             module if (module := f"{node.module}.{alias.name}") in names else str(node.module)
-            for node in found
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
             for alias in node.names
-        }.intersection(names)
+        }
+        found |= {
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        imports[name] = found.intersection(names)
     while leaves := {name for name, others in imports.items() if not others & imports.keys()}:
         imports = {name: others for name, others in imports.items() if name not in leaves}
     assert set(imports) == set()
@@ -157,6 +162,7 @@ def test_the_floors_are_documented_as_they_are() -> None:
     written = f"{head}{start}{table}{end}{rest.split(end)[1]}"
     if os.environ.get("DCPSTORE_WRITE_DOCS"):
         page.write_text(written)
+        text = written
     assert text == written, "run 'make docs' and look at the difference"
 
 

@@ -1,6 +1,6 @@
 """What changed between versions: by digest from the catalog, and in numbers from chunks.
 
-The diff itself needs neither torch nor numpy; `measuring` does, and `plots` matplotlib: they are
+The diff itself needs neither torch nor numpy; `measure` does, and `plots` matplotlib: they are
 imported by who asks for them.
 """
 

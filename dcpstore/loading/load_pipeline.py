@@ -111,10 +111,12 @@ def load_version(
     plan = in_turn(ranks, "plan", load.plan, load.planner.create_global_plan)
     report = in_step(ranks, "read", lambda: load.read(plan), load.report)
     in_step(ranks, "load_state_dict", load.give, lambda _: None)
-    held = in_step(ranks, "state_dict", load.look, _Held.joined)  # which may be a collective call
+    held = in_step(
+        ranks, "state_dict", load.look, _OwnerFaults.joined
+    )  # which may be a collective call
     lost = held.lost
     if lost:  # what differs from one look to the next, as a clock does, was not lost
-        again = in_step(ranks, "state_dict", load.look, _Held.joined).lost
+        again = in_step(ranks, "state_dict", load.look, _OwnerFaults.joined).lost
         lost = {fqn: text for fqn, text in lost.items() if again.get(fqn) == text}
     if lost and load.options.strict:
         raise MismatchError.after_load(lost.values())
@@ -159,14 +161,14 @@ class _RankReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
+class _OwnerFaults:
     """What owners do not hold after a load, by FQN, and which tensors are still on meta."""
 
     lost: Mapping[str, str]
     unfilled: tuple[str, ...]
 
     @classmethod
-    def joined(cls, ranks: Sequence[_Held]) -> _Held:
+    def joined(cls, ranks: Sequence[_OwnerFaults]) -> _OwnerFaults:
         """Return what all ranks found; the lowest rank speaks for an FQN."""
         lost = {fqn: one.lost[fqn] for one in reversed(ranks) for fqn in one.lost}
         return cls({fqn: lost[fqn] for fqn in sorted(lost)}, _joined(one.unfilled for one in ranks))
@@ -294,10 +296,10 @@ class _Load:
         give_state(self._state_dict, self._template, rank=self._ranks.rank)
         restore_optimizers(self._expected)
 
-    def look(self) -> _Held:
+    def look(self) -> _OwnerFaults:
         """Return what the owners do not hold as it was stored."""
         lost = compare_owners(self._expected, rank=self._ranks.rank)
-        return _Held(lost, tuple(left_on_meta(self._template)))
+        return _OwnerFaults(lost, tuple(left_on_meta(self._template)))
 
     def report(self, ranks: Sequence[_RankReport]) -> LoadReport:
         """On the coordinator: join the reports of all ranks."""

@@ -76,7 +76,7 @@ def rebuild(data: str | os.PathLike[str], into: str | os.PathLike[str]) -> Rebui
         )
     if folder is not None and Path(os.path.realpath(folder)) == Path(storage.url):
         data_url = "."  # as `open` makes it, so that the folder can move as a whole
-    found = _Found(storage, problems)
+    found = _DataScan(storage, problems)
     made, found.unnamed = stand_ins(operations, lost, found.manifest)
     whole = sorted([*operations, *made], key=lambda said: int(said["operation"]))
     if folder is not None:
@@ -101,11 +101,11 @@ def rebuild(data: str | os.PathLike[str], into: str | os.PathLike[str]) -> Rebui
     )
 
 
-class _Found:
-    """What is found in the data folder beside the journal; what is not is reported once.
+class _DataScan:
+    """Reads what the data folder holds beside the journal; what is missing is reported once.
 
     Attributes:
-        unnamed: versions that nothing tells of, by the uids that were made up for them.
+        unnamed: versions that no operation describes, by the uids that were made up for them.
     """
 
     def __init__(self, storage: Storage, problems: list[str]) -> None:

@@ -135,7 +135,7 @@ def prepare_optimizer(
     differences += _partial(key, new)
     if differences:
         return differences
-    of_number: dict[int, list[_Held]] = {}
+    of_number: dict[int, list[_OptimizerEntry]] = {}
     for one in parts:
         of_number.setdefault(int(one.number), []).append(one)
     try:
@@ -146,7 +146,7 @@ def prepare_optimizer(
             for i, several in of_number.items()
             if not _has_all(own.get(i), several)
         }
-        of_group: dict[int, list[_Held]] = {}
+        of_group: dict[int, list[_OptimizerEntry]] = {}
         for one in groups:
             if one.number.isdecimal() and one.path[0] != "params":
                 of_group.setdefault(int(one.number), []).append(one)
@@ -161,7 +161,7 @@ def prepare_optimizer(
     return []
 
 
-def _has_all(own: object, held: Sequence[_Held]) -> bool:
+def _has_all(own: object, held: Sequence[_OptimizerEntry]) -> bool:
     """Tell whether a parameter's state has a place for each of these, as that of most has."""
     return isinstance(own, dict) and all(
         len(one.path) == 1
@@ -173,7 +173,7 @@ def _has_all(own: object, held: Sequence[_Held]) -> bool:
     )
 
 
-class _Held(NamedTuple):
+class _OptimizerEntry(NamedTuple):
     """An entry of an optimizer: the number of its parameter or group, and the path below that."""
 
     number: str
@@ -182,14 +182,14 @@ class _Held(NamedTuple):
     is_asked: bool
 
 
-def _tree(held: Iterable[_Held]) -> Node:
+def _tree(held: Iterable[_OptimizerEntry]) -> Node:
     return tree_of((one.path, Leaf(one.entry, one.is_asked)) for one in held)
 
 
 def _by_name(
     prefix: ObjectPath,
     own: Mapping[Any, Any],
-    held: Sequence[_Held],
+    held: Sequence[_OptimizerEntry],
     entries: Sequence[Entry],
     options: LoadOptions,
 ) -> str | None:
@@ -223,8 +223,8 @@ def _by_name(
 def _beyond(
     key: str,
     state: Mapping[str, Any],
-    held: Sequence[_Held],
-    groups: Sequence[_Held],
+    held: Sequence[_OptimizerEntry],
+    groups: Sequence[_OptimizerEntry],
     *,
     parameters: int,
 ) -> Iterator[str]:
@@ -247,7 +247,7 @@ def _beyond(
         )
 
 
-def _partial(key: str, new: Sequence[_Held]) -> Iterator[str]:
+def _partial(key: str, new: Sequence[_OptimizerEntry]) -> Iterator[str]:
     """Yield whether a parameter would get a part only of the state that it does not have."""
     asked = {one.number for one in new if one.is_asked}
     lacking = [one for one in new if not one.is_asked and one.number in asked]
@@ -258,7 +258,7 @@ def _partial(key: str, new: Sequence[_Held]) -> Iterator[str]:
         )
 
 
-def _is_there(own: Mapping[Any, Any], one: _Held) -> bool:
+def _is_there(own: Mapping[Any, Any], one: _OptimizerEntry) -> bool:
     """Tell whether an optimizer has something to fill where an entry of the version belongs."""
     state = own.get(int(one.number), {})
     return not isinstance(state, Mapping) or str(one.path[0]) in map(str, state)
@@ -271,7 +271,7 @@ def _held(
     options: LoadOptions,
     *,
     count: int,
-) -> Iterator[_Held]:
+) -> Iterator[_OptimizerEntry]:
     """Yield what the version holds of a section of an optimizer: its state, or its groups.
 
     `count` is how many the optimizer has of what the section numbers.
@@ -283,7 +283,7 @@ def _held(
             if len(path) > depth + 2 and path[:depth] == prefix and path[depth] == section:
                 is_asked = options.asks_for(entry.fqn)
                 below = path_below(path, depth + 2)
-                yield _Held(str(path[depth + 1]), below, entry, is_asked)
+                yield _OptimizerEntry(str(path[depth + 1]), below, entry, is_asked)
         return
     # `rename` leads from the state's FQNs to the version's only: try all that there may be
     candidates = [
@@ -300,7 +300,7 @@ def _held(
             fqn = ".".join(map(str, (*prefix, section, number, *rest)))
             found = _renamed(fqn, by_fqn, options)
             if found is not None:
-                yield _Held(number, rest, found, options.asks_for(fqn))
+                yield _OptimizerEntry(number, rest, found, options.asks_for(fqn))
 
 
 def _renamed(fqn: str, by_fqn: Mapping[str, Entry], options: LoadOptions) -> Entry | None:
@@ -336,7 +336,7 @@ def _misshapen(
     optimizer: torch.optim.Optimizer,
     key: str,
     parameters: Sequence[torch.Tensor],
-    parts: Sequence[_Held],
+    parts: Sequence[_OptimizerEntry],
 ) -> Iterator[str]:
     """Yield which moments have another shape than their parameter, which only `step` would tell.
 

@@ -3,7 +3,7 @@
 A function that is decorated here takes a `Connection` first, and then runs in that transaction; or
 an open catalog, and then runs in a transaction of its own, which is retried where that is safe.
 What "safe" means stands beside the SQL: `@reads`, `@writes()`, `@writes(idempotent=True)` or
-`@writes(find=...)`.
+`@writes(find=...)`. A retry uses the arguments again, so none of them may be an iterator.
 """
 
 from __future__ import annotations

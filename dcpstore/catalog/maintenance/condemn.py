@@ -8,7 +8,7 @@ either still there when it commits, or makes it fail (invariant 5).
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -248,7 +248,7 @@ def forget_packs(
 @reads
 def find_leftovers(
     connection: Connection,
-    keys: Iterable[tuple[str, str]],
+    keys: Sequence[tuple[str, str]],
     *,
     crashed: Collection[str],
     dropped: Collection[str],

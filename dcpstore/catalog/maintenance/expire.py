@@ -65,7 +65,7 @@ def expire_versions(
 @writes()
 def forget_versions(
     connection: Connection,
-    refs: Iterable[str | int],
+    refs: Sequence[str | int],
     *,
     force: bool,
     dry_run: bool,

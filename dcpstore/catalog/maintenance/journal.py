@@ -1,7 +1,7 @@
 """What the journal in the data folder says of each operation: enough to restore the catalog from.
 
 An operation is self-describing: versions go by uid and number, and one that made a version, or
-changed what is known of it, says all that its row says. `rebuilding` reads it back.
+changed what is known of it, says all that its row says. `restore` reads it back.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Connection, Select, exists, select
@@ -71,17 +71,16 @@ def resolve(connection: Connection, ref: str | int | None) -> Version:
 
 
 @reads
-def find_refs(connection: Connection, names: Iterable[str]) -> dict[str, RefRow]:
+def find_refs(connection: Connection, names: Collection[str]) -> dict[str, RefRow]:
     """Return the branches and tags of these names, by name.
 
     Raises:
         InvalidInputError: a name is no text.
     """
-    asked = list(names)
-    for name in asked:
+    for name in names:
         if not isinstance(name, str):
             raise InvalidInputError(f"{name!r} names no branch or tag; give its name, a text.")
-    wanted = wanted_names(connection, asked)
+    wanted = wanted_names(connection, names)
     rows = connection.execute(_rows().where(tables.ref.c.name.in_(wanted)))
     return {row.name: RefRow(*row) for row in rows}
 

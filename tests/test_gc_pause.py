@@ -1,4 +1,4 @@
-"""The garbage collector: off while a thread holds it off, on while all who do are waiting."""
+"""Cyclic garbage collection is off while a save or load pauses it, on while all of them wait."""
 
 import gc
 import threading
