@@ -1,7 +1,7 @@
 """The command line: one module for each command or close group of them.
 
-`app` has the table of commands, `session` what they share as input, `output` how they print, and
-`exit_codes` how a failure ends. No command loads torch, but those that move tensors.
+`app` has the table of commands, `session` what they share as input and how a failure ends, and
+`output` how they print. Only the commands that move tensors load torch.
 """
 
 from __future__ import annotations

@@ -17,8 +17,7 @@ from typing import Literal, NoReturn, TextIO
 import click
 
 from dcpstore.cli import INTERRUPTED
-from dcpstore.cli.exit_codes import BROKEN_PIPE, exit_code, report
-from dcpstore.cli.session import Session
+from dcpstore.cli.session import BROKEN_PIPE, Session, exit_code, report
 from dcpstore.errors import DcpstoreError
 
 __all__ = ["commands", "run"]
@@ -33,9 +32,9 @@ _COMMANDS = {
     "diff": ("diff", "Show what changed between two versions."),
     "tag": ("refs", "List, set, move or delete tags."),
     "branch": ("refs", "List, create or delete branches."),
-    "rollback": ("undo", "Move a branch back to an earlier version."),
-    "undo": ("undo", "Revert the last operation."),
-    "ops": ("undo", "List the operations on the repository, newest first."),
+    "rollback": ("refs", "Move a branch back to an earlier version."),
+    "undo": ("refs", "Revert the last operation."),
+    "ops": ("refs", "List the operations on the repository, newest first."),
     "sql": ("sql", "Run a read-only SQL query on the catalog."),
     "db-upgrade": ("setup", "Upgrade the catalog to this dcpstore's schema."),
     "import": ("bridges", "Save a checkpoint of another format as a new version."),

@@ -12,14 +12,13 @@ import click
 
 from dcpstore.catalog.glance import LogLine, glance_at_log
 from dcpstore.cli.output import Column, human_bytes, human_time, note, print_json, print_table
-from dcpstore.cli.session import Session, repo_options
+from dcpstore.cli.session import Session, limit_option, repo_options
 
 if TYPE_CHECKING:
     from dcpstore.records import Version
 
 __all__ = ["draw_graph", "log"]
 
-_MOST = 1_000_000_000  # more would not fit the number types of every database
 _COLUMNS = (
     Column("VERSION"),
     Column("BRANCH", shrinks=True),
@@ -84,7 +83,7 @@ def _without(lanes: list[int], lane: int, *, into: int | None) -> Iterator[tuple
 
 @click.command()
 @click.argument("ref", required=False)
-@click.option("-n", "--limit", type=click.IntRange(1, _MOST), help="Print so many at most.")
+@limit_option
 @click.option("--graph", is_flag=True, help="Draw which version came from which.")
 @click.option(
     "--where",

@@ -10,7 +10,6 @@ import click
 
 from dcpstore import repository
 from dcpstore.catalog.maintenance.retention import Best, Verdict
-from dcpstore.cli.exit_codes import DAMAGE
 from dcpstore.cli.output import (
     Column,
     counted,
@@ -22,7 +21,7 @@ from dcpstore.cli.output import (
     print_table,
     visible,
 )
-from dcpstore.cli.session import Session, json_option, looking_for_repository, repo_options
+from dcpstore.cli.session import DAMAGE, Session, json_option, looking_for_repository, repo_options
 from dcpstore.maintenance.damage import Damage, VerifyReport
 from dcpstore.maintenance.rebuild import rebuild as rebuild_catalog
 

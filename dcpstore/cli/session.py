@@ -1,10 +1,12 @@
-"""What every command is given: which repository, and whether a person or a program reads.
+"""What every command shares: which repository, JSON or text, and how a failure ends.
 
-Opening never creates; only `init` does.
+Opening a repository never creates one; only `init` does. A failure is one message on standard error
+and a stable exit code.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,16 +14,57 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
 import click
 
-from dcpstore.cli.exit_codes import NoRepositoryError
-from dcpstore.errors import NotFoundError
+from dcpstore.cli.output import visible
+from dcpstore.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    CorruptionError,
+    InvalidInputError,
+    NotFoundError,
+    SchemaError,
+)
 
 if TYPE_CHECKING:
     from dcpstore.repository import Repository
 
-__all__ = ["Session", "json_option", "looking_for_repository", "repo_options"]
+__all__ = [
+    "BROKEN_PIPE",
+    "DAMAGE",
+    "NoRepositoryError",
+    "Session",
+    "exit_code",
+    "json_option",
+    "limit_option",
+    "looking_for_repository",
+    "repo_options",
+    "report",
+]
+
+DAMAGE = 3
+BROKEN_PIPE = 141  # as a shell shows death by SIGPIPE
+_MOST = 1_000_000_000  # more would not fit the number types of every database
+
+limit_option = click.option(
+    "-n", "--limit", type=click.IntRange(1, _MOST), help="Print so many at most."
+)
+
 
 P = ParamSpec("P")
 _Command = Callable[Concatenate["Session", P], None]
+
+
+class NoRepositoryError(NotFoundError):
+    """There is no repository to open; other names that are not found lie inside one."""
+
+
+_CODES: dict[type[Exception], int] = {
+    NoRepositoryError: 10,
+    InvalidInputError: 2,
+    CorruptionError: DAMAGE,
+    ConflictError: 11,
+    AlreadyExistsError: 11,
+    SchemaError: 12,
+}
 
 
 @dataclass(slots=True)
@@ -93,3 +136,17 @@ def _session(ctx: click.Context) -> Session:
     session = ctx.find_object(Session)
     assert session is not None, "the group makes it before any command parses"
     return session
+
+
+def exit_code(error: Exception) -> int:
+    """Return the exit code for an error that ends a command."""
+    return next((code for kind, code in _CODES.items() if isinstance(error, kind)), 1)
+
+
+def report(error: Exception, *, as_json: bool) -> None:
+    """Print an error's message on standard error; with `as_json` also as an object on one line."""
+    message = "\n".join(visible(line) for line in str(error).split("\n"))
+    click.echo(f"dcpstore: {message}", err=True)
+    if as_json:
+        shape = {"error": {"kind": type(error).__name__, "message": str(error)}}
+        click.echo(json.dumps(shape), err=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dcpstore import errors
-from dcpstore.cli.exit_codes import NoRepositoryError, exit_code
+from dcpstore.cli.session import NoRepositoryError, exit_code
 from dcpstore.repository import Repository
 from tests.cli.conftest import Run, ask_database, process_environment, run_process
 

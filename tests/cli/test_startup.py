@@ -87,7 +87,7 @@ def test_the_plain_log_loads_no_sqlalchemy(target: str, tmp_path: Path) -> None:
 
 
 def test_the_list_of_commands_loads_none_of_them(tmp_path: Path) -> None:
-    modules = ["sqlalchemy", *HEAVY, *(f"dcpstore.cli.{name}" for name in ("log", "setup", "undo"))]
+    modules = ["sqlalchemy", *HEAVY, *(f"dcpstore.cli.{name}" for name in ("log", "setup", "refs"))]
     assert loaded(["--help"], repo="", folder=tmp_path, among=modules) == [set()]
 
 
