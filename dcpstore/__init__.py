@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     )
     from dcpstore.history import Diff
     from dcpstore.planning import DefaultLoadPlanner, DefaultSavePlanner, LoadOptions, PerRank
-    from dcpstore.records import ChunkDefaults, LoadReport, Version
+    from dcpstore.records import ChunkDefaults, LoadReport, StorageRequest, Trace, Version
     from dcpstore.repository import Repository, open
 
 __all__ = [
@@ -80,7 +80,9 @@ __all__ = [
     "SchemaError",
     "Stateful",
     "StorageReader",
+    "StorageRequest",
     "StorageWriter",
+    "Trace",
     "UnsafeDataError",
     "Version",
     "WriteItem",
@@ -130,7 +132,7 @@ _HOMES = {
     "dcpstore.history": ("Diff",),
     "dcpstore.planning": ("DefaultLoadPlanner", "DefaultSavePlanner", "LoadOptions", "PerRank"),
     "dcpstore.asynchronous.preemption": ("Preemption", "on_preemption"),
-    "dcpstore.records": ("ChunkDefaults", "LoadReport", "Version"),
+    "dcpstore.records": ("ChunkDefaults", "LoadReport", "StorageRequest", "Trace", "Version"),
     "dcpstore.repository": ("Repository", "open"),
     "dcpstore.catalog.maintenance.retention": ("Retention",),
 }

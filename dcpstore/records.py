@@ -36,8 +36,10 @@ __all__ = [
     "RunningSave",
     "ShardRecord",
     "StatePath",
+    "StorageRequest",
     "StoredChunk",
     "TensorRecord",
+    "Trace",
     "Version",
     "VersionContent",
     "VersionDraft",
@@ -418,6 +420,32 @@ class LoadReport:
     cast: tuple[str, ...] = ()
     differences: tuple[str, ...] = ()
     unfilled: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StorageRequest:
+    """One call of a repository's storage that succeeded.
+
+    `method` is "put" (write a whole object), "write" (an object written piece by piece, when it is
+    complete), "get" (read a whole object), "read" (read ranges of one), "size", "list" or "delete".
+    `nbytes` are those written or read. For "list", `key` is the folder that was listed.
+    """
+
+    method: Literal["put", "write", "get", "read", "size", "list", "delete"]
+    key: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace:
+    """What a repository asked of its database and of its storage; grows while it is traced.
+
+    `statements` is the SQL of each statement, as it was sent; `requests` are the calls of the
+    storage. Threads of one process are traced together, in the order of their requests.
+    """
+
+    statements: list[str] = field(default_factory=list)
+    requests: list[StorageRequest] = field(default_factory=list)
 
 
 class Row(tuple[Any, ...]):

@@ -41,11 +41,14 @@ from dcpstore.records import (
     RepositoryRecord,
     Row,
     RunningSave,
+    StorageRequest,
+    Trace,
     Version,
 )
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.local import LocalFolder
 from dcpstore.storage.packs import PackReader
+from dcpstore.storage.traced import TracedStorage
 from dcpstore.storage.urls import open_storage
 
 if TYPE_CHECKING:
@@ -72,8 +75,34 @@ class Repository:
     def __init__(self, target: str, catalog: Catalog, storage: Storage) -> None:
         self._target = target
         self.catalog = catalog
-        self.storage = storage
+        self._storage = storage
+        self._traces: list[Trace] = []
         self._finish: Callable[[], None] = lambda: None
+
+    @property
+    def storage(self) -> Storage:
+        """Where the packs and manifests lie."""
+        return TracedStorage(self._storage, self._report) if self._traces else self._storage
+
+    @contextmanager
+    def trace(self) -> Iterator[Trace]:
+        """Record the SQL statements and storage requests of this repository inside the block.
+
+        All that is asked through this object is recorded, in whatever thread; other processes and
+        other objects for the same repository are not. Calls that began before the block are
+        recorded in part.
+        """
+        trace = Trace()
+        with self.catalog.database.traced(trace.statements.append):
+            self._traces.append(trace)
+            try:
+                yield trace
+            finally:
+                self._traces.remove(trace)
+
+    def _report(self, request: StorageRequest) -> None:
+        for trace in tuple(self._traces):
+            trace.requests.append(request)
 
     @cached_property
     def memory(self) -> PlanMemory:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, event
+from sqlalchemy import create_engine
 
 import dcpstore
 from dcpstore.catalog.catalog import Catalog
@@ -208,27 +208,26 @@ def test_no_query_walks_a_whole_table(sqlite_catalog: Catalog) -> None:
     commit_save(catalog, "u", make_content("u", {"w": "W"}))
     (entry,) = load_entries(catalog, 1, ["w"])
     assert entry.tensor is not None
+    statements: list[str] = []
+    with catalog.database.traced(statements.append):
+        for ref in (None, "v1", "t", "main~0@step=1"):
+            resolve(catalog, ref)
+        list_log(catalog, 1)
+        load_entries(catalog, 1)
+        load_entries(catalog, 1, ["w"])
+        load_chunks(catalog, [ChunkRange(entry.tensor.id, 0, 0, 2)])
+        find_chunks(catalog, [chunk_digest("W", 0, 0)], "none")
+        find_tensors(catalog, ["digest of W"])
+        load_plan(catalog, 1)
+        begin_save(catalog, make_draft("u2"))
+        commit_save(catalog, "u2", make_content("u2", {"w": "W", "v": "V"}))
     plans: dict[str, list[str]] = {}
-
-    def explain(connection: Any, cursor: Any, statement: str, params: Any, *_: Any) -> None:
-        if statement.startswith(("SELECT", "WITH", "UPDATE", "DELETE")):
-            driver = connection.connection.driver_connection
-            rows = driver.execute(f"EXPLAIN QUERY PLAN {statement}", params).fetchall()
-            plans[statement] = [row[3] for row in rows]
-
-    event.listen(catalog.database._engine, "before_cursor_execute", explain)
-    for ref in (None, "v1", "t", "main~0@step=1"):
-        resolve(catalog, ref)
-    list_log(catalog, 1)
-    load_entries(catalog, 1)
-    load_entries(catalog, 1, ["w"])
-    load_chunks(catalog, [ChunkRange(entry.tensor.id, 0, 0, 2)])
-    find_chunks(catalog, [chunk_digest("W", 0, 0)], "none")
-    find_tensors(catalog, ["digest of W"])
-    load_plan(catalog, 1)
-    begin_save(catalog, make_draft("u2"))
-    commit_save(catalog, "u2", make_content("u2", {"w": "W", "v": "V"}))
-    event.remove(catalog.database._engine, "before_cursor_execute", explain)
+    with catalog.database.outside() as driver:
+        for statement in statements:
+            if statement.startswith(("SELECT", "WITH", "UPDATE", "DELETE")):
+                values = [None] * statement.count("?")
+                rows = driver.execute(f"EXPLAIN QUERY PLAN {statement}", values).fetchall()
+                plans[statement] = [row[3] for row in rows]
     assert len(plans) > 15
     fine = {"SCAN each VIRTUAL TABLE INDEX 1:", "SCAN ancestor", "SCAN up", "SCAN CONSTANT ROW"}
     for statement, steps in plans.items():

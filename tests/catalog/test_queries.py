@@ -1,14 +1,11 @@
 """Reading: history, entries, chunks and plan are what was saved, in the same few queries."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import event
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.read.dedup import find_chunks, find_tensors
@@ -22,19 +19,6 @@ from dcpstore.geometry.boxes import Box
 from dcpstore.records import ChunkRange, EntryRecord, PlanRecord, ShardRecord, TensorRecord
 
 from .conftest import Save, chunk_digest, make_content, make_draft, make_tensor
-
-
-@contextmanager
-def counted(catalog: Catalog) -> Iterator[list[str]]:
-    """Yield a list that grows by each statement that the catalog sends."""
-    seen: list[str] = []
-
-    def note(connection: object, cursor: object, statement: str, *_: object) -> None:
-        seen.append(statement)
-
-    event.listen(catalog.database._engine, "before_cursor_execute", note)
-    yield seen
-    event.remove(catalog.database._engine, "before_cursor_execute", note)
 
 
 def test_log_follows_parents_newest_first(catalog: Catalog, save: Save) -> None:
@@ -58,7 +42,8 @@ def test_number_of_queries_does_not_grow(catalog: Catalog, save: Save) -> None:
         version = save({f"layer.{i}": f"{many} {i}" for i in range(many)}, tags=(f"t{many}",))
         for _ in range(many):
             save(metrics={"a": 1.0, "b": 2.0})
-        with counted(catalog) as seen:
+        seen: list[str] = []
+        with catalog.database.traced(seen.append):
             list_log(catalog)
             list_log(catalog, version.number)
             entries = load_entries(catalog, version.number)

@@ -4,61 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
-from sqlalchemy import event
 
 import dcpstore
 from dcpstore.cli.app import commands
 from dcpstore.errors import CorruptionError, NotFoundError
 from dcpstore.repository import Repository
-from dcpstore.storage.interface import Range, Source
-from dcpstore.storage.local import LocalFolder
 from tests.soundness import Place
 
 SMALL = 64  # bytes of a chunk: 16 elements of float32
-
-
-class CountingSource:
-    """A source that notes each range that is read."""
-
-    def __init__(self, source: Source, key: str, seen: list[tuple[str, int]]) -> None:
-        self._source, self._key, self._seen = source, key, seen
-
-    @property
-    def size(self) -> int:
-        return self._source.size
-
-    def read(self, ranges: list[Range]) -> list[memoryview]:
-        self._seen += [(self._key, offset) for offset, _ in ranges]
-        return self._source.read(ranges)
-
-    def release(self, offset: int, length: int) -> None:
-        self._source.release(offset, length)
-
-
-@contextmanager
-def storage_reads(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Yield a list that grows by each range read from storage, and each object got whole."""
-    seen: list[Any] = []
-    opened, got = LocalFolder.open, LocalFolder.get
-
-    def open_counting(self: LocalFolder, key: str) -> CountingSource:
-        return CountingSource(opened(self, key), key, seen)
-
-    def get_counting(self: LocalFolder, key: str) -> bytes:
-        seen.append(key)
-        return got(self, key)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(LocalFolder, "open", open_counting)
-        patched.setattr(LocalFolder, "get", get_counting)
-        yield seen
 
 
 @pytest.fixture
@@ -125,18 +84,19 @@ def test_modules_count_their_entries(small: Repository) -> None:
 
 
 def test_no_chunk_is_read_but_those_that_differ_and_only_with_stats(
-    small: Repository, monkeypatch: pytest.MonkeyPatch
+    small: Repository,
 ) -> None:
     dcpstore.save(state(), small)
     changed = state()
     changed["model"]["a"][20] += 1  # in the second chunk of four
     dcpstore.save(changed, small)
-    with storage_reads(small, monkeypatch) as seen:
+    with small.trace() as seen:
         assert len(small.diff("v1", "v2").changed) == 1
-        assert seen == []
+        assert seen.requests == []
         (entry,) = small.diff("v1", "v2", stats=True).changed
-        assert len(seen) == 2  # the chunk as it was, and as it is
-        assert len({pack for pack, _ in seen}) == 2
+    # the chunk as it was, and as it is
+    assert [(request.method, request.nbytes) for request in seen.requests] == [("read", SMALL)] * 2
+    assert len({request.key for request in seen.requests}) == 2
     assert entry.stats is not None
     assert (entry.stats.elements, entry.stats.compared, entry.stats.changed) == (64, 16, 1)
     assert entry.stats.l2 == entry.stats.max_abs == 1
@@ -150,17 +110,10 @@ def test_the_number_of_queries_does_not_grow(small: Repository) -> None:
         dcpstore.save({"m": {n: torch.zeros(40) for n in names}}, small, branch=f"b{many}")
         changed = {n: torch.arange(40.0) * (1 + i) for i, n in enumerate(names)}
         dcpstore.save({"m": changed}, small, branch=f"b{many}")
-        seen: list[str] = []
-        engine = small.catalog.database._engine
-
-        def note(c: object, cursor: object, statement: str, *_: object, seen: Any = seen) -> None:
-            seen.append(statement)
-
-        event.listen(engine, "before_cursor_execute", note)
-        assert len(small.diff(f"b{many}~1", f"b{many}").changed) == many
-        event.remove(engine, "before_cursor_execute", note)
-        counts.append(len(seen))
-    assert counts[0] == counts[1]
+        with small.trace() as seen:
+            assert len(small.diff(f"b{many}~1", f"b{many}").changed) == many
+        counts.append(len(seen.statements))
+    assert counts[0] == counts[1] > 1
 
 
 def test_damage_is_named_and_only_the_chunks_show_it(small: Repository, place: Place) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from sqlalchemy import event
 
 import dcpstore
 from dcpstore import ConflictError, DefaultSavePlanner, RankFailure, Repository
@@ -105,18 +104,14 @@ def test_reading_and_other_repositories_are_free_inside_a_save(
 @contextmanager
 def in_a_transaction(repo: Repository, call: Callable[[], object]) -> Iterator[None]:
     """Have `call` called once, in the middle of the next transaction that adds an operation."""
-    engine = repo.catalog.database._engine
 
-    def see(connection: Any, cursor: Any, statement: str, *rest: object) -> None:
+    def see(statement: str) -> None:
         if "INTO operation" in statement and calls:
             calls.pop()()
 
     calls = [call]
-    event.listen(engine, "before_cursor_execute", see)
-    try:
+    with repo.catalog.database.traced(see):
         yield
-    finally:
-        event.remove(engine, "before_cursor_execute", see)
     assert not calls
 
 

@@ -10,6 +10,7 @@ from dcpstore.errors import CorruptionError, InvalidInputError, NotFoundError
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.local import LocalFolder
 from dcpstore.storage.object_store import ObjectStore
+from dcpstore.storage.traced import TracedStorage
 
 KEY = "packs/ab12/0-0.pack"
 
@@ -142,3 +143,9 @@ class TestLocalObjects(StorageContract):
     @pytest.fixture
     def storage(self, tmp_path: Path) -> Storage:
         return ObjectStore(tmp_path.as_uri(), LocalStore(tmp_path))
+
+
+class TestTraced(StorageContract):
+    @pytest.fixture
+    def storage(self, tmp_path: Path) -> Storage:
+        return TracedStorage(LocalFolder(tmp_path / "data", create=True), lambda request: None)

@@ -36,6 +36,7 @@ from dcpstore.errors import DcpstoreError
 __all__ = ["Database"]
 
 _WRITES = "dcpstore_writes"
+_SENDING = "before_cursor_execute"  # SQLAlchemy's event
 # For each transaction of Postgres that writes: wait for a lock as long as on SQLite, and let go of
 # the locks of a process that the network has cut off.
 _LIMITS = (
@@ -65,6 +66,7 @@ class Database:
         self._was_connected = False
         self._keeping = threading.RLock()  # a signal handler may ask in the middle
         self._keepers = 0
+        self._reports: list[Callable[[str], None]] = []
         if self.is_sqlite:
             self._engine = create_engine(
                 "sqlite://",
@@ -114,6 +116,30 @@ class Database:
     def close(self) -> None:
         """Close every connection; the next use connects again."""
         self._engine.dispose()
+
+    @contextmanager
+    def traced(self, report: Callable[[str], None]) -> Iterator[None]:
+        """Call `report` with the SQL of each statement before it is sent, inside the block.
+
+        It is called in the thread that sends the statement, BEGIN included; a commit is not a
+        statement.
+        """
+
+        def see(connection: Connection, cursor: object, statement: str, *_: object) -> None:
+            report(statement)
+
+        self._reports.append(report)
+        event.listen(self._engine, _SENDING, see)
+        try:
+            yield
+        finally:
+            event.remove(self._engine, _SENDING, see)
+            self._reports.remove(report)
+
+    def report(self, statement: str) -> None:
+        """Report a statement that goes to the driver past SQLAlchemy."""
+        for report in tuple(self._reports):
+            report(statement)
 
     @contextmanager
     def keep_connection(self) -> Iterator[None]:

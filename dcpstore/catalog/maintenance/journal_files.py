@@ -40,7 +40,9 @@ class Journaled(Protocol):
     """What has a journal: a catalog, and the storage of its data."""
 
     catalog: Catalog
-    storage: Storage
+
+    @property
+    def storage(self) -> Storage: ...
 
 
 def journaled(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R, P], T]:

@@ -81,6 +81,7 @@ def query_table(catalog: OpenCatalog, sql: str, params: Mapping[str, object]) ->
     database = catalog.database
     ask = _ask_sqlite if database.is_sqlite else _ask_postgres
     with database.read_only() as connection:
+        database.report(sql)
         driver = connection.dialect.loaded_dbapi
         try:
             values = {name: _parameter(name, value) for name, value in params.items()}
