@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
-from typing import Any, SupportsFloat, overload
+from typing import Any, Unpack, overload
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,6 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from dcpstore.asynchronous.staging import raise_unseen
 from dcpstore.catalog.location import absolute_target
-from dcpstore.catalog.maintenance.retention import Retention
 from dcpstore.catalog.read.ref_lookup import DEFAULT_BRANCH, find_refs
 from dcpstore.collectives import alone_in, find_collectives
 from dcpstore.core.ref_syntax import Ref, parse_ref, rank_name
@@ -35,12 +34,14 @@ from dcpstore.planning.save_planner import planner_of
 from dcpstore.records import LoadReport, Version
 from dcpstore.repository import Repository, opened
 from dcpstore.saving import (
-    MetricsFrom,
+    SaveOptions,
     SaveRequest,
     SaveTarget,
+    check_options,
     make_request,
     own_request,
     save_version,
+    shows_options,
 )
 from dcpstore.state.load_options import LoadOptions, OnDtype, Rename
 
@@ -204,41 +205,21 @@ def save(
     state_dict: dict[str, Any],
     repo: RepositoryLike | None = None,
     *,
-    branch: str = "main",
-    step: int | None = None,
-    tags: Iterable[str] = (),
-    message: str = "",
-    metrics: Mapping[str, SupportsFloat] | None = None,
-    labels: Mapping[str, object] | None = None,
-    metrics_from: MetricsFrom = "all",
-    author: str = "",
-    parent: str | int | None = None,
-    expect_tip: str | int | None = None,
-    retention: Retention | None = None,
     planner: SavePlanner | None = None,
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
     use_collectives: bool = True,
     allow_pickle: bool = False,
     checkpoint_id: str | os.PathLike[str] | None = None,
+    **options: Unpack[SaveOptions],
 ) -> Version: ...
 
 
+@shows_options(SaveOptions)
 def save(
     state_dict: dict[str, Any],
     repo: RepositoryLike | None = None,
     *,
-    branch: str = "main",
-    step: int | None = None,
-    tags: Iterable[str] = (),
-    message: str = "",
-    metrics: Mapping[str, SupportsFloat] | None = None,
-    labels: Mapping[str, object] | None = None,
-    metrics_from: MetricsFrom = "all",
-    author: str = "",
-    parent: str | int | None = None,
-    expect_tip: str | int | None = None,
-    retention: Retention | None = None,
     planner: SavePlanner | None = None,
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
@@ -246,6 +227,7 @@ def save(
     checkpoint_id: str | os.PathLike[str] | None = None,
     storage_writer: StorageWriter | None = None,
     use_collectives: bool = True,
+    **options: Unpack[SaveOptions],
 ) -> Version | Metadata:
     """Save a state as a new version; every rank of the group calls it and gets the same `Version`.
 
@@ -284,27 +266,11 @@ def save(
         ConflictError: the branch moved meanwhile.
         RankFailure: some ranks failed, with each one's error; the repository shows nothing.
     """
-
-    def asked(*, leads: bool = True) -> SaveRequest:
-        return make_request(
-            branch=branch,
-            step=step,
-            message=message,
-            tags=tags,
-            metrics=metrics,
-            labels=labels,
-            author=author,
-            parent=parent,
-            expect_tip=expect_tip,
-            retention=retention,
-            metrics_from=metrics_from,
-            leads=leads,
-        )
-
+    check_options("save", options)
     repo, storage_writer = taken_writer("save", repo, storage_writer)
     if storage_writer is not None:
         check_planner(planner, SavePlanner)
-        given = asked().named
+        given = make_request(**options).named
         check_unused("storage_writer", *given, repo=repo is not None, allow_pickle=allow_pickle)
         described: Metadata = torch_save(
             state_dict,
@@ -321,7 +287,7 @@ def save(
     def request() -> SaveRequest:
         raise_unseen()
         check_planner(planner, SavePlanner)
-        made = asked(leads=ranks.leads)
+        made = make_request(leads=ranks.leads, **options)
         return made if use_collectives else own_request(made, ranks.rank)
 
     with ExitStack() as stack:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, SupportsFloat, overload
+from typing import Any, Unpack, overload
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
@@ -30,13 +30,19 @@ from dcpstore.api import (
 )
 from dcpstore.asynchronous.other_process import check_process, save_in_process
 from dcpstore.asynchronous.staging import Background, IfBusy, PendingSave, find_saver, raise_unseen
-from dcpstore.catalog.maintenance.retention import Retention
 from dcpstore.collectives import Collectives
 from dcpstore.errors import InvalidInputError
 from dcpstore.planning.save_planner import planner_of
 from dcpstore.records import Version
 from dcpstore.repository import Repository
-from dcpstore.saving import MetricsFrom, SaveRequest, make_request, own_request, save_version
+from dcpstore.saving import (
+    SaveOptions,
+    check_options,
+    make_request,
+    own_request,
+    save_version,
+    shows_options,
+)
 
 __all__ = ["async_save"]
 
@@ -61,17 +67,6 @@ def async_save(
     state_dict: dict[str, Any],
     repo: RepositoryLike | None = None,
     *,
-    branch: str = "main",
-    step: int | None = None,
-    tags: Iterable[str] = (),
-    message: str = "",
-    metrics: Mapping[str, SupportsFloat] | None = None,
-    labels: Mapping[str, object] | None = None,
-    metrics_from: MetricsFrom = "all",
-    author: str = "",
-    parent: str | int | None = None,
-    expect_tip: str | int | None = None,
-    retention: Retention | None = None,
     planner: SavePlanner | None = None,
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
@@ -82,24 +77,15 @@ def async_save(
     staging_limit: int | None = None,
     async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
     async_stager: AsyncStager | None = None,
+    **options: Unpack[SaveOptions],
 ) -> PendingSave: ...
 
 
+@shows_options(SaveOptions)
 def async_save(
     state_dict: dict[str, Any],
     repo: RepositoryLike | None = None,
     *,
-    branch: str = "main",
-    step: int | None = None,
-    tags: Iterable[str] = (),
-    message: str = "",
-    metrics: Mapping[str, SupportsFloat] | None = None,
-    labels: Mapping[str, object] | None = None,
-    metrics_from: MetricsFrom = "all",
-    author: str = "",
-    parent: str | int | None = None,
-    expect_tip: str | int | None = None,
-    retention: Retention | None = None,
     planner: SavePlanner | None = None,
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
@@ -111,6 +97,7 @@ def async_save(
     async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
     async_stager: AsyncStager | None = None,
     use_collectives: bool = True,
+    **options: Unpack[SaveOptions],
 ) -> PendingSave | Future[Metadata] | AsyncSaveResponse:
     """Save as `save` does, but return as soon as the state may be changed again.
 
@@ -144,29 +131,13 @@ def async_save(
         ConflictError: a save still runs and `if_busy` is "refuse".
         DcpstoreError: the save before failed, and its result was never asked for.
     """
-
-    def asked(*, leads: bool = True) -> SaveRequest:
-        return make_request(
-            branch=branch,
-            step=step,
-            message=message,
-            tags=tags,
-            metrics=metrics,
-            labels=labels,
-            author=author,
-            parent=parent,
-            expect_tip=expect_tip,
-            retention=retention,
-            metrics_from=metrics_from,
-            leads=leads,
-        )
-
+    check_options("async_save", options)
     repo, storage_writer = taken_writer("async_save", repo, storage_writer)
     if storage_writer is not None:
         check_planner(planner, SavePlanner)
         check_unused(
             "storage_writer",
-            *asked().named,
+            *make_request(**options).named,
             repo=repo is not None,
             allow_pickle=allow_pickle,
             if_busy=if_busy != "wait",
@@ -188,7 +159,9 @@ def async_save(
     def prepare(ranks: Collectives) -> Background:
         where = where_given(repo, checkpoint_id)
         check_planner(planner, SavePlanner)
-        request = asked(leads=ranks.leads)  # now: a metric may be a tensor, which training changes
+        request = make_request(
+            leads=ranks.leads, **options
+        )  # now: a metric may be a tensor, which training changes
         if not isinstance(async_checkpointer_type, AsyncCheckpointerType):
             raise InvalidInputError(
                 f"async_checkpointer_type={async_checkpointer_type!r}; pass one of torch's "

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
@@ -28,7 +28,6 @@ from torch.futures import Future
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.location import absolute_target
-from dcpstore.catalog.maintenance.retention import Retention
 from dcpstore.catalog.read.dedup import find_chunks
 from dcpstore.catalog.write.lease import kept_lease
 from dcpstore.catalog.write.saves import abort_save, begin_save
@@ -41,20 +40,25 @@ from dcpstore.planning.save_planner import recorded_by
 from dcpstore.records import ChunkPlace, ObjectPath, PackRecord, Version, VersionDraft
 from dcpstore.repository import Repository, opened
 from dcpstore.saving.commit import (
-    SaveRequest,
     SaveTarget,
     apply_retention,
     draft_version,
     entries_before,
     give_up,
     kept_planner_data,
-    make_request,
-    own_request,
     publish,
 )
 from dcpstore.saving.layout import Layout, join_layouts, lay_out
 from dcpstore.saving.pack_writer import ChunkWriter
 from dcpstore.saving.rank_chunks import ChunkKey, Digested, RankData
+from dcpstore.saving.request import (
+    SaveRequest,
+    VersionOptions,
+    check_options,
+    make_request,
+    own_request,
+    shows_options,
+)
 from dcpstore.saving.save_state import SaveState
 
 __all__ = ["RepositoryWriter"]
@@ -98,35 +102,17 @@ class RepositoryWriter(StorageWriter):
     A `checkpoint_id` given to torch's call becomes a tag of the version.
     """
 
+    @shows_options(VersionOptions)
     def __init__(
         self,
         repo: Repository | str | os.PathLike[str],
         *,
-        branch: str = "main",
-        step: int | None = None,
-        message: str = "",
-        tags: Sequence[str] = (),
-        metrics: Mapping[str, float] | None = None,
-        labels: Mapping[str, str] | None = None,
-        author: str = "",
-        parent: str | int | None = None,
-        expect_tip: str | int | None = None,
-        retention: Retention | None = None,
         allow_pickle: bool = False,
+        **options: Unpack[VersionOptions],
     ) -> None:
+        check_options("RepositoryWriter", options, VersionOptions)
         self._repo = repo if isinstance(repo, Repository) else absolute_target(repo)
-        self._request = make_request(
-            branch=branch,
-            step=step,
-            message=message,
-            tags=tags,
-            metrics=metrics,
-            labels=labels,
-            author=author,
-            parent=parent,
-            expect_tip=expect_tip,
-            retention=retention,
-        )
+        self._request = make_request(**options)
         self._allow_pickle = allow_pickle
         self._checkpoint_id: str | os.PathLike[str] | None = None
         self._rank = 0

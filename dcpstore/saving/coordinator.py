@@ -20,7 +20,6 @@ from dcpstore.errors import InvalidInputError
 from dcpstore.planning.save_planner import recorded_by
 from dcpstore.records import ChunkDefaults, EntryRecord, Version
 from dcpstore.saving.commit import (
-    SaveRequest,
     SaveTarget,
     apply_retention,
     draft_version,
@@ -39,6 +38,7 @@ from dcpstore.saving.plan_exchange import (
     shares_tables,
 )
 from dcpstore.saving.rank_chunks import ChunkKey, Digested
+from dcpstore.saving.request import SaveRequest
 from dcpstore.saving.save_state import SaveState, is_cut_otherwise
 
 __all__ = [

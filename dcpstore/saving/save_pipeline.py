@@ -30,10 +30,11 @@ from dcpstore.core.gc_pause import gc_paused
 from dcpstore.core.progress import ProgressBar
 from dcpstore.planning.save_planner import planner_of
 from dcpstore.records import RankProgress, Version
-from dcpstore.saving.commit import SaveRequest, SaveTarget
+from dcpstore.saving.commit import SaveTarget
 from dcpstore.saving.coordinator import Coordinator, OpenRequest
 from dcpstore.saving.pack_writer import ChunkWriter
 from dcpstore.saving.rank import RankWork
+from dcpstore.saving.request import SaveRequest
 from dcpstore.state.stateful import check_keys
 
 __all__ = ["Reports", "save_version"]

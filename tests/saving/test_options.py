@@ -1,0 +1,51 @@
+"""The arguments that describe a version: listed by each call that takes them, and by one name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dcpstore
+from dcpstore.saving import SaveRequest
+
+CALLS: list[Callable[..., Any]] = [
+    dcpstore.save,
+    dcpstore.async_save,
+    lambda _state, repo, **options: dcpstore.RepositoryWriter(repo, **options),
+]
+
+
+@pytest.mark.parametrize("call", [dcpstore.save, dcpstore.async_save])
+def test_a_signature_lists_every_option_with_its_default(call: Callable[..., Any]) -> None:
+    shown = inspect.signature(call).parameters
+    for field in fields(SaveRequest):
+        assert shown[field.name].kind is inspect.Parameter.KEYWORD_ONLY
+    assert (shown["branch"].default, shown["branch"].annotation) == ("main", "str")
+    assert (shown["tags"].default, shown["metrics"].default) == ((), None)
+    assert "options" not in shown
+
+
+def test_a_writer_lists_all_but_what_torch_does_not_move() -> None:
+    shown = inspect.signature(dcpstore.RepositoryWriter).parameters
+    assert {field.name for field in fields(SaveRequest)} - set(shown) == {"metrics_from"}
+    assert "options" not in shown
+
+
+@pytest.mark.parametrize("call", CALLS, ids=["save", "async_save", "RepositoryWriter"])
+def test_an_unknown_option_is_named_before_anything_is_made(
+    call: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'brnch'"):
+        call({"w": torch.ones(2)}, tmp_path / "r", brnch="main")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_writer_takes_no_option_that_it_cannot_keep(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="'metrics_from'"):
+        dcpstore.RepositoryWriter(tmp_path, metrics_from="rank0")  # type: ignore[call-arg]
