@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.location import absolute_data, absolute_target, check_path, locate
-from dcpstore.catalog.maintenance.journal_files import changing_repository, journaled, write_journal
+from dcpstore.catalog.maintenance.journal import changing_repository, journaled, write_journal
 from dcpstore.catalog.read.entries import load_chunks, load_entries
 from dcpstore.catalog.read.log_filter import LogFilter, best_version, list_log
 from dcpstore.catalog.read.ref_lookup import list_refs, resolve
@@ -29,7 +29,7 @@ from dcpstore.catalog.write.operations import list_operations
 from dcpstore.catalog.write.refs import delete_ref, make_ref, roll_back
 from dcpstore.catalog.write.undo import undo_last
 from dcpstore.core.durations import Duration
-from dcpstore.core.user import this_user
+from dcpstore.core.identity import this_user
 from dcpstore.errors import AlreadyExistsError, DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.formats.composition import ComposedEntry, Entry, fold_entries, outer_fqns
 from dcpstore.records import (
@@ -55,8 +55,8 @@ if TYPE_CHECKING:
     from dcpstore.catalog.maintenance.retention import Best, ExpireReport
     from dcpstore.history.diff import Diff
     from dcpstore.maintenance.copy import CopyReport
-    from dcpstore.maintenance.damage import VerifyReport
     from dcpstore.maintenance.gc import GcReport
+    from dcpstore.maintenance.verify import VerifyReport
     from dcpstore.reading.selection import Index
     from dcpstore.saving.plan_exchange import PlanMemory
     from dcpstore.zarr.store import VersionStore

@@ -22,8 +22,8 @@ from dcpstore.cli.output import (
     visible,
 )
 from dcpstore.cli.session import DAMAGE, Session, json_option, looking_for_repository, repo_options
-from dcpstore.maintenance.damage import Damage, VerifyReport
 from dcpstore.maintenance.rebuild import rebuild as rebuild_catalog
+from dcpstore.maintenance.verify import Damage, VerifyReport
 
 __all__ = ["copy", "expire", "forget", "gc", "rebuild", "verify"]
 

@@ -17,7 +17,7 @@ from dcpstore.convert.exporting import DEEPEST
 from dcpstore.convert.safetensors_header import Header
 from dcpstore.encoding.values import decode_value, encode_value
 from dcpstore.errors import CorruptionError
-from dcpstore.formats import json_text
+from dcpstore.formats import json_fields
 from dcpstore.records import ObjectPath, StatePath
 
 __all__ = ["aliases", "notes", "paths_of", "plain_text", "values_of"]
@@ -36,7 +36,7 @@ def notes(
         ties: for each name that is left out, the one that is kept.
     """
     nested = {
-        fqn: json.loads(json_text.path(path))
+        fqn: json.loads(json_fields.path(path))
         for fqn, path in paths.items()
         if path != (fqn,) or (isinstance(path, StatePath) and path.marks)
     }

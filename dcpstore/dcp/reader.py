@@ -13,7 +13,7 @@ from torch.futures import Future
 
 from dcpstore.catalog.location import absolute_target
 from dcpstore.catalog.read.entries import load_entries, load_planner_data
-from dcpstore.core.ids import new_uid
+from dcpstore.core.identity import new_uid
 from dcpstore.core.progress import ProgressBar
 from dcpstore.core.ref_syntax import rank_name
 from dcpstore.encoding.values import decode_value

@@ -31,7 +31,7 @@ from dcpstore.catalog.location import absolute_target
 from dcpstore.catalog.read.dedup import find_chunks
 from dcpstore.catalog.write.lease import kept_lease
 from dcpstore.catalog.write.saves import abort_save, begin_save
-from dcpstore.core.ids import new_uid
+from dcpstore.core.identity import new_uid
 from dcpstore.errors import DcpstoreError, InvalidInputError
 from dcpstore.planning.balance import item_nbytes
 from dcpstore.planning.plan_checks import check_agreement, check_names, check_results, check_tiling

@@ -16,8 +16,14 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
-from dcpstore.encoding.containers import CONTAINER_TAGS, close_container, open_container
-from dcpstore.encoding.objects import OWN_TAGS, TemplateClasses, take_apart
+from dcpstore.encoding.objects import (
+    CONTAINER_TAGS,
+    OWN_TAGS,
+    TemplateClasses,
+    close_container,
+    open_container,
+    take_apart,
+)
 from dcpstore.encoding.scalars import (
     ARRAYS,
     NotPlainError,

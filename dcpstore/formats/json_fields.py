@@ -1,8 +1,10 @@
-"""Fields of JSON that is kept: each is taken as what it must be, or refused.
+"""Fields of JSON at rest: each is read as what it must be or refused, and written as compact text.
 
 A digest shows damage, not who wrote the data: a program that writes the folder can write the digest
-too. So nothing of a manifest or operation is used before its kind and range are known;
-what does not fit is a ValueError or TypeError, which the reader of the object explains.
+too. So nothing of a manifest or operation is used before its kind and range are known; what does
+not fit is a ValueError or TypeError, which the reader of the object explains. Text is put together
+here where there is a line for each of thousands of tensors: an encoder that is called once a line
+costs more than the line. All of it is compact and pure ASCII.
 """
 
 from __future__ import annotations
@@ -11,17 +13,22 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
+from json.encoder import encode_basestring_ascii
 from typing import Any, TypeVar
 
 from dcpstore.errors import CorruptionError
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.grids import Grid
+from dcpstore.records import ObjectPath, StatePath
 from dcpstore.storage.interface import check_key
 
 __all__ = [
     "box",
+    "encode",
     "entries",
     "grid",
+    "integers",
     "items",
     "mapping",
     "natural",
@@ -29,6 +36,8 @@ __all__ = [
     "number",
     "optional",
     "pack",
+    "path",
+    "quoted",
     "text",
     "time",
     "uid",
@@ -179,3 +188,21 @@ def value_tree(fqn: str, typed: str) -> Any:
 def _short(found: object) -> str:
     """Return the beginning of what was found, however deep it is nested or long it is."""
     return repr(found)[:60] if isinstance(found, str | int | float | None) else type(found).__name__
+
+
+encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+quoted = encode_basestring_ascii
+
+
+@lru_cache(4096)
+def integers(values: tuple[int, ...]) -> str:
+    """Return offsets, sizes or a shape; few are distinct."""
+    return f"[{','.join(map(str, values))}]"
+
+
+def path(keys: ObjectPath) -> str:
+    """Return the names and numbers that lead to an object, as `StatePath.parsed` reads them."""
+    text = f"[{','.join([quoted(key) if isinstance(key, str) else str(key) for key in keys])}]"
+    if not isinstance(keys, StatePath) or (len(keys) == 1 and not keys.marks):
+        return text
+    return f"[{text},{quoted(keys.marks)}]" if keys.marks else f"[{text}]"

@@ -21,7 +21,7 @@ from blake3 import blake3
 
 from dcpstore.core.ref_syntax import check_name
 from dcpstore.errors import CorruptionError, SchemaError
-from dcpstore.formats import json_fields, json_text
+from dcpstore.formats import json_fields
 from dcpstore.geometry.grids import Grid
 from dcpstore.records import (
     EntryKind,
@@ -78,12 +78,14 @@ def encode_manifest(
         documents: the Zarr documents by key, "zarr.json" of the root among them.
         references: each chunk by its Zarr key.
     """
-    refs = [f"{json_text.quoted(key)}:{json_text.quoted(text)}" for key, text in documents.items()]
+    refs = [
+        f"{json_fields.quoted(key)}:{json_fields.quoted(text)}" for key, text in documents.items()
+    ]
     refs += [
-        f'{json_text.quoted(key)}:["{{{{data}}}}/{c.pack}",{c.offset},{c.length}]'
+        f'{json_fields.quoted(key)}:["{{{{data}}}}/{c.pack}",{c.offset},{c.length}]'
         for key, c in references
     ]
-    head = f'"templates":{json_text.encode({"data": data_url})},"refs":{{'
+    head = f'"templates":{json_fields.encode({"data": data_url})},"refs":{{'
     tail = f'}},"dcpstore":{_encode_version(draft, content)}}}'
     body = [part.encode() for part in (head, ",".join(refs), tail)]  # megabytes: few copies
     digest = blake3(b"{")
@@ -157,21 +159,21 @@ def _encode_version(draft: VersionDraft, content: VersionContent) -> str:
     entries = ",".join(map(_encode_entry, content.entries))
     tensors = ",".join([_encode_tensor(tensor, number) for tensor in content.tensors])
     return (
-        f'{json_text.encode(facts)[:-1]},"plan":{{"digest":"{plan.digest}","ranks":{plan.ranks},'
-        f'"shards":[{shards}]}},"entries":[{entries}],"packs":{json_text.encode(packs)},'
+        f'{json_fields.encode(facts)[:-1]},"plan":{{"digest":"{plan.digest}","ranks":{plan.ranks},'
+        f'"shards":[{shards}]}},"entries":[{entries}],"packs":{json_fields.encode(packs)},'
         f'"tensors":[{tensors}]}}'
     )
 
 
 def _encode_shard(shard: ShardRecord) -> str:
-    offsets, sizes = map(json_text.integers, (shard.box.offsets, shard.box.sizes))
-    return f"[{json_text.quoted(shard.fqn)},{shard.rank},{offsets},{sizes}]"
+    offsets, sizes = map(json_fields.integers, (shard.box.offsets, shard.box.sizes))
+    return f"[{json_fields.quoted(shard.fqn)},{shard.rank},{offsets},{sizes}]"
 
 
 def _encode_entry(entry: NewEntry) -> str:
-    fqn, path = json_text.quoted(entry.fqn), json_text.path(entry.path)
+    fqn, path = json_fields.quoted(entry.fqn), json_fields.path(entry.path)
     tensor = "null" if entry.tensor_digest is None else f'"{entry.tensor_digest}"'
-    value = "null" if entry.value is None else json_text.quoted(entry.value)
+    value = "null" if entry.value is None else json_fields.quoted(entry.value)
     return f'[{fqn},{path},"{entry.kind}",{tensor},{value}]'
 
 
@@ -196,7 +198,7 @@ def _encode_cut(
     """Return what tensors of one kind have in common, without braces; few are distinct."""
     grids = [[part.offsets, part.shape, part.chunk_shape] for part in parts]
     facts = {"dtype": dtype, "shape": shape, "codec": codec, "nbytes": nbytes, "parts": grids}
-    return json_text.encode(facts)[1:-1]
+    return json_fields.encode(facts)[1:-1]
 
 
 def _ordinals(parts: Sequence[Grid]) -> list[tuple[int, int]]:

@@ -6,7 +6,6 @@ imported by who asks for them.
 
 from __future__ import annotations
 
-from dcpstore.history.diff import Diff, EntryDiff, ModuleDiff, diff_versions, fold_diff
-from dcpstore.history.stats import TensorStats
+from dcpstore.history.diff import Diff, EntryDiff, ModuleDiff, TensorStats, diff_versions, fold_diff
 
 __all__ = ["Diff", "EntryDiff", "ModuleDiff", "TensorStats", "diff_versions", "fold_diff"]

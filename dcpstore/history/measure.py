@@ -24,8 +24,7 @@ import torch
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.encoding.dtypes import PACKED, torch_dtype
 from dcpstore.geometry.boxes import Box
-from dcpstore.history.diff import Diff, EntryDiff, same_grids
-from dcpstore.history.stats import TensorStats
+from dcpstore.history.diff import Diff, EntryDiff, TensorStats, same_grids
 from dcpstore.reading.box_reads import find_chunks
 from dcpstore.reading.chunk_reads import ChunkReader
 from dcpstore.records import EntryRecord, StoredChunk, TensorRecord

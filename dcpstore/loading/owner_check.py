@@ -17,8 +17,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
-from dcpstore.encoding.composed import parts_of
-from dcpstore.encoding.composed_kinds import kind_of
+from dcpstore.encoding.composed_tensors import kind_of, parts_of
 from dcpstore.records import ObjectPath
 from dcpstore.state.optimizers import is_by_number
 from dcpstore.state.overlay import fqn_of

@@ -13,16 +13,21 @@ from dataclasses import dataclass, replace
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.maintenance.export import lineage, load_content, mark_version_stale
 from dcpstore.catalog.maintenance.fsck import PackedChunk
-from dcpstore.catalog.maintenance.journal_files import write_journal
+from dcpstore.catalog.maintenance.journal import write_journal
 from dcpstore.catalog.read.dedup import find_chunks, find_tensors
 from dcpstore.catalog.read.entries import load_chunks
 from dcpstore.catalog.read.log_filter import list_log
 from dcpstore.catalog.read.ref_lookup import list_refs, resolve
-from dcpstore.catalog.write.copied import advance_branch, begin_copy, commit_copy, known_uids
 from dcpstore.catalog.write.lease import kept_lease
 from dcpstore.catalog.write.refs import make_ref
-from dcpstore.catalog.write.saves import abort_save
-from dcpstore.core.ids import new_uid
+from dcpstore.catalog.write.saves import (
+    abort_save,
+    advance_branch,
+    begin_copy,
+    commit_copy,
+    known_uids,
+)
+from dcpstore.core.identity import new_uid
 from dcpstore.core.ref_syntax import parse_ref
 from dcpstore.errors import AlreadyExistsError, ConflictError, CorruptionError, NotFoundError
 from dcpstore.maintenance.rewrite import renew_manifests

@@ -1,47 +1,116 @@
 """Is a repository intact: which damage the catalog and the data folder show, and what it touches.
 
 A quick check reads no chunks: the catalog's own rules, that packs exist with the right size, and
-that manifests are sound. A deep check reads every chunk that a version reaches, and the journal.
-Damage is marked: no save reuses a damaged chunk, so saving the content again heals it; gc writes a
-damaged manifest again, and the next change writes a damaged operation again.
+that manifests are sound. A deep check reads the journal and every chunk that a version reaches, on
+all cores, and compares digests; the result of each pack is kept in the catalog at once, so an
+interrupted check can be resumed. Damage is marked: no save reuses a damaged chunk, so saving the
+content again heals it; gc writes a damaged manifest again, and the next change writes a damaged
+operation again.
 """
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.maintenance.export import mark_version_stale
 from dcpstore.catalog.maintenance.fsck import (
+    PackedChunk,
     PackState,
     Reached,
+    begin_verify,
+    end_verify,
     find_faults,
     find_reached,
     list_packs,
     mark_pack,
+    packed_chunks,
     reached_by_tensor,
 )
-from dcpstore.catalog.maintenance.journal import journal_again, last_journaled
-from dcpstore.catalog.maintenance.journal_files import check_owner
+from dcpstore.catalog.maintenance.journal import check_owner, journal_again, last_journaled
 from dcpstore.catalog.read.log_filter import list_log
 from dcpstore.catalog.read.ref_lookup import resolve
+from dcpstore.core.progress import ProgressBar
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.formats.journal_entry import decode_operation, operation_key
 from dcpstore.formats.manifest import decode_manifest, manifest_key
-from dcpstore.maintenance.damage import (
-    QUICK,
-    ChunkDamage,
-    Damage,
-    DamagedVersion,
-    VerifyReport,
-    found_by_quick_check,
-)
 from dcpstore.records import Version
 from dcpstore.storage.interface import Storage
+from dcpstore.storage.packs import PackReader
 
 __all__ = [
+    "QUICK",
+    "ChunkDamage",
+    "Damage",
+    "DamagedVersion",
+    "VerifyReport",
+    "check_packs",
+    "found_by_quick_check",
     "verify",
 ]
+
+QUICK = ("missing: ", "size: ")  # how damage begins that a look without reading finds
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDamage:
+    """One chunk that is not what its digest says; `fqns` are of any version that has it."""
+
+    pack: str
+    offset: int
+    length: int
+    part: int
+    ordinal: int
+    reason: str
+    fqns: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One thing that is damaged: a "pack", "manifest" or "operation" by its key, or the "catalog".
+
+    `versions` and `fqns` are those that it touches.
+    """
+
+    kind: str
+    key: str
+    reason: str
+    versions: tuple[int, ...] = ()
+    fqns: tuple[str, ...] = ()
+    chunks: tuple[ChunkDamage, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedVersion:
+    """A version that does not load whole, and the nearest one that does: an ancestor, if any."""
+
+    version: int
+    nearest_intact: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What was looked at, and everything that was found damaged."""
+
+    damaged: tuple[Damage, ...]
+    versions: tuple[DamagedVersion, ...]
+    packs: int
+    manifests: int
+    chunks: int
+    nbytes_read: int
+    deep: bool
+
+
+def found_by_quick_check(damage: str | None) -> bool:
+    """Tell whether damage is of a pack as a whole: no digest that is right makes up for it."""
+    return damage is not None and damage.startswith(QUICK)
 
 
 def verify(
@@ -67,8 +136,6 @@ def verify(
     manifests = look.at_manifests()
     chunks = nbytes = 0
     if deep:
-        from dcpstore.maintenance.deep_verify import check_packs  # noqa: PLC0415 (loads torch)
-
         look.at_journal()
         chunks, nbytes = check_packs(
             catalog, storage, packs, resume=resume, limit=limit, found=look.found_in_pack
@@ -233,3 +300,92 @@ def _with_nearest(versions: Sequence[Version], hurt: set[int]) -> tuple[DamagedV
 
 def _distance_from(number: int) -> Callable[[int], int]:
     return lambda other: abs(other - number)
+
+
+Found = Callable[[PackState, Sequence[ChunkDamage]], None]
+
+
+def check_packs(
+    catalog: Catalog,
+    storage: Storage,
+    packs: Sequence[PackState],
+    *,
+    resume: bool,
+    limit: float | None,
+    found: Found,
+) -> tuple[int, int]:
+    """Check every chunk in `packs`; return how many there were, and their encoded bytes.
+
+    `found` hears of each pack when it was looked at. With `resume`, packs that the look which is
+    gone on with has passed already are left out.
+    """
+    from dcpstore.reading.chunk_reads import check_chunk  # noqa: PLC0415 (loads torch)
+
+    now = datetime.now(UTC)
+    began = begin_verify(catalog, resume=resume, now=now)
+    # what was looked at in the future, by a clock that was wrong then, is looked at again
+    waiting = [p for p in packs if p.verified_at is None or not began <= p.verified_at < now]
+    throttle = _Throttle(limit)
+    count = nbytes = 0
+    with (
+        ThreadPoolExecutor(os.cpu_count(), "dcpstore-verify") as pool,
+        ProgressBar("verify", shown=True) as bar,
+        closing(PackReader(storage)) as reader,
+    ):
+        bar.begin("digests", sum(pack.nbytes for pack in waiting))
+        for pack in waiting:
+            chunks = packed_chunks(catalog, pack.key)
+
+            def check(chunk: PackedChunk, key: str = pack.key) -> str | None:
+                throttle.take(chunk.length)
+                try:
+                    check_chunk(chunk, reader.read(key, chunk.offset, chunk.length))
+                except (CorruptionError, InvalidInputError) as error:  # its key may be none
+                    return str(error)
+                return None
+
+            bad = []
+            for chunk, reason in zip(chunks, pool.map(check, chunks), strict=True):
+                bar.advance(chunk.length)
+                if reason is not None:
+                    bad.append(_damage(catalog, pack.key, chunk, reason))
+            damage = f"{len(bad)} damaged chunks: {bad[0].reason}" if bad else None
+            if found_by_quick_check(pack.damage):
+                damage = pack.damage
+            mark_pack(catalog, pack.key, damage=damage, verified_at=datetime.now(UTC))
+            found(pack, bad)
+            count += len(chunks)
+            nbytes += sum(chunk.length for chunk in chunks)
+    end_verify(catalog)
+    return count, nbytes
+
+
+def _damage(catalog: Catalog, pack: str, chunk: PackedChunk, reason: str) -> ChunkDamage:
+    held = find_reached(catalog, pack, [chunk.offset])
+    return ChunkDamage(
+        pack=pack,
+        offset=chunk.offset,
+        length=chunk.length,
+        part=chunk.part,
+        ordinal=chunk.ordinal,
+        reason=reason,
+        fqns=tuple(sorted({one.fqn for one in held})),
+    )
+
+
+class _Throttle:
+    """Holds threads back so that together they read no more than `limit` bytes a second."""
+
+    def __init__(self, limit: float | None) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._free_at = time.monotonic()
+
+    def take(self, nbytes: int) -> None:
+        """Wait for the turn of `nbytes`."""
+        if self._limit is None:
+            return
+        with self._lock:
+            at = max(self._free_at, time.monotonic())
+            self._free_at = at + nbytes / self._limit
+        time.sleep(max(0.0, at - time.monotonic()))

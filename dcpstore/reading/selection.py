@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dcpstore.catalog.catalog import Catalog
-from dcpstore.encoding.composed import put_together
+from dcpstore.encoding.composed_tensors import put_together
 from dcpstore.encoding.dtypes import torch_dtype
 from dcpstore.encoding.values import decode_value
 from dcpstore.errors import (

@@ -15,13 +15,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 from dcpstore.catalog.catalog import Catalog
-from dcpstore.catalog.maintenance.journal_files import write_journal
+from dcpstore.catalog.maintenance.journal import write_journal
 from dcpstore.catalog.maintenance.retention import Retention, retain
 from dcpstore.catalog.read.entries import load_entries
 from dcpstore.catalog.read.ref_lookup import list_refs, resolve
 from dcpstore.catalog.write.saves import abort_save, commit_save
-from dcpstore.core.ids import new_uid
-from dcpstore.core.user import this_user
+from dcpstore.core.identity import new_uid, this_user
 from dcpstore.encoding.values import encode_value
 from dcpstore.errors import ConflictError, DcpstoreError, NotFoundError
 from dcpstore.records import (

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.planner import SavePlanner
 
-from dcpstore.catalog.maintenance.journal_files import changing_repository
+from dcpstore.catalog.maintenance.journal import changing_repository
 from dcpstore.catalog.write.lease import kept_lease
 from dcpstore.collectives import Collectives, alone_in_thread, in_step, in_turn
 from dcpstore.core.gc_pause import gc_paused

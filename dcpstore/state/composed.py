@@ -22,8 +22,14 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
-from dcpstore.encoding.composed import context_difference, describe, parts_of, put_together
-from dcpstore.encoding.composed_kinds import KINDS, kind_of
+from dcpstore.encoding.composed_tensors import (
+    KINDS,
+    context_difference,
+    describe,
+    kind_of,
+    parts_of,
+    put_together,
+)
 from dcpstore.encoding.dtypes import torch_dtype
 from dcpstore.errors import CorruptionError, InvalidInputError, MismatchError
 from dcpstore.formats.composition import MARK, ComposedEntry, Composition, outer_fqns

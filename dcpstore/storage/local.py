@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from typing_extensions import Buffer
 
-from dcpstore.core.ids import new_uid
+from dcpstore.core.identity import new_uid
 from dcpstore.errors import CorruptionError, DcpstoreError, NotFoundError
 from dcpstore.storage.direct_io import StreamedFile
 from dcpstore.storage.interface import Range, check_key

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from dcpstore.encoding.codecs import zarr_codecs
 from dcpstore.encoding.dtypes import numpy_dtype
-from dcpstore.formats import json_text
+from dcpstore.formats import json_fields
 from dcpstore.formats.json_fields import value_tree
 from dcpstore.formats.manifest import encode_manifest, manifest_key
 from dcpstore.geometry.grids import Grid
@@ -96,21 +96,21 @@ def zarr_documents(
         if entry.tensor is None:
             continue
         tensor, name = entry.tensor, array_name(entry.fqn)
-        named = f'"fqn":{json_text.quoted(entry.fqn)},"torch_dtype":"{tensor.dtype}"'
+        named = f'"fqn":{json_fields.quoted(entry.fqn)},"torch_dtype":"{tensor.dtype}"'
         if entry.kind == "blob" and entry.value:
-            named += f',"blob":{json_text.encode(value_tree(entry.fqn, entry.value))}'
+            named += f',"blob":{json_fields.encode(value_tree(entry.fqn, entry.value))}'
         if _is_whole(tensor):
             nodes[name] = _array(tensor, tensor.parts[0], f"{{{named}}}")
             continue
-        nodes[name] = _group(f'{{{named},"shape":{json_text.integers(tensor.shape)}}}')
+        nodes[name] = _group(f'{{{named},"shape":{json_fields.integers(tensor.shape)}}}')
         for array, grid in zip(array_names(entry), tensor.parts, strict=True):
             placed = {"offsets": grid.offsets, "shape": grid.shape}
-            nodes[array] = _array(tensor, grid, json_text.encode(placed))
+            nodes[array] = _array(tensor, grid, json_fields.encode(placed))
     values = {e.fqn: value_tree(e.fqn, e.value) for e in entries if e.kind == "value" and e.value}
-    root = _group(json_text.encode({**attributes, "values": values}))
+    root = _group(json_fields.encode({**attributes, "values": values}))
     # The nodes stand in the root too: zarr 3.1 finds no arrays of a split tensor otherwise, for it
     # lists nested folders of a reference file wrongly.
-    listed = ",".join(f"{json_text.quoted(path)}:{node}" for path, node in nodes.items())
+    listed = ",".join(f"{json_fields.quoted(path)}:{node}" for path, node in nodes.items())
     consolidated = f'{{"kind":"inline","must_understand":false,"metadata":{{{listed}}}}}'
     return {"zarr.json": f'{root[:-1]},"consolidated_metadata":{consolidated}}}'} | {
         f"{path}/zarr.json": node for path, node in nodes.items()
@@ -138,7 +138,7 @@ def _array_head(
     """Return the document of an array but for its attributes; few are distinct."""
     stored = numpy_dtype(dtype)
     zero = stored.type(0).item()
-    return json_text.encode(
+    return json_fields.encode(
         {
             "zarr_format": 3,
             "node_type": "array",

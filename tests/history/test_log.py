@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcpstore.catalog.read.ancestors import ancestor_at, is_ancestor, lineage_below
+from dcpstore.catalog.read.versions import ancestor_at, is_ancestor, lineage_below
 from dcpstore.catalog.write.refs import make_ref
 from dcpstore.catalog.write.saves import abort_save, begin_save
 from dcpstore.cli.app import commands

@@ -12,8 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 import dcpstore
-from dcpstore.encoding.composed import parts_of
-from dcpstore.encoding.composed_kinds import kind_of
+from dcpstore.encoding.composed_tensors import kind_of, parts_of
 from tests.ranks import mesh
 from tests.tensors import same
 

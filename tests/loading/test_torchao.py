@@ -11,8 +11,7 @@ import torch
 
 import dcpstore
 from dcpstore import MismatchError, Repository
-from dcpstore.encoding.composed import parts_of
-from dcpstore.encoding.composed_kinds import JAGGED, KINDS, SPARSE, kind_of
+from dcpstore.encoding.composed_tensors import JAGGED, KINDS, SPARSE, kind_of, parts_of
 from tests.loading.composed_ranks import round_trip_optimizer, round_trip_weights
 from tests.ranks import RankPool
 from tests.tensors import same

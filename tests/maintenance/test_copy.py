@@ -15,7 +15,7 @@ from dcpstore import (
     NotFoundError,
     Repository,
 )
-from dcpstore.catalog.write.copied import advance_branch
+from dcpstore.catalog.write.saves import advance_branch
 from dcpstore.formats.manifest import decode_manifest, manifest_key
 from dcpstore.maintenance import copy as copying
 from dcpstore.maintenance.rebuild import rebuild

@@ -15,7 +15,7 @@ import dcpstore
 from dcpstore import ConflictError, DcpstoreError, InvalidInputError, NotFoundError, Repository
 from dcpstore import repository as repository_module
 from dcpstore.catalog.read.entries import load_chunks
-from dcpstore.core.ids import new_uid
+from dcpstore.core.identity import new_uid
 from dcpstore.formats.manifest import decode_manifest, manifest_key
 from dcpstore.maintenance import gc as collecting
 from dcpstore.maintenance import rewrite as rewriting

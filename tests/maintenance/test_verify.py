@@ -12,7 +12,7 @@ import dcpstore
 from dcpstore import CorruptionError, DcpstoreError, InvalidInputError, Repository, Version
 from dcpstore.catalog.maintenance.fsck import mark_pack
 from dcpstore.formats.manifest import manifest_key
-from dcpstore.maintenance import deep_verify
+from dcpstore.maintenance import verify
 from dcpstore.repository import open as open_repository
 from tests.cli.conftest import ask_database
 from tests.maintenance.conftest import open_intruder
@@ -255,7 +255,7 @@ def test_a_deep_look_that_was_broken_off_goes_on(
     repo: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(repo)
-    mark, marked = deep_verify.mark_pack, []
+    mark, marked = verify.mark_pack, []
 
     def mark_one(self: Any, key: str, **found: Any) -> None:
         if marked:
@@ -264,7 +264,7 @@ def test_a_deep_look_that_was_broken_off_goes_on(
         mark(self, key, **found)
 
     with monkeypatch.context() as broken:
-        broken.setattr(deep_verify, "mark_pack", mark_one)
+        broken.setattr(verify, "mark_pack", mark_one)
         with pytest.raises(KeyboardInterrupt):
             repo.verify(deep=True)
     resumed = repo.verify(deep=True, resume=True)

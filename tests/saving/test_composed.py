@@ -26,8 +26,7 @@ from dcpstore import (
     convert,
 )
 from dcpstore.cli.app import commands
-from dcpstore.encoding.composed import parts_of
-from dcpstore.encoding.composed_kinds import KINDS, kind_of
+from dcpstore.encoding.composed_tensors import KINDS, kind_of, parts_of
 from tests.loading.composed_ranks import round_trip_columns
 from tests.ranks import RankPool
 from tests.tensors import same

@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from dcpstore.catalog.maintenance.journal_files import write_journal
+from dcpstore.catalog.maintenance.journal import write_journal
 from dcpstore.errors import DcpstoreError
 from dcpstore.formats.journal_entry import decode_operation
 from dcpstore.repository import Repository

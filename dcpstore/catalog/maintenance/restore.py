@@ -18,7 +18,7 @@ from sqlalchemy import Connection, insert, select, update
 
 from dcpstore.catalog.db.key_lists import wanted_names
 from dcpstore.catalog.maintenance.journal import ChangedRef, changed_refs
-from dcpstore.catalog.read.ancestors import lineage_below
+from dcpstore.catalog.read.versions import lineage_below
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.write.contents import write_content, write_plan
 from dcpstore.catalog.write.operations import Change, append_operations, take_operations

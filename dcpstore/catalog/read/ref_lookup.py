@@ -9,8 +9,16 @@ from sqlalchemy import Connection, Select, exists, select
 
 from dcpstore.catalog.db.key_lists import wanted_names
 from dcpstore.catalog.db.transactions import reads
-from dcpstore.catalog.read.ancestors import ancestor_at, depth_of, is_ancestor
-from dcpstore.catalog.read.versions import ancestors, gone, id_of_number, is_visible, load_versions
+from dcpstore.catalog.read.versions import (
+    ancestor_at,
+    ancestors,
+    depth_of,
+    gone,
+    id_of_number,
+    is_ancestor,
+    is_visible,
+    load_versions,
+)
 from dcpstore.catalog.schema import tables
 from dcpstore.core.ref_syntax import Ref, parse_ref
 from dcpstore.errors import InvalidInputError, NotFoundError

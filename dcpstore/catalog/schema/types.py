@@ -18,7 +18,7 @@ from sqlalchemy import BigInteger, DateTime, Dialect, Float, Integer, LargeBinar
 from sqlalchemy.types import TypeDecorator
 
 from dcpstore.errors import CorruptionError
-from dcpstore.formats import json_text
+from dcpstore.formats import json_fields
 from dcpstore.records import ObjectPath, StatePath
 
 __all__ = [
@@ -76,7 +76,7 @@ class IntTuple(_Checked[tuple[int, ...]]):
 
     def process_bind_param(self, value: tuple[int, ...] | None, dialect: Dialect) -> str | None:
         """Return `[1,2]`."""
-        return None if value is None else json_text.integers(value)
+        return None if value is None else json_fields.integers(value)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> tuple[int, ...] | None:
         """Return the tuple."""
@@ -108,7 +108,7 @@ class PathText(_Checked[ObjectPath]):
 
     def process_bind_param(self, value: ObjectPath | None, dialect: Dialect) -> str | None:
         """Return the JSON text; pure ASCII, as `JsonText`."""
-        return None if value is None else json_text.path(value)
+        return None if value is None else json_fields.path(value)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> ObjectPath | None:
         """Return the path."""

@@ -12,9 +12,8 @@ from datetime import UTC, datetime
 from sqlalchemy import Connection, delete, insert, update
 
 from dcpstore.catalog.db.transactions import writes
-from dcpstore.catalog.read.ancestors import is_ancestor
 from dcpstore.catalog.read.ref_lookup import RefKind, RefRow, find_ref, find_refs, resolve
-from dcpstore.catalog.read.versions import id_of_number
+from dcpstore.catalog.read.versions import id_of_number, is_ancestor
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import check_text
 from dcpstore.catalog.write.operations import Change, append_operations, take_operations
