@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.planner import (
 from dcpstore.api import RepositoryLike
 from dcpstore.convert.atomic_output import new_folder
 from dcpstore.convert.dcp_metadata import read_description, stored_at
-from dcpstore.convert.exporting import DEEPEST, Exported, ExportedTensor, ExportedVersion
+from dcpstore.convert.exporting import BOX, DEEPEST, Exported, ExportedTensor, ExportedVersion
 from dcpstore.convert.file_tensors import FileBox, FileTensor
 from dcpstore.convert.importing import Foreign, Naming, save_foreign
 from dcpstore.convert.pickles import Odd, odd_inside
@@ -52,8 +52,6 @@ from dcpstore.repository import opened
 
 __all__ = ["ExportPlanner", "export_dcp", "import_dcp", "write_folder"]
 
-_FILE = 128 << 20  # bytes of the tensors in one file
-
 
 class ExportPlanner(DefaultSavePlanner):
     """Plans the save of a version by torch's storage; the save's own state is empty.
@@ -61,12 +59,16 @@ class ExportPlanner(DefaultSavePlanner):
     Args:
         version: whose tensors are written.
         values: by FQN.
+        box: bytes of a tensor that are read at a time, where its chunks allow it.
     """
 
-    def __init__(self, version: ExportedVersion, values: Mapping[str, object]) -> None:
+    def __init__(
+        self, version: ExportedVersion, values: Mapping[str, object], *, box: int = BOX
+    ) -> None:
         super().__init__()
         self._version = version
         self._values = values
+        self._box = box
         self._tensors = {tensor.fqn: tensor for tensor in version.tensors}
 
     def set_up_planner(
@@ -86,7 +88,7 @@ class ExportPlanner(DefaultSavePlanner):
         """Return an item for each box of a tensor, and one for each value."""
         items = [WriteItem(MetadataIndex(fqn), WriteItemType.BYTE_IO) for fqn in self._values]
         for tensor in self._tensors.values():
-            items += _items(tensor)
+            items += _items(tensor, self._box)
         self.plan = SavePlan(items, planner_data=self.mappings)
         return self.plan
 
@@ -104,8 +106,10 @@ class ExportPlanner(DefaultSavePlanner):
         return self._version.read(self._tensors[write_item.index.fqn], item_box(write_item))
 
 
-def write_folder(folder: Path, planner: ExportPlanner) -> int:
+def write_folder(folder: Path, planner: ExportPlanner, *, file: int = 128 << 20) -> int:
     """Fill an empty folder with what the planner plans; return the number of files.
+
+    A file holds about `file` bytes of tensors.
 
     These are the steps of `torch.distributed.checkpoint.save` on one rank, without its exception
     that is not an Exception and without a process group. The caller syncs the folder.
@@ -120,19 +124,19 @@ def write_folder(folder: Path, planner: ExportPlanner) -> int:
     )
     (plan,) = writer.prepare_global_plan([plan])
     results = []
-    for part in _parts(planner.finish_plan(plan)):
+    for part in _parts(planner.finish_plan(plan), file):
         done = writer.write_data(part, planner)
         results += done.wait()
     writer.finish(described, [results])
     return sum(1 for _ in folder.iterdir())
 
 
-def _parts(plan: SavePlan) -> Iterator[SavePlan]:
+def _parts(plan: SavePlan, most: int) -> Iterator[SavePlan]:
     """Yield plans of some items each, every one with a prefix of its own for its file."""
     parts: list[list[WriteItem]] = [[]]
     nbytes = 0
     for item in plan.items:
-        if parts[-1] and nbytes + item_nbytes(item) > _FILE:
+        if parts[-1] and nbytes + item_nbytes(item) > most:
             parts.append([])
             nbytes = 0
         parts[-1].append(item)
@@ -142,8 +146,8 @@ def _parts(plan: SavePlan) -> Iterator[SavePlan]:
         yield replace(plan, items=items, storage_data=named)
 
 
-def _items(tensor: ExportedTensor) -> Iterator[WriteItem]:
-    for box in tensor.boxes() or [Box.whole(tensor.shape)]:
+def _items(tensor: ExportedTensor, box_nbytes: int) -> Iterator[WriteItem]:
+    for box in tensor.boxes(box_nbytes) or [Box.whole(tensor.shape)]:
         offsets, sizes = torch.Size(box.offsets), torch.Size(box.sizes)
         yield WriteItem(
             index=MetadataIndex(tensor.fqn, offsets),

@@ -24,10 +24,18 @@ from dcpstore.records import EntryRecord, ObjectPath, TensorRecord, Version
 from dcpstore.repository import Repository
 from dcpstore.storage.packs import PackReader
 
-__all__ = ["DEEPEST", "Exported", "ExportedTensor", "ExportedVersion", "converted", "wanted_dtype"]
+__all__ = [
+    "BOX",
+    "DEEPEST",
+    "Exported",
+    "ExportedTensor",
+    "ExportedVersion",
+    "converted",
+    "wanted_dtype",
+]
 
+BOX = 64 << 20  # bytes of a tensor that are read at a time, where its chunks allow it
 DEEPEST = 100  # containers one in another that a format nests, as in values
-_BOX = 64 << 20  # bytes of a tensor that are read at a time, where its chunks allow it
 
 _CASTS = {name: row.torch for row in DTYPES for name in row.casts}
 
@@ -99,8 +107,8 @@ class ExportedTensor:
         """Of its elements, in the dtype of the export."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def boxes(self) -> list[Box]:
-        """Return boxes of about 64 MiB that follow one another as its elements do in a file.
+    def boxes(self, most: int = BOX) -> list[Box]:
+        """Return boxes of about `most` bytes that follow one another as its elements do in a file.
 
         They end where chunks end, so that a chunk is read once, wherever chunks are regular.
         """
@@ -113,9 +121,9 @@ class ExportedTensor:
         row = math.prod(self.shape[dim + 1 :]) * torch_dtype(self.stored.dtype).itemsize
         cells = {min(part.chunk_shape[dim], part.shape[dim]) for part in self.stored.parts}
         step = math.lcm(*cells)
-        if step * row > _BOX:
+        if step * row > most:
             step = max(cells)
-        rows = max(_BOX // row // step, 1) * step
+        rows = max(most // row // step, 1) * step
         return [
             Box(
                 tuple(first if i == dim else 0 for i in range(len(self.shape))),

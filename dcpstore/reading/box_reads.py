@@ -19,7 +19,7 @@ import torch
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.read.entries import load_chunks
 from dcpstore.catalog.read.ref_lookup import resolve
-from dcpstore.core.parallel import in_batches
+from dcpstore.core.parallel import BATCH, in_batches
 from dcpstore.encoding.dtypes import as_bytes, torch_dtype
 from dcpstore.errors import CorruptionError
 from dcpstore.geometry.boxes import Box
@@ -137,11 +137,12 @@ def read_boxes(
     version: int,
     verify: bool = True,
     advance: Callable[[int], None] = lambda nbytes: None,
+    batch_nbytes: int = BATCH,
 ) -> ReadCounts:
     """Fill the targets of `requests`; each chunk is read and checked once.
 
     Where stored and target dtype differ the values are converted, as `Tensor.copy_` does. `advance`
-    hears of encoded bytes read.
+    hears of encoded bytes read. A task of a thread takes on chunks of `batch_nbytes`.
 
     Raises:
         CorruptionError: naming version, FQN, chunk, pack and offset.
@@ -163,9 +164,10 @@ def read_boxes(
 
     with ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-read") as pool:
         nbytes = 0
-        for done in pool.map(
-            fill, in_batches(stored, attrgetter("length"), place=attrgetter("pack"))
-        ):
+        batches = in_batches(
+            stored, attrgetter("length"), place=attrgetter("pack"), most=batch_nbytes
+        )
+        for done in pool.map(fill, batches):
             nbytes += done
             advance(done)
     return ReadCounts(len(stored), nbytes)

@@ -22,9 +22,9 @@ from pathlib import Path
 
 from typing_extensions import Buffer
 
-__all__ = ["StreamedFile"]
+__all__ = ["BLOCK", "StreamedFile"]
 
-_BLOCK = 8 << 20  # bytes; a multiple of every disk's sector and of the page
+BLOCK = 8 << 20  # bytes; a multiple of every disk's sector and of the page
 _BLOCKS = 4  # one fills, two are being written, one waits
 _WRITERS = 2  # keep the disk busy between two calls
 _LONG = 64 << 10  # bytes whose copy is worth letting other threads run
@@ -36,14 +36,16 @@ class StreamedFile:
 
     Args:
         path: of a file that does not exist.
+        block: bytes that are written at once, a multiple of the page.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, block: int = BLOCK) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._descriptor = os.open(path, flags, 0o666)
         self._is_direct = False
         self._is_open = True
-        self._block = _new_block()
+        self._size = block
+        self._block = _new_block(block)
         self._made = 1
         self._filled = 0
         self._sent = 0
@@ -54,11 +56,11 @@ class StreamedFile:
         """Append contiguous bytes; they are copied, and may change on return."""
         rest = memoryview(data).cast("B")
         while rest:
-            piece = rest[: _BLOCK - self._filled]
+            piece = rest[: self._size - self._filled]
             filled = self._filled + len(piece)
             _copy(piece, self._block[self._filled : filled])
             self._filled, rest = filled, rest[len(piece) :]
-            if filled == _BLOCK:
+            if filled == self._size:
                 self._send()
 
     def sync(self) -> None:
@@ -90,7 +92,7 @@ class StreamedFile:
         self._sent += self._filled
         self._filled = 0
         if self._made < _BLOCKS:
-            self._block = _new_block()
+            self._block = _new_block(self._size)
             self._made += 1
         else:
             self._block, future = self._writing.popleft()
@@ -129,13 +131,13 @@ class StreamedFile:
             self._is_direct = False
 
 
-def _new_block() -> memoryview:
+def _new_block(size: int) -> memoryview:
     """Return a block aligned to a page, which takes no memory before it is used.
 
     It is made of huge pages where the kernel has them: a disk takes a few long runs of memory a
     tenth faster than two thousand single pages.
     """
-    block = mmap.mmap(-1, _BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel built without them
             block.madvise(mmap.MADV_HUGEPAGE)

@@ -20,7 +20,7 @@ from typing_extensions import Buffer
 
 from dcpstore.core.identity import new_uid
 from dcpstore.errors import CorruptionError, DcpstoreError, NotFoundError
-from dcpstore.storage.direct_io import StreamedFile
+from dcpstore.storage.direct_io import BLOCK, StreamedFile
 from dcpstore.storage.interface import Range, check_key
 
 __all__ = ["LocalFolder"]
@@ -35,13 +35,15 @@ class LocalFolder:
         path: the folder.
         create: make it, and its parents, if it is missing. Only a new repository does: a missing
             folder of an old one is more likely a filesystem that is not mounted.
+        block: bytes of a new file that are written at once.
 
     Raises:
         NotFoundError: it is missing.
         DcpstoreError: it is no folder, or cannot be made.
     """
 
-    def __init__(self, path: Path, *, create: bool = False) -> None:
+    def __init__(self, path: Path, *, create: bool = False, block: int = BLOCK) -> None:
+        self._block = block
         self._root = Path(os.path.realpath(path))
         if create:
             with _explained(_MAKE, self._root):
@@ -67,7 +69,7 @@ class LocalFolder:
 
     def create(self, key: str) -> FileSink:
         """Begin an object."""
-        return FileSink(self._root, self._locate(key))
+        return FileSink(self._root, self._locate(key), block=self._block)
 
     def put(self, key: str, data: Buffer) -> None:
         """Write a whole object, durable on return."""
@@ -126,12 +128,12 @@ class LocalFolder:
 class FileSink:
     """A file being written under a temporary name."""
 
-    def __init__(self, root: Path, path: Path) -> None:
+    def __init__(self, root: Path, path: Path, *, block: int) -> None:
         self._root, self._path = root, path
         self._temporary = path.with_name(f"{path.name}.{new_uid()}.tmp")
         with _explained("write", path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = StreamedFile(self._temporary)
+            self._file = StreamedFile(self._temporary, block=block)
 
     def write(self, data: Buffer) -> None:
         """Append contiguous bytes."""

@@ -12,8 +12,6 @@ from sqlalchemy import create_engine
 
 import dcpstore
 from dcpstore.catalog.catalog import Catalog
-from dcpstore.catalog.db import database as engine_module
-from dcpstore.catalog.db import db_errors as faults_module
 from dcpstore.catalog.db.database import Database
 from dcpstore.catalog.db.url import sqlite_url
 from dcpstore.catalog.read.dedup import find_chunks, find_tensors
@@ -168,16 +166,13 @@ def test_foreign_keys_hold(catalog: Catalog, save: Save) -> None:
             connection.exec_driver_sql(f"DELETE FROM {table}")
 
 
-def test_locked_database_is_a_conflict(
-    sqlite_catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine_module, "BUSY_SECONDS", 0.1)
-    monkeypatch.setattr(faults_module, "BUSY_SECONDS", 0.1)
-    monkeypatch.setattr(faults_module, "_PATIENCE", 0.0)
+def test_locked_database_is_a_conflict(sqlite_catalog: Catalog, tmp_path: Path) -> None:
+    url = sqlite_url(tmp_path / "catalog.db")
+    database = Database(url, busy_seconds=0.1, patience_seconds=0.0)
     other = sqlite3.connect(tmp_path / "catalog.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with (
-        Catalog.open(sqlite_url(tmp_path / "catalog.db")) as impatient,
+        Catalog(database, sqlite_catalog.repository) as impatient,
         pytest.raises(ConflictError, match="locked by another process for more than 0 seconds"),
     ):
         begin_save(impatient, make_draft("u"))

@@ -14,8 +14,7 @@ import pytest
 from sqlalchemy import Connection
 
 from dcpstore.catalog.catalog import Catalog
-from dcpstore.catalog.db import database as engine_module
-from dcpstore.catalog.db import db_errors as faults_module
+from dcpstore.catalog.db.database import Database
 from dcpstore.catalog.db.db_errors import UnknownOutcomeError
 from dcpstore.catalog.db.transactions import writes
 from dcpstore.catalog.db.url import sqlite_url
@@ -163,9 +162,7 @@ def test_a_deadlock_is_tried_again(behind: Catalog) -> None:
     assert len(attempts) == 3
 
 
-def test_a_server_without_a_free_connection(
-    behind: Catalog, postgres_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_without_a_free_connection(behind: Catalog, postgres_url: str) -> None:
     role = f"few_{uuid.uuid4().hex[:8]}"
     url = postgres_url.replace("postgres:@", f"{role}@")
     with psycopg.connect(postgres_url, autocommit=True) as admin:
@@ -175,39 +172,38 @@ def test_a_server_without_a_free_connection(
         threading.Timer(0.5, holder.close).start()
         with Catalog.open(url) as catalog:  # waits for the holder
             assert len(list_log(catalog)) == 1
-            monkeypatch.setattr(faults_module, "_PATIENCE", 0.3)
-            with (
-                psycopg.connect(url),
-                pytest.raises(DcpstoreError, match=r"no connection left .*max_connections"),
-            ):
-                list_log(catalog)
+        with (
+            psycopg.connect(url),
+            Catalog(Database(url, patience_seconds=0.3), behind.repository) as impatient,
+            pytest.raises(DcpstoreError, match=r"no connection left .*max_connections"),
+        ):
+            list_log(impatient)
         admin.execute(f"DROP OWNED BY {role}")
         admin.execute(f"DROP ROLE {role}")
 
 
-def test_a_lock_that_is_not_released(
-    behind: Catalog, postgres_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine_module, "_LIMITS", engine_module._LIMITS.replace("'60000'", "'200'"))
-    with psycopg.connect(postgres_url) as other:
+def test_a_lock_that_is_not_released(behind: Catalog, postgres_url: str, proxy: Proxy) -> None:
+    with (
+        psycopg.connect(postgres_url) as other,
+        Catalog(Database(proxy.url, busy_seconds=0.2), behind.repository) as impatient,
+    ):
         other.execute("SELECT * FROM repository FOR UPDATE")
         with pytest.raises(ConflictError, match="locked by another process"):
-            make_ref(behind, "best", "tag", version=1, author="ada")
+            make_ref(impatient, "best", "tag", version=1, author="ada")
     assert make_ref(behind, "best", "tag", version=1, author="ada").version == 1
 
 
-def test_a_server_that_goes_away_is_no_password(
-    behind: Catalog, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(faults_module, "_PATIENCE", 0.3)
-    proxy.close()
-    calls: list[Callable[[], Any]] = [
-        lambda: list_log(behind),
-        lambda: begin_save(behind, make_draft("u")),
-    ]
-    for call in calls:
-        with pytest.raises(NotFoundError, match="cannot connect to the catalog"):
-            call()
+def test_a_server_that_goes_away_is_no_password(behind: Catalog, proxy: Proxy) -> None:
+    with Catalog(Database(proxy.url, patience_seconds=0.3), behind.repository) as impatient:
+        assert len(list_log(impatient)) == 1
+        proxy.close()
+        calls: list[Callable[[], Any]] = [
+            lambda: list_log(impatient),
+            lambda: begin_save(impatient, make_draft("u")),
+        ]
+        for call in calls:
+            with pytest.raises(NotFoundError, match="cannot connect to the catalog"):
+                call()
 
 
 @pytest.fixture

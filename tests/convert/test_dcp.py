@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import dcpstore
 from dcpstore import (
     AlreadyExistsError,
+    ChunkDefaults,
     CorruptionError,
     DcpstoreError,
     DefaultSavePlanner,
@@ -31,8 +32,9 @@ from dcpstore import (
     Repository,
     UnsafeDataError,
 )
-from dcpstore.convert import dcp_folder as dcp_writing
-from dcpstore.convert import export_dcp, export_torch, exporting, import_dcp, import_torch
+from dcpstore.convert import export_dcp, export_torch, import_dcp, import_torch
+from dcpstore.convert.dcp_folder import ExportPlanner, write_folder
+from dcpstore.convert.exporting import ExportedVersion
 from tests.convert.states import assert_holds, equal, every_dtype, lazy, same, trained
 from tests.ranks import RankPool, mesh
 
@@ -100,15 +102,16 @@ def test_torchs_own_conversion_reads_an_export(repo: Repository, tmp_path: Path)
     assert equal(dict(sorted(back["model"].items())), dict(sorted(state["model"].items())))
 
 
-def test_many_boxes_and_files_are_one_checkpoint(
-    repo: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(exporting, "_BOX", 1000)
-    monkeypatch.setattr(dcp_writing, "_FILE", 3000)
+def test_many_boxes_and_files_are_one_checkpoint(tmp_path: Path) -> None:
     state = {"w": torch.randn(1, 700, 3), "n": torch.arange(900), "x": 1, "e": torch.empty(0, 4)}
-    dcpstore.save(state, repo)
-    done = export_dcp(repo, None, tmp_path / "out")
-    assert done.files == len(list((tmp_path / "out").iterdir()))
+    (tmp_path / "out").mkdir()
+    with dcpstore.open(tmp_path / "r", chunk=ChunkDefaults(nbytes=500)) as repo:
+        dcpstore.save(state, repo)
+        version = ExportedVersion(repo, None, dtype=None, tensors_only=False)
+        values = version.values(version.plain, allow_pickle=False)
+        named = {entry.fqn: value for entry, value in zip(version.plain, values, strict=True)}
+        files = write_folder(tmp_path / "out", ExportPlanner(version, named, box=1000), file=3000)
+    assert files == len(list((tmp_path / "out").iterdir())) > 6  # 15,600 bytes of tensors
     back = emptied(state)
     dcp.load(back, checkpoint_id=tmp_path / "out", no_dist=True)
     assert equal(back, state)

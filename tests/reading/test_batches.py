@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 import dcpstore
 from dcpstore import ChunkDefaults, CorruptionError, Repository
 from dcpstore.catalog.read.entries import load_chunks
-from dcpstore.core import parallel as batches
 from dcpstore.core.parallel import in_batches, run_ahead
 from dcpstore.geometry.boxes import Box
 from dcpstore.reading.box_reads import BoxRequest, read_boxes
@@ -32,9 +31,7 @@ def pack_of(repo: Repository) -> Path:
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 40)), max_size=30))
 def test_batches_hold_each_chunk_once_and_of_one_pack(wanted: list[tuple[str, int]]) -> None:
     stored = [StoredChunk(1, 0, i, b"", pack, 0, n) for i, (pack, n) in enumerate(wanted)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches, "_BATCH", 50)
-        runs = list(in_batches(stored, attrgetter("length"), place=attrgetter("pack")))
+    runs = list(in_batches(stored, attrgetter("length"), place=attrgetter("pack"), most=50))
     assert [chunk for run in runs for chunk in run] == stored
     for run in runs:
         assert len({chunk.pack for chunk in run}) == 1
@@ -49,9 +46,9 @@ def test_few_run_ahead_of_who_asks_and_all_come_in_order() -> None:
         return 2 * n
 
     with ThreadPoolExecutor(2) as pool:
-        results = run_ahead(pool, twice, range(40))
+        results = run_ahead(pool, twice, range(40), ahead=3)
         assert next(results) == (0, 0)
-        assert len(begun) <= 1 + batches._AHEAD
+        assert len(begun) <= 1 + 3
         assert list(results) == [(n, 2 * n) for n in range(1, 40)]
     assert sorted(begun) == list(range(40))
 
@@ -66,10 +63,7 @@ def test_what_a_task_raises_is_raised_to_who_asks() -> None:
 
 @pytest.mark.parametrize("codec", ["none", "blosc", "zstd"])
 @pytest.mark.parametrize("batch", [1, 700, 1 << 20])
-def test_boxes_that_share_chunks_are_filled_alike(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, batch: int
-) -> None:
-    monkeypatch.setattr(batches, "_BATCH", batch)
+def test_boxes_that_share_chunks_are_filled_alike(tmp_path: Path, codec: str, batch: int) -> None:
     whole = torch.arange(600.0).reshape(30, 20)
     with dcpstore.open(tmp_path / "r", chunk=ChunkDefaults(nbytes=256, codec=codec)) as repo:
         dcpstore.save({"w": whole, "one": whole[:2].clone()}, repo)
@@ -86,7 +80,8 @@ def test_boxes_that_share_chunks_are_filled_alike(
             *(BoxRequest(entries["w"], box, t) for box, t in zip(boxes, targets, strict=True)),
             BoxRequest(entries["one"], Box((0, 0), (2, 20)), wide),
         ]
-        counts = read_boxes(requests, repo.catalog, PackReader(repo.storage), version=1)
+        packs = PackReader(repo.storage)
+        counts = read_boxes(requests, repo.catalog, packs, version=1, batch_nbytes=batch)
         for box, target in zip(boxes, targets, strict=True):
             assert torch.equal(target, whole[box.slices])
         assert torch.equal(wide, whole[:2].double())

@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcpstore.errors import DcpstoreError
-from dcpstore.storage import direct_io as streaming
 from dcpstore.storage.direct_io import StreamedFile
 from dcpstore.storage.local import LocalFolder
 
-BLOCK = 16 << 10  # in these tests
+BLOCK = 16 << 10  # many in few bytes, so that every hand-over happens
 Write = Callable[[int, memoryview, int], int]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_blocks() -> Iterator[None]:
-    """Many blocks in few bytes, so that every hand-over happens."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(streaming, "_BLOCK", BLOCK)
-    yield
-    patch.undo()
 
 
 def is_direct(descriptor: int) -> bool:
@@ -41,7 +31,7 @@ def content(nbytes: int) -> bytes:
 
 
 def write_all(path: Path, pieces: list[bytes]) -> None:
-    file = StreamedFile(path)
+    file = StreamedFile(path, block=BLOCK)
     try:
         for piece in pieces:
             file.write(piece)
@@ -70,7 +60,7 @@ def test_pieces_of_any_size_lie_one_after_another(
 
 
 def test_what_was_written_may_change_at_once(tmp_path: Path) -> None:
-    file = StreamedFile(tmp_path / "file")
+    file = StreamedFile(tmp_path / "file", block=BLOCK)
     piece = np.zeros(BLOCK, np.uint8)
     for i in range(40):
         piece[:] = i
@@ -161,7 +151,7 @@ def test_an_argument_that_is_wrong_for_good_is_no_endless_try(
 def test_a_full_disk_is_told_whichever_thread_meets_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int
 ) -> None:
-    folder = LocalFolder(tmp_path)
+    folder = LocalFolder(tmp_path, block=BLOCK)
     write = os.pwrite
 
     def fill(descriptor: int, data: memoryview, offset: int) -> int:
@@ -177,7 +167,7 @@ def test_a_full_disk_is_told_whichever_thread_meets_it(
 
 def test_threads_and_descriptors_end_with_the_file(tmp_path: Path) -> None:
     before = threading.active_count(), len(os.listdir("/proc/self/fd"))
-    folder = LocalFolder(tmp_path)
+    folder = LocalFolder(tmp_path, block=BLOCK)
     given_up = folder.create("a")
     given_up.write(content(9 * BLOCK))
     given_up.discard()

@@ -18,14 +18,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Literal
 
 import psycopg
 import torch
 from psycopg.conninfo import conninfo_to_dict
 
-from dcpstore.catalog.db import db_errors as faults
+from dcpstore.catalog import catalog as catalog_module
+from dcpstore.catalog.db.database import Database
 from tests.proxy import Proxy, proxied
 from tests.servers import Server, own_server, standby_server
 from tests.torture.children import start
@@ -245,7 +246,9 @@ def work(operation: Operation, site: Site, patience: float | None) -> str | None
     torch.set_num_threads(1)
     logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)  # it tells of each lost one
     if patience is not None:
-        faults._PATIENCE = patience
+        catalog_module.Database = partial(  # type: ignore[assignment,misc]
+            Database, patience_seconds=patience
+        )
     return told(operation, site)
 
 

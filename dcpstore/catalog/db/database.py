@@ -21,7 +21,6 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from dcpstore.catalog.db.db_errors import (
-    BUSY_SECONDS,
     Patience,
     UnknownOutcomeError,
     is_lost,
@@ -37,12 +36,6 @@ __all__ = ["Database"]
 
 _WRITES = "dcpstore_writes"
 _SENDING = "before_cursor_execute"  # SQLAlchemy's event
-# For each transaction of Postgres that writes: wait for a lock as long as on SQLite, and let go of
-# the locks of a process that the network has cut off.
-_LIMITS = (
-    f"SELECT set_config('lock_timeout', '{BUSY_SECONDS * 1000:.0f}', true), "
-    "set_config('idle_in_transaction_session_timeout', '600000', true)"
-)
 _FRESH_SECONDS = 30  # what a kept connection may be old, before a network forgets it
 
 T = TypeVar("T")
@@ -51,14 +44,24 @@ T = TypeVar("T")
 class Database:
     """One database, by URL; connects when it is first used.
 
+    Args:
+        url: of an SQLite file or of a database in Postgres.
+        busy_seconds: how long a transaction waits for a lock that another one holds; by default
+            longer than the commit of a very large version takes.
+        patience_seconds: how long a transaction is tried again; by default as long as a server
+            takes to restart, or another one to take over.
+
     Attributes:
         is_sqlite: whether it is a file of SQLite; else it is on a Postgres server.
         file: the SQLite file, or None.
         may_create_file: whether connecting may begin a new SQLite file.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(
+        self, url: str, *, busy_seconds: float = 60.0, patience_seconds: float = 60.0
+    ) -> None:
         self._url = parse_url(url)
+        self._busy_seconds, self._patience_seconds = busy_seconds, patience_seconds
         self.is_sqlite = self._url.get_backend_name() == "sqlite"
         # Absolute from now on: the process may change its folder while connections come and go.
         self.file = Path(self._url.database or "").absolute() if self.is_sqlite else None
@@ -173,7 +176,7 @@ class Database:
             if_unknown: called where the answer to its commit was lost: returns the result, or None
                 where it may be run again.
         """
-        patience = Patience()
+        patience = Patience(self._patience_seconds)
         while True:
             is_committing = False
             try:
@@ -253,7 +256,7 @@ class Database:
 
     def _open_sqlite(self, mode: Literal["ro", "rw", "rwc"]) -> sqlite3.Connection:
         assert self.file is not None, "on a server the engine connects"
-        return open_file(self.file, mode=mode, timeout=BUSY_SECONDS)
+        return open_file(self.file, mode=mode, timeout=self._busy_seconds)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -267,7 +270,13 @@ class Database:
 
     def _translate(self, error: DBAPIError) -> DcpstoreError:
         text = self.shown_error(error)
-        return translate(error, text, shown=self.shown, is_sqlite=self.is_sqlite)
+        return translate(
+            error,
+            text,
+            shown=self.shown,
+            is_sqlite=self.is_sqlite,
+            busy_seconds=self._busy_seconds,
+        )
 
     def _changing(self) -> AbstractContextManager[None]:
         """Refuse a transaction that writes inside another one of this thread: both would wait."""
@@ -304,7 +313,12 @@ class Database:
                 )
             with connection.begin():
                 if writes and not self.is_sqlite:
-                    connection.exec_driver_sql(_LIMITS)
+                    # Wait for a lock as long as on SQLite, and let go of the locks of a process
+                    # that the network has cut off.
+                    connection.exec_driver_sql(
+                        f"SELECT set_config('lock_timeout', '{self._busy_seconds * 1000:.0f}', "
+                        "true), set_config('idle_in_transaction_session_timeout', '600000', true)"
+                    )
                 yield connection
 
 

@@ -20,10 +20,8 @@ from dcpstore.errors import (
     SchemaError,
 )
 
-__all__ = ["BUSY_SECONDS", "Patience", "UnknownOutcomeError", "is_lost", "is_passing", "translate"]
+__all__ = ["Patience", "UnknownOutcomeError", "is_lost", "is_passing", "translate"]
 
-BUSY_SECONDS = 60.0  # longer than the commit of a very large version takes
-_PATIENCE = 60.0  # seconds in which a server restarts, or another takes over
 _LONGEST_PAUSE = 5.0
 
 # Postgres's codes of what passes: serialization failure and deadlock, whose transaction is rolled
@@ -92,10 +90,10 @@ class UnknownOutcomeError(DcpstoreError):
 
 
 class Patience:
-    """The pauses between tries of one thing: longer and longer, and not for ever."""
+    """The pauses between tries of one thing: longer and longer, `seconds` in all at most."""
 
-    def __init__(self) -> None:
-        self._end = time.monotonic() + _PATIENCE
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
         self._pause = 0.05
 
     def wait(self) -> bool:
@@ -132,7 +130,9 @@ def is_passing(error: DBAPIError, text: str, *, is_sqlite: bool, was_connected: 
     return _state(error) in _PASSING
 
 
-def translate(error: DBAPIError, text: str, *, shown: str, is_sqlite: bool) -> DcpstoreError:
+def translate(
+    error: DBAPIError, text: str, *, shown: str, is_sqlite: bool, busy_seconds: float
+) -> DcpstoreError:
     """Return an error of ours for one that left nothing changed.
 
     Args:
@@ -140,11 +140,17 @@ def translate(error: DBAPIError, text: str, *, shown: str, is_sqlite: bool) -> D
         text: of the error.
         shown: the catalog, as people may see it.
         is_sqlite: which database it is.
+        busy_seconds: how long a transaction waits for a lock.
     """
     if isinstance(error, IntegrityError):
         return ConflictError(
             f"the catalog {shown} refused a row that another process was faster with: {text}. "
             "Try again."
+        )
+    if "locked" in text or "busy" in text if is_sqlite else _state(error) == "55P03":
+        return ConflictError(
+            f"the catalog {shown} was locked by another process for more than {busy_seconds:.0f} "
+            f"seconds ({text}). Try again when it has finished."
         )
     known = _of_sqlite(text, shown) if is_sqlite else _of_postgres(error, text, shown)
     return known or DcpstoreError(
@@ -154,8 +160,6 @@ def translate(error: DBAPIError, text: str, *, shown: str, is_sqlite: bool) -> D
 
 
 def _of_sqlite(text: str, shown: str) -> DcpstoreError | None:
-    if "locked" in text or "busy" in text:
-        return _locked(text, shown)
     for words, kind, message in _SQLITE:
         if words in text:
             return kind(message.format(shown=shown, text=text))
@@ -176,19 +180,10 @@ def _of_postgres(error: DBAPIError, text: str, shown: str) -> DcpstoreError | No
         )
     if "connection option" in text:
         return InvalidInputError(f"invalid catalog URL {shown}: {text}.")
-    if state == "55P03":
-        return _locked(text, shown)
     if state in _POSTGRES:
         kind, message = _POSTGRES[state]
         return kind(message.format(shown=shown, text=text))
     return None
-
-
-def _locked(text: str, shown: str) -> ConflictError:
-    return ConflictError(
-        f"the catalog {shown} was locked by another process for more than {BUSY_SECONDS:.0f} "
-        f"seconds ({text}). Try again when it has finished."
-    )
 
 
 def _state(error: DBAPIError) -> str | None:
