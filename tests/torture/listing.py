@@ -14,6 +14,7 @@ MODULES = [
     "rivals",
     "hostile",
     "faults_disk",
+    "faults_descriptors",
     "faults_read",
     "faults_readonly",
     "faults_database",

@@ -1,17 +1,22 @@
 """The torture sees what it is there to see: a promise that is broken on purpose, and who hangs."""
 
 import os
+import re
+import shlex
 import signal
 import struct
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.proxy import Messages
+from tests.torture.__main__ import main
 from tests.torture.children import start
 from tests.torture.kills import Kills
 from tests.torture.kinds import Outcome, Tally, Verdict, prepared, run
+from tests.torture.listing import MODULES
 from tests.torture.loss import Disk
 from tests.torture.sabotage import FORGETFUL, HASTY
 from tests.torture.steps import Step
@@ -131,3 +136,21 @@ def test_requests_are_counted_however_they_lie_in_packets(cut: int) -> None:
     data = b"".join([asks_for_encryption, greeting, *messages])
     counter = Messages()
     assert sum(counter.count(data[i : i + cut]) for i in range(0, len(data), cut)) == 6
+
+
+def test_the_readme_shows_the_fault_as_it_is_and_what_it_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parent / "README.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    name = re.search(r"`tests/torture/(faults_\w+)\.py`:", page)
+    assert name is not None
+    assert name[1] in MODULES
+    assert code == (Path(__file__).parent / f"{name[1]}.py").read_text()
+    (shown,) = re.findall(r"^```console\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    command, _, printed = shown.partition("\n")
+    python, *arguments = shlex.split(command.removeprefix("$ "))
+    assert (python, arguments[:2]) == ("python", ["-m", "tests.torture"])
+    monkeypatch.setattr(sys, "argv", ["tests.torture", *arguments[2:]])
+    assert main() == 0
+    assert re.sub(r"in \d+ s", "", capsys.readouterr().out) == re.sub(r"in \d+ s", "", printed)
