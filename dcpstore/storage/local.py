@@ -223,6 +223,8 @@ def _explain(action: str, path: Path, error: OSError) -> DcpstoreError:
         step = "give this user leave to write there, or choose another folder"
     elif error.errno in (errno.ENOSPC, errno.EDQUOT):
         step = "free space, with 'dcpstore expire' and 'dcpstore gc' for example, and save again"
+    elif error.errno in (errno.EMFILE, errno.ENFILE):
+        step = "raise the limit of open files ('ulimit -n'), then try again"
     elif action == _MAKE and isinstance(
         error, FileNotFoundError | FileExistsError | NotADirectoryError
     ):

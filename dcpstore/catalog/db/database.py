@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from sqlalchemy import Connection, NullPool, QueuePool, create_engine, event
+from sqlalchemy import Connection, Engine, NullPool, QueuePool, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
@@ -228,7 +228,7 @@ class Database:
             event.listen(engine, "begin", _begin_sqlite)
         else:
             engine = server_engine(self._url, poolclass=NullPool)
-        with self._translated(), engine.connect() as connection:
+        with self._translated(), self._connect(engine) as connection:
             if not self.is_sqlite:
                 connection.execution_options(postgresql_readonly=True)
             yield connection
@@ -239,6 +239,16 @@ class Database:
         text = " ".join(str(original).split())
         password = self._url.password
         return text.replace(str(password), "***") if password else text
+
+    def _connect(self, engine: Engine) -> Connection:
+        try:
+            return engine.connect()
+        except OSError as error:  # of this process, before the driver has asked the server
+            raise DcpstoreError(
+                f"cannot connect to the catalog {self.shown}: {error.strerror}. Nothing was "
+                "changed; try again when this process has what it needs (for open files: raise "
+                "the limit of 'ulimit -n')."
+            ) from error
 
     def _connect_sqlite(self) -> sqlite3.Connection:
         # 'rw' fails where the file is missing: looking for a repository must not leave one.
@@ -303,7 +313,7 @@ class Database:
     def _connected(self, *, writes: bool) -> Iterator[Connection]:
         """Yield a connection in a transaction; errors are the database's own."""
         alone = self._changing() if writes else nullcontext()
-        with alone, self.keep_connection(), self._engine.connect() as connection:
+        with alone, self.keep_connection(), self._connect(self._engine) as connection:
             self._was_connected = True
             if writes:
                 connection.execution_options(**{_WRITES: True})
