@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import sqlite3
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -204,6 +207,27 @@ def test_a_server_that_goes_away_is_no_password(behind: Catalog, proxy: Proxy) -
         for call in calls:
             with pytest.raises(NotFoundError, match="cannot connect to the catalog"):
                 call()
+
+
+def test_a_process_that_may_open_no_file_says_so(behind: Catalog, postgres_url: str) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    held = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 2, hard))
+        with suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        os.close(held.pop())  # the driver's socket takes it, and then it wants another one
+        with (
+            Catalog(Database(postgres_url), behind.repository) as poor,
+            pytest.raises(DcpstoreError, match=r"Too many open files.*ulimit -n"),
+        ):
+            list_log(poor)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in held:
+            os.close(descriptor)
 
 
 @pytest.fixture

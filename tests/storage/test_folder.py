@@ -114,15 +114,22 @@ def test_a_missing_folder_is_not_made_by_chance(tmp_path: Path) -> None:
         LocalFolder(tmp_path / "file" / "below", create=True)
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
-def test_a_read_only_folder_says_so(
-    folder: LocalFolder, monkeypatch: pytest.MonkeyPatch, number: int
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [
+        (errno.EROFS, "give this user leave to write"),
+        (errno.EACCES, "give this user leave to write"),
+        (errno.EMFILE, "raise the limit of open files"),
+    ],
+)
+def test_a_folder_that_takes_no_file_says_what_to_do(
+    folder: LocalFolder, monkeypatch: pytest.MonkeyPatch, number: int, step: str
 ) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(DcpstoreError, match="give this user leave to write"):
+    with pytest.raises(DcpstoreError, match=step):
         folder.create(KEY)
 
 
