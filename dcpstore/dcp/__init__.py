@@ -11,8 +11,12 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
-from dcpstore.dcp.deprecated import load_state_dict, save_state_dict
-from dcpstore.dcp.filesystem import FileSystemReader, FileSystemWriter
+from dcpstore.dcp.filesystem import (
+    FileSystemReader,
+    FileSystemWriter,
+    load_state_dict,
+    save_state_dict,
+)
 from dcpstore.dcp.reader import RepositoryReader
 from dcpstore.dcp.writer import RepositoryWriter
 

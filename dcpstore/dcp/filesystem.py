@@ -1,7 +1,8 @@
 """`FileSystemWriter` and `FileSystemReader`: torch's, by name and arguments, on a folder.
 
 The folder holds an embedded repository, so a save over an earlier one makes a new version and
-overwrites nothing. Arguments that say how torch lays out its files have no effect here.
+overwrites nothing. Arguments that say how torch lays out its files have no effect here. The two
+functions that torch has deprecated stand here too, for the code that calls them with these classes.
 """
 
 from __future__ import annotations
@@ -11,8 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import SerializationFormat
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load_state_dict as _torch_load
+from torch.distributed.checkpoint.state_dict_saver import save_state_dict as _torch_save
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from dcpstore.catalog.location import absolute_target
 from dcpstore.dcp.reader import RepositoryReader
@@ -23,6 +29,8 @@ from dcpstore.repository import open as open_repository
 __all__ = [
     "FileSystemReader",
     "FileSystemWriter",
+    "load_state_dict",
+    "save_state_dict",
 ]
 
 
@@ -143,3 +151,37 @@ def _holds_version(path: Path) -> bool:
             return bool(repo.log(limit=1))
     except NotFoundError:
         return False
+
+
+def save_state_dict(  # noqa: PLR0917 (torch's order)
+    state_dict: dict[str, Any],
+    storage_writer: StorageWriter,
+    process_group: dist.ProcessGroup | None = None,
+    coordinator_rank: int = 0,
+    no_dist: bool = False,
+    planner: SavePlanner | None = None,
+) -> Metadata:
+    """Save through a storage writer, as torch's deprecated `save_state_dict`; use `save`.
+
+    Warns:
+        FutureWarning: always.
+    """
+    return _torch_save(
+        state_dict, storage_writer, process_group, coordinator_rank, no_dist, planner
+    )
+
+
+def load_state_dict(  # noqa: PLR0917 (torch's order)
+    state_dict: dict[str, Any],
+    storage_reader: StorageReader,
+    process_group: dist.ProcessGroup | None = None,
+    coordinator_rank: int = 0,
+    no_dist: bool = False,
+    planner: LoadPlanner | None = None,
+) -> None:
+    """Load through a storage reader, as torch's deprecated `load_state_dict`; use `load`.
+
+    Warns:
+        FutureWarning: always.
+    """
+    _torch_load(state_dict, storage_reader, process_group, coordinator_rank, no_dist, planner)

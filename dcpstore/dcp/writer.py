@@ -1,11 +1,11 @@
 """`RepositoryWriter`: torch's StorageWriter on a repository.
 
-Torch moves plans to the ranks and results to the coordinator, and nothing else. So each rank asks
-the catalog itself which of its chunks are known, and what it found and wrote travels in its
-results. Invariants: nothing that belongs to one save (a uid, a path) is put into a plan, for torch
-may use the plan of an earlier save again; and the version is begun before anything is written, so
-that gc knows of the save. Nothing tells a writer that torch gave a save up: the version is then
-aborted when the writer is used again, or by gc once its lease is over.
+An adapter: torch calls it, and it calls `saving.two_exchanges`. Torch moves plans to the ranks and
+results to the coordinator, and nothing else. Invariants: nothing that belongs to one save (a uid, a
+path) is put into a plan, since torch may use the plan of an earlier save again; and the version is
+begun before anything is written, so that gc knows of the save. Torch does not tell a writer when it
+gives a save up: the version is then aborted when the writer is used again, or by gc once its lease
+is over.
 """
 
 from __future__ import annotations
@@ -13,44 +13,29 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Unpack
 
-import torch
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.location import absolute_target
-from dcpstore.catalog.read.dedup import find_chunks
 from dcpstore.catalog.write.lease import kept_lease
-from dcpstore.catalog.write.saves import abort_save, begin_save
 from dcpstore.core.identity import new_uid
 from dcpstore.errors import DcpstoreError, InvalidInputError
 from dcpstore.planning.balance import item_nbytes
-from dcpstore.planning.plan_checks import check_agreement, check_names, check_results, check_tiling
-from dcpstore.planning.plan_table import GlobalTable, PlanTable
+from dcpstore.planning.plan_checks import check_results
+from dcpstore.planning.plan_table import GlobalTable
 from dcpstore.planning.save_planner import recorded_by
-from dcpstore.records import ChunkPlace, ObjectPath, PackRecord, Version, VersionDraft
+from dcpstore.records import ObjectPath, Version
 from dcpstore.repository import Repository, opened
-from dcpstore.saving.commit import (
-    SaveTarget,
-    apply_retention,
-    draft_version,
-    entries_before,
-    give_up,
-    kept_planner_data,
-    publish,
-)
-from dcpstore.saving.layout import Layout, join_layouts, lay_out
-from dcpstore.saving.pack_writer import ChunkWriter
-from dcpstore.saving.rank_chunks import ChunkKey, Digested, RankData
+from dcpstore.saving.commit import BegunVersion, SaveTarget, entries_before, kept_planner_data
+from dcpstore.saving.layout import Layout, lay_out
+from dcpstore.saving.plan_exchange import checked_table
 from dcpstore.saving.request import (
     SaveRequest,
     VersionOptions,
@@ -59,7 +44,7 @@ from dcpstore.saving.request import (
     own_request,
     shows_options,
 )
-from dcpstore.saving.save_state import SaveState
+from dcpstore.saving.two_exchanges import RankReport, commit_reports, write_plan
 
 __all__ = ["RepositoryWriter"]
 
@@ -70,21 +55,6 @@ class _Layouts(NamedTuple):
     """What the coordinator adds to a rank's plan: how its tensors are cut."""
 
     by_fqn: Mapping[str, Layout]
-
-
-@dataclass(frozen=True, slots=True)
-class _Report:
-    """What one rank did: it travels with the first of its results.
-
-    `places` are those of all its chunks, `nbytes` the raw bytes of the ones that it wrote.
-    """
-
-    planned: PlanTable
-    layouts: Mapping[str, Layout]
-    digested: Digested
-    places: Mapping[ChunkKey, ChunkPlace]
-    packs: Sequence[PackRecord]
-    nbytes: int
 
 
 class RepositoryWriter(StorageWriter):
@@ -120,7 +90,7 @@ class RepositoryWriter(StorageWriter):
         self._is_cached = False  # torch sent plans of this save in part only
         self._paths: Mapping[str, ObjectPath] = {}
         self._is_spent = False  # `save_id` belongs to a save that was begun
-        self._is_pending = False  # its version waits for commit or abort; on the coordinator
+        self._begun: BegunVersion | None = None  # of this save, on the coordinator
         self.save_id, self._next_id = new_uid(), new_uid()
         self.version: Version | None = None
 
@@ -178,21 +148,16 @@ class RepositoryWriter(StorageWriter):
             with self._opened() as target:
                 self._begin(target, ranks=len(plans))
             return plans
-        table = GlobalTable.of([PlanTable.of(plan) for plan in plans])
-        check_names(table)
+        is_whole = not self._is_alone and not self._is_cached
+        table = checked_table(plans, is_whole=is_whole)
         for plan in plans:  # of which a planner makes what `finish` is given, once all is written
             kept_planner_data(plan.planner_data)
-        is_whole = not self._is_alone and not self._is_cached
-        if is_whole:
-            check_agreement(table)
-            check_tiling(table)
         with self._opened() as target, self._aborting(target):
-            draft = self._begin(target, ranks=len(plans))
-            _, before = entries_before(target, draft)
+            begun = self._begin(target, ranks=len(plans))
             layouts = lay_out(
                 table,
                 chunk=target.catalog.repository.chunk,
-                parent={} if self._is_alone else before,
+                parent={} if self._is_alone else entries_before(target, begun.draft)[1],
                 are_whole=is_whole,
             )
         return [
@@ -224,34 +189,16 @@ class RepositoryWriter(StorageWriter):
             self._opened() as target,
             self._aborting(target),
             kept_lease(target.catalog, self.save_id) if self._is_pending else nullcontext(),
-            ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-save") as pool,
-            ChunkWriter(
-                target.storage,
-                uid=new_uid() if self._rank else self.save_id,
-                rank=self._rank,
-                pool=pool,
-            ) as writer,
         ):
-            data = RankData(
+            report = write_plan(
                 plan,
                 planner,
-                dict(layouts),
-                chunk=target.catalog.repository.chunk,
+                layouts,
+                target,
+                uid=new_uid() if self._rank else self.save_id,
+                rank=self._rank,
                 allow_pickle=self._allow_pickle,
             )
-            first = _first_places(data.digest_first(pool))
-            places = _look_up(target.catalog, first)
-            early = [key for key in first if key not in places]
-            writer.begin([data.chunks[first[key]] for key in early])
-            digested = data.digest(pool)
-            rest = {k: i for k, i in _first_places(data.keys).items() if k not in first}
-            places |= _look_up(target.catalog, rest)
-            late = [key for key in rest if key not in places]
-            written = writer.finish([data.chunks[rest[key]] for key in late])
-        places.update(zip([*early, *late], written.places, strict=True))
-        report = _Report(
-            PlanTable.of(plan), layouts, digested, places, written.packs, written.nbytes
-        )
         results = [
             WriteResult(item.index, item_nbytes(item), report if first else None)
             for first, item in zip((True, *(False,) * len(plan.items)), plan.items, strict=False)
@@ -272,45 +219,30 @@ class RepositoryWriter(StorageWriter):
         check_results(metadata, results, table)
         paths, planner_data = kept_planner_data(metadata.planner_data, self._paths)
         with self._opened() as target, self._aborting(target):
-            draft = self._begin(target, ranks=len(reports))
-            layouts = {fqn: layout for report in reports for fqn, layout in report.layouts.items()}
-            if self._is_cached and not self._is_alone:  # only now is the whole plan known
-                check_agreement(table)
-                check_tiling(table)
-                layouts = join_layouts(table, [report.layouts for report in reports])
-            state = SaveState(
+            self.version = commit_reports(
+                self._begin(target, ranks=len(reports)),
+                target,
                 table,
-                layouts,
-                [report.digested for report in reports],
+                reports,
                 paths=paths,
-                chunk=target.catalog.repository.chunk,
-                are_whole=not self._is_alone,
+                planner_data=planner_data,
+                is_whole=not self._is_alone,
+                is_cached=self._is_cached,
             )
-            state.look_up(target.catalog, {})
-            for report in reports:
-                state.take_places(report.places, report.nbytes)
-            with kept_lease(target.catalog, draft.uid):
-                self.version = publish(
-                    target,
-                    draft,
-                    state,
-                    packs=[pack for report in reports for pack in report.packs],
-                    seconds={},
-                    planner_data=planner_data,
-                )
-            self._is_pending = False
-            apply_retention(target, self._request.retention, self.version)
         metadata.storage_data = {r.index: r.size_in_bytes for given in results for r in given}
         metadata.storage_meta = StorageMeta(self.checkpoint_id, self.save_id)
         metadata.version = CURRENT_DCP_VERSION
 
-    def _begin(self, target: SaveTarget, *, ranks: int) -> VersionDraft:
-        """Return the draft of the version, which is begun now if it was not yet."""
-        draft = draft_version(target.catalog, self._versioned(), ranks=ranks, uid=self.save_id)
-        if not self._is_pending:
-            begin_save(target.catalog, draft)
-            self._is_spent = self._is_pending = True
-        return draft
+    @property
+    def _is_pending(self) -> bool:
+        return self._begun is not None and self._begun.is_pending
+
+    def _begin(self, target: SaveTarget, *, ranks: int) -> BegunVersion:
+        """Return the version of this save, which is begun now if it is not pending."""
+        if self._begun is None or not self._begun.is_pending:
+            self._begun = BegunVersion(target, self._versioned(), ranks=ranks, uid=self.save_id)
+            self._is_spent = True
+        return self._begun
 
     @contextmanager
     def _aborting(self, target: SaveTarget) -> Iterator[None]:
@@ -318,19 +250,16 @@ class RepositoryWriter(StorageWriter):
         try:
             yield
         except BaseException as error:
-            if self._is_pending:
-                self._is_pending = False
-                give_up(target.catalog, self.save_id, error)
+            if self._begun is not None:
+                self._begun.abort_for(target.catalog, error)
             raise
 
     def _renew(self) -> None:
-        if self._is_pending:
-            self._is_pending = False
+        begun, self._begun = self._begun, None
+        if begun is not None and begun.is_pending:
             try:
                 with self._opened() as target:
-                    abort_save(
-                        target.catalog, self.save_id, "torch gave it up, and began another save"
-                    )
+                    begun.abort(target.catalog, "torch gave it up, and began another save")
             except DcpstoreError as error:
                 _log.warning("the save %s was not aborted; gc will: %s", self.save_id, error)
         self.save_id, self._next_id = self._next_id, new_uid()
@@ -354,28 +283,11 @@ class RepositoryWriter(StorageWriter):
             yield SaveTarget(repo.catalog, repo.storage, repo.memory, repo.location)
 
 
-def _first_places(keys: Iterable[ChunkKey]) -> dict[ChunkKey, int]:
-    """Return where each key stands first."""
-    places: dict[ChunkKey, int] = {}
-    for i, key in enumerate(keys):
-        places.setdefault(key, i)
-    return places
-
-
-def _look_up(catalog: Catalog, keys: Collection[ChunkKey]) -> dict[ChunkKey, ChunkPlace]:
-    """Return the places of the chunks that the repository holds."""
-    return {
-        (codec, digest): place
-        for codec in dict.fromkeys(codec for codec, _ in keys)
-        for digest, place in find_chunks(catalog, [d for c, d in keys if c == codec], codec).items()
-    }
-
-
-def _report_of(rank: int, results: Sequence[WriteResult]) -> _Report:
+def _report_of(rank: int, results: Sequence[WriteResult]) -> RankReport:
     if not results:
-        return _Report(PlanTable.of(SavePlan([])), {}, Digested(b""), {}, (), 0)
+        return RankReport.empty()
     report = results[0].storage_data
-    if not isinstance(report, _Report):
+    if not isinstance(report, RankReport):
         raise InvalidInputError(
             f"the results of rank {rank} are not what this writer returned (storage_data is "
             f"{type(report).__name__}); pass them on unchanged."

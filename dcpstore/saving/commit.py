@@ -16,10 +16,10 @@ from types import MappingProxyType
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.maintenance.journal import write_journal
-from dcpstore.catalog.maintenance.retention import Retention, retain
+from dcpstore.catalog.maintenance.retention import retain
 from dcpstore.catalog.read.entries import load_entries
 from dcpstore.catalog.read.ref_lookup import list_refs, resolve
-from dcpstore.catalog.write.saves import abort_save, commit_save
+from dcpstore.catalog.write.saves import abort_save, begin_save, commit_save
 from dcpstore.core.identity import new_uid, this_user
 from dcpstore.encoding.values import encode_value
 from dcpstore.errors import ConflictError, DcpstoreError, NotFoundError
@@ -39,13 +39,10 @@ from dcpstore.storage.interface import Storage
 from dcpstore.zarr.documents import write_manifest
 
 __all__ = [
+    "BegunVersion",
     "SaveTarget",
-    "apply_retention",
-    "draft_version",
     "entries_before",
-    "give_up",
     "kept_planner_data",
-    "publish",
 ]
 
 
@@ -62,7 +59,7 @@ class SaveTarget:
     location: str | Path
 
 
-def draft_version(
+def _draft_version(
     catalog: Catalog, request: SaveRequest, *, ranks: int, uid: str | None = None
 ) -> VersionDraft:
     """Return the draft of a version; its refs resolved, its author and host filled in.
@@ -132,51 +129,85 @@ def _is_path(given: object) -> bool:
     return isinstance(given, tuple) and all(type(key) in (str, int) for key in given)
 
 
-def publish(
-    target: SaveTarget,
-    draft: VersionDraft,
-    state: SaveState,
-    *,
-    packs: Sequence[PackRecord],
-    seconds: dict[str, float],
-    planner_data: str | None,
-) -> Version:
-    """Write the manifest of a begun version and commit it; its packs are durable.
+class BegunVersion:
+    """A version from its begin until it is committed or aborted; the coordinator has it.
 
-    Where chunks that the save reuses have moved meanwhile (gc repacks), both are done once more.
-
-    Raises:
-        ConflictError: the branch moved, or what the save reuses is gone; save again.
-        AlreadyExistsError: a tag was taken meanwhile.
+    It keeps no open catalog, so that torch's writer can keep it from one call to the next.
     """
-    try:
-        version = _published(
-            target, draft, state, packs=packs, seconds=seconds, planner_data=planner_data
-        )
-    except ConflictError:
-        version = _published(
-            target, draft, state, packs=packs, seconds=seconds, planner_data=planner_data
-        )
-    write_journal(target.catalog, target.storage)
-    return version
 
+    def __init__(
+        self, target: SaveTarget, request: SaveRequest, *, ranks: int, uid: str | None = None
+    ) -> None:
+        """Begin a version, as pending.
 
-def apply_retention(target: SaveTarget, rules: Retention | None, version: Version) -> None:
-    """Expire versions of the branch of a new one by the rules that were asked for with it."""
-    if rules is not None:
-        retain(target.catalog, rules, branch=version.branch, author=version.author)
+        Raises:
+            NotFoundError: `parent` or `expect_tip` names nothing.
+            ConflictError, AlreadyExistsError: as the catalog finds the refs.
+        """
+        self.draft = _draft_version(target.catalog, request, ranks=ranks, uid=uid)
+        self._retention = request.retention
+        begin_save(target.catalog, self.draft)
+        self._is_pending = True
+
+    def commit(
+        self,
+        target: SaveTarget,
+        state: SaveState,
+        *,
+        packs: Sequence[PackRecord],
+        seconds: dict[str, float],
+        planner_data: str | None,
+    ) -> Version:
+        """Write the manifest and commit, then apply retention; the packs are durable.
+
+        Where chunks that the save reuses have moved meanwhile (gc repacks), manifest and commit are
+        done once more.
+
+        Raises:
+            ConflictError: the branch moved, or what the save reuses is gone; save again.
+            AlreadyExistsError: a tag was taken meanwhile.
+        """
+
+        def publish() -> Version:
+            return _publish(
+                target, self.draft, state, packs=packs, seconds=seconds, planner_data=planner_data
+            )
+
+        try:
+            version = publish()
+        except ConflictError:
+            version = publish()
         write_journal(target.catalog, target.storage)
+        self._is_pending = False
+        if self._retention is not None:
+            retain(target.catalog, self._retention, branch=version.branch, author=version.author)
+            write_journal(target.catalog, target.storage)
+        return version
+
+    def abort(self, catalog: Catalog, reason: str) -> None:
+        """Record why a pending version was given up; once it has ended this does nothing.
+
+        Raises:
+            DcpstoreError: the catalog could not record it.
+        """
+        if self._is_pending:
+            self._is_pending = False
+            abort_save(catalog, self.draft.uid, reason)
+
+    def abort_for(self, catalog: Catalog, error: BaseException) -> None:
+        """Abort because of `error`; if the catalog cannot record it, add a note to `error`."""
+        try:
+            self.abort(catalog, f"{type(error).__name__}: {error}")
+        except DcpstoreError as second:
+            error.add_note(f"the catalog could not record that the save failed: {second}")
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether it is neither committed nor aborted."""
+        return self._is_pending
 
 
-def give_up(catalog: Catalog, uid: str, error: BaseException) -> None:
-    """Record why a begun save ended without a version; what fails in that is noted on `error`."""
-    try:
-        abort_save(catalog, uid, f"{type(error).__name__}: {error}")
-    except DcpstoreError as second:
-        error.add_note(f"the catalog could not record that the save failed: {second}")
-
-
-def _published(
+def _publish(
     target: SaveTarget,
     draft: VersionDraft,
     state: SaveState,

@@ -15,19 +15,10 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from dcpstore.catalog.read.dedup import find_chunks
 from dcpstore.catalog.read.entries import load_entries
 from dcpstore.catalog.read.ref_lookup import find_refs
-from dcpstore.catalog.write.saves import begin_save
 from dcpstore.errors import InvalidInputError
 from dcpstore.planning.save_planner import recorded_by
 from dcpstore.records import ChunkDefaults, EntryRecord, Version
-from dcpstore.saving.commit import (
-    SaveTarget,
-    apply_retention,
-    draft_version,
-    entries_before,
-    give_up,
-    kept_planner_data,
-    publish,
-)
+from dcpstore.saving.commit import BegunVersion, SaveTarget, entries_before, kept_planner_data
 from dcpstore.saving.pack_writer import Written
 from dcpstore.saving.plan_exchange import (
     GlobalPlan,
@@ -105,7 +96,7 @@ class Coordinator:
         self._is_whole = is_whole  # else this rank alone saves its part, perhaps of tensors
         self._size = size
         self._splits = False  # whether the ranks write their first chunks early
-        self._open = False  # whether a pending version waits for commit or abort
+        self._begun: BegunVersion | None = None
         self._before: Mapping[str, EntryRecord] | None = None
         self._plan: GlobalPlan | None = None
         self._first: Sequence[Sequence[int]] = [()] * size
@@ -117,31 +108,30 @@ class Coordinator:
     def begin(self, requests: Sequence[OpenRequest]) -> tuple[str, list[str]]:
         """Check that the ranks agree and begin the version; return its uid and all ranks' keys."""
         check_agreement(requests)
-        self._retention = requests[0].request.retention
-        self.draft = draft_version(self.target.catalog, requests[0].request, ranks=self._size)
-        begin_save(self.target.catalog, self.draft)
-        self._open = True
+        self._begun = BegunVersion(self.target, requests[0].request, ranks=self._size)
+        draft = self._begun.draft
         if not self._is_whole:
-            self._report_shadow()
-        return self.draft.uid, sorted({key for one in requests for key in one.keys})
+            self._report_shadow(draft.branch)
+        return draft.uid, sorted({key for one in requests for key in one.keys})
 
-    def _report_shadow(self) -> None:
+    def _report_shadow(self, branch: str) -> None:
         """Warn where a load by the branch's plain name will find what all ranks saved together."""
-        plain, _, _ = self.draft.branch.rpartition("/rank-")
+        plain, _, _ = branch.rpartition("/rank-")
         if find_refs(self.target.catalog, [plain]):
             _log.warning(
                 "%r was saved with collectives before, and a load of it finds that; what this rank "
                 "saves now is %r: load it by this name, with no_dist=True, or save to a new branch",
                 plain,
-                self.draft.branch,
+                branch,
             )
 
     def plan(self, offers: list[PlanOffer]) -> list[PlanReply]:
         """Make the global plan, or find the one of before, and tell each rank its part."""
+        assert self._begun is not None
         if self._before is None and not self._is_whole:
             self._before_number, self._before = 0, {}  # no grid of another part is of use
         elif self._before is None:
-            self._before_number, self._before = entries_before(self.target, self.draft)
+            self._before_number, self._before = entries_before(self.target, self._begun.draft)
         if shares_tables(self._planner):
             self._plan, replies = reply_to_offers(
                 offers,
@@ -271,10 +261,10 @@ class Coordinator:
     def commit(self, reports: Sequence[tuple[Written, Seconds]]) -> Version:
         """Write the manifest and commit the version."""
         assert self._plan is not None
+        assert self._begun is not None
         self._state.take_results([written for written, _ in reports])
-        version = publish(
+        return self._begun.commit(
             self.target,
-            self.draft,
             self._state,
             packs=[pack for written, _ in reports for pack in written.packs],
             seconds={
@@ -283,15 +273,11 @@ class Coordinator:
             },
             planner_data=self._plan.planner_data,
         )
-        self._open = False
-        apply_retention(self.target, self._retention, version)
-        return version
 
     def give_up(self, error: BaseException) -> None:
         """Record why a begun save ended without a version."""
-        if self._open:
-            self._open = False
-            give_up(self.target.catalog, self.draft.uid, error)
+        if self._begun is not None:
+            self._begun.abort_for(self.target.catalog, error)
 
 
 def check_agreement(requests: Sequence[OpenRequest]) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import attrgetter
 from types import TracebackType
 
+import torch
 from typing_extensions import Buffer
 
 from dcpstore.core.parallel import in_batches, run_ahead
@@ -44,12 +45,14 @@ class ChunkWriter:
         storage: where to write.
         uid: of the version being saved.
         rank: of this process in the save.
-        pool: encodes.
+
+    Attributes:
+        pool: encodes, on all cores; until the block ends it digests and compares too.
     """
 
-    def __init__(self, storage: Storage, *, uid: str, rank: int, pool: Executor) -> None:
+    def __init__(self, storage: Storage, *, uid: str, rank: int) -> None:
         self._packs = PackWriter(storage, uid, rank)
-        self._pool = pool
+        self.pool = ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-save")
         self._ahead = ThreadPoolExecutor(1, "dcpstore-write")
         self._first: Sequence[RawChunk] = ()
         self._writing: Future[list[ChunkPlace]] | None = None
@@ -93,6 +96,7 @@ class ChunkWriter:
     ) -> None:
         self._is_given_up.set()
         self._ahead.shutdown()
+        self.pool.shutdown()
         if not self._is_finished:
             self._packs.discard()
 
@@ -101,7 +105,7 @@ class ChunkWriter:
     ) -> list[ChunkPlace]:
         places: list[ChunkPlace] = []
         batches = in_batches(chunks, attrgetter("nbytes"))
-        for batch, encoded in run_ahead(self._pool, _encode_all, batches):
+        for batch, encoded in run_ahead(self.pool, _encode_all, batches):
             if self._is_given_up.is_set():
                 raise CancelledError
             places += map(self._packs.append, encoded)

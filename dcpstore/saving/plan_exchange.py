@@ -33,6 +33,7 @@ __all__ = [
     "PlanMemory",
     "PlanOffer",
     "PlanReply",
+    "checked_table",
     "reply_to_offers",
     "reply_to_plans",
     "shares_tables",
@@ -254,6 +255,21 @@ class _EncodedLayouts:
         return self._made[key]
 
 
+def checked_table(plans: Sequence[SavePlan], *, is_whole: bool) -> GlobalTable:
+    """Return the table of what all ranks write, by plans that a planner of torch's form made.
+
+    Raises:
+        InvalidInputError: no catalog can keep an FQN, or ranks disagree about one; or the plans
+            are those of all ranks, and do not tile its shape.
+    """
+    table = GlobalTable.of([PlanTable.of(plan) for plan in plans])
+    check_names(table)
+    check_agreement(table)
+    if is_whole:
+        check_tiling(table)
+    return table
+
+
 def reply_to_plans(
     offers: Sequence[PlanOffer],
     parts: Sequence[SavePlan],
@@ -273,11 +289,7 @@ def reply_to_plans(
         parent: the entries of the parent version by FQN.
         is_whole: whether the plans are those of all ranks.
     """
-    table = GlobalTable.of([PlanTable.of(plan) for plan in whole])
-    check_names(table)
-    check_agreement(table)
-    if is_whole:
-        check_tiling(table)
+    table = checked_table(whole, is_whole=is_whole)
     held = GlobalTable.of([PlanTable.of(one.plan or SavePlan([]), one.buffers) for one in offers])
     layouts = lay_out(table, chunk=chunk, parent=parent, are_whole=is_whole)
     plan = GlobalPlan(table, Replicas.of(held), layouts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,8 @@ import torch
 from torch.distributed.checkpoint import default_planner as torch_planner
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
+from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.read.dedup import find_chunks
 from dcpstore.core.parallel import in_batches, run_ahead
 from dcpstore.encoding.digests import chunk_digest
 from dcpstore.encoding.dtypes import as_bytes, check_plain
@@ -31,7 +33,7 @@ from dcpstore.geometry.boxes import Box
 from dcpstore.planning.plan_checks import item_box
 from dcpstore.planning.save_planner import BoxResolver, DefaultSavePlanner
 from dcpstore.reading.box_reads import Held
-from dcpstore.records import ChunkDefaults, EntryRecord
+from dcpstore.records import ChunkDefaults, ChunkPlace, EntryRecord
 from dcpstore.saving.layout import Layout, blob_layout, planned_chunks
 
 __all__ = [
@@ -40,6 +42,8 @@ __all__ = [
     "RankData",
     "RawChunk",
     "encoded_item",
+    "find_keys",
+    "first_places",
     "resolves_plainly",
     "total_nbytes",
 ]
@@ -350,6 +354,23 @@ def _made(source: Source, cell: Box, chunk_shape: tuple[int, ...]) -> Bytes:
 
 def _digest_all(chunks: Sequence[RawChunk]) -> list[bytes]:
     return [chunk_digest(chunk.raw().data) for chunk in chunks]
+
+
+def first_places(keys: Iterable[ChunkKey]) -> dict[ChunkKey, int]:
+    """Return where each key stands first."""
+    places: dict[ChunkKey, int] = {}
+    for i, key in enumerate(keys):
+        places.setdefault(key, i)
+    return places
+
+
+def find_keys(catalog: Catalog, keys: Collection[ChunkKey]) -> dict[ChunkKey, ChunkPlace]:
+    """Return the places of those chunks that the repository holds, codec by codec."""
+    return {
+        (codec, digest): place
+        for codec in dict.fromkeys(codec for codec, _ in keys)
+        for digest, place in find_chunks(catalog, [d for c, d in keys if c == codec], codec).items()
+    }
 
 
 def total_nbytes(chunks: Sequence[RawChunk]) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dcpstore.catalog.catalog import Catalog
-from dcpstore.catalog.read.dedup import find_chunks, find_tensors
+from dcpstore.catalog.read.dedup import find_tensors
 from dcpstore.catalog.read.entries import load_chunks
 from dcpstore.encoding.digests import content_digest
 from dcpstore.errors import InvalidInputError
@@ -38,7 +38,7 @@ from dcpstore.records import (
 )
 from dcpstore.saving.layout import Layout, blob_layout, planned_chunks
 from dcpstore.saving.pack_writer import Written
-from dcpstore.saving.rank_chunks import ChunkKey, Digested
+from dcpstore.saving.rank_chunks import ChunkKey, Digested, find_keys
 
 __all__ = ["DIGEST", "Cells", "SaveState", "is_cut_otherwise"]
 
@@ -275,11 +275,10 @@ class SaveState:
         for codec in dict.fromkeys(codecs[is_new]):
             cells = np.flatnonzero((is_new & (codecs == codec))[self._cells.tensor])
             cells = self._cells.distinct(cells)
-            digests = self._cells.digests(cells)
-            found = find_chunks(catalog, digests, codec)
-            self._places.update({(codec, digest): place for digest, place in found.items()})
-            is_asked = [d not in found and (codec, d) not in written for d in digests]
-            chosen.append(cells[is_asked])
+            keys = [*self._keys(cells)]
+            found = find_keys(catalog, keys)
+            self._places |= found
+            chosen.append(cells[[key not in found and key not in written for key in keys]])
         asked = np.sort(np.concatenate(chosen))
         bounds = np.searchsorted(asked, self._cells.starts)
         rest = [asked[a:b] for a, b in itertools.pairwise(bounds)]

@@ -196,7 +196,7 @@ def save_with_a_failing_rank(rank: int, place: Place) -> tuple[str, bool]:
     with pytest.MonkeyPatch.context() as patch, place.open() as repo:
         early = Early(patch)
         if rank == 1:
-            patch.setattr("dcpstore.saving.rank.RankData.digest", failing)
+            patch.setattr("dcpstore.saving.rank_chunks.RankData.digest", failing)
         state = {f"of{rank}.{name}": tensor for name, tensor in layers().items()}
         try:
             dcpstore.save(state, repo)

@@ -21,6 +21,8 @@ import dcpstore
 from dcpstore import DcpstoreError, InvalidInputError, Repository, UnsafeDataError
 from dcpstore.catalog.read.user_sql import query_rows
 from dcpstore.convert import import_torch
+from tests.ranks import RankPool
+from tests.soundness import Place
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
@@ -102,6 +104,37 @@ def test_what_no_catalog_keeps_is_refused_before_anything_is_written(
             with pytest.raises(kind, match=said):
                 save(state, repo, planner() if planner else None)
             assert_nothing_written(repo)
+
+
+@pytest.mark.parametrize("save", SAVES.values(), ids=SAVES)
+def test_a_save_that_writes_early_is_refused_before_it_does(
+    repo: Repository, save: Callable[..., object]
+) -> None:
+    large = torch.arange(17 << 20, dtype=torch.float32)  # 68 MiB, which are worth writing early
+    with pytest.raises(InvalidInputError, match="2001 bytes"):
+        save({"a": large, "x" * 2001: W}, repo, None)
+    assert_nothing_written(repo)
+
+
+def save_a_long_name(rank: int, place: Place, call: str) -> str:
+    """Save on two ranks, of which the second alone has a name that no catalog keeps."""
+    state: dict[str, Any] = {f"of{rank}": W} | ({"x" * 2001: W} if rank else {})
+    with place.open() as repo:
+        try:
+            SAVES[call](state, repo, None)
+        except DcpstoreError as error:
+            return str(error)
+    return "saved"
+
+
+@pytest.mark.parametrize("call", SAVES)
+def test_a_name_of_one_rank_is_refused_on_every_rank(
+    place: Place, two_ranks: RankPool, call: str
+) -> None:
+    first, second = two_ranks.run(save_a_long_name, place, call)
+    assert "2001 bytes" in first == second
+    with place.open() as repo:
+        assert_nothing_written(repo)
 
 
 def test_an_import_is_refused_before_anything_is_written(repo: Repository, tmp_path: Path) -> None:

@@ -1,0 +1,145 @@
+"""A save in two exchanges, plans and results, which are all that torch's own `save` has.
+
+No rank hears of the digests of the others. So each rank asks the catalog itself which of its chunks
+are stored, and its report says where all of them lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+
+from dcpstore.catalog.write.lease import kept_lease
+from dcpstore.planning.plan_checks import check_agreement, check_tiling
+from dcpstore.planning.plan_table import GlobalTable, PlanTable
+from dcpstore.records import ChunkPlace, ObjectPath, PackRecord, Version
+from dcpstore.saving.commit import BegunVersion, SaveTarget
+from dcpstore.saving.layout import Layout, join_layouts
+from dcpstore.saving.pack_writer import ChunkWriter
+from dcpstore.saving.rank_chunks import ChunkKey, Digested, RankData, find_keys, first_places
+from dcpstore.saving.save_state import SaveState
+
+__all__ = ["RankReport", "commit_reports", "write_plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """What one rank did.
+
+    `places` are those of all its chunks, `nbytes` the raw bytes of the ones that it wrote.
+    """
+
+    planned: PlanTable
+    layouts: Mapping[str, Layout]
+    digested: Digested
+    places: Mapping[ChunkKey, ChunkPlace]
+    packs: Sequence[PackRecord]
+    nbytes: int
+
+    @classmethod
+    def empty(cls) -> RankReport:
+        """Return the report of a rank that had nothing to write."""
+        return cls(PlanTable.of(SavePlan([])), {}, Digested(b""), {}, (), 0)
+
+
+def write_plan(
+    plan: SavePlan,
+    planner: SavePlanner,
+    layouts: Mapping[str, Layout],
+    target: SaveTarget,
+    *,
+    uid: str,
+    rank: int,
+    allow_pickle: bool,
+) -> RankReport:
+    """Write what this rank's plan says and the repository does not hold; durable on return.
+
+    The first chunks are on their way to the disk while the others are digested.
+
+    Args:
+        plan: what this rank is to write.
+        planner: of this rank, which has its data.
+        layouts: of the tensors of the plan.
+        target: what is saved to.
+        uid: under which the packs of this rank are stored.
+        rank: of this process in the save.
+        allow_pickle: whether values may be kept that only a pickle can keep.
+
+    Raises:
+        InvalidInputError: the planner's data do not match the plan.
+        UnsafeDataError: an item is neither tensor nor value, and pickle is not allowed.
+    """
+    with ChunkWriter(target.storage, uid=uid, rank=rank) as writer:
+        data = RankData(
+            plan,
+            planner,
+            dict(layouts),
+            chunk=target.catalog.repository.chunk,
+            allow_pickle=allow_pickle,
+        )
+        first = first_places(data.digest_first(writer.pool))
+        places = find_keys(target.catalog, first)
+        early = [key for key in first if key not in places]
+        writer.begin([data.chunks[first[key]] for key in early])
+        digested = data.digest(writer.pool)
+        rest = {k: i for k, i in first_places(data.keys).items() if k not in first}
+        places |= find_keys(target.catalog, rest)
+        late = [key for key in rest if key not in places]
+        written = writer.finish([data.chunks[rest[key]] for key in late])
+    places.update(zip([*early, *late], written.places, strict=True))
+    return RankReport(PlanTable.of(plan), layouts, digested, places, written.packs, written.nbytes)
+
+
+def commit_reports(
+    begun: BegunVersion,
+    target: SaveTarget,
+    table: GlobalTable,
+    reports: Sequence[RankReport],
+    *,
+    paths: Mapping[str, ObjectPath],
+    planner_data: str | None,
+    is_whole: bool,
+    is_cached: bool,
+) -> Version:
+    """Commit a begun version from what all ranks report; only the coordinator calls it.
+
+    Args:
+        begun: the version.
+        target: what is saved to.
+        table: the plans of all ranks.
+        reports: by rank.
+        paths: of the entries in the state, by FQN.
+        planner_data: what the planner keeps with the version, as typed JSON.
+        is_whole: whether the reports are those of all ranks, so that each tensor must be whole.
+        is_cached: whether the whole plan is known only now, as torch's plan cache left some out.
+
+    Raises:
+        InvalidInputError: the results are not those of the plan.
+        ConflictError, AlreadyExistsError, NotFoundError: as the catalog finds the refs.
+    """
+    layouts = {fqn: layout for report in reports for fqn, layout in report.layouts.items()}
+    if is_whole and is_cached:
+        check_agreement(table)
+        check_tiling(table)
+        layouts = join_layouts(table, [report.layouts for report in reports])
+    state = SaveState(
+        table,
+        layouts,
+        [report.digested for report in reports],
+        paths=paths,
+        chunk=target.catalog.repository.chunk,
+        are_whole=is_whole,
+    )
+    state.look_up(target.catalog, {})
+    for report in reports:
+        state.take_places(report.places, report.nbytes)
+    with kept_lease(target.catalog, begun.draft.uid):
+        return begun.commit(
+            target,
+            state,
+            packs=[pack for report in reports for pack in report.packs],
+            seconds={},
+            planner_data=planner_data,
+        )
