@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from dcpstore.api import load, save
     from dcpstore.asynchronous.async_save import async_save
     from dcpstore.asynchronous.preemption import Preemption, on_preemption
-    from dcpstore.asynchronous.staging import PendingSave
     from dcpstore.catalog.maintenance.retention import Retention
     from dcpstore.dcp import (
         FileSystemReader,
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
     from dcpstore.planning import DefaultLoadPlanner, DefaultSavePlanner, LoadOptions, PerRank
     from dcpstore.records import ChunkDefaults, LoadReport, StorageRequest, Trace, Version
     from dcpstore.repository import Repository, open
+    from dcpstore.saving.staging import PendingSave
 
 __all__ = [
     "AlreadyExistsError",
@@ -99,7 +99,7 @@ __all__ = [
 _HOMES = {
     "dcpstore.api": ("load", "save"),
     "dcpstore.asynchronous.async_save": ("async_save",),
-    "dcpstore.asynchronous.staging": ("PendingSave",),
+    "dcpstore.saving.staging": ("PendingSave",),
     "dcpstore.dcp": (
         "FileSystemReader",
         "FileSystemWriter",

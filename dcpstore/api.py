@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
-from dcpstore.asynchronous.staging import raise_unseen
 from dcpstore.catalog.location import absolute_target
 from dcpstore.catalog.read.ref_lookup import DEFAULT_BRANCH, find_refs
 from dcpstore.collectives import alone_in, find_collectives
@@ -43,6 +42,7 @@ from dcpstore.saving import (
     save_version,
     shows_options,
 )
+from dcpstore.saving.staging import raise_unseen
 from dcpstore.state.load_options import LoadOptions, OnDtype, Rename
 
 __all__ = [

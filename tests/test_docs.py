@@ -148,7 +148,9 @@ def _hold_manifest_to(page: str, folder: Path) -> None:
         shown = json.loads(block[2])
         [path] = folder.glob("ckpts/manifests/*.json")
         text = path.read_text().replace(str(folder), "/home/ada")
-        written = json.loads(text.replace(path.stem, shown["dcpstore"]["uid"]))
+        uid = shown["dcpstore"]["uid"]
+        assert set(re.findall(r"\b[0-9a-f]{32}\b", (ROOT / page).read_text())) == {uid}
+        written = json.loads(text.replace(path.stem, uid))
         assert re.fullmatch("[0-9a-f]{64}", shown["digest"])
         written["digest"] = shown["digest"]
         for varying in ("host", "created_at", "seconds"):

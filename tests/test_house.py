@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -52,9 +53,6 @@ FLOORS = {
     "__main__": 19,
     "__init__": 19,
 }
-# What is still the other way round, with the reason.
-LADDERS = [("asynchronous", "api")]  # a save first waits for an asynchronous one that is running
-
 # A library, and the only rooms that may import it.
 FENCES = {
     "alembic": {"catalog"},
@@ -128,8 +126,7 @@ def test_a_module_imports_from_lower_floors_and_inside_the_fences(path: Path) ->
         assert not (library == "torch" and outer in TORCH_FREE), f"{room} stays free of torch"
         if library == "dcpstore" and rest:
             other = room_named(rest.split("."))
-            lower = FLOORS[other] < FLOORS[room]
-            assert other == room or lower or (other, room) in LADDERS, f"{room} imports {other}"
+            assert other == room or FLOORS[other] < FLOORS[room], f"{room} imports {other}"
 
 
 def test_a_file_name_is_used_in_one_room_alone() -> None:
@@ -175,41 +172,109 @@ def test_no_module_imports_itself_through_others() -> None:
     assert set(imports) == set()
 
 
-def test_the_floors_are_documented_as_they_are() -> None:
-    rows = {}
+def docstring(path: Path) -> str:
+    """Return the first paragraph of a module's docstring, in one line."""
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def floors_table() -> str:
+    rows: dict[int, list[str]] = {}
     for room, floor in FLOORS.items():
         path = ROOT / room.replace(".", "/")
         file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         if room not in {"__init__", "__main__"}:
-            what = (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n\n")[0]
-            rows.setdefault(floor, []).append(f"`{room}`: {' '.join(what.split())}")
+            rows.setdefault(floor, []).append(f"`{room}`: {docstring(file)}")
     table = "| floor | rooms |\n|---|---|\n"
-    table += "".join(f"| {floor} | {'<br>'.join(each)} |\n" for floor, each in rows.items())
-    check_page("floors", table)
+    return table + "".join(f"| {floor} | {'<br>'.join(each)} |\n" for floor, each in rows.items())
 
 
-def test_the_fences_are_documented_as_they_are() -> None:
+def imports_drawing() -> str:
+    """Draw which rooms import which, without what follows from a path of other arrows."""
+    below: dict[str, set[str]] = {room: set() for room in FLOORS}
+    for path in modules():
+        for name in imported(path):
+            library, _, rest = name.partition(".")
+            if library == "dcpstore" and rest:
+                below[room_of(path)].add(room_named(rest.split(".")))
+    below = {room: others - {room} for room, others in below.items()}
+    reached: dict[str, set[str]] = {}
+    for room in sorted(FLOORS, key=lambda room: FLOORS[room]):
+        reached[room] = below[room].union(*(reached[other] for other in below[room]))
+    lines = [
+        f"  {room} --> {other}\n"
+        for room in sorted(FLOORS, key=lambda room: (-FLOORS[room], room))
+        for other in sorted(below[room], key=lambda other: (-FLOORS[other], other))
+        if room not in {"__init__", "__main__"}
+        if not any(other in reached[between] for between in below[room])
+    ]
+    return "```mermaid\nflowchart TD\n" + "".join(lines) + "```\n"
+
+
+def fences_table() -> str:
     table = "| library | imported only in |\n|---|---|\n"
     table += "".join(f"| `{name}` | {_listed(FENCES[name])} |\n" for name in sorted(FENCES))
     table += f"\nTorch is never imported in {_listed(TORCH_FREE)}, so that the shell and tools\n"
-    check_page("fences", table + "which only read start fast.\n")
+    return table + "which only read start fast.\n"
 
 
 def _listed(rooms: set[str]) -> str:
     return ", ".join(f"`{room}`" for room in sorted(rooms))
 
 
-def check_page(part: str, table: str) -> None:
-    """Check that a part of docs/design.md is as written here, or write it."""
-    page = ROOT.parent / "docs" / "design.md"
-    text = page.read_text()
-    start, end = f"<!-- {part} -->\n", f"<!-- /{part} -->"
+def modules_table() -> str:
+    table = "| module | what it is |\n|---|---|\n"
+    for path in sorted(modules(), key=lambda path: (FLOORS[room_of(path)], dotted(path))):
+        table += f"| `{dotted(path)}` | {docstring(path)} |\n"
+    return table
+
+
+@pytest.mark.parametrize(
+    ("page", "name", "table"),
+    [
+        ("design.md", "floors", floors_table),
+        ("design.md", "imports", imports_drawing),
+        ("design.md", "fences", fences_table),
+        ("modules.md", "modules", modules_table),
+    ],
+)
+def test_the_house_is_documented_as_it_is(page: str, name: str, table: Callable[[], str]) -> None:
+    file = ROOT.parent / "docs" / page
+    text = file.read_text()
+    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     head, rest = text.split(start)
-    written = f"{head}{start}{table}{end}{rest.split(end)[1]}"
+    written = f"{head}{start}{table()}{end}{rest.split(end)[1]}"
     if os.environ.get("DCPSTORE_WRITE_DOCS"):
-        page.write_text(written)
+        file.write_text(written)
         text = written
     assert text == written, "run 'make docs' and look at the difference"
+
+
+def names_in(path: Path) -> set[str]:
+    """Return what a module defines: classes, functions, arguments and attributes."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.alias):  # torch's names
+            found.add(node.name)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+    return found
+
+
+def test_the_data_flow_is_told_by_names_of_the_code() -> None:
+    text = (ROOT.parent / "docs" / "design.md").read_text()
+    flow = text.split("## The data flow\n")[1].split("### What can go wrong")[0]
+    drawings = re.findall(r"^```text\n(.*?)^```$", flow, re.MULTILINE | re.DOTALL)
+    told = {re.split(r"\W", name)[0] for name in re.findall(r"`(\w[^`\n]*)`", flow)}
+    drawn = set(re.findall(r"\b(?:[a-z]+_\w+|[A-Z][a-z]+[A-Z]\w+)\b", "".join(drawings)))
+    known = set().union(*map(names_in, modules()))
+    assert len(drawings) == 2
+    assert len(drawn) > 20
+    assert (told | drawn) - known == set()
 
 
 def described(name: str) -> str:

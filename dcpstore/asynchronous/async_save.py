@@ -29,7 +29,6 @@ from dcpstore.api import (
     where_given,
 )
 from dcpstore.asynchronous.other_process import check_process, save_in_process
-from dcpstore.asynchronous.staging import Background, IfBusy, PendingSave, find_saver, raise_unseen
 from dcpstore.collectives import Collectives
 from dcpstore.errors import InvalidInputError
 from dcpstore.planning.save_planner import planner_of
@@ -43,6 +42,7 @@ from dcpstore.saving import (
     save_version,
     shows_options,
 )
+from dcpstore.saving.staging import Background, IfBusy, PendingSave, find_saver, raise_unseen
 
 __all__ = ["async_save"]
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dcpstore.asynchronous.staging import finish_running
 from dcpstore.collectives import find_collectives, gloo_twin, in_step
 from dcpstore.errors import DcpstoreError, InvalidInputError
+from dcpstore.saving.staging import finish_running
 
 __all__ = ["Preemption", "on_preemption"]
 

@@ -54,7 +54,14 @@ from dcpstore.state.stateful import (
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackReader
 
-__all__ = ["LoadSource", "load_version"]
+__all__ = [
+    "LoadRequest",
+    "LoadSource",
+    "OwnerFaults",
+    "RankLoad",
+    "VersionToLoad",
+    "load_version",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +119,11 @@ def load_version(
     report = in_step(ranks, "read", lambda: load.read(plan), load.report)
     in_step(ranks, "load_state_dict", load.give, lambda _: None)
     held = in_step(
-        ranks, "state_dict", load.look, _OwnerFaults.joined
+        ranks, "state_dict", load.look, OwnerFaults.joined
     )  # which may be a collective call
     lost = held.lost
     if lost:  # what differs from one look to the next, as a clock does, was not lost
-        again = in_step(ranks, "state_dict", load.look, _OwnerFaults.joined).lost
+        again = in_step(ranks, "state_dict", load.look, OwnerFaults.joined).lost
         lost = {fqn: text for fqn, text in lost.items() if again.get(fqn) == text}
     if lost and load.options.strict:
         raise MismatchError.after_load(lost.values())
@@ -124,8 +131,8 @@ def load_version(
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
-    """What each rank brings to the first exchange, and must agree on but for its keys."""
+class LoadRequest:
+    """What each rank sends in the first exchange; all but `keys` must be the same on all ranks."""
 
     repository: str
     ref: str | int | None
@@ -134,7 +141,7 @@ class _Request:
 
 
 @dataclass(frozen=True, slots=True)
-class _Opened:
+class VersionToLoad:
     """What all ranks load: a version, its entries, and the sorted keys of all ranks' states.
 
     `planner_data` is what the save planner kept with the version, as typed JSON, where the load
@@ -148,7 +155,7 @@ class _Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class _RankReport:
+class RankLoad:
     """What one rank reports of its part of a load."""
 
     missing: tuple[str, ...] = ()
@@ -161,14 +168,14 @@ class _RankReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _OwnerFaults:
+class OwnerFaults:
     """What owners do not hold after a load, by FQN, and which tensors are still on meta."""
 
     lost: Mapping[str, str]
     unfilled: tuple[str, ...]
 
     @classmethod
-    def joined(cls, ranks: Sequence[_OwnerFaults]) -> _OwnerFaults:
+    def joined(cls, ranks: Sequence[OwnerFaults]) -> OwnerFaults:
         """Return what all ranks found; the lowest rank speaks for an FQN."""
         lost = {fqn: one.lost[fqn] for one in reversed(ranks) for fqn in one.lost}
         return cls({fqn: lost[fqn] for fqn in sorted(lost)}, _joined(one.unfilled for one in ranks))
@@ -180,7 +187,7 @@ class _Load:
     source: LoadSource
     planner: LoadPlanner
     options: LoadOptions
-    opened: _Opened
+    opened: VersionToLoad
     growth: Mapping[str, frozenset[str]]  # FQNs that no owner names yet, by the owner's FQN
 
     def __init__(
@@ -206,7 +213,7 @@ class _Load:
 
     def open(
         self, open_source: Callable[[], LoadSource], make_planner: Callable[[], LoadPlanner]
-    ) -> _Request:
+    ) -> LoadRequest:
         """Open the repository and make the planner; return what the ranks must agree on."""
         self.source = open_source()
         keys = check_fillable(self._state_dict)
@@ -216,9 +223,9 @@ class _Load:
         self.options = (
             self.planner.options if isinstance(self.planner, DefaultLoadPlanner) else LoadOptions()
         )
-        return _Request(self.source.catalog.repository.uid, self._ref, self._dry_run, keys)
+        return LoadRequest(self.source.catalog.repository.uid, self._ref, self._dry_run, keys)
 
-    def resolve(self, requests: Sequence[_Request]) -> _Opened:
+    def resolve(self, requests: Sequence[LoadRequest]) -> VersionToLoad:
         """On the coordinator: read which entries the version has."""
         _check_agreement(requests)
         keys = sorted({key for one in requests for key in one.keys})
@@ -227,7 +234,7 @@ class _Load:
             version = resolve(catalog, self._ref)
             asks = type(self.planner) is not DefaultLoadPlanner  # which uses no planner data
             data = load_planner_data(catalog, version.number) if asks else None
-            return _Opened(version, load_entries(catalog, version.number), keys, data)
+            return VersionToLoad(version, load_entries(catalog, version.number), keys, data)
 
     def take_state(self) -> Mapping[str, frozenset[str]]:
         """Take the plain state; return the FQNs below each owner that it does not name."""
@@ -257,19 +264,19 @@ class _Load:
         )
         return plan
 
-    def foretell(self) -> _RankReport:
+    def foretell(self) -> RankLoad:
         """Return what a load would do; what keeps it from that is among the differences."""
         try:
             plan = self.plan()
         except MismatchError as error:
-            return _RankReport(asked=self._asked(None), differences=error.differences)
+            return RankLoad(asked=self._asked(None), differences=error.differences)
         except UnsafeDataError as error:
-            return _RankReport(asked=self._asked(None), differences=(str(error),))
+            return RankLoad(asked=self._asked(None), differences=(str(error),))
         reads = ItemReads(plan, self.planner, self._by_fqn)
         counts = reads.measure(self.source.catalog, version=self.opened.version.number)
         return self._reported(plan, *counts)
 
-    def read(self, mine: LoadPlan) -> _RankReport:
+    def read(self, mine: LoadPlan) -> RankLoad:
         """Read what this rank's part of the global plan asks for into its tensors."""
         plan = self.planner.finish_plan(mine)
         planned = time.perf_counter()
@@ -296,12 +303,12 @@ class _Load:
         give_state(self._state_dict, self._template, rank=self._ranks.rank)
         restore_optimizers(self._expected)
 
-    def look(self) -> _OwnerFaults:
+    def look(self) -> OwnerFaults:
         """Return what the owners do not hold as it was stored."""
         lost = compare_owners(self._expected, rank=self._ranks.rank)
-        return _OwnerFaults(lost, tuple(left_on_meta(self._template)))
+        return OwnerFaults(lost, tuple(left_on_meta(self._template)))
 
-    def report(self, ranks: Sequence[_RankReport]) -> LoadReport:
+    def report(self, ranks: Sequence[RankLoad]) -> LoadReport:
         """On the coordinator: join the reports of all ranks."""
         asked = frozenset().union(*(one.asked for one in ranks))
         return LoadReport(
@@ -338,8 +345,8 @@ class _Load:
             raise MismatchError.listing(differences)
         return plan
 
-    def _reported(self, plan: LoadPlan, chunks: int, nbytes: int) -> _RankReport:
-        return _RankReport(
+    def _reported(self, plan: LoadPlan, chunks: int, nbytes: int) -> RankLoad:
+        return RankLoad(
             missing=tuple(getattr(self.planner, "missing", ())),
             asked=self._asked(plan),
             cast=tuple(getattr(self.planner, "cast", ())),
@@ -375,7 +382,7 @@ def _initialise(planner: LoadPlanner, init_missing: Callable[[str, torch.Tensor]
             init_missing(fqn, tensor)
 
 
-def _check_agreement(requests: Sequence[_Request]) -> None:
+def _check_agreement(requests: Sequence[LoadRequest]) -> None:
     asked = [(one.repository, one.ref, one.dry_run) for one in requests]
     odd = next((rank for rank, one in enumerate(asked) if one != asked[0]), 0)
     if odd:

@@ -34,8 +34,10 @@ from dcpstore.saving.save_state import SaveState, is_cut_otherwise
 
 __all__ = [
     "Coordinator",
+    "FirstDigests",
     "OpenRequest",
     "RankDigests",
+    "RankResult",
     "Seconds",
     "WriteAssignment",
     "check_agreement",
@@ -51,7 +53,7 @@ _SHOWN = 8  # names in one message; more would bury the first
 
 @dataclass(frozen=True, slots=True)
 class OpenRequest:
-    """What each rank brings to the first exchange, and must agree on but for its keys."""
+    """What each rank sends in the first exchange; all but `keys` must be the same on all ranks."""
 
     repository: str
     request: SaveRequest
@@ -84,6 +86,27 @@ class RankDigests:
     digested: Digested
     seconds: Seconds
     alike: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FirstDigests:
+    """What a rank sends before it has digested everything, in a save that writes early.
+
+    Attributes:
+        keys: of its first chunks.
+        alike: the digests of what other ranks hold too.
+    """
+
+    keys: Sequence[ChunkKey]
+    alike: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RankResult:
+    """What a rank sends last: where its chunks lie, durable, and how long each phase took."""
+
+    written: Written
+    seconds: Seconds
 
 
 class Coordinator:
@@ -160,9 +183,7 @@ class Coordinator:
         )
         return self._split(replies)
 
-    def choose_first(
-        self, reports: Sequence[tuple[list[ChunkKey], bytes]]
-    ) -> Sequence[Sequence[int]]:
+    def choose_first(self, reports: Sequence[FirstDigests]) -> Sequence[Sequence[int]]:
         """Return which of its first chunks each rank may write whatever the others hold.
 
         A chunk that the repository does not hold by any codec is part of no tensor that it holds.
@@ -170,10 +191,10 @@ class Coordinator:
         Raises:
             InvalidInputError: the ranks hold different contents of one item.
         """
-        self._compare([alike for _, alike in reports])
+        self._compare([one.alike for one in reports])
         seen: dict[ChunkKey, tuple[int, int]] = {}
-        for rank, (keys, _) in enumerate(reports):
-            for place, key in enumerate(keys):
+        for rank, one in enumerate(reports):
+            for place, key in enumerate(one.keys):
                 seen.setdefault(key, (rank, place))
         held = find_chunks(self.target.catalog, {digest for _, digest in seen})
         chosen: list[list[int]] = [[] for _ in reports]
@@ -258,17 +279,17 @@ class Coordinator:
         self._splits = splits
         return [replace(reply, splits=True) for reply in replies] if splits else replies
 
-    def commit(self, reports: Sequence[tuple[Written, Seconds]]) -> Version:
+    def commit(self, reports: Sequence[RankResult]) -> Version:
         """Write the manifest and commit the version."""
         assert self._plan is not None
         assert self._begun is not None
-        self._state.take_results([written for written, _ in reports])
+        self._state.take_results([one.written for one in reports])
         return self._begun.commit(
             self.target,
             self._state,
-            packs=[pack for written, _ in reports for pack in written.packs],
+            packs=[pack for one in reports for pack in one.written.packs],
             seconds={
-                phase: max(one.get(phase, 0.0) for _, one in reports)
+                phase: max(one.seconds.get(phase, 0.0) for one in reports)
                 for phase in ("plan", "digest", "compare", "write")
             },
             planner_data=self._plan.planner_data,

@@ -36,14 +36,16 @@ from dcpstore.records import RankProgress, Version
 from dcpstore.saving.commit import SaveTarget
 from dcpstore.saving.coordinator import (
     Coordinator,
+    FirstDigests,
     OpenRequest,
     RankDigests,
+    RankResult,
     Seconds,
     WriteAssignment,
 )
-from dcpstore.saving.pack_writer import ChunkWriter, Written
+from dcpstore.saving.pack_writer import ChunkWriter
 from dcpstore.saving.plan_exchange import LocalPlan, PlanOffer, PlanReply
-from dcpstore.saving.rank_chunks import ChunkKey, RankData, RawChunk, total_nbytes
+from dcpstore.saving.rank_chunks import RankData, RawChunk, total_nbytes
 from dcpstore.saving.replicas import fingerprints
 from dcpstore.saving.request import SaveRequest
 from dcpstore.state.buffers import buffer_names
@@ -219,12 +221,12 @@ class RankWork:
         self._reply = reply
         self._seconds["plan"] = seconds
 
-    def digest_first(self) -> tuple[list[ChunkKey], bytes]:
+    def digest_first(self) -> FirstDigests:
         """Return the keys of the first chunks, and the digests of what other ranks hold too."""
         with self._timed("digest"):
             data = self._resolved()
             alike = self._alike()
-            return data.digest_first(self._pool, self._bar.advance), alike
+            return FirstDigests(data.digest_first(self._pool, self._bar.advance), alike)
 
     def begin_writing(self, places: Sequence[int]) -> None:
         """Begin to write those of the first chunks that stand at these places."""
@@ -251,7 +253,7 @@ class RankWork:
                 pool=self._pool,
             )
 
-    def write(self, assignment: WriteAssignment) -> tuple[Written, Seconds]:
+    def write(self, assignment: WriteAssignment) -> RankResult:
         """Write what is left to write; return where all chunks of this rank lie, durable."""
         with self._timed("write"):
             every = self._resolved().chunks
@@ -259,7 +261,8 @@ class RankWork:
             nbytes = total_nbytes(chunks) + total_nbytes(self._first)
             self._bar.begin("write", nbytes)
             with gc_allowed(nbytes):
-                return self._writer.finish(chunks, self._bar.advance), self._seconds
+                written = self._writer.finish(chunks, self._bar.advance)
+                return RankResult(written, self._seconds)
 
     def _alike(self) -> bytes:
         """Return the digests of what this rank holds and others too, once its data are resolved."""

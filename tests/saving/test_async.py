@@ -18,8 +18,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import dcpstore
 from dcpstore import ConflictError, DcpstoreError, InvalidInputError, Repository
-from dcpstore.asynchronous.staging import find_saver
 from dcpstore.catalog.read.user_sql import query_rows
+from dcpstore.saving.staging import find_saver
 from tests.ranks import RankPool, mesh
 from tests.soundness import Place
 

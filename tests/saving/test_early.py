@@ -11,8 +11,7 @@ from typing_extensions import Buffer
 
 import dcpstore
 from dcpstore import DcpstoreError, RankFailure, Repository
-from dcpstore.saving.coordinator import Coordinator
-from dcpstore.saving.rank_chunks import ChunkKey
+from dcpstore.saving.coordinator import Coordinator, FirstDigests
 from dcpstore.storage.local import FileSink
 from tests.ranks import RankPool, mesh
 from tests.soundness import Place, assert_sound
@@ -29,7 +28,7 @@ class Early:
         choose = Coordinator.choose_first
 
         def counted(
-            coordinator: Coordinator, told: Sequence[Sequence[ChunkKey]]
+            coordinator: Coordinator, told: Sequence[FirstDigests]
         ) -> Sequence[Sequence[int]]:
             chosen = choose(coordinator, told)
             self.counts.append(sum(map(len, chosen)))

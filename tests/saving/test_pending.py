@@ -22,7 +22,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import dcpstore
 from dcpstore import ConflictError, DcpstoreError, InvalidInputError, Repository, Retention
-from dcpstore.asynchronous.staging import raise_unseen
+from dcpstore.saving.staging import raise_unseen
 from tests.ranks import RankPool, mesh
 from tests.saving.test_async import Slow, break_storage
 from tests.soundness import Place, assert_sound
