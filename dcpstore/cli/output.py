@@ -12,7 +12,6 @@ import json
 import math
 import shutil
 import sys
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
@@ -94,6 +93,7 @@ def note(text: str) -> None:
 
 def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> None:
     """Print rows under the columns' titles."""
+    # Not by `rich.table`: that takes 0.8 s for 1,000 rows of `dcpstore log`, and this 0.01 s.
     cells = [[visible(column.title) for column in columns]]
     cells += [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(_cells, column)) for column in zip(*cells, strict=True)]
@@ -164,26 +164,20 @@ def _plain(value: object) -> object:
 
 def _cells(text: str) -> int:
     """Return how many cells of a terminal a text takes."""
-    return len(text) if text.isascii() else sum(map(_char_cells, text))
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len  # noqa: PLC0415 (most tables are ASCII)
 
-
-def _char_cells(char: str) -> int:
-    if unicodedata.category(char) in ("Mn", "Me"):
-        return 0
-    return 2 if unicodedata.east_asian_width(char) in ("W", "F") else 1
+    return cell_len(text)
 
 
 def _cut(text: str, width: int) -> str:
     """Return a text that takes at most `width` cells, with an ellipsis where it was longer."""
     if _cells(text) <= width:
         return text
-    kept, used = [], 1  # the ellipsis
-    for char in text:
-        used += _char_cells(char)
-        if used > width:
-            break
-        kept.append(char)
-    return "".join(kept) + "…"
+    from rich.cells import set_cell_size  # noqa: PLC0415 (most tables fit)
+
+    return set_cell_size(text, width - 1) + "…"
 
 
 def _shrink(widths: list[int], columns: Sequence[Column], limit: int) -> None:
