@@ -18,8 +18,18 @@ from dcpstore.convert.exporting import Exported, ExportedTensor, ExportedVersion
 from dcpstore.convert.file_tensors import FileBox, FileTensor, row_major
 from dcpstore.convert.importing import Foreign, Naming, save_foreign
 from dcpstore.convert.safe_path import inside
-from dcpstore.convert.safetensors_header import NOTES, TAGS, Header, encode_header, read_header
-from dcpstore.convert.safetensors_notes import aliases, notes, paths_of, plain_text, values_of
+from dcpstore.convert.safetensors_header import (
+    NOTES,
+    TAGS,
+    Header,
+    aliases,
+    encode_header,
+    notes,
+    paths_of,
+    plain_text,
+    read_header,
+    values_of,
+)
 from dcpstore.convert.tied_weights import find_ties
 from dcpstore.errors import (
     CorruptionError,

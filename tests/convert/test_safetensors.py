@@ -233,6 +233,7 @@ def f32(begin: int, end: int, *shape: int) -> dict[str, Any]:
 
 ONE = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 TWICE = b"{" + ONE + b"," + ONE + b"}"
+NOTED_TWICE = b'{"__metadata__":{"n":"1","n":"2"}}'
 GOOD = header(a=f32(0, 8, 2), b=f32(8, 12, 1)) + bytes(12)
 LIARS: dict[str, bytes] = {
     "empty": b"",
@@ -246,6 +247,7 @@ LIARS: dict[str, bytes] = {
     "no object": struct.pack("<Q", 4) + b"[12]",
     "deep": struct.pack("<Q", 200_000) + b"[" * 200_000,
     "same names": struct.pack("<Q", len(TWICE)) + TWICE + bytes(4),
+    "same notes": struct.pack("<Q", len(NOTED_TWICE)) + NOTED_TWICE,
     "overlap": header(a=f32(0, 8, 2), b=f32(4, 8, 1)) + bytes(8),
     "gap": header(a=f32(0, 4, 1), b=f32(8, 12, 1)) + bytes(12),
     "past the end": header(a=f32(0, 4000, 1000)) + bytes(8),
@@ -254,6 +256,9 @@ LIARS: dict[str, bytes] = {
     "negative shape": header(a=f32(0, 8, -1, -2)) + bytes(8),
     "other size": header(a=f32(0, 8, 3)) + bytes(8),
     "huge shape": header(a=f32(0, 8, 1 << 62, 1 << 62)) + bytes(8),
+    "huge shape of nothing": header(a=f32(0, 0, 0, 1 << 62, 1 << 62)),
+    "65 dimensions": header(a=f32(0, 4, *[1] * 65)) + bytes(4),
+    "half bytes": header(a={"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}) + bytes(2),
     "float offsets": header(a={"dtype": "F32", "shape": [2], "data_offsets": [0, 8.0]}) + bytes(8),
     "bool shape": header(a={"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}) + bytes(4),
     "no offsets": header(a={"dtype": "F32", "shape": [2]}) + bytes(8),

@@ -15,8 +15,7 @@ from blake3 import blake3
 
 from dcpstore.convert.dcp_metadata import read_description
 from dcpstore.convert.pickles import odd_inside
-from dcpstore.convert.safetensors_header import read_header
-from dcpstore.convert.safetensors_notes import aliases, paths_of, values_of
+from dcpstore.convert.safetensors_header import aliases, paths_of, read_header, values_of
 from dcpstore.convert.torch_archive import load_archive, refuse_odd
 from dcpstore.core.ref_syntax import check_name, parse_ref
 from dcpstore.encoding.codecs import CODECS, decode
@@ -158,7 +157,7 @@ PARSERS = {
         ),
         Parser("ranges", "storage/interface.py", _range),
         Parser("chunks", "encoding/codecs.py", _chunk),
-        Parser("safetensors", "convert/safetensors_notes.py", _safetensors),
+        Parser("safetensors", "convert/safetensors_header.py", _safetensors),
         Parser("descriptions", "convert/dcp_metadata.py", _description),
         Parser("archives", "convert/torch_archive.py", _archive),
     )
