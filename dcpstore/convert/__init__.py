@@ -1,7 +1,8 @@
 """Bridges: checkpoints of other formats into a repository, and versions out of it.
 
-One module a format; what they share is `importing` (a foreign checkpoint through the real save),
-`exporting` (a version, box after box) and `targets` (output that appears whole or not at all).
+One or two modules for each format; what they share is `importing` (a foreign checkpoint through the
+real save), `exporting` (a version, box after box) and `paths` (output that appears whole or not at
+all).
 Invariant: no bridge holds more than a few chunks, or some boxes of a tensor, at a time.
 """
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from dcpstore.api import RepositoryLike
-from dcpstore.convert.dcp_folder import import_dcp
-from dcpstore.convert.dcp_metadata import DESCRIPTION
+from dcpstore.convert.dcp_folder import DESCRIPTION, import_dcp
 from dcpstore.convert.safetensors_files import import_safetensors
 from dcpstore.convert.torch_files import import_torch
 from dcpstore.errors import InvalidInputError, NotFoundError

@@ -13,11 +13,9 @@ from typing import IO
 import torch
 
 from dcpstore.api import RepositoryLike
-from dcpstore.convert.atomic_output import new_file, new_folder
-from dcpstore.convert.exporting import Exported, ExportedTensor, ExportedVersion
-from dcpstore.convert.file_tensors import FileBox, FileTensor, row_major
-from dcpstore.convert.importing import Foreign, Naming, save_foreign
-from dcpstore.convert.safe_path import inside
+from dcpstore.convert.exporting import Exported, ExportedTensor, ExportedVersion, find_ties
+from dcpstore.convert.importing import FileBox, FileTensor, Foreign, Naming, row_major, save_foreign
+from dcpstore.convert.paths import inside, new_file, new_folder
 from dcpstore.convert.safetensors_header import (
     NOTES,
     TAGS,
@@ -30,7 +28,6 @@ from dcpstore.convert.safetensors_header import (
     read_header,
     values_of,
 )
-from dcpstore.convert.tied_weights import find_ties
 from dcpstore.errors import (
     CorruptionError,
     InvalidInputError,

@@ -25,14 +25,16 @@ from types import SimpleNamespace
 from typing import IO, Any
 
 import torch
+from typing_extensions import Buffer
 
 from dcpstore.convert import pickles
-from dcpstore.convert.file_tensors import FileBox, FileTensor
+from dcpstore.convert.importing import FileBox, FileTensor
 from dcpstore.convert.pickles import Odd
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
 
 __all__ = [
+    "FileView",
     "Loaded",
     "Outline",
     "Record",
@@ -358,3 +360,44 @@ def refuse_odd(name: str, odd: Mapping[str, Odd]) -> None:
             "(tensors_only, --tensors-only), or, if you trust its author, import it with "
             "allow_pickle (--allow-pickle)."
         )
+
+
+class FileView(io.RawIOBase):
+    """Some bytes of an open file, as a file of their own.
+
+    Torch's own view seeks to the wrong side of the end, where zip archives are looked at first.
+    """
+
+    def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
+        super().__init__()
+        self._file, self._offset, self._length = file, offset, length
+        self._at = 0
+
+    def readable(self) -> bool:
+        """Say yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Say yes."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Go to a place; one before the beginning is an OSError, as in a file."""
+        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if at < 0:
+            raise OSError(f"no place {at}")
+        self._at = at
+        return at
+
+    def tell(self) -> int:
+        """Return the place from which the next byte is read."""
+        return self._at
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        """Read up to the end of the view."""
+        target = memoryview(buffer).cast("B")
+        self._file.seek(self._offset + self._at)
+        data = self._file.read(min(len(target), max(self._length - self._at, 0)))
+        target[: len(data)] = data
+        self._at += len(data)
+        return len(data)

@@ -30,12 +30,10 @@ import torch
 from torch._utils import _rebuild_tensor_v2, _rebuild_tensor_v3
 
 from dcpstore.api import RepositoryLike
-from dcpstore.convert.atomic_output import new_file
-from dcpstore.convert.exporting import Exported, ExportedVersion
-from dcpstore.convert.file_tensors import row_major
-from dcpstore.convert.importing import Foreign, Naming, save_foreign
+from dcpstore.convert.exporting import Exported, ExportedVersion, find_ties
+from dcpstore.convert.importing import Foreign, Naming, row_major, save_foreign
+from dcpstore.convert.paths import new_file
 from dcpstore.convert.pickles import Odd, odd_inside
-from dcpstore.convert.tied_weights import find_ties
 from dcpstore.convert.torch_archive import Loaded, is_archive, load_archive, open_source, refuse_odd
 from dcpstore.encoding.dtypes import DTYPES, as_bytes
 from dcpstore.encoding.values import PlannerBytes, encode_value

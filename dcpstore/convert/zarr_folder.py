@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 
 from dcpstore.api import RepositoryLike
-from dcpstore.convert.atomic_output import new_folder
 from dcpstore.convert.exporting import Exported, ExportedTensor, ExportedVersion
+from dcpstore.convert.paths import new_folder
 from dcpstore.encoding.codecs import choose_codec, encode
 from dcpstore.encoding.dtypes import as_bytes, dtype_name
 from dcpstore.geometry.boxes import Box

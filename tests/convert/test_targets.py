@@ -13,7 +13,7 @@ import torch
 import dcpstore
 from dcpstore import AlreadyExistsError, CorruptionError, DcpstoreError
 from dcpstore.convert import export_dcp, export_safetensors, export_torch, export_zarr
-from dcpstore.convert.atomic_output import new_file, new_folder
+from dcpstore.convert.paths import new_file, new_folder
 
 EXPORTS = [export_dcp, export_safetensors, export_torch, export_zarr]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from dcpstore.convert.dcp_metadata import read_description
+from dcpstore.convert.dcp_folder import read_description
 from dcpstore.convert.pickles import odd_inside
 from dcpstore.convert.safetensors_header import aliases, paths_of, read_header, values_of
 from dcpstore.convert.torch_archive import load_archive, refuse_odd
@@ -158,7 +158,7 @@ PARSERS = {
         Parser("ranges", "storage/interface.py", _range),
         Parser("chunks", "encoding/codecs.py", _chunk),
         Parser("safetensors", "convert/safetensors_header.py", _safetensors),
-        Parser("descriptions", "convert/dcp_metadata.py", _description),
+        Parser("descriptions", "convert/dcp_folder.py", _description),
         Parser("archives", "convert/torch_archive.py", _archive),
     )
 }

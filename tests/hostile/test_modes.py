@@ -13,7 +13,7 @@ import torch
 
 import dcpstore
 from dcpstore import convert
-from dcpstore.convert.atomic_output import new_file, new_folder
+from dcpstore.convert.paths import new_file, new_folder
 from dcpstore.storage.local import LocalFolder
 
 

@@ -1,7 +1,11 @@
-"""Files and folders that appear whole or not at all.
+"""The paths of a bridge: those it may read, and targets that appear whole or not at all.
 
-Written under an unguessable temporary name beside the target, made durable, then renamed; an
-existing target is never touched (invariant of every export).
+A checkpoint comes from anywhere, by archive or clone, with its links: one that leads out of its
+folder would bring files of this machine into a version. So only files inside the folder are read,
+links followed; a file that the caller names is trusted.
+
+An export is written under an unguessable temporary name beside its target, made durable, then
+renamed; an existing target is never touched (invariant of every export).
 """
 
 from __future__ import annotations
@@ -15,9 +19,39 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from dcpstore.errors import AlreadyExistsError, DcpstoreError, NotFoundError
+from dcpstore.errors import (
+    AlreadyExistsError,
+    CorruptionError,
+    DcpstoreError,
+    NotFoundError,
+    UnsafeDataError,
+)
 
-__all__ = ["new_file", "new_folder"]
+__all__ = ["inside", "new_file", "new_folder"]
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a file that a checkpoint's folder holds; it need not be there.
+
+    Raises:
+        UnsafeDataError: it lies outside, by its name or by a link.
+        CorruptionError: no file can be called so.
+    """
+    path = folder / name
+    try:
+        is_outside = not path.resolve().is_relative_to(folder.resolve())
+        path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, with a NUL, links in a circle
+        raise CorruptionError(
+            f"{str(folder)!r} names the file {name[:200]!r}, which cannot be one ({error}); copy "
+            "the checkpoint again from its source."
+        ) from error
+    if is_outside:
+        raise UnsafeDataError(
+            f"{name[:200]!r} lies outside of {str(folder)!r}, by its name or by a link; do not "
+            "trust this checkpoint, or import its files by their own names."
+        )
+    return path
 
 
 @contextmanager
