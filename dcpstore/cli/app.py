@@ -1,7 +1,7 @@
 """The commands by name, and how any of them ends.
 
-A command's module is loaded when the command is used, so that one which needs much costs the others
-nothing. Nothing below this module prints an error or chooses an exit code.
+A command's module is loaded when the command is used, so that slow imports of one command do not
+slow down the others. Only this module prints errors and chooses exit codes.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class _Commands(click.Group):
         session = ctx.obj = Session(repo=ctx.params["repo"])
         try:
             result: object = super().invoke(ctx)
-            sys.stdout.flush()  # here, where a closed pipe is still quiet
+            sys.stdout.flush()  # here, where a closed pipe still ends the command quietly
             return result
         except BrokenPipeError:
             _leave_pipe(ctx)
@@ -102,7 +102,7 @@ class _Commands(click.Group):
     metavar="PATH_OR_URL",
     envvar="DCPSTORE_REPO",
     show_envvar=True,
-    help="The repository; every command that opens one takes it too.",
+    help="The repository; every command that opens one also has this option.",
 )
 @click.version_option(package_name="dcpstore", message="dcpstore %(version)s")
 def commands(repo: str | None) -> None:
@@ -127,7 +127,7 @@ def run() -> None:
 def _ready(stream: TextIO | None, mode: Literal["r", "w"], errors: str) -> TextIO:
     """Return a stream that takes characters which its encoding lacks.
 
-    One that was closed before the process began is None: it leads nowhere then.
+    One that was closed before the process began is None; /dev/null takes its place.
     """
     if stream is None:
         return open(os.devnull, mode)
@@ -137,6 +137,6 @@ def _ready(stream: TextIO | None, mode: Literal["r", "w"], errors: str) -> TextI
 
 
 def _leave_pipe(ctx: click.Context) -> NoReturn:
-    """Exit, after making sure that Python's last flush finds no closed pipe."""
+    """Exit, after redirecting standard output, so that Python's last flush does not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     ctx.exit(BROKEN_PIPE)

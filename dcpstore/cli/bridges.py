@@ -1,4 +1,4 @@
-"""`dcpstore import` and `dcpstore export`: the only commands that load torch, once they run."""
+"""`dcpstore import` and `dcpstore export`, which load torch when they run."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _TENSORS_ONLY = click.option("--tensors-only", is_flag=True, help="Leave the val
 _PICKLE = click.option(
     "--allow-pickle",
     is_flag=True,
-    help="Let pickles run the code that they name; only if you trust who wrote them.",
+    help="Let pickles run the code that they name; only if you trust their author.",
 )
 
 
 class _Path(click.Path):
-    """A path that is not empty, as that of a variable of the shell which is not set would be."""
+    """A path that is not empty, as a shell variable that is not set would give."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
@@ -121,7 +121,7 @@ def export(
     if max_shard_size is not None and form != "safetensors":
         raise click.UsageError(f"--max-shard-size is for safetensors, not for {form}.")
     if allow_pickle and form not in ("dcp", "torch"):
-        raise click.UsageError(f"--allow-pickle is for dcp and torch; {form} holds no pickles.")
+        raise click.UsageError(f"--allow-pickle is for dcp and torch; {form} contains no pickles.")
     with session.open() as repo:
         from dcpstore import convert  # noqa: PLC0415 (loads torch)
 

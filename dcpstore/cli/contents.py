@@ -25,7 +25,7 @@ from dcpstore.repository import matching_entries
 
 __all__ = ["ls", "show"]
 
-_WILD = frozenset("*?[")  # no ref holds one of these
+_WILD = frozenset("*?[")  # a ref never contains one of these
 _COLUMNS = (
     Column("FQN"),
     Column("KIND"),

@@ -42,8 +42,10 @@ Cells = dict[str, object]  # a row by column, before it is printed
 
 @click.command()
 @click.argument("refs", nargs=-1, metavar="[A] [B]")
-@click.option("--stats", is_flag=True, help="Tell in numbers how each changed tensor changed.")
-@click.option("--depth", type=click.IntRange(1, 1000), help="Roll up by so many names of the FQN.")
+@click.option("--stats", is_flag=True, help="Show in numbers how each changed tensor changed.")
+@click.option(
+    "--depth", type=click.IntRange(1, 1000), help="Sum up by this many first names of the FQN."
+)
 @click.option("--sort", type=click.Choice(_SORTS), metavar="COLUMN", help="Sort by a column.")
 @click.option("--all", "show_all", is_flag=True, help="List what is unchanged too.")
 @click.option("--along", metavar="BRANCH", help="Compare each version of BRANCH with the next.")
@@ -60,7 +62,7 @@ def diff(
     along: str | None,
     plot: str | None,
 ) -> None:
-    """Tell what changed from version A to B (default: the tip of main).
+    """Show what changed from version A to B (default: the tip of main).
 
     Exits with 1 if anything did.
 
@@ -92,20 +94,20 @@ def diff(
         _print_diff(diffs[0], depth=depth, sort=sort, stats=stats, show_all=show_all)
     else:
         _print_along(diffs, sort=sort, stats=stats)
-    sys.stdout.flush()  # here, where a closed pipe is still quiet
+    sys.stdout.flush()  # here, where a closed pipe still ends the command quietly
     if any(diffs):
         click.get_current_context().exit(DIFFERENT)
 
 
 def _diffs_along(repo: Repository, branch: str, refs: Sequence[str], *, stats: bool) -> list[Diff]:
-    """Return the diffs of the versions of a branch, each from the one before that is left."""
+    """Return the diffs of the versions of a branch, each from the one that is left before it."""
     last = repo.show(refs[1]) if len(refs) > 1 else repo.show(branch)
     line = sorted(version.number for version in repo.log(branch))  # what expired is not there
     first = repo.show(refs[0] if refs else line[0])
     for end in (first, last):
         if end.number not in line:
             raise InvalidInputError(
-                f"{end} is no ancestor of {branch!r}. See 'dcpstore log {branch}' for all of them."
+                f"{end} is not an ancestor of {branch!r}; 'dcpstore log {branch}' lists them."
             )
     if first.number > last.number:
         raise InvalidInputError(
@@ -152,7 +154,7 @@ def _print_along(diffs: Sequence[Diff], *, sort: str | None, stats: bool) -> Non
             rows, (*_MODULE, *(_STATS if stats else ())), sort, titles={"module": "VERSIONS"}
         )
     else:
-        note("one version alone; there is nothing to compare.")
+        note("there is only one version, so nothing to compare.")
 
 
 def _print_rows(
@@ -180,7 +182,7 @@ def _print_rows(
 
 
 def _rank(value: object) -> tuple[int, object]:
-    """Return what sorts texts by the alphabet, numbers the largest first, and nothing last."""
+    """Return a sort key: numbers first, the largest first, then texts, then missing values."""
     if isinstance(value, int | float) and not math.isnan(value):
         return 0, -value
     return (1, value) if isinstance(value, str) else (2, 0)
@@ -197,8 +199,8 @@ def _text(column: str, value: object) -> str:
 
 
 def _changed_parts(entry: EntryDiff, sort: str | None) -> list[EntryDiff]:
-    """Return the parts that changed, to stand below a tensor that is made of them."""
-    if sort is not None:  # they would not stay there
+    """Return the parts that changed, to be listed below the tensor that is made of them."""
+    if sort is not None:  # sorting would move them away from their tensor
         return []
     changed = (part for part in entry.parts if part.change != "unchanged")
     return [replace(part, fqn=f"  {part.fqn}") for part in changed]

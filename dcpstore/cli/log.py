@@ -34,10 +34,10 @@ _GRAPH = (Column(""), *_COLUMNS)
 def draw_graph(
     versions: Sequence[Version | LogLine],
 ) -> Iterator[tuple[str, Version | LogLine | None]]:
-    """Yield the lines of a graph: each version with its star, and what joins the lanes between.
+    """Yield the lines of a graph: each version with its star, and between them how lanes join.
 
-    Versions come by number, downwards, so a parent comes below its children. A lane whose parent is
-    not among them ends where it would have come; below the last one it goes on.
+    Versions are sorted by number, the largest first, so a parent is below its children. A lane
+    whose parent is left out ends where the parent would be; below the last version it goes on.
     """
     lanes: list[int] = []  # the version that each lane leads down to
     shown = {version.number for version in versions}
@@ -156,7 +156,8 @@ def _time(text: str, option: str) -> datetime:
         return datetime.fromisoformat(text)
     except ValueError as error:
         raise click.BadParameter(
-            f"{text!r} is no time; write 2026-03-01 or 2026-03-01T10:04.", param_hint=f"'{option}'"
+            f"{text!r} is not a time; write 2026-03-01 or 2026-03-01T10:04.",
+            param_hint=f"'{option}'",
         ) from error
 
 
@@ -167,7 +168,9 @@ def _labels(texts: Sequence[str]) -> dict[str, str]:
         if not equals:
             raise click.BadParameter(f"{text!r} is not NAME=TEXT.", param_hint="'--label'")
         if labels.setdefault(name, value) != value:
-            raise click.BadParameter(f"{name!r} cannot be two texts.", param_hint="'--label'")
+            raise click.BadParameter(
+                f"{name!r} is given with two different texts.", param_hint="'--label'"
+            )
     return labels
 
 

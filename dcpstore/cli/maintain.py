@@ -49,12 +49,12 @@ _COLUMNS = (
     metavar="METRIC:N[:max]",
     help="The N with the smallest METRIC, or with max the largest.",
 )
-@click.option("--keep-tagged", is_flag=True, help="No other rule: what is tagged stays anyway.")
+@click.option("--keep-tagged", is_flag=True, help="No other rule; tagged versions always stay.")
 @click.option(
     "--keep-since", metavar="SPAN_OR_TIME", help="Those of the last SPAN (7d, 24h), or since TIME."
 )
 @click.option("--branch", help="Look only at versions that were saved to this branch.")
-@click.option("--dry-run", is_flag=True, help="Change nothing, and say what would expire.")
+@click.option("--dry-run", is_flag=True, help="Change nothing; print what would expire.")
 @click.option("--explain", is_flag=True, help="List every version with what keeps it.")
 @repo_options
 def expire(
@@ -95,7 +95,7 @@ def expire(
 @click.command()
 @click.argument("refs", metavar="REF...", nargs=-1, required=True)
 @click.option("--force", is_flag=True, help="Tagged versions too; their tags are deleted.")
-@click.option("--dry-run", is_flag=True, help="Change nothing, and say what would be forgotten.")
+@click.option("--dry-run", is_flag=True, help="Change nothing; print what would be forgotten.")
 @repo_options
 def forget(session: Session, refs: tuple[str, ...], force: bool, dry_run: bool) -> None:
     """Forget the versions REF..., all or none; gc then frees their bytes.
@@ -132,7 +132,7 @@ def _best(text: str) -> Best:
 
 
 def _since(text: str) -> datetime | str:
-    """Return a time, where the text is one; a span is left to the repository."""
+    """Return a time if the text is one; else the text, as a span for the repository to parse."""
     try:
         return datetime.fromisoformat(text).astimezone()
     except (ValueError, OverflowError):
@@ -161,12 +161,12 @@ def _shape(verdict: Verdict) -> dict[str, object]:
 
 @click.command()
 @click.option(
-    "--grace", default="24h", show_default=True, help="How long what is condemned stays readable."
+    "--grace", default="24h", show_default=True, help="How long condemned packs stay readable."
 )
 @click.option(
     "--lease", default="1h", show_default=True, help="How long a silent save counts as running."
 )
-@click.option("--dry-run", is_flag=True, help="Change nothing, and say what would be freed.")
+@click.option("--dry-run", is_flag=True, help="Change nothing; print what would be freed.")
 @repo_options
 def gc(session: Session, grace: str, lease: str, dry_run: bool) -> None:
     """Condemn packs that nothing reaches, and delete those whose grace time is over."""
@@ -191,7 +191,7 @@ def gc(session: Session, grace: str, lease: str, dry_run: bool) -> None:
 
 @click.command()
 @click.option("--deep", is_flag=True, help="Read every chunk and check its digest.")
-@click.option("--resume", is_flag=True, help="Go on with a --deep that was broken off.")
+@click.option("--resume", is_flag=True, help="Continue a --deep that was interrupted.")
 @click.option(
     "--limit-mib",
     type=click.FloatRange(min=0, min_open=True),
@@ -203,7 +203,7 @@ def gc(session: Session, grace: str, lease: str, dry_run: bool) -> None:
 def verify(
     ctx: click.Context, session: Session, deep: bool, resume: bool, limit_mib: float | None
 ) -> None:
-    """Look for damage, and say which versions it touches; exit with 3 if there is any."""
+    """Look for damage, and list the versions that it affects; exit with 3 if there is any."""
     with session.open() as repo:
         limit = None if limit_mib is None else limit_mib * _MIB
         report = repo.verify(deep=deep, resume=resume, limit=limit)
@@ -260,7 +260,7 @@ def _some(names: tuple[str, ...] | list[str]) -> str:
     "--into",
     required=True,
     metavar="PATH_OR_URL",
-    help="Where the catalog is to be: a folder, or an empty database.",
+    help="Where to create the catalog: a folder, or an empty database.",
 )
 @json_option
 @click.pass_context
@@ -277,7 +277,7 @@ def rebuild(ctx: click.Context, session: Session, data: str, into: str) -> None:
         for problem in report.problems:
             note(visible(problem))
         for uid in report.unfinished:
-            note(f"manifest of {visible(uid)}: no finished operation made it; left out")
+            note(f"manifest of {visible(uid)}: no finished operation created it; skipped")
         if report.lost:
             note(f"lost versions: {', '.join(f'v{number}' for number in report.lost)}")
         if report.moved_refs:
@@ -316,6 +316,6 @@ def copy(session: Session, source: str, target: str, refs: tuple[str, ...]) -> N
         note(f"expired there, and not copied: {', '.join(f'v{n}' for n in report.refused)}")
     if report.left:
         left = visible(", ".join(report.left))
-        note(f"refs that mean something else there, and stayed: {left}")
+        note(f"refs that are something else there, not changed: {left}")
     written = human_bytes(report.nbytes_written)
     click.echo(f"copied {counted(len(report.copied), 'version')}, {written} written")

@@ -70,7 +70,7 @@ def human_bytes(count: int) -> str:
 
 
 def human_number(value: float) -> str:
-    """Return a number with all its digits, and without those of a fraction where there is none."""
+    """Return a number with all its digits, and without a fraction where there is none."""
     return repr(value).removesuffix(".0")
 
 
@@ -80,14 +80,14 @@ def counted(count: int, noun: str) -> str:
 
 
 def human_time(time: datetime, *, zone: bool = False) -> str:
-    """Return a time as the clock on the wall here shows it."""
+    """Return a time in the local time zone."""
     with suppress(OverflowError):  # at the ends of the calendar a zone may lead out of it
         time = time.astimezone()
     return time.strftime("%Y-%m-%d %H:%M:%S %z" if zone else "%Y-%m-%d %H:%M")
 
 
 def note(text: str) -> None:
-    """Tell a person something that is no part of the output."""
+    """Print a note on standard error; it is not part of the output."""
     click.echo(text, err=True)
 
 

@@ -59,7 +59,7 @@ def tag(session: Session, name: str | None, ref: str | None, delete: bool, move:
 def branch(session: Session, name: str | None, at: str | None, delete: bool) -> None:
     """List the branches, or begin the branch NAME."""
     if name is None and at is not None:
-        raise click.UsageError(f"--at {at} says where, but no branch is named.")
+        raise click.UsageError(f"--at {at} needs the name of a new branch.")
     if delete and (name is None or at is not None):
         raise click.UsageError("--delete takes the NAME of one branch, and nothing else.")
     with session.open() as repo:
@@ -78,7 +78,7 @@ def branch(session: Session, name: str | None, at: str | None, delete: bool) -> 
 @click.option("--expect-tip", metavar="REF", help="Only if the branch is still there.")
 @repo_options
 def rollback(session: Session, ref: str, branch: str, force: bool, expect_tip: str | None) -> None:
-    """Move a branch back to the version REF; deletes nothing, and 'undo' moves it forth."""
+    """Move a branch back to the version REF; deletes nothing, and 'undo' moves it back again."""
     with session.open() as repo:
         moved = repo.rollback(ref, branch=branch, force=force, expect_tip=expect_tip)
     if session.json:

@@ -45,7 +45,7 @@ BROKEN_PIPE = 141  # as a shell shows death by SIGPIPE
 _MOST = 1_000_000_000  # more would not fit the number types of every database
 
 limit_option = click.option(
-    "-n", "--limit", type=click.IntRange(1, _MOST), help="Print so many at most."
+    "-n", "--limit", type=click.IntRange(1, _MOST), help="Print at most this many."
 )
 
 
@@ -54,7 +54,7 @@ _Command = Callable[Concatenate["Session", P], None]
 
 
 class NoRepositoryError(NotFoundError):
-    """There is no repository to open; other names that are not found lie inside one."""
+    """There is no repository to open; other `NotFoundError`s are about names inside one."""
 
 
 _CODES: dict[type[Exception], int] = {
@@ -94,7 +94,7 @@ class Session:
 
 @contextmanager
 def looking_for_repository() -> Iterator[None]:
-    """Let what is not found here count as a missing repository."""
+    """Turn a `NotFoundError` of the block into a `NoRepositoryError`."""
     try:
         yield
     except NotFoundError as error:
@@ -117,7 +117,7 @@ def json_option(command: _Command[P]) -> Callable[P, None]:
 
 
 def repo_options(command: _Command[P]) -> Callable[P, None]:
-    """Give a command what `json_option` does, and the option --repo."""
+    """Give a command the session as its first argument, and the options --json and --repo."""
 
     def remember(ctx: click.Context, option: click.Parameter, value: str | None) -> None:
         if value is not None:

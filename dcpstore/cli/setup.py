@@ -25,7 +25,7 @@ _MIB = 1024 * 1024
 @click.option(
     "--data",
     metavar="PATH_OR_URL",
-    help="Where the chunks lie; default: beside the catalog, if that is in a folder.",
+    help="Where the chunks are stored; default: beside the catalog, if that is in a folder.",
 )
 @click.option(
     "--chunk-mib",
@@ -39,7 +39,7 @@ _MIB = 1024 * 1024
     type=click.Choice(get_args(CodecSetting)),
     default=_DEFAULTS.codec,
     show_default=True,
-    help="How chunks are encoded; auto takes what pays for each dtype.",
+    help="How chunks are encoded; auto chooses by dtype.",
 )
 @json_option
 def init(session: Session, target: str, data: str | None, chunk_mib: int, codec: str) -> None:
@@ -75,7 +75,7 @@ def _refuse_existing(target: str) -> None:
 @repo_options
 def db_upgrade(session: Session) -> None:
     """Upgrade the catalog to the schema of this dcpstore; back it up first."""
-    # Not by opening the repository: an older one does not open.
+    # Without opening the repository, for an older one does not open.
     url, _ = locate(session.target)
     with looking_for_repository():
         before, after = upgrade_schema(url)

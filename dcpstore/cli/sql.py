@@ -29,17 +29,17 @@ _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
     "params",
     multiple=True,
     metavar="NAME=VALUE",
-    help='Stands for :NAME in the query; a number is a number, unless "quoted".',
+    help='The value of :NAME in the query; a number is a number, unless "quoted".',
 )
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @repo_options
 def sql(session: Session, query: str, params: tuple[str, ...], as_csv: bool) -> None:
     """Print the rows of a QUERY in SQL; - reads it from standard input.
 
-    The views to ask are history, entries, storage, operations and metrics.
+    The views to query are history, entries, storage, operations and metrics.
     """
     if as_csv and session.json:
-        raise click.UsageError("--csv and --json are two formats; choose one.")
+        raise click.UsageError("--csv and --json exclude each other; choose one.")
     pairs = [_param(text) for text in params]
     values = dict(pairs)
     if len(values) < len(pairs):
@@ -70,7 +70,7 @@ def _param(text: str) -> tuple[str, object]:
 
 
 def _utf8(text: str) -> str:
-    """Return text that a database takes; the shell may have given bytes that are no UTF-8."""
+    """Return text that a database takes; the shell may pass bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:

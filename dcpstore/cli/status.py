@@ -1,4 +1,4 @@
-"""`dcpstore status`: the saves that run, and how far each of their ranks is."""
+"""`dcpstore status`: the running saves, and the progress of each of their ranks."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _COLUMNS = (
 )
 @repo_options
 def status(session: Session, lease: str) -> None:
-    """List the saves that have begun and not ended, with each rank's phase and bytes.
+    """List the running saves, with each rank's phase and bytes.
 
-    A save tells how far it is every ten seconds. One that has been silent for longer than its lease
-    has crashed, or has lost the database; gc gives it up.
+    A save reports its progress every ten seconds. One without a report for longer than the lease
+    has crashed or lost its database; gc then clears it.
     """
     patience = as_duration(lease, what="lease")
     with session.open() as repo:

@@ -5,9 +5,9 @@ uses torch's own FileSystemWriter, box by box, so any number of ranks load the r
 holds the tensors of one file until the file is written (torch 2.13 collects them for another
 format), so it is given many small files, each with some boxes of tensors; that bounds its memory.
 
-Its `.metadata` is a pickle, of which only torch's plain description is let in. Invariant: nothing
-but the classes named here is built from it, and what it says of the files is checked against them
-before a byte is used.
+The `.metadata` of a folder is a pickle, of which only torch's plain description is read. Invariant:
+only the classes named here are built from it, and what it says about the files is checked against
+them before a byte is used.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ __all__ = [
 
 DESCRIPTION = ".metadata"
 
-_LET_IN: dict[tuple[str, str], Any] = {  # classes and one function: their kinds differ, hence `Any`
+_ALLOWED: dict[
+    tuple[str, str], Any
+] = {  # classes and one function: their kinds differ, hence `Any`
     **{
         (torch_metadata.__name__, name): getattr(torch_metadata, name)
         for name in (
@@ -79,13 +81,13 @@ _LET_IN: dict[tuple[str, str], Any] = {  # classes and one function: their kinds
         )
     },
     (torch_files.__name__, "_StorageInfo"): _StorageInfo,
-    # Until 2.2 torch took these two from its sharded tensors.
+    # Until 2.2 torch imported these two from its sharded tensors.
     (torch_shards.__name__, "TensorProperties"): TensorProperties,
     (torch_shards.__name__, "MEM_FORMAT_ENCODING"): torch_metadata._MEM_FORMAT_ENCODING,
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("collections", "OrderedDict"): collections.OrderedDict,
-    # where the folder lay when it was saved; only its text is of interest, on any system
+    # where the folder was when it was saved; only the text matters, on any system
     **{
         (module, name): pathlib.PurePosixPath if "Posix" in name else pathlib.PureWindowsPath
         for module in ("pathlib", "pathlib._local")
@@ -101,29 +103,29 @@ class _Unpickler(Unpickler):
         """Return what a name stands for.
 
         Raises:
-            UnsafeDataError: it is not a part of a description.
+            UnsafeDataError: it is not part of a description.
         """
-        if (module, name) in _LET_IN:
-            return _LET_IN[module, name]
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
         found = getattr(torch, name, None) if module == "torch" and "." not in name else None
         if isinstance(found, torch.dtype):
             return found
         raise UnsafeDataError(
-            f"it names {module}.{name}, which is no part of torch's description of a checkpoint"
+            f"it names {module}.{name}, which is not part of torch's description of a checkpoint"
         )
 
     def may_build(self, inst: Any) -> bool:
-        """Tell whether the pickle may set the state of this object: of one, not of a class."""
-        return type(inst) in _LET_IN.values()
+        """Return whether the pickle may set the state of this object; never of a class."""
+        return type(inst) in _ALLOWED.values()
 
 
 def read_description(folder: Path) -> Metadata:
-    """Return what a DCP folder says of itself.
+    """Return the description of a DCP folder.
 
     Raises:
-        NotFoundError: it is no DCP folder.
+        NotFoundError: it is not a DCP folder.
         UnsafeDataError: the description is a pickle that names code.
-        CorruptionError: it is damaged, or no description.
+        CorruptionError: it is damaged, or not a description.
     """
     path = inside(folder, DESCRIPTION)
     if not path.is_file():
@@ -131,17 +133,19 @@ def read_description(folder: Path) -> Metadata:
         raise NotFoundError(
             f"{str(folder)!r} has no {DESCRIPTION!r}; "
             + (
-                "it was saved with use_collectives=False, each rank for itself: load it with torch "
+                "it was saved with use_collectives=False, each rank separately: load it with torch "
                 "and save it as a whole."
                 if alone
                 else "give the folder that torch.distributed.checkpoint.save wrote."
             )
         )
-    described = _unpickled(io.BytesIO(path.read_bytes()), path)  # which reads no more than it has
+    described = _unpickled(
+        io.BytesIO(path.read_bytes()), path
+    )  # the pickle cannot read past the file
     problem = _problem(described)
     if problem:
         raise CorruptionError(
-            f"{str(path)!r} is no description of a checkpoint: {problem}; copy the folder again "
+            f"{str(path)!r} is not a description of a checkpoint: {problem}; copy the folder again "
             "from its source."
         )
     assert isinstance(described, Metadata)
@@ -153,27 +157,27 @@ def stored_at(folder: Path, described: Metadata, index: MetadataIndex) -> tuple[
 
     Raises:
         CorruptionError: the description lacks it, or the file is missing or too short.
-        UnsafeDataError: it leads out of the folder, or is encoded by code of a stranger.
+        UnsafeDataError: it leads out of the folder, or is encoded by code that is not ours.
     """
     info = described.storage_data.get(index)
     fqn = index.fqn
     if info is None:
         raise CorruptionError(
-            f"{str(folder)!r} does not say where {fqn!r} at {tuple(index.offset or ())} lies; the "
+            f"{str(folder)!r} does not say where {fqn!r} at {tuple(index.offset or ())} is; the "
             "checkpoint is incomplete: copy it again from its source."
         )
     name, offset, length = info.relative_path, info.offset, info.length
     if info.transform_descriptors:
         raise UnsafeDataError(
             f"{fqn!r} is stored through the extensions {list(info.transform_descriptors)!r}, which "
-            "only the code that saved it can undo; load it with torch and save it plainly."
+            "only the code that saved it can undo; load it with torch and save it without them."
         )
     path = inside(folder, name)
     size = path.stat().st_size if path.is_file() else -1
     if offset < 0 or length < 0 or offset + length > size:
         state = "is missing" if size < 0 else f"has {size} bytes"
         raise CorruptionError(
-            f"{fqn!r} lies in {str(path)!r} at {offset} to {offset + length}, and the file "
+            f"{fqn!r} is in {str(path)!r} at {offset} to {offset + length}, and the file "
             f"{state}; copy it again from its source."
         )
     return path, offset, length
@@ -202,10 +206,10 @@ def _problem(described: object) -> str | None:
     try:
         for fqn, kind in described.state_dict_metadata.items():
             if not _is_item(fqn, kind):
-                return f"{str(fqn)[:200]!r} is no item"
+                return f"{str(fqn)[:200]!r} is not an item"
         for index, info in described.storage_data.items():
             if not _is_place(index, info):
-                return "it lists no places"
+                return "its places are not places"
     except (AttributeError, TypeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
     return None
@@ -371,7 +375,7 @@ def import_dcp(
         allow_pickle: let values run the code that they name, and be stored as pickles.
 
     Raises:
-        NotFoundError: it is no DCP folder.
+        NotFoundError: it is not a DCP folder.
         CorruptionError: it is damaged or incomplete.
         UnsafeDataError: it would run code, and for which FQNs; and as for `dcpstore.save`.
     """

@@ -46,13 +46,12 @@ def wanted_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """Return the dtype that a caller names; None keeps every tensor's own.
 
     Raises:
-        InvalidInputError: no name of a dtype that floats can be converted to.
+        InvalidInputError: floating tensors cannot be converted to it.
     """
     found = _CASTS.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in _CASTS.values():
         raise InvalidInputError(
-            f"dtype {dtype!r} is none that tensors can be converted to; choose one of "
-            f"{', '.join(_CASTS)}."
+            f"tensors cannot be converted to dtype {dtype!r}; choose one of {', '.join(_CASTS)}."
         )
     return found
 
@@ -60,7 +59,7 @@ def wanted_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 def converted(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     """Return what a tensor of `dtype` becomes: only floating ones are converted."""
     if wanted is None or not dtype.is_floating_point or dtype == PACKED:
-        return dtype  # of two numbers in an element no conversion keeps the shape
+        return dtype  # two numbers in an element: a conversion would change the shape
     return wanted
 
 
@@ -178,12 +177,12 @@ class ExportedVersion:
         """Return the paths for a format that nests the state again.
 
         Raises:
-            InvalidInputError: one is too long for that.
+            InvalidInputError: one is too long.
         """
         for fqn, path in self.paths.items():
             if len(path) > DEEPEST:
                 raise InvalidInputError(
-                    f"{fqn[:200]!r} lies {len(path)} containers deep, past {DEEPEST}; export as "
+                    f"{fqn[:200]!r} is {len(path)} containers deep, more than {DEEPEST}; export as "
                     "safetensors or zarr, which keep the state flat."
                 )
         return self.paths
@@ -221,7 +220,7 @@ class ExportedVersion:
     def pickling(self, values: Mapping[str, object]) -> Iterator[None]:
         """Raise `InvalidInputError` where the block fails because one of `values` does not pickle.
 
-        Formats of torch are pickles, and torch has objects that are plain here and not there.
+        Formats of torch are pickles, and some values that are plain here do not pickle.
         """
         try:
             yield
@@ -229,7 +228,7 @@ class ExportedVersion:
             for fqn, value in values.items():
                 try:
                     pickle.dumps(value, protocol=2)  # torch's
-                except Exception as error:  # whatever the object's own hooks raise
+                except Exception as error:  # the object's own hooks can raise anything
                     raise InvalidInputError(
                         f"{fqn!r}: a value does not pickle ({error}), as files of torch need; "
                         "leave the values out (tensors_only, --tensors-only), or export as "
@@ -282,7 +281,7 @@ def find_ties(version: ExportedVersion) -> dict[str, str]:
 
 
 def _is(key: str | int, name: str) -> bool:
-    """Tell whether a key is this one of an optimizer's state, flattened by torch or not."""
+    """Return whether a key of an optimizer's state is this one, flattened by torch or not."""
     return isinstance(key, str) and (key == name or key.startswith(f"{name}."))
 
 
@@ -291,10 +290,10 @@ def _without_numbers(fqn: str) -> str:
 
 
 def _is_constant(version: ExportedVersion, tensor: ExportedTensor) -> bool:
-    """Tell whether all elements are the same, or there are none."""
+    """Return whether all elements are the same, or there are none."""
     first: torch.Tensor | None = None
     for box in tensor.boxes():
-        # as integers, for a NaN differs from itself
+        # as integers, since a NaN differs from itself
         elements = version.read(tensor, box).reshape(-1).view(torch.uint8)
         elements = elements.reshape(-1, tensor.dtype.itemsize)
         first = elements[:1].clone() if first is None else first

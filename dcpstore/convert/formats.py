@@ -1,4 +1,4 @@
-"""Which format a path is in, and the bridge for it."""
+"""Which format a path is in, and the import for it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def import_any(
     tensors_only: bool = False,
     allow_pickle: bool = False,
 ) -> Version:
-    """Save a checkpoint of whichever format as a version.
+    """Save a checkpoint of any of the formats as a version.
 
     Args:
         path: a DCP folder, a file of `torch.save`, a safetensors file, index or folder; or several
@@ -38,7 +38,7 @@ def import_any(
         repo: a `Repository`, or what `dcpstore.open` takes.
         branch, step, tags, message: as for `dcpstore.save`.
         dtype: what floating tensors are converted to, such as "bf16".
-        tensors_only: leave the values out, those too that only code could build.
+        tensors_only: leave the values out, also those that only code could build.
         allow_pickle: let a DCP folder or a `torch.save` file run the code that it names.
 
     Raises:
@@ -78,8 +78,8 @@ def _is_safetensors(paths: Sequence[Path]) -> bool:
     if len(paths) > 1:
         (odd, *_) = (path for path in paths if path not in safe)
         raise InvalidInputError(
-            f"{str(odd)!r} is no safetensors file; only of those several make one version, so "
-            "import it by itself."
+            f"{str(odd)!r} is not a safetensors file; only safetensors files can be imported "
+            "together, so import it alone."
         )
     if paths[0].is_dir() and not (paths[0] / DESCRIPTION).is_file():
         raise NotFoundError(
@@ -90,5 +90,5 @@ def _is_safetensors(paths: Sequence[Path]) -> bool:
 
 
 def _holds(folder: Path) -> bool:
-    """Tell whether a folder is one of safetensors files, and not of DCP."""
+    """Return whether a folder holds safetensors files, and is not a DCP folder."""
     return not (folder / DESCRIPTION).is_file() and any(folder.glob("*.safetensors"))

@@ -1,7 +1,7 @@
 """A foreign checkpoint on its way into a repository: what it holds, and the planner that saves it.
 
-Every bridge describes its checkpoint as a `Foreign`, whose tensors mostly lie in files; one planner
-takes that through the real save, which asks for a chunk at a time (invariant: a tensor is never
+Every bridge describes its checkpoint as a `Foreign`, whose tensors mostly are in files; one planner
+saves that by the normal save, which asks for a chunk at a time (invariant: a tensor is never
 held as a whole).
 """
 
@@ -42,10 +42,10 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class FileBox:
-    """A box of a tensor as it lies in a file, little-endian.
+    """A box of a tensor as it is stored in a file, little-endian.
 
-    `offset` is where its first element lies, in bytes; `strides` are in elements. What lies there
-    is still to be conjugated, or negated, where `is_conj` or `is_neg` say so.
+    `offset` is that of its first element, in bytes; `strides` are in elements. With `is_conj` or
+    `is_neg` the stored elements are conjugated, or negated, when they are read.
     """
 
     path: Path
@@ -56,7 +56,7 @@ class FileBox:
     is_neg: bool = False
 
     def read(self, box: Box, dtype: torch.dtype) -> torch.Tensor:
-        """Return a copy of the elements of `box`, which lies inside this one.
+        """Return a copy of the elements of `box`, which must be inside this one.
 
         Raises:
             CorruptionError: the file ends before the box does.
@@ -100,7 +100,7 @@ class FileBox:
         end = self.offset + self._span(self.box.sizes) * dtype.itemsize
         if self.offset < 0 or any(s < 0 for s in self.strides) or (self.box.volume and end > size):
             raise CorruptionError(
-                f"{str(self.path)!r} has {size} bytes, and a tensor in it lies at {self.offset} to "
+                f"{str(self.path)!r} has {size} bytes, and a tensor in it is at {self.offset} to "
                 f"{end}; it is truncated or damaged: copy it again from its source."
             )
 
@@ -111,7 +111,7 @@ class FileBox:
 
 @dataclass(frozen=True, slots=True)
 class FileTensor:
-    """A tensor whose pieces lie in files; `dtype` is that in the files."""
+    """A tensor whose pieces are in files; `dtype` is that in the files."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -130,10 +130,10 @@ class FileTensor:
         return whole
 
     def check(self, name: str) -> None:
-        """Check that the pieces lie inside the tensor and tile it.
+        """Check that the pieces are inside the tensor and tile it.
 
         Raises:
-            CorruptionError: they do not; `name` is said in the message.
+            CorruptionError: they do not; the message has `name`.
         """
         boxes = [piece.box for piece in self.pieces]
         whole = Box.whole(self.shape)
@@ -165,7 +165,7 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 class ForeignTensor(Protocol):
-    """A tensor that is read a box at a time; threads ask at once."""
+    """A tensor that is read a box at a time, by several threads at once."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -181,7 +181,7 @@ class ForeignTensor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _InMemory:
-    """A tensor that a format keeps inside a value, and so came with it."""
+    """A tensor that a format keeps inside a value, and that was read with it."""
 
     tensor: torch.Tensor
 
@@ -206,7 +206,7 @@ class Foreign:
     paths: dict[str, ObjectPath] = field(default_factory=dict)
 
     def add_tensor(self, fqn: str, path: ObjectPath, tensor: ForeignTensor) -> None:
-        """Enter a tensor.
+        """Add a tensor.
 
         Raises:
             InvalidInputError: the FQN is taken.
@@ -215,7 +215,7 @@ class Foreign:
         self.tensors[fqn] = tensor
 
     def add_value(self, fqn: str, path: ObjectPath, value: object) -> None:
-        """Enter a value, flattened as DCP does it where it is nested.
+        """Add a value, flattened as DCP does it where it is nested.
 
         Raises:
             InvalidInputError: an FQN is taken.
@@ -230,7 +230,7 @@ class Foreign:
                 self.values[name] = imported_value(name, item)
 
     def leave_values_out(self) -> None:
-        """Keep the tensors alone."""
+        """Keep only the tensors."""
         for fqn in self.values:
             del self.paths[fqn]
         self.values.clear()
@@ -245,7 +245,7 @@ class Foreign:
 
 
 class ImportPlanner(DefaultSavePlanner):
-    """Plans a save of a foreign checkpoint by this process alone; the save's own state is empty.
+    """Plans the save of a foreign checkpoint in this process; the state given to save is empty.
 
     Args:
         foreign: what to save.
@@ -275,13 +275,13 @@ class ImportPlanner(DefaultSavePlanner):
         self.mappings = dict(self._foreign.paths)
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """Return a value, or the whole of a tensor, which a save asks for by `resolve_box`."""
+        """Return a value or a whole tensor; a save reads tensors by `resolve_box`."""
         if index.fqn in self._foreign.values:
             return self._foreign.values[index.fqn]
         return self._read(index.fqn, Box.whole(self._foreign.tensors[index.fqn].shape))
 
     def resolve_box(self, write_item: WriteItem, box: Box) -> torch.Tensor:
-        """Return the elements of a box, converted where that was asked."""
+        """Return the elements of a box, converted to the wanted dtype."""
         return self._read(write_item.index.fqn, box)
 
     def _read(self, fqn: str, box: Box) -> torch.Tensor:
@@ -291,7 +291,7 @@ class ImportPlanner(DefaultSavePlanner):
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """How the version that an import makes is found again."""
+    """The names of the version that an import makes."""
 
     branch: str
     step: int | None

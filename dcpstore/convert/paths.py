@@ -1,8 +1,8 @@
 """The paths of a bridge: those it may read, and targets that appear whole or not at all.
 
-A checkpoint comes from anywhere, by archive or clone, with its links: one that leads out of its
-folder would bring files of this machine into a version. So only files inside the folder are read,
-links followed; a file that the caller names is trusted.
+A checkpoint may come from anywhere, with symbolic links in it. A link out of its folder would bring
+other files of this machine into a version. So only files that are inside the folder, links
+followed, are read; a file that the caller names is trusted.
 
 An export is written under an unguessable temporary name beside its target, made durable, then
 renamed; an existing target is never touched (invariant of every export).
@@ -34,21 +34,21 @@ def inside(folder: Path, name: str) -> Path:
     """Return the path of a file that a checkpoint's folder holds; it need not be there.
 
     Raises:
-        UnsafeDataError: it lies outside, by its name or by a link.
-        CorruptionError: no file can be called so.
+        UnsafeDataError: it is outside of the folder, by its name or by a link.
+        CorruptionError: no file can have this name.
     """
     path = folder / name
     try:
         is_outside = not path.resolve().is_relative_to(folder.resolve())
         path.is_file()
-    except (OSError, ValueError, RuntimeError) as error:  # too long, with a NUL, links in a circle
+    except (OSError, ValueError, RuntimeError) as error:  # too long, with a NUL, a loop of links
         raise CorruptionError(
-            f"{str(folder)!r} names the file {name[:200]!r}, which cannot be one ({error}); copy "
-            "the checkpoint again from its source."
+            f"{str(folder)!r} names the file {name[:200]!r}, which is not a valid name ({error}); "
+            "copy the checkpoint again from its source."
         ) from error
     if is_outside:
         raise UnsafeDataError(
-            f"{name[:200]!r} lies outside of {str(folder)!r}, by its name or by a link; do not "
+            f"{name[:200]!r} is outside of {str(folder)!r}, by its name or by a link; do not "
             "trust this checkpoint, or import its files by their own names."
         )
     return path
@@ -59,8 +59,8 @@ def new_file(target: Path) -> Iterator[IO[bytes]]:
     """Yield a file to write; it gets its name when the block ends without an error.
 
     Raises:
-        AlreadyExistsError: the target is there.
-        NotFoundError: the folder of the target is not.
+        AlreadyExistsError: the target exists.
+        NotFoundError: the folder of the target is missing.
         DcpstoreError: the system refuses.
     """
     temporary = _begin(target)
@@ -74,7 +74,7 @@ def new_file(target: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise _refused(target, error) from error
     finally:
-        with contextlib.suppress(OSError):  # what went wrong before is what to tell
+        with contextlib.suppress(OSError):  # the first error is the one to report
             temporary.unlink(missing_ok=True)
 
 
@@ -83,8 +83,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     """Yield a folder to fill; it gets its name when the block ends without an error.
 
     Raises:
-        AlreadyExistsError: the target is there.
-        NotFoundError: the folder of the target is not.
+        AlreadyExistsError: the target exists.
+        NotFoundError: the folder of the target is missing.
         DcpstoreError: the system refuses.
     """
     temporary = _begin(target)
@@ -95,7 +95,7 @@ def new_folder(target: Path) -> Iterator[Path]:
             for name in names:
                 _sync(Path(folder, name))
             _sync(Path(folder))
-        _refuse_existing(target)  # a rename would replace an empty folder that came meanwhile
+        _refuse_existing(target)  # a rename would replace an empty folder created meanwhile
         temporary.rename(target)
         _sync(target.parent)
     except OSError as error:
@@ -116,7 +116,7 @@ def _begin(target: Path) -> Path:
 
 def _name_file(temporary: Path, target: Path) -> None:
     try:
-        os.link(temporary, target)  # a rename would replace a file that came meanwhile
+        os.link(temporary, target)  # a rename would replace a file created meanwhile
     except FileExistsError:
         _refuse_existing(target)
         raise
@@ -135,7 +135,7 @@ def _refuse_existing(target: Path) -> None:
 
 def _refused(target: Path, error: OSError) -> DcpstoreError:
     return DcpstoreError(
-        f"cannot write {str(target)!r}: {error.strerror or error}; see that this user may write "
+        f"cannot write {str(target)!r}: {error.strerror or error}; check that this user may write "
         "there and that there is space, then export again."
     )
 

@@ -1,11 +1,11 @@
-"""Pickles of torch, built out of a closed list: what one names is never imported, nor called.
+"""Pickles of torch, built from a closed list: what one names is never imported or called.
 
-Where a pickle names anything else, an `Odd` stands in its place, so that the tensors around it can
-be read, and the FQN of what cannot be is known.
+Where a pickle names anything else, an `Odd` takes its place, so that the tensors around it can be
+read, and the FQN of what cannot be read is known.
 
 Invariant: only the classes and functions listed here are called, on arguments that were checked:
-none of them runs code or allocates more than the pickle is long. (Storages are another matter:
-torch is shown them by `torch_records`.)
+none of them runs code or allocates more than the pickle is long. (Storages are checked in
+`torch_archive`.)
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _LEFT_OUT = (
 
 @dataclass(frozen=True, slots=True)
 class Odd:
-    """What stands for an object that only code could build; `name` is its class."""
+    """The placeholder of an object that only code could build; `name` is its class."""
 
     name: str
 
@@ -55,8 +55,8 @@ class Odd:
 class Unpickler(pickle._Unpickler):
     """Builds what `known` returns for a name, and calls nothing else.
 
-    In Python, for the one in C allocates by whatever number an opcode names: ten bytes of pickle
-    take gigabytes.
+    It is the one in Python, since the one in C allocates what an opcode asks for: ten bytes of
+    pickle can take gigabytes.
     """
 
     stack: list[Any]
@@ -71,18 +71,18 @@ class Unpickler(pickle._Unpickler):
 
     def __init__(self, file: Any, **options: Any) -> None:
         super().__init__(file, **options)
-        self._callable: set[int] = set()  # by id: what `known` returned, all of which lives on
+        self._callable: set[int] = set()  # by id: what `known` returned, none of which is freed
 
     def known(self, module: str, name: str) -> Any:
         """Return what a name stands for: a class, a function, or a value."""
         raise NotImplementedError
 
     def may_call(self, found: Any) -> bool:
-        """Tell whether the pickle may call this class or function, and not only name it."""
+        """Return whether the pickle may call this class or function, and not only name it."""
         return True
 
     def may_build(self, inst: Any) -> bool:
-        """Tell whether the pickle may set the state of this object."""
+        """Return whether the pickle may set the state of this object."""
         raise NotImplementedError
 
     def find_class(self, module: str, name: str) -> Any:
@@ -174,7 +174,7 @@ class PlainUnpickler(Unpickler):
     """Builds tensors and plain values, and an `Odd` for everything else."""
 
     def known(self, module: str, name: str) -> Any:
-        """Return what a name stands for; as pickles of old name it, too."""
+        """Return what a name stands for; names of old pickles too."""
         if (module, name) in _compat_pickle.NAME_MAPPING:
             module, name = _compat_pickle.NAME_MAPPING[module, name]
         module = _compat_pickle.IMPORT_MAPPING.get(module, module)
@@ -187,7 +187,7 @@ class PlainUnpickler(Unpickler):
         return _allowed_by_user().get(full, Odd(full))
 
     def may_call(self, found: Any) -> bool:
-        """Tell whether the pickle may call this class or function, and not only name it.
+        """Return whether the pickle may call this class or function, and not only name it.
 
         Tensors and storages take a number for the size of what they allocate.
         """
@@ -198,7 +198,7 @@ class PlainUnpickler(Unpickler):
         )
 
     def may_build(self, inst: Any) -> bool:
-        """Tell whether the pickle may set the state of this object."""
+        """Return whether the pickle may set the state of this object."""
         kinds = (torch.nn.Parameter, collections.OrderedDict, np.ndarray)
         return (
             type(inst) in kinds
@@ -273,7 +273,7 @@ def _bytearray(*given: Any) -> bytearray:
 
 
 def _default_dict(*factory: object) -> dict[Any, Any]:
-    """Return a plain dict, as which it is saved; what it makes of missing keys is code."""
+    """Return a plain dict; the factory for missing keys is code."""
     return {}
 
 
@@ -306,14 +306,14 @@ def _of(kind: Callable[..., Any], *allowed: type) -> Callable[..., Any]:
 
 
 def _dtype(code: Any, align: object = False, copy: object = True) -> Any:
-    """Return a dtype of its own, whose state may be set; an `Odd` where it is not plain."""
+    """Return a new dtype, whose state may be set; an `Odd` where it is not plain."""
     if type(code) is not str or not _PLAIN_DTYPE.fullmatch(code):
         return Odd(f"numpy.dtype {code!r:.40}")
     return np.dtype(code, copy=True)
 
 
 def _check_dtype_state(state: Any) -> None:
-    """Check that a state says nothing but a byte order, and a unit of time."""
+    """Check that a state holds only a byte order, and a unit of time."""
     version, order, *inside = state[:5]
     if version not in (3, 4) or order not in ("<", ">", "|", "=") or inside != [None] * 3:
         raise ValueError("a dtype with a state of its own")
@@ -332,7 +332,7 @@ def _check_dtype_state(state: Any) -> None:
 
 def _scalar(dtype: Any, data: Any = b"") -> Any:
     if not isinstance(dtype, np.dtype) or type(data) is not bytes or len(data) != dtype.itemsize:
-        raise ValueError("a scalar of another length than its dtype")
+        raise ValueError("a scalar whose length differs from its dtype's")
     return np.frombuffer(data, dtype)[0]
 
 
@@ -355,12 +355,12 @@ def _check_extent(shape: Any, dtype: Any, data: Any) -> None:
     if not isinstance(dtype, np.dtype) or type(data) is not bytes or type(shape) is not tuple:
         raise ValueError("an array whose parts are not its own")
     if len(shape) > _MOST_DIMS or any(type(n) is not int or n < 0 for n in shape):
-        raise ValueError("an array of no shape")
+        raise ValueError("an array without a valid shape")
     count = 1
     for n in shape:
         count *= n
     if count * dtype.itemsize != len(data):
-        raise ValueError("an array of other bytes than its shape calls for")
+        raise ValueError("an array with more or fewer bytes than its shape needs")
 
 
 _ARRAY = ("the class of arrays",)

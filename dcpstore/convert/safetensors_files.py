@@ -144,7 +144,7 @@ def export_safetensors(
 
 
 def _refuse_unfit(version: ExportedVersion) -> None:
-    """Refuse what the format has no place for."""
+    """Refuse what the format cannot hold."""
     unfit = [t.fqn for t in version.tensors if t.dtype not in TAGS]
     if unfit:
         kinds = sorted({str(t.dtype) for t in version.tensors if t.fqn in unfit})
@@ -155,12 +155,12 @@ def _refuse_unfit(version: ExportedVersion) -> None:
     reserved = [t.fqn for t in version.tensors if t.fqn == NOTES]
     if reserved:
         raise InvalidInputError(
-            f"safetensors keeps the name {NOTES!r} for itself; export as torch, dcp or zarr."
+            f"safetensors reserves the name {NOTES!r}; export as torch, dcp or zarr."
         )
 
 
 def _value_texts(version: ExportedVersion) -> dict[str, str]:
-    """Return the values as typed JSON; a long one is a blob, and read for it.
+    """Return the values as typed JSON; long ones are blobs, which are read.
 
     Raises:
         InvalidInputError: some can only be pickled.
@@ -238,7 +238,7 @@ def _read(given: Sequence[Path]) -> Foreign:
 
 
 def _held_twice(name: str, first: Path, second: Path) -> InvalidInputError:
-    """Return the error that a tensor comes in twice, and mostly because its file does."""
+    """Return the error for a tensor in two files, or in one file that is given twice."""
     if first.resolve() == second.resolve():
         return InvalidInputError(
             f"{str(second)!r} is given twice: by its name, by an index that names it or by its "
@@ -265,10 +265,10 @@ def _files(path: Path) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[Path]:
-    """Return the files of an index, once each of its names is known to lie where it says.
+    """Return the files of an index, after checking that each file holds exactly its names.
 
     Raises:
-        CorruptionError: it is no index, or not what its files hold.
+        CorruptionError: it is not an index, or differs from what its files hold.
         UnsafeDataError: it leads out of its folder.
     """
     try:
@@ -280,8 +280,8 @@ def _indexed(index: Path) -> list[Path]:
         found = [inside(folder, name) for name in names]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptionError(
-            f"{str(index)!r} is no index of safetensors files ({type(error).__name__}: {error}); "
-            "copy it again from its source."
+            f"{str(index)!r} is not an index of safetensors files "
+            f"({type(error).__name__}: {error}); copy it again from its source."
         ) from error
     for name, file in zip(names, found, strict=True):
         if not file.is_file():
@@ -289,10 +289,11 @@ def _indexed(index: Path) -> list[Path]:
                 f"{str(index)!r} names {name!r}, which is missing; copy the files again."
             )
         held = set(read_header(file).tensors)
-        said = {fqn for fqn, holder in wanted.items() if holder == name}
-        if held != said:
+        listed = {fqn for fqn, holder in wanted.items() if holder == name}
+        if held != listed:
             raise CorruptionError(
-                f"{str(index)!r} and {name!r} differ in {sorted(held ^ said)[:5]}; copy both again."
+                f"{str(index)!r} and {name!r} differ in {sorted(held ^ listed)[:5]}; "
+                "copy both again."
             )
     return found
 
@@ -323,7 +324,9 @@ def parse_size(size: int | str) -> int:
     unit = (_UNITS | _BINARY).get(found[2]) if found else None
     nbytes = int(float(found[1]) * unit) if found and unit else 0
     if nbytes <= 0:
-        raise InvalidInputError(f"size {size!r} is none; give bytes, or such as '5GB' or '512MiB'.")
+        raise InvalidInputError(
+            f"size {size!r} is not a size; give bytes, or a text such as '5GB' or '512MiB'."
+        )
     return nbytes
 
 
@@ -345,7 +348,7 @@ def shards_of(tensors: Sequence[ExportedTensor], most: int) -> list[list[Exporte
 
 
 def shard_names(count: int) -> list[str]:
-    """Return the names of so many files, as Hugging Face's libraries look for them."""
+    """Return the names of `count` files, as Hugging Face's libraries look for them."""
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]

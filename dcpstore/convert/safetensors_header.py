@@ -64,7 +64,7 @@ class HeaderTensor:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of itself: its tensors by name, and its notes."""
+    """The tensors of a file by name, and its notes."""
 
     tensors: Mapping[str, HeaderTensor]
     notes: Mapping[str, str]
@@ -96,8 +96,8 @@ def read_header(path: Path) -> Header:
     for name, (tag, shape) in described.items():  # as they follow one another in the file
         if tag not in _TAGGED:
             raise InvalidInputError(
-                f"{str(path)!r}: tensor {name!r} has dtype {tag!r}, which is none of "
-                f"{', '.join(_TAGGED)}; convert it first."
+                f"{str(path)!r}: tensor {name!r} has dtype {tag!r}, which is not one "
+                f"of {', '.join(_TAGGED)}; convert it first."
             )
         if len(shape) > MOST_DIMS or math.prod(n or 1 for n in shape) >= 1 << 63:
             raise _damaged(path, f"tensor {name!r} has the shape {str(shape)[:80]}")
@@ -152,7 +152,7 @@ def notes(
 
     Args:
         values: typed JSON by FQN.
-        paths: of the file's FQNs; those that are the FQN alone are not said.
+        paths: of the file's FQNs; a path that is only the FQN is left out.
         ties: for each name that is left out, the one that is kept.
     """
     nested = {
@@ -192,13 +192,13 @@ def values_of(file: Path, header: Header) -> dict[str, object]:
     found = _parsed(header, _VALUES)
     if not isinstance(found, dict):
         raise CorruptionError(
-            f"{str(file)!r} has a note {_VALUES!r} that is no object; copy it again."
+            f"{str(file)!r} has a note {_VALUES!r} that is not an object; copy it again."
         )
     return {fqn: _decoded(file, node) for fqn, node in found.items()}
 
 
 def paths_of(header: Header) -> dict[str, ObjectPath]:
-    """Return the nested paths in a file's notes; what is none is passed over, for it is no data."""
+    """Return the nested paths in a file's notes, without invalid ones, which lose no data."""
     found = _parsed(header, _PATHS)
     if not isinstance(found, dict):
         return {}
@@ -214,9 +214,9 @@ def paths_of(header: Header) -> dict[str, ObjectPath]:
 def _decoded(file: Path, node: object) -> object:
     try:
         text = json.dumps(node, ensure_ascii=False)
-    except RecursionError as error:  # which parsed, from a place less deep
+    except RecursionError as error:  # parsing had less stack in use
         raise CorruptionError(
-            f"{str(file)!r} has a value nested too deep; copy it again."
+            f"{str(file)!r} has a value that is nested too deeply; copy it again."
         ) from error
     return decode_value(text, allow_pickle=False)
 

@@ -47,8 +47,8 @@ __all__ = [
     "refuse_odd",
 ]
 
-_QUANTIZED = "QuantizedMeta"  # what torch says of tensors that it cannot load without their bytes
-_MOST_SPREAD = 1 << 30  # bytes that a tensor may have in memory, though fewer lie in the file
+_QUANTIZED = "QuantizedMeta"  # in torch's error for tensors that it cannot load without their bytes
+_MOST_SPREAD = 1 << 30  # bytes that a tensor may have in memory, though fewer are in the file
 
 _HEADER = struct.Struct("<4s22xHH")  # a record's own: its magic, then the lengths of name and extra
 _MAGIC = b"PK\x03\x04"
@@ -84,7 +84,7 @@ def read_records(file: IO[bytes], name: str) -> dict[str, Record]:
         name: for messages.
 
     Raises:
-        CorruptionError: it is truncated, overlaps itself, or is no archive.
+        CorruptionError: it is truncated, overlaps itself, or is not an archive.
         InvalidInputError: torch.save writes no such archive: it is compressed, or a program.
     """
     listed = _listed(file, name)
@@ -117,7 +117,7 @@ def make_outline(file: IO[bytes], records: Mapping[str, Record]) -> Outline:
     shown = io.BytesIO()
     places: dict[int, Record] = {}
     with zipfile.ZipFile(shown, "w", zipfile.ZIP_STORED) as archive:
-        # torch is to swap nothing: on "meta" that is a crash
+        # torch must not swap bytes: on "meta" it would crash
         archive.writestr(f"{_ROOT}/{_BYTEORDER}", sys.byteorder)
         for name, record in records.items():
             if name in _READ:
@@ -131,19 +131,19 @@ def make_outline(file: IO[bytes], records: Mapping[str, Record]) -> Outline:
 
 
 def damaged(name: str, why: Exception | str) -> CorruptionError:
-    """Return the error that an archive is none that torch reads."""
+    """Return the error for an archive that torch does not read."""
     return CorruptionError(
-        f"{name} is damaged, truncated or no archive of torch.save ({why}); copy it again from "
+        f"{name} is damaged, truncated or not an archive of torch.save ({why}); copy it again from "
         "its source."
     )
 
 
 def _listed(file: IO[bytes], name: str) -> list[zipfile.ZipInfo]:
-    """Return what the directory says of the records, each of which lies in the file as it is."""
+    """Return the directory's records, all of them uncompressed."""
     try:
         with zipfile.ZipFile(file) as archive:
             listed = archive.infolist()
-    # What zipfile raises for headers that are none.
+    # What zipfile raises for invalid headers.
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, struct.error) as error:
         raise damaged(name, error) from error
     packed = [info.filename for info in listed if info.compress_type != zipfile.ZIP_STORED]
@@ -162,7 +162,7 @@ def _listed(file: IO[bytes], name: str) -> list[zipfile.ZipInfo]:
 
 
 def _placed(file: IO[bytes], info: zipfile.ZipInfo) -> Record:
-    """Return where a record lies by its own header; the directory's may have other lengths."""
+    """Return where a record is by its own header; the directory's may have other lengths."""
     file.seek(info.header_offset)
     magic, name, extra = _HEADER.unpack(file.read(_HEADER.size))
     if magic != _MAGIC:
@@ -171,7 +171,7 @@ def _placed(file: IO[bytes], info: zipfile.ZipInfo) -> Record:
 
 
 def _check_byteorder(file: IO[bytes], records: Mapping[str, Record], name: str) -> None:
-    """Refuse numbers that FileBox does not read; without the record they are little-endian."""
+    """Refuse big-endian numbers, which FileBox does not read; the default is little-endian."""
     record = records.get(_BYTEORDER)
     found = _read(file, record) if record and record.size <= len("little") else b""
     file.seek(0)
@@ -196,7 +196,7 @@ _PLAIN = SimpleNamespace(__name__=pickles.__name__, Unpickler=pickles.PlainUnpic
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loaded:
-    """The object in an archive, and where the bytes of its tensors on "meta" lie.
+    """The object in an archive, and where the bytes of its tensors on "meta" are.
 
     `places` are those of storages in the archive, by those that torch has put on them.
     """
@@ -207,7 +207,7 @@ class Loaded:
     def locate_tensor(
         self, tensor: torch.Tensor, path: Path, *, fqn: str, start: int = 0, box: Box | None = None
     ) -> FileBox:
-        """Return where a tensor that was loaded on "meta" lies.
+        """Return where a tensor that was loaded on "meta" is.
 
         Args:
             tensor: of this archive.
@@ -239,7 +239,7 @@ class Loaded:
         if tensor.nbytes > max(_MOST_SPREAD, size):
             raise InvalidInputError(
                 f"{fqn!r} has {tensor.nbytes} bytes, spread by its strides over a file of "
-                f"{size}; save tensor.contiguous(), if it is meant to be so large."
+                f"{size}; save tensor.contiguous(), if it should be so large."
             )
         if storage.nbytes() > record.size:
             raise CorruptionError(
@@ -265,7 +265,7 @@ class Loaded:
 
 
 def load_archive(file: IO[bytes], name: str, *, device: str, allow_pickle: bool) -> Loaded:
-    """Return the object in an archive, and where the bytes of its tensors lie.
+    """Return the object in an archive, and where the bytes of its tensors are.
 
     Args:
         file: at its beginning.
@@ -321,7 +321,7 @@ def load_archive(file: IO[bytes], name: str, *, device: str, allow_pickle: bool)
 
 
 def is_archive(file: IO[bytes]) -> bool:
-    """Tell whether a file, at its beginning, begins as archives do."""
+    """Return whether a file that is at its beginning starts as archives do."""
     begins = file.read(len(_MAGIC)) == _MAGIC
     file.seek(0)
     return begins
@@ -365,7 +365,8 @@ def refuse_odd(name: str, odd: Mapping[str, Odd]) -> None:
 class FileView(io.RawIOBase):
     """Some bytes of an open file, as a file of their own.
 
-    Torch's own view seeks to the wrong side of the end, where zip archives are looked at first.
+    Torch's own view seeks past its end where it should seek before it, and zip archives are read
+    from their end.
     """
 
     def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
@@ -374,23 +375,23 @@ class FileView(io.RawIOBase):
         self._at = 0
 
     def readable(self) -> bool:
-        """Say yes."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Say yes."""
+        """Return True."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Go to a place; one before the beginning is an OSError, as in a file."""
+        """Go to a position; a negative one is an OSError, as in a file."""
         at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
         if at < 0:
-            raise OSError(f"no place {at}")
+            raise OSError(f"position {at} is negative")
         self._at = at
         return at
 
     def tell(self) -> int:
-        """Return the place from which the next byte is read."""
+        """Return the position of the next byte."""
         return self._at
 
     def readinto(self, buffer: Buffer, /) -> int:

@@ -4,7 +4,7 @@ An import reads the pickle of a file; the bytes of its tensors stay in the file 
 them. An export writes tensor after tensor, none of them whole in memory; torch itself writes only
 tensors that are in memory. The format is a zip archive of uncompressed records: a pickle whose
 tensors name their storages, and one record for each storage, aligned to 64 bytes so that it can be
-mapped. Invariant: an export claims nothing that is not so. Torch's `.format_version` and
+mapped. Invariant: an export makes no false claims. Torch's `.format_version` and
 `.storage_alignment` are left out: with them torch computes where storages are, from the exact bytes
 of the headers that its own writer makes, and zipfile makes others. Without them it looks.
 """
@@ -57,7 +57,7 @@ _STORAGES = {row.torch: row.storage for row in DTYPES}  # None: named by its dty
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlannedTensor:
-    """A tensor that the archive is to hold; where one stands twice in the state, it is tied."""
+    """A tensor that the archive will hold; one that is in the state twice is tied."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -93,7 +93,7 @@ class _Pickler(pickle.Pickler):
             obj = _planned(obj)
         if not isinstance(obj, PlannedTensor):
             return NotImplemented
-        key = str(len(self.planned))  # the pickler remembers it, and asks once a tensor
+        key = str(len(self.planned))  # the pickler memoizes it, and asks once for each tensor
         self.planned.append(obj)
         typed = _STORAGES[obj.dtype]
         count = obj.nbytes // obj.dtype.itemsize if typed else obj.nbytes
@@ -155,7 +155,7 @@ def import_torch(
         repo: a `Repository`, or what `dcpstore.open` takes.
         branch, step, tags, message: as for `dcpstore.save`.
         dtype: what floating tensors are converted to, such as "bf16".
-        tensors_only: leave the values out, those too that only code could build.
+        tensors_only: leave the values out, also those that only code could build.
         allow_pickle: let the file run the code that it names, and store pickles.
 
     Raises:
@@ -221,7 +221,7 @@ def export_torch(
 
 
 def _plain(value: object) -> object:
-    """Return a value that torch.load needs no class of ours for."""
+    """Return a value that torch.load reads without a class of ours."""
     if isinstance(value, Composition):
         return value.to_text()
     return bytes(value) if isinstance(value, PlannerBytes) else value
@@ -238,7 +238,7 @@ def _read(path: Path, *, tensors_only: bool, allow_pickle: bool) -> Foreign:
     found = {fqn: odd_inside(item) for fqn, item in items.items()}
     refuse_odd(repr(str(path)), {fqn: odd for fqn, odd in found.items() if odd is not None})
     if any(_needs_pickle(item) for item in items.values()):
-        # What such a value holds inside is unknown, and may be tensors: it is loaded with data.
+        # Such a value may hold tensors, so it is loaded with their data.
         whole = flattened(_loaded(path, device="cpu", allow_pickle=allow_pickle).held).items
         items |= {fqn: whole[fqn] for fqn, item in items.items() if _needs_pickle(item)}
     foreign = Foreign()

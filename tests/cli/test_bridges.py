@@ -88,7 +88,7 @@ def test_several_files_and_shards(empty: str, run: Run, tmp_path: Path) -> None:
 FAILURES: list[tuple[tuple[str, ...], int, str]] = [
     (("import", "nix"), 1, "nothing is at 'nix'"),
     (("import", "void"), 1, "neither"),
-    (("import", "in.pt", "in.pt"), 2, "no safetensors file"),
+    (("import", "in.pt", "in.pt"), 2, "not a safetensors file"),
     (("import", "bad.pt"), 3, "truncated"),
     (("import", "bad.safetensors"), 3, "safetensors"),
     (("import", "in.pt", "--dtype", "int7"), 2, "int7"),

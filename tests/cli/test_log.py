@@ -95,7 +95,7 @@ def test_not_a_number_is_null_in_json(run: Run, catalog: Catalog, target: str) -
 
 def test_a_label_cannot_be_two_texts(run: Run, target: str) -> None:
     twice = run("log", "--label", "lr=1", "--label", "lr=2", repo=target)
-    assert (twice.exit_code, "cannot be two texts" in twice.stderr) == (2, True)
+    assert (twice.exit_code, "two different texts" in twice.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
