@@ -62,6 +62,7 @@ FENCES = {
     "numcodecs": {"encoding"},
     "obstore": {"storage"},
     "rich": {"core", "cli"},
+    "safetensors": {"convert"},
     "sqlalchemy": {"catalog"},
     "zarr": {"zarr"},
 }
