@@ -139,6 +139,12 @@ def test_a_file_name_is_used_in_one_room_alone() -> None:
     assert sum(map(len, rooms.values())) == sum(p.name != "__init__.py" for p in modules())
 
 
+def test_a_folder_of_tests_is_named_after_its_room_or_its_method() -> None:
+    folders = {path.parent.name for path in (ROOT.parent / "tests").glob("*/*.py")}
+    methods = {"benchmarks", "hostile", "kept", "parallel", "torture"}  # which try all rooms
+    assert folders - {room_of(path).split(".")[0] for path in modules()} == methods
+
+
 def test_a_module_at_the_top_is_the_home_of_public_names() -> None:
     things = [getattr(dcpstore, name) for name in dcpstore.__all__]
     homes = {t.__name__ if inspect.ismodule(t) else t.__module__ for t in things}

@@ -225,7 +225,7 @@ def each_for_itself(folder: Path) -> None:
 
 @backs("async_save(async_checkpointer_type=)", "AsyncCheckpointerType")
 def by_process(folder: Path) -> None:
-    """PROCESS itself is tested on two ranks, by tests/saving/test_pending.py."""
+    """PROCESS itself is tested on two ranks, by tests/asynchronous/test_pending.py."""
     thread, process = AsyncCheckpointerType.THREAD, AsyncCheckpointerType.PROCESS
     dcpstore.async_save(state(), folder, async_checkpointer_type=thread).result()
     load_back(folder)

@@ -23,8 +23,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import dcpstore
 from dcpstore import ConflictError, DcpstoreError, InvalidInputError, Repository, Retention
 from dcpstore.saving.staging import raise_unseen
+from tests.asynchronous.test_async_save import Slow, break_storage
 from tests.ranks import RankPool, mesh
-from tests.saving.test_async import Slow, break_storage
 from tests.soundness import Place, assert_sound
 
 

@@ -1,0 +1,118 @@
+"""Our save planner: the items of a rank, the data of each item, and the plan of all ranks."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner as TorchPlanner
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, WriteItemType
+
+from dcpstore.errors import InvalidInputError
+from dcpstore.geometry.boxes import Box
+from dcpstore.planning.save_planner import (
+    DefaultSavePlanner,
+    plan_globally,
+    planner_of,
+    recorded_by,
+)
+
+from .plans import item, joined, rows_of, value
+
+
+def planned(state: dict[str, Any], **options: bool) -> tuple[DefaultSavePlanner, SavePlan]:
+    planner = DefaultSavePlanner(**options)
+    planner.set_up_planner(state, is_coordinator=True)
+    return planner, planner.create_local_plan()
+
+
+def test_a_plan_has_an_item_for_each_tensor_and_each_value() -> None:
+    _, plan = planned({"model": {"w": torch.ones(2, 3)}, "steps": [1, {"lr": 2}]})
+    told = {i.index.fqn: (i.type, i.tensor_data and tuple(i.tensor_data.size)) for i in plan.items}
+    assert told == {
+        "model.w": (WriteItemType.TENSOR, (2, 3)),
+        "steps.0": (WriteItemType.BYTE_IO, None),
+        "steps.1.lr": (WriteItemType.BYTE_IO, None),
+    }
+    assert plan.planner_data["model.w"] == ("model", "w")
+
+
+def test_a_flat_state_keeps_its_names_and_records_no_paths() -> None:
+    planner, plan = planned({"model": {"w": 1}}, flatten_state_dict=False)
+    assert [i.index.fqn for i in plan.items] == ["model"]
+    assert plan.planner_data is None
+    planner.create_global_plan([plan])
+    assert recorded_by(planner) == {}
+
+
+def test_a_tensor_is_resolved_to_the_callers_own_memory() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    planner, plan = planned({"w": weight})
+    data = planner.resolve_data(plan.items[0])
+    assert isinstance(data, torch.Tensor)
+    assert data.data_ptr() == weight.data_ptr()
+    assert not data.requires_grad
+
+
+def test_a_value_is_resolved_to_torchs_bytes() -> None:
+    planner, plan = planned({"v": {"x": [1, None]}}, flatten_state_dict=False)
+    data = planner.resolve_data(plan.items[0])
+    assert isinstance(data, io.BytesIO)
+    data.seek(0)
+    assert torch.load(data, weights_only=True) == {"x": [1, None]}
+    assert planner.lookup_object(MetadataIndex("v")) == {"x": [1, None]}
+
+
+def test_the_plans_of_all_ranks_are_described_in_torchs_words() -> None:
+    planner, _ = planned({})
+    plans, described = planner.create_global_plan([rows_of(rank, 2) for rank in range(2)])
+    assert [[i.index.fqn for i in plan.items] for plan in plans] == [
+        ["w0", "w1", "w2", "step"],
+        ["w0", "w1", "w2"],
+    ]
+    kept = described.state_dict_metadata["w1"]
+    assert isinstance(kept, TensorStorageMetadata)
+    assert [tuple(chunk.offsets) for chunk in kept.chunks] == [(0, 0), (4, 0)]
+    assert described.state_dict_metadata["step"] == BytesStorageMetadata()
+
+
+def test_replicas_go_to_the_lowest_rank_where_the_caller_wants_it() -> None:
+    plan = SavePlan([item(f"r{i}", Box((0,), (3,)), (3,)) for i in range(4)])
+    spread, _ = planned({})
+    lowest, _ = planned({}, dedup_save_to_lowest_rank=True)
+    assert [len(p.items) for p in spread.create_global_plan([plan, plan])[0]] == [2, 2]
+    assert [len(p.items) for p in lowest.create_global_plan([plan, plan])[0]] == [4, 0]
+
+
+def test_an_empty_box_counts_only_where_nobody_holds_elements() -> None:
+    empty, whole = item("w", Box((0,), (0,)), (4,)), item("w", Box((0,), (4,)), (4,))
+    table = plan_globally(joined(SavePlan([empty]), SavePlan([whole])), to_lowest_rank=False)
+    assert [table.kept(rank).tolist() for rank in range(2)] == [[], [0]]
+    with pytest.raises(InvalidInputError, match="rank 0 hold 0 of 4 elements"):
+        plan_globally(joined(SavePlan([empty])), to_lowest_rank=False)
+
+
+def test_the_plan_of_one_rank_alone_need_not_fill_its_tensors() -> None:
+    part = joined(SavePlan([item("w", Box((2,), (2,)), (4,))]))
+    with pytest.raises(InvalidInputError, match="hold 2 of 4 elements"):
+        plan_globally(part, to_lowest_rank=False)
+    assert len(plan_globally(part, to_lowest_rank=False, is_whole=False).rows) == 1
+    planner = planner_of(None, is_whole=False)
+    planner.set_up_planner({}, is_coordinator=True)
+    planner.create_global_plan([SavePlan([item("w", Box((2,), (2,)), (4,)), value("v")])])
+
+
+def test_a_callers_planner_is_taken_as_it_is() -> None:
+    ours, theirs = DefaultSavePlanner(), TorchPlanner()
+    assert planner_of(ours, is_whole=False) is ours
+    assert not ours.is_whole
+    assert planner_of(theirs, is_whole=False) is theirs
+    assert not hasattr(theirs, "is_whole")
+    assert recorded_by(theirs) == {}
