@@ -241,7 +241,7 @@ def save(
         message, metrics, labels, author: kept with the version, for `log` and for SQL; a metric is
             a number (a tensor of one element too), a label any value, kept as its text.
         metrics_from: "all" refuses metrics and labels that differ between ranks; with "rank0" those
-            of rank 0 of the group count, and nobody looks at the others'.
+            of rank 0 of the group count, and the others' are not read.
         parent: where a branch that does not exist begins (a ref).
         expect_tip: the ref that the branch must still name; else ConflictError.
         retention: rules by which older versions of the branch then expire, as by
@@ -254,8 +254,8 @@ def save(
         storage_writer: any storage of torch's instead of `repo`; the save is then torch's own, with
             our planner, and returns torch's Metadata. In the place of `repo` it is taken too, as by
             torch, with a warning.
-        use_collectives: False lets each rank save what it holds for itself, and hear of no other:
-            as a version of its own on the branch `main/rank-3`, with tags such as `best/rank-3`.
+        use_collectives: False lets each rank save what it holds without the other ranks: as a
+            version of its own on the branch `main/rank-3`, with tags such as `best/rank-3`.
             `load` finds it by the plain name.
 
     Raises:
@@ -367,7 +367,7 @@ def load(
     and other `Stateful` objects, anywhere in the state's lists and dicts, are handed all that was
     saved under them; modules what they name. Other entries of the version are left alone, and named
     in the report. Where `ref` names nothing but what the ranks saved with `use_collectives=False`,
-    each rank loads its own version, and waits for no other.
+    each rank loads its own version, without waiting for the others.
 
     Args:
         state_dict: as for `save`; its tensors are filled, its values replaced.
@@ -483,7 +483,7 @@ def _find_own(
 ) -> str | None:
     """Return the ref of the version that this rank saved for itself, if `ref` names only such.
 
-    Each rank finds it by what the catalog holds, and so all find the same without a word.
+    All ranks read the same catalog, so they come to the same answer without an exchange.
 
     Raises:
         NotFoundError: other ranks saved theirs, and this one has none.

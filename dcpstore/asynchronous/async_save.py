@@ -118,8 +118,8 @@ def async_save(
             is taken too, with a warning.
         async_checkpointer_type: THREAD, or PROCESS to save in torch's background process, which a
             process group of all ranks begins at its first save. What is saved goes to it by pickle,
-            and nothing of `planner` comes back. It is for PyTorch that holds the interpreter: a
-            thread has less to copy.
+            and nothing of `planner` comes back. It helps where Python code of the training
+            holds the interpreter lock; a thread has less to copy.
         async_stager: stages instead of ours. Where its `stage()` returns a Future, the state may be
             changed only when `staged` is done. It is the caller's to close, after the last save.
 

@@ -115,7 +115,7 @@ class RepositoryWriter(StorageWriter):
         self._checkpoint_id = checkpoint_id
 
     def storage_meta(self) -> StorageMeta:
-        """Return what torch's planner hears of the next save, or of the one that it has begun.
+        """Return what torch's planner is given for the next save, or for the one that has begun.
 
         After a save, `save_id` and `version` stay those of that save until the next one begins.
         """
@@ -124,7 +124,7 @@ class RepositoryWriter(StorageWriter):
         return StorageMeta(self.checkpoint_id, self.save_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Learn this process's part of the save."""
+        """Take this process's rank in the save, and whether the ranks save together."""
         if self._is_spent:
             self._renew()
         self._rank = kwargs.get("rank", 0)

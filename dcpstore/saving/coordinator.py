@@ -149,7 +149,7 @@ class Coordinator:
             )
 
     def plan(self, offers: list[PlanOffer]) -> list[PlanReply]:
-        """Make the global plan, or find the one of before, and tell each rank its part."""
+        """Make the global plan, or take that of an earlier save; give each rank its part."""
         assert self._begun is not None
         if self._before is None and not self._is_whole:
             self._before_number, self._before = 0, {}  # no grid of another part is of use
@@ -184,7 +184,7 @@ class Coordinator:
         return self._split(replies)
 
     def choose_first(self, reports: Sequence[FirstDigests]) -> Sequence[Sequence[int]]:
-        """Return which of its first chunks each rank may write whatever the others hold.
+        """Return which of its first chunks each rank is to write now, as places among them.
 
         A chunk that the repository does not hold by any codec is part of no tensor that it holds.
 
@@ -205,7 +205,7 @@ class Coordinator:
         return chosen
 
     def look_up(self, reports: Sequence[RankDigests]) -> list[WriteAssignment]:
-        """Find what the repository holds; have compared what digests cannot tell.
+        """Find what the repository holds; ask for a comparison where digests cannot tell.
 
         Raises:
             InvalidInputError: the ranks hold different contents of one item.

@@ -81,7 +81,7 @@ def join_layouts(table: GlobalTable, by_rank: Sequence[Mapping[str, Layout]]) ->
     """Return the layouts by which all ranks cut together, of those by which each did.
 
     Where they differ, each box is parts of its own, cut as its rank cut it: so they do not change
-    which cells there are, or the order in which a rank tells of them.
+    which cells there are, or the order in which a rank sends them.
 
     Args:
         table: who writes which box.

@@ -57,7 +57,7 @@ class RankShare:
 
 @dataclass(frozen=True, slots=True)
 class PlanOffer:
-    """What a rank tells of its local plan.
+    """What a rank sends of its local plan.
 
     Attributes:
         digest: of its table.
@@ -76,15 +76,15 @@ class PlanOffer:
 
 @dataclass(frozen=True, slots=True)
 class PlanReply:
-    """What the coordinator replies to the plan of one rank.
+    """What the coordinator answers to the plan of one rank.
 
     Attributes:
         key: names the share that it is given, or holds.
         kept: which items of its plan it writes, by place.
         layouts: of their tensors by FQN, pickled; ranks with the same ones share the bytes.
-        compared: which items of its plan other ranks hold too, by place; it tells their digests.
+        compared: which items of its plan other ranks hold too, by place; it sends their digests.
         plan: its part of the global plan, where the planner made that.
-        splits: whether it tells of its first chunks, and writes them, before it digests the others.
+        splits: whether it sends the digests of its first chunks first, and writes those early.
     """
 
     key: bytes = b""
@@ -144,7 +144,7 @@ class LocalPlan:
         self._digest = b"" if self._table is None else self._table.digest
 
     def offer(self, *, whole: bool = False) -> PlanOffer:
-        """Return what to tell of the plan; `whole` tells it though a share is held."""
+        """Return what to send of the plan; with `whole` the table too, even if a share is held."""
         if self._table is None:
             return PlanOffer(plan=self._plan, buffers=frozenset(self._buffers))
         key, _ = self._memory.shares.get(self._digest) or (b"", None)

@@ -83,7 +83,7 @@ class RawChunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Digested:
-    """What a rank tells of its data: the digests of its chunks, one after another, and its values.
+    """What a rank sends of its data: the digests of its chunks, one after another, and its values.
 
     `blobs` are the values that are too large or too special for the catalog, with their bytes.
     """

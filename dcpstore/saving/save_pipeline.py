@@ -1,9 +1,10 @@
 """A save from end to end, as all ranks run it together.
 
-After an opening, three exchanges: plans (what each rank holds against what it is to write), digests
-(against the chunks that it is to write), results (against the version). One more where there is
-much to write, so that the first chunks are on their way to the disk while the others are digested;
-or one where the parent is cut otherwise, and only its bytes tell what changed. Packs, then the
+After an opening, three exchanges: plans (each rank sends what it holds, and gets what it is to
+write), digests (it gets the chunks to write), results (it gets the version). One more where there
+is much to write, so that the first chunks are written while the others are digested; or one where
+the chunk grid differs from the parent's, and only the bytes tell what changed. docs/design.md draws
+each exchange. Packs, then the
 manifest, are durable before one transaction makes the version visible (design, invariants 2 to 4).
 
 Every rank publishes its progress; the coordinator collects it for the catalog. Invariant: whatever
@@ -72,8 +73,8 @@ class Reports:
     def progress_by_rank(self) -> list[RankProgress]:
         """Return what each rank reported last."""
         progress_by_rank = []
-        for rank, said in self._ranks.progress_by_rank().items():
-            phase, nbytes, total, since = json.loads(said)
+        for rank, text in self._ranks.progress_by_rank().items():
+            phase, nbytes, total, since = json.loads(text)
             progress_by_rank.append(
                 RankProgress(rank, phase, nbytes, total, datetime.fromisoformat(since))
             )
@@ -198,7 +199,7 @@ class RankWork:
     def plan(
         self, state_dict: Mapping[str, Any], keys: Sequence[str], ranks: Collectives, *, uid: str
     ) -> PlanOffer:
-        """Return what to tell of this rank's plan of its state.
+        """Return what this rank sends of the plan of its state.
 
         `keys` are those of all ranks, and `uid` that of the version to be.
         """
@@ -217,7 +218,7 @@ class RankWork:
         return self._plan.offer(whole=True)
 
     def take(self, reply: PlanReply, *, seconds: float) -> None:
-        """Note what the coordinator said to the plan, and how long it was until then."""
+        """Keep the coordinator's reply to the plan; it came `seconds` after the save began."""
         self._reply = reply
         self._seconds["plan"] = seconds
 
@@ -295,7 +296,7 @@ class RankWork:
 def _set_up(
     planner: SavePlanner, state: dict[str, Any], meta: StorageMeta, *, is_coordinator: bool
 ) -> None:
-    """Give a planner the state, and what torch calls this save; one of before torch 2.3 cannot."""
+    """Give a planner the state and the StorageMeta; planners from before torch 2.3 take none."""
     taken = inspect.signature(planner.set_up_planner).parameters.values()
     if any(arg.name == "storage_meta" or arg.kind is arg.VAR_KEYWORD for arg in taken):
         planner.set_up_planner(state, storage_meta=meta, is_coordinator=is_coordinator)

@@ -61,9 +61,21 @@ def test_it_is_a_future_of_the_version(repo: Repository) -> None:
     assert asyncio.run(awaited()).number == 2
 
 
+def see_by_callback(pending: dcpstore.PendingSave) -> None:
+    """Ask in a callback, and wait for that: it is called after those who wait are woken."""
+    is_asked = threading.Event()
+
+    def ask(done: cf.Future[dcpstore.Version]) -> None:
+        done.exception()
+        is_asked.set()
+
+    pending.add_done_callback(ask)
+    assert is_asked.wait(60)
+
+
 SEEN: dict[str, tuple[bool, Callable[[dcpstore.PendingSave], object]]] = {
     "exception": (True, lambda pending: pending.exception(60)),
-    "callback": (True, lambda pending: pending.add_done_callback(lambda done: done.exception())),
+    "callback": (True, see_by_callback),
     "upload": (True, lambda pending: pending.upload_completion.exception()),
     "wait": (False, lambda pending: cf.wait([pending], timeout=60)),
     "as_completed": (False, lambda pending: list(cf.as_completed([pending], timeout=60))),

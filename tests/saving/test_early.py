@@ -1,4 +1,4 @@
-"""The first chunks of a large save are written while the others are digested; and never in vain."""
+"""The first chunks of a large save are written while the others are digested, where needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.soundness import Place, assert_sound
 
 
 class Early:
-    """How many chunks the ranks were told to write early, save by save."""
+    """How many chunks the ranks were asked to write early, save by save."""
 
     def __init__(self, patch: pytest.MonkeyPatch, *, much: int | None = 0) -> None:
         """Begin to count; `much` is how many bytes a rank are worth it, None as they are."""
@@ -28,9 +28,9 @@ class Early:
         choose = Coordinator.choose_first
 
         def counted(
-            coordinator: Coordinator, told: Sequence[FirstDigests]
+            coordinator: Coordinator, reports: Sequence[FirstDigests]
         ) -> Sequence[Sequence[int]]:
-            chosen = choose(coordinator, told)
+            chosen = choose(coordinator, reports)
             self.counts.append(sum(map(len, chosen)))
             return chosen
 
