@@ -33,6 +33,7 @@ from dcpstore.saving.coordinator import OpenRequest, check_agreement
 from dcpstore.saving.replicas import compare_state
 from dcpstore.state.buffers import is_statistic
 from dcpstore.state.stateful import check_keys
+from dcpstore.state.walk import PLAIN, walk
 
 __all__ = ["check_process", "save_in_process"]
 
@@ -81,8 +82,7 @@ def save_in_process(
     assert isinstance(ranks, RankGroup)
 
     def begin() -> OpenRequest:
-        for key, value in staged.items():
-            _check_state(key, value)
+        _check_state(staged)
         with opened(where, create=True) as repo:
             return OpenRequest(repo.about.uid, request, check_keys(staged))
 
@@ -128,21 +128,17 @@ class _AsStaged(AsyncStager):
         return
 
 
-def _check_state(path: str, value: Any) -> None:
+def _check_state(staged: Mapping[str, Any]) -> None:
     """Check that each item of a staged state can be sent, by its FQN."""
-    if isinstance(value, ShardedTensor):
-        raise InvalidInputError(
-            f"{path!r} is a ShardedTensor, which another process cannot take over; {_INSTEAD}, or "
-            "save DTensors."
-        )
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            _check_state(f"{path}.{key}", inner)
-    elif isinstance(value, list | tuple):
-        for i, inner in enumerate(value):
-            _check_state(f"{path}.{i}", inner)
-    elif not isinstance(value, torch.Tensor):
-        _check_sendable(repr(path), value)
+    for path, value in walk(staged, skips=PLAIN):
+        fqn = ".".join(map(str, path))
+        if isinstance(value, ShardedTensor):
+            raise InvalidInputError(
+                f"{fqn!r} is a ShardedTensor, which another process cannot take over; {_INSTEAD}, "
+                "or save DTensors."
+            )
+        if not isinstance(value, torch.Tensor):
+            _check_sendable(repr(fqn), value)
 
 
 def _check_sendable(name: str, value: object) -> None:

@@ -43,7 +43,6 @@ from dcpstore.planning.version_metadata import describe_entries
 from dcpstore.records import EntryRecord, LoadReport, Version
 from dcpstore.state.composed import check_none_composed
 from dcpstore.state.load_options import LoadOptions
-from dcpstore.state.savable import nesting_checked
 from dcpstore.state.stateful import (
     Template,
     check_fillable,
@@ -51,6 +50,7 @@ from dcpstore.state.stateful import (
     give_state,
     take_template,
 )
+from dcpstore.state.walk import nesting_checked
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackReader
 

@@ -24,6 +24,7 @@ from dcpstore.state.overlay import fqn_of
 from dcpstore.state.per_rank import with_own
 from dcpstore.state.stateful import Owner, Template
 from dcpstore.state.targets import is_same_memory
+from dcpstore.state.walk import walk
 
 __all__ = ["Expected", "compare_owners", "expect", "left_on_meta", "restore_optimizers"]
 
@@ -48,7 +49,7 @@ class Expected:
 def expect(template: Template) -> list[Expected]:
     """Return what each owner is to hold; taken before the owners may change what they get."""
     return [
-        Expected(owner, dict(_leaves(template.plain(owner))), _ties(owner))
+        Expected(owner, dict(walk(template.plain(owner), enters=_is_compared_inside)), _ties(owner))
         for owner in template.owners
     ]
 
@@ -79,7 +80,7 @@ def compare_owners(expected: Sequence[Expected], *, rank: int) -> dict[str, str]
         prefix, kind = one.owner.path, type(one.owner.owner).__name__
         if _has_hooks(one.owner.owner):  # they change what is loaded, as their author wants it
             continue
-        found = dict(_leaves(with_own(one.owner.owner.state_dict(), rank)))
+        found = dict(walk(with_own(one.owner.owner.state_dict(), rank), enters=_is_compared_inside))
         for path, leaf in one.leaves.items():
             fqn = fqn_of((*prefix, *map(str, path)))
             if path not in found:
@@ -108,19 +109,11 @@ def left_on_meta(template: Template) -> Iterator[str]:
                         yield fqn_of((*one.path, name))
 
 
-def _leaves(value: Any, path: ObjectPath = ()) -> Iterator[tuple[Any, Any]]:
-    """Yield the path and value of each item; keys are the owner's own."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            if type(inner) is torch.Tensor or not isinstance(inner, Mapping | list):
-                yield (*path, key), inner
-            else:
-                yield from _leaves(inner, (*path, key))
-    elif isinstance(value, list) and any(isinstance(i, torch.Tensor | Mapping) for i in value):
-        for i, inner in enumerate(value):
-            yield from _leaves(inner, (*path, i))
-    else:
-        yield path, value
+def _is_compared_inside(value: object) -> bool:
+    """Tell whether the items of a value are compared one by one, so that an error names one."""
+    if isinstance(value, list):
+        return any(isinstance(item, torch.Tensor | Mapping) for item in value)
+    return isinstance(value, Mapping)
 
 
 def _has_hooks(owner: Any) -> bool:

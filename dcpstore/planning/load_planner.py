@@ -27,10 +27,10 @@ from dcpstore.state.composed import Assemblies, spliced
 from dcpstore.state.load_options import LoadOptions
 from dcpstore.state.meta_device import check_room, make_room
 from dcpstore.state.optimizers import lists_parameters
-from dcpstore.state.savable import nesting_checked
 from dcpstore.state.shards import LocalShard, flat_shards, is_on_meta, is_sharded, local_shards
 from dcpstore.state.targets import target_fault
 from dcpstore.state.tree import Place, flattened, is_empty_container
+from dcpstore.state.walk import nesting_checked
 
 __all__ = ["DefaultLoadPlanner", "ValueFile"]
 

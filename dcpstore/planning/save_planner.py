@@ -41,9 +41,9 @@ from dcpstore.planning.plan_checks import check_agreement, check_names, check_ti
 from dcpstore.planning.plan_table import GlobalTable, PlanTable
 from dcpstore.records import ObjectPath
 from dcpstore.state.composed import spliced, take_apart
-from dcpstore.state.savable import nesting_checked
 from dcpstore.state.shards import flat_shards, is_sharded, local_shards, no_shard
 from dcpstore.state.tree import FlatPaths, flattened, recorded_paths
+from dcpstore.state.walk import nesting_checked
 
 __all__ = ["BoxResolver", "DefaultSavePlanner", "plan_globally", "planner_of", "recorded_by"]
 

@@ -50,8 +50,9 @@ from dcpstore.saving.rank_chunks import RankData, RawChunk, total_nbytes
 from dcpstore.saving.replicas import fingerprints
 from dcpstore.saving.request import SaveRequest
 from dcpstore.state.buffers import buffer_names
-from dcpstore.state.savable import check_state, nesting_checked
+from dcpstore.state.savable import check_state
 from dcpstore.state.stateful import check_keys, take_state
+from dcpstore.state.walk import nesting_checked
 
 __all__ = ["Reports", "save_version"]
 

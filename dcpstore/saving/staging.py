@@ -35,13 +35,13 @@ from dcpstore.state.buffers import buffer_names
 from dcpstore.state.savable import (
     check_copies,
     check_state,
-    nesting_checked,
     resolved,
     storage_nbytes,
     with_closed_shards,
     with_open_shards,
 )
 from dcpstore.state.stateful import check_keys, take_state
+from dcpstore.state.walk import nesting_checked
 
 __all__ = ["Background", "IfBusy", "PendingSave", "find_saver", "finish_running", "raise_unseen"]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +37,7 @@ from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.placements import local_boxes
 from dcpstore.records import ObjectPath
 from dcpstore.state.shards import splits_of
+from dcpstore.state.walk import PLAIN, SCALARS, is_container, map_leaves
 
 __all__ = [
     "Assemblies",
@@ -170,12 +171,8 @@ def _misfit(fqn: str, whole: DTensor, part: torch.Tensor) -> InvalidInputError:
     )
 
 
-_SCALARS = frozenset([int, float, str, bool, type(None)])
-
-
 def take_apart(
     state: Any,
-    path: ObjectPath = (),
     *,
     take: Callable[[ObjectPath, torch.Tensor], dict[str, Any] | None] | None = None,
 ) -> Any:
@@ -185,7 +182,6 @@ def take_apart(
 
     Args:
         state: a nested state; a mapping that was taken apart before stays as it is.
-        path: where it lies in a larger one.
         take: returns that dict of a tensor; None is `apart`.
 
     Raises:
@@ -194,40 +190,27 @@ def take_apart(
     """
     take_one = take or apart
 
-    def taken(value: Any, path: ObjectPath) -> Any:
-        if isinstance(value, torch.Tensor):
-            found = None if _is_plain(value) else take_one(path, value)
-            return value if found is None else found
-        if isinstance(value, Mapping):
-            _check_marks(value, path)
-            pairs: Iterable[tuple[Any, Any]] = value.items()
-        elif isinstance(value, list | tuple) and not isinstance(value, torch.Size):
-            pairs = enumerate(value)
-        else:
+    def taken(path: ObjectPath, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            if isinstance(value, Mapping):
+                raise InvalidInputError(
+                    f"{'.'.join(map(str, (*path, MARK)))!r}: the key {MARK!r} stands for what a "
+                    "tensor is made of; rename yours."
+                )
             return value
-        changed = {}
-        for key, inner in pairs:
-            if not _is_plain(inner):
-                new = taken(inner, (*path, key))
-                if new is not inner:
-                    changed[key] = new
-        if not changed:
+        if type(value) in PLAIN and value.layout is torch.strided:  # which is quick to tell
             return value
-        if isinstance(value, list | tuple):
-            items = [changed.get(i, inner) for i, inner in enumerate(value)]
-            return items if isinstance(value, list) else tuple(items)
-        found = {key: changed.get(key, inner) for key, inner in value.items()}
-        return OrderedDict(found) if isinstance(value, OrderedDict) else found
+        found = take_one(path, value)
+        return value if found is None else found
 
-    return taken(state, path)
+    return map_leaves(state, taken, enters=_is_open, skips=SCALARS)
 
 
-def _is_plain(value: object) -> bool:
-    """Tell of most values, and quickly, that nothing in them is composed."""
-    kind = type(value)
-    if kind is torch.Tensor or kind is torch.nn.Parameter:
-        return value.layout is torch.strided  # type: ignore[attr-defined]  # it is a tensor
-    return kind in _SCALARS
+def _is_open(value: object) -> bool:
+    """Tell whether a value is a container, and not one with a user's own key of the mark."""
+    if isinstance(value, Mapping) and MARK in value:
+        return isinstance(value[MARK], Composition)
+    return is_container(value)
 
 
 def spliced(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,14 +266,6 @@ def check_none_composed(state: Mapping[str, Any]) -> None:
             )
 
     take_apart(state, take=refuse)
-
-
-def _check_marks(state: Mapping[Any, Any], path: ObjectPath) -> None:
-    if MARK in state and not isinstance(state[MARK], Composition):
-        raise InvalidInputError(
-            f"{'.'.join(map(str, (*path, MARK)))!r}: the key {MARK!r} stands for what a tensor is "
-            "made of; rename yours."
-        )
 
 
 def composed_place(

@@ -5,8 +5,10 @@ Invariant: the containers of a state's owner are filled, and never replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from dcpstore.state.walk import PLAIN, is_container, map_leaves, walk
 
 __all__ = ["PerRank", "give_own", "own_name", "own_names", "with_own"]
 
@@ -32,18 +34,24 @@ class PerRank:
 
 def own_names(state: Mapping[str, Any], *, rank: int) -> list[str]:
     """Return the FQNs below which a version may lack entries: those of `PerRank` values."""
-    return [".".join((*path, own_name(rank))) for path in _own_paths(state, ())]
+    name = own_name(rank)
+    return [
+        ".".join((*map(str, path), name))
+        for path, value in walk(state, skips=PLAIN)
+        if isinstance(value, PerRank)
+    ]
 
 
-def with_own(value: Any, rank: int) -> Any:
-    """Return a state with each `PerRank` as a dict of this rank's value alone."""
-    if isinstance(value, PerRank):
-        return {own_name(rank): value.value}
-    if not _holds_own(value):
-        return value
-    if isinstance(value, Mapping):
-        return {key: with_own(inner, rank) for key, inner in value.items()}
-    return [with_own(inner, rank) for inner in value]
+def with_own(state: Any, rank: int) -> Any:
+    """Return a state with each `PerRank` as a dict of this rank's value alone.
+
+    A tuple that holds one is a list, in which a load can replace it.
+    """
+
+    def plain(path: tuple[Any, ...], value: Any) -> Any:
+        return {own_name(rank): value.value} if isinstance(value, PerRank) else value
+
+    return map_leaves(state, plain, skips=PLAIN, tuples=list)
 
 
 def give_own(
@@ -82,29 +90,7 @@ def own_name(rank: int) -> str:
     return f"rank-{rank}"
 
 
-def _holds(value: Any, is_owner: Callable[[Any], bool]) -> bool:
-    """Tell whether a `PerRank`, or an object with a state of its own, stands in a value."""
-    if isinstance(value, Mapping):
-        return any(_holds(inner, is_owner) for inner in value.values())
-    if isinstance(value, list | tuple):
-        return any(_holds(inner, is_owner) for inner in value)
-    return isinstance(value, PerRank) or is_owner(value)
-
-
-def _holds_own(value: Any) -> bool:
-    if isinstance(value, dict | list):  # a dict is asked sooner than a Mapping is
-        return any(map(_holds_own, value.values() if isinstance(value, dict) else value))
-    if isinstance(value, Mapping):
-        return any(map(_holds_own, value.values()))
-    return isinstance(value, PerRank)
-
-
-def _own_paths(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    if isinstance(value, PerRank):
-        yield path
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _own_paths(inner, (*path, str(key)))
-    elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            yield from _own_paths(inner, (*path, str(i)))
+def _holds(owner: Any, is_owner: Callable[[Any], bool]) -> bool:
+    """Tell whether a `PerRank`, or an object with a state of its own, stands in a container."""
+    leaves = walk(owner, enters=lambda value: is_container(value) and not is_owner(value))
+    return any(isinstance(value, PerRank) or is_owner(value) for _, value in leaves)

@@ -7,9 +7,8 @@ cannot be stored, whatever torch would raise of it.
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,11 +20,11 @@ from dcpstore.encoding.objects import objects_in
 from dcpstore.encoding.scalars import is_plain_json
 from dcpstore.errors import InvalidInputError
 from dcpstore.state.shards import is_sharded, with_shards
+from dcpstore.state.walk import PLAIN, SCALARS, is_container, is_data, map_leaves, walk
 
 __all__ = [
     "check_copies",
     "check_state",
-    "nesting_checked",
     "resolved",
     "storage_nbytes",
     "with_closed_shards",
@@ -41,29 +40,22 @@ def check_state(state: Mapping[str, Any]) -> None:
     Raises:
         InvalidInputError: one has none, by its FQN.
     """
-
-    def check(path: Path, tensor: torch.Tensor) -> None:
+    for path, tensor in _local_tensors(state):
         try:
             check_plain(tensor)
         except InvalidInputError as error:
             raise InvalidInputError(f"{'.'.join(map(str, path))!r}: {error}") from error
 
-    _visit(state, (), check)
 
-
-def check_copies(value: object, path: Path = ()) -> None:
+def check_copies(state: Mapping[str, Any]) -> None:
     """Check that each value of a nested state can be copied.
 
     Raises:
         InvalidInputError: one cannot, by its FQN.
     """
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            check_copies(inner, (*path, key))
-    elif isinstance(value, list | tuple):
-        for i, inner in enumerate(value):
-            check_copies(inner, (*path, i))
-    elif not isinstance(value, torch.Tensor):
+    for path, value in walk(state, skips=PLAIN):
+        if isinstance(value, torch.Tensor):
+            continue
         try:
             copy.deepcopy(value)
         except Exception as error:
@@ -76,56 +68,55 @@ def check_copies(value: object, path: Path = ()) -> None:
 def storage_nbytes(state: Mapping[str, Any]) -> int:
     """Return the bytes of the storages that tensors of a state lie in, each storage once."""
     storages: dict[int, int] = {}
-
-    def note(path: Path, tensor: torch.Tensor) -> None:
+    for _, tensor in _local_tensors(state):
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-
-    _visit(state, (), note)
     return sum(storages.values())
 
 
-def resolved(value: Any, path: Path = ()) -> Any:
-    """Return a state whose tensors' bytes are what they mean: conjugated and negated ones copied.
+def resolved(state: Any, path: Path = ()) -> Any:
+    """Return a state in which conjugated and negated tensors are copied to hold their own bytes.
 
-    All else comes back as it is, but for mappings that are no dict, which not everything can copy.
+    The rest comes back as it is, except that a mapping that is not a dict becomes one: not every
+    such class can be copied.
 
     Raises:
         InvalidInputError: such a tensor lies where it cannot be replaced.
     """
-    if isinstance(value, torch.Tensor):
-        if (is_sharded(value) and not isinstance(value, DTensor)) or not (
-            value.is_conj() or value.is_neg()
-        ):
-            return value
-        return value.resolve_conj().resolve_neg()
+    return map_leaves(state, _resolved, enters=_is_copied, skips=SCALARS, path=path)
+
+
+def _resolved(path: Path, value: Any) -> Any:
     if isinstance(value, Mapping):
-        items = {key: resolved(inner, (*path, key)) for key, inner in value.items()}
-        return _with_items(value, items) if isinstance(value, dict) else items
-    if type(value) in (list, tuple):
-        parts = [resolved(inner, (*path, i)) for i, inner in enumerate(value)]
-        is_same = all(part is inner for part, inner in zip(parts, value, strict=True))
-        return value if is_same else type(value)(parts)
-    if not is_plain_json(value):
-        _check_resolved(value, path)
+        return resolved(dict(value), path)
+    if not isinstance(value, torch.Tensor):
+        if not is_plain_json(value):
+            _check_resolved(value, path)
+        return value
+    if is_sharded(value) and not isinstance(value, DTensor):
+        return value
+    if value.is_conj() or value.is_neg():
+        return value.resolve_conj().resolve_neg()
     return value
 
 
-def with_open_shards(value: Any) -> Any:
+def _is_copied(value: object) -> bool:
+    """Tell whether a value is a container of which copies can be made."""
+    return isinstance(value, dict) or (is_container(value) and not isinstance(value, Mapping))
+
+
+def with_open_shards(state: Any) -> Any:
     """Return a state with each ShardedTensor as the list of its local tensors.
 
     So it can be copied as plain tensors are; `with_closed_shards` takes the copy.
     """
-    if isinstance(value, ShardedTensor):
-        return [resolved(shard.tensor) for shard in value.local_shards()]
-    if isinstance(value, dict):
-        items = {key: with_open_shards(inner) for key, inner in value.items()}
-        return _with_items(value, items)
-    if type(value) in (list, tuple):
-        parts = [with_open_shards(inner) for inner in value]
-        is_same = all(part is inner for part, inner in zip(parts, value, strict=True))
-        return value if is_same else type(value)(parts)
-    return value
+
+    def opened(path: Path, value: Any) -> Any:
+        if isinstance(value, ShardedTensor):
+            return [resolved(shard.tensor) for shard in value.local_shards()]
+        return value
+
+    return map_leaves(state, opened, enters=_is_rebuilt, skips=PLAIN)
 
 
 def with_closed_shards(state: Any, copied: Any) -> Any:
@@ -134,19 +125,17 @@ def with_closed_shards(state: Any, copied: Any) -> Any:
         return with_shards(state, copied)
     if isinstance(state, dict):
         items = {key: with_closed_shards(inner, copied[key]) for key, inner in state.items()}
-        return _with_items(copied, items)
+        if all(items[key] is copied[key] for key in items):
+            return copied
+        return OrderedDict(items) if isinstance(state, OrderedDict) else items
     if type(state) in (list, tuple):
         return type(state)(map(with_closed_shards, state, copied))
     return copied
 
 
-def _with_items(value: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
-    """Return a dict with other items; of its own class, which may hold more than items."""
-    if all(items[key] is value[key] for key in items):
-        return value
-    copied = copy.copy(value)
-    copied.update(items)
-    return copied
+def _is_rebuilt(value: object) -> bool:
+    """Tell whether `with_closed_shards` can make a container again."""
+    return isinstance(value, dict) or type(value) in (list, tuple)
 
 
 def _check_resolved(value: object, path: Path) -> None:
@@ -162,41 +151,24 @@ def _check_resolved(value: object, path: Path) -> None:
             )
 
 
-@contextmanager
-def nesting_checked() -> Iterator[None]:
-    """Raise InvalidInputError where the block comes to no end in a nested state."""
-    try:
-        yield
-    except RecursionError as error:
-        raise InvalidInputError(
-            "the state is nested too deep, or contains itself; flatten it, or break the loop."
-        ) from error
+def _local_tensors(state: Any) -> Iterator[tuple[Path, torch.Tensor]]:
+    """Yield the plain tensors of a state that this process holds, by the paths of their wholes."""
+    for path, value in walk(state, enters=_is_visited, skips=SCALARS):
+        if not isinstance(value, torch.Tensor):
+            continue
+        if not is_sharded(value):
+            yield path, value
+        elif isinstance(value, ShardedTensor):
+            for shard in value.local_shards():
+                yield path, shard.tensor
+        elif isinstance(value, DTensor) and not hasattr(
+            value._local_tensor, "__create_chunk_list__"
+        ):
+            with torch.no_grad():
+                local = value.to_local()
+            yield path, local
+        # others give their parts when they are asked for them, by torch's protocol
 
 
-def _visit(value: Any, path: Path, visit: Callable[[Path, torch.Tensor], None]) -> None:
-    """Call `visit` with each plain tensor that this process holds, as DCP flattens a state."""
-    if isinstance(value, torch.Tensor):
-        for local in _local_tensors(value):
-            visit(path, local)
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            _visit(inner, (*path, key), visit)
-    elif isinstance(value, list | tuple):
-        for i, inner in enumerate(value):
-            _visit(inner, (*path, i), visit)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for one in dataclasses.fields(value):
-            _visit(getattr(value, one.name, None), (*path, one.name), visit)
-
-
-def _local_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    if not is_sharded(tensor):
-        return [tensor]
-    if isinstance(tensor, DTensor):
-        if hasattr(tensor._local_tensor, "__create_chunk_list__"):
-            return []
-        with torch.no_grad():
-            return [tensor.to_local()]
-    if isinstance(tensor, ShardedTensor):
-        return [shard.tensor for shard in tensor.local_shards()]
-    return []  # a subclass that gives its parts when it is asked for them, by torch's protocol
+def _is_visited(value: object) -> bool:
+    return is_container(value) or is_data(value)

@@ -25,6 +25,7 @@ from dcpstore.state.optimizers import is_by_number, optional_names, prepare_opti
 from dcpstore.state.overlay import ABSENT, GapError, Leaf, fqn_of, lay_over, new_place, tree_of
 from dcpstore.state.per_rank import PerRank, give_own, own_name, own_names, with_own
 from dcpstore.state.tree import flattened, path_below
+from dcpstore.state.walk import PLAIN, is_container, map_leaves, walk
 
 __all__ = [
     "Owner",
@@ -38,9 +39,7 @@ __all__ = [
 ]
 
 _EXTRA = "_extra_state"  # the last part of torch's name for what get_extra_state() gives
-_LEAVES = frozenset(
-    [torch.Tensor, torch.nn.Parameter, int, float, str, bytes, bool, complex, type(None)]
-)
+_STATELESS = PLAIN | {dict, OrderedDict, list, tuple}
 
 
 def check_keys(state_dict: Mapping[str, Any]) -> tuple[str, ...]:
@@ -243,47 +242,56 @@ def give_state(state_dict: MutableMapping[str, Any], filled: Template, *, rank: 
 def _taken(
     state_dict: Mapping[str, Any], keys: Iterable[str], owners: list[Owner], *, rank: int
 ) -> dict[str, Any]:
-    return {
-        key: _plain(state_dict[key], (key,), owners, rank=rank) for key in keys if key in state_dict
-    }
+    """Return a state with what each owner in it gives, and each `PerRank` as a dict of its value.
 
-
-def _plain(value: Any, path: ObjectPath, owners: list[Owner], *, rank: int) -> Any:
-    """Return a value with what each owner in it gives, and each `PerRank` as a dict of its value.
-
-    Containers in which nothing changes are the caller's own.
+    Containers in which nothing changes are the caller's own. A tuple in which something does is a
+    list, in which a load can replace items.
     """
-    if isinstance(value, PerRank):
-        return {own_name(rank): value.value}
-    if _is_stateful(value):
-        own = value.state_dict()
-        owners.append(Owner(path, value, own, _variables(value)))
-        return with_own(own, rank)
-    if isinstance(value, torch.Tensor) or not isinstance(value, Mapping | list | tuple):
-        return value
-    pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
-    odd = {key: inner for key, inner in pairs if type(inner) not in _LEAVES}
-    plain = {
-        key: _plain(odd[key], (*path, _part(value, key)), owners, rank=rank)
-        for key in sorted(odd, key=str)  # the same order on all ranks
+    state = {key: state_dict[key] for key in keys if key in state_dict}
+    found = {
+        path: value
+        for path, value in walk(state, enters=_is_open, skips=PLAIN)
+        if isinstance(value, PerRank) or _is_stateful(value)
     }
-    if all(plain[key] is inner for key, inner in odd.items()):
-        return value
-    if not isinstance(value, Mapping):  # a list for a tuple too, so that a load can replace items
-        return [plain.get(i, inner) for i, inner in enumerate(value)]
-    items = {key: plain.get(key, inner) for key, inner in value.items()}
-    return OrderedDict(items) if isinstance(value, OrderedDict) else items
+    plain: dict[tuple[Any, ...], Any] = {}
+    for path in sorted(found, key=lambda path: [*map(str, path)]):  # the same order on all ranks
+        value = found[path]
+        if isinstance(value, PerRank):
+            plain[path] = {own_name(rank): value.value}
+        else:
+            own = value.state_dict()
+            owners.append(Owner(_parts(state, path), value, own, _variables(value)))
+            plain[path] = with_own(own, rank)
+    if not plain:
+        return state
+    made: dict[str, Any] = map_leaves(
+        state,
+        plain.get,
+        enters=_is_open,
+        skips=PLAIN,
+        tuples=list,
+    )
+    return made
 
 
-def _part(container: object, key: object) -> str | int:
-    """Return a key as flattening writes it: the place in a list, or a mapping's key as text."""
-    return key if isinstance(container, list | tuple) and isinstance(key, int) else str(key)
+def _parts(container: Any, path: tuple[Any, ...]) -> ObjectPath:
+    """Return a path as flattening writes it: places in lists, and keys of mappings as text."""
+    parts: list[str | int] = []
+    for key in path:
+        parts.append(str(key) if isinstance(container, Mapping) else key)
+        container = container[key]
+    return tuple(parts)
+
+
+def _is_open(value: object) -> bool:
+    """Tell whether a value is a container without a state of its own."""
+    return is_container(value) and not _is_stateful(value)
 
 
 def _is_stateful(value: Any) -> TypeGuard[Stateful]:
-    """Tell whether a value has a state of its own; of a tensor, which has none, it is not asked."""
+    """Tell whether a value has a state of its own; a tensor has none."""
     return (
-        type(value) not in _LEAVES
+        type(value) not in _STATELESS
         and not isinstance(value, torch.Tensor | type)
         and isinstance(value, Stateful)
     )
@@ -380,8 +388,10 @@ def _handed(own: Any, filled: Any, rank: int) -> Any:
     if isinstance(own, Mapping) and isinstance(filled, Mapping):
         given = {key: _handed(own.get(key, ABSENT), inner, rank) for key, inner in filled.items()}
         return given if any(given[key] is not inner for key, inner in filled.items()) else filled
-    if isinstance(own, list) and isinstance(filled, list):
+    if isinstance(own, list | tuple) and isinstance(filled, list):
         mine = [*own, *[ABSENT] * (len(filled) - len(own))]
         items = [_handed(a, b, rank) for a, b in zip(mine, filled, strict=False)]
+        if isinstance(own, tuple):  # `with_own` made a list of it
+            return getattr(own, "_make", tuple)(items)
         return items if any(a is not b for a, b in zip(items, filled, strict=True)) else filled
     return filled

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import ast
 import copy
-import dataclasses
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, MutableSequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +21,16 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from dcpstore.errors import CorruptionError, InvalidInputError
 from dcpstore.records import ObjectPath, StatePath
-from dcpstore.state.savable import nesting_checked
+from dcpstore.state.walk import (
+    DEEPEST,
+    PLAIN,
+    SCALARS,
+    is_container,
+    is_data,
+    items_in,
+    nesting_checked,
+    walk,
+)
 
 __all__ = [
     "FlatPaths",
@@ -44,7 +52,6 @@ _IN_TUPLE = "t"
 _MARK = re.compile(r"([.vSVt])(\d{0,9})")  # with the key's number in its dict, where that matters
 _NUMBER = re.compile(r"\d")
 _FLOATS = {text: float(text) for text in ("nan", "inf", "-inf")}  # which are no literals
-_DEEPEST = 900  # containers one in another: what Python can walk
 _MOST_HOLES = 10_000  # places of a list that hold nothing; more is no list that anybody saved
 
 # Values are of any type: hence `Any` in this module.
@@ -112,7 +119,7 @@ class _Opened:
         assert self._place is not None, "a state is a mapping"
         if not self._place.is_open:
             return False
-        key, item = next(iter(_inside(self.value)))
+        key, item = next(iter(items_in(self.value)))
         try:
             return type(_with_item(self.value, key, item)) is type(self.value)
         except Exception:  # whatever the constructor of a class of the caller's raises
@@ -201,19 +208,14 @@ class _Walk:
         """Enter all that lies in a container."""
         flat, prefix = self.flat, f"{fqn}." if path else ""
         container = value
-        pairs: Iterable[tuple[Any, Any]]
         if isinstance(value, Mapping):
-            pairs = value.items()
             _mark_keys(value, path, fqn, flat.paths)
-        elif isinstance(value, list):
-            pairs = enumerate(value)
-        else:
+        elif not isinstance(value, list):
             container = _Opened(value, place)
-            pairs = _inside(value)
             if isinstance(value, tuple):
                 flat.paths.marks[path] = _IN_TUPLE
         has_places = isinstance(value, list | tuple)
-        for key, item in pairs:
+        for key, item in items_in(value):
             part = key if has_places else str(key)
             name, below, here = f"{prefix}{part}", (*path, part), Place(container, key)
             if self._opens(item, name):
@@ -229,7 +231,7 @@ class _Walk:
             flat.places[name] = here
 
     def _opens(self, item: object, name: str) -> bool:
-        if not _is_open(item):
+        if type(item) in PLAIN or not _is_open(item):
             return False
         if self._is_leaf is None or isinstance(item, Mapping | list):
             return True
@@ -299,40 +301,30 @@ def _literal(text: str) -> Any:
 
 def _is_open(value: Any) -> bool:
     """Tell whether what lies in a value is walked, instead of the value as a whole."""
-    if isinstance(value, torch.Tensor):
-        return False
     if isinstance(value, Mapping):
         return bool(value)
     if isinstance(value, list):
+        held = walk(value, enters=_is_list, skips=SCALARS)
         return any(
-            isinstance(item, torch.Tensor | Mapping)
-            or (isinstance(item, list) and _is_open(item))
-            or (not isinstance(item, list) and _holds_tensor(item))
-            for item in value
+            isinstance(item, torch.Tensor | Mapping) or _holds_tensor(item) for _, item in held
         )
-    return not isinstance(value, torch.Size) and _holds_tensor(value)
+    return _holds_tensor(value)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list)
 
 
 def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return True
-    if isinstance(value, Mapping):
-        return any(map(_holds_tensor, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(_holds_tensor, value))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type | Stateful):
-        return any(_holds_tensor(item) for _, item in _inside(value))
-    return False
+    """Tell whether a tensor lies in a container or dataclass."""
+    return _is_searched(value) and any(
+        isinstance(item, torch.Tensor)
+        for _, item in walk(value, enters=_is_searched, skips=SCALARS)
+    )
 
 
-def _inside(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield what a tuple or a dataclass holds, by place or field."""
-    if isinstance(value, tuple):
-        yield from enumerate(value)
-        return
-    for one in dataclasses.fields(value):
-        if hasattr(value, one.name):
-            yield one.name, getattr(value, one.name)
+def _is_searched(value: object) -> bool:
+    return is_container(value) or (is_data(value) and not isinstance(value, Stateful))
 
 
 def _with_item(value: Any, key: Any, item: object) -> Any:
@@ -457,9 +449,9 @@ _NOTHING = object()
 
 def _marks(fqn: str, path: ObjectPath) -> list[tuple[str, int]]:
     """Return the mark of each part of a path, and the part's number among its siblings."""
-    if not 0 < len(path) <= _DEEPEST:
+    if not 0 < len(path) <= DEEPEST:
         raise CorruptionError(
-            f"{fqn[:200]!r} lies {len(path)} containers deep, and a state has 1 to {_DEEPEST}; "
+            f"{fqn[:200]!r} lies {len(path)} containers deep, and a state has 1 to {DEEPEST}; "
             "read the version flat."
         )
     text = path.marks if isinstance(path, StatePath) else ""
