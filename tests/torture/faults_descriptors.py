@@ -21,6 +21,7 @@ from tests.torture.sites import Mould, Site
 
 __all__ = ["Descriptors", "kinds"]
 
+EXCEPT = ("upgrade",)  # whose newer schema the child makes itself, of files that it copies
 MOST = 256  # descriptors of a process
 LEFT = (0, 1, 2, 3, 5, 8, 13, 21)  # descriptors that the process may still open
 
@@ -53,7 +54,8 @@ def kinds(ground: Ground) -> Iterator[Descriptors]:
     for operation in OPERATIONS:
         for dialect in DATABASES:
             chosen = (operation.name, dialect) == ("save", "sqlite")
-            if operation.ranks == 1 and (ground.long or chosen):
+            wanted = ground.long and operation.name not in EXCEPT
+            if operation.ranks == 1 and (wanted or chosen):
                 yield Descriptors(ground, operation, dialect)
 
 
