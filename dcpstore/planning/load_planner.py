@@ -25,10 +25,9 @@ from dcpstore.formats.composition import MARK, Composition, imported_value
 from dcpstore.geometry.boxes import Box
 from dcpstore.state.composed import Assemblies, spliced
 from dcpstore.state.load_options import LoadOptions
-from dcpstore.state.meta_device import check_room, make_room
 from dcpstore.state.optimizers import lists_parameters
 from dcpstore.state.shards import LocalShard, flat_shards, is_on_meta, is_sharded, local_shards
-from dcpstore.state.targets import target_fault
+from dcpstore.state.targets import check_room, make_room, target_fault
 from dcpstore.state.tree import Place, flattened, is_empty_container
 from dcpstore.state.walk import nesting_checked
 

@@ -1,4 +1,4 @@
-"""Which tensors of a state are module buffers: those in which ranks may differ.
+"""The module buffers of a state: the tensors in which ranks may differ.
 
 Each rank of DDP updates the running statistics of its batch norms from its own batches, and the
 next forward pass begins with those of rank 0. So a difference there is not an error, as one in a

@@ -225,7 +225,7 @@ def spliced(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def apart(path: ObjectPath, tensor: torch.Tensor) -> dict[str, Any] | None:
-    """Return the mark and the parts of a composed tensor; None where it is none that we know.
+    """Return the mark and the parts of a composed tensor; None for all other tensors.
 
     Raises:
         InvalidInputError: it is split over the ranks as its parts cannot be, or it cannot be read.
@@ -373,7 +373,7 @@ class Assemblies:
         return bool(self._held)
 
     def named(self, fqns: Iterable[str]) -> None:
-        """Learn the FQNs by which the state is planned, marks and parts included."""
+        """Take the FQNs by which the state is planned, marks and parts included."""
         if self._held:
             self.outer = {part: fqn for part, fqn in outer_fqns(fqns).items() if fqn in self._held}
 
@@ -427,7 +427,7 @@ class Assemblies:
         self._pending = Counter(self.outer[fqn] for fqn in fqns if fqn in self.outer)
 
     def arrived(self, fqn: str) -> tuple[str, torch.Tensor] | None:
-        """Hear that one item is there; with the last, return the FQN of the tensor, and the tensor.
+        """Count an item as read; return the FQN and the tensor where it is the last of its parts.
 
         Raises:
             MismatchError: what came is another kind of tensor.

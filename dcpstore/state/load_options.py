@@ -1,4 +1,4 @@
-"""What a caller wants of a load: which entries, under which names, and how strictly."""
+"""The options of a load: which entries, under which names, and how strictly."""
 
 from __future__ import annotations
 
@@ -79,10 +79,10 @@ def _check_globs(name: str, globs: object) -> None:
     if globs is None:
         return
     if not isinstance(globs, Collection):  # an iterator would be empty after the first FQN
-        raise InvalidInputError(f"{name}={globs!r} is no list; pass one of globs: ['model.*'].")
+        raise InvalidInputError(f"{name}={globs!r} is not a list; pass one of globs: ['model.*'].")
     odd = [glob for glob in globs if not isinstance(glob, str)]
     if odd:
-        raise InvalidInputError(f"{name} holds {odd[0]!r}, which is no text; pass globs of FQNs.")
+        raise InvalidInputError(f"{name} holds {odd[0]!r}, which is not text; pass globs of FQNs.")
 
 
 def _matches(fqn: str, globs: Iterable[str]) -> bool:

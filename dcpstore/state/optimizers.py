@@ -21,8 +21,8 @@ from dcpstore.formats.composition import ComposedEntry, Entry
 from dcpstore.records import ObjectPath
 from dcpstore.state.composed import composed_place
 from dcpstore.state.load_options import LoadOptions
-from dcpstore.state.meta_device import without_memory
 from dcpstore.state.overlay import ABSENT, GapError, Leaf, Node, lay_over, new_place, tree_of
+from dcpstore.state.targets import without_memory
 from dcpstore.state.tree import path_below
 
 __all__ = ["is_by_number", "lists_parameters", "optional_names", "prepare_optimizer"]
@@ -338,10 +338,10 @@ def _misshapen(
     parameters: Sequence[torch.Tensor],
     parts: Sequence[_OptimizerEntry],
 ) -> Iterator[str]:
-    """Yield which moments have another shape than their parameter, which only `step` would tell.
+    """Yield which moments have another shape than their parameter: only `step` would fail.
 
-    Other people's optimizers keep under these names what they like, and hooks may change what is
-    loaded, or give it to other parameters: then nobody can tell.
+    Optimizers that are not torch's may keep anything under these names, and hooks may change what
+    is loaded, or give it to other parameters: those are not checked.
     """
     kind = type(optimizer)
     has_hooks = (

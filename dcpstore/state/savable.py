@@ -1,7 +1,7 @@
-"""What of a plain state can be saved: tensors that have bytes, nested with an end.
+"""Whether a plain state can be saved and copied: each tensor has bytes, each value a copy.
 
-Asked before a planner sees the state, and before a copy of it is made, so that one error names what
-cannot be stored, whatever torch would raise of it.
+Checked before a planner sees the state, and before a copy of it is made, so that the error names
+what cannot be stored.
 """
 
 from __future__ import annotations

@@ -205,7 +205,7 @@ class _Walk:
         self._is_leaf = is_leaf
 
     def open(self, value: Any, path: ObjectPath, fqn: str, place: Place | None) -> None:
-        """Enter all that lies in a container."""
+        """Add all items of a container."""
         flat, prefix = self.flat, f"{fqn}." if path else ""
         container = value
         if isinstance(value, Mapping):
@@ -283,7 +283,7 @@ def _literal(text: str) -> Any:
     """Return the key of a text.
 
     Raises:
-        ValueError: it is none that a key has.
+        ValueError: no key has this text.
     """
     if text.isdecimal() and text.isascii() and (text[0] != "0" or text == "0"):
         return int(text)

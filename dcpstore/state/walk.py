@@ -1,8 +1,8 @@
 """The walk through a nested state: what a container is, the leaves with their paths, and a copy.
 
 A container is a mapping, a list or a tuple, of any class but torch.Size. A dataclass is one only
-for those who ask for it: nothing in one can be replaced by something of another type. Invariant: a
-state that contains itself is an error, wherever it is walked.
+where `enters` says so: `map_leaves` makes no new ones. Invariant: a state that contains itself is
+an error, wherever it is walked.
 """
 
 from __future__ import annotations
