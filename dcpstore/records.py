@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, NamedTuple, SupportsIndex, overload
 
+from dcpstore.core.digests import ALGORITHM
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.grids import Grid
 
@@ -194,7 +195,8 @@ class Operation:
 class TensorRecord:
     """The immutable content of one tensor, shared by every version in which it is the same.
 
-    `dtype` is torch's name without the module ("bfloat16"); `digest` is the hex content digest.
+    `dtype` is torch's name without the module ("bfloat16"); `digest` is the hex content digest, and
+    `algorithm` the name of what it and the digests of the chunks are made by.
     """
 
     id: int
@@ -204,6 +206,7 @@ class TensorRecord:
     codec: str
     nbytes: int
     parts: tuple[PartRecord, ...]
+    algorithm: str = ALGORITHM
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +270,21 @@ class NewTensor(NamedTuple):
     nbytes: int
     parts: tuple[PartRecord, ...]
     chunks: Sequence[NewChunk] = ()
+    algorithm: str = ALGORITHM
+
+    @classmethod
+    def of(cls, stored: TensorRecord, chunks: Sequence[NewChunk]) -> NewTensor:
+        """Return a stored tensor with its chunks, in order of (part, ordinal)."""
+        return cls(
+            stored.digest,
+            stored.dtype,
+            stored.shape,
+            stored.codec,
+            stored.nbytes,
+            stored.parts,
+            chunks,
+            stored.algorithm,
+        )
 
 
 class NewEntry(NamedTuple):
@@ -294,6 +312,7 @@ class PlanRecord:
     digest: str
     ranks: int
     shards: Sequence[ShardRecord]
+    algorithm: str = ALGORITHM
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,6 +402,7 @@ class VersionContent:
                 codec=tensor.codec,
                 nbytes=tensor.nbytes,
                 parts=tuple(tensor.parts),
+                algorithm=tensor.algorithm,
             )
             for tensor in self.tensors
         }

@@ -1,7 +1,6 @@
-"""Digests: BLAKE3 of raw bytes for a chunk, and of what a tensor is made of for its content.
+"""Digests of raw bytes for a chunk, and of what a tensor is made of for its content.
 
 Equal digests stand for equal bytes everywhere in a repository: dedupe and verification rest on it.
-Source of the hash: https://github.com/BLAKE3-team/BLAKE3-specs (32 bytes of output).
 """
 
 from __future__ import annotations
@@ -11,20 +10,20 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import numpy as np
-from blake3 import blake3
 from typing_extensions import Buffer
 
+from dcpstore.core.digests import ALGORITHM, hasher
 from dcpstore.geometry.grids import Grid
 
 __all__ = ["chunk_digest", "content_digest", "text_digest"]
 
 
-def chunk_digest(raw: Buffer) -> bytes:
+def chunk_digest(raw: Buffer, *, algorithm: str = ALGORITHM) -> bytes:
     """Return the 32-byte digest of the raw bytes of a chunk, which must be contiguous.
 
     Copies nothing, and lets other threads run meanwhile.
     """
-    return blake3(np.frombuffer(memoryview(raw), np.uint8).data).digest()
+    return hasher(np.frombuffer(memoryview(raw), np.uint8).data, algorithm=algorithm).digest()
 
 
 def content_digest(
@@ -41,7 +40,7 @@ def content_digest(
         chunk_digests: in order of (part, ordinal).
     """
     header = _content_header(dtype, tuple(shape), tuple(parts))
-    return blake3(header + b"".join(chunk_digests)).hexdigest()
+    return hasher(header + b"".join(chunk_digests)).hexdigest()
 
 
 @lru_cache(4096)
@@ -53,4 +52,4 @@ def _content_header(dtype: str, shape: tuple[int, ...], parts: tuple[Grid, ...])
 
 def text_digest(text: str) -> str:
     """Return the hex digest of a text's UTF-8 bytes."""
-    return blake3(text.encode()).hexdigest()
+    return hasher(text.encode()).hexdigest()

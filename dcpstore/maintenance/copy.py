@@ -235,10 +235,7 @@ def _known_tensors(records: Iterable[TensorRecord], catalog: Catalog) -> list[Ne
     ]
     for chunk in load_chunks(catalog, ranges):
         chunks[chunk.tensor_id].append(NewChunk(*chunk[1:]))
-    tensors = [
-        NewTensor(r.digest, r.dtype, r.shape, r.codec, r.nbytes, r.parts, sorted(chunks[r.id]))
-        for r in found
-    ]
+    tensors = [NewTensor.of(record, sorted(chunks[record.id])) for record in found]
     for tensor in tensors:
         if len(tensor.chunks) != sum(grid.size for grid in tensor.parts):
             raise ConflictError(_COLLECTED.format(tensor.digest))
@@ -250,6 +247,7 @@ def _described(tensor: NewTensor, chunk: NewChunk) -> PackedChunk:
         offset=chunk.offset,
         length=chunk.length,
         digest=chunk.digest,
+        algorithm=tensor.algorithm,
         codec=tensor.codec,
         dtype=tensor.dtype,
         chunk_shape=tensor.parts[chunk.part].chunk_shape,

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from blake3 import blake3
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
+from dcpstore.core.digests import hasher
 from dcpstore.encoding.dtypes import dtype_name, torch_dtype
 from dcpstore.geometry.box_table import BoxTable, Ints, padded
 from dcpstore.geometry.boxes import Box
@@ -88,11 +88,11 @@ class PlanTable:
     @property
     def digest(self) -> bytes:
         """What two plans share exactly when they are the same."""
-        hasher = blake3()
+        digest = hasher()
         for part in (self.names, self.paths, *_columns(self.rows), self.is_buffer.tobytes()):
-            hasher.update(len(part).to_bytes(8, "little"))
-            hasher.update(part)
-        return hasher.digest()
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+        return digest.digest()
 
 
 @dataclass(eq=False)
@@ -180,16 +180,16 @@ class GlobalTable:
         order = np.lexsort((*self.rows.sizes.T, *self.rows.offsets.T, self.rank, tensor))
         order = order[tensor[order] >= 0]
         rows = self.rows.take(order)
-        hasher = blake3(repr((self.ranks, [fqn for fqn, _ in names])).encode())
+        digest = hasher(repr((self.ranks, [fqn for fqn, _ in names])).encode())
         columns = (tensor[order], self.rank[order], rows.offsets, rows.sizes)
         for column in columns:
-            hasher.update(np.ascontiguousarray(column).tobytes())
+            digest.update(np.ascontiguousarray(column).tobytes())
         every = [(fqn, len(self.names[i].shape)) for fqn, i in names]
         shards = []
         for number, rank, offsets, sizes in zip(*(c.tolist() for c in columns), strict=True):
             fqn, dims = every[number]
             shards.append(ShardRecord(fqn, rank, Box(tuple(offsets[:dims]), tuple(sizes[:dims]))))
-        return PlanRecord(hasher.hexdigest(), self.ranks, shards)
+        return PlanRecord(digest.hexdigest(), self.ranks, shards)
 
     def take(self, rows: Ints) -> GlobalTable:
         """Return these rows, ascending."""

@@ -100,7 +100,7 @@ class ChunkReader:
             check_held(tensor.codec, encoded, nbytes)  # before there is room for it
             raw = self._buffer(nbytes)
             decode(tensor.codec, encoded, raw)
-        if self._verify and chunk_digest(raw) != chunk.digest:
+        if self._verify and chunk_digest(raw, algorithm=tensor.algorithm) != chunk.digest:
             raise CorruptionError("its bytes are not what its digest says")
         return np.frombuffer(raw, dtype).reshape(shape)
 
@@ -125,5 +125,5 @@ def check_chunk(chunk: PackedChunk, encoded: Buffer) -> None:
         check_held(chunk.codec, encoded, nbytes)
         raw = bytearray(nbytes)
         decode(chunk.codec, encoded, raw)
-    if chunk_digest(raw) != chunk.digest:
+    if chunk_digest(raw, algorithm=chunk.algorithm) != chunk.digest:
         raise CorruptionError("its bytes are not what its digest says")

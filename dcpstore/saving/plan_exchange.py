@@ -14,9 +14,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeGuard
 
-from blake3 import blake3
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
+from dcpstore.core.digests import hasher
 from dcpstore.core.lru import LruCache
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.box_table import Ints
@@ -218,7 +218,7 @@ def reply_to_offers(
         if (grids := kept_grids(parent.get(fqn), layout.dtype, layout.shape))
     ):
         layouts = lay_out(plan.table, chunk=chunk, parent=parent, are_whole=is_whole)
-        key = blake3(b"".join(digests) + pickle.dumps(layouts)).digest()
+        key = hasher(b"".join(digests) + pickle.dumps(layouts)).digest()
         plan = dataclasses.replace(plan, layouts=layouts, key=key)
         memory.plans.put(digests, plan)
     return plan, _replies(plan, offers)

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from blake3 import blake3
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 from typing_extensions import Buffer
 
 from dcpstore.collectives import Collectives, in_step, in_turn
+from dcpstore.core.digests import hasher
 from dcpstore.core.parallel import in_batches, run_ahead
 from dcpstore.encoding.dtypes import check_plain
 from dcpstore.encoding.values import JSON_BLOB, EncodedValue
@@ -80,7 +80,7 @@ def _digests(tensors: Sequence[torch.Tensor]) -> list[bytes]:
 
 
 def _digest(data: Buffer) -> bytes:
-    return blake3(data).digest(_DIGEST)
+    return hasher(data).digest()[:_DIGEST]
 
 
 def _elements(tensor: torch.Tensor) -> torch.Tensor:
@@ -154,7 +154,7 @@ def _value_digest(value: EncodedValue) -> bytes:
         text, data = data.decode(), b""
     if "{" in text:
         text = json.dumps(_ordered(json.loads(text)), sort_keys=True)
-    return blake3(text.encode() + b"\0" + data).digest(_DIGEST)
+    return hasher(text.encode() + b"\0" + data).digest()[:_DIGEST]
 
 
 def _ordered(node: Any) -> Any:

@@ -377,15 +377,7 @@ class SaveState:
         for chunk in load_chunks(catalog, ranges):
             chunks[chunk.tensor_id].append(NewChunk(*chunk[1:]))
         return {
-            tensor.digest: NewTensor(
-                digest=tensor.digest,
-                dtype=tensor.dtype,
-                shape=tensor.shape,
-                codec=tensor.codec,
-                nbytes=tensor.nbytes,
-                parts=tensor.parts,
-                chunks=sorted(chunks[tensor.id]),
-            )
+            tensor.digest: NewTensor.of(tensor, sorted(chunks[tensor.id]))
             for tensor in known.values()
         }
 

@@ -177,9 +177,10 @@ class VersionStore(Store):
                 decode(tensor.codec, encoded, raw)
             except CorruptionError as error:
                 raise CorruptionError(f"{where} is damaged: {error}") from error
-            if chunk_digest(raw) != chunk.digest:
+            found = chunk_digest(raw, algorithm=tensor.algorithm)
+            if found != chunk.digest:
                 raise CorruptionError(
-                    f"{where} is damaged: its digest is {chunk_digest(raw).hex()}, not "
+                    f"{where} is damaged: its digest is {found.hex()}, not "
                     f"{chunk.digest.hex()}; run 'dcpstore verify' to see what else is hurt."
                 )
         return encoded

@@ -161,29 +161,33 @@ def test_older_and_newer_schemas_name_the_cure(database_url: str) -> None:
             upgrade_schema(database_url)
 
 
+TOMORROW = f"{int(revisions.HEAD) + 1:04}"
+
+
 def be_newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Be a dcpstore of tomorrow, with one migration more."""
     folder = tmp_path / "migrations"
     shutil.copytree(migrations_folder(), folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "versions" / "0002_mood.py").write_text(
+    (folder / "versions" / f"{TOMORROW}_mood.py").write_text(
         "import sqlalchemy as sa\nfrom alembic import op\n\n"
-        "revision = '0002'\ndown_revision = '0001'\n\n\n"
+        f"revision = '{TOMORROW}'\ndown_revision = '{revisions.HEAD}'\n\n\n"
         "def upgrade():\n    op.add_column('version', sa.Column('mood', sa.Text()))\n"
     )
     monkeypatch.setattr(migrating_module, "migrations_folder", lambda: folder)
-    monkeypatch.setattr(revisions, "HEAD", "0002")
+    monkeypatch.setattr(revisions, "HEAD", TOMORROW)
 
 
 def test_upgrade_runs_what_is_missing_and_is_idempotent(
     database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Catalog.make(database_url, data_url="d").close()
-    assert upgrade_schema(database_url) == (revisions.HEAD, revisions.HEAD)
+    today = revisions.HEAD
+    assert upgrade_schema(database_url) == (today, today)
     be_newer(tmp_path, monkeypatch)
     with pytest.raises(SchemaError, match="older dcpstore"):
         Catalog.open(database_url)
-    assert upgrade_schema(database_url) == ("0001", "0002")
-    assert upgrade_schema(database_url) == ("0002", "0002")
+    assert upgrade_schema(database_url) == (today, TOMORROW)
+    assert upgrade_schema(database_url) == (TOMORROW, TOMORROW)
     with Catalog.open(database_url) as catalog:
         assert query_rows(catalog, "SELECT mood FROM version", {}) == []
         assert query_rows(catalog, "SELECT * FROM history", {}) == []
@@ -202,6 +206,7 @@ def test_threads_create_and_upgrade_on_both_databases_at_once(
         ]
         for url in urls[::4] + urls[1::4]:  # half of each kind are there, and of today
             Catalog.make(url, data_url="d").close()
+        today = revisions.HEAD
         be_newer(tmp_path, monkeypatch)
         barrier = threading.Barrier(count)
 
@@ -214,7 +219,7 @@ def test_threads_create_and_upgrade_on_both_databases_at_once(
 
         with ThreadPoolExecutor(count) as threads:
             found = list(threads.map(work, range(count)))
-        assert found == [("0001", "0002") if i % 4 < 2 else [] for i in range(count)]
+        assert found == [(today, TOMORROW) if i % 4 < 2 else [] for i in range(count)]
         for url in urls:
             with Catalog.open(url) as catalog:
                 assert query_rows(catalog, "SELECT mood FROM version", {}) == []

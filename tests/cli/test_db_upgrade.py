@@ -10,10 +10,10 @@ from tests.cli.conftest import Run, ask_database
 
 def test_a_catalog_of_today_stays(run: Run, target: str) -> None:
     result = run("db-upgrade", repo=target)
-    assert (result.exit_code, result.stdout) == (0, "the schema is 0001 already\n")
+    assert (result.exit_code, result.stdout) == (0, "the schema is 0002 already\n")
     assert json.loads(run("db-upgrade", "--json", repo=target).stdout) == {
-        "before": "0001",
-        "after": "0001",
+        "before": "0002",
+        "after": "0002",
     }
 
 

@@ -19,19 +19,19 @@ from dcpstore.catalog.schema import revisions
 
 __all__ = ["NEWEST", "go_back", "newer_schema"]
 
-NEWEST = "0002"
-_MIGRATION = """
+NEWEST = f"{int(revisions.HEAD) + 1:04}"
+_MIGRATION = f"""
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "{NEWEST}"
+down_revision = "{revisions.HEAD}"
 
 
 def upgrade():
     for name, value in (("mood", "good"), ("weather", "fair")):
         op.add_column("version", sa.Column(name, sa.Text()))
-        op.execute(f"UPDATE version SET {name} = '{value}'")
+        op.execute(f"UPDATE version SET {{name}} = '{{value}}'")
 """
 
 

@@ -144,15 +144,7 @@ def _new(tensor: TensorRecord, chunks: list[NewChunk]) -> NewTensor:
         raise CorruptionError(
             f"the catalog lacks chunks of the tensor {tensor.digest}; run 'dcpstore verify'."
         )
-    return NewTensor(
-        digest=tensor.digest,
-        dtype=tensor.dtype,
-        shape=tensor.shape,
-        codec=tensor.codec,
-        nbytes=tensor.nbytes,
-        parts=tensor.parts,
-        chunks=chunks,
-    )
+    return NewTensor.of(tensor, chunks)
 
 
 def _aliases(connection: Connection, tensors: Iterable[TensorRecord]) -> dict[str, str]:

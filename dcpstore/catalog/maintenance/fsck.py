@@ -58,6 +58,7 @@ class PackedChunk(NamedTuple):
     offset: int
     length: int
     digest: bytes
+    algorithm: str
     codec: str
     dtype: str
     chunk_shape: tuple[int, ...]
@@ -106,6 +107,7 @@ def packed_chunks(connection: Connection, key: str) -> list[PackedChunk]:
             _chunk.c.offset,
             _chunk.c.length,
             _chunk.c.digest,
+            tensor.c.algorithm,
             tensor.c.codec,
             tensor.c.dtype,
             part.c.chunk_shape,
@@ -121,7 +123,7 @@ def packed_chunks(connection: Connection, key: str) -> list[PackedChunk]:
     )
     places: dict[tuple[int, int, bytes], PackedChunk] = {}
     for row in rows:
-        chunk = PackedChunk(*row)
+        chunk = PackedChunk._make(row)
         places.setdefault(chunk[:3], chunk)
     return list(places.values())
 

@@ -69,6 +69,7 @@ def load_tensors(connection: Connection, ids: Select[Any]) -> dict[int, TensorRe
             tensor.c.shape,
             tensor.c.codec,
             tensor.c.nbytes,
+            tensor.c.algorithm,
         ).where(tensor.c.id.in_(ids))
     )
     found = {
@@ -80,8 +81,9 @@ def load_tensors(connection: Connection, ids: Select[Any]) -> dict[int, TensorRe
             codec=codec,
             nbytes=nbytes,
             parts=tuple(parts.get(held, ())),
+            algorithm=algorithm,
         )
-        for held, digest, dtype, shape, codec, nbytes in rows.all()
+        for held, digest, dtype, shape, codec, nbytes, algorithm in rows.all()
     }
     for record in found.values():
         if any(len(part.shape) != len(record.shape) for part in record.parts):
@@ -177,7 +179,7 @@ def load_plan(connection: Connection, version: int) -> PlanRecord:
         .order_by(shard.c.fqn, shard.c.rank, shard.c.ordinal)
     )
     shards = [ShardRecord(row.fqn, row.rank, Box(row.offsets, row.sizes)) for row in rows]
-    return PlanRecord(digest=head.digest, ranks=head.ranks, shards=shards)
+    return PlanRecord(head.digest, head.ranks, shards, head.algorithm)
 
 
 def _narrowed(query: Select[Any], wanted: Select[Any] | None) -> Select[Any]:

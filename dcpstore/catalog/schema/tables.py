@@ -30,6 +30,7 @@ from dcpstore.catalog.schema.types import (
     UtcTime,
     Words,
 )
+from dcpstore.core.digests import FIRST_ALGORITHM
 
 __all__ = [
     "alias",
@@ -64,6 +65,11 @@ def _words(name: str, *, unique: bool = False, null: bool = False) -> Column[Any
     return Column(name, Words, nullable=null, unique=unique or None)
 
 
+def _algorithm() -> Column[Any]:
+    """What the digest beside it is made by."""
+    return Column("algorithm", Words, nullable=False, server_default=FIRST_ALGORITHM)
+
+
 def _number(name: str, *, null: bool = False) -> Column[Any]:
     return Column(name, Number, nullable=null)
 
@@ -92,6 +98,7 @@ plan = Table(
     tables,
     Column("id", Key, primary_key=True),
     _words("digest", unique=True),
+    _algorithm(),
     _number("ranks"),
 )
 
@@ -187,6 +194,7 @@ tensor = Table(
     tables,
     Column("id", Key, primary_key=True),
     _words("digest", unique=True),
+    _algorithm(),  # of the digests of its chunks and aliases too
     _words("dtype"),
     Column("shape", IntTuple, nullable=False),
     _words("codec"),

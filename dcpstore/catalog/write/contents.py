@@ -48,7 +48,9 @@ def write_plan(connection: Connection, plan: PlanRecord) -> int:
     if found is not None:
         return int(found)
     new = connection.execute(
-        insert(table).values(digest=plan.digest, ranks=plan.ranks).returning(table.c.id)
+        insert(table)
+        .values(digest=plan.digest, algorithm=plan.algorithm, ranks=plan.ranks)
+        .returning(table.c.id)
     ).scalar_one()
     seen: dict[tuple[str, int], int] = {}
     rows = []
@@ -150,8 +152,8 @@ def _insert_tensors(connection: Connection, tensors: Sequence[NewTensor]) -> dic
     insert_rows(
         connection,
         table,
-        ("digest", "dtype", "shape", "codec", "nbytes"),
-        ((t.digest, t.dtype, t.shape, t.codec, t.nbytes) for t in tensors),
+        ("digest", "algorithm", "dtype", "shape", "codec", "nbytes"),
+        ((t.digest, t.algorithm, t.dtype, t.shape, t.codec, t.nbytes) for t in tensors),
     )
     wanted = wanted_names(connection, {tensor.digest for tensor in tensors})
     rows = connection.execute(select(table.c.digest, table.c.id).where(table.c.digest.in_(wanted)))
