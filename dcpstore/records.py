@@ -44,6 +44,8 @@ __all__ = [
     "Version",
     "VersionContent",
     "VersionDraft",
+    "VersionInfo",
+    "VersionStats",
 ]
 
 CodecSetting = Literal["auto", "none", "blosc", "zstd"]
@@ -119,31 +121,53 @@ class RepositoryRecord:
     created_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class Version:
-    """A committed checkpoint.
+@dataclass(frozen=True, kw_only=True)
+class VersionInfo:
+    """What is known of a version when its save begins: what is saved, by whom, and where.
 
-    `nbytes` are the raw bytes of all its tensors, `nbytes_reused` those of them that the repository
-    already held, `nbytes_written` the encoded bytes that this save added. `seconds` are wall-clock
-    seconds of the slowest rank by phase; `ranks` is the number of ranks that saved.
+    With `VersionStats` the one list of a version's facts: the columns and inserts of the catalog,
+    the manifest, the journal, the rebuild and `Version` follow from their fields. A field more
+    needs a migration that adds a column of its name, and a line in the view that shows it.
     """
 
-    number: int
     uid: str
-    parent: int | None
     branch: str
-    step: int | None
-    tags: tuple[str, ...]
-    message: str
-    metrics: Mapping[str, float]
-    labels: Mapping[str, str]
-    author: str
+    step: int | None = None
+    tags: tuple[str, ...] = ()
+    message: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    author: str = ""
+    host: str = ""
+    ranks: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionStats:
+    """What is known of a version when its save ends: sizes in bytes, seconds by phase, the time."""
+
     created_at: datetime
-    ranks: int
     nbytes: int
     nbytes_written: int
     nbytes_reused: int
     seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Numbered:
+    number: int
+    parent: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version(VersionStats, VersionInfo, _Numbered):
+    """A committed checkpoint.
+
+    `nbytes` are the raw bytes of all its tensors, `nbytes_reused` those of them that the repository
+    already held, `nbytes_written` the encoded bytes that this save added. `seconds` are wall-clock
+    seconds of the slowest rank by phase; `ranks` is the number of ranks that saved, and `host` the
+    machine of the rank that coordinated them.
+    """
 
     def __str__(self) -> str:
         return f"v{self.number}"
@@ -352,26 +376,19 @@ class RunningSave:
     progress: tuple[RankProgress, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class VersionDraft:
-    """What is known of a version when its save begins; it is stored as pending."""
+@dataclass(frozen=True, kw_only=True)
+class VersionDraft(VersionInfo):
+    """A version whose save begins; it is stored as pending.
 
-    uid: str
-    branch: str
-    step: int | None = None
-    message: str = ""
-    tags: tuple[str, ...] = ()
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    labels: Mapping[str, str] = field(default_factory=dict)
-    author: str = ""
-    host: str = ""
-    ranks: int = 1
+    `parent` and `expect_tip` are version numbers that the caller asked for, or None.
+    """
+
     parent: int | None = None
     expect_tip: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class VersionContent:
+@dataclass(frozen=True, kw_only=True)
+class VersionContent(VersionStats):
     """What one transaction makes visible: the entries and tensors of a finished save.
 
     `aliases` maps the digest of a content as this save cut it to that of the stored tensor which
@@ -383,11 +400,6 @@ class VersionContent:
     tensors: Sequence[NewTensor]
     packs: Sequence[PackRecord]
     plan: PlanRecord
-    nbytes: int
-    nbytes_written: int
-    nbytes_reused: int
-    seconds: Mapping[str, float]
-    created_at: datetime
     aliases: Mapping[str, str] = field(default_factory=dict)
     planner_data: str | None = None
 

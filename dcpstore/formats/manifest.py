@@ -10,18 +10,19 @@ Format: https://fsspec.github.io/kerchunk/spec.html
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any, get_args
+from typing import Any
 
-from blake3 import blake3
+import msgspec
 
-from dcpstore.core.ref_syntax import check_name
+from dcpstore.core.digests import FIRST_ALGORITHM
 from dcpstore.errors import CorruptionError, SchemaError
 from dcpstore.formats import json_fields
+from dcpstore.formats.json_fields import Natural, Naturals, PackKey, PackKeyOrNone, Text
+from dcpstore.formats.sealed import check_seal, seal
+from dcpstore.formats.version import decode_info, decode_stats, encode_facts
 from dcpstore.geometry.grids import Grid
 from dcpstore.records import (
     EntryKind,
@@ -34,16 +35,66 @@ from dcpstore.records import (
     StatePath,
     VersionContent,
     VersionDraft,
+    VersionInfo,
+    VersionStats,
 )
 
 __all__ = ["Manifest", "decode_manifest", "encode_manifest", "manifest_key"]
 
-_FORMAT = 1
-_HEAD = '{{"version": 1, "digest": "{}", '
-_HEAD_PATTERN = re.compile(rb'\{"version": 1, "digest": "([0-9a-f]{64})", ')
+_KERCHUNK, _FORMAT = 1, 1
 
-# JSON as read: each field is checked as it is taken, so `Any`.
+# JSON as read: of any kind until it is checked, hence `Any`.
 Json = dict[str, Any]
+
+
+class _Templates(msgspec.Struct):
+    data: Text
+
+
+class _Tensor(msgspec.Struct):
+    """A tensor with the digest, number of the pack, offset and length of each chunk."""
+
+    digest: Text
+    dtype: Text
+    shape: Naturals
+    codec: Text
+    nbytes: Natural
+    parts: list[tuple[Naturals, Naturals, Naturals]]
+    chunks: list[tuple[Text, Natural, Natural, Natural]]
+    algorithm: Text = FIRST_ALGORITHM
+
+
+class _Plan(msgspec.Struct):
+    """A plan with the FQN, rank, offsets and sizes of each shard."""
+
+    digest: Text
+    ranks: Natural
+    shards: list[tuple[Text, Natural, Naturals, Naturals]]
+    algorithm: Text = FIRST_ALGORITHM
+
+
+class _Format(msgspec.Struct):
+    format: Natural
+
+
+class _Contents(msgspec.Struct):
+    """What a version holds: beside its facts, which `formats.version` reads."""
+
+    parent: Natural | None
+    plan: _Plan
+    entries: list[tuple[Text, Any, EntryKind, Text | None, Text | None]]
+    packs: list[PackKeyOrNone]  # a tensor without elements may name none
+    tensors: list[_Tensor]
+    written: list[tuple[PackKey, Natural]]
+    aliases: dict[Text, Text]
+    planner_data: Text | None
+
+
+class _File(msgspec.Struct):
+    """A kerchunk reference file; its "refs" are for others."""
+
+    templates: _Templates
+    dcpstore: msgspec.Raw
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +138,8 @@ def encode_manifest(
     ]
     head = f'"templates":{json_fields.encode({"data": data_url})},"refs":{{'
     tail = f'}},"dcpstore":{_encode_version(draft, content)}}}'
-    body = [part.encode() for part in (head, ",".join(refs), tail)]  # megabytes: few copies
-    digest = blake3(b"{")
-    for part in body:
-        digest.update(part)
-    return b"".join([_HEAD.format(digest.hexdigest()).encode(), *body])
+    body = [part.encode() for part in (head, ",".join(refs), tail)]
+    return seal("version", _KERCHUNK, body)
 
 
 def decode_manifest(data: bytes) -> Manifest:
@@ -101,27 +149,15 @@ def decode_manifest(data: bytes) -> Manifest:
         CorruptionError: it is damaged or is no manifest.
         SchemaError: a newer dcpstore wrote it.
     """
-    head = _HEAD_PATTERN.match(data)
-    if head is None:
-        raise CorruptionError(
-            f"no manifest: it begins with {data[:40]!r}; restore it from a copy, or save the "
-            "version again."
-        )
-    found = blake3(b"{" + data[head.end() :]).hexdigest()
-    if found != head[1].decode():
-        raise CorruptionError(
-            f"a manifest is damaged: its digest is {found}, not {head[1].decode()}; restore it "
-            "from a copy, or take the version from the catalog."
-        )
+    check_seal(data, "version", what="manifest")
     try:
-        body = json.loads(b"{" + data[head.end() :])
-        said = body["dcpstore"]
-        if json_fields.natural(said["format"]) > _FORMAT:
+        data_url, said = _opened(data)
+        found = json_fields.read(said, _Format).format
+        if found > _FORMAT:
             raise SchemaError(
-                f"a manifest has format {said['format']}, newer than {_FORMAT}; update dcpstore."
+                f"a manifest has format {found}, newer than {_FORMAT}; update dcpstore."
             )
-        draft, content = _decode_version(said)
-        return Manifest(draft, content, json_fields.text(body["templates"]["data"]))
+        return Manifest(*_decode_version(said), data_url)
     except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise CorruptionError(
             f"a manifest does not hold what it must ({type(error).__name__}: {error}); restore it "
@@ -133,24 +169,10 @@ def _encode_version(draft: VersionDraft, content: VersionContent) -> str:
     packs = list(dict.fromkeys(chunk.pack for t in content.tensors for chunk in t.chunks))
     number = {pack: i for i, pack in enumerate(packs)}
     plan = content.plan
-    facts: Json = {
+    facts = {
         "format": _FORMAT,
-        "uid": draft.uid,
-        "branch": draft.branch,
+        **encode_facts(draft, content),
         "parent": draft.parent,
-        "step": draft.step,
-        "message": draft.message,
-        "tags": draft.tags,
-        "metrics": {name: _encode_float(value) for name, value in draft.metrics.items()},
-        "labels": dict(draft.labels),
-        "author": draft.author,
-        "host": draft.host,
-        "ranks": draft.ranks,
-        "created_at": content.created_at.isoformat(),
-        "nbytes": content.nbytes,
-        "nbytes_written": content.nbytes_written,
-        "nbytes_reused": content.nbytes_reused,
-        "seconds": dict(content.seconds),
         "aliases": dict(content.aliases),
         "planner_data": content.planner_data,
         "written": [[pack.key, pack.nbytes] for pack in content.packs],
@@ -159,8 +181,8 @@ def _encode_version(draft: VersionDraft, content: VersionContent) -> str:
     entries = ",".join(map(_encode_entry, content.entries))
     tensors = ",".join([_encode_tensor(tensor, number) for tensor in content.tensors])
     return (
-        f'{json_fields.encode(facts)[:-1]},"plan":{{"digest":"{plan.digest}","ranks":{plan.ranks},'
-        f'"shards":[{shards}]}},"entries":[{entries}],"packs":{json_fields.encode(packs)},'
+        f'{json_fields.encode(facts)[:-1]},"plan":{{"digest":"{plan.digest}",'
+        f'"algorithm":"{plan.algorithm}","ranks":{plan.ranks},"shards":[{shards}]}},"entries":[{entries}],"packs":{json_fields.encode(packs)},'
         f'"tensors":[{tensors}]}}'
     )
 
@@ -188,7 +210,8 @@ def _encode_tensor(tensor: NewTensor, number: Mapping[str, int]) -> str:
     assert [c[:2] for c in chunks] == _ordinals(tensor.parts), f"chunks of {tensor.digest}"
     places = [f'["{c.digest.hex()}",{number[c.pack]},{c.offset},{c.length}]' for c in chunks]
     cut = _encode_cut(tensor.dtype, tensor.shape, tensor.codec, tensor.nbytes, tuple(tensor.parts))
-    return f'{{"digest":"{tensor.digest}",{cut},"chunks":[{",".join(places)}]}}'
+    digest = f'"digest":"{tensor.digest}","algorithm":"{tensor.algorithm}"'
+    return f'{{{digest},{cut},"chunks":[{",".join(places)}]}}'
 
 
 @lru_cache(4096)
@@ -205,44 +228,41 @@ def _ordinals(parts: Sequence[Grid]) -> list[tuple[int, int]]:
     return [(i, j) for i, part in enumerate(parts) for j in range(part.size)]
 
 
-def _decode_version(said: Json) -> tuple[VersionDraft, VersionContent]:
-    draft = VersionDraft(
-        uid=json_fields.uid(said["uid"]),
-        branch=check_name(said["branch"], kind="branch"),
-        parent=json_fields.optional(json_fields.natural)(said["parent"]),
-        step=json_fields.optional(json_fields.natural)(said["step"]),
-        message=json_fields.text(said["message"]),
-        tags=tuple(json_fields.items(said["tags"], lambda tag: check_name(tag, kind="tag"))),
-        metrics=json_fields.mapping(said["metrics"], json_fields.number),
-        labels=json_fields.mapping(said["labels"], json_fields.text),
-        author=json_fields.text(said["author"]),
-        host=json_fields.text(said["host"]),
-        ranks=json_fields.natural(said["ranks"]),
-    )
-    packs = json_fields.items(said["packs"], _pack_or_none)
-    plan = said["plan"]
+def _opened(data: bytes) -> tuple[str, msgspec.Raw | Json]:
+    """Return the URL of the data, and what is said of the version."""
+    try:
+        file = msgspec.json.decode(data, type=_File)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:  # a key in a path may have a lone surrogate, which msgspec refuses
+        body = json.loads(data)
+        return msgspec.convert(body["templates"], _Templates).data, body["dcpstore"]
+    return file.templates.data, file.dcpstore
+
+
+def _decode_version(said: msgspec.Raw | Json) -> tuple[VersionDraft, VersionContent]:
+    info, stats = decode_info(said), decode_stats(said)
+    held = json_fields.read(said, _Contents)
     content = VersionContent(
-        entries=json_fields.items(said["entries"], _decode_entry),
-        tensors=json_fields.items(said["tensors"], lambda tensor: _decode_tensor(tensor, packs)),
-        packs=[
-            PackRecord(*json_fields.entries(one, json_fields.pack, json_fields.natural))
-            for one in json_fields.items(said["written"], list)
-        ],
+        **{fact.name: getattr(stats, fact.name) for fact in fields(VersionStats)},
+        entries=[_decode_entry(*entry) for entry in held.entries],
+        tensors=[_decode_tensor(tensor, held.packs) for tensor in held.tensors],
+        packs=[PackRecord(*pack) for pack in held.written],
         plan=PlanRecord(
-            json_fields.text(plan["digest"]),
-            json_fields.natural(plan["ranks"]),
-            json_fields.items(plan["shards"], _decode_shard),
+            held.plan.digest,
+            held.plan.ranks,
+            [
+                ShardRecord(fqn, rank, json_fields.box(offsets, sizes))
+                for fqn, rank, offsets, sizes in held.plan.shards
+            ],
+            held.plan.algorithm,
         ),
-        nbytes=json_fields.natural(said["nbytes"]),
-        nbytes_written=json_fields.natural(said["nbytes_written"]),
-        nbytes_reused=json_fields.natural(said["nbytes_reused"]),
-        seconds=json_fields.mapping(said["seconds"], json_fields.number),
-        created_at=json_fields.time(said["created_at"]),
-        aliases=json_fields.mapping(said["aliases"], json_fields.text),
-        planner_data=json_fields.optional(json_fields.text)(said["planner_data"]),
+        aliases=held.aliases,
+        planner_data=held.planner_data,
     )
     _check_names(content)
-    return draft, content
+    facts = {fact.name: getattr(info, fact.name) for fact in fields(VersionInfo)}
+    return VersionDraft(**facts, parent=held.parent), content
 
 
 def _check_names(content: VersionContent) -> None:
@@ -256,60 +276,32 @@ def _check_names(content: VersionContent) -> None:
         raise ValueError(f"no tensor {min(lacking)} is described")
 
 
-def _pack_or_none(found: object) -> str:
-    """Return the key of a pack; a tensor without elements may name none."""
-    return "" if found == "" else json_fields.pack(found)
-
-
-def _decode_entry(said: Sequence[Any]) -> NewEntry:
-    optional_text = json_fields.optional(json_fields.text)
-    fqn, path, kind, digest, value = json_fields.entries(
-        said, json_fields.text, StatePath.parsed, json_fields.text, optional_text, optional_text
-    )
+def _decode_entry(
+    fqn: str, path: Any, kind: EntryKind, digest: str | None, value: str | None
+) -> NewEntry:
     if (kind == "value") == (digest is not None) or (kind == "value" and value is None):
         raise ValueError(f"{fqn!r} is a {kind!r} of tensor {digest!r} and value {value!r}")
-    if kind not in get_args(EntryKind):
-        raise ValueError(f"{fqn!r} is a {kind!r}")
-    return NewEntry(fqn, path, kind, digest, value)
+    return NewEntry(fqn, StatePath.parsed(path), kind, digest, value)
 
 
-def _decode_shard(said: Sequence[Any]) -> ShardRecord:
-    fqn, rank, offsets, sizes = said
-    return ShardRecord(
-        json_fields.text(fqn), json_fields.natural(rank), json_fields.box(offsets, sizes)
-    )
-
-
-def _decode_tensor(said: Json, packs: Sequence[str]) -> NewTensor:
-    shape = json_fields.naturals(said["shape"])
-    parts = tuple(json_fields.items(said["parts"], lambda part: json_fields.grid(part, shape)))
+def _decode_tensor(said: _Tensor, packs: Sequence[str]) -> NewTensor:
+    parts = tuple(json_fields.grid(part, said.shape) for part in said.parts)
     count = sum(part.size for part in parts)
-    if count != len(said["chunks"]):
-        raise ValueError(f"{len(said['chunks'])} chunks for {count} cells of {said['digest']}")
+    if count != len(said.chunks):
+        raise ValueError(f"{len(said.chunks)} chunks for {count} cells of {said.digest}")
     chunks = [
-        NewChunk(
-            part,
-            ordinal,
-            bytes.fromhex(digest),
-            packs[json_fields.natural(pack)],
-            json_fields.natural(offset),
-            json_fields.natural(length),
-        )
+        NewChunk(part, ordinal, bytes.fromhex(digest), packs[pack], offset, length)
         for (part, ordinal), (digest, pack, offset, length) in zip(
-            _ordinals(parts), said["chunks"], strict=True
+            _ordinals(parts), said.chunks, strict=True
         )
     ]
     return NewTensor(
-        json_fields.text(said["digest"]),
-        json_fields.text(said["dtype"]),
-        shape,
-        json_fields.text(said["codec"]),
-        json_fields.natural(said["nbytes"]),
+        said.digest,
+        said.dtype,
+        said.shape,
+        said.codec,
+        said.nbytes,
         parts,
         chunks,
+        said.algorithm,
     )
-
-
-def _encode_float(value: float) -> float | str:
-    """Return a metric as JSON holds it: "nan" and "inf" as text."""
-    return value if math.isfinite(value) else str(value)

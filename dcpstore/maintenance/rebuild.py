@@ -26,7 +26,14 @@ from dcpstore.core.identity import new_uid
 from dcpstore.errors import CorruptionError, InvalidInputError, NotFoundError
 from dcpstore.formats.journal_entry import decode_operation, operation_key, operation_number
 from dcpstore.formats.manifest import Manifest, decode_manifest, manifest_key
-from dcpstore.records import ChunkDefaults, RepositoryRecord, VersionContent
+from dcpstore.formats.version import encode_facts
+from dcpstore.records import (
+    ChunkDefaults,
+    RepositoryRecord,
+    VersionContent,
+    VersionInfo,
+    VersionStats,
+)
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.local import LocalFolder
 from dcpstore.storage.urls import open_storage
@@ -333,45 +340,21 @@ def _makers(
 
 def _version_as_json(uid: str, number: int, manifest: Manifest | None, at: str) -> Json:
     """Return what is known of a version, as its own operation would have said it."""
-    fact: Json = {
+    if manifest is None:
+        began = datetime.fromisoformat(at)
+        stats = VersionStats(
+            created_at=began, nbytes=0, nbytes_written=0, nbytes_reused=0, seconds={}
+        )
+        facts = encode_facts(VersionInfo(uid=uid, branch="main", ranks=0), stats)
+    else:
+        facts = encode_facts(manifest.draft, manifest.content)
+    return facts | {
         "uid": uid,
         "number": number,
-        "branch": "main",
-        "step": None,
-        "message": "",
-        "labels": {},
-        "metrics": {},
-        "author": "",
-        "host": "",
-        "ranks": 0,
-        "nbytes": 0,
-        "nbytes_written": 0,
-        "nbytes_reused": 0,
-        "seconds": {},
-        "started_at": at,
-        "created_at": at,
+        "tags": (),
+        "started_at": facts["created_at"],
         "packs": [],  # those that a manifest names are found all the same
     }
-    if manifest is not None:
-        draft, content = manifest.draft, manifest.content
-        created = content.created_at.isoformat()
-        fact |= {
-            "branch": draft.branch,
-            "step": draft.step,
-            "message": draft.message,
-            "labels": dict(draft.labels),
-            "metrics": dict(draft.metrics),
-            "author": draft.author,
-            "host": draft.host,
-            "ranks": draft.ranks,
-            "nbytes": content.nbytes,
-            "nbytes_written": content.nbytes_written,
-            "nbytes_reused": content.nbytes_reused,
-            "seconds": dict(content.seconds),
-            "started_at": created,
-            "created_at": created,
-        }
-    return fact
 
 
 def _parent(

@@ -78,6 +78,7 @@ def test_commit_returns_all_that_was_said(catalog: Catalog) -> None:
         metrics=version.metrics,
         labels={"lr": "3e-4", "note": "größer"},
         author="ada",
+        host="node-1",
         created_at=at,
         ranks=4,
         nbytes=28,

@@ -173,8 +173,17 @@ def test_the_command_filters_and_draws(
 
 
 def version(number: int, parent: int | None) -> Version:
-    told = ("main", None, (), "", {}, {}, "", START, 1, 0, 0, 0, {})
-    return Version(number, f"{number}", parent, *told)
+    return Version(
+        number=number,
+        parent=parent,
+        uid=f"{number}",
+        branch="main",
+        created_at=START,
+        nbytes=0,
+        nbytes_written=0,
+        nbytes_reused=0,
+        seconds={},
+    )
 
 
 def graph(parents: dict[int, int | None]) -> list[str]:

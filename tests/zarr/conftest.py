@@ -97,7 +97,7 @@ def write(tmp_path: Path) -> Write:
             created_at=datetime.now(UTC),
         )
         manifest = encode_manifest(
-            VersionDraft("ab12", "main"),
+            VersionDraft(uid="ab12", branch="main"),
             content,
             data_url=storage.url,
             documents=zarr_documents(written.entries, attributes or {}),

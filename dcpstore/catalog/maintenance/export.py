@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
+from dataclasses import fields
 
 from sqlalchemy import Connection, select, update
 
 from dcpstore.catalog.db.key_lists import wanted_ids
 from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.read.entries import load_entries, load_plan
-from dcpstore.catalog.read.versions import ancestors, id_of_number, load_versions
+from dcpstore.catalog.read.versions import STATS, ancestors, id_of_number, load_versions
 from dcpstore.catalog.schema import tables
 from dcpstore.errors import CorruptionError
 from dcpstore.records import (
@@ -21,6 +22,7 @@ from dcpstore.records import (
     TensorRecord,
     VersionContent,
     VersionDraft,
+    VersionInfo,
 )
 
 __all__ = ["clear_stale", "lineage", "load_content", "mark_version_stale", "stale_versions"]
@@ -51,17 +53,8 @@ def load_content(connection: Connection, number: int) -> tuple[VersionDraft, Ver
         .order_by(pack.c.id)
     )
     draft = VersionDraft(
-        uid=version.uid,
-        branch=version.branch,
+        **{fact.name: getattr(version, fact.name) for fact in fields(VersionInfo)},
         parent=version.parent,
-        step=version.step,
-        message=version.message,
-        tags=version.tags,
-        metrics=version.metrics,
-        labels=version.labels,
-        author=version.author,
-        host=row.host,
-        ranks=version.ranks,
     )
     content = VersionContent(
         entries=[
@@ -77,11 +70,7 @@ def load_content(connection: Connection, number: int) -> tuple[VersionDraft, Ver
         tensors=[_new(tensor, chunks.get(tensor.id, [])) for tensor in tensors.values()],
         packs=[PackRecord(*found) for found in packs],
         plan=load_plan(connection, number),
-        nbytes=version.nbytes,
-        nbytes_written=version.nbytes_written,
-        nbytes_reused=version.nbytes_reused,
-        seconds=version.seconds,
-        created_at=version.created_at,
+        **{name: getattr(version, name) for name in STATS},
         aliases=_aliases(connection, tensors.values()),
         planner_data=row.planner_data,
     )

@@ -9,18 +9,18 @@ so there are no gaps. If two processes write one operation, they write the same 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import datetime
 from functools import wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
-from sqlalchemy import Connection, Row, select, update
+from sqlalchemy import Connection, select, update
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.db.key_lists import wanted_ids
 from dcpstore.catalog.db.transactions import reads, writes
+from dcpstore.catalog.read.versions import INFO, STATS
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.write.operations import list_operations
 from dcpstore.core.reentry import changing
@@ -31,6 +31,8 @@ from dcpstore.formats.journal_entry import (
     operation_key,
     operation_number,
 )
+from dcpstore.formats.version import encode_facts
+from dcpstore.records import VersionInfo, VersionStats
 from dcpstore.storage.interface import Storage
 
 __all__ = [
@@ -166,51 +168,36 @@ def _versions_as_json(connection: Connection, ids: set[int]) -> dict[int, Json]:
     version, parent = tables.version, tables.version.alias("parent_version")
     metric, pack = tables.metric, tables.pack
     wanted = wanted_ids(connection, ids)
-    facts = {
-        row.id: _version_as_json(row)
-        for row in connection.execute(
-            select(version, parent.c.uid.label("parent_uid"))
-            .outerjoin(parent, parent.c.id == version.c.parent)
-            .where(version.c.id.in_(wanted))
-        )
-    }
+    metrics: dict[int, dict[str, float]] = {}
     for row in connection.execute(select(metric).where(metric.c.version.in_(wanted))):
-        shown = row.value if math.isfinite(row.value) else str(row.value)  # JSON has no inf
-        facts[row.version]["metrics"][row.name] = shown
+        metrics.setdefault(row.version, {})[row.name] = row.value
+    packs: dict[int, list[tuple[str, int]]] = {}
     for row in connection.execute(
         select(pack.c.version, pack.c.key, pack.c.nbytes)
         .where(pack.c.version.in_(wanted), pack.c.planned_at.is_(None))
         .order_by(pack.c.id)
     ):
-        facts[row.version]["packs"].append([row.key, row.nbytes])
-    return facts
-
-
-def _version_as_json(row: Row[Any]) -> Json:
+        packs.setdefault(row.version, []).append((row.key, row.nbytes))
+    rows = connection.execute(
+        select(version, parent.c.uid.label("parent_uid"))
+        .outerjoin(parent, parent.c.id == version.c.parent)
+        .where(version.c.id.in_(wanted))
+    ).mappings()
     return {
-        "uid": row.uid,
-        "number": row.number,
-        "parent": row.parent_uid,
-        "branch": row.branch,
-        "step": row.step,
-        "message": row.message,
-        "labels": row.labels,
-        "metrics": {},
-        "author": row.author,
-        "host": row.host,
-        "ranks": row.ranks,
-        "nbytes": row.nbytes,
-        "nbytes_written": row.nbytes_written,
-        "nbytes_reused": row.nbytes_reused,
-        "seconds": row.seconds,
-        "started_at": _text(row.started_at),
-        "created_at": _text(row.created_at),
-        "packs": [],
+        row["id"]: {
+            **encode_facts(
+                VersionInfo(
+                    **{name: row[name] for name in INFO}, metrics=metrics.get(row["id"], {})
+                ),
+                VersionStats(**{name: row[name] for name in STATS}),
+            ),
+            "number": row["number"],
+            "parent": row["parent_uid"],
+            "started_at": row["started_at"].isoformat(),
+            "packs": packs.get(row["id"], []),
+        }
+        for row in rows
     }
-
-
-def _text(time: datetime) -> str:
-    return time.isoformat()
 
 
 P = ParamSpec("P")

@@ -18,11 +18,12 @@ from sqlalchemy import Connection, insert, select, update
 
 from dcpstore.catalog.db.key_lists import wanted_names
 from dcpstore.catalog.maintenance.journal import ChangedRef, changed_refs
-from dcpstore.catalog.read.versions import lineage_below
+from dcpstore.catalog.read.versions import INFO, STATS, lineage_below
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.write.contents import write_content, write_plan
 from dcpstore.catalog.write.operations import Change, append_operations, take_operations
 from dcpstore.errors import ConflictError
+from dcpstore.formats.version import decode_info, decode_stats
 from dcpstore.records import VersionContent
 
 __all__ = ["Contents", "Restored", "restore"]
@@ -159,39 +160,32 @@ def _write_versions(connection: Connection, state: _State) -> dict[str, int]:
     now = datetime.now(UTC)
     ids: dict[str, int] = {}
     for fact in facts:
-        ids[fact["uid"]] = connection.execute(
+        info, stats = decode_info(fact), decode_stats(fact)
+        parent = ids.get(fact["parent"])
+        ids[info.uid] = connection.execute(
             insert(_version)
             .values(
-                uid=fact["uid"],
+                **{name: getattr(info, name) for name in INFO},
+                **{name: getattr(stats, name) for name in STATS},
+                **lineage_below(connection, parent),
                 number=fact["number"],
                 status="expired",
-                parent=ids.get(fact["parent"]),
-                **lineage_below(connection, ids.get(fact["parent"])),
-                branch=fact["branch"],
-                step=fact["step"],
-                message=fact["message"],
-                labels=fact["labels"],
-                author=fact["author"],
-                host=fact["host"],
-                ranks=fact["ranks"],
+                parent=parent,
                 wanted_tags=[],
-                nbytes=fact["nbytes"],
-                nbytes_written=fact["nbytes_written"],
-                nbytes_reused=fact["nbytes_reused"],
-                seconds=fact["seconds"],
                 started_at=datetime.fromisoformat(fact["started_at"]),
-                touched_at=datetime.fromisoformat(fact["created_at"]),
-                created_at=datetime.fromisoformat(fact["created_at"]),
-                expired_at=state.expired.get(fact["uid"], now),
+                touched_at=stats.created_at,
+                expired_at=state.expired.get(info.uid, now),
             )
             .returning(_version.c.id)
         ).scalar_one()
-        metrics = [
-            {"version": ids[fact["uid"]], "name": name, "value": float(value)}
-            for name, value in fact["metrics"].items()
-        ]
-        if metrics:
-            connection.execute(insert(tables.metric), metrics)
+        if info.metrics:
+            connection.execute(
+                insert(tables.metric),
+                [
+                    {"version": ids[info.uid], "name": name, "value": value}
+                    for name, value in info.metrics.items()
+                ],
+            )
     last = max((int(fact["number"]) for fact in facts), default=0)
     connection.execute(update(tables.repository).values(last_version=last))
     return ids

@@ -28,10 +28,13 @@ from sqlalchemy import (
 
 from dcpstore.catalog.db.key_lists import wanted_ids
 from dcpstore.catalog.schema import tables
+from dcpstore.catalog.schema.tables import columns_of
 from dcpstore.errors import NotFoundError
-from dcpstore.records import Version
+from dcpstore.records import Version, VersionInfo, VersionStats
 
 __all__ = [
+    "INFO",
+    "STATS",
     "ancestor_at",
     "ancestors",
     "depth_of",
@@ -45,23 +48,7 @@ __all__ = [
 
 _version = tables.version
 _parent = tables.version.alias("parent_version")
-_COLUMNS = (  # what a record is made of, in its order from `labels` on; other columns can be long
-    _version.c.id,
-    _version.c.number,
-    _version.c.uid,
-    _parent.c.number,
-    _version.c.branch,
-    _version.c.step,
-    _version.c.message,
-    _version.c.labels,
-    _version.c.author,
-    _version.c.created_at,
-    _version.c.ranks,
-    _version.c.nbytes,
-    _version.c.nbytes_written,
-    _version.c.nbytes_reused,
-    _version.c.seconds,
-)
+INFO, STATS = columns_of(VersionInfo), columns_of(VersionStats)
 
 
 def load_versions(
@@ -69,7 +56,12 @@ def load_versions(
 ) -> list[Version]:
     """Return the committed versions, newest first: all, or those whose ids a query yields."""
     query = (
-        select(*_COLUMNS)
+        select(
+            _version.c.id,
+            _version.c.number,
+            _parent.c.number.label("parent"),
+            *(_version.c[name] for name in (*INFO, *STATS)),  # other columns can be long
+        )
         .select_from(_version)
         .outerjoin(_parent, _parent.c.id == _version.c.parent)
         .where(is_visible())
@@ -96,17 +88,13 @@ def load_versions(
         metrics.setdefault(value.version, {})[value.name] = value.value
     return [
         Version(
-            number,
-            uid,
-            parent,
-            branch,
-            step,
-            tuple(tags.get(id_, ())),
-            message,
-            metrics.get(id_, {}),
-            *rest,
+            number=number,
+            parent=parent,
+            tags=tuple(tags.get(id_, ())),
+            metrics=metrics.get(id_, {}),
+            **dict(zip((*INFO, *STATS), facts, strict=True)),
         )
-        for id_, number, uid, parent, branch, step, message, *rest in rows
+        for id_, number, parent, *facts in rows
     ]
 
 

@@ -6,7 +6,10 @@ has very many of (entries, parts, chunks, shards) are clustered by their key on 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import fields
+from datetime import datetime
+from typing import Any, get_type_hints
 
 from sqlalchemy import (
     CheckConstraint,
@@ -31,10 +34,12 @@ from dcpstore.catalog.schema.types import (
     Words,
 )
 from dcpstore.core.digests import FIRST_ALGORITHM
+from dcpstore.records import VersionInfo, VersionStats
 
 __all__ = [
     "alias",
     "chunk",
+    "columns_of",
     "entry",
     "metric",
     "operation",
@@ -63,6 +68,35 @@ tables = MetaData(
 
 def _words(name: str, *, unique: bool = False, null: bool = False) -> Column[Any]:
     return Column(name, Words, nullable=null, unique=unique or None)
+
+
+_TYPES: dict[Any, Any] = {  # of a column, by the type of a fact
+    int: Number,
+    int | None: Number,
+    str: Words,
+    datetime: UtcTime,
+    Mapping[str, str]: JsonText,
+    Mapping[str, float]: JsonText,
+}
+
+
+def _facts(kind: type[VersionInfo | VersionStats], *, null: bool = False) -> list[Column[Any]]:
+    """Return a column for each fact of a version, but for those that have a table: of its name."""
+    hints = get_type_hints(kind)
+    return [
+        Column(
+            name,
+            _TYPES[hints[name]],
+            nullable=null or hints[name] == (int | None),
+            unique=True if name == "uid" else None,
+        )
+        for name in columns_of(kind)
+    ]
+
+
+def columns_of(kind: type[VersionInfo | VersionStats]) -> tuple[str, ...]:
+    """Return the facts of a version that are columns; tags and metrics are rows of their own."""
+    return tuple(fact.name for fact in fields(kind) if fact.name not in {"tags", "metrics"})
 
 
 def _algorithm() -> Column[Any]:
@@ -106,7 +140,8 @@ version = Table(
     "version",
     tables,
     Column("id", Key, primary_key=True),
-    _words("uid", unique=True),
+    *_facts(VersionInfo),
+    *_facts(VersionStats, null=True),  # NULL until it is committed
     Column("number", Number, unique=True),  # NULL until it is committed
     _words("status"),
     # While pending, the parent that the save asked for; afterwards the true one.
@@ -114,25 +149,13 @@ version = Table(
     # How many ancestors it has, and one of them further up (`lineage`); NULL until it is committed.
     _number("depth", null=True),
     Column("jump", Key, ForeignKey("version.id"), index=True),
-    _words("branch"),
-    _number("step", null=True),
-    _words("message"),
-    Column("labels", JsonText, nullable=False),
-    _words("author"),
-    _words("host"),
-    _number("ranks"),
     # An expired version that has one was forgotten, and has its entries too until gc (`retention`).
     Column("plan", Key, ForeignKey("plan.id"), index=True),
     _words("planner_data", null=True),
     Column("wanted_tags", JsonText, nullable=False),
     _number("expect_tip", null=True),
-    _number("nbytes", null=True),
-    _number("nbytes_written", null=True),
-    _number("nbytes_reused", null=True),
-    Column("seconds", JsonText),
     Column("started_at", UtcTime, nullable=False),
     Column("touched_at", UtcTime, nullable=False),
-    Column("created_at", UtcTime),
     Column("expired_at", UtcTime),
     # Set, to another text each time, when chunks of the version moved: its manifest must follow.
     _words("stale", null=True),

@@ -16,7 +16,14 @@ from sqlalchemy import Connection, Row, insert, select, update
 from dcpstore.catalog.db.key_lists import wanted_names
 from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.read.ref_lookup import RefRow, find_refs
-from dcpstore.catalog.read.versions import id_of_number, is_ancestor, lineage_below, load_versions
+from dcpstore.catalog.read.versions import (
+    INFO,
+    STATS,
+    id_of_number,
+    is_ancestor,
+    lineage_below,
+    load_versions,
+)
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import can_be_kept, check_draft, check_key, check_text
 from dcpstore.catalog.write.contents import write_content, write_plan
@@ -89,16 +96,9 @@ def insert_pending(connection: Connection, draft: VersionDraft, *, parent: int |
     pending = connection.execute(
         insert(_version)
         .values(
-            uid=draft.uid,
+            **{name: getattr(draft, name) for name in INFO},
             status="pending",
             parent=parent,
-            branch=draft.branch,
-            step=draft.step,
-            message=draft.message,
-            labels=draft.labels,
-            author=draft.author,
-            host=draft.host,
-            ranks=draft.ranks,
             wanted_tags=draft.tags,
             expect_tip=draft.expect_tip,
             started_at=now,
@@ -149,12 +149,8 @@ def commit_save(connection: Connection, uid: str, content: VersionContent) -> Ve
             **lineage_below(connection, parent),
             plan=write_plan(connection, content.plan),
             planner_data=content.planner_data,
-            nbytes=content.nbytes,
-            nbytes_written=content.nbytes_written,
-            nbytes_reused=content.nbytes_reused,
-            seconds=content.seconds,
+            **{name: getattr(content, name) for name in STATS},
             touched_at=datetime.now(UTC),
-            created_at=content.created_at,
         )
     )
     forget_progress(connection, pending.id)
@@ -344,12 +340,8 @@ def commit_copy(
             **lineage_below(connection, parent_id),
             plan=write_plan(connection, content.plan),
             planner_data=content.planner_data,
-            nbytes=content.nbytes,
-            nbytes_written=content.nbytes_written,
-            nbytes_reused=content.nbytes_reused,
-            seconds=content.seconds,
+            **{name: getattr(content, name) for name in STATS},
             touched_at=datetime.now(UTC),
-            created_at=content.created_at,
         )
     )
     write_content(connection, pending, content)

@@ -1,0 +1,101 @@
+"""The facts of a version as JSON: in its manifest, and in the operations of the journal.
+
+Their names and types come from `VersionInfo` and `VersionStats`; here is what each type must be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from datetime import datetime
+from typing import Any, get_type_hints
+
+import msgspec
+
+from dcpstore.core.ref_syntax import check_name
+from dcpstore.formats.json_fields import Natural, Number, Text, Time, Uid, float_of, number_of, read
+from dcpstore.records import VersionInfo, VersionStats
+
+__all__ = ["decode_info", "decode_stats", "encode_facts"]
+
+# JSON whose members are of every kind, hence `Any`.
+Json = Mapping[str, Any]
+
+_AT_REST: dict[Any, Any] = {
+    str: Text,
+    int: Natural,
+    int | None: Natural | None,
+    datetime: Time,
+    tuple[str, ...]: tuple[Text, ...],
+    Mapping[str, str]: dict[Text, Text],
+    Mapping[str, float]: dict[Text, Number],
+}
+
+
+def _struct(kind: type[VersionInfo | VersionStats]) -> type[msgspec.Struct]:
+    """Return what the facts of a kind must be; the journal has no tags: they are operations."""
+    hints = get_type_hints(kind) | {"uid": Uid, "tags": tuple[str, ...]}
+    members = [
+        (fact.name, _AT_REST.get(hints[fact.name], hints[fact.name])) for fact in fields(kind)
+    ]
+    return msgspec.defstruct(
+        kind.__name__,
+        [(*member, ()) if member[0] == "tags" else member for member in members],
+        kw_only=True,
+    )
+
+
+_INFO, _STATS = _struct(VersionInfo), _struct(VersionStats)
+
+
+def encode_facts(*facts: VersionInfo | VersionStats) -> dict[str, Any]:
+    """Return facts as JSON holds them, by name."""
+    return {
+        fact.name: _encode(getattr(one, fact.name))
+        for one in facts
+        for kind in (VersionInfo, VersionStats)
+        if isinstance(one, kind)
+        for fact in fields(kind)
+    }
+
+
+def _encode(fact: Any) -> Any:
+    if isinstance(fact, datetime):
+        return fact.isoformat()
+    if isinstance(fact, Mapping):
+        return {
+            name: number_of(value) if isinstance(value, float) else value
+            for name, value in fact.items()
+        }
+    return fact
+
+
+def _read(said: Json | msgspec.Raw, kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """Return the facts of a kind; "nan" is a float again."""
+    found = msgspec.structs.asdict(read(said, kind))
+    for name in ("metrics", "seconds"):
+        if name in found:
+            found[name] = {key: float_of(number) for key, number in found[name].items()}
+    return found
+
+
+def decode_info(said: Json | msgspec.Raw) -> VersionInfo:
+    """Return what is said of a version's beginning.
+
+    Raises:
+        ValueError: a fact is missing, or of the wrong kind.
+    """
+    found = _read(said, _INFO)
+    check_name(found["branch"], kind="branch")
+    for tag in found["tags"]:
+        check_name(tag, kind="tag")
+    return VersionInfo(**found)
+
+
+def decode_stats(said: Json | msgspec.Raw) -> VersionStats:
+    """Return what is said of a version's end.
+
+    Raises:
+        ValueError: a fact is missing, or of the wrong kind.
+    """
+    return VersionStats(**_read(said, _STATS))
