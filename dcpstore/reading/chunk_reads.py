@@ -16,7 +16,7 @@ from typing_extensions import Buffer
 
 from dcpstore.catalog.maintenance.fsck import PackedChunk
 from dcpstore.encoding.codecs import check_held, decode, unencoded
-from dcpstore.encoding.digests import chunk_digest
+from dcpstore.encoding.content_digests import chunk_digest
 from dcpstore.encoding.dtypes import numpy_dtype
 from dcpstore.errors import CorruptionError
 from dcpstore.records import EntryRecord, StoredChunk, TensorRecord

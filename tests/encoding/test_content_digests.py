@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
-from dcpstore.encoding.digests import chunk_digest, content_digest, text_digest
+from dcpstore.encoding.content_digests import chunk_digest, content_digest, text_digest
 from dcpstore.geometry.grids import Grid
 
 ONE = Grid((0,), (4,), (4,))
