@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 from dcpstore.catalog.location import absolute_target
 from dcpstore.catalog.read.ref_lookup import DEFAULT_BRANCH, find_refs
 from dcpstore.collectives import alone_in, find_collectives
-from dcpstore.core.ref_syntax import Ref, parse_ref, rank_name
+from dcpstore.core.syntax import Ref, parse_ref, rank_name
 from dcpstore.errors import DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.loading import LoadSource, load_version
 from dcpstore.planning import DefaultLoadPlanner

@@ -24,12 +24,12 @@ from dcpstore.catalog.read.ref_lookup import list_refs, resolve
 from dcpstore.catalog.read.user_sql import query_rows
 from dcpstore.catalog.validation import as_labels, as_metrics, check_chunk
 from dcpstore.catalog.write.annotations import add_labels, add_metrics
-from dcpstore.catalog.write.lease import list_running
 from dcpstore.catalog.write.operations import list_operations
 from dcpstore.catalog.write.refs import delete_ref, make_ref, roll_back
+from dcpstore.catalog.write.saves import list_running
 from dcpstore.catalog.write.undo import undo_last
-from dcpstore.core.durations import Duration
 from dcpstore.core.identity import this_user
+from dcpstore.core.syntax import Duration
 from dcpstore.errors import AlreadyExistsError, DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.formats.composition import ComposedEntry, Entry, fold_entries, outer_fqns
 from dcpstore.records import (

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import SupportsFloat, TypeVar, get_args
 
-from dcpstore.core.ref_syntax import check_name
+from dcpstore.core.syntax import check_name
 from dcpstore.errors import AlreadyExistsError, InvalidInputError
 from dcpstore.records import ChunkDefaults, CodecSetting, VersionDraft
 

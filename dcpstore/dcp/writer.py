@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from dcpstore.catalog.location import absolute_target
-from dcpstore.catalog.write.lease import kept_lease
+from dcpstore.catalog.write.saves import kept_lease
 from dcpstore.core.identity import new_uid
 from dcpstore.errors import DcpstoreError, InvalidInputError
 from dcpstore.planning.balance import item_nbytes

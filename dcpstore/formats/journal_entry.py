@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from dcpstore.core.ref_syntax import check_name
+from dcpstore.core.syntax import check_name
 from dcpstore.errors import CorruptionError, SchemaError
 from dcpstore.formats.json_fields import Natural, PackKey, Text, Time, Uid, encode
 from dcpstore.formats.sealed import check_seal, seal

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 import msgspec
 
-from dcpstore.core.ref_syntax import check_name
+from dcpstore.core.syntax import check_name
 from dcpstore.formats.json_fields import Natural, Number, Text, Time, Uid, float_of, number_of, read
 from dcpstore.records import VersionInfo, VersionStats
 

@@ -18,17 +18,17 @@ from dcpstore.catalog.read.dedup import find_chunks, find_tensors
 from dcpstore.catalog.read.entries import load_chunks
 from dcpstore.catalog.read.log_filter import list_log
 from dcpstore.catalog.read.ref_lookup import list_refs, resolve
-from dcpstore.catalog.write.lease import kept_lease
 from dcpstore.catalog.write.refs import make_ref
 from dcpstore.catalog.write.saves import (
     abort_save,
     advance_branch,
     begin_copy,
     commit_copy,
+    kept_lease,
     known_uids,
 )
 from dcpstore.core.identity import new_uid
-from dcpstore.core.ref_syntax import parse_ref
+from dcpstore.core.syntax import parse_ref
 from dcpstore.errors import AlreadyExistsError, ConflictError, CorruptionError, NotFoundError
 from dcpstore.maintenance.rewrite import renew_manifests
 from dcpstore.reading.chunk_reads import check_chunk

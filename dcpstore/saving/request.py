@@ -23,7 +23,7 @@ from typing import (
 
 from dcpstore.catalog.maintenance.retention import Retention
 from dcpstore.catalog.validation import as_labels, as_metrics, check_draft
-from dcpstore.core.ref_syntax import rank_name
+from dcpstore.core.syntax import rank_name
 from dcpstore.errors import InvalidInputError
 from dcpstore.records import VersionDraft
 

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import SavePlanner
 
 from dcpstore.catalog.maintenance.journal import changing_repository
-from dcpstore.catalog.write.lease import kept_lease
+from dcpstore.catalog.write.saves import kept_lease
 from dcpstore.collectives import Collectives, alone_in_thread, in_step, in_turn
 from dcpstore.core.gc_pause import gc_allowed, gc_paused
 from dcpstore.core.progress import ProgressBar

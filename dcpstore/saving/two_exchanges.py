@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-from dcpstore.catalog.write.lease import kept_lease
+from dcpstore.catalog.write.saves import kept_lease
 from dcpstore.planning.plan_checks import check_agreement, check_tiling
 from dcpstore.planning.plan_table import GlobalTable, PlanTable
 from dcpstore.records import ChunkPlace, ObjectPath, PackRecord, Version

@@ -17,8 +17,7 @@ import pytest
 from sqlalchemy import Connection
 
 from dcpstore.catalog.catalog import Catalog
-from dcpstore.catalog.db.database import Database
-from dcpstore.catalog.db.db_errors import UnknownOutcomeError
+from dcpstore.catalog.db.database import Database, UnknownOutcomeError
 from dcpstore.catalog.db.transactions import writes
 from dcpstore.catalog.db.url import sqlite_url
 from dcpstore.catalog.maintenance.journal import mark_journaled, unjournaled
@@ -26,10 +25,15 @@ from dcpstore.catalog.read.entries import load_entries
 from dcpstore.catalog.read.log_filter import list_log
 from dcpstore.catalog.read.ref_lookup import list_refs, resolve
 from dcpstore.catalog.read.user_sql import query_rows
-from dcpstore.catalog.write.lease import touch_save
 from dcpstore.catalog.write.operations import list_operations
 from dcpstore.catalog.write.refs import make_ref
-from dcpstore.catalog.write.saves import abort_save, begin_save, commit_copy, commit_save
+from dcpstore.catalog.write.saves import (
+    abort_save,
+    begin_save,
+    commit_copy,
+    commit_save,
+    touch_save,
+)
 from dcpstore.errors import ConflictError, CorruptionError, DcpstoreError, NotFoundError
 from tests.proxy import Proxy, proxied
 from tests.servers import new_database

@@ -5,8 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.maintenance.condemn import condemn
-from dcpstore.catalog.write.lease import list_running, touch_save
-from dcpstore.catalog.write.saves import abort_save, begin_save
+from dcpstore.catalog.write.saves import abort_save, begin_save, list_running, touch_save
 from dcpstore.records import RankProgress
 from tests.catalog.conftest import make_draft
 from tests.cli.conftest import Run, ask_database

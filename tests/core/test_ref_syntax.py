@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dcpstore.core.ref_syntax import Ref, check_name, nearest_name, parse_ref
+from dcpstore.core.syntax import Ref, check_name, nearest_name, parse_ref
 from dcpstore.errors import InvalidInputError
 
 # Characters of names, of suffixes, and a few that neither has: near misses are likely.

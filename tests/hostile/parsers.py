@@ -17,7 +17,7 @@ from dcpstore.convert.dcp_folder import read_description
 from dcpstore.convert.pickles import odd_inside
 from dcpstore.convert.safetensors_header import aliases, paths_of, read_header, values_of
 from dcpstore.convert.torch_archive import load_archive, refuse_odd
-from dcpstore.core.ref_syntax import check_name, parse_ref
+from dcpstore.core.syntax import check_name, parse_ref
 from dcpstore.encoding.codecs import CODECS, decode
 from dcpstore.encoding.values import decode_value, encode_value
 from dcpstore.errors import DcpstoreError

@@ -10,8 +10,7 @@ from sqlalchemy import update
 from dcpstore import ConflictError, InvalidInputError, Repository
 from dcpstore.catalog.schema import tables as schema
 from dcpstore.catalog.write import lease as lease_module
-from dcpstore.catalog.write.lease import kept_lease
-from dcpstore.catalog.write.saves import abort_save, commit_save
+from dcpstore.catalog.write.saves import abort_save, commit_save, kept_lease
 from dcpstore.formats.manifest import manifest_key
 from dcpstore.storage.packs import PackWriter
 from tests.maintenance.conftest import Save, begin

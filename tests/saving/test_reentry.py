@@ -18,7 +18,7 @@ import torch
 import dcpstore
 from dcpstore import ConflictError, DefaultSavePlanner, RankFailure, Repository
 from dcpstore.catalog.catalog import Catalog
-from dcpstore.catalog.write.lease import touch_save
+from dcpstore.catalog.write.saves import touch_save
 from tests.ranks import RankPool
 from tests.soundness import Place
 

@@ -14,8 +14,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
 from sqlalchemy import Connection
 
-from dcpstore.catalog.db.database import Database
-from dcpstore.catalog.db.db_errors import UnknownOutcomeError
+from dcpstore.catalog.db.database import Database, UnknownOutcomeError
 
 __all__ = ["OpenCatalog", "reads", "writes"]
 

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Select, delete, select, update
 
-from dcpstore.catalog.db.key_lists import wanted_ids
+from dcpstore.catalog.db.bulk import wanted_ids
 from dcpstore.catalog.db.transactions import writes
 from dcpstore.catalog.read.ref_lookup import RefRow, list_refs, refs_of, resolve
 from dcpstore.catalog.read.versions import ancestors, is_visible, load_versions
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import check_text
 from dcpstore.catalog.write.operations import Change, append_operations, take_operations
-from dcpstore.core.ref_syntax import parse_ref
+from dcpstore.core.syntax import parse_ref
 from dcpstore.errors import InvalidInputError
 from dcpstore.records import ForgetReport, RefRecord, Version
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Connection, Select, exists, select
 
-from dcpstore.catalog.db.key_lists import wanted_names
+from dcpstore.catalog.db.bulk import wanted_names
 from dcpstore.catalog.db.transactions import reads
 from dcpstore.catalog.read.versions import (
     ancestor_at,
@@ -20,7 +20,7 @@ from dcpstore.catalog.read.versions import (
     load_versions,
 )
 from dcpstore.catalog.schema import tables
-from dcpstore.core.ref_syntax import Ref, parse_ref
+from dcpstore.core.syntax import Ref, parse_ref
 from dcpstore.errors import InvalidInputError, NotFoundError
 from dcpstore.records import RefRecord, Version
 

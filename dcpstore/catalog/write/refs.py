@@ -17,7 +17,7 @@ from dcpstore.catalog.read.versions import id_of_number, is_ancestor
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import check_text
 from dcpstore.catalog.write.operations import Change, append_operations, take_operations
-from dcpstore.core.ref_syntax import check_name
+from dcpstore.core.syntax import check_name
 from dcpstore.errors import AlreadyExistsError, ConflictError, InvalidInputError
 from dcpstore.records import RefRecord
 

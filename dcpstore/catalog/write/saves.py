@@ -3,17 +3,25 @@
 A pending version has no number and no ref names it: nobody sees it (invariant 3). Its number, its
 parent, the branch's new tip and its tags are decided while every other mutation waits. A copy from
 another repository keeps its uid, gets a new number, and moves no ref.
+
+A thread of the coordinator renews the lease of a running save as a heartbeat; garbage collection
+treats a save that was silent for its lease as crashed, and clears what it wrote. Invariant: the
+progress of a save is removed with it, whether it commits, is given up, or crashes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, Row, delete, insert, select, update
 
-from dcpstore.catalog.db.key_lists import wanted_names
+from dcpstore.catalog.db.bulk import wanted_names
 from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.read.ref_lookup import RefRow, find_refs
 from dcpstore.catalog.read.versions import (
@@ -27,7 +35,6 @@ from dcpstore.catalog.read.versions import (
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import can_be_kept, check_draft, check_key, check_text
 from dcpstore.catalog.write.contents import write_content, write_plan
-from dcpstore.catalog.write.lease import forget_progress
 from dcpstore.catalog.write.operations import (
     Change,
     append_operations,
@@ -35,8 +42,11 @@ from dcpstore.catalog.write.operations import (
     take_version,
 )
 from dcpstore.catalog.write.refs import taken
-from dcpstore.errors import ConflictError, NotFoundError
-from dcpstore.records import Version, VersionContent, VersionDraft
+from dcpstore.errors import ConflictError, DcpstoreError, NotFoundError
+from dcpstore.records import RankProgress, RunningSave, Version, VersionContent, VersionDraft
+
+if TYPE_CHECKING:
+    from dcpstore.catalog.catalog import Catalog
 
 __all__ = [
     "abort_save",
@@ -48,11 +58,103 @@ __all__ = [
     "find_begun",
     "find_committed",
     "find_copied",
+    "forget_progress",
     "insert_pending",
+    "kept_lease",
     "known_uids",
+    "list_running",
+    "touch_save",
 ]
 
+_log = logging.getLogger(__name__)
+_FIRST = 1.0  # seconds; what ends sooner costs the database nothing
+_SECONDS = 10.0  # between renewals; gc takes an hour of silence for a crash
+
 _version = tables.version
+_progress = tables.progress
+
+
+@writes(idempotent=True)
+def touch_save(connection: Connection, uid: str, progress: Sequence[RankProgress] = ()) -> None:
+    """Note that a pending save is still at work, and how far its ranks are."""
+    pending = connection.scalar(
+        update(_version)
+        .where(_version.c.uid == uid, _version.c.status == "pending")
+        .values(touched_at=datetime.now(UTC))
+        .returning(_version.c.id)
+    )
+    if pending is not None and progress:
+        forget_progress(connection, pending)
+        connection.execute(
+            insert(_progress), [{"version": pending, **asdict(one)} for one in progress]
+        )
+
+
+def forget_progress(connection: Connection, version: int) -> None:
+    """Remove the progress of a save that has ended."""
+    connection.execute(delete(_progress).where(_progress.c.version == version))
+
+
+@reads
+def list_running(connection: Connection) -> list[RunningSave]:
+    """Return the saves that have begun and not ended, the oldest first."""
+    rows = connection.execute(
+        select(_version).where(_version.c.status == "pending").order_by(_version.c.started_at)
+    ).all()
+    by_version: dict[int, list[RankProgress]] = {row.id: [] for row in rows}
+    for row in connection.execute(select(_progress).order_by(_progress.c.rank)):
+        if row.version in by_version:  # else its coordinator crashed, and gc gave it up
+            by_version[row.version].append(
+                RankProgress(row.rank, row.phase, row.nbytes, row.total, row.since)
+            )
+    return [
+        RunningSave(
+            uid=row.uid,
+            branch=row.branch,
+            step=row.step,
+            author=row.author,
+            host=row.host,
+            ranks=row.ranks,
+            started_at=row.started_at,
+            touched_at=row.touched_at,
+            progress=tuple(by_version[row.id]),
+        )
+        for row in rows
+    ]
+
+
+@contextmanager
+def kept_lease(
+    catalog: Catalog,
+    uid: str,
+    *,
+    progress: Callable[[], Sequence[RankProgress]] = tuple,
+    seconds: float = _SECONDS,
+) -> Iterator[None]:
+    """Renew the lease of the pending version `uid` until the block ends.
+
+    Each renewal also writes the `progress` of the ranks. A connection to the catalog is kept for
+    the queries of the save.
+    """
+    ended = threading.Event()
+
+    def renew() -> None:
+        pause = min(_FIRST, seconds)
+        while not ended.wait(pause):
+            pause = seconds
+            try:
+                touch_save(catalog, uid, progress())
+            except DcpstoreError as error:
+                _log.warning("the lease of the save %s was not renewed: %s", uid, error)
+
+    thread = threading.Thread(target=renew, name="dcpstore-lease", daemon=True)
+    thread.start()
+    try:
+        with catalog.keep_connection():
+            yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def find_begun(connection: Connection, draft: VersionDraft) -> bool | None:
