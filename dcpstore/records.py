@@ -7,9 +7,10 @@ never leave the catalog; torch and zarr objects never enter it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, SupportsIndex, overload
 
 from dcpstore.core.digests import ALGORITHM
@@ -46,6 +47,7 @@ __all__ = [
     "VersionDraft",
     "VersionInfo",
     "VersionStats",
+    "as_json",
 ]
 
 CodecSetting = Literal["auto", "none", "blosc", "zstd"]
@@ -524,3 +526,28 @@ class Row(tuple[Any, ...]):
 
     def __repr__(self) -> str:
         return f"Row({', '.join(f'{k}={v!r}' for k, v in self.items())})"
+
+
+def as_json(value: object) -> object:
+    """Return a record, or what it holds, as JSON shows it to programs.
+
+    Times are in ISO format and UTC, NaN and infinity are null, bytes are in hex.
+    """
+    match value:
+        case datetime():
+            plain: object = value.astimezone(UTC).isoformat(timespec="microseconds")
+        case float():
+            plain = value if math.isfinite(value) else None
+        case None | str() | int():
+            plain = value
+        case bytes():
+            plain = value.hex()
+        case Mapping():
+            plain = {str(key): as_json(item) for key, item in value.items()}
+        case list() | tuple():
+            plain = [as_json(item) for item in value]
+        case _ if is_dataclass(value):
+            plain = {field.name: as_json(getattr(value, field.name)) for field in fields(value)}
+        case _:
+            plain = str(value)
+    return plain

@@ -343,3 +343,11 @@ def test_the_command_line_starts_without_torch(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ({heavy}) if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_where_to_change_what_names_what_is_there() -> None:
+    page = (ROOT.parent / "docs" / "design.md").read_text()
+    section = page.split("## Where to change what")[1]
+    named = set(re.findall(r"`((?:dcpstore|tests|migrations|docs)/[^`]*|pyproject.toml)`", section))
+    assert len(named) > 20
+    assert [path for path in sorted(named) if not (ROOT.parent / path).exists()] == []

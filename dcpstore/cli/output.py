@@ -9,15 +9,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, is_dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import datetime
 
 import click
+
+from dcpstore.records import as_json
 
 __all__ = [
     "Column",
@@ -122,9 +123,9 @@ def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
 def print_json(value: object) -> None:
     """Print a record, or a list of them with one a line, as JSON in pure ASCII."""
     if isinstance(value, list):
-        click.echo("[" + ",\n ".join(json.dumps(_plain(item)) for item in value) + "]")
+        click.echo("[" + ",\n ".join(json.dumps(as_json(item)) for item in value) + "]")
     else:
-        click.echo(json.dumps(_plain(value), indent=2))
+        click.echo(json.dumps(as_json(value), indent=2))
 
 
 def print_csv(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -138,28 +139,6 @@ def print_csv(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     if sys.stdout.isatty():  # a file gets the bytes as they are, a terminal never
         shown = "".join(visible(line.rstrip("\n")) + "\n" for line in shown.split("\n")[:-1])
     click.echo(shown, nl=False, color=True)  # or it would drop what looks like a colour
-
-
-def _plain(value: object) -> object:
-    """Return a value as JSON takes it: times in ISO format and UTC, NaN and infinity as null."""
-    match value:
-        case datetime():
-            plain: object = value.astimezone(UTC).isoformat(timespec="microseconds")
-        case float():
-            plain = value if math.isfinite(value) else None
-        case None | str() | int():
-            plain = value
-        case bytes():
-            plain = value.hex()
-        case Mapping():
-            plain = {str(key): _plain(item) for key, item in value.items()}
-        case list() | tuple():
-            plain = [_plain(item) for item in value]
-        case _ if is_dataclass(value):
-            plain = {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-        case _:
-            plain = str(value)
-    return plain
 
 
 def _cells(text: str) -> int:
