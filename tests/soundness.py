@@ -9,8 +9,8 @@ import numpy as np
 from dcpstore.catalog.glance import LogLine, glance_at_log
 from dcpstore.catalog.maintenance.fsck import list_packs
 from dcpstore.catalog.read.entries import load_chunks, load_entries
+from dcpstore.core.digests import chunk_digest, content_digest
 from dcpstore.encoding.codecs import decode
-from dcpstore.encoding.content_digests import chunk_digest, content_digest
 from dcpstore.encoding.dtypes import numpy_dtype
 from dcpstore.formats.journal_entry import operation_number
 from dcpstore.formats.manifest import decode_manifest, manifest_key

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from typing_extensions import Buffer
 
 from dcpstore.catalog.maintenance.fsck import PackedChunk
+from dcpstore.core.digests import chunk_digest
 from dcpstore.encoding.codecs import check_held, decode, unencoded
-from dcpstore.encoding.content_digests import chunk_digest
 from dcpstore.encoding.dtypes import numpy_dtype
 from dcpstore.errors import CorruptionError
 from dcpstore.records import EntryRecord, StoredChunk, TensorRecord

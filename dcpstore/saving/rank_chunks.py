@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.read.dedup import find_chunks
+from dcpstore.core.digests import chunk_digest
 from dcpstore.core.parallel import in_batches, run_ahead
-from dcpstore.encoding.content_digests import chunk_digest
 from dcpstore.encoding.dtypes import as_bytes, check_plain
 from dcpstore.encoding.values import EncodedValue, PlannerBytes, encode_value
 from dcpstore.errors import InvalidInputError, UnsafeDataError

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.read.dedup import find_tensors
 from dcpstore.catalog.read.entries import load_chunks
-from dcpstore.encoding.content_digests import content_digest
+from dcpstore.core.digests import content_digest
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.box_table import GridTable, Ints
 from dcpstore.geometry.grids import Grid, cover

@@ -23,8 +23,8 @@ from zarr.abc.store import (
 )
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 
+from dcpstore.core.digests import chunk_digest
 from dcpstore.encoding.codecs import check_held, decode
-from dcpstore.encoding.content_digests import chunk_digest
 from dcpstore.encoding.dtypes import numpy_dtype
 from dcpstore.errors import CorruptionError
 from dcpstore.records import ChunkRange, EntryRecord, StoredChunk

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from dcpstore.core.digests import chunk_digest, content_digest
 from dcpstore.encoding.codecs import encode
-from dcpstore.encoding.content_digests import chunk_digest, content_digest
 from dcpstore.encoding.dtypes import as_bytes, dtype_name
 from dcpstore.formats.manifest import encode_manifest, manifest_key
 from dcpstore.geometry.grids import Grid
