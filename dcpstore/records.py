@@ -129,7 +129,7 @@ class VersionInfo:
 
     With `VersionStats` the one list of a version's facts: the columns and inserts of the catalog,
     the manifest, the journal, the rebuild and `Version` follow from their fields. A field more
-    needs a migration that adds a column of its name, and a line in the view that shows it.
+    has a default, for what was written before lacks it; docs/design.md says what else it needs.
     """
 
     uid: str

@@ -497,7 +497,13 @@ class Repository:
             expire,
         )
 
-        rules = Retention(keep_last, keep_every, keep_best, keep_tagged, keep_since)
+        rules = Retention(
+            keep_last=keep_last,
+            keep_every=keep_every,
+            keep_best=keep_best,
+            keep_tagged=keep_tagged,
+            keep_since=keep_since,
+        )
         return expire(self.catalog, rules, author=this_user(), branch=branch, dry_run=dry_run)
 
     @journaled

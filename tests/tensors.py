@@ -4,31 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from dcpstore.encoding import dtypes
 from dcpstore.encoding.dtypes import as_bytes
 
-DTYPES = [
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.complex64,
-    torch.complex128,
-    torch.complex32,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.uint8,
-    torch.uint16,
-    torch.uint32,
-    torch.uint64,
-    torch.bool,
-    torch.float8_e4m3fn,
-    torch.float8_e4m3fnuz,
-    torch.float8_e5m2,
-    torch.float8_e5m2fnuz,
-    torch.float8_e8m0fnu,
-]
+DTYPES = [row.torch for row in dtypes.DTYPES if not row.is_packed]
 
 
 def raw(dtype: torch.dtype, *shape: int) -> torch.Tensor:

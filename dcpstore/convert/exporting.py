@@ -58,7 +58,7 @@ def wanted_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def converted(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     """Return what a tensor of `dtype` becomes: only floating ones are converted."""
-    if wanted is None or not dtype.is_floating_point or dtype == PACKED:
+    if wanted is None or not dtype.is_floating_point or dtype in PACKED:
         return dtype  # two numbers in an element: a conversion would change the shape
     return wanted
 

@@ -30,7 +30,6 @@ __all__ = [
 ]
 
 MOST_DIMS = 64  # numpy's limit
-PACKED = torch.float4_e2m1fn_x2  # an element is a byte of two numbers; torch's shapes count bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +39,7 @@ class Dtype:
     `stored` is the data type of Zarr and numpy under which its bytes are stored, `safetensors` the
     tag of that format, `storage` the class by which `torch.save` names its storages (it names the
     rest by dtype), `casts` the names by which a caller asks floats to be converted to it.
+    `is_packed` says that an element is a byte of several numbers; torch's shapes count bytes.
     """
 
     torch: torch.dtype
@@ -47,6 +47,7 @@ class Dtype:
     safetensors: str | None = None
     storage: Any = None
     casts: tuple[str, ...] = ()
+    is_packed: bool = False
 
     @property
     def name(self) -> str:
@@ -79,12 +80,13 @@ DTYPES = (
     Dtype(torch.float8_e5m2, "uint8", "F8_E5M2", casts=("float8_e5m2",)),
     Dtype(torch.float8_e5m2fnuz, "uint8", "F8_E5M2FNUZ"),
     Dtype(torch.float8_e8m0fnu, "uint8", "F8_E8M0"),
-    Dtype(PACKED, "uint8"),
+    Dtype(torch.float4_e2m1fn_x2, "uint8", is_packed=True),
     Dtype(torch.complex32, "uint32"),
     Dtype(torch.complex64, "complex64", "C64", torch.ComplexFloatStorage),
     Dtype(torch.complex128, "complex128", None, torch.ComplexDoubleStorage),
 )
 _DTYPES = {row.name: row.torch for row in DTYPES}
+PACKED = frozenset(row.torch for row in DTYPES if row.is_packed)
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _NUMPY: dict[str, np.dtype[np.generic]] = {row.name: np.dtype(row.stored) for row in DTYPES}
 _STAND_INS = {row.torch: _DTYPES[row.stored] for row in DTYPES if row.stored != row.name}

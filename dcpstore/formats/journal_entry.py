@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -18,14 +18,51 @@ from dcpstore.formats.json_fields import Natural, PackKey, Text, Time, Uid, enco
 from dcpstore.formats.sealed import check_seal, seal
 from dcpstore.formats.version import decode_info, decode_stats
 
-__all__ = ["decode_operation", "encode_operation", "operation_key", "operation_number"]
+__all__ = ["KINDS", "decode_operation", "encode_operation", "operation_key", "operation_number"]
 
 _FORMAT = 1
 _KEY_PATTERN = re.compile(r"operations/([0-9]{12,18})\.json")
-_WITHOUT_REF = ("expire", "forget", "gc")  # their target, if any, is not a name
 
 # JSON: of any kind until it is checked, hence `Any`.
 Json = dict[str, Any]
+
+
+class Kind(NamedTuple):
+    """What operations of a kind have in common.
+
+    Attributes:
+        target: what their target names: a branch, a tag, or versions as text for people; None where
+            it names either ref, or nothing.
+        describes: whether the journal holds all facts of the version `new`.
+        adds: whether they add to a version what an undo removes again.
+        detail: what must be in their detail.
+    """
+
+    target: Literal["branch", "tag", "versions"] | None = None
+    describes: bool = True
+    adds: bool = False
+    detail: tuple[str, ...] = ()
+
+
+# Every kind of operation. What replaying one does is in `catalog/maintenance/restore.py`, what
+# undoing one does in `catalog/write/undo.py`.
+KINDS = {
+    "init": Kind(),
+    "save": Kind("branch"),
+    "copy": Kind("branch"),
+    "tag": Kind("tag", describes=False),
+    "branch": Kind("branch", describes=False),
+    "rollback": Kind("branch", describes=False),
+    "delete_tag": Kind("tag", describes=False),
+    "delete_branch": Kind("branch", describes=False),
+    "metrics": Kind(adds=True),
+    "labels": Kind(adds=True),
+    "expire": Kind("versions", detail=("versions",)),
+    "forget": Kind("versions", detail=("versions", "refs")),
+    "gc": Kind("versions"),
+    "undo": Kind(detail=("undoes",)),
+    "lost": Kind(),  # what a rebuild writes in the place of one that is missing
+}
 
 
 class _Named(msgspec.Struct):
@@ -94,9 +131,6 @@ class _Operation(msgspec.Struct):
     repository: _Repository | msgspec.UnsetType = msgspec.UNSET
 
 
-_NEEDED = {"expire": ["versions"], "forget": ["versions", "refs"], "undo": ["undoes"]}  # in detail
-
-
 def operation_key(number: int) -> str:
     """Return the key of an operation."""
     return f"operations/{number:012}.json"
@@ -140,14 +174,15 @@ def decode_operation(data: bytes) -> Json:
 def _check(operation: _Operation, detail: Json) -> None:
     """Check what follows from the kind of an operation, and the names in it."""
     kind, target = operation.kind, operation.target
-    if lacking := [name for name in _NEEDED.get(kind, []) if name not in detail]:
+    known = KINDS.get(kind, Kind())
+    if lacking := [name for name in known.detail if name not in detail]:
         raise ValueError(f"a {kind!r} without {lacking[0]!r}")
     for ref in detail.get("refs", []):
         check_name(ref["name"], kind="ref")
     if any(isinstance(added, list) != (kind == "gc") for added in detail.get("added", [])):
         raise ValueError("packs are added by gc, and names by nothing else")
     is_of_versions = kind == "undo" and "versions" in detail  # the undo of a forget
-    if target and kind not in _WITHOUT_REF and not is_of_versions:
+    if target and known.target != "versions" and not is_of_versions:
         check_name(target, kind="ref")
     if operation.version is not msgspec.UNSET:
         decode_info(operation.version)

@@ -6,7 +6,7 @@ Their names and types come from `VersionInfo` and `VersionStats`; here is what e
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from datetime import datetime
 from typing import Any, get_type_hints
 
@@ -33,14 +33,21 @@ _AT_REST: dict[Any, Any] = {
 
 
 def _struct(kind: type[VersionInfo | VersionStats]) -> type[msgspec.Struct]:
-    """Return what the facts of a kind must be; the journal has no tags: they are operations."""
+    """Return what the facts of a kind must be.
+
+    One with a default may be missing: tags are operations in the journal, and what was written
+    before a fact was there does not have it.
+    """
     hints = get_type_hints(kind) | {"uid": Uid, "tags": tuple[str, ...]}
-    members = [
-        (fact.name, _AT_REST.get(hints[fact.name], hints[fact.name])) for fact in fields(kind)
-    ]
+    members = [(fact, _AT_REST.get(hints[fact.name], hints[fact.name])) for fact in fields(kind)]
     return msgspec.defstruct(
         kind.__name__,
-        [(*member, ()) if member[0] == "tags" else member for member in members],
+        [
+            (fact.name, type_)
+            if fact.default is fact.default_factory is MISSING
+            else (fact.name, type_, fact.default if fact.default_factory is MISSING else {})
+            for fact, type_ in members
+        ],
         kw_only=True,
     )
 

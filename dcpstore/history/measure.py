@@ -175,7 +175,7 @@ def _is_measured(entry: EntryDiff) -> bool:
     if not old.kind == new.kind == "tensor" or _tensor(old).shape != _tensor(new).shape:
         return False
     dtypes = {torch_dtype(_tensor(entry).dtype) for entry in (old, new)}
-    return len(dtypes) == 1 or PACKED not in dtypes
+    return len(dtypes) == 1 or PACKED.isdisjoint(dtypes)
 
 
 def _tensor(entry: EntryRecord | None) -> TensorRecord:

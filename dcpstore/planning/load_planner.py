@@ -260,7 +260,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         differs = f"{fqn!r} has dtype {dtype} in the version, and {wanted.dtype} in the state"
         if self.options.on_dtype == "error":
             return f"{differs}; on_dtype='cast' converts it"
-        if PACKED in {dtype, wanted.dtype}:
+        if not PACKED.isdisjoint({dtype, wanted.dtype}):
             return f"{differs}, which cannot be converted"
         self.cast.append(self._composed.outer.get(fqn, fqn))
         return None

@@ -26,6 +26,7 @@ from dcpstore.catalog.write.operations import list_operations
 from dcpstore.core.reentry import changing
 from dcpstore.errors import CorruptionError, DcpstoreError, NotFoundError
 from dcpstore.formats.journal_entry import (
+    KINDS,
     decode_operation,
     encode_operation,
     operation_key,
@@ -36,7 +37,6 @@ from dcpstore.records import VersionInfo, VersionStats
 from dcpstore.storage.interface import Storage
 
 __all__ = [
-    "ABOUT_REFS",
     "JOURNAL_BATCH",
     "ChangedRef",
     "Journaled",
@@ -51,8 +51,6 @@ __all__ = [
     "write_journal",
 ]
 
-# Operations that name versions and tell nothing new about them.
-ABOUT_REFS = frozenset({"tag", "branch", "rollback", "delete_tag", "delete_branch"})
 JOURNAL_BATCH = 500
 
 # JSON to be written: its values are of every kind, hence `Any`.
@@ -78,7 +76,7 @@ def changed_refs(said: Mapping[str, Any]) -> Iterator[ChangedRef]:
         for ref in detail["refs"]:
             yield ChangedRef(ref["name"], ref["kind"], ref["old"], ref["new"])
     elif said["target"] and (said["old"] or said["new"]):
-        kind = {"tag": "tag", "branch": "branch", "save": "branch"}.get(said["kind"])
+        kind = KINDS[said["kind"]].target if said["kind"] in KINDS else None
         yield ChangedRef(said["target"], kind, said["old"], said["new"])
 
 
@@ -96,7 +94,7 @@ def unjournaled(connection: Connection) -> list[Json]:
     if not rows:
         return []
     named = {found for row in rows for found in (row.old, row.new) if found is not None}
-    made = {row.new for row in rows if row.new is not None and row.kind not in ABOUT_REFS}
+    made = {row.new for row in rows if row.new is not None and KINDS[row.kind].describes}
     versions = _names(connection, named)
     facts = _versions_as_json(connection, made)
     return [

@@ -26,24 +26,13 @@ from dcpstore.catalog.write.operations import (
     take_operations,
 )
 from dcpstore.errors import ConflictError, InvalidInputError, NotFoundError
+from dcpstore.formats.journal_entry import KINDS
 from dcpstore.records import Operation
 
 __all__ = ["undo_last"]
 
 _ref, _version, _operation = tables.ref, tables.version, tables.operation
 _BATCH = 100  # operations that are looked at together, newest first
-
-# The kind of ref that an operation changed.
-_OF_REFS: dict[str, RefKind] = {
-    "save": "branch",
-    "rollback": "branch",
-    "branch": "branch",
-    "delete_branch": "branch",
-    "tag": "tag",
-    "delete_tag": "tag",
-    "copy": "branch",
-}
-_OF_VERSIONS = ("metrics", "labels")
 
 
 class _Move(NamedTuple):
@@ -82,12 +71,14 @@ def undo_last(connection: Connection, *, expect: int | None, author: str) -> Ope
             f"the last operation that is not undone is {last.number} ({last.kind} of "
             f"{last.target!r}), not {expect} as was expected. See 'dcpstore ops'."
         )
-    if last.kind in _OF_VERSIONS:
+    if KINDS[last.kind].adds:
         changes = [_take_back_addition(connection, last)]
     elif last.kind == "forget":
         changes = [_remember(connection, last)]
     else:
-        moves = [_Move(row.target, _OF_REFS[row.kind], row.new, row.old) for row in rows]
+        moves = [
+            _Move(row.target, kind, row.new, row.old) for row in rows if (kind := _ref_kind(row))
+        ]
         _check(connection, last, moves)
         _move(connection, moves)
         changes = [
@@ -114,7 +105,7 @@ def _last_not_undone(connection: Connection, expect: int | None) -> Sequence[Row
             continue
         elif row.kind == "tag" and row.detail is not None:  # of a save, which is met soon
             parts.append(row)
-        elif (row.kind in _OF_REFS and row.target) or row.kind in _OF_VERSIONS:
+        elif (row.target and _ref_kind(row)) or KINDS[row.kind].adds:
             own = [part for part in parts if part.detail["save"] == row.number]
             return [row, *reversed(own)]
         elif row.kind == "forget" and (
@@ -122,6 +113,12 @@ def _last_not_undone(connection: Connection, expect: int | None) -> Sequence[Row
         ):
             return [row]
     raise InvalidInputError("nothing is left to undo. See 'dcpstore ops' for what was done.")
+
+
+def _ref_kind(row: Row[Any]) -> RefKind | None:
+    """Return the kind of the ref that an operation changed, if it did."""
+    target = KINDS[row.kind].target
+    return None if target == "versions" else target
 
 
 def _newest_first(connection: Connection) -> Iterator[Row[Any]]:
