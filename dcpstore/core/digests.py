@@ -3,7 +3,7 @@
 Equal digests stand for equal bytes everywhere in a repository: dedupe and verification rest on it.
 A tensor, a plan, a manifest and an operation each name their algorithm, so that another can come;
 the digests of the chunks and the aliases of a tensor are of the tensor's algorithm. To add one:
-give it a name in `_ALGORITHMS`, with 32 bytes of output; `ALGORITHM` is what new contents get. Old
+give it a name in `ALGORITHMS`, with 32 bytes of output; `ALGORITHM` is what new contents get. Old
 ones keep theirs. Source of BLAKE3: https://github.com/BLAKE3-team/BLAKE3-specs
 """
 
@@ -22,6 +22,7 @@ from dcpstore.geometry.grids import Grid
 
 __all__ = [
     "ALGORITHM",
+    "ALGORITHMS",
     "FIRST_ALGORITHM",
     "Hasher",
     "chunk_digest",
@@ -46,7 +47,7 @@ class Hasher(Protocol):
 
 FIRST_ALGORITHM = "blake3"  # of what was written before the name stood beside each digest
 ALGORITHM = "blake3"
-_ALGORITHMS: dict[str, Callable[[Buffer], Hasher]] = {"blake3": blake3}
+ALGORITHMS: dict[str, Callable[[Buffer], Hasher]] = {"blake3": blake3}
 
 
 def hasher(data: Buffer = b"", *, algorithm: str = ALGORITHM) -> Hasher:
@@ -55,10 +56,10 @@ def hasher(data: Buffer = b"", *, algorithm: str = ALGORITHM) -> Hasher:
     Raises:
         SchemaError: this dcpstore does not know the algorithm.
     """
-    make = _ALGORITHMS.get(algorithm)
+    make = ALGORITHMS.get(algorithm)
     if make is None:
         raise SchemaError(
-            f"a digest is by {algorithm!r}, and this dcpstore knows {', '.join(_ALGORITHMS)}; "
+            f"a digest is by {algorithm!r}, and this dcpstore knows {', '.join(ALGORITHMS)}; "
             "update dcpstore."
         )
     return make(data)

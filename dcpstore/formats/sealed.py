@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from dcpstore.core.digests import ALGORITHM, FIRST_ALGORITHM, hasher
+from dcpstore.core.digests import ALGORITHM, ALGORITHMS, FIRST_ALGORITHM, hasher
 from dcpstore.errors import CorruptionError
 
 __all__ = ["check_seal", "seal"]
@@ -23,10 +23,7 @@ _HEAD = re.compile(
 def seal(kind: str, version: int, members: Sequence[bytes]) -> bytes:
     """Return an object; `members` is the rest of it in pieces, up to and with its last brace."""
     named = f'"algorithm": "{ALGORITHM}", '.encode()
-    digest = hasher(b"{")
-    for piece in (named, *members):  # megabytes: few copies
-        digest.update(piece)
-    head = f'{{"{kind}": {version}, "digest": "{digest.hexdigest()}", '.encode()
+    head = f'{{"{kind}": {version}, "digest": "{_digest(ALGORITHM, named, *members)}", '.encode()
     return b"".join([head, named, *members])
 
 
@@ -40,11 +37,22 @@ def check_seal(data: bytes, kind: str, *, what: str) -> int:
     head = _HEAD.match(data)
     if head is None or head[1] != kind.encode():
         raise CorruptionError(f"no {what}: it begins with {bytes(data[:40])!r}")
-    named = head[4]
-    digest = hasher(b"{", algorithm=FIRST_ALGORITHM if named is None else named.decode("latin-1"))
-    digest.update(memoryview(data)[head.end() :])
-    if digest.hexdigest() != head[3].decode():
+    named = FIRST_ALGORITHM if head[4] is None else head[4].decode("latin-1")
+    rest = memoryview(data)[head.end() :]
+    if named not in ALGORITHMS:
+        mended = f'"algorithm": "{ALGORITHM}"'.encode(), rest[len('"algorithm": ""' + named) :]
+        if _digest(ALGORITHM, *mended) == head[3].decode():
+            raise CorruptionError(f"the {what} is damaged: it names the algorithm {named!r}")
+    found = _digest(named, rest)
+    if found != head[3].decode():
         raise CorruptionError(
-            f"the {what} is damaged: its digest is {digest.hexdigest()}, not {head[3].decode()}"
+            f"the {what} is damaged: its digest is {found}, not {head[3].decode()}"
         )
     return int(head[2])
+
+
+def _digest(algorithm: str, *pieces: bytes | memoryview) -> str:
+    digest = hasher(b"{", algorithm=algorithm)
+    for piece in pieces:  # megabytes: few copies
+        digest.update(piece)
+    return digest.hexdigest()

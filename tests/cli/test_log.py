@@ -49,8 +49,9 @@ def test_a_ref_shows_its_ancestors_and_a_limit_the_newest(
 def test_json_has_the_fields_of_a_version(run: Run, target: str) -> None:
     newest, tagged, _ = json.loads(run("log", "--json", repo=target).stdout)
     assert list(tagged) == [
-        *("number", "uid", "parent", "branch", "step", "tags", "message", "metrics", "labels"),
-        *("author", "created_at", "ranks", "nbytes", "nbytes_written", "nbytes_reused", "seconds"),
+        *("number", "parent", "uid", "branch", "step", "tags", "message", "metrics", "labels"),
+        *("author", "host", "ranks", "created_at", "nbytes", "nbytes_written", "nbytes_reused"),
+        "seconds",
     ]
     assert tagged["metrics"] == {"train_loss": 1.72, "val_loss": 1.87}
     assert tagged["created_at"] == "2026-03-01T10:04:00.000000+00:00"
