@@ -18,7 +18,7 @@ from dcpstore.formats.json_fields import Natural, PackKey, Text, Time, Uid, enco
 from dcpstore.formats.sealed import check_seal, seal
 from dcpstore.formats.version import decode_info, decode_stats
 
-__all__ = ["KINDS", "decode_operation", "encode_operation", "operation_key", "operation_number"]
+__all__ = ["decode_operation", "encode_operation", "kind_of", "operation_key", "operation_number"]
 
 _FORMAT = 1
 _KEY_PATTERN = re.compile(r"operations/([0-9]{12,18})\.json")
@@ -46,7 +46,7 @@ class Kind(NamedTuple):
 
 # Every kind of operation. What replaying one does is in `catalog/maintenance/restore.py`, what
 # undoing one does in `catalog/write/undo.py`.
-KINDS = {
+_KINDS = {
     "init": Kind(),
     "save": Kind("branch"),
     "copy": Kind("branch"),
@@ -131,6 +131,11 @@ class _Operation(msgspec.Struct):
     repository: _Repository | msgspec.UnsetType = msgspec.UNSET
 
 
+def kind_of(name: str) -> Kind:
+    """Return what operations of a kind do; one that is not known changes nothing that we know."""
+    return _KINDS.get(name, Kind())
+
+
 def operation_key(number: int) -> str:
     """Return the key of an operation."""
     return f"operations/{number:012}.json"
@@ -174,15 +179,17 @@ def decode_operation(data: bytes) -> Json:
 def _check(operation: _Operation, detail: Json) -> None:
     """Check what follows from the kind of an operation, and the names in it."""
     kind, target = operation.kind, operation.target
-    known = KINDS.get(kind, Kind())
+    known = kind_of(kind)
     if lacking := [name for name in known.detail if name not in detail]:
         raise ValueError(f"a {kind!r} without {lacking[0]!r}")
     for ref in detail.get("refs", []):
         check_name(ref["name"], kind="ref")
     if any(isinstance(added, list) != (kind == "gc") for added in detail.get("added", [])):
         raise ValueError("packs are added by gc, and names by nothing else")
-    is_of_versions = kind == "undo" and "versions" in detail  # the undo of a forget
-    if target and known.target != "versions" and not is_of_versions:
+    is_of_versions = known.target == "versions" or "versions" in detail  # or undoes a forget
+    if is_of_versions and (operation.old or operation.new):
+        raise ValueError(f"a {kind!r} of versions that moves a ref")
+    if target and not is_of_versions:
         check_name(target, kind="ref")
     if operation.version is not msgspec.UNSET:
         decode_info(operation.version)

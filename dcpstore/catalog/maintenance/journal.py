@@ -26,9 +26,9 @@ from dcpstore.catalog.write.operations import list_operations
 from dcpstore.core.reentry import changing
 from dcpstore.errors import CorruptionError, DcpstoreError, NotFoundError
 from dcpstore.formats.journal_entry import (
-    KINDS,
     decode_operation,
     encode_operation,
+    kind_of,
     operation_key,
     operation_number,
 )
@@ -76,8 +76,7 @@ def changed_refs(said: Mapping[str, Any]) -> Iterator[ChangedRef]:
         for ref in detail["refs"]:
             yield ChangedRef(ref["name"], ref["kind"], ref["old"], ref["new"])
     elif said["target"] and (said["old"] or said["new"]):
-        kind = KINDS[said["kind"]].target if said["kind"] in KINDS else None
-        yield ChangedRef(said["target"], kind, said["old"], said["new"])
+        yield ChangedRef(said["target"], kind_of(said["kind"]).target, said["old"], said["new"])
 
 
 @reads
@@ -94,7 +93,7 @@ def unjournaled(connection: Connection) -> list[Json]:
     if not rows:
         return []
     named = {found for row in rows for found in (row.old, row.new) if found is not None}
-    made = {row.new for row in rows if row.new is not None and KINDS[row.kind].describes}
+    made = {row.new for row in rows if row.new is not None and kind_of(row.kind).describes}
     versions = _names(connection, named)
     facts = _versions_as_json(connection, made)
     return [

@@ -26,7 +26,7 @@ from dcpstore.catalog.write.operations import (
     take_operations,
 )
 from dcpstore.errors import ConflictError, InvalidInputError, NotFoundError
-from dcpstore.formats.journal_entry import KINDS
+from dcpstore.formats.journal_entry import kind_of
 from dcpstore.records import Operation
 
 __all__ = ["undo_last"]
@@ -71,7 +71,7 @@ def undo_last(connection: Connection, *, expect: int | None, author: str) -> Ope
             f"the last operation that is not undone is {last.number} ({last.kind} of "
             f"{last.target!r}), not {expect} as was expected. See 'dcpstore ops'."
         )
-    if KINDS[last.kind].adds:
+    if kind_of(last.kind).adds:
         changes = [_take_back_addition(connection, last)]
     elif last.kind == "forget":
         changes = [_remember(connection, last)]
@@ -105,7 +105,7 @@ def _last_not_undone(connection: Connection, expect: int | None) -> Sequence[Row
             continue
         elif row.kind == "tag" and row.detail is not None:  # of a save, which is met soon
             parts.append(row)
-        elif (row.target and _ref_kind(row)) or KINDS[row.kind].adds:
+        elif (row.target and _ref_kind(row)) or kind_of(row.kind).adds:
             own = [part for part in parts if part.detail["save"] == row.number]
             return [row, *reversed(own)]
         elif row.kind == "forget" and (
@@ -117,7 +117,7 @@ def _last_not_undone(connection: Connection, expect: int | None) -> Sequence[Row
 
 def _ref_kind(row: Row[Any]) -> RefKind | None:
     """Return the kind of the ref that an operation changed, if it did."""
-    target = KINDS[row.kind].target
+    target = kind_of(row.kind).target
     return None if target == "versions" else target
 
 
