@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -351,3 +352,13 @@ def test_where_to_change_what_names_what_is_there() -> None:
     named = set(re.findall(r"`((?:dcpstore|tests|migrations|docs)/[^`]*|pyproject.toml)`", section))
     assert len(named) > 20
     assert [path for path in sorted(named) if not (ROOT.parent / path).exists()] == []
+
+
+def test_every_library_that_is_imported_is_asked_for() -> None:
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    asked = {
+        re.match(r"[\w-]+", line)[0].replace("-", "_").lower()
+        for line in [*project["dependencies"], *extras["postgres"], *extras["s3"], *extras["plot"]]
+    }
+    assert (set(FENCES) | UNFENCED) - {"dcpstore"} - asked == set()
