@@ -9,7 +9,7 @@ from sqlalchemy import update
 
 from dcpstore import ConflictError, InvalidInputError, Repository
 from dcpstore.catalog.schema import tables as schema
-from dcpstore.catalog.write import lease as lease_module
+from dcpstore.catalog.write import saves as saves_module
 from dcpstore.catalog.write.saves import abort_save, commit_save, kept_lease
 from dcpstore.formats.manifest import manifest_key
 from dcpstore.storage.packs import PackWriter
@@ -91,13 +91,13 @@ def test_a_running_save_renews_its_lease(repo: Repository, monkeypatch: pytest.M
 
     before = touched()
     renewed = threading.Event()
-    touch = lease_module.touch_save
+    touch = saves_module.touch_save
 
     def touch_and_tell(*args: Any) -> None:
         touch(*args)
         renewed.set()
 
-    monkeypatch.setattr(lease_module, "touch_save", touch_and_tell)
+    monkeypatch.setattr(saves_module, "touch_save", touch_and_tell)
     with kept_lease(repo.catalog, draft.uid, seconds=0.01):
         assert renewed.wait(10)
     assert touched() > before
