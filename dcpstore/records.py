@@ -485,7 +485,7 @@ class Trace:
 class Row(tuple[Any, ...]):
     """One row of a query: values by position, by column name, or as an attribute.
 
-    A column that is named as a method of a row is (`count`, `index`, `keys`, `items`) is to be had
+    A column that is named as a method of a row is (`count`, `index`, `keys`, `items`) is read
     by name: `row["count"]`.
     """
 

@@ -362,3 +362,18 @@ def test_every_library_that_is_imported_is_asked_for() -> None:
         for line in [*project["dependencies"], *extras["postgres"], *extras["s3"], *extras["plot"]]
     }
     assert (set(FENCES) | UNFENCED) - {"dcpstore"} - asked == set()
+
+
+def test_nobody_reads_a_word_that_contributing_forbids() -> None:
+    table = (ROOT.parent / "CONTRIBUTING.md").read_text().split("| write | not |\n|---|---|\n")[1]
+    forbidden = [row.split("|")[2].strip() for row in table.splitlines()[:6]]
+    assert "whoever" in forbidden
+    banned = re.compile(rf"\b({'|'.join(forbidden)})\b", re.IGNORECASE)
+    pages = [ROOT.parent / "README.md", *(ROOT.parent / "docs").rglob("*.md"), *modules()]
+    found = {
+        f"{page.relative_to(ROOT.parent)}:{number}": match[0]
+        for page in pages
+        for number, line in enumerate(page.read_text().splitlines(), 1)
+        if (match := banned.search(line.replace("_", "x")))  # names of tests stay
+    }
+    assert found == {}

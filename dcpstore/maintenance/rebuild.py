@@ -172,7 +172,7 @@ def _read_journal(storage: Storage, problems: list[str]) -> tuple[list[Json], li
     before = 0
     for number in sorted(numbers):
         key = operation_key(number)
-        # Told as one, for the name of a single file can claim that any number of them is missing.
+        # Reported as one: the name of a single file can claim that any number of them is missing.
         if number == before + 2:
             problems.append(f"{operation_key(before + 1)}: it is missing")
         elif number > before + 2:
