@@ -231,7 +231,7 @@ def _check_apart(obj: object, nodes: list[Any]) -> None:
         count = 0
     if count < len(nodes):
         raise NotPlainError(
-            f"{type(obj).__name__} with two keys or members of the same plain value"
+            f"{type(obj).__name__} whose keys or members only their class keeps different"
         )
 
 

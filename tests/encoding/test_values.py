@@ -231,9 +231,9 @@ def test_long_json_becomes_a_blob() -> None:
         (type("Own", (dict,), {})(), "Own"),
         (make_dataclass("Sub", ["x"], bases=(dict,))(1), "Sub"),
         (make_dataclass("Unset", ["x"], init=False)(), "Unset whose field 'x'"),
-        (({Colour.RED: 1, 1: 2},), "dict with two keys"),
-        (frozenset([Box((1,))]), "frozenset with two keys"),
-        (frozenset([Level.LOW, Perm.READ]), "frozenset with two keys"),
+        (({Colour.RED: 1, 1: 2},), "dict whose keys"),
+        (frozenset([Box((1,))]), "frozenset whose keys"),
+        (frozenset([Level.LOW, Perm.READ]), "frozenset whose keys"),
     ],
 )
 def test_what_is_not_plain_needs_leave(value: object, name: str) -> None:
