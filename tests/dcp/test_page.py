@@ -438,6 +438,7 @@ def test_our_classes_have_the_members_of_torchs(name: str) -> None:
 
 
 def test_an_argument_without_a_reason_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    error_table()  # which is made once, and by the functions as they are
     with monkeypatch.context() as patch:
         patch.setattr(dcpstore, "load", lambda state_dict, **options: None)
         with pytest.raises(AssertionError, match=r"load\(\w+=\) is lacking"):
