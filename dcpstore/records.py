@@ -1,4 +1,4 @@
-"""The records that cross borders between rooms: frozen, slotted, without behaviour of their own.
+"""The records that cross borders between rooms: frozen, and without behaviour of their own.
 
 What users get (`Version`, `Operation`, `RefRecord`, `Row`) and what the catalog takes and gives
 (`TensorRecord`, `EntryRecord`, `StoredChunk`, `VersionDraft`, `VersionContent` ...). Database rows

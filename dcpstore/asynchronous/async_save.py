@@ -159,9 +159,8 @@ def async_save(
     def prepare(ranks: Collectives) -> Background:
         where = where_given(repo, checkpoint_id)
         check_planner(planner, SavePlanner)
-        request = make_request(
-            leads=ranks.leads, **options
-        )  # now: a metric may be a tensor, which training changes
+        # Now: a metric may be a tensor, which training changes.
+        request = make_request(leads=ranks.leads, **options)
         if not isinstance(async_checkpointer_type, AsyncCheckpointerType):
             raise InvalidInputError(
                 f"async_checkpointer_type={async_checkpointer_type!r}; pass one of torch's "

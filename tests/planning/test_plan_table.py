@@ -86,8 +86,8 @@ def test_the_shard_index_names_each_box_once() -> None:
     plans = [rows_of(rank, 2) for rank in range(2)]
     record = share_out(joined(*plans)).record
     assert record.ranks == 2
-    told = [(s.fqn, s.rank, s.box) for s in record.shards]
-    assert told == sorted(
+    recorded = [(s.fqn, s.rank, s.box) for s in record.shards]
+    assert recorded == sorted(
         (i.index.fqn, rank, item_box(i))
         for rank, plan in enumerate(plans)
         for i in plan.items

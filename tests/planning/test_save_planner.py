@@ -35,8 +35,8 @@ def planned(state: dict[str, Any], **options: bool) -> tuple[DefaultSavePlanner,
 
 def test_a_plan_has_an_item_for_each_tensor_and_each_value() -> None:
     _, plan = planned({"model": {"w": torch.ones(2, 3)}, "steps": [1, {"lr": 2}]})
-    told = {i.index.fqn: (i.type, i.tensor_data and tuple(i.tensor_data.size)) for i in plan.items}
-    assert told == {
+    items = {i.index.fqn: (i.type, i.tensor_data and tuple(i.tensor_data.size)) for i in plan.items}
+    assert items == {
         "model.w": (WriteItemType.TENSOR, (2, 3)),
         "steps.0": (WriteItemType.BYTE_IO, None),
         "steps.1.lr": (WriteItemType.BYTE_IO, None),
