@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import Connection, delete, select
 
 from dcpstore.catalog.catalog import Catalog
-from dcpstore.catalog.db.bulk import insert_rows
+from dcpstore.catalog.db.bulk_insert import insert_rows
 from dcpstore.catalog.db.database import Database
 from dcpstore.catalog.schema import tables as schema
 from dcpstore.errors import ConflictError

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Select, delete, select, update
 
-from dcpstore.catalog.db.bulk import wanted_ids
+from dcpstore.catalog.db.key_lists import wanted_ids
 from dcpstore.catalog.db.transactions import writes
 from dcpstore.catalog.read.ref_lookup import RefRow, list_refs, refs_of, resolve
 from dcpstore.catalog.read.versions import ancestors, is_visible, load_versions

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 from sqlalchemy import Connection, select, update
 
-from dcpstore.catalog.db.bulk import wanted_ids
+from dcpstore.catalog.db.key_lists import wanted_ids
 from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.read.entries import load_entries, load_plan
 from dcpstore.catalog.read.versions import STATS, ancestors, id_of_number, load_versions

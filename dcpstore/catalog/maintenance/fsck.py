@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, Select, func, or_, select, update
 
-from dcpstore.catalog.db.bulk import wanted_ids
+from dcpstore.catalog.db.key_lists import wanted_ids
 from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.schema import tables
 from dcpstore.geometry.grids import Grid

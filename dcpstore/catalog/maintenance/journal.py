@@ -18,7 +18,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 from sqlalchemy import Connection, select, update
 
 from dcpstore.catalog.catalog import Catalog
-from dcpstore.catalog.db.bulk import wanted_ids
+from dcpstore.catalog.db.key_lists import wanted_ids
 from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.read.versions import INFO, STATS
 from dcpstore.catalog.schema import tables

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from sqlalchemy import Connection, insert, select, update
 
-from dcpstore.catalog.db.bulk import wanted_names
+from dcpstore.catalog.db.key_lists import wanted_names
 from dcpstore.catalog.maintenance.journal import ChangedRef, changed_refs
 from dcpstore.catalog.read.versions import INFO, STATS, lineage_below
 from dcpstore.catalog.schema import tables

@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 from sqlalchemy import ColumnElement, Connection, Text, cast, exists, or_, select
 
-from dcpstore.catalog.db.bulk import wanted_digests, wanted_ids, wanted_names
+from dcpstore.catalog.db.key_lists import wanted_digests, wanted_ids, wanted_names
 from dcpstore.catalog.db.transactions import reads
 from dcpstore.catalog.read.entries import load_tensors
 from dcpstore.catalog.schema import tables

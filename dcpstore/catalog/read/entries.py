@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Select, select
 
-from dcpstore.catalog.db.bulk import look_up_each, wanted_names, wanted_pairs, wanted_ranges
+from dcpstore.catalog.db.key_lists import look_up_each, wanted_names, wanted_pairs, wanted_ranges
 from dcpstore.catalog.db.transactions import reads
 from dcpstore.catalog.read.versions import id_of_number
 from dcpstore.catalog.schema import tables

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Connection, Select, exists, select
 
-from dcpstore.catalog.db.bulk import wanted_names
+from dcpstore.catalog.db.key_lists import wanted_names
 from dcpstore.catalog.db.transactions import reads
 from dcpstore.catalog.read.versions import (
     ancestor_at,

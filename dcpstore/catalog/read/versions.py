@@ -26,7 +26,7 @@ from sqlalchemy import (
     select,
 )
 
-from dcpstore.catalog.db.bulk import wanted_ids
+from dcpstore.catalog.db.key_lists import wanted_ids
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.schema.tables import columns_of
 from dcpstore.errors import NotFoundError

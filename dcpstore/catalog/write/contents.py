@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from sqlalchemy import Connection, delete, insert, select, update
 
-from dcpstore.catalog.db.bulk import insert_rows, wanted_ids, wanted_names
+from dcpstore.catalog.db.bulk_insert import insert_rows
+from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
 from dcpstore.catalog.read.dedup import known_tensors
 from dcpstore.catalog.schema import tables
 from dcpstore.errors import ConflictError

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
-from dcpstore.catalog.db.bulk import wanted_names
+from dcpstore.catalog.db.key_lists import wanted_names
 from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.read.ref_lookup import RefRow, find_refs
 from dcpstore.catalog.read.versions import (

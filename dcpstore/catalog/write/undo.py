@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
-from dcpstore.catalog.db.bulk import wanted_ids, wanted_names
+from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
 from dcpstore.catalog.db.transactions import writes
 from dcpstore.catalog.read.ref_lookup import RefKind, find_refs
 from dcpstore.catalog.schema import tables
