@@ -160,6 +160,8 @@ def decode_operation(data: bytes) -> Json:
         SchemaError: a newer dcpstore wrote it.
     """
     version = check_seal(data, "format", what="operation")
+    if version < 1:
+        raise CorruptionError(f"the operation is damaged: its format is {version}")
     if version > _FORMAT:
         raise SchemaError(
             f"an operation has format {version}, newer than {_FORMAT}; update dcpstore."

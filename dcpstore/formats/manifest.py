@@ -149,7 +149,8 @@ def decode_manifest(data: bytes) -> Manifest:
         CorruptionError: it is damaged or is no manifest.
         SchemaError: a newer dcpstore wrote it.
     """
-    check_seal(data, "version", what="manifest")
+    if (found := check_seal(data, "version", what="manifest")) != _KERCHUNK:
+        raise CorruptionError(f"the manifest is damaged: its kerchunk version is {found}")
     try:
         data_url, said = _opened(data)
         found = json_fields.read(said, _Format).format

@@ -1,8 +1,9 @@
 """JSON objects behind their digest, so that damage is known before anything is believed.
 
 A sealed object begins with `{"<kind>": <version>, "digest": "<hex>", "algorithm": "<name>", `. The
-digest covers all that follows it, with a brace in front; `algorithm` was left out while it could
-only be BLAKE3.
+digest covers everything after it, with a brace in front; `algorithm` was left out while it could
+only be BLAKE3. The digest does not cover the version, so the code that decodes an object must
+refuse each version that it does not know.
 """
 
 from __future__ import annotations
