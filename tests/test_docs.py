@@ -25,8 +25,13 @@ from dcpstore.cli.app import commands
 from tests.ranks import ROOT
 from tests.servers import new_database
 
-PAGES = ["README.md", "docs/design.md", "docs/convert.md", "docs/preemption.md"]
-SLOW = {"README.md", "docs/convert.md"}
+PAGES = [
+    "README.md",
+    "docs/design.md",
+    "docs/guides/evaluation-and-export.md",
+    "docs/guides/preemption.md",
+]
+SLOW = {"README.md", "docs/guides/evaluation-and-export.md"}
 ALL_PAGES = sorted(
     str(p.relative_to(ROOT)) for p in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))
 )

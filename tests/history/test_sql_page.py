@@ -1,4 +1,4 @@
-"""docs/sql.md prints what its questions answer, on both databases; 'make docs' writes it anew."""
+"""The guide to SQL prints what its questions answer, on both databases."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from tests.history.story import tell_story
 from tests.ranks import ROOT
 from tests.soundness import Place
 
-PAGE = ROOT / "docs" / "sql.md"
+PAGE = ROOT / "docs" / "guides" / "history-and-sql.md"
 QUESTION = re.compile(r"```sql\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
 
 
