@@ -1,4 +1,4 @@
-"""The repository whose history the guide to SQL asks about, without bytes and the same at every run."""
+"""The repository that the guide to SQL asks about, without bytes and the same at every run."""
 
 import hashlib
 from collections.abc import Mapping
