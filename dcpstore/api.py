@@ -27,7 +27,7 @@ from dcpstore.catalog.read.ref_lookup import DEFAULT_BRANCH, find_refs
 from dcpstore.collectives import alone_in, find_collectives
 from dcpstore.core.syntax import Ref, parse_ref, rank_name
 from dcpstore.errors import DcpstoreError, InvalidInputError, NotFoundError
-from dcpstore.loading import LoadSource, load_version
+from dcpstore.loading.load_pipeline import LoadSource, load_version
 from dcpstore.planning import DefaultLoadPlanner
 from dcpstore.planning.save_planner import planner_of
 from dcpstore.records import LoadReport, Version

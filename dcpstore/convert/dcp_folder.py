@@ -48,8 +48,7 @@ from dcpstore.encoding.values import PlannerBytes
 from dcpstore.errors import CorruptionError, NotFoundError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
 from dcpstore.planning import DefaultSavePlanner
-from dcpstore.planning.balance import item_nbytes
-from dcpstore.planning.plan_checks import item_box
+from dcpstore.planning.plan_table import item_box, item_nbytes
 from dcpstore.records import ObjectPath, Version
 from dcpstore.repository import opened
 

@@ -17,7 +17,7 @@ from dcpstore.core.identity import new_uid
 from dcpstore.core.progress import ProgressBar
 from dcpstore.core.syntax import rank_name
 from dcpstore.encoding.values import decode_value
-from dcpstore.loading.fill import ItemReads
+from dcpstore.loading.item_reads import ItemReads
 from dcpstore.planning.version_metadata import describe_entries
 from dcpstore.records import EntryRecord, Version
 from dcpstore.repository import Repository, opened

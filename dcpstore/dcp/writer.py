@@ -27,9 +27,8 @@ from dcpstore.catalog.location import absolute_target
 from dcpstore.catalog.write.saves import kept_lease
 from dcpstore.core.identity import new_uid
 from dcpstore.errors import DcpstoreError, InvalidInputError
-from dcpstore.planning.balance import item_nbytes
-from dcpstore.planning.plan_checks import check_results
-from dcpstore.planning.plan_table import GlobalTable
+from dcpstore.planning.global_plan import check_results
+from dcpstore.planning.plan_table import GlobalTable, item_nbytes
 from dcpstore.planning.save_planner import recorded_by
 from dcpstore.records import ObjectPath, Version
 from dcpstore.repository import Repository, opened

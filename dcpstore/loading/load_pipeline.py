@@ -29,7 +29,7 @@ from dcpstore.core.progress import ProgressBar
 from dcpstore.encoding.values import decode_value
 from dcpstore.errors import InvalidInputError, MismatchError, UnsafeDataError
 from dcpstore.formats.composition import compositions, outer_fqns
-from dcpstore.loading.fill import ItemReads, check_memory, check_values
+from dcpstore.loading.item_reads import ItemReads, check_values
 from dcpstore.loading.owner_check import (
     Expected,
     compare_owners,
@@ -37,6 +37,7 @@ from dcpstore.loading.owner_check import (
     left_on_meta,
     restore_optimizers,
 )
+from dcpstore.loading.shared_memory import check_memory
 from dcpstore.planning.load_planner import DefaultLoadPlanner
 from dcpstore.planning.version_metadata import describe_entries
 from dcpstore.records import EntryRecord, LoadReport, Version

@@ -23,7 +23,7 @@ from dcpstore.state.optimizers import is_by_number
 from dcpstore.state.overlay import fqn_of
 from dcpstore.state.per_rank import with_own
 from dcpstore.state.stateful import Owner, Template
-from dcpstore.state.targets import is_same_memory
+from dcpstore.state.targets import memory_of
 from dcpstore.state.walk import walk
 
 __all__ = ["Expected", "compare_owners", "expect", "left_on_meta", "restore_optimizers"]
@@ -185,7 +185,9 @@ def _is_number_as_tensor(stored: Any, found: Any) -> bool:
 def _tensor_difference(stored: torch.Tensor, found: Any) -> str | None:
     if not isinstance(found, torch.Tensor):
         return f"was stored as a tensor, and is a {type(found).__name__} now"
-    if _is_plain(stored) and _is_plain(found) and is_same_memory(stored, found):  # nearly always
+    if (
+        _is_plain(stored) and _is_plain(found) and memory_of(stored) == memory_of(found)
+    ):  # nearly always
         return None
     kinds = [f"{tensor.dtype} of shape {tuple(tensor.size())}" for tensor in (stored, found)]
     if kinds[0] != kinds[1]:
@@ -225,7 +227,12 @@ def _local(tensor: torch.Tensor) -> list[torch.Tensor]:
 def _bits_differ(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Tell whether two dense tensors differ; of others nobody here can tell."""
     is_dense = one.layout is torch.strided and other.layout is torch.strided
-    if not is_dense or one.is_meta or one.shape != other.shape or is_same_memory(one, other):
+    if (
+        not is_dense
+        or one.is_meta
+        or one.shape != other.shape
+        or memory_of(one) == memory_of(other)
+    ):
         return False
     a, b = (_bits(tensor) for tensor in (one, other))
     return not torch.equal(a, b.to(a.device))

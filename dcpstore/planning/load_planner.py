@@ -27,7 +27,7 @@ from dcpstore.state.composed import Assemblies, spliced
 from dcpstore.state.load_options import LoadOptions
 from dcpstore.state.optimizers import lists_parameters
 from dcpstore.state.shards import LocalShard, flat_shards, is_on_meta, is_sharded, local_shards
-from dcpstore.state.targets import check_room, make_room, target_fault
+from dcpstore.state.targets import check_room, make_room, memory_of, target_fault
 from dcpstore.state.tree import Place, flattened, is_empty_container
 from dcpstore.state.walk import nesting_checked
 
@@ -213,12 +213,12 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         """
         if not absent:
             return []
-        filled = {_memory(view) for view in self._views.values() if view.numel()}
+        filled = {memory_of(view) for view in self._views.values() if view.numel()}
         lacked = []
         for fqn, name in absent:
             wanted = self.state_dict[fqn]
             is_twin = isinstance(wanted, torch.Tensor) and not is_sharded(wanted)
-            if is_twin and wanted.numel() and _memory(wanted) in filled:
+            if is_twin and wanted.numel() and memory_of(wanted) in filled:
                 continue
             self.missing.append(fqn)
             if not self._may_lack(fqn):
@@ -453,13 +453,6 @@ def _kind_difference(fqn: str, wanted: object, kept: object) -> str | None:
     if wanted.size() != kept.size:
         return f"{fqn!r} has shape {shape} in the version, and {tuple(wanted.size())} in the state"
     return None
-
-
-def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
-    """Return what is the same for two tensors only if they are the same elements of memory."""
-    if tensor.is_meta:
-        return (id(tensor),)
-    return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
 def _renames(absent: Sequence[tuple[str, str]], stored: Collection[str]) -> list[str]:

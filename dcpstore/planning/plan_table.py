@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -24,7 +24,20 @@ from dcpstore.records import ObjectPath, PlanRecord, ShardRecord
 from dcpstore.state.buffers import is_statistic
 from dcpstore.state.tree import recorded_paths
 
-__all__ = ["GlobalTable", "Named", "PlanTable"]
+__all__ = ["GlobalTable", "Named", "PlanTable", "item_box", "item_nbytes"]
+
+
+def item_box(item: WriteItem) -> Box:
+    """Return the box of the global tensor that a tensor item writes."""
+    assert item.tensor_data is not None
+    return Box(tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes))
+
+
+def item_nbytes(item: WriteItem) -> int:
+    """Return the bytes that an item writes: those of its local box, 0 for a value."""
+    if item.tensor_data is None:
+        return 0
+    return item_box(item).volume * item.tensor_data.properties.dtype.itemsize
 
 
 class Named(NamedTuple):
@@ -193,14 +206,12 @@ class GlobalTable:
 
     def take(self, rows: Ints) -> GlobalTable:
         """Return these rows, ascending."""
-        return GlobalTable(
-            self.ranks,
-            self.names,
-            self.rows.take(rows),
-            self.rank[rows],
-            self.position[rows],
-            self.is_buffer[rows],
-            self.planner_data,
+        return replace(
+            self,
+            rows=self.rows.take(rows),
+            rank=self.rank[rows],
+            position=self.position[rows],
+            is_buffer=self.is_buffer[rows],
         )
 
     def kept(self, rank: int) -> Ints:

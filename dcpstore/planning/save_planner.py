@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch.distributed.checkpoint import default_planner as torch_planner
 from torch.distributed.checkpoint.metadata import (
@@ -36,8 +35,7 @@ from torch.distributed.checkpoint.planner import (
 
 from dcpstore.formats.composition import Composition
 from dcpstore.geometry.boxes import Box
-from dcpstore.planning.balance import share_out
-from dcpstore.planning.plan_checks import check_agreement, check_names, check_tiling
+from dcpstore.planning.global_plan import plan_globally
 from dcpstore.planning.plan_table import GlobalTable, PlanTable
 from dcpstore.records import ObjectPath
 from dcpstore.state.composed import spliced, take_apart
@@ -45,7 +43,7 @@ from dcpstore.state.shards import flat_shards, is_sharded, local_shards, no_shar
 from dcpstore.state.tree import FlatPaths, flattened, recorded_paths
 from dcpstore.state.walk import nesting_checked
 
-__all__ = ["BoxResolver", "DefaultSavePlanner", "plan_globally", "planner_of", "recorded_by"]
+__all__ = ["BoxResolver", "DefaultSavePlanner", "planner_of", "recorded_by"]
 
 
 @runtime_checkable
@@ -193,33 +191,6 @@ def planner_of(planner: SavePlanner | None, *, is_whole: bool) -> SavePlanner:
     if isinstance(planner, DefaultSavePlanner):
         planner.is_whole = is_whole
     return planner
-
-
-def plan_globally(
-    table: GlobalTable, *, to_lowest_rank: bool, is_whole: bool = True
-) -> GlobalTable:
-    """Return what all ranks write together, of what they hold: replicas shared out.
-
-    `is_whole` says whether the table is that of all ranks, so that its boxes must tile each shape.
-
-    Raises:
-        InvalidInputError: ranks disagree about an FQN, its boxes do not tile its shape, or no
-            catalog can keep it.
-    """
-    check_names(table)
-    check_agreement(table)
-    table = share_out(_without_empty(table), to_lowest_rank=to_lowest_rank)
-    if is_whole:
-        check_tiling(table)
-    return table
-
-
-def _without_empty(table: GlobalTable) -> GlobalTable:
-    """Leave out the empty boxes of tensors of which some rank holds elements."""
-    is_live = table.rows.volumes > 0
-    is_held = np.bincount(table.rows.tensor[is_live], minlength=len(table.names)) > 0
-    kept = is_live | ~is_held[table.rows.tensor]
-    return table if kept.all() else table.take(np.flatnonzero(kept))
 
 
 def _describe(plans: list[SavePlan]) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:

@@ -20,9 +20,14 @@ from dcpstore.core.digests import hasher
 from dcpstore.core.lru import LruCache
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.box_table import Ints
-from dcpstore.planning.plan_checks import check_agreement, check_names, check_tiling
+from dcpstore.planning.global_plan import (
+    check_agreement,
+    check_names,
+    check_tiling,
+    plan_globally,
+)
 from dcpstore.planning.plan_table import GlobalTable, PlanTable
-from dcpstore.planning.save_planner import DefaultSavePlanner, plan_globally
+from dcpstore.planning.save_planner import DefaultSavePlanner
 from dcpstore.records import ChunkDefaults, EntryRecord, ObjectPath
 from dcpstore.saving.layout import Layout, kept_grids, lay_out
 from dcpstore.saving.replicas import Replicas

@@ -30,7 +30,7 @@ from dcpstore.encoding.dtypes import as_bytes, check_plain
 from dcpstore.encoding.values import EncodedValue, PlannerBytes, encode_value
 from dcpstore.errors import InvalidInputError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
-from dcpstore.planning.plan_checks import item_box
+from dcpstore.planning.plan_table import item_box
 from dcpstore.planning.save_planner import BoxResolver, DefaultSavePlanner
 from dcpstore.reading.box_reads import Held
 from dcpstore.records import ChunkDefaults, ChunkPlace, EntryRecord

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from dcpstore.catalog.write.saves import kept_lease
-from dcpstore.planning.plan_checks import check_agreement, check_tiling
+from dcpstore.planning.global_plan import check_agreement, check_tiling
 from dcpstore.planning.plan_table import GlobalTable, PlanTable
 from dcpstore.records import ChunkPlace, ObjectPath, PackRecord, Version
 from dcpstore.saving.commit import BegunVersion, SaveTarget

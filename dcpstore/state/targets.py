@@ -8,8 +8,6 @@ agree that everything fits.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,15 +19,13 @@ from dcpstore.errors import InvalidInputError
 
 __all__ = [
     "check_room",
-    "is_same_memory",
     "make_room",
-    "sharing_targets",
+    "memory_of",
     "target_fault",
     "without_memory",
 ]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-_MOST_WORK = 1_000_000  # candidates that numpy tries before it gives up on two meshing layouts
 
 
 def target_fault(tensor: torch.Tensor) -> str | None:
@@ -62,72 +58,14 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
     return int(taken.sum()) < math.prod(tensor.shape)
 
 
-def sharing_targets(targets: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
-    """Yield the places of each two tensors that have an element of memory in common.
+def memory_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return what two tensors share exactly if they are the same elements of memory, in one order.
 
-    Tensors without memory or elements have none. A tensor that shares with several is yielded with
-    each that lies next to it in memory, so that no sharing tensor goes unnamed.
+    A tensor on the meta device has no memory: it shares this with itself alone.
     """
-    held = [
-        i for i, t in enumerate(targets) if t.numel() and not t.is_meta and t.device.type != "meta"
-    ]
-    starts = np.array([targets[i].data_ptr() for i in held], np.uint64)
-    lengths = np.array([_reach(targets[i]) for i in held], np.uint64)
-    order = np.argsort(starts, kind="stable")
-    ends = np.maximum.accumulate((starts + lengths)[order]) if held else lengths
-    meets = np.flatnonzero(ends[:-1] > starts[order][1:])
-    if not len(meets):
-        return  # nearly always
-    live: list[int] = []
-    for i in (held[at] for at in order.tolist()):
-        one = targets[i]
-        live = [j for j in live if targets[j].data_ptr() + _reach(targets[j]) > one.data_ptr()]
-        for j in live:
-            if targets[j].device == one.device and _shares(targets[j], one):
-                yield j, i
-        live.append(i)
-
-
-def is_same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Tell whether two tensors are the same elements of memory, in the same order."""
-    return (
-        one.data_ptr() == other.data_ptr()
-        and one.dtype == other.dtype
-        and one.shape == other.shape
-        and one.stride() == other.stride()
-    )
-
-
-def _reach(tensor: torch.Tensor) -> int:
-    """Return the bytes from a tensor's first element to the end of its last."""
-    if tensor.is_contiguous():
-        return tensor.nbytes
-    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.itemsize
-
-
-def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.is_contiguous() and other.is_contiguous():
-        return True  # for they overlap
-    most: Any = _MOST_WORK  # any number is taken, and numpy's stub has two of them
-    try:
-        return np.shares_memory(np.asarray(_Layout(one)), np.asarray(_Layout(other)), max_work=most)
-    except np.exceptions.TooHardError:
-        return True
-
-
-class _Layout:
-    """Where a tensor's elements lie, for numpy; their contents, of any device, are not read."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        width = tensor.itemsize
-        self.__array_interface__: dict[str, Any] = {
-            "version": 3,
-            "data": (tensor.data_ptr(), False),
-            "typestr": f"|V{width}",
-            "shape": tuple(tensor.shape),
-            "strides": tuple(step * width for step in tensor.stride()),
-        }
+    if tensor.is_meta:
+        return (id(tensor),)
+    return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
 def check_room(fqn: str, tensor: torch.Tensor) -> None:

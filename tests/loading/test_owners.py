@@ -354,7 +354,7 @@ def test_overlapping_memory_of_the_state_is_refused(tmp_path: Path) -> None:
     ]
     for state in refused:
         rename = {"deep.0.y": "y"}
-        with pytest.raises(MismatchError, match="lie in the same memory"):
+        with pytest.raises(MismatchError, match="share memory in the state"):
             dcpstore.load(state, tmp_path, rename=rename)
         assert not base.any()
     for state in (

@@ -7,11 +7,16 @@ import torch
 from torch.distributed.checkpoint.planner import SavePlan
 
 from dcpstore.geometry.boxes import Box
-from dcpstore.planning.balance import share_out
-from dcpstore.planning.plan_checks import item_box
-from dcpstore.planning.plan_table import Named, PlanTable
+from dcpstore.planning.global_plan import share_out
+from dcpstore.planning.plan_table import Named, PlanTable, item_box, item_nbytes
 
 from .plans import item, joined, rows_of, value
+
+
+def test_an_item_weighs_what_its_own_box_holds() -> None:
+    assert item_nbytes(item("w", Box((2, 0), (3, 5)), (9, 5), torch.bfloat16)) == 30
+    assert item_nbytes(item("w", Box((0,), (0,)), (9,))) == 0
+    assert item_nbytes(value("step")) == 0
 
 
 def test_what_an_fqn_is_comes_from_its_item() -> None:

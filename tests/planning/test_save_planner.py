@@ -17,12 +17,8 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItemType
 
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box
-from dcpstore.planning.save_planner import (
-    DefaultSavePlanner,
-    plan_globally,
-    planner_of,
-    recorded_by,
-)
+from dcpstore.planning.global_plan import plan_globally
+from dcpstore.planning.save_planner import DefaultSavePlanner, planner_of, recorded_by
 
 from .plans import item, joined, rows_of, value
 

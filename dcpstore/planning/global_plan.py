@@ -1,8 +1,8 @@
-"""What a global save plan must satisfy before a byte is written.
+"""The global plan of a save: checked, and each replicated item given to one rank.
 
-Invariant: the boxes of each tensor lie inside its shape and tile it, all ranks mean the same tensor
-by an FQN (design, invariant 4), and a catalog can keep that FQN. A breach names the FQN and the
-ranks.
+Invariants: the boxes of each tensor lie inside its shape and tile it; all ranks mean the same
+tensor by an FQN (design, invariant 4); the catalog can store that FQN. An error names the FQN and
+the ranks. Each item stays with a rank that holds its data, and exactly one rank writes it.
 """
 
 from __future__ import annotations
@@ -12,25 +12,80 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from dcpstore.catalog.validation import check_key
 from dcpstore.encoding.dtypes import MOST_DIMS
 from dcpstore.errors import InvalidInputError
-from dcpstore.geometry.box_table import Ints, find_crowded
+from dcpstore.geometry.box_table import Ints, find_crowded, first_equal
 from dcpstore.geometry.boxes import Box, find_overlap
 from dcpstore.planning.plan_table import GlobalTable, Named
 
-__all__ = ["check_agreement", "check_names", "check_results", "check_tiling", "item_box"]
+__all__ = [
+    "check_agreement",
+    "check_names",
+    "check_results",
+    "check_tiling",
+    "plan_globally",
+    "share_out",
+]
 
 _SHOWN = 8  # problems in one message; more would bury the first
 
 
-def item_box(item: WriteItem) -> Box:
-    """Return the box of the global tensor that a tensor item writes."""
-    assert item.tensor_data is not None
-    return Box(tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes))
+def plan_globally(
+    table: GlobalTable, *, to_lowest_rank: bool, is_whole: bool = True
+) -> GlobalTable:
+    """Return which rank writes which row of the joined plans: one rank for each replica.
+
+    Args:
+        table: the local plans of the ranks, joined.
+        to_lowest_rank: as for `share_out`.
+        is_whole: whether the table holds the plans of all ranks, so that its boxes must tile each
+            shape.
+
+    Raises:
+        InvalidInputError: ranks disagree about an FQN, its boxes do not tile its shape, or the
+            catalog cannot store it.
+    """
+    check_names(table)
+    check_agreement(table)
+    table = share_out(_without_empty(table), to_lowest_rank=to_lowest_rank)
+    if is_whole:
+        check_tiling(table)
+    return table
+
+
+def share_out(table: GlobalTable, *, to_lowest_rank: bool = False) -> GlobalTable:
+    """Return the rows that are written: one rank's row for each replicated item.
+
+    The bytes of items that only one rank holds are counted first. Replicas are then assigned,
+    largest first, to the holder with the fewest bytes so far (longest processing time first: Graham
+    1969, at most 4/3 of the optimum). Values and module buffers always go to the lowest rank that
+    holds them, and with `to_lowest_rank` all replicas do.
+    """
+    first = first_equal(table.rows)
+    holders = np.bincount(first, minlength=len(first))  # counted at the first row of each group
+    is_single = holders[first] == 1
+    if is_single.all():
+        return table
+    # Ranks may differ in buffers: the mean and the variance of one batch norm must come from one
+    # rank, so they are not spread.
+    is_bound = np.zeros(len(first), bool)
+    is_bound[first[table.is_buffer | ~table.is_tensor[table.rows.tensor]]] = True
+    loads = np.zeros(table.ranks, np.int64)
+    np.add.at(loads, table.rank[is_single], table.nbytes[is_single])
+    leaders = np.flatnonzero(holders > 1)
+    leaders = leaders[np.argsort(-table.nbytes[leaders], kind="stable")]
+    order = np.argsort(first, kind="stable")  # the rows of each group together, by rank
+    starts = np.searchsorted(first[order], leaders)
+    writer = np.full(len(first), -1)  # set at the first row of each replicated group
+    for leader, start in zip(leaders.tolist(), starts.tolist(), strict=True):
+        ranks = table.rank[order[start : start + holders[leader]]]
+        chosen = ranks[0 if to_lowest_rank or is_bound[leader] else loads[ranks].argmin()]
+        loads[chosen] += table.nbytes[leader]
+        writer[leader] = chosen
+    return table.take(np.flatnonzero(is_single | (writer[first] == table.rank)))
 
 
 def check_names(table: GlobalTable) -> None:
@@ -107,6 +162,14 @@ def check_results(
             f"nobody wrote {missing[:8]} ({len(missing)} in all), which the plan names; every "
             "planned item must be written by one rank."
         )
+
+
+def _without_empty(table: GlobalTable) -> GlobalTable:
+    """Drop the empty boxes of tensors of which some rank holds elements."""
+    is_live = table.rows.volumes > 0
+    is_held = np.bincount(table.rows.tensor[is_live], minlength=len(table.names)) > 0
+    kept = is_live | ~is_held[table.rows.tensor]
+    return table if kept.all() else table.take(np.flatnonzero(kept))
 
 
 def _suspects(table: GlobalTable) -> list[int]:

@@ -1,21 +1,27 @@
-"""A plan that does not tile its tensors is refused before a byte is written, with FQN and ranks."""
+"""The global plan: what is refused, and each replica written once, by a rank that holds it."""
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box
-from dcpstore.planning.plan_checks import (
+from dcpstore.planning.global_plan import (
     check_agreement,
     check_names,
     check_results,
     check_tiling,
+    share_out,
 )
+from dcpstore.planning.plan_table import GlobalTable, PlanTable
 
 from .plans import item, joined, rows_of, value
 
@@ -106,3 +112,48 @@ def test_what_was_written_must_be_what_was_planned() -> None:
     more = Metadata({fqn: BytesStorageMetadata() for fqn in "abcd"})
     with pytest.raises(InvalidInputError, match=r"nobody wrote \['d'\] \(1 in all\)"):
         check_results(more, [results("a", "b"), results("c")], table)
+
+
+@given(st.lists(st.sets(st.integers(0, 3), min_size=1), min_size=1, max_size=12), st.booleans())
+@settings(deadline=None)
+def test_each_replica_is_left_to_one_of_its_holders(
+    holders: list[set[int]], to_lowest_rank: bool
+) -> None:
+    whole = {i: Box((0,), (i + 1,)) for i in range(len(holders))}
+    held = {rank: [i for i, ranks in enumerate(holders) if rank in ranks] for rank in range(4)}
+    plans = [SavePlan([item(f"t{i}", whole[i], (i + 1,)) for i in held[rank]]) for rank in range(4)]
+    table = share_out(joined(*plans), to_lowest_rank=to_lowest_rank)
+    check_tiling(table)
+    written = {rank: [held[rank][at] for at in table.kept(rank).tolist()] for rank in range(4)}
+    assert Counter(i for mine in written.values() for i in mine) == Counter(range(len(holders)))
+    if to_lowest_rank:
+        assert all(rank == min(holders[i]) for rank, mine in written.items() for i in mine)
+
+
+def test_replicas_even_out_what_single_items_weigh() -> None:
+    heavy = item("heavy", Box((0,), (90,)), (90,))
+    both = [item(f"r{i}", Box((0,), (30,)), (30,)) for i in range(3)]
+    table = share_out(joined(SavePlan([heavy, *both]), SavePlan(both)))
+    assert table.kept(0).tolist() == [0]
+    assert table.kept(1).tolist() == [0, 1, 2]
+
+
+def test_the_largest_replica_is_given_first() -> None:
+    sizes = (10, 20, 70, 40)
+    plan = SavePlan([item(f"t{n}", Box((0,), (n,)), (n,)) for n in sizes])
+    table = share_out(joined(plan, plan))
+    assert [sum(sizes[i] for i in table.kept(rank).tolist()) for rank in range(2)] == [70, 70]
+
+
+def test_values_and_buffers_stay_together_with_the_lowest_rank_that_holds_them() -> None:
+    box = Box((0,), (9,))
+    shared = [item("bn.mask", box, (9,)), item("bn.running_mean", box, (9,)), value("lr")]
+    plans = [SavePlan([item("heavy", box, (9,))]), SavePlan(shared), SavePlan(shared)]
+    tables = [PlanTable.of(plan, buffers=["bn.mask"]) for plan in plans]
+    table = share_out(GlobalTable.of(tables))
+    assert [table.kept(rank).tolist() for rank in range(3)] == [[0], [0, 1, 2], []]
+
+
+def test_a_table_without_replicas_stays_as_it_is() -> None:
+    table = joined(rows_of(0, 2), SavePlan(rows_of(1, 2).items[:-1]))
+    assert share_out(table) is table
