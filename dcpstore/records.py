@@ -19,6 +19,7 @@ from dcpstore.geometry.grids import Grid
 
 __all__ = [
     "ChunkDefaults",
+    "ChunkKey",
     "ChunkPlace",
     "ChunkRange",
     "EntryRecord",
@@ -53,6 +54,7 @@ __all__ = [
 CodecSetting = Literal["auto", "none", "blosc", "zstd"]
 EntryKind = Literal["tensor", "value", "blob"]
 ObjectPath = tuple[str | int, ...]
+ChunkKey = tuple[str, bytes]  # codec and digest: chunks that have both in common are stored once
 
 
 class StatePath(tuple[str | int, ...]):

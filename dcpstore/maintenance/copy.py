@@ -14,8 +14,8 @@ from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.maintenance.export import lineage, load_content, mark_version_stale
 from dcpstore.catalog.maintenance.fsck import PackedChunk
 from dcpstore.catalog.maintenance.journal import write_journal
-from dcpstore.catalog.read.dedup import find_chunks, find_tensors
-from dcpstore.catalog.read.entries import load_chunks
+from dcpstore.catalog.read.dedup import find_encoded, find_tensors
+from dcpstore.catalog.read.entries import load_whole_tensors
 from dcpstore.catalog.read.log_filter import list_log
 from dcpstore.catalog.read.ref_lookup import list_refs, resolve
 from dcpstore.catalog.write.refs import make_ref
@@ -33,13 +33,12 @@ from dcpstore.errors import AlreadyExistsError, ConflictError, CorruptionError, 
 from dcpstore.maintenance.rewrite import renew_manifests
 from dcpstore.reading.chunk_reads import check_chunk
 from dcpstore.records import (
+    ChunkKey,
     ChunkPlace,
-    ChunkRange,
     NewChunk,
     NewTensor,
     PackRecord,
     RefRecord,
-    TensorRecord,
     Version,
     VersionContent,
     VersionDraft,
@@ -51,7 +50,6 @@ from dcpstore.zarr.documents import write_manifest
 __all__ = ["CopyReport", "copy_versions"]
 
 Place = tuple[Catalog, Storage]
-_COLLECTED = "the tensor {} was collected as garbage in the target meanwhile. Copy again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +142,7 @@ def _commit(
     target: Place,
     *,
     parent: str | None,
-    places: Mapping[tuple[str, bytes], ChunkPlace],
+    places: Mapping[ChunkKey, ChunkPlace],
     packs: Sequence[PackRecord],
 ) -> Version:
     """Write the manifest and commit; once more where chunks moved in between."""
@@ -167,18 +165,11 @@ def _commit(
 
 def _write_missing(
     content: VersionContent, source: Place, target: Place, writer: PackWriter
-) -> tuple[dict[tuple[str, bytes], ChunkPlace], Sequence[PackRecord]]:
+) -> tuple[dict[ChunkKey, ChunkPlace], Sequence[PackRecord]]:
     """Write the chunks that the target lacks; return the places of all of new tensors."""
     known = find_tensors(target[0], {tensor.digest for tensor in content.tensors})
     new = [tensor for tensor in content.tensors if tensor.digest not in known]
-    wanted: dict[str, set[bytes]] = {}
-    for tensor in new:
-        wanted.setdefault(tensor.codec, set()).update(chunk.digest for chunk in tensor.chunks)
-    places = {
-        (codec, digest): place
-        for codec, digests in wanted.items()
-        for digest, place in find_chunks(target[0], digests, codec).items()
-    }
+    places = find_encoded(target[0], {(t.codec, c.digest) for t in new for c in t.chunks})
     missing = [(c.pack, c.offset, c, t) for t in new for c in t.chunks]
     with closing(PackReader(source[1])) as packs:
         for pack, offset, chunk, tensor in sorted(missing, key=lambda one: one[:2]):
@@ -199,17 +190,19 @@ def _write_missing(
 def _held(
     content: VersionContent,
     catalog: Catalog,
-    places: Mapping[tuple[str, bytes], ChunkPlace],
+    places: Mapping[ChunkKey, ChunkPlace],
     packs: Sequence[PackRecord],
 ) -> VersionContent:
     """Return the content as the target holds it: known tensors as they lie there."""
     known = find_tensors(catalog, {tensor.digest for tensor in content.tensors})
     stored = {record.digest: record for record in known.values()}
-    tensors = _known_tensors(stored.values(), catalog)
+    tensors = load_whole_tensors(catalog, list(stored.values()))
     for tensor in content.tensors:
         if tensor.digest not in known:
             if any((tensor.codec, chunk.digest) not in places for chunk in tensor.chunks):
-                raise ConflictError(_COLLECTED.format(tensor.digest))
+                raise ConflictError(
+                    f"gc deleted the tensor {tensor.digest} in the target meanwhile; copy again."
+                )
             moved = [
                 NewChunk(c.part, c.ordinal, c.digest, *places[tensor.codec, c.digest])
                 for c in tensor.chunks
@@ -222,24 +215,6 @@ def _held(
         for entry in content.entries
     ]
     return replace(content, entries=entries, tensors=tensors, packs=packs, aliases={})
-
-
-def _known_tensors(records: Iterable[TensorRecord], catalog: Catalog) -> list[NewTensor]:
-    found = list(records)
-    chunks: dict[int, list[NewChunk]] = {record.id: [] for record in found}
-    ranges = [
-        ChunkRange(record.id, part, 0, grid.size - 1)
-        for record in found
-        for part, grid in enumerate(record.parts)
-        if grid.size
-    ]
-    for chunk in load_chunks(catalog, ranges):
-        chunks[chunk.tensor_id].append(NewChunk(*chunk[1:]))
-    tensors = [NewTensor.of(record, sorted(chunks[record.id])) for record in found]
-    for tensor in tensors:
-        if len(tensor.chunks) != sum(grid.size for grid in tensor.parts):
-            raise ConflictError(_COLLECTED.format(tensor.digest))
-    return tensors
 
 
 def _described(tensor: NewTensor, chunk: NewChunk) -> PackedChunk:

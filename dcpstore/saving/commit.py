@@ -25,7 +25,6 @@ from dcpstore.encoding.values import encode_value
 from dcpstore.errors import ConflictError, DcpstoreError, NotFoundError
 from dcpstore.records import (
     EntryRecord,
-    NewTensor,
     ObjectPath,
     PackRecord,
     Version,
@@ -217,11 +216,9 @@ def _publish(
     planner_data: str | None,
 ) -> Version:
     began = time.perf_counter()
-    tensors = state.tensors(target.catalog)
-    _check_whole(tensors)
     content = VersionContent(
         entries=state.entries(),
-        tensors=tensors,
+        tensors=state.tensors(target.catalog),
         packs=packs,
         plan=state.plan,
         nbytes=state.nbytes,
@@ -238,15 +235,6 @@ def _publish(
     version = commit_save(target.catalog, draft.uid, content)
     target.memory.entries.put(version.number, {entry.fqn: entry for entry in entries})
     return version
-
-
-def _check_whole(tensors: Sequence[NewTensor]) -> None:
-    for tensor in tensors:
-        if len(tensor.chunks) != sum(grid.size for grid in tensor.parts):
-            raise ConflictError(
-                f"the tensor {tensor.digest}, which the save found in the repository, was "
-                "collected as garbage meanwhile. Save again."
-            )
 
 
 def _number(catalog: Catalog, ref: str | int | None) -> int | None:

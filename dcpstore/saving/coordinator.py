@@ -17,7 +17,7 @@ from dcpstore.catalog.read.entries import load_entries
 from dcpstore.catalog.read.ref_lookup import find_refs
 from dcpstore.errors import InvalidInputError
 from dcpstore.planning.save_planner import recorded_by
-from dcpstore.records import ChunkDefaults, EntryRecord, Version
+from dcpstore.records import ChunkDefaults, ChunkKey, EntryRecord, Version
 from dcpstore.saving.commit import BegunVersion, SaveTarget, entries_before, kept_planner_data
 from dcpstore.saving.pack_writer import Written
 from dcpstore.saving.plan_exchange import (
@@ -28,7 +28,7 @@ from dcpstore.saving.plan_exchange import (
     reply_to_plans,
     shares_tables,
 )
-from dcpstore.saving.rank_chunks import ChunkKey, Digested
+from dcpstore.saving.rank_chunks import Digested
 from dcpstore.saving.request import SaveRequest
 from dcpstore.saving.save_state import SaveState, is_cut_otherwise
 

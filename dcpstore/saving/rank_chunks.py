@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,8 +22,6 @@ import torch
 from torch.distributed.checkpoint import default_planner as torch_planner
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
-from dcpstore.catalog.catalog import Catalog
-from dcpstore.catalog.read.dedup import find_chunks
 from dcpstore.core.digests import chunk_digest
 from dcpstore.core.parallel import in_batches, run_ahead
 from dcpstore.encoding.dtypes import as_bytes, check_plain
@@ -33,16 +31,14 @@ from dcpstore.geometry.boxes import Box
 from dcpstore.planning.plan_table import item_box
 from dcpstore.planning.save_planner import BoxResolver, DefaultSavePlanner
 from dcpstore.reading.box_reads import Held
-from dcpstore.records import ChunkDefaults, ChunkPlace, EntryRecord
+from dcpstore.records import ChunkDefaults, ChunkKey, EntryRecord
 from dcpstore.saving.layout import Layout, blob_layout, planned_chunks
 
 __all__ = [
-    "ChunkKey",
     "Digested",
     "RankData",
     "RawChunk",
     "encoded_item",
-    "find_keys",
     "first_places",
     "resolves_plainly",
     "total_nbytes",
@@ -61,7 +57,6 @@ _PLAIN_RESOLVERS = (
 
 Array = npt.NDArray[np.generic]
 Bytes = npt.NDArray[np.uint8]
-ChunkKey = tuple[str, bytes]  # codec and digest: chunks that share both are stored once
 Source = Callable[[Box], Array]  # of the elements of any box inside a planned one
 
 
@@ -362,15 +357,6 @@ def first_places(keys: Iterable[ChunkKey]) -> dict[ChunkKey, int]:
     for i, key in enumerate(keys):
         places.setdefault(key, i)
     return places
-
-
-def find_keys(catalog: Catalog, keys: Collection[ChunkKey]) -> dict[ChunkKey, ChunkPlace]:
-    """Return the places of those chunks that the repository holds, codec by codec."""
-    return {
-        (codec, digest): place
-        for codec in dict.fromkeys(codec for codec, _ in keys)
-        for digest, place in find_chunks(catalog, [d for c, d in keys if c == codec], codec).items()
-    }
 
 
 def total_nbytes(chunks: Sequence[RawChunk]) -> int:

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dcpstore.catalog.catalog import Catalog
-from dcpstore.catalog.read.dedup import find_tensors
-from dcpstore.catalog.read.entries import load_chunks
+from dcpstore.catalog.read.dedup import find_encoded, find_tensors
+from dcpstore.catalog.read.entries import load_whole_tensors
 from dcpstore.core.digests import content_digest
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.box_table import GridTable, Ints
@@ -27,8 +27,8 @@ from dcpstore.geometry.grids import Grid, cover
 from dcpstore.planning.plan_table import GlobalTable
 from dcpstore.records import (
     ChunkDefaults,
+    ChunkKey,
     ChunkPlace,
-    ChunkRange,
     EntryRecord,
     NewChunk,
     NewEntry,
@@ -38,7 +38,7 @@ from dcpstore.records import (
 )
 from dcpstore.saving.layout import Layout, blob_layout, planned_chunks
 from dcpstore.saving.pack_writer import Written
-from dcpstore.saving.rank_chunks import ChunkKey, Digested, find_keys
+from dcpstore.saving.rank_chunks import Digested
 
 __all__ = ["DIGEST", "Cells", "SaveState", "is_cut_otherwise"]
 
@@ -276,7 +276,7 @@ class SaveState:
             cells = np.flatnonzero((is_new & (codecs == codec))[self._cells.tensor])
             cells = self._cells.distinct(cells)
             keys = [*self._keys(cells)]
-            found = find_keys(catalog, keys)
+            found = find_encoded(catalog, keys)
             self._places |= found
             chosen.append(cells[[key not in found and key not in written for key in keys]])
         asked = np.sort(np.concatenate(chosen))
@@ -319,14 +319,20 @@ class SaveState:
         return [self._entry(fqn) for fqn in fqns]
 
     def tensors(self, catalog: Catalog) -> list[NewTensor]:
-        """Return each distinct tensor content with all its chunks, those of known ones included."""
-        known = self._known_tensors(catalog)
+        """Return each distinct tensor content with all its chunks, those of known ones included.
+
+        Raises:
+            ConflictError: gc deleted a tensor after `look_up` had found it.
+        """
+        stored = {tensor.id: tensor for tensor in self._known.values()}
+        known = load_whole_tensors(catalog, list(stored.values()))
+        reused = {tensor.digest for tensor in known}
         new = {
             content.digest: content
             for content in self._contents.values()
-            if self._stored_digest(content) not in known
+            if self._stored_digest(content) not in reused
         }
-        return [*known.values(), *self._new_tensors(list(new.values()))]
+        return [*known, *self._new_tensors(list(new.values()))]
 
     @property
     def nbytes(self) -> int:
@@ -363,23 +369,6 @@ class SaveState:
     def _stored_digest(self, content: _Content) -> str:
         known = self._known.get(content.digest)
         return content.digest if known is None else known.digest
-
-    def _known_tensors(self, catalog: Catalog) -> dict[str, NewTensor]:
-        """Return the contents that the catalog holds, their chunks asked for in one go."""
-        known = {tensor.id: tensor for tensor in self._known.values()}
-        ranges = [
-            ChunkRange(tensor.id, part, 0, grid.size - 1)
-            for tensor in known.values()
-            for part, grid in enumerate(tensor.parts)
-            if grid.size
-        ]
-        chunks: dict[int, list[NewChunk]] = {tensor_id: [] for tensor_id in known}
-        for chunk in load_chunks(catalog, ranges):
-            chunks[chunk.tensor_id].append(NewChunk(*chunk[1:]))
-        return {
-            tensor.digest: NewTensor.of(tensor, sorted(chunks[tensor.id]))
-            for tensor in known.values()
-        }
 
     def _new_tensors(self, contents: Sequence[_Content]) -> Iterator[NewTensor]:
         """Yield the contents with their chunks, all of whose places have been entered."""

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
+from dcpstore.catalog.read.dedup import find_encoded
 from dcpstore.catalog.write.saves import kept_lease
 from dcpstore.planning.global_plan import check_agreement, check_tiling
 from dcpstore.planning.plan_table import GlobalTable, PlanTable
-from dcpstore.records import ChunkPlace, ObjectPath, PackRecord, Version
+from dcpstore.records import ChunkKey, ChunkPlace, ObjectPath, PackRecord, Version
 from dcpstore.saving.commit import BegunVersion, SaveTarget
 from dcpstore.saving.layout import Layout, join_layouts
 from dcpstore.saving.pack_writer import ChunkWriter
-from dcpstore.saving.rank_chunks import ChunkKey, Digested, RankData, find_keys, first_places
+from dcpstore.saving.rank_chunks import Digested, RankData, first_places
 from dcpstore.saving.save_state import SaveState
 
 __all__ = ["RankReport", "commit_reports", "write_plan"]
@@ -80,12 +81,12 @@ def write_plan(
             allow_pickle=allow_pickle,
         )
         first = first_places(data.digest_first(writer.pool))
-        places = find_keys(target.catalog, first)
+        places = find_encoded(target.catalog, first)
         early = [key for key in first if key not in places]
         writer.begin([data.chunks[first[key]] for key in early])
         digested = data.digest(writer.pool)
         rest = {k: i for k, i in first_places(data.keys).items() if k not in first}
-        places |= find_keys(target.catalog, rest)
+        places |= find_encoded(target.catalog, rest)
         late = [key for key in rest if key not in places]
         written = writer.finish([data.chunks[rest[key]] for key in late])
     places.update(zip([*early, *late], written.places, strict=True))

@@ -14,9 +14,9 @@ from dcpstore.catalog.db.key_lists import wanted_digests, wanted_ids, wanted_nam
 from dcpstore.catalog.db.transactions import reads
 from dcpstore.catalog.read.entries import load_tensors
 from dcpstore.catalog.schema import tables
-from dcpstore.records import ChunkPlace, TensorRecord
+from dcpstore.records import ChunkKey, ChunkPlace, TensorRecord
 
-__all__ = ["find_chunks", "find_tensors", "known_tensors"]
+__all__ = ["find_chunks", "find_encoded", "find_tensors", "known_tensors"]
 
 
 @reads
@@ -53,6 +53,18 @@ def find_chunks(
             offset, length, key = text.split(":", 2)
             places[digest] = ChunkPlace(key, int(offset), int(length))
     return places
+
+
+@reads
+def find_encoded(connection: Connection, keys: Collection[ChunkKey]) -> dict[ChunkKey, ChunkPlace]:
+    """Return where those of these chunks lie that the repository holds; one query per codec."""
+    return {
+        (codec, digest): place
+        for codec in dict.fromkeys(codec for codec, _ in keys)
+        for digest, place in find_chunks(
+            connection, [digest for own, digest in keys if own == codec], codec
+        ).items()
+    }
 
 
 def known_tensors(connection: Connection, digests: Collection[str]) -> dict[str, tuple[int, bool]]:

@@ -17,11 +17,13 @@ from dcpstore.catalog.db.key_lists import look_up_each, wanted_names, wanted_pai
 from dcpstore.catalog.db.transactions import reads
 from dcpstore.catalog.read.versions import id_of_number
 from dcpstore.catalog.schema import tables
-from dcpstore.errors import CorruptionError, NotFoundError
+from dcpstore.errors import ConflictError, CorruptionError, NotFoundError
 from dcpstore.geometry.boxes import Box
 from dcpstore.records import (
     ChunkRange,
     EntryRecord,
+    NewChunk,
+    NewTensor,
     PartRecord,
     PlanRecord,
     ShardRecord,
@@ -38,6 +40,7 @@ __all__ = [
     "load_plan",
     "load_planner_data",
     "load_tensors",
+    "load_whole_tensors",
     "shared_chunks",
 ]
 
@@ -150,6 +153,33 @@ def load_chunks(connection: Connection, wanted: Sequence[ChunkRange]) -> list[St
         .join(pack, pack.c.id == chunk.c.pack)
     )
     return sorted(map(StoredChunk._make, rows.all()), key=itemgetter(4, 5, 0, 1, 2))
+
+
+@reads
+def load_whole_tensors(
+    connection: Connection, tensors: Collection[TensorRecord]
+) -> list[NewTensor]:
+    """Return stored tensors with all their chunks, as a version that reuses them records them.
+
+    Raises:
+        ConflictError: gc deleted a tensor after it was found.
+    """
+    found: dict[int, list[NewChunk]] = {tensor.id: [] for tensor in tensors}
+    ranges = [
+        ChunkRange(tensor.id, part, 0, grid.size - 1)
+        for tensor in tensors
+        for part, grid in enumerate(tensor.parts)
+        if grid.size
+    ]
+    for chunk in load_chunks(connection, ranges):
+        found[chunk.tensor_id].append(NewChunk(*chunk[1:]))
+    for tensor in tensors:
+        if len(found[tensor.id]) != sum(grid.size for grid in tensor.parts):
+            raise ConflictError(
+                f"gc deleted the tensor {tensor.digest} while it was being reused; save or copy "
+                "again."
+            )
+    return [NewTensor.of(tensor, sorted(found[tensor.id])) for tensor in tensors]
 
 
 @reads
