@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timedelta
-from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +30,12 @@ from dcpstore.catalog.write.undo import undo_last
 from dcpstore.core.identity import this_user
 from dcpstore.core.syntax import Duration
 from dcpstore.errors import AlreadyExistsError, DcpstoreError, InvalidInputError, NotFoundError
-from dcpstore.formats.composition import ComposedEntry, Entry, fold_entries, outer_fqns
+from dcpstore.formats.composition import (
+    ComposedEntry,
+    fold_entries,
+    matching_entries,
+    outer_fqns,
+)
 from dcpstore.records import (
     ChunkDefaults,
     EntryRecord,
@@ -61,7 +65,7 @@ if TYPE_CHECKING:
     from dcpstore.saving.plan_exchange import PlanMemory
     from dcpstore.zarr.store import VersionStore
 
-__all__ = ["Repository", "make", "matching_entries", "open", "opened"]
+__all__ = ["Repository", "make", "open", "opened"]
 
 
 class Repository:
@@ -759,27 +763,6 @@ def make(
     with catalog.keep_connection():
         write_journal(catalog, made.storage)  # from now on the folder says whose it is
     return made
-
-
-def matching_entries(entries: Sequence[Entry], pattern: str, *, where: str) -> list[Entry]:
-    """Return the entries that a text stands for: by name, all below it, or by a glob of FQNs.
-
-    Raises:
-        NotFoundError: none, with the nearest names; `where` is the version.
-    """
-    found = [
-        one
-        for one in entries
-        if one.fqn == pattern or one.fqn.startswith(f"{pattern}.") or fnmatchcase(one.fqn, pattern)
-    ]
-    if not found:
-        raise NotFoundError.near(
-            f"entry of {where} that matches",
-            pattern,
-            [one.fqn for one in entries],
-            f"See 'dcpstore ls {where}' for all of them.",
-        )
-    return found
 
 
 def _as_list(fqns: Iterable[str] | None) -> list[str] | None:

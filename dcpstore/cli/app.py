@@ -24,7 +24,7 @@ __all__ = ["commands", "run"]
 
 # Module and one line of help of each command, in the order of the help, which loads none of them.
 _COMMANDS = {
-    "init": ("setup", "Make a new repository."),
+    "init": ("repositories", "Make a new repository."),
     "log": ("log", "List versions, newest first."),
     "status": ("status", "List the saves that are running, with their progress."),
     "show": ("contents", "Show one version in detail."),
@@ -36,15 +36,15 @@ _COMMANDS = {
     "undo": ("refs", "Revert the last operation."),
     "ops": ("refs", "List the operations on the repository, newest first."),
     "sql": ("sql", "Run a read-only SQL query on the catalog."),
-    "db-upgrade": ("setup", "Upgrade the catalog to this dcpstore's schema."),
+    "db-upgrade": ("repositories", "Upgrade the catalog to this dcpstore's schema."),
     "import": ("bridges", "Save a checkpoint of another format as a new version."),
     "export": ("bridges", "Write a version in another format."),
     "expire": ("maintain", "Forget the versions that no retention rule keeps."),
     "forget": ("maintain", "Forget the named versions."),
     "gc": ("maintain", "Free the packs that no version needs."),
     "verify": ("maintain", "Check the repository for damage."),
-    "rebuild": ("maintain", "Make a new catalog from a data folder."),
-    "copy": ("maintain", "Copy versions to another repository."),
+    "rebuild": ("repositories", "Make a new catalog from a data folder."),
+    "copy": ("repositories", "Copy versions to another repository."),
 }
 
 

@@ -18,10 +18,9 @@ from dcpstore.cli.output import (
     visible,
 )
 from dcpstore.cli.session import Session, repo_options
-from dcpstore.formats.composition import ComposedEntry, Entry, fold_entries
+from dcpstore.formats.composition import ComposedEntry, Entry, fold_entries, matching_entries
 from dcpstore.formats.json_fields import value_tree
 from dcpstore.records import EntryRecord, Version
-from dcpstore.repository import matching_entries
 
 __all__ = ["ls", "show"]
 

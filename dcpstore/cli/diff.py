@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,9 +16,11 @@ from dcpstore.cli.session import Session, repo_options
 from dcpstore.errors import InvalidInputError
 from dcpstore.formats.composition import composition_of, is_mark
 from dcpstore.formats.json_fields import value_tree
-from dcpstore.history import Diff, EntryDiff, ModuleDiff, TensorStats
 from dcpstore.records import EntryRecord
-from dcpstore.repository import Repository
+
+if TYPE_CHECKING:
+    from dcpstore.history import Diff, EntryDiff, ModuleDiff, TensorStats
+    from dcpstore.repository import Repository
 
 __all__ = ["diff"]
 

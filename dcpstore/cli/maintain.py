@@ -1,31 +1,31 @@
-"""The commands that keep a repository in order: expire, forget, gc, verify, rebuild and copy."""
+"""The commands that keep a repository in order: expire, forget, gc and verify."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 import click
 
-from dcpstore import repository
-from dcpstore.catalog.maintenance.retention import Best, Verdict
 from dcpstore.cli.output import (
     Column,
     counted,
     human_bytes,
     human_time,
-    note,
     print_json,
     print_pairs,
     print_table,
     visible,
 )
-from dcpstore.cli.session import DAMAGE, Session, json_option, looking_for_repository, repo_options
-from dcpstore.maintenance.rebuild import rebuild as rebuild_catalog
-from dcpstore.maintenance.verify import Damage, VerifyReport
+from dcpstore.cli.session import DAMAGE, Session, repo_options
 
-__all__ = ["copy", "expire", "forget", "gc", "rebuild", "verify"]
+if TYPE_CHECKING:
+    from dcpstore.catalog.maintenance.retention import Best, Verdict
+    from dcpstore.maintenance.verify import Damage, VerifyReport
+
+__all__ = ["expire", "forget", "gc", "verify"]
 
 _MIB = 1024 * 1024
 _SHOWN = 5  # FQNs and chunks of one damage that are listed
@@ -252,70 +252,3 @@ def _described(damage: Damage) -> Iterator[str]:
 def _some(names: tuple[str, ...] | list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
-
-
-@click.command()
-@click.argument("data", metavar="DATA")
-@click.option(
-    "--into",
-    required=True,
-    metavar="PATH_OR_URL",
-    help="Where to create the catalog: a folder, or an empty database.",
-)
-@json_option
-@click.pass_context
-def rebuild(ctx: click.Context, session: Session, data: str, into: str) -> None:
-    """Make a new catalog for the data folder DATA of a repository whose catalog is lost.
-
-    Exits with 3 if something in the folder is damaged, after restoring the rest.
-    """
-    with looking_for_repository():
-        report = rebuild_catalog(data, into)
-    if session.json:
-        print_json(report)
-    else:
-        for problem in report.problems:
-            note(visible(problem))
-        for uid in report.unfinished:
-            note(f"manifest of {visible(uid)}: no finished operation created it; skipped")
-        if report.lost:
-            note(f"lost versions: {', '.join(f'v{number}' for number in report.lost)}")
-        if report.moved_refs:
-            note(f"refs that named them: {visible(', '.join(report.moved_refs))}")
-        count = counted(len(report.versions), "version")
-        click.echo(f"rebuilt {count} from {counted(report.operations, 'operation')}")
-    if report.problems or report.lost:
-        ctx.exit(DAMAGE)
-
-
-@click.command()
-@click.argument("source", metavar="SRC")
-@click.argument("target", metavar="DST")
-@click.argument("refs", nargs=-1)
-@json_option
-def copy(session: Session, source: str, target: str, refs: tuple[str, ...]) -> None:
-    """Copy the versions REFS (default: all, with every tag and branch) from SRC to DST.
-
-    DST must be a repository; 'dcpstore init' makes one. Chunks that it holds are not written again.
-    """
-    with looking_for_repository():
-        opened = repository.open(source, create=False)
-    with opened as here:
-        with looking_for_repository():
-            other = repository.open(target, create=False)
-        with other as there:
-            report = here.copy_to(there, list(refs) or None)
-    if session.json:
-        print_json(report)
-        return
-    for old, new in report.copied:
-        click.echo(f"v{old} is v{new} there")
-    if report.present:
-        note(f"there already: {counted(len(report.present), 'version')}")
-    if report.refused:
-        note(f"expired there, and not copied: {', '.join(f'v{n}' for n in report.refused)}")
-    if report.left:
-        left = visible(", ".join(report.left))
-        note(f"refs that are something else there, not changed: {left}")
-    written = human_bytes(report.nbytes_written)
-    click.echo(f"copied {counted(len(report.copied), 'version')}, {written} written")

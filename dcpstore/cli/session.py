@@ -36,6 +36,7 @@ __all__ = [
     "json_option",
     "limit_option",
     "looking_for_repository",
+    "open_existing",
     "repo_options",
     "report",
 ]
@@ -83,13 +84,21 @@ class Session:
 
     @contextmanager
     def open(self) -> Iterator[Repository]:
-        """Yield the repository, opened."""
-        from dcpstore import repository  # noqa: PLC0415 (loads SQLAlchemy)
-
-        with looking_for_repository():
-            opened = repository.open(self.target, create=False)
-        with opened, opened.catalog.keep_connection():
+        """Yield the repository, opened, with one connection for the whole block."""
+        with open_existing(self.target) as opened, opened.catalog.keep_connection():
             yield opened
+
+
+def open_existing(target: str) -> Repository:
+    """Open a repository, and never make one.
+
+    Raises:
+        NoRepositoryError: there is none.
+    """
+    from dcpstore import repository  # noqa: PLC0415 (loads SQLAlchemy)
+
+    with looking_for_repository():
+        return repository.open(target, create=False)
 
 
 @contextmanager

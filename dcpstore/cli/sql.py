@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import click
 
-from dcpstore.catalog.read.user_sql import query_table
 from dcpstore.cli.output import Column, note, print_csv, print_json, print_table
 from dcpstore.cli.session import Session, repo_options
 from dcpstore.errors import InvalidInputError
@@ -45,6 +44,8 @@ def sql(session: Session, query: str, params: tuple[str, ...], as_csv: bool) -> 
     if len(values) < len(pairs):
         raise click.BadParameter("a name is given twice.", param_hint="'-p'")
     with session.open() as repo:
+        from dcpstore.catalog.read.user_sql import query_table  # noqa: PLC0415 (SQLAlchemy)
+
         text = _utf8(sys.stdin.read() if query == "-" else query)
         columns, rows = query_table(repo.catalog, text, values)
     if session.json:

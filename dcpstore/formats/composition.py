@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
-from dcpstore.errors import CorruptionError
+from dcpstore.errors import CorruptionError, NotFoundError
 from dcpstore.records import EntryRecord, ObjectPath
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "fold_entries",
     "imported_value",
     "is_mark",
+    "matching_entries",
     "outer_fqns",
 ]
 
@@ -149,6 +151,27 @@ def fold_entries(entries: Sequence[EntryRecord]) -> list[Entry]:
         seen = whole.get(entry.fqn, entry)
         folded.setdefault(seen.fqn, seen)
     return list(folded.values())
+
+
+def matching_entries(entries: Sequence[Entry], pattern: str, *, where: str) -> list[Entry]:
+    """Return the entries that a text stands for: by name, all below it, or by a glob of FQNs.
+
+    Raises:
+        NotFoundError: none, with the nearest names; `where` is the version.
+    """
+    found = [
+        one
+        for one in entries
+        if one.fqn == pattern or one.fqn.startswith(f"{pattern}.") or fnmatchcase(one.fqn, pattern)
+    ]
+    if not found:
+        raise NotFoundError.near(
+            f"entry of {where} that matches",
+            pattern,
+            [one.fqn for one in entries],
+            f"See 'dcpstore ls {where}' for all of them.",
+        )
+    return found
 
 
 def outer_fqns(fqns: Iterable[str]) -> dict[str, str]:

@@ -1,11 +1,13 @@
 """`db-upgrade` says what it did; other commands say when it is needed."""
 
 import json
+import tarfile
+from pathlib import Path
 
-import pytest
-
-from dcpstore.cli import setup
+from dcpstore.catalog.schema.revisions import HEAD
 from tests.cli.conftest import Run, ask_database
+
+OLD = Path(__file__).parents[1] / "kept" / "0001" / "sqlite.tar.gz"
 
 
 def test_a_catalog_of_today_stays(run: Run, target: str) -> None:
@@ -17,9 +19,12 @@ def test_a_catalog_of_today_stays(run: Run, target: str) -> None:
     }
 
 
-def test_an_upgrade_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup, "upgrade_schema", lambda url: ("0001", url[-10:]))
-    assert run("db-upgrade", repo="some/where").stdout == "upgraded the schema 0001 -> catalog.db\n"
+def test_an_upgrade_says_from_which_schema_to_which(run: Run, tmp_path: Path) -> None:
+    with tarfile.open(OLD) as archive:
+        archive.extractall(tmp_path, filter="data")
+    result = run("db-upgrade", repo=str(tmp_path))
+    assert (result.exit_code, result.stdout) == (0, f"upgraded the schema 0001 -> {HEAD}\n")
+    assert run("log", repo=str(tmp_path)).exit_code == 0
 
 
 def test_an_older_catalog_is_refused_with_the_cure(run: Run, target: str) -> None:

@@ -7,9 +7,9 @@ import click
 import pytest
 
 from dcpstore import repository
-from dcpstore.cli import setup as init_module
+from dcpstore.cli import repositories
 from dcpstore.cli.app import commands
-from dcpstore.cli.setup import init
+from dcpstore.cli.repositories import init
 from dcpstore.encoding.codecs import CODECS
 from tests.cli.conftest import Run
 
@@ -51,7 +51,7 @@ def test_of_two_at_once_one_is_refused(
     def look(target: str) -> None:
         repository.make(target, data=data, chunk=None).close()
 
-    monkeypatch.setattr(init_module, "_refuse_existing", look)
+    monkeypatch.setattr(repositories, "_refuse_existing", look)
     result = run("init", database_url, "--data", data)
     assert (result.exit_code, result.stdout) == (11, "")
     assert "is already a repository" in result.stderr
