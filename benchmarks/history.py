@@ -32,7 +32,7 @@ from dcpstore.catalog.read.dedup import find_chunks, find_tensors
 from dcpstore.catalog.read.log_filter import best_version, list_log
 from dcpstore.catalog.read.ref_lookup import resolve
 from dcpstore.catalog.write.saves import begin_save, commit_save
-from dcpstore.core.identity import new_uid
+from dcpstore.core.uids import new_uid
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.grids import Grid
 from dcpstore.history import diff_versions

@@ -27,8 +27,8 @@ from dcpstore.catalog.write.operations import list_operations
 from dcpstore.catalog.write.refs import delete_ref, make_ref, roll_back
 from dcpstore.catalog.write.saves import list_running
 from dcpstore.catalog.write.undo import undo_last
-from dcpstore.core.identity import this_user
-from dcpstore.core.syntax import Duration
+from dcpstore.core.durations import Duration
+from dcpstore.core.user import this_user
 from dcpstore.errors import AlreadyExistsError, DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.formats.composition import (
     ComposedEntry,

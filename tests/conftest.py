@@ -15,7 +15,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from dcpstore.catalog.db.url import sqlite_url
 from dcpstore.catalog.maintenance.journal import journal_again
-from dcpstore.core.identity import new_uid
+from dcpstore.core.uids import new_uid
 from dcpstore.repository import Repository
 from tests import servers
 from tests.ranks import RankPool

@@ -9,7 +9,7 @@ import click
 
 from dcpstore.cli.output import Column, human_bytes, human_time, print_json, print_table
 from dcpstore.cli.session import Session, repo_options
-from dcpstore.core.syntax import as_duration
+from dcpstore.core.durations import as_duration
 from dcpstore.records import RankProgress, RunningSave
 
 __all__ = ["status"]

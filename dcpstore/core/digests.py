@@ -1,10 +1,10 @@
-"""Digests of chunks, tensors and texts, by algorithms whose names are stored beside them.
+"""Digests of chunks and tensors, by algorithms whose names are stored beside them.
 
-Equal digests stand for equal bytes everywhere in a repository: dedupe and verification rest on it.
-A tensor, a plan, a manifest and an operation each name their algorithm, so that another can come;
-the digests of the chunks and the aliases of a tensor are of the tensor's algorithm. To add one:
-give it a name in `ALGORITHMS`, with 32 bytes of output; `ALGORITHM` is what new contents get. Old
-ones keep theirs. Source of BLAKE3: https://github.com/BLAKE3-team/BLAKE3-specs
+Equal digests stand for equal bytes everywhere in a repository: deduplication and verification rely
+on it. A tensor, a plan, a manifest and an operation each name their algorithm, so that another one
+can be added; the chunks and aliases of a tensor use the tensor's algorithm. To add one, give it a
+name in `ALGORITHMS`, with 32 bytes of output. `ALGORITHM` is used for new contents; old ones keep
+theirs. Source of BLAKE3: https://github.com/BLAKE3-team/BLAKE3-specs
 """
 
 from __future__ import annotations
@@ -28,30 +28,29 @@ __all__ = [
     "chunk_digest",
     "content_digest",
     "hasher",
-    "text_digest",
 ]
 
 
 class Hasher(Protocol):
-    """A digest in the making, as `hashlib` has them."""
+    """A digest that is being computed; the methods are those of `hashlib`."""
 
     def update(self, data: Buffer, /) -> object:
-        """Take in more bytes."""
+        """Add bytes."""
 
     def digest(self) -> bytes:
-        """Return the digest of all bytes until now: 32 bytes."""
+        """Return the digest of all bytes added so far, as 32 bytes."""
 
     def hexdigest(self) -> str:
-        """Return the digest as 64 hex digits."""
+        """Return the same digest as 64 hex digits."""
 
 
-FIRST_ALGORITHM = "blake3"  # of what was written before the name stood beside each digest
+FIRST_ALGORITHM = "blake3"  # of data written before each digest had its algorithm beside it
 ALGORITHM = "blake3"
 ALGORITHMS: dict[str, Callable[[Buffer], Hasher]] = {"blake3": blake3}
 
 
 def hasher(data: Buffer = b"", *, algorithm: str = ALGORITHM) -> Hasher:
-    """Return a digest that has taken in `data`, and takes more.
+    """Return a digest of `data`, to which more bytes can be added.
 
     Raises:
         SchemaError: this dcpstore does not know the algorithm.
@@ -59,20 +58,25 @@ def hasher(data: Buffer = b"", *, algorithm: str = ALGORITHM) -> Hasher:
     make = ALGORITHMS.get(algorithm)
     if make is None:
         raise SchemaError(
-            f"a digest is by {algorithm!r}, and this dcpstore knows {', '.join(ALGORITHMS)}; "
-            "update dcpstore."
+            f"unknown digest algorithm {algorithm!r}; this dcpstore knows {', '.join(ALGORITHMS)}. "
+            "Update dcpstore."
         )
     return make(data)
 
 
 def chunk_digest(raw: Buffer, *, algorithm: str = ALGORITHM) -> bytes:
-    """Return the 32-byte digest of the raw bytes of a chunk, which must be contiguous.
+    """Return the 32-byte digest of the raw bytes of a chunk.
 
-    Copies nothing, and lets other threads run meanwhile.
+    Copies nothing, and other threads run meanwhile.
+
+    Args:
+        raw: contiguous unsigned bytes; pass an array of another dtype as a view of uint8.
+        algorithm: its name.
+
+    Raises:
+        BufferError: `raw` is not contiguous, or its elements are not bytes.
     """
-    import numpy as np  # noqa: PLC0415 (the command line starts without it)
-
-    return hasher(np.frombuffer(memoryview(raw), np.uint8).data, algorithm=algorithm).digest()
+    return hasher(raw, algorithm=algorithm).digest()
 
 
 def content_digest(
@@ -80,13 +84,13 @@ def content_digest(
 ) -> str:
     """Return the hex digest of a tensor's content: its dtype, shape, grids and chunk digests.
 
-    The codec is left out: it changes the stored bytes, not the content.
+    The codec is not part of it: it changes the stored bytes, not the content.
 
     Args:
         dtype: torch's name.
         shape: of the whole tensor, in elements.
         parts: its chunk grids, in their order.
-        chunk_digests: in order of (part, ordinal).
+        chunk_digests: in the order of (part, ordinal).
     """
     header = _content_header(dtype, tuple(shape), tuple(parts))
     return hasher(header + b"".join(chunk_digests)).hexdigest()
@@ -94,11 +98,9 @@ def content_digest(
 
 @lru_cache(4096)
 def _content_header(dtype: str, shape: tuple[int, ...], parts: tuple[Grid, ...]) -> bytes:
-    """Return what stands before the chunk digests: JSON behind its length; few are distinct."""
+    """Return the bytes before the chunk digests: the length of a JSON text, and the text.
+
+    Cached, for thousands of tensors share a few shapes and grids.
+    """
     header = json.dumps([dtype, shape, [[p.offsets, p.shape, p.chunk_shape] for p in parts]])
     return len(header).to_bytes(8, "little") + header.encode()
-
-
-def text_digest(text: str) -> str:
-    """Return the hex digest of a text's UTF-8 bytes."""
-    return hasher(text.encode()).hexdigest()

@@ -1,10 +1,9 @@
-"""What people write: refs to versions, the names of tags and branches, spans of time and moments.
+"""The syntax of refs to versions, and of the names of tags and branches.
 
     ref    := start ("~" digits)? ("@step=" digits)?
     start  := "v"? digits | name | uid
     name   := a letter or "_", then letters, digits and any of . _ - / = + @
     uid    := the first 6 or more of the 32 hex digits of a version's uid
-    span   := a number and s, m, h, d or w
 
 A name never reads as a version number and never contains "@step=", so a ref has one meaning:
 `epoch=0-step=8` and `run@home+1` are names, `a@step=5` is a step of `a`. What could be both is a
@@ -17,17 +16,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 
 from dcpstore.errors import InvalidInputError
 
 __all__ = [
     "NAME_CHARACTERS",
-    "Duration",
     "Ref",
-    "as_duration",
     "check_name",
-    "in_utc",
     "nearest_name",
     "parse_ref",
     "rank_name",
@@ -154,49 +149,3 @@ def _short(text: object) -> str:
     """Return what was written, for a message, without the greater part of what is very long."""
     shown = repr(text)
     return shown if len(shown) <= _MAX_NAME + 100 else f"{shown[:_MAX_NAME]}…'"
-
-
-Duration = timedelta | str
-_TEXT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([smhdw])")
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-_MOST = timedelta(days=100_000)  # so long ago there still was a time, on every clock
-
-
-def as_duration(given: Duration, *, what: str) -> timedelta:
-    """Return a span of time that is not negative, of 100,000 days at most.
-
-    Raises:
-        InvalidInputError: `given` is none, or longer; the message calls it `what`.
-    """
-    span = given
-    if isinstance(given, str) and (match := _TEXT.fullmatch(given.strip())):
-        try:
-            span = timedelta(**{_UNITS[match[2]]: float(match[1])})
-        except OverflowError:
-            span = timedelta.max
-    if not isinstance(span, timedelta) or span < timedelta(0):
-        raise InvalidInputError(
-            f"{what} {given!r} is no span of time; write '90s', '30m', '24h', '7d' or '2w', or "
-            "give a timedelta."
-        )
-    if span > _MOST:
-        raise InvalidInputError(
-            f"{what} {given!r} is longer than {_MOST.days:,} days; give a shorter span."
-        )
-    return span
-
-
-def in_utc(given: datetime, *, what: str) -> datetime:
-    """Return a moment in UTC; one without a zone is by this machine's.
-
-    Raises:
-        InvalidInputError: `given` is none, or there is none in UTC; the message calls it `what`.
-    """
-    if not isinstance(given, datetime):
-        raise InvalidInputError(f"{what}={given!r} is no time; give a datetime.")
-    try:
-        return given.astimezone(UTC)
-    except (ValueError, OverflowError):
-        raise InvalidInputError(
-            f"{what}={given} is no time in UTC, where years go from 1 to 9999; give another."
-        ) from None

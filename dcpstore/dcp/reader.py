@@ -13,9 +13,9 @@ from torch.futures import Future
 
 from dcpstore.catalog.location import absolute_target
 from dcpstore.catalog.read.entries import load_entries, load_planner_data
-from dcpstore.core.identity import new_uid
 from dcpstore.core.progress import ProgressBar
 from dcpstore.core.syntax import rank_name
+from dcpstore.core.uids import new_uid
 from dcpstore.encoding.values import decode_value
 from dcpstore.loading.item_reads import ItemReads
 from dcpstore.planning.version_metadata import describe_entries

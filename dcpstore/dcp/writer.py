@@ -25,7 +25,7 @@ from torch.futures import Future
 
 from dcpstore.catalog.location import absolute_target
 from dcpstore.catalog.write.saves import kept_lease
-from dcpstore.core.identity import new_uid
+from dcpstore.core.uids import new_uid
 from dcpstore.errors import DcpstoreError, InvalidInputError
 from dcpstore.planning.global_plan import check_results
 from dcpstore.planning.plan_table import GlobalTable, item_nbytes

@@ -24,8 +24,8 @@ from dcpstore.catalog.read.entries import load_entries, load_planner_data
 from dcpstore.catalog.read.ref_lookup import resolve
 from dcpstore.collectives import Collectives, in_step, in_turn
 from dcpstore.core.gc_pause import gc_paused
-from dcpstore.core.identity import new_uid
 from dcpstore.core.progress import ProgressBar
+from dcpstore.core.uids import new_uid
 from dcpstore.encoding.values import decode_value
 from dcpstore.errors import InvalidInputError, MismatchError, UnsafeDataError
 from dcpstore.formats.composition import compositions, outer_fqns

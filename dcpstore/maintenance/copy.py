@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 
 from dcpstore.catalog.catalog import Catalog
-from dcpstore.catalog.maintenance.export import lineage, load_content, mark_version_stale
+from dcpstore.catalog.maintenance.export import lineage, load_content
 from dcpstore.catalog.maintenance.fsck import PackedChunk
 from dcpstore.catalog.maintenance.journal import write_journal
 from dcpstore.catalog.read.dedup import find_encoded, find_tensors
@@ -27,8 +27,9 @@ from dcpstore.catalog.write.saves import (
     kept_lease,
     known_uids,
 )
-from dcpstore.core.identity import new_uid
+from dcpstore.catalog.write.stale import mark_version_stale
 from dcpstore.core.syntax import parse_ref
+from dcpstore.core.uids import new_uid
 from dcpstore.errors import AlreadyExistsError, ConflictError, CorruptionError, NotFoundError
 from dcpstore.maintenance.rewrite import renew_manifests
 from dcpstore.reading.chunk_reads import check_chunk

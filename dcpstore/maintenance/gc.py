@@ -16,10 +16,10 @@ from datetime import UTC, datetime, timedelta
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.maintenance.condemn import condemn, find_doomed, find_leftovers, forget_packs
-from dcpstore.catalog.maintenance.export import stale_versions
 from dcpstore.catalog.maintenance.journal import check_owner, write_journal
-from dcpstore.core.identity import uid_time
-from dcpstore.core.syntax import Duration, as_duration
+from dcpstore.catalog.write.stale import stale_versions
+from dcpstore.core.durations import Duration, as_duration
+from dcpstore.core.uids import uid_time
 from dcpstore.errors import CorruptionError, NotFoundError, SchemaError
 from dcpstore.formats.manifest import decode_manifest
 from dcpstore.records import PackRecord

@@ -22,7 +22,7 @@ from dcpstore.catalog.location import absolute_data, check_path, locate
 from dcpstore.catalog.maintenance.journal import changed_refs, journal_again, write_journal
 from dcpstore.catalog.maintenance.restore import restore
 from dcpstore.catalog.schema.lifecycle import FORMAT_VERSION, restore_repository
-from dcpstore.core.identity import new_uid
+from dcpstore.core.uids import new_uid
 from dcpstore.errors import CorruptionError, InvalidInputError, NotFoundError
 from dcpstore.formats.journal_entry import decode_operation, operation_key, operation_number
 from dcpstore.formats.manifest import Manifest, decode_manifest, manifest_key

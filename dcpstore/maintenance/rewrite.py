@@ -16,10 +16,11 @@ from datetime import UTC, datetime
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.maintenance.condemn import plan_pack, switch_pack, unplan_pack
-from dcpstore.catalog.maintenance.export import clear_stale, load_content, stale_versions
+from dcpstore.catalog.maintenance.export import load_content
 from dcpstore.catalog.maintenance.fsck import packed_chunks
 from dcpstore.catalog.maintenance.journal import write_journal
-from dcpstore.core.identity import new_uid
+from dcpstore.catalog.write.stale import clear_stale, stale_versions
+from dcpstore.core.uids import new_uid
 from dcpstore.errors import CorruptionError, NotFoundError
 from dcpstore.reading.chunk_reads import check_chunk
 from dcpstore.records import PackRecord

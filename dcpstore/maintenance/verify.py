@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from dcpstore.catalog.catalog import Catalog
-from dcpstore.catalog.maintenance.export import mark_version_stale
 from dcpstore.catalog.maintenance.fsck import (
     PackedChunk,
     PackState,
@@ -37,6 +36,7 @@ from dcpstore.catalog.maintenance.fsck import (
 from dcpstore.catalog.maintenance.journal import check_owner, journal_again, last_journaled
 from dcpstore.catalog.read.log_filter import list_log
 from dcpstore.catalog.read.ref_lookup import resolve
+from dcpstore.catalog.write.stale import mark_version_stale
 from dcpstore.core.progress import ProgressBar
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.formats.journal_entry import decode_operation, operation_key

@@ -20,7 +20,8 @@ from dcpstore.catalog.maintenance.retention import retain
 from dcpstore.catalog.read.entries import load_entries
 from dcpstore.catalog.read.ref_lookup import list_refs, resolve
 from dcpstore.catalog.write.saves import abort_save, begin_save, commit_save
-from dcpstore.core.identity import new_uid, this_user
+from dcpstore.core.uids import new_uid
+from dcpstore.core.user import this_user
 from dcpstore.encoding.values import encode_value
 from dcpstore.errors import ConflictError, DcpstoreError, NotFoundError
 from dcpstore.records import (

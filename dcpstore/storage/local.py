@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from typing_extensions import Buffer
 
-from dcpstore.core.identity import new_uid
+from dcpstore.core.uids import new_uid
 from dcpstore.errors import CorruptionError, DcpstoreError, NotFoundError
 from dcpstore.storage.direct_io import BLOCK, StreamedFile
 from dcpstore.storage.interface import Range, check_key

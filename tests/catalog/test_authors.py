@@ -5,7 +5,7 @@ import os
 import pytest
 
 from dcpstore.catalog.validation import can_be_kept
-from dcpstore.core.identity import this_user
+from dcpstore.core.user import this_user
 
 
 def test_a_name_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,7 @@ def test_foreign_keys_hold(catalog: Catalog, save: Save) -> None:
 
 def test_locked_database_is_a_conflict(sqlite_catalog: Catalog, tmp_path: Path) -> None:
     url = sqlite_url(tmp_path / "catalog.db")
-    database = Database(url, busy_seconds=0.1, patience_seconds=0.0)
+    database = Database(url, busy_seconds=0.1, retry_seconds=0.0)
     other = sqlite3.connect(tmp_path / "catalog.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with (

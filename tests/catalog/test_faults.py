@@ -17,7 +17,8 @@ import pytest
 from sqlalchemy import Connection
 
 from dcpstore.catalog.catalog import Catalog
-from dcpstore.catalog.db.database import Database, UnknownOutcomeError
+from dcpstore.catalog.db.database import Database
+from dcpstore.catalog.db.db_errors import UnknownOutcomeError
 from dcpstore.catalog.db.transactions import writes
 from dcpstore.catalog.db.url import sqlite_url
 from dcpstore.catalog.maintenance.journal import mark_journaled, unjournaled
@@ -181,7 +182,7 @@ def test_a_server_without_a_free_connection(behind: Catalog, postgres_url: str) 
             assert len(list_log(catalog)) == 1
         with (
             psycopg.connect(url),
-            Catalog(Database(url, patience_seconds=0.3), behind.repository) as impatient,
+            Catalog(Database(url, retry_seconds=0.3), behind.repository) as impatient,
             pytest.raises(DcpstoreError, match=r"no connection left .*max_connections"),
         ):
             list_log(impatient)
@@ -201,7 +202,7 @@ def test_a_lock_that_is_not_released(behind: Catalog, postgres_url: str, proxy: 
 
 
 def test_a_server_that_goes_away_is_no_password(behind: Catalog, proxy: Proxy) -> None:
-    with Catalog(Database(proxy.url, patience_seconds=0.3), behind.repository) as impatient:
+    with Catalog(Database(proxy.url, retry_seconds=0.3), behind.repository) as impatient:
         assert len(list_log(impatient)) == 1
         proxy.close()
         calls: list[Callable[[], Any]] = [

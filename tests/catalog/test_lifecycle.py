@@ -258,7 +258,7 @@ def test_failed_creation_leaves_nothing(
     with pytest.raises(Exception, match="nothing"):
         Catalog.make(database_url, data_url="d")
     database = Database(database_url)
-    with database.read() as connection:
+    with database.write() as connection:
         assert inspect(connection).get_table_names() == []
     database.close()
     monkeypatch.undo()
@@ -268,7 +268,7 @@ def test_failed_creation_leaves_nothing(
 def test_migrations_make_what_the_schema_says(database_url: str) -> None:
     Catalog.make(database_url, data_url="d").close()
     database = Database(database_url)
-    with database.read() as connection:
+    with database.write() as connection:
         context = MigrationContext.configure(
             connection, opts={"compare_type": True, "compare_server_default": True}
         )

@@ -76,7 +76,7 @@ def test_a_row_that_is_there_is_a_conflict_and_nothing_changes(database: Databas
             ),
             writes=True,
         )
-    with database.read() as connection:
+    with database.write() as connection:
         assert connection.execute(select(schema.tensor)).all() == []
 
 
@@ -105,7 +105,7 @@ def test_a_connection_that_is_lost_in_between_is_made_again(postgres_server: Any
 
         database.transact(work, writes=True)
         assert tries == 2
-        with database.read() as connection:
+        with database.write() as connection:
             found = connection.scalars(select(schema.tensor.c.digest)).all()
         assert sorted(found) == digests
         database.close()

@@ -20,7 +20,7 @@ from dcpstore.catalog.db.url import sqlite_url
 from dcpstore.catalog.read.ref_lookup import list_refs
 from dcpstore.catalog.write.refs import delete_ref, make_ref, roll_back
 from dcpstore.catalog.write.undo import undo_last
-from dcpstore.core.identity import new_uid
+from dcpstore.core.uids import new_uid
 from dcpstore.errors import AlreadyExistsError, ConflictError, InvalidInputError, NotFoundError
 from dcpstore.maintenance.rebuild import rebuild
 from dcpstore.records import RefRecord

@@ -14,7 +14,7 @@ from dcpstore import Repository, Version
 from dcpstore.catalog.db.url import sqlite_url
 from dcpstore.catalog.schema.views import VIEWS
 from dcpstore.catalog.write.saves import begin_save
-from dcpstore.core.identity import new_uid
+from dcpstore.core.uids import new_uid
 from dcpstore.records import VersionDraft
 from dcpstore.repository import open as open_repository
 from tests.cli.conftest import ask_database

@@ -16,7 +16,7 @@ from dcpstore import ConflictError, InvalidInputError, NotFoundError, Repository
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.db.url import sqlite_url
 from dcpstore.catalog.write.undo import undo_last
-from dcpstore.core.identity import new_uid
+from dcpstore.core.uids import new_uid
 from dcpstore.formats.journal_entry import decode_operation, operation_key
 from dcpstore.maintenance.rebuild import rebuild
 from dcpstore.records import RefRecord, Version, VersionContent

@@ -15,7 +15,7 @@ import dcpstore
 from dcpstore import ConflictError, DcpstoreError, InvalidInputError, NotFoundError, Repository
 from dcpstore import repository as repository_module
 from dcpstore.catalog.read.entries import load_chunks
-from dcpstore.core.identity import new_uid
+from dcpstore.core.uids import new_uid
 from dcpstore.formats.manifest import decode_manifest, manifest_key
 from dcpstore.maintenance import gc as collecting
 from dcpstore.maintenance import rewrite as rewriting
@@ -345,7 +345,7 @@ def test_a_version_that_expires_while_it_is_read_is_said_to(
 
 def test_grace_is_a_span_of_time(repo: Repository) -> None:
     for wrong in ("soon", "-1h", timedelta(seconds=-1), 5):
-        with pytest.raises(InvalidInputError, match="span of time"):
+        with pytest.raises(InvalidInputError, match="not a valid duration"):
             repo.gc(grace=wrong)  # type: ignore[arg-type]
     for right in ("1.5h", "2w", "30 m", timedelta(days=1)):
         assert repo.gc(grace=right).nbytes_freed == 0

@@ -247,7 +247,7 @@ def work(operation: Operation, site: Site, patience: float | None) -> str | None
     logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)  # it tells of each lost one
     if patience is not None:
         catalog_module.Database = partial(  # type: ignore[assignment,misc]
-            Database, patience_seconds=patience
+            Database, retry_seconds=patience
         )
     return told(operation, site)
 

@@ -15,7 +15,7 @@ from dcpstore.catalog.location import locate
 from dcpstore.catalog.maintenance.fsck import list_packs
 from dcpstore.catalog.schema.lifecycle import upgrade_schema
 from dcpstore.catalog.write.saves import begin_save
-from dcpstore.core.identity import new_uid
+from dcpstore.core.uids import new_uid
 from dcpstore.formats.manifest import manifest_key
 from dcpstore.maintenance.rebuild import rebuild
 from dcpstore.records import VersionDraft

@@ -44,7 +44,7 @@ Write = Callable[..., Written]
 
 
 def raw_cell(array: np.ndarray, grid: Grid, ordinal: int) -> np.ndarray:
-    """Return the raw bytes of a chunk, padded as Zarr pads."""
+    """Return the elements of a chunk, padded as Zarr pads."""
     cell = np.zeros(grid.chunk_shape, array.dtype)
     box = grid.cell(ordinal)
     cell[tuple(slice(0, n) for n in box.sizes)] = array[box.slices]
@@ -71,7 +71,8 @@ def write(tmp_path: Path) -> Write:
                 for ordinal in range(int(np.prod(grid.counts))):
                     raw = raw_cell(array, grid, ordinal)
                     place = writer.append(encode(codec, raw, raw.itemsize))
-                    chunks.append(NewChunk(part, ordinal, chunk_digest(raw), *place))
+                    digest = chunk_digest(raw.reshape(-1).view(np.uint8))
+                    chunks.append(NewChunk(part, ordinal, digest, *place))
             name = dtype_name(tensor.dtype)
             shape = tuple(tensor.shape)
             digest = content_digest(name, shape, parts, [c.digest for c in chunks])

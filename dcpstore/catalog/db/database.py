@@ -1,252 +1,74 @@
-"""The way to the database: one URL, one engine, transactions, and what an error of it means.
+"""`Database`: the connections to one database, and its transactions with their retries.
 
-Keeps four promises: our settings touch our own engine only; a transaction that writes holds the
-write lock from its first statement on SQLite, so it can never fail for want of it half-way; a
-transaction is retried only where the database is known to have changed nothing, or to have taken
-the change back; and no error that leaves here carries a password or is the database's own.
+Invariants: our settings touch our own engine only. On SQLite a transaction that writes holds the
+write lock from its first statement, so it cannot fail half-way because another process has it. A
+transaction is retried only if the database is known to have changed nothing, or to have rolled the
+change back. No error of the database itself leaves this module, and none carries a password.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from sqlalchemy import Connection, Engine, NullPool, QueuePool, create_engine, event
-from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from dcpstore.catalog.db.db_errors import (
+    Backoff,
+    UnknownOutcomeError,
+    is_lost,
+    is_transient,
+    translate,
+)
 from dcpstore.catalog.db.sqlite_file import open_file
 from dcpstore.catalog.db.url import keep_to_process, parse_url, server_engine
 from dcpstore.core.reentry import changing
-from dcpstore.errors import (
-    ConflictError,
-    CorruptionError,
-    DcpstoreError,
-    InvalidInputError,
-    NotFoundError,
-    SchemaError,
-)
+from dcpstore.errors import DcpstoreError
 
-__all__ = [
-    "Database",
-    "Patience",
-    "UnknownOutcomeError",
-    "is_lost",
-    "is_passing",
-    "translate",
-]
-
-_LONGEST_PAUSE = 5.0
-
-# Postgres's codes of what passes: serialization failure and deadlock, whose transaction is rolled
-# back; a server that shuts down, crashed, starts up, has no connection left, or follows another.
-_PASSING = ("40001", "40P01", "57P01", "57P02", "57P03", "53300", "25006")
-_ENDED = ("57P01", "57P02", "57P03", "25P03")  # the server ended the session
-# What a server says of itself before there is a session, and so without a code.
-_FULL = ("too many clients", "too many connections", "connection slots are reserved")
-_STARTING = ("starting up", "shutting down", "in recovery mode", "not yet accepting connections")
-
-
-_CROWDED = (
-    ConflictError,
-    "others kept changing the catalog {shown} at the same time ({text}). Nothing was changed; try "
-    "again.",
-)
-_DAMAGED = (
-    CorruptionError,
-    "the catalog {shown} is damaged ({text}). Restore it from a backup, or make it again from the "
-    "data with 'dcpstore rebuild'.",
-)
-_POSTGRES: dict[str, tuple[type[DcpstoreError], str]] = {
-    "40001": _CROWDED,
-    "40P01": _CROWDED,
-    "XX001": _DAMAGED,
-    "XX002": _DAMAGED,
-}
-# SQLite gives its codes no names that every Python has, and its messages do not change.
-_SQLITE: tuple[tuple[str, type[DcpstoreError], str], ...] = (
-    (
-        "not a database",
-        SchemaError,
-        "{shown} is not a dcpstore catalog ({text}). Give the path of a repository, or one where "
-        "nothing is yet.",
-    ),
-    ("malformed", *_DAMAGED),
-    (
-        "unable to open",
-        NotFoundError,
-        "cannot open the catalog {shown} ({text}). Check that its folder exists and may be written "
-        "to.",
-    ),
-    (
-        "readonly",
-        DcpstoreError,
-        "the catalog {shown} may not be written ({text}). Nothing was changed; check the "
-        "permissions of the file and of its folder.",
-    ),
-    (
-        "is full",
-        DcpstoreError,
-        "no space is left for the catalog {shown} ({text}). Nothing was changed; free some space "
-        "('dcpstore gc' may), and try again.",
-    ),
-    (
-        "I/O error",
-        DcpstoreError,
-        "the disk of the catalog {shown} fails ({text}). Nothing was changed; check the disk, then "
-        "look with 'dcpstore verify'.",
-    ),
-)
-
-
-class UnknownOutcomeError(DcpstoreError):
-    """The answer to a commit was lost: it may have been carried out."""
-
-
-class Patience:
-    """The pauses between tries of one thing: longer and longer, `seconds` in all at most."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-        self._pause = 0.05
-
-    def wait(self) -> bool:
-        """Pause before the next try; False, at once, where there must be none."""
-        pause = self._pause * random.uniform(0.5, 1.0)  # those who failed together come apart
-        if time.monotonic() + pause > self._end:
-            return False
-        time.sleep(pause)
-        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
-        return True
-
-
-def is_lost(error: DBAPIError) -> bool:
-    """Tell whether there is no connection, or no longer one, to a server."""
-    state = _state(error)
-    no_session = isinstance(error, OperationalError | InterfaceError) and state is None
-    return error.connection_invalidated or no_session or (state or "").startswith(("08", *_ENDED))
-
-
-def is_passing(error: DBAPIError, text: str, *, is_sqlite: bool, was_connected: bool) -> bool:
-    """Tell whether what failed, and changed nothing, may well succeed soon.
-
-    Args:
-        error: as the database raised it.
-        text: of the error.
-        is_sqlite: which database it is.
-        was_connected: whether there was a connection before: else a server that does not answer is
-            rather a mistake in the URL.
-    """
-    if is_sqlite:
-        return "locked" in text or "busy" in text
-    if is_lost(error):
-        return was_connected or any(words in text for words in (*_FULL, *_STARTING))
-    return _state(error) in _PASSING
-
-
-def translate(
-    error: DBAPIError, text: str, *, shown: str, is_sqlite: bool, busy_seconds: float
-) -> DcpstoreError:
-    """Return an error of ours for one that left nothing changed.
-
-    Args:
-        error: as the database raised it.
-        text: of the error.
-        shown: the catalog, as people may see it.
-        is_sqlite: which database it is.
-        busy_seconds: how long a transaction waits for a lock.
-    """
-    if isinstance(error, IntegrityError):
-        return ConflictError(
-            f"the catalog {shown} refused a row that another process was faster with: {text}. "
-            "Try again."
-        )
-    if "locked" in text or "busy" in text if is_sqlite else _state(error) == "55P03":
-        return ConflictError(
-            f"the catalog {shown} was locked by another process for more than {busy_seconds:.0f} "
-            f"seconds ({text}). Try again when it has finished."
-        )
-    known = _of_sqlite(text, shown) if is_sqlite else _of_postgres(error, text, shown)
-    return known or DcpstoreError(
-        f"the catalog {shown} failed: {text}. Nothing was changed; check the database and try "
-        "again."
-    )
-
-
-def _of_sqlite(text: str, shown: str) -> DcpstoreError | None:
-    for words, kind, message in _SQLITE:
-        if words in text:
-            return kind(message.format(shown=shown, text=text))
-    return None
-
-
-def _of_postgres(error: DBAPIError, text: str, shown: str) -> DcpstoreError | None:
-    state = _state(error)
-    if state == "53300" or any(words in text for words in _FULL):
-        return DcpstoreError(
-            f"the server of the catalog {shown} has no connection left ({text}). Nothing was "
-            "changed; raise its max_connections, or let fewer processes use it at a time."
-        )
-    if is_lost(error):
-        return NotFoundError(
-            f"cannot connect to the catalog {shown} ({text}). Check the URL, and that the server "
-            "is running and lets you in."
-        )
-    if "connection option" in text:
-        return InvalidInputError(f"invalid catalog URL {shown}: {text}.")
-    if state in _POSTGRES:
-        kind, message = _POSTGRES[state]
-        return kind(message.format(shown=shown, text=text))
-    return None
-
-
-def _state(error: DBAPIError) -> str | None:
-    state: str | None = getattr(error.orig, "sqlstate", None)
-    return state
-
+__all__ = ["Database"]
 
 _WRITES = "dcpstore_writes"
-_SENDING = "before_cursor_execute"  # SQLAlchemy's event
-_FRESH_SECONDS = 30  # what a kept connection may be old, before a network forgets it
+_SENDING = "before_cursor_execute"  # SQLAlchemy's name of the event
+_FRESH_SECONDS = 30  # an older idle connection is replaced: a network may have dropped it
 
 T = TypeVar("T")
 
 
 class Database:
-    """One database, by URL; connects when it is first used.
+    """One database, by URL; it connects on first use.
 
     Args:
         url: of an SQLite file or of a database in Postgres.
         busy_seconds: how long a transaction waits for a lock that another one holds; by default
             longer than the commit of a very large version takes.
-        patience_seconds: how long a transaction is tried again; by default as long as a server
-            takes to restart, or another one to take over.
+        retry_seconds: how long a transaction is retried; by default long enough for a server to
+            restart, or for a replica to replace it.
 
     Attributes:
-        is_sqlite: whether it is a file of SQLite; else it is on a Postgres server.
+        is_sqlite: whether it is an SQLite file; if not, it is on a Postgres server.
         file: the SQLite file, or None.
-        may_create_file: whether connecting may begin a new SQLite file.
+        may_create_file: whether connecting may create the SQLite file.
     """
 
     def __init__(
-        self, url: str, *, busy_seconds: float = 60.0, patience_seconds: float = 60.0
+        self, url: str, *, busy_seconds: float = 60.0, retry_seconds: float = 60.0
     ) -> None:
         self._url = parse_url(url)
-        self._busy_seconds, self._patience_seconds = busy_seconds, patience_seconds
+        self._busy_seconds, self._retry_seconds = busy_seconds, retry_seconds
         self.is_sqlite = self._url.get_backend_name() == "sqlite"
-        # Absolute from now on: the process may change its folder while connections come and go.
+        # Absolute, for the process may change its working folder before the next connection.
         self.file = Path(self._url.database or "").absolute() if self.is_sqlite else None
         self.may_create_file = False
         self._was_connected = False
-        self._keeping = threading.RLock()  # a signal handler may ask in the middle
-        self._keepers = 0
+        self._keepers_lock = threading.RLock()  # a signal handler may run while it is held
+        self._keepers = 0  # blocks inside `keep_connection`
         self._reports: list[Callable[[str], None]] = []
         if self.is_sqlite:
             self._engine = create_engine(
@@ -262,7 +84,7 @@ class Database:
                 poolclass=QueuePool,
                 max_overflow=-1,
                 pool_recycle=_FRESH_SECONDS,
-                pool_pre_ping=True,  # the server may end what is kept
+                pool_pre_ping=True,  # the server may have closed an idle connection
             )
         keep_to_process(self._engine)
 
@@ -271,16 +93,16 @@ class Database:
 
     @property
     def shown(self) -> str:
-        """The URL for people to read: no password, and no option that may hold one."""
+        """The URL for people to read, without password and without options that may hold one."""
         query = {key: self._url.query[key] for key in ("host", "port") if key in self._url.query}
         return self._url.set(query=query).render_as_string(hide_password=True)
 
     @property
     def is_missing(self) -> bool:
-        """Whether it is a file of SQLite that does not exist.
+        """Whether it is an SQLite file that does not exist.
 
         Raises:
-            DcpstoreError: that cannot be found out.
+            DcpstoreError: the filesystem does not say.
         """
         try:
             if self.file is not None:
@@ -289,8 +111,8 @@ class Database:
             return True
         except OSError as error:
             raise DcpstoreError(
-                f"cannot look for the catalog {self.shown}: {error.strerror}; give this user leave "
-                "to read its folder, or mend the filesystem, then try again."
+                f"cannot look for the catalog {self.shown}: {error.strerror}; let this user read "
+                "its folder, or repair the filesystem, then try again."
             ) from error
         return False
 
@@ -302,39 +124,39 @@ class Database:
     def traced(self, report: Callable[[str], None]) -> Iterator[None]:
         """Call `report` with the SQL of each statement before it is sent, inside the block.
 
-        It is called in the thread that sends the statement, BEGIN included; a commit is not a
-        statement.
+        It is called in the thread that sends the statement. BEGIN counts as a statement, and
+        COMMIT does not.
         """
 
-        def see(connection: Connection, cursor: object, statement: str, *_: object) -> None:
-            report(statement)
+        def on_statement(connection: Connection, cursor: object, text: str, *_: object) -> None:
+            report(text)
 
         self._reports.append(report)
-        event.listen(self._engine, _SENDING, see)
+        event.listen(self._engine, _SENDING, on_statement)
         try:
             yield
         finally:
-            event.remove(self._engine, _SENDING, see)
+            event.remove(self._engine, _SENDING, on_statement)
             self._reports.remove(report)
 
     def report(self, statement: str) -> None:
-        """Report a statement that goes to the driver past SQLAlchemy."""
-        for report in tuple(self._reports):
+        """Report a statement that goes to the driver without SQLAlchemy."""
+        for report in tuple(self._reports):  # a copy, for another thread may end its trace
             report(statement)
 
     @contextmanager
     def keep_connection(self) -> Iterator[None]:
-        """Keep a connection to a server for the transactions inside the block.
+        """Keep a connection to a server open for the transactions inside the block.
 
-        Outside there is none: hours pass between saves, and a cluster has many ranks. (Connections
-        to a file cost nobody anything, and are always kept.)
+        Outside of such a block there is none: hours pass between saves, and a cluster has more
+        ranks than a server has connections. (A connection to a file is cheap and always kept.)
         """
-        with self._keeping:
+        with self._keepers_lock:
             self._keepers += 1
         try:
             yield
         finally:
-            with self._keeping:
+            with self._keepers_lock:
                 self._keepers -= 1
                 if not self._keepers and not self.is_sqlite:
                     self._engine.dispose()
@@ -346,15 +168,15 @@ class Database:
         writes: bool,
         if_unknown: Callable[[], tuple[T] | None] = lambda: None,
     ) -> T:
-        """Run a transaction until it succeeds, fails for good, or the retries are used up.
+        """Run a transaction, with retries, until it succeeds or fails for good; return its result.
 
         Args:
-            call: what it does, and nothing else; returns the result.
+            call: does the work and returns the result; it must change nothing but the database.
             writes: whether it may change the database.
-            if_unknown: called where the answer to its commit was lost: returns the result, or None
-                where it may be run again.
+            if_unknown: called if the answer to the commit was lost; returns the result in a tuple,
+                or None if the transaction may be run again.
         """
-        patience = Patience(self._patience_seconds)
+        backoff = Backoff(self._retry_seconds)
         while True:
             is_committing = False
             try:
@@ -368,31 +190,25 @@ class Database:
                     outcome = self._find_out(error, text, if_unknown)
                     if outcome is not None:
                         return outcome[0]
-                elif not is_passing(
+                elif not is_transient(
                     error, text, is_sqlite=self.is_sqlite, was_connected=self._was_connected
                 ):
                     raise self._translate(error) from error
-                if not patience.wait():
+                if not backoff.wait():
                     raise self._translate(error) from error
 
     @contextmanager
-    def read(self) -> Iterator[Connection]:
-        """Yield a connection whose queries all see the database as of one moment; no retry."""
-        with self._translated(), self._connected(writes=False) as connection:
-            yield connection
-
-    @contextmanager
     def write(self) -> Iterator[Connection]:
-        """Yield a connection in a transaction that commits at the end, or leaves nothing.
+        """Yield a connection in a transaction that commits at the end of the block, or not at all.
 
-        It is not retried: for what does more than change the database.
+        There is no retry, so the block may do more than change the database.
         """
         with self._translated(), self._connected(writes=True) as connection:
             yield connection
 
     @contextmanager
     def outside(self) -> Iterator[sqlite3.Connection]:
-        """Yield SQLite's own connection outside of a transaction, for what cannot run in one."""
+        """Yield SQLite's own connection outside of a transaction, for statements that need that."""
         with self._changing(), self._translated(), self._engine.connect() as connection:
             driver = connection.connection.driver_connection
             assert isinstance(driver, sqlite3.Connection)
@@ -400,7 +216,7 @@ class Database:
 
     @contextmanager
     def read_only(self) -> Iterator[Connection]:
-        """Yield a connection of its own on which the database itself refuses to write."""
+        """Yield a separate connection on which the database itself refuses to write."""
         if self.is_sqlite:
             engine = create_engine("sqlite://", creator=self._connect_read_only, poolclass=NullPool)
             event.listen(engine, "begin", _begin_sqlite)
@@ -412,7 +228,7 @@ class Database:
             yield connection
 
     def shown_error(self, error: BaseException) -> str:
-        """Return the database's own text of an error, without statement, values and password."""
+        """Return the database's text of an error, without the statement, its values, a password."""
         original = error.orig if isinstance(error, DBAPIError) else error
         text = " ".join(str(original).split())
         password = self._url.password
@@ -421,15 +237,15 @@ class Database:
     def _connect(self, engine: Engine) -> Connection:
         try:
             return engine.connect()
-        except OSError as error:  # of this process, before the driver has asked the server
+        except OSError as error:  # in this process, before the driver has reached the server
             raise DcpstoreError(
                 f"cannot connect to the catalog {self.shown}: {error.strerror}. Nothing was "
-                "changed; try again when this process has what it needs (for open files: raise "
-                "the limit of 'ulimit -n')."
+                "changed; free what this process ran out of, and try again ('ulimit -n' raises the "
+                "limit of open files)."
             ) from error
 
     def _connect_sqlite(self) -> sqlite3.Connection:
-        # 'rw' fails where the file is missing: looking for a repository must not leave one.
+        # 'rw' fails if the file is missing: looking for a repository must not create one.
         connection = self._open_sqlite("rwc" if self.may_create_file else "rw")
         # In WAL mode only FULL makes a commit survive a loss of power (invariant 3).
         connection.execute("PRAGMA synchronous = FULL")
@@ -448,7 +264,7 @@ class Database:
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
-        """Turn the database's errors into ours."""
+        """Raise the database's errors as ours."""
         try:
             yield
         except DBAPIError as error:
@@ -457,22 +273,21 @@ class Database:
             raise self._translate(DBAPIError(None, None, error)) from error
 
     def _translate(self, error: DBAPIError) -> DcpstoreError:
-        text = self.shown_error(error)
         return translate(
             error,
-            text,
+            self.shown_error(error),
             shown=self.shown,
             is_sqlite=self.is_sqlite,
             busy_seconds=self._busy_seconds,
         )
 
     def _changing(self) -> AbstractContextManager[None]:
-        """Refuse a transaction that writes inside another one of this thread: both would wait."""
+        """Refuse to write inside another transaction of this thread: it would wait for itself."""
         place = self.shown if self.file is None else os.path.realpath(self.file)
         return changing(f"catalog {place}", shown=f"the catalog {self.shown}")
 
     def _is_unknown(self, error: DBAPIError, text: str) -> bool:
-        """Tell whether a commit that ended with this error may have been carried out."""
+        """Tell whether a commit that failed with this error may have been carried out."""
         return "I/O error" in text if self.is_sqlite else is_lost(error)
 
     def _find_out(
@@ -489,20 +304,20 @@ class Database:
 
     @contextmanager
     def _connected(self, *, writes: bool) -> Iterator[Connection]:
-        """Yield a connection in a transaction; errors are the database's own."""
-        alone = self._changing() if writes else nullcontext()
-        with alone, self.keep_connection(), self._connect(self._engine) as connection:
+        """Yield a connection in a transaction; errors are those of the database."""
+        exclusion = self._changing() if writes else nullcontext()
+        with exclusion, self.keep_connection(), self._connect(self._engine) as connection:
             self._was_connected = True
             if writes:
                 connection.execution_options(**{_WRITES: True})
-            elif not self.is_sqlite:  # where BEGIN alone would give each query its own moment
+            elif not self.is_sqlite:  # else each query would see the latest commit, not one moment
                 connection.execution_options(
                     isolation_level="REPEATABLE READ", postgresql_readonly=True
                 )
             with connection.begin():
                 if writes and not self.is_sqlite:
-                    # Wait for a lock as long as on SQLite, and let go of the locks of a process
-                    # that the network has cut off.
+                    # Wait for a lock as long as on SQLite. End a transaction that is silent for
+                    # ten minutes, for a process that the network cut off would hold its locks.
                     connection.exec_driver_sql(
                         f"SELECT set_config('lock_timeout', '{self._busy_seconds * 1000:.0f}', "
                         "true), set_config('idle_in_transaction_session_timeout', '600000', true)"

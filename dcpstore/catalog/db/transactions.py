@@ -14,7 +14,8 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
 from sqlalchemy import Connection
 
-from dcpstore.catalog.db.database import Database, UnknownOutcomeError
+from dcpstore.catalog.db.database import Database
+from dcpstore.catalog.db.db_errors import UnknownOutcomeError
 
 __all__ = ["OpenCatalog", "reads", "writes"]
 

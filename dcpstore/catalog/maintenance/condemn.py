@@ -7,7 +7,6 @@ either still there when it commits, or makes it fail (invariant 5).
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
@@ -18,8 +17,8 @@ from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
 from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.maintenance.expire import drop_forgotten
 from dcpstore.catalog.schema import tables
-from dcpstore.catalog.write.contents import mark_stale
 from dcpstore.catalog.write.operations import Change, append_operations, take_operations
+from dcpstore.catalog.write.stale import mark_holders_stale, mark_stale
 from dcpstore.errors import InvalidInputError
 from dcpstore.records import PackRecord
 
@@ -106,11 +105,7 @@ def _condemn(
     if condemned:
         # Of two saves that wrote the same at once, the second's manifest names its own pack still.
         writers = wanted_ids(connection, {row.version for row in rows})
-        connection.execute(
-            update(_version)
-            .where(_version.c.id.in_(writers), _version.c.status == "committed")
-            .values(stale=secrets.token_hex(8))
-        )
+        mark_stale(connection, _version.c.id.in_(writers), _version.c.status == "committed")
     done = {"condemned": [pack.key for pack in condemned], "dropped": dropped}
     if any(done.values()):
         _record(connection, {what: n for what, n in done.items() if n}, author=author, at=now)
@@ -199,7 +194,7 @@ def switch_pack(
     connection.execute(
         update(_pack).where(_pack.c.id == source.id).values(status="condemned", condemned_at=now)
     )
-    mark_stale(connection, {row.tensor for row in rows})
+    mark_holders_stale(connection, {row.tensor for row in rows})
     uid = connection.scalar(select(_version.c.uid).where(_version.c.id == target.version))
     detail = {"condemned": [old], "added": [[new.key, new.nbytes, uid]]}
     number = take_operations(connection)

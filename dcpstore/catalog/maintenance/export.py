@@ -1,15 +1,14 @@
-"""A version as its save would hand it over: for copies and rewritten manifests."""
+"""A committed version in the form in which its save handed it over: for copies and manifests."""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable
 from dataclasses import fields
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, select
 
 from dcpstore.catalog.db.key_lists import wanted_ids
-from dcpstore.catalog.db.transactions import reads, writes
+from dcpstore.catalog.db.transactions import reads
 from dcpstore.catalog.read.entries import load_entries, load_plan
 from dcpstore.catalog.read.versions import STATS, ancestors, id_of_number, load_versions
 from dcpstore.catalog.schema import tables
@@ -25,7 +24,7 @@ from dcpstore.records import (
     VersionInfo,
 )
 
-__all__ = ["clear_stale", "lineage", "load_content", "mark_version_stale", "stale_versions"]
+__all__ = ["lineage", "load_content"]
 
 _version = tables.version
 
@@ -75,44 +74,6 @@ def load_content(connection: Connection, number: int) -> tuple[VersionDraft, Ver
         planner_data=row.planner_data,
     )
     return draft, content
-
-
-@reads
-def stale_versions(connection: Connection) -> dict[int, str]:
-    """Return the numbers of versions whose manifest names places of the past, each with a mark."""
-    rows = connection.execute(
-        select(_version.c.number, _version.c.stale)
-        .where(_version.c.stale.is_not(None), _version.c.status == "committed")
-        .order_by(_version.c.number)
-    )
-    return {row.number: row.stale for row in rows}
-
-
-@writes()
-def clear_stale(connection: Connection, number: int, mark: str) -> bool:
-    """Note that a manifest was written again; False if chunks moved again since `mark` was read.
-
-    It is stale then, whichever process wrote it since: what was written here may have come last.
-    """
-    done = connection.execute(
-        update(_version)
-        .where(_version.c.number == number, _version.c.stale == mark)
-        .values(stale=None)
-        .returning(_version.c.id)
-    ).all()
-    if not done:
-        mark_version_stale(connection, number)
-    return bool(done)
-
-
-@writes(idempotent=True)
-def mark_version_stale(connection: Connection, number: int) -> None:
-    """Note that the manifest of a version is to be written again."""
-    connection.execute(
-        update(_version)
-        .where(_version.c.number == number, _version.c.status == "committed")
-        .values(stale=secrets.token_hex(8))
-    )
 
 
 @reads

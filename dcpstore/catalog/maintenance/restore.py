@@ -8,7 +8,6 @@ operations still resolve.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -22,6 +21,7 @@ from dcpstore.catalog.read.versions import INFO, STATS, lineage_below
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.write.contents import write_content, write_plan
 from dcpstore.catalog.write.operations import Change, append_operations, take_operations
+from dcpstore.catalog.write.stale import new_mark
 from dcpstore.errors import ConflictError
 from dcpstore.formats.version import decode_info, decode_stats
 from dcpstore.records import VersionContent
@@ -267,9 +267,7 @@ def _fill(
                     plan=write_plan(connection, content.plan),
                     planner_data=content.planner_data,
                     # Another manifest may know of a place that chunks moved to since.
-                    stale=None
-                    if needed.keys() <= _packs_of(connection, version)
-                    else secrets.token_hex(8),
+                    stale=None if needed.keys() <= _packs_of(connection, version) else new_mark(),
                 )
             )
     except ConflictError as error:

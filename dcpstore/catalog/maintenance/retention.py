@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.maintenance.expire import expire_versions
 from dcpstore.catalog.validation import check_text
-from dcpstore.core.syntax import as_duration, in_utc
+from dcpstore.core.durations import as_duration, in_utc
 from dcpstore.errors import DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.records import RefRecord, Version
 

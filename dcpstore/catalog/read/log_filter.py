@@ -26,7 +26,8 @@ from dcpstore.catalog.db.transactions import reads
 from dcpstore.catalog.read.versions import ancestors, id_of_number, is_visible, load_versions
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import check_labels, check_limit, check_steps, check_text
-from dcpstore.core.syntax import NAME_CHARACTERS, in_utc
+from dcpstore.core.durations import in_utc
+from dcpstore.core.syntax import NAME_CHARACTERS
 from dcpstore.errors import InvalidInputError, NotFoundError
 from dcpstore.records import Version
 

@@ -6,8 +6,7 @@ that what is known stays known. Rows go in all at once, never one query a row.
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from sqlalchemy import Connection, delete, insert, select, update
 
@@ -15,10 +14,11 @@ from dcpstore.catalog.db.bulk_insert import insert_rows
 from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
 from dcpstore.catalog.read.dedup import known_tensors
 from dcpstore.catalog.schema import tables
+from dcpstore.catalog.write.stale import mark_holders_stale
 from dcpstore.errors import ConflictError
 from dcpstore.records import NewEntry, NewTensor, PackRecord, PlanRecord, VersionContent
 
-__all__ = ["mark_stale", "write_content", "write_plan"]
+__all__ = ["write_content", "write_plan"]
 
 
 def write_content(connection: Connection, version: int, content: VersionContent) -> None:
@@ -175,7 +175,7 @@ def _forget_places(connection: Connection, moved: Mapping[int, NewTensor]) -> No
     """Make way for new places of tensors whose packs are condemned or damaged."""
     if not moved:
         return
-    mark_stale(connection, moved.keys())
+    mark_holders_stale(connection, moved.keys())
     chunk, tensor = tables.chunk, tables.tensor
     connection.execute(
         delete(chunk).where(chunk.c.tensor.in_(wanted_ids(connection, moved.keys())))
@@ -215,12 +215,3 @@ def _reused_packs(
 
 def _chunk_count(tensor: NewTensor) -> int:
     return sum(part.size for part in tensor.parts)
-
-
-def mark_stale(connection: Connection, tensors: Collection[int]) -> None:
-    """Note that the manifests of the versions that hold `tensors` name places of the past."""
-    entry, version = tables.entry, tables.version
-    holders = select(entry.c.version).where(entry.c.tensor.in_(wanted_ids(connection, tensors)))
-    connection.execute(
-        update(version).where(version.c.id.in_(holders)).values(stale=secrets.token_hex(8))
-    )
