@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 from dcpstore.catalog.location import absolute_target
 from dcpstore.catalog.read.ref_lookup import DEFAULT_BRANCH, find_refs
 from dcpstore.collectives import alone_in, find_collectives
+from dcpstore.compat.torch_private import newer_arguments
 from dcpstore.core.syntax import Ref, parse_ref, rank_name
 from dcpstore.errors import DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.loading.load_pipeline import LoadSource, load_version
@@ -279,7 +280,7 @@ def save(
             planner=planner_of(planner, is_whole=use_collectives),
             process_group=process_group,
             no_dist=no_dist,
-            use_collectives=use_collectives,
+            **newer_arguments(torch_save, use_collectives=use_collectives),
         )
         return described
     ranks = find_collectives(process_group, no_dist=no_dist, use_collectives=use_collectives)

@@ -23,6 +23,7 @@ FLOORS = {
     "errors": 0,
     "geometry": 0,
     "core": 1,
+    "compat": 1,
     "records": 2,
     "storage": 3,
     "formats": 4,
@@ -80,6 +81,22 @@ SHARED_NAMES = {
 TORCH_FREE = {"errors", "records", "core", "geometry", "catalog", "storage", "formats", "cli"}
 
 
+# The one module that may import private names of torch, and the private attributes of its objects
+# that others may use: every supported release has them.
+PRIVATE_TORCH = "compat/torch_private.py"
+PRIVATE_ATTRIBUTES = {
+    "_indices",  # of a sparse tensor, without coalescing it
+    "_init_from_local_shards_and_global_metadata",
+    "_local_tensor",
+    "_metadata",  # of what `Module.state_dict` returns
+    "_optimizer_load_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_prepare_init",
+    "_process_group",
+    "_values",
+}
+
+
 def modules() -> list[Path]:
     return sorted(ROOT.rglob("*.py"))
 
@@ -130,6 +147,36 @@ def test_a_module_imports_from_lower_floors_and_inside_the_fences(path: Path) ->
         if library == "dcpstore" and rest:
             other = room_named(rest.split("."))
             assert other == room or FLOORS[other] < FLOORS[room], f"{room} imports {other}"
+
+
+def is_private(name: str) -> bool:
+    """Tell whether a dotted name has a part that is private."""
+    return any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
+
+
+def test_private_names_of_torch_stay_in_one_module() -> None:
+    found = set()
+    used: set[str] = set()
+    for path in modules():
+        tree = ast.parse(path.read_text())
+        of_torch = {"torch"}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "torch":
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= {path for name in names if is_private(name)}
+                of_torch |= {alias.asname or alias.name for alias in node.names}
+            elif isinstance(node, ast.Import):
+                names = {a.name for a in node.names if a.name.split(".")[0] == "torch"}
+                found |= {path for name in names if is_private(name)}
+                of_torch |= {a.asname for a in node.names if a.name in names and a.asname}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and is_private(node.attr):
+                if node.attr in PRIVATE_ATTRIBUTES:
+                    used.add(node.attr)
+                elif ast.unparse(node.value).split(".")[0] in of_torch:
+                    found.add(path)
+    assert {str(path.relative_to(ROOT)) for path in found} == {PRIVATE_TORCH}
+    assert used == PRIVATE_ATTRIBUTES
 
 
 def test_a_file_name_is_used_in_one_room_alone() -> None:

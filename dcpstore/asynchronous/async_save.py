@@ -13,10 +13,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager
-from torch.distributed.checkpoint.state_dict_saver import (
-    AsyncCheckpointerType,
-    AsyncSaveResponse,
-)
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.checkpoint.state_dict_saver import async_save as torch_async_save
 from torch.distributed.checkpoint.storage import StorageWriter
 
@@ -30,6 +27,7 @@ from dcpstore.api import (
 )
 from dcpstore.asynchronous.other_process import check_process, save_in_process
 from dcpstore.collectives import Collectives
+from dcpstore.compat.torch_private import AsyncSaveResponse, newer_arguments
 from dcpstore.errors import InvalidInputError
 from dcpstore.planning.save_planner import planner_of
 from dcpstore.records import Version
@@ -150,9 +148,12 @@ def async_save(
             planner=planner_of(planner, is_whole=use_collectives),
             process_group=process_group,
             async_checkpointer_type=async_checkpointer_type,
-            async_stager=async_stager,
-            no_dist=no_dist,
-            use_collectives=use_collectives,
+            **newer_arguments(
+                torch_async_save,
+                async_stager=async_stager,
+                no_dist=no_dist,
+                use_collectives=use_collectives,
+            ),
         )
         return response
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.checkpoint.state_dict_saver import async_save as torch_async_save
 
 from dcpstore.collectives import Collectives, RankGroup, in_step
+from dcpstore.compat.torch_private import ShardedTensor, takes_argument
 from dcpstore.dcp.writer import RepositoryWriter
 from dcpstore.errors import DcpstoreError, InvalidInputError, RankFailure
 from dcpstore.planning import DefaultSavePlanner
@@ -97,13 +97,16 @@ def save_in_process(
             )
     asked = {part.name: getattr(request, part.name) for part in fields(SaveRequest)}
     del asked["metrics_from"]  # the coordinator's writer is asked alone
+    stager: dict[str, Any] = {}
+    if takes_argument(torch_async_save, "async_stager"):  # older releases copy the state once more
+        stager["async_stager"] = _AsStaged()
     response: Any = torch_async_save(
         dict(staged),
         storage_writer=RepositoryWriter(where, **asked, allow_pickle=allow_pickle),
         planner=planner or DefaultSavePlanner(),
         process_group=ranks.group,
         async_checkpointer_type=AsyncCheckpointerType.PROCESS,
-        async_stager=_AsStaged(),
+        **stager,
     )
     try:
         described = response.result()

@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from torch.distributed._shard.sharded_tensor import metadata as torch_shards
 from torch.distributed.checkpoint import filesystem as torch_files
 from torch.distributed.checkpoint import metadata as torch_metadata
-from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -38,6 +37,12 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from dcpstore.api import RepositoryLike
+from dcpstore.compat.torch_private import (
+    MEMORY_FORMATS,
+    StorageInfo,
+    layout_from_name,
+    sharded_metadata,
+)
 from dcpstore.convert.exporting import BOX, DEEPEST, Exported, ExportedTensor, ExportedVersion
 from dcpstore.convert.importing import FileBox, FileTensor, Foreign, Naming, save_foreign
 from dcpstore.convert.paths import inside, new_folder
@@ -76,15 +81,15 @@ _ALLOWED: dict[
             "StorageMeta",
             "TensorProperties",
             "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
         )
     },
-    (torch_files.__name__, "_StorageInfo"): _StorageInfo,
+    (torch_metadata.__name__, "_MEM_FORMAT_ENCODING"): MEMORY_FORMATS,
+    (torch_files.__name__, "_StorageInfo"): StorageInfo,
     # Until 2.2 torch imported these two from its sharded tensors.
-    (torch_shards.__name__, "TensorProperties"): TensorProperties,
-    (torch_shards.__name__, "MEM_FORMAT_ENCODING"): torch_metadata._MEM_FORMAT_ENCODING,
+    (sharded_metadata.__name__, "TensorProperties"): TensorProperties,
+    (sharded_metadata.__name__, "MEM_FORMAT_ENCODING"): MEMORY_FORMATS,
     ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("torch.serialization", "_get_layout"): layout_from_name,
     ("collections", "OrderedDict"): collections.OrderedDict,
     # where the folder was when it was saved; only the text matters, on any system
     **{
@@ -237,7 +242,7 @@ def _is_extent(found: object) -> bool:
 def _is_place(index: object, info: object) -> bool:
     return (
         isinstance(index, MetadataIndex)
-        and isinstance(info, _StorageInfo)
+        and isinstance(info, StorageInfo)
         and isinstance(info.relative_path, str)
         and type(info.offset) is int
         and type(info.length) is int

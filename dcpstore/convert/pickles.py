@@ -23,8 +23,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import _weights_only_unpickler as torch_pickles
 
+from dcpstore.compat.torch_private import allowed_globals, globals_allowed_by_user
 from dcpstore.errors import UnsafeDataError
 
 __all__ = ["Odd", "PlainUnpickler", "Unpickler", "odd_inside"]
@@ -181,10 +181,10 @@ class PlainUnpickler(Unpickler):
         full = f"{module}.{name}"
         if full in _PLAIN:
             return _PLAIN[full]
-        found = torch_pickles._get_allowed_globals().get(full)
+        found = allowed_globals().get(full)
         if found is not None:
             return found
-        return _allowed_by_user().get(full, Odd(full))
+        return globals_allowed_by_user().get(full, Odd(full))
 
     def may_call(self, found: Any) -> bool:
         """Return whether the pickle may call this class or function, and not only name it.
@@ -194,7 +194,7 @@ class PlainUnpickler(Unpickler):
         return (
             isinstance(found, FunctionType)
             or any(found is kind for kind in _CALLED)
-            or any(found is kind for kind in _allowed_by_user().values())
+            or any(found is kind for kind in globals_allowed_by_user().values())
         )
 
     def may_build(self, inst: Any) -> bool:
@@ -203,7 +203,7 @@ class PlainUnpickler(Unpickler):
         return (
             type(inst) in kinds
             or isinstance(inst, np.dtype)
-            or type(inst) in _allowed_by_user().values()
+            or type(inst) in globals_allowed_by_user().values()
         )
 
     def _set_state(self, inst: Any) -> None:
@@ -223,12 +223,6 @@ class PlainUnpickler(Unpickler):
         _check_extent(shape, dtype, data)
         whole: Any = (1, shape, dtype, bool(is_fortran), data)
         inst.__setstate__(whole)
-
-
-def _allowed_by_user() -> dict[str, Any]:
-    """Return what this process has allowed by `torch.serialization.add_safe_globals`."""
-    found: dict[str, Any] = torch_pickles._get_user_allowed_globals()  # type: ignore[no-untyped-call]
-    return found
 
 
 def odd_inside(value: object) -> Odd | None:

@@ -27,9 +27,9 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from torch._utils import _rebuild_tensor_v2, _rebuild_tensor_v3
 
 from dcpstore.api import RepositoryLike
+from dcpstore.compat.torch_private import rebuild_tensor_v2, rebuild_tensor_v3
 from dcpstore.convert.exporting import Exported, ExportedVersion, find_ties
 from dcpstore.convert.importing import Foreign, Naming, row_major, save_foreign
 from dcpstore.convert.paths import new_file
@@ -101,7 +101,7 @@ class _Pickler(pickle.Pickler):
         strides = row_major(obj.shape)
         hooks: OrderedDict[str, object] = OrderedDict()
         shaped = (storage, 0, obj.shape, strides, requires_grad, hooks)
-        return (_rebuild_tensor_v2, shaped) if typed else (_rebuild_tensor_v3, (*shaped, obj.dtype))
+        return (rebuild_tensor_v2, shaped) if typed else (rebuild_tensor_v3, (*shaped, obj.dtype))
 
 
 def _planned(tensor: torch.Tensor) -> PlannedTensor:

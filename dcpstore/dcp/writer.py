@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, Unpack
 
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
@@ -25,6 +24,7 @@ from torch.futures import Future
 
 from dcpstore.catalog.location import absolute_target
 from dcpstore.catalog.write.saves import kept_lease
+from dcpstore.compat.torch_private import set_format_version
 from dcpstore.core.uids import new_uid
 from dcpstore.errors import DcpstoreError, InvalidInputError
 from dcpstore.planning.global_plan import check_results
@@ -230,7 +230,7 @@ class RepositoryWriter(StorageWriter):
             )
         metadata.storage_data = {r.index: r.size_in_bytes for given in results for r in given}
         metadata.storage_meta = StorageMeta(self.checkpoint_id, self.save_id)
-        metadata.version = CURRENT_DCP_VERSION
+        set_format_version(metadata)
 
     @property
     def _is_pending(self) -> bool:

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
+from dcpstore.compat.torch_private import LocalShardsWrapper, ShardedTensor
 from dcpstore.encoding.composed_tensors import kind_of, parts_of
 from dcpstore.records import ObjectPath
 from dcpstore.state.optimizers import is_by_number

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -19,6 +18,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from dcpstore.compat.torch_private import set_format_version
 from dcpstore.encoding.dtypes import torch_dtype
 from dcpstore.geometry.boxes import Box
 from dcpstore.records import EntryRecord, TensorRecord
@@ -48,12 +48,13 @@ def describe_entries(entries: Iterable[EntryRecord], storage_meta: StorageMeta) 
             )
         else:
             described[entry.fqn] = BytesStorageMetadata()
-    return Metadata(
-        described,
-        planner_data=paths,
-        storage_data={},  # which chunks hold what is for the catalog to say
-        storage_meta=storage_meta,
-        version=CURRENT_DCP_VERSION,
+    return set_format_version(
+        Metadata(
+            described,
+            planner_data=paths,
+            storage_data={},  # which chunks hold what is for the catalog to say
+            storage_meta=storage_meta,
+        )
     )
 
 

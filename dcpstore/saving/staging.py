@@ -14,10 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
+from torch.distributed.checkpoint.staging import AsyncStager
 
 from dcpstore.collectives import (
     Alone,
@@ -28,6 +26,7 @@ from dcpstore.collectives import (
     gloo_twin,
     in_step,
 )
+from dcpstore.compat.torch_private import AsyncSaveResponse, make_stager
 from dcpstore.core.reentry import refuse_inside_change
 from dcpstore.errors import ConflictError, InvalidInputError
 from dcpstore.records import Version
@@ -161,7 +160,7 @@ class _Saver:
         self._asking: Collectives = alone or RankGroup(group)
         self._saving: Collectives = alone or RankGroup(gloo_twin(group))
         self._thread = ThreadPoolExecutor(1, "dcpstore-async-save")
-        self._stager = _new_stager()
+        self._stager = make_stager()
         self._last: PendingSave | None = None
 
     def begin(
@@ -282,7 +281,7 @@ class _Saver:
         try:
             staged = self._stager.stage(given)
         except AssertionError:  # torch's: a storage was resized, and does not fit its buffer
-            self._stager = _new_stager()
+            self._stager = make_stager()
             staged = self._stager.stage(given)
         except Exception:
             check_copies(state)
@@ -356,17 +355,6 @@ def _leave_to_parent() -> None:
 threading._register_atexit(finish_running)  # type: ignore[attr-defined]  # no stubs
 if hasattr(os, "register_at_fork"):  # there is no fork on Windows
     os.register_at_fork(after_in_child=_leave_to_parent)
-
-
-def _new_stager() -> DefaultStager:
-    return DefaultStager(
-        StagingOptions(
-            use_pinned_memory=torch.cuda.is_available(),
-            use_shared_memory=False,
-            use_async_staging=False,
-            use_non_blocking_copy=torch.accelerator.is_available(),
-        )
-    )
 
 
 def _stage(stager: AsyncStager, state: dict[str, Any]) -> _Staged:

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
+from dcpstore.compat.torch_private import LocalShardsWrapper
 from dcpstore.encoding.composed_tensors import (
     KINDS,
     context_difference,

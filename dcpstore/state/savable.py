@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
+from dcpstore.compat.torch_private import ShardedTensor
 from dcpstore.encoding.dtypes import check_plain
 from dcpstore.encoding.objects import objects_in
 from dcpstore.encoding.scalars import is_plain_json

@@ -1,7 +1,7 @@
 """What one rank holds of a tensor: boxes of the global tensor, with local views of their data.
 
-The one module that knows torch's tensor classes and its private `_StridedShard`; the rooms above
-see only boxes and plain tensors.
+The one module that knows how torch's tensor classes lie on ranks, `_StridedShard` among them; the
+rooms above see only boxes and plain tensors.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor, ShardedTensorBase
-from torch.distributed._shard.sharded_tensor.shard import Shard as ShardOf
-from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 
+from dcpstore.compat.torch_private import (
+    ShardedTensor,
+    ShardedTensorBase,
+    ShardOf,
+    StridedShard,
+    flatten_sharded_tensors,
+)
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.placements import Split, local_boxes
@@ -61,7 +64,7 @@ def flat_shards(items: Mapping[str, Any]) -> dict[str, Any]:
     sharded = {fqn: item for fqn, item in items.items() if isinstance(item, ShardedTensor)}
     if not sharded:
         return dict(items)
-    flat = _flatten_sharded_tensors(sharded)
+    flat = flatten_sharded_tensors(sharded)
     return {
         fqn: flat.get(fqn, item) for fqn, item in items.items() if fqn in flat or fqn not in sharded
     }
@@ -165,7 +168,7 @@ def _splits(
 ) -> list[Split]:
     splits = []
     for count, index, placement in zip(mesh_shape, coordinate, placements, strict=True):
-        if isinstance(placement, _StridedShard):
+        if isinstance(placement, StridedShard):
             splits.append(Split(placement.dim, count, index, int(placement.split_factor)))
         elif isinstance(placement, Shard):
             splits.append(Split(placement.dim, count, index))

@@ -1,0 +1,1 @@
+"""The names that torch keeps private, or that some supported release of it lacks."""
