@@ -1,6 +1,8 @@
-"""The example and the proofs of the demo: runs that resume equal a run that never stopped."""
+"""The examples run as programs; the proofs of the demo: a resumed run equals one never stopped."""
 
 import importlib
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 import dcpstore
 from dcpstore import Repository
@@ -202,3 +205,99 @@ def test_a_command_that_fails_or_hangs_ends_the_demo(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(demo, "PATIENCE", 0.2)
     with pytest.raises(SystemExit, match=r"did not end in 0\.2 s"):
         demo.run([sys.executable, "-c", "import time; time.sleep(60)"], shown="python")
+
+
+def _run(name: str, *words: str, ranks: int = 0) -> str:
+    """Return what an example prints, run as its docstring says; under torchrun with `ranks`."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    done = subprocess.run(
+        [sys.executable, *(launcher if ranks else []), f"{EXAMPLES}/{name}.py", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _losses(target: Path) -> dict[int, float]:
+    with dcpstore.open(target, create=False) as repo:
+        return {version.step or 0: version.metrics["loss"] for version in repo.log()}
+
+
+def test_a_plain_loop_goes_on_exactly_where_it_stopped(tmp_path: Path) -> None:
+    stopped, straight = tmp_path / "stopped", tmp_path / "straight"
+    assert "nothing to resume from" in _run("plain_loop", f"--repo={stopped}", "--steps=20")
+    assert "resumed from v1, step 20" in _run("plain_loop", f"--repo={stopped}", "--steps=40")
+    _run("plain_loop", f"--repo={straight}", "--steps=40")
+    contents = _example("demo").contents
+    with dcpstore.open(stopped, create=False) as one, dcpstore.open(straight, create=False) as two:
+        assert contents(one, one.show("main@step=40")) == contents(two, two.show("main@step=40"))
+    assert _losses(stopped) == _losses(straight)
+
+
+@pytest.mark.slow
+def test_ddp_goes_on_on_more_ranks(tmp_path: Path) -> None:
+    target = tmp_path / "ckpts"
+    _run("ddp", f"--repo={target}", "--steps=10", ranks=2)
+    said = _run("ddp", f"--repo={target}", "--steps=20", ranks=3)
+    assert "resumed from step 10 of 2 ranks, on 3" in said
+    assert "['data.rank-2']" in said
+    with dcpstore.open(target, create=False) as repo:
+        assert [version.ranks for version in repo.log()] == [3, 2]
+        own = {f"data.rank-{rank}" for rank in range(3)}
+        assert own <= {entry.fqn for entry in repo.entries("main")}
+    losses = _losses(target)
+    assert losses[20] < losses[10]
+
+
+@pytest.mark.slow
+def test_fsdp2_goes_on_on_another_world_size(tmp_path: Path) -> None:
+    stopped, straight = tmp_path / "stopped", tmp_path / "straight"
+    _run("fsdp2_resume", f"--repo={stopped}", "--steps=10", ranks=2)
+    said = _run("fsdp2_resume", f"--repo={stopped}", "--steps=20", ranks=3)
+    assert "resumed from step 10 of 2 ranks, on 3" in said
+    _run("fsdp2_resume", f"--repo={straight}", "--steps=20", ranks=2)
+    with dcpstore.open(stopped, create=False) as repo:
+        assert [version.ranks for version in repo.log()] == [3, 3, 2, 2]
+    assert _losses(stopped) == pytest.approx(_losses(straight), abs=1e-3)
+
+
+def test_the_best_version_is_found_and_its_weights_are_exported(tmp_path: Path) -> None:
+    target, out = tmp_path / "ckpts", tmp_path / "out"
+    said = _run("evaluate_and_export", f"--repo={target}", f"--out={out}")
+    with dcpstore.open(target, create=False) as repo:
+        best = repo.show("best")
+        accuracies = [version.metrics["accuracy"] for version in repo.log()]
+        assert best.metrics["accuracy"] == max(accuracies) > min(accuracies)
+        weights = repo.read("best", "model", nested=True)["model"]
+    assert f"tagged {best} as 'best'" in said
+    assert f"accuracy of the exported file {max(accuracies):.3f}" in said
+    for exported in (load_file(out / "model.safetensors"), torch.load(out / "model.pt")):
+        assert exported.keys() == weights.keys()
+        assert all(torch.equal(exported[name], weights[name]) for name in weights)
+
+
+def test_an_adapter_costs_its_own_bytes(tmp_path: Path) -> None:
+    target = tmp_path / "ckpts"
+    said = _run("lora", f"--repo={target}")
+    with dcpstore.open(target, create=False) as repo:
+        base, *adapters = reversed(repo.log())
+        assert [version.parent for version in adapters] == [base.number] * 2
+        for version in adapters:
+            assert version.nbytes == base.nbytes
+            assert version.nbytes_written == 2 * 4 * 256 * 4  # bytes of both small matrices
+        changed = {entry.fqn for entry in repo.diff("base", "cos").changed}
+    assert changed == {"model.2.lora_down", "model.2.lora_up"}
+    assert "cos(1.5) is 0.0" in said
+
+
+def test_the_history_becomes_data_frames(tmp_path: Path) -> None:
+    target = tmp_path / "ckpts"
+    said = _run("history_in_pandas", f"--repo={target}")
+    with dcpstore.open(target, create=False) as repo:
+        best = repo.best("loss")
+    assert f"Best: {best} on {best.branch}, loss {best.metrics['loss']:.4f}" in said
+    assert all(f"lr-{rate}" in said for rate in ("0.01", "0.1", "0.7"))
