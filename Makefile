@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow torture bench docs lint clean
+.PHONY: demo test slow torture bench docs docs-site lint clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -26,7 +26,10 @@ bench: .venv/installed  ## Measure everything beside its peers: one table, in a 
 	$(BIN)/python -m benchmarks --json build/bench.json
 
 docs: .venv/installed  ## Write the pages that follow from the code.
-	DCPSTORE_WRITE_DOCS=1 $(BIN)/pytest -q tests/test_house.py tests/test_docs.py tests/history/test_sql_page.py tests/parallel/test_page.py tests/dcp/test_page.py tests/encoding/test_page.py -k 'documented or page'
+	DCPSTORE_WRITE_DOCS=1 $(BIN)/pytest -q tests/test_house.py tests/test_docs.py tests/test_site.py tests/history/test_sql_page.py tests/parallel/test_page.py tests/dcp/test_page.py tests/encoding/test_page.py -k 'documented or page'
+
+docs-site: .venv/installed  ## Build the documentation site into build/site; a warning is an error.
+	$(BIN)/python docs/site/build.py
 
 lint: .venv/installed  ## Formatting, lint rules and strict types.
 	$(BIN)/ruff format --check .

@@ -105,9 +105,10 @@ def async_save(
     and at exit. It is kept in the catalog too.
 
     Args:
-        state_dict, repo, branch, step, tags, message, metrics, labels, metrics_from, author,
-            parent, expect_tip, retention, planner, process_group, no_dist, allow_pickle,
-            checkpoint_id, use_collectives: as for `save`.
+        state_dict, repo, checkpoint_id, planner, allow_pickle: as for `save`.
+        process_group, no_dist, use_collectives: as for `save`.
+        branch, step, tags, message, metrics, labels, metrics_from, author: as for `save`.
+        parent, expect_tip, retention: as for `save`.
         if_busy: whether to wait for a save that still runs, or to raise ConflictError.
         staging_limit: bytes that may be copied of a rank's state, which are those of the storages
             that its tensors lie in; a rank with more saves before it returns, without a copy.

@@ -41,9 +41,9 @@ class FileSystemWriter(RepositoryWriter):
 
     Args:
         path: the folder; made where it is missing.
-        single_file_per_rank, sync_files, thread_count, per_thread_copy_ahead,
-            cache_staged_state_dict, serialization_format: accepted as torch does, without effect;
+        single_file_per_rank, sync_files, thread_count: accepted as torch does, without effect;
             packs are always durable, threads and files are chosen here.
+        per_thread_copy_ahead, cache_staged_state_dict, serialization_format: likewise.
         overwrite: False refuses a folder that holds a version already; True adds one.
         allow_pickle: let values that JSON cannot carry be stored as pickles.
 
