@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dcpstore.encoding.dtypes import DTYPES, PACKED, as_bytes, torch_dtype
+from dcpstore.encoding.dtypes import as_bytes, cast_dtype, torch_dtype, wanted_dtype
 from dcpstore.errors import InvalidInputError
 from dcpstore.formats.composition import outer_fqns
 from dcpstore.geometry.boxes import Box
@@ -31,36 +31,11 @@ __all__ = [
     "Exported",
     "ExportedTensor",
     "ExportedVersion",
-    "converted",
     "find_ties",
-    "wanted_dtype",
 ]
 
 BOX = 64 << 20  # bytes of a tensor that are read at a time, where its chunks allow it
 DEEPEST = 100  # containers one in another that a format nests, as in values
-
-_CASTS = {name: row.torch for row in DTYPES for name in row.casts}
-
-
-def wanted_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """Return the dtype that a caller names; None keeps every tensor's own.
-
-    Raises:
-        InvalidInputError: floating tensors cannot be converted to it.
-    """
-    found = _CASTS.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and found not in _CASTS.values():
-        raise InvalidInputError(
-            f"tensors cannot be converted to dtype {dtype!r}; choose one of {', '.join(_CASTS)}."
-        )
-    return found
-
-
-def converted(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """Return what a tensor of `dtype` becomes: only floating ones are converted."""
-    if wanted is None or not dtype.is_floating_point or dtype in PACKED:
-        return dtype  # two numbers in an element: a conversion would change the shape
-    return wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +140,7 @@ class ExportedVersion:
             ExportedTensor(
                 entry,
                 # the mark of a composed tensor says what its parts are
-                converted(torch_dtype(entry.tensor.dtype), None if entry.fqn in outer else wanted),
+                cast_dtype(torch_dtype(entry.tensor.dtype), None if entry.fqn in outer else wanted),
             )
             for entry in entries
             if entry.kind == "tensor" and entry.tensor is not None

@@ -19,8 +19,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem
 
 from dcpstore.api import RepositoryLike, save
-from dcpstore.convert.exporting import converted, wanted_dtype
-from dcpstore.encoding.dtypes import as_bytes, dtype_name, numpy_dtype
+from dcpstore.encoding.dtypes import as_bytes, cast_dtype, dtype_name, numpy_dtype, wanted_dtype
 from dcpstore.errors import CorruptionError, InvalidInputError
 from dcpstore.formats.composition import imported_value
 from dcpstore.geometry.boxes import Box, find_overlap
@@ -267,7 +266,7 @@ class ImportPlanner(DefaultSavePlanner):
         super().set_up_planner(state_dict, storage_meta, is_coordinator)
         empty = {
             fqn: torch.empty(
-                tensor.shape, dtype=converted(tensor.dtype, self._wanted), device="meta"
+                tensor.shape, dtype=cast_dtype(tensor.dtype, self._wanted), device="meta"
             )
             for fqn, tensor in self._foreign.tensors.items()
         }
@@ -286,7 +285,7 @@ class ImportPlanner(DefaultSavePlanner):
 
     def _read(self, fqn: str, box: Box) -> torch.Tensor:
         tensor = self._foreign.tensors[fqn]
-        return tensor.read(box).to(converted(tensor.dtype, self._wanted))
+        return tensor.read(box).to(cast_dtype(tensor.dtype, self._wanted))
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,10 +23,12 @@ __all__ = [
     "PACKED",
     "Dtype",
     "as_bytes",
+    "cast_dtype",
     "check_plain",
     "dtype_name",
     "numpy_dtype",
     "torch_dtype",
+    "wanted_dtype",
 ]
 
 MOST_DIMS = 64  # numpy's limit
@@ -90,6 +92,7 @@ PACKED = frozenset(row.torch for row in DTYPES if row.is_packed)
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _NUMPY: dict[str, np.dtype[np.generic]] = {row.name: np.dtype(row.stored) for row in DTYPES}
 _STAND_INS = {row.torch: _DTYPES[row.stored] for row in DTYPES if row.stored != row.name}
+_CASTS = {name: row.torch for row in DTYPES for name in row.casts}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -124,6 +127,27 @@ def numpy_dtype(name: str) -> np.dtype[np.generic]:
     """Return the numpy dtype under which the bytes of torch dtype `name` are stored."""
     torch_dtype(name)
     return _NUMPY[name]
+
+
+def wanted_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype that a caller asks floats to be converted to; None keeps each tensor's own.
+
+    Raises:
+        InvalidInputError: floats cannot be converted to it.
+    """
+    found = _CASTS.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in _CASTS.values():
+        raise InvalidInputError(
+            f"tensors cannot be converted to dtype {dtype!r}; choose one of {', '.join(_CASTS)}."
+        )
+    return found
+
+
+def cast_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of a tensor of `dtype` after a conversion: only floats are converted."""
+    if wanted is None or not dtype.is_floating_point or dtype in PACKED:
+        return dtype  # two numbers in an element: a conversion would change the shape
+    return wanted
 
 
 def check_plain(tensor: torch.Tensor) -> None:

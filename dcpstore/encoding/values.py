@@ -9,21 +9,16 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections import OrderedDict
+from argparse import Namespace
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 
-from dcpstore.encoding.objects import (
-    CONTAINER_TAGS,
-    OWN_TAGS,
-    TemplateClasses,
-    close_container,
-    open_container,
-    take_apart,
-)
+from dcpstore.encoding.objects import OWN_TAGS, TemplateClasses, class_name, take_apart
 from dcpstore.encoding.scalars import (
     ARRAYS,
     NotPlainError,
@@ -74,6 +69,87 @@ _ITEM_TAGS: dict[type, str] = {
     set: "$set",
     frozenset: "$frozenset",
 }
+
+
+class _Container(NamedTuple):
+    """How one of Python's smaller containers is opened into a list or dict, and closed again.
+
+    Closing takes any decoded JSON, and raises TypeError, ValueError or LookupError for what opening
+    never produces. It gets the classes of the template, too.
+    """
+
+    tag: str
+    open: Callable[[Any], object]
+    close: Callable[[Any, TemplateClasses], object]
+
+
+def _close_deque(payload: Any, classes: TemplateClasses) -> object:
+    maxlen, items = payload
+    if not isinstance(items, list) or (maxlen is not None and type(maxlen) is not int):
+        raise TypeError("a deque is its maximal length and a list")
+    if maxlen is not None and maxlen < len(items):
+        raise ValueError(f"a deque of {len(items)} items holds {maxlen} at most")
+    return deque(items, maxlen)
+
+
+def _close_slice(payload: Any, classes: TemplateClasses) -> object:
+    start, stop, step = payload
+    return slice(start, stop, step)
+
+
+def _close_counter(payload: Any, classes: TemplateClasses) -> object:
+    if not isinstance(payload, dict):
+        raise TypeError(f"a Counter of a {type(payload).__name__}")
+    return Counter(payload)
+
+
+# Factories of defaultdicts that may be found by name: none of them runs code of a program.
+_FACTORIES: dict[str, Callable[[], object]] = {
+    kind.__name__: kind
+    for kind in (bool, bytes, complex, dict, float, int, list, set, str, tuple, deque, Counter)
+}
+
+
+def _open_defaultdict(obj: defaultdict[Any, Any]) -> object:
+    """Return the factory's name, in a list where only a template has it, and the items."""
+    factory: Any = obj.default_factory
+    name = getattr(factory, "__name__", "")
+    if factory is not None and _FACTORIES.get(name) is not factory:
+        return [[class_name(factory)], dict(obj)]
+    return [name or None, dict(obj)]
+
+
+def _close_defaultdict(payload: Any, classes: TemplateClasses) -> object:
+    name, items = payload
+    if not isinstance(items, dict):
+        raise TypeError(f"a defaultdict of a {type(items).__name__}")
+    if name is None or isinstance(name, str):
+        return defaultdict(None if name is None else _FACTORIES[name], items)
+    (named,) = name
+    factory = classes.factory(named)
+    return items if factory is None else defaultdict(factory, items)
+
+
+def _namespace(kind: type, tag: str) -> _Container:
+    def close(payload: Any, classes: TemplateClasses) -> object:
+        if not isinstance(payload, dict) or not all(type(name) is str for name in payload):
+            raise TypeError("a namespace whose names are not all text")
+        made: object = kind()
+        vars(made).update(payload)
+        return made
+
+    return _Container(tag, lambda obj: dict(vars(obj)), close)
+
+
+_CONTAINERS: dict[type, _Container] = {
+    deque: _Container("$deque", lambda obj: [obj.maxlen, list(obj)], _close_deque),
+    slice: _Container("$slice", lambda obj: [obj.start, obj.stop, obj.step], _close_slice),
+    Counter: _Container("$counter", dict, _close_counter),
+    defaultdict: _Container("$defaultdict", _open_defaultdict, _close_defaultdict),
+    Namespace: _namespace(Namespace, "$namespace"),
+    SimpleNamespace: _namespace(SimpleNamespace, "$simple_namespace"),
+}
+_CONTAINERS_BY_TAG = {container.tag: container for container in _CONTAINERS.values()}
 
 
 class _HeldTensorError(NotPlainError):
@@ -189,10 +265,9 @@ def _encode_other(obj: Any, around: tuple[int, ...]) -> object:
     """Return JSON for what is neither a list nor a tuple, a dict or a set."""
     if is_plain_json(obj):
         return obj
-    opened = open_container(obj)
-    if opened is not None:
-        tag, held = opened
-        return {tag: _encode(held, _entered(obj, around))}
+    container = _CONTAINERS.get(type(obj))
+    if container is not None:
+        return {container.tag: _encode(container.open(obj), _entered(obj, around))}
     if around and isinstance(obj, torch.Tensor):
         try:
             return {"$tensor": ARRAYS["$tensor"].encode(obj)}
@@ -257,8 +332,8 @@ class _Decoder:
     def _tagged(self, tag: str, payload: Any, depth: int) -> object:
         if tag in _ITEMS or tag in _PAIRS:
             return self._collected(tag, payload, depth)
-        if tag in CONTAINER_TAGS:
-            return close_container(tag, self.decode(payload, depth + 1), self._classes)
+        if container := _CONTAINERS_BY_TAG.get(tag):
+            return container.close(self.decode(payload, depth + 1), self._classes)
         if tag in OWN_TAGS:
             name, parts = payload
             return self._classes.put_together(tag, name, self.decode(parts, depth + 1))
