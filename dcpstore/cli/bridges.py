@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from dcpstore.cli.output import human_bytes, print_json, visible
+from dcpstore.cli.output import counted, human_bytes, print_json, visible
 from dcpstore.cli.session import Session, repo_options
 
 __all__ = ["export", "import_"]
@@ -36,6 +36,16 @@ class _Path(click.Path):
         if not value:
             self.fail("the path is empty.", param, ctx)
         return super().convert(value, param, ctx)
+
+
+def _as_renames(
+    ctx: click.Context, param: click.Parameter, given: tuple[str, ...]
+) -> dict[str, str] | None:
+    """Return the new names by the old ones; None where none is given."""
+    odd = [one for one in given if not all(one.partition("="))]
+    if odd:
+        raise click.BadParameter(f"{odd[0]!r} is not OLD=NEW, such as model.w=w.", ctx, param)
+    return dict(one.split("=", 1) for one in given) or None
 
 
 @click.command("import")
@@ -98,6 +108,26 @@ def import_(
     help="What to write.",
 )
 @click.option(
+    "--include",
+    metavar="NAME",
+    multiple=True,
+    help="Export only this entry, all below it, or what a glob matches; may be repeated.",
+)
+@click.option("--exclude", metavar="NAME", multiple=True, help="Leave these out; may be repeated.")
+@click.option(
+    "--strip-prefix",
+    metavar="TEXT",
+    default="",
+    help="Leave this out where a name begins with it, as in model.",
+)
+@click.option(
+    "--rename",
+    metavar="OLD=NEW",
+    multiple=True,
+    callback=_as_renames,
+    help="Export an entry under another name; may be repeated.",
+)
+@click.option(
     "--max-shard-size",
     metavar="SIZE",
     help="Of a safetensors file in a folder, as in 500MB or 2GiB; default: 5GB.",
@@ -112,6 +142,10 @@ def export(
     ref: str,
     dest: Path,
     form: str,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    strip_prefix: str,
+    rename: dict[str, str] | None,
     max_shard_size: str | None,
     dtype: str | None,
     tensors_only: bool,
@@ -134,12 +168,20 @@ def export(
             ),
             "zarr": convert.export_zarr,
         }
-        done = writers[form](repo, ref, dest, dtype=dtype, tensors_only=tensors_only)
+        done = writers[form](
+            repo,
+            ref,
+            dest,
+            dtype=dtype,
+            tensors_only=tensors_only,
+            include=include or None,
+            exclude=exclude,
+            strip_prefix=strip_prefix,
+            rename=rename,
+        )
     if session.json:
         print_json(done)
     else:
-        files = "1 file" if done.files == 1 else f"{done.files} files"
-        click.echo(
-            f"exported {done.version} to {visible(done.path)}: {done.tensors} tensors and "
-            f"{done.values} values, {human_bytes(done.nbytes)} in {files}"
-        )
+        held = f"{counted(done.tensors, 'tensor')} and {counted(done.values, 'value')}"
+        size = f"{human_bytes(done.nbytes)} in {counted(done.files, 'file')}"
+        click.echo(f"exported {done.version} to {visible(done.path)}: {held}, {size}")

@@ -16,10 +16,10 @@ import collections
 import io
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Unpack, cast
 
 import torch
 from torch.distributed.checkpoint import filesystem as torch_files
@@ -43,8 +43,16 @@ from dcpstore.compat.torch_private import (
     layout_from_name,
     sharded_metadata,
 )
-from dcpstore.convert.exporting import BOX, DEEPEST, Exported, ExportedTensor, ExportedVersion
-from dcpstore.convert.importing import FileBox, FileTensor, Foreign, Naming, save_foreign
+from dcpstore.convert.exporting import (
+    BOX,
+    DEEPEST,
+    Exported,
+    ExportedTensor,
+    ExportedVersion,
+    ExportOptions,
+    shows_export_options,
+)
+from dcpstore.convert.importing import FileBox, FileTensor, Foreign, save_foreign
 from dcpstore.convert.paths import inside, new_folder
 from dcpstore.convert.pickles import Odd, Unpickler, odd_inside
 from dcpstore.convert.torch_archive import FileView, load_archive, open_source, refuse_odd
@@ -56,6 +64,7 @@ from dcpstore.planning import DefaultSavePlanner
 from dcpstore.planning.plan_table import item_box, item_nbytes
 from dcpstore.records import ObjectPath, Version
 from dcpstore.repository import opened
+from dcpstore.saving.request import VersionOptions, shows_options
 
 __all__ = [
     "DESCRIPTION",
@@ -356,27 +365,25 @@ def _items(tensor: ExportedTensor, box_nbytes: int) -> Iterator[WriteItem]:
         )
 
 
+@shows_options(VersionOptions)
 def import_dcp(
     path: str | os.PathLike[str],
     repo: RepositoryLike,
     *,
-    branch: str = "main",
-    step: int | None = None,
-    tags: Iterable[str] = (),
-    message: str = "",
     dtype: str | torch.dtype | None = None,
     tensors_only: bool = False,
     allow_pickle: bool = False,
+    **options: Unpack[VersionOptions],
 ) -> Version:
     """Save a DCP folder as a version, in this process alone and in the memory of a few chunks.
 
     Args:
         path: the folder that holds `.metadata`.
         repo: a `Repository`, or what `dcpstore.open` takes.
-        branch, step, tags, message: as for `dcpstore.save`.
         dtype: what floating tensors are converted to, such as "bf16".
         tensors_only: leave the values out, those too that only code could build.
         allow_pickle: let values run the code that they name, and be stored as pickles.
+        options: how the version is described, as for `dcpstore.save`.
 
     Raises:
         NotFoundError: it is not a DCP folder.
@@ -384,18 +391,17 @@ def import_dcp(
         UnsafeDataError: it would run code, and for which FQNs; and as for `dcpstore.save`.
     """
     foreign = _described(Path(path), tensors_only=tensors_only, allow_pickle=allow_pickle)
-    naming = Naming(branch, step, tuple(tags), message)
-    return save_foreign(foreign, repo, naming, dtype=dtype, allow_pickle=allow_pickle)
+    return save_foreign(foreign, repo, dtype=dtype, allow_pickle=allow_pickle, **options)
 
 
+@shows_export_options
 def export_dcp(
     repo: RepositoryLike,
     ref: str | int | None,
     path: str | os.PathLike[str],
     *,
-    dtype: str | torch.dtype | None = None,
-    tensors_only: bool = False,
     allow_pickle: bool = False,
+    **options: Unpack[ExportOptions],
 ) -> Exported:
     """Write a version as a folder that `torch.distributed.checkpoint.load` reads on any ranks.
 
@@ -403,9 +409,8 @@ def export_dcp(
         repo: a `Repository`, or what `dcpstore.open` takes.
         ref: the version; None is the tip of `main`.
         path: the new folder.
-        dtype: what floating tensors are converted to, such as "bf16".
-        tensors_only: leave the values out.
         allow_pickle: let values that are pickles run their code, and be pickled again.
+        options: which entries, and how; `ExportOptions` explains each.
 
     Raises:
         AlreadyExistsError: the folder exists.
@@ -415,7 +420,7 @@ def export_dcp(
     """
     target = Path(path)
     with opened(repo, create=False) as repository:
-        version = ExportedVersion(repository, ref, dtype=dtype, tensors_only=tensors_only)
+        version = ExportedVersion(repository, ref, **options)
         values = version.values(version.plain, allow_pickle=allow_pickle)
         named = {e.fqn: value for e, value in zip(version.plain, values, strict=True)}
         with new_folder(target) as folder, version.pickling(named):

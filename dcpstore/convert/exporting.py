@@ -1,4 +1,4 @@
-"""A version on its way out of a repository: its tensors box by box, its ties and its values.
+"""A version on its way out of a repository: which of its entries, and their tensors box by box.
 
 Invariant: every byte is verified as a load verifies it, and at most one box of a tensor is in
 memory; packs are released after each box, so that mapped packs do not add up.
@@ -6,32 +6,39 @@ memory; packs are released after each box, so that mapped packs do not add up.
 
 from __future__ import annotations
 
+import inspect
 import math
 import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import torch
 
 from dcpstore.encoding.dtypes import as_bytes, cast_dtype, torch_dtype, wanted_dtype
 from dcpstore.errors import InvalidInputError
-from dcpstore.formats.composition import outer_fqns
+from dcpstore.formats.composition import matching_fqns, outer_fqns
 from dcpstore.geometry.boxes import Box
 from dcpstore.reading.box_reads import BoxRequest, read_boxes
 from dcpstore.reading.selection import read_values
 from dcpstore.records import EntryRecord, ObjectPath, TensorRecord, Version
 from dcpstore.repository import Repository
+from dcpstore.saving.request import shows_options
+from dcpstore.state.load_options import Rename, check_globs, check_rename, renamed
+from dcpstore.state.tree import path_below
 from dcpstore.storage.packs import PackReader
 
 __all__ = [
     "BOX",
     "DEEPEST",
+    "ExportOptions",
     "Exported",
     "ExportedTensor",
     "ExportedVersion",
     "find_ties",
+    "shows_export_options",
 ]
 
 BOX = 64 << 20  # bytes of a tensor that are read at a time, where its chunks allow it
@@ -109,18 +116,39 @@ class ExportedTensor:
         ]
 
 
+class ExportOptions(TypedDict, total=False):
+    """The arguments that every export has, stated here once.
+
+    Attributes:
+        dtype: what floating tensors are converted to, such as "bf16"; None keeps every dtype.
+        tensors_only: leave the values out.
+        include, exclude: which entries; each text is the name of an entry or of all below it
+            ("model"), or a glob of FQNs ("*.bias"). None, and nothing, are all entries.
+        rename: the FQN in the export of an FQN in the version, as a mapping or a function. The
+            entry loses its nested path.
+        strip_prefix: left out of FQNs that begin with it ("model."), after the choice and before
+            `rename`; nested paths lose these parts, too.
+    """
+
+    dtype: str | torch.dtype | None
+    tensors_only: bool
+    include: Sequence[str] | None
+    exclude: Sequence[str]
+    rename: Rename | None
+    strip_prefix: str
+
+
 class ExportedVersion:
     """What a version exports.
 
     Args:
         repo: where it is.
         ref: which it is.
-        dtype: what floating tensors are converted to; None for nothing.
-        tensors_only: leave the values out.
+        options: as `ExportOptions` explains them.
 
     Raises:
-        NotFoundError: no such version.
-        InvalidInputError: no such dtype.
+        NotFoundError: no such version, or a text of `include` or `exclude` that matches nothing.
+        InvalidInputError: an option is invalid, or gives one FQN to two entries.
     """
 
     def __init__(
@@ -128,25 +156,64 @@ class ExportedVersion:
         repo: Repository,
         ref: str | int | None,
         *,
-        dtype: str | torch.dtype | None,
-        tensors_only: bool,
+        dtype: str | torch.dtype | None = None,
+        tensors_only: bool = False,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        rename: Rename | None = None,
+        strip_prefix: str = "",
     ) -> None:
         wanted = wanted_dtype(dtype)
+        check_globs("include", include)
+        check_globs("exclude", exclude)
+        check_rename(rename, "the version's FQNs to the export's")
+        if not isinstance(strip_prefix, str):
+            raise InvalidInputError(f"strip_prefix={strip_prefix!r}; pass text, such as 'model.'.")
         self._repo = repo
         self.version = repo.show(ref)
         entries = repo.entries(self.version.number)
         outer = outer_fqns(entry.fqn for entry in entries)
+        names = {outer.get(entry.fqn, entry.fqn) for entry in entries}
+        chosen = _chosen(names, include, exclude, where=str(self.version))
+        self._stored: dict[str, EntryRecord] = {}  # by the FQN in the export
+        exported = []
+        for entry in entries:
+            whole = outer.get(entry.fqn, entry.fqn)
+            if whole not in chosen or (tensors_only and entry.kind != "tensor"):
+                continue
+            moved = _renamed(entry, whole, rename, strip_prefix)
+            other = self._stored.setdefault(moved.fqn, entry)
+            if other is not entry:
+                raise InvalidInputError(
+                    f"{other.fqn!r} and {entry.fqn!r} would both be exported as {moved.fqn!r}; "
+                    "rename one of them, or leave it out (exclude, --exclude)."
+                )
+            exported.append(moved)
         self.tensors = [
             ExportedTensor(
                 entry,
                 # the mark of a composed tensor says what its parts are
-                cast_dtype(torch_dtype(entry.tensor.dtype), None if entry.fqn in outer else wanted),
+                cast_dtype(
+                    torch_dtype(entry.tensor.dtype),
+                    None if self._stored[entry.fqn].fqn in outer else wanted,
+                ),
             )
-            for entry in entries
+            for entry in exported
             if entry.kind == "tensor" and entry.tensor is not None
         ]
-        self.plain = [e for e in entries if e.kind != "tensor" and not tensors_only]
-        self.paths: dict[str, ObjectPath] = {entry.fqn: entry.path for entry in entries}
+        self.plain = [entry for entry in exported if entry.kind != "tensor"]
+        self.paths: dict[str, ObjectPath] = {entry.fqn: entry.path for entry in exported}
+        self._optimizers = {
+            entry.path[:i]
+            for entry in entries  # of those too that are left out: they tell what the others are
+            for i, key in enumerate(entry.path[:DEEPEST])
+            if _is(key, "param_groups")
+        }
+
+    def is_optimizer_state(self, tensor: ExportedTensor) -> bool:
+        """Tell whether a tensor belongs to the state of an optimizer, such as a moment."""
+        path = self._stored[tensor.fqn].path[:DEEPEST]
+        return any(path[:i] in self._optimizers and _is(key, "state") for i, key in enumerate(path))
 
     def nested_paths(self) -> dict[str, ObjectPath]:
         """Return the paths for a format that nests the state again.
@@ -167,7 +234,8 @@ class ExportedVersion:
         target = torch.empty(box.sizes, dtype=tensor.dtype, device="cpu")
         if box.volume:
             with closing(PackReader(self._repo.storage)) as packs:
-                request = BoxRequest(tensor.entry, box, target)
+                # as it is stored, so that an error names the FQN in the version
+                request = BoxRequest(self._stored[tensor.fqn], box, target)
                 read_boxes([request], self._repo.catalog, packs, version=self.version.number)
         return target
 
@@ -184,7 +252,7 @@ class ExportedVersion:
         """
         with closing(PackReader(self._repo.storage)) as packs:
             return read_values(
-                entries,
+                [self._stored[entry.fqn] for entry in entries],
                 self._repo.catalog,
                 packs,
                 version=self.version.number,
@@ -226,6 +294,12 @@ class ExportedVersion:
         )
 
 
+shows_export_options = shows_options(
+    ExportOptions,
+    {name: one.default for name, one in inspect.signature(ExportedVersion).parameters.items()},
+)
+
+
 def find_ties(version: ExportedVersion) -> dict[str, str]:
     """Return, by FQN, the FQN of the tensor that it is tied to: the first of the same content.
 
@@ -235,16 +309,9 @@ def find_ties(version: ExportedVersion) -> dict[str, str]:
     optimizer state, tensors whose elements are all the same, and tensors whose FQNs differ only in
     numbers, such as a buffer that every layer has.
     """
-    optimizers = {
-        path[:i]
-        for path in version.paths.values()
-        for i, key in enumerate(path[:DEEPEST])
-        if _is(key, "param_groups")
-    }
     same: dict[int, list[ExportedTensor]] = {}
     for tensor in version.tensors:
-        path = tensor.entry.path[:DEEPEST]
-        if not any(path[:i] in optimizers and _is(key, "state") for i, key in enumerate(path)):
+        if not version.is_optimizer_state(tensor):
             same.setdefault(tensor.stored.id, []).append(tensor)
     ties: dict[str, str] = {}
     for tensors in same.values():
@@ -253,6 +320,43 @@ def find_ties(version: ExportedVersion) -> dict[str, str]:
         if others and not _is_constant(version, first):
             ties |= dict.fromkeys(others, first.fqn)
     return ties
+
+
+def _chosen(
+    fqns: Collection[str], include: Sequence[str] | None, exclude: Sequence[str], *, where: str
+) -> set[str]:
+    """Return the FQNs that some of `include` match (None: all), and none of `exclude`."""
+    chosen = set(fqns) if include is None else set()
+    for text in include or ():
+        chosen |= matching_fqns(fqns, text, where=where)
+    for text in exclude:
+        chosen -= matching_fqns(fqns, text, where=where)
+    return chosen
+
+
+def _renamed(
+    entry: EntryRecord, whole: str, rename: Rename | None, strip_prefix: str
+) -> EntryRecord:
+    """Return an entry under its FQN in the export; `whole` is that of its composed tensor, if any.
+
+    Without the prefix it keeps the rest of its nested path, if the prefix is whole parts of that,
+    and the rest begins with the text key of a dict. Else its FQN is its path.
+    """
+    name, path = whole, entry.path
+    if strip_prefix and whole.startswith(strip_prefix) and whole != strip_prefix:
+        name = whole.removeprefix(strip_prefix)
+        depths = range(1, len(path))
+        above = (i for i in depths if ".".join(map(str, path[:i])) + "." == strip_prefix)
+        depth = next(above, None)
+        path = (name,) if depth is None else path_below(path, depth)
+        if not isinstance(path[0], str):
+            path = (name,)
+    if rename is not None and (new := renamed(name, rename)) != name:
+        name, path = new, (new,)
+    rest = entry.fqn[len(whole) :]  # of a part of a composed tensor
+    if rest and path == (name,):
+        path = (name + rest,)
+    return entry if name == whole else replace(entry, fqn=name + rest, path=path)
 
 
 def _is(key: str | int, name: str) -> bool:

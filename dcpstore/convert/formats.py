@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 import torch
 
@@ -14,21 +15,20 @@ from dcpstore.convert.safetensors_files import import_safetensors
 from dcpstore.convert.torch_files import import_torch
 from dcpstore.errors import InvalidInputError, NotFoundError
 from dcpstore.records import Version
+from dcpstore.saving.request import VersionOptions, shows_options
 
 __all__ = ["import_any"]
 
 
+@shows_options(VersionOptions)
 def import_any(
     path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     repo: RepositoryLike,
     *,
-    branch: str = "main",
-    step: int | None = None,
-    tags: Iterable[str] = (),
-    message: str = "",
     dtype: str | torch.dtype | None = None,
     tensors_only: bool = False,
     allow_pickle: bool = False,
+    **options: Unpack[VersionOptions],
 ) -> Version:
     """Save a checkpoint of any of the formats as a version.
 
@@ -36,10 +36,10 @@ def import_any(
         path: a DCP folder, a file of `torch.save`, a safetensors file, index or folder; or several
             safetensors files.
         repo: a `Repository`, or what `dcpstore.open` takes.
-        branch, step, tags, message: as for `dcpstore.save`.
         dtype: what floating tensors are converted to, such as "bf16".
         tensors_only: leave the values out, also those that only code could build.
         allow_pickle: let a DCP folder or a `torch.save` file run the code that it names.
+        options: how the version is described, as for `dcpstore.save`.
 
     Raises:
         NotFoundError: nothing is there, or nothing that this can import.
@@ -47,22 +47,12 @@ def import_any(
     """
     given = [path] if isinstance(path, str | os.PathLike) else list(path)
     paths = [Path(one) for one in given]
-    naming = {"branch": branch, "message": message}
     if _is_safetensors(paths):
-        return import_safetensors(
-            paths, repo, step=step, tags=tags, dtype=dtype, tensors_only=tensors_only, **naming
-        )
+        return import_safetensors(paths, repo, dtype=dtype, tensors_only=tensors_only, **options)
     (only,) = paths
     bridge = import_dcp if only.is_dir() else import_torch
     return bridge(
-        only,
-        repo,
-        step=step,
-        tags=tags,
-        dtype=dtype,
-        tensors_only=tensors_only,
-        allow_pickle=allow_pickle,
-        **naming,
+        only, repo, dtype=dtype, tensors_only=tensors_only, allow_pickle=allow_pickle, **options
     )
 
 

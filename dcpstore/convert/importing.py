@@ -11,7 +11,7 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from dcpstore.formats.composition import imported_value
 from dcpstore.geometry.boxes import Box, find_overlap
 from dcpstore.planning import DefaultSavePlanner
 from dcpstore.records import ObjectPath, Version
+from dcpstore.saving.request import VersionOptions
 from dcpstore.state.tree import flattened, joined_path
 
 __all__ = [
@@ -33,7 +34,6 @@ __all__ = [
     "Foreign",
     "ForeignTensor",
     "ImportPlanner",
-    "Naming",
     "row_major",
     "save_foreign",
 ]
@@ -288,33 +288,20 @@ class ImportPlanner(DefaultSavePlanner):
         return tensor.read(box).to(cast_dtype(tensor.dtype, self._wanted))
 
 
-@dataclass(frozen=True, slots=True)
-class Naming:
-    """The names of the version that an import makes."""
-
-    branch: str
-    step: int | None
-    tags: tuple[str, ...]
-    message: str
-
-
 def save_foreign(
     foreign: Foreign,
     repo: RepositoryLike,
-    naming: Naming,
     *,
     dtype: str | torch.dtype | None,
     allow_pickle: bool,
+    **options: Unpack[VersionOptions],
 ) -> Version:
     """Save a foreign checkpoint as a version, in this process alone."""
     return save(
         {},
         repo,
-        branch=naming.branch,
-        step=naming.step,
-        tags=naming.tags,
-        message=naming.message,
         planner=ImportPlanner(foreign, wanted_dtype(dtype)),
         no_dist=True,
         allow_pickle=allow_pickle,
+        **options,
     )

@@ -6,15 +6,22 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Unpack
 
 import torch
 
 from dcpstore.api import RepositoryLike
-from dcpstore.convert.exporting import Exported, ExportedTensor, ExportedVersion, find_ties
-from dcpstore.convert.importing import FileBox, FileTensor, Foreign, Naming, row_major, save_foreign
+from dcpstore.convert.exporting import (
+    Exported,
+    ExportedTensor,
+    ExportedVersion,
+    ExportOptions,
+    find_ties,
+    shows_export_options,
+)
+from dcpstore.convert.importing import FileBox, FileTensor, Foreign, row_major, save_foreign
 from dcpstore.convert.paths import inside, new_file, new_folder
 from dcpstore.convert.safetensors_header import (
     NOTES,
@@ -37,6 +44,7 @@ from dcpstore.errors import (
 from dcpstore.geometry.boxes import Box
 from dcpstore.records import Version
 from dcpstore.repository import opened
+from dcpstore.saving.request import VersionOptions, shows_options
 
 __all__ = [
     "INDEX",
@@ -56,25 +64,23 @@ _SHOWN = 8  # FQNs that one message names
 _SHARDING = "DCP_SHARDING_INFO"  # torch's note in files that hold pieces of tensors
 
 
+@shows_options(VersionOptions)
 def import_safetensors(
     path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     repo: RepositoryLike,
     *,
-    branch: str = "main",
-    step: int | None = None,
-    tags: Iterable[str] = (),
-    message: str = "",
     dtype: str | torch.dtype | None = None,
     tensors_only: bool = False,
+    **options: Unpack[VersionOptions],
 ) -> Version:
     """Save what safetensors files hold as one version, in the memory of a few chunks.
 
     Args:
         path: a file, several, an index (`model.safetensors.index.json`), or the folder of either.
         repo: a `Repository`, or what `dcpstore.open` takes.
-        branch, step, tags, message: as for `dcpstore.save`.
         dtype: what floating tensors are converted to, such as "bf16".
         tensors_only: leave out the values that an export put into the notes of a file.
+        options: how the version is described, as for `dcpstore.save`.
 
     Raises:
         NotFoundError: there is no such file.
@@ -85,18 +91,17 @@ def import_safetensors(
     foreign = _read([Path(one) for one in given])
     if tensors_only:
         foreign.leave_values_out()
-    naming = Naming(branch, step, tuple(tags), message)
-    return save_foreign(foreign, repo, naming, dtype=dtype, allow_pickle=False)
+    return save_foreign(foreign, repo, dtype=dtype, allow_pickle=False, **options)
 
 
+@shows_export_options
 def export_safetensors(
     repo: RepositoryLike,
     ref: str | int | None,
     path: str | os.PathLike[str],
     *,
     max_shard_size: int | str = "5GB",
-    dtype: str | torch.dtype | None = None,
-    tensors_only: bool = False,
+    **options: Unpack[ExportOptions],
 ) -> Exported:
     """Write a version as safetensors, in the memory of a box of a tensor.
 
@@ -110,8 +115,7 @@ def export_safetensors(
             and the index that Hugging Face's libraries read.
         max_shard_size: of a file in a folder, in bytes or such as "5GB"; a larger tensor has a file
             to itself.
-        dtype: what floating tensors are converted to, such as "bf16".
-        tensors_only: leave the values out.
+        options: which entries, and how; `ExportOptions` explains each.
 
     Raises:
         AlreadyExistsError: the file or folder exists.
@@ -121,7 +125,7 @@ def export_safetensors(
     """
     target, most = Path(path), parse_size(max_shard_size)
     with opened(repo, create=False) as repository:
-        version = ExportedVersion(repository, ref, dtype=dtype, tensors_only=tensors_only)
+        version = ExportedVersion(repository, ref, **options)
         _refuse_unfit(version)
         ties = find_ties(version)
         written = [tensor for tensor in version.tensors if tensor.fqn not in ties]

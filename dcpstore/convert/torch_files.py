@@ -23,15 +23,21 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Unpack
 
 import numpy as np
 import torch
 
 from dcpstore.api import RepositoryLike
 from dcpstore.compat.torch_private import rebuild_tensor_v2, rebuild_tensor_v3
-from dcpstore.convert.exporting import Exported, ExportedVersion, find_ties
-from dcpstore.convert.importing import Foreign, Naming, row_major, save_foreign
+from dcpstore.convert.exporting import (
+    Exported,
+    ExportedVersion,
+    ExportOptions,
+    find_ties,
+    shows_export_options,
+)
+from dcpstore.convert.importing import Foreign, row_major, save_foreign
 from dcpstore.convert.paths import new_file
 from dcpstore.convert.pickles import Odd, odd_inside
 from dcpstore.convert.torch_archive import Loaded, is_archive, load_archive, open_source, refuse_odd
@@ -41,6 +47,7 @@ from dcpstore.errors import InvalidInputError, NotFoundError, UnsafeDataError
 from dcpstore.formats.composition import Composition
 from dcpstore.records import Version
 from dcpstore.repository import opened
+from dcpstore.saving.request import VersionOptions, shows_options
 from dcpstore.state.tree import flattened, nested_state
 
 __all__ = ["PlannedTensor", "export_torch", "import_torch", "write_archive"]
@@ -136,27 +143,25 @@ def _write(archive: zipfile.ZipFile, name: str, parts: Iterable[memoryview]) -> 
             out.write(part)
 
 
+@shows_options(VersionOptions)
 def import_torch(
     path: str | os.PathLike[str],
     repo: RepositoryLike,
     *,
-    branch: str = "main",
-    step: int | None = None,
-    tags: Iterable[str] = (),
-    message: str = "",
     dtype: str | torch.dtype | None = None,
     tensors_only: bool = False,
     allow_pickle: bool = False,
+    **options: Unpack[VersionOptions],
 ) -> Version:
     """Save what a `torch.save` file holds as a version, in the memory of a few chunks.
 
     Args:
         path: the file; it holds a dict, nested or flat.
         repo: a `Repository`, or what `dcpstore.open` takes.
-        branch, step, tags, message: as for `dcpstore.save`.
         dtype: what floating tensors are converted to, such as "bf16".
         tensors_only: leave the values out, also those that only code could build.
         allow_pickle: let the file run the code that it names, and store pickles.
+        options: how the version is described, as for `dcpstore.save`.
 
     Raises:
         NotFoundError: there is no such file.
@@ -165,18 +170,17 @@ def import_torch(
         UnsafeDataError: it would run code, and for which FQNs; and as for `dcpstore.save`.
     """
     foreign = _read(Path(path), tensors_only=tensors_only, allow_pickle=allow_pickle)
-    naming = Naming(branch, step, tuple(tags), message)
-    return save_foreign(foreign, repo, naming, dtype=dtype, allow_pickle=allow_pickle)
+    return save_foreign(foreign, repo, dtype=dtype, allow_pickle=allow_pickle, **options)
 
 
+@shows_export_options
 def export_torch(
     repo: RepositoryLike,
     ref: str | int | None,
     path: str | os.PathLike[str],
     *,
-    dtype: str | torch.dtype | None = None,
-    tensors_only: bool = False,
     allow_pickle: bool = False,
+    **options: Unpack[ExportOptions],
 ) -> Exported:
     """Write a version as a file that `torch.load` reads, in the memory of a box of a tensor.
 
@@ -186,9 +190,8 @@ def export_torch(
         repo: a `Repository`, or what `dcpstore.open` takes.
         ref: the version; None is the tip of `main`.
         path: the new file.
-        dtype: what floating tensors are converted to, such as "bf16".
-        tensors_only: leave the values out.
         allow_pickle: let values that are pickles run their code, and be pickled again.
+        options: which entries, and how; `ExportOptions` explains each.
 
     Raises:
         AlreadyExistsError: the file exists.
@@ -198,7 +201,7 @@ def export_torch(
     """
     target = Path(path)
     with opened(repo, create=False) as repository, new_file(target) as file:
-        version = ExportedVersion(repository, ref, dtype=dtype, tensors_only=tensors_only)
+        version = ExportedVersion(repository, ref, **options)
         ties = find_ties(version)
         planned = {
             tensor.fqn: PlannedTensor(

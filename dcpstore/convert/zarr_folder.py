@@ -9,13 +9,20 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from dcpstore.api import RepositoryLike
-from dcpstore.convert.exporting import Exported, ExportedTensor, ExportedVersion
+from dcpstore.convert.exporting import (
+    Exported,
+    ExportedTensor,
+    ExportedVersion,
+    ExportOptions,
+    shows_export_options,
+)
 from dcpstore.convert.paths import new_folder
 from dcpstore.encoding.codecs import choose_codec, encode
 from dcpstore.encoding.dtypes import as_bytes, dtype_name
@@ -28,13 +35,12 @@ from dcpstore.zarr.documents import array_name, chunk_keys, zarr_documents
 __all__ = ["export_zarr"]
 
 
+@shows_export_options
 def export_zarr(
     repo: RepositoryLike,
     ref: str | int | None,
     path: str | os.PathLike[str],
-    *,
-    dtype: str | torch.dtype | None = None,
-    tensors_only: bool = False,
+    **options: Unpack[ExportOptions],
 ) -> Exported:
     """Write a version as a Zarr v3 folder, in the memory of a box of a tensor.
 
@@ -42,9 +48,8 @@ def export_zarr(
         repo: a `Repository`, or what `dcpstore.open` takes.
         ref: the version; None is the tip of `main`.
         path: the new folder.
-        dtype: what floating tensors are converted to, such as "bf16", which Zarr lacks and holds as
-            uint16 with the attribute "torch_dtype".
-        tensors_only: leave the values out.
+        options: which entries, and how; `ExportOptions` explains each. A dtype that Zarr lacks is
+            held as an unsigned integer of its width, with the attribute "torch_dtype".
 
     Raises:
         AlreadyExistsError: the folder exists.
@@ -53,7 +58,7 @@ def export_zarr(
     """
     target = Path(path)
     with opened(repo, create=False) as repository:
-        version = ExportedVersion(repository, ref, dtype=dtype, tensors_only=tensors_only)
+        version = ExportedVersion(repository, ref, **options)
         blobs = [
             ExportedTensor(entry, torch.uint8) for entry in version.plain if entry.kind == "blob"
         ]

@@ -8,7 +8,7 @@ stand for; nothing here needs torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -27,6 +27,7 @@ __all__ = [
     "imported_value",
     "is_mark",
     "matching_entries",
+    "matching_fqns",
     "outer_fqns",
 ]
 
@@ -154,21 +155,27 @@ def fold_entries(entries: Sequence[EntryRecord]) -> list[Entry]:
 
 
 def matching_entries(entries: Sequence[Entry], pattern: str, *, where: str) -> list[Entry]:
-    """Return the entries that a text stands for: by name, all below it, or by a glob of FQNs.
+    """Return the entries that a text stands for, as `matching_fqns` says."""
+    found = matching_fqns([one.fqn for one in entries], pattern, where=where)
+    return [one for one in entries if one.fqn in found]
+
+
+def matching_fqns(fqns: Collection[str], pattern: str, *, where: str) -> set[str]:
+    """Return the FQNs that a text stands for: by name, all below it, or by a glob.
 
     Raises:
         NotFoundError: none, with the nearest names; `where` is the version.
     """
-    found = [
-        one
-        for one in entries
-        if one.fqn == pattern or one.fqn.startswith(f"{pattern}.") or fnmatchcase(one.fqn, pattern)
-    ]
+    found = {
+        fqn
+        for fqn in fqns
+        if fqn == pattern or fqn.startswith(f"{pattern}.") or fnmatchcase(fqn, pattern)
+    }
     if not found:
         raise NotFoundError.near(
             f"entry of {where} that matches",
             pattern,
-            [one.fqn for one in entries],
+            list(fqns),
             f"See 'dcpstore ls {where}' for all of them.",
         )
     return found

@@ -95,12 +95,15 @@ class SaveRequest:
         ]
 
 
-def shows_options(kind: type) -> Callable[[_Call], _Call]:
+def shows_options(
+    kind: type, defaults: Mapping[str, object] | None = None
+) -> Callable[[_Call], _Call]:
     """Return a decorator: `inspect.signature` then lists each option of `**options: Unpack[kind]`.
 
-    `kind` is one of the typed dicts above. An option that has no plain default is shown with None.
+    `kind` is a typed dict. Without `defaults` by name they are those of `SaveRequest`, where an
+    option that has no plain default is shown with None.
     """
-    defaults = {
+    defaults = defaults or {
         field.name: None if field.default is MISSING else field.default
         for field in fields(SaveRequest)
     }

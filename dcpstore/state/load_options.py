@@ -9,7 +9,7 @@ from typing import Literal
 
 from dcpstore.errors import InvalidInputError
 
-__all__ = ["LoadOptions", "OnDtype", "Rename"]
+__all__ = ["LoadOptions", "OnDtype", "Rename", "check_globs", "check_rename", "renamed"]
 
 OnDtype = Literal["error", "cast"]
 Rename = Mapping[str, str] | Callable[[str], str]
@@ -38,13 +38,8 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         for name, globs in (("include", self.include), ("exclude", self.exclude)):
-            _check_globs(name, globs)
-        is_rename = isinstance(self.rename, Mapping) or callable(self.rename)
-        if self.rename is not None and not is_rename:
-            raise InvalidInputError(
-                f"rename={self.rename!r} is neither a mapping nor a function; pass a dict of the "
-                "state's FQNs to the version's, or a function from one to the other."
-            )
+            check_globs(name, globs)
+        check_rename(self.rename, "the state's FQNs to the version's")
         if not isinstance(self.strict, bool):
             raise InvalidInputError(f"strict={self.strict!r}; pass True or False.")
         if not isinstance(self.on_dtype, str) or self.on_dtype not in ("error", "cast"):
@@ -62,18 +57,41 @@ class LoadOptions:
         Raises:
             InvalidInputError: `rename` gives no text.
         """
-        if self.rename is None:
-            return fqn
-        is_map = isinstance(self.rename, Mapping)
-        name = self.rename.get(fqn, fqn) if isinstance(self.rename, Mapping) else self.rename(fqn)
-        if not isinstance(name, str):
-            how = "maps" if is_map else "makes"
-            raise InvalidInputError(f"rename {how} {fqn!r} to {name!r}, which is not an FQN.")
-        return name
+        return fqn if self.rename is None else renamed(fqn, self.rename)
 
 
-def _check_globs(name: str, globs: object) -> None:
-    """Check that `globs` is None or holds texts, to be asked again and again."""
+def renamed(fqn: str, rename: Rename) -> str:
+    """Return the FQN that `rename` gives for another; a mapping leaves those that it lacks.
+
+    Raises:
+        InvalidInputError: it gives something that is not text.
+    """
+    name = rename.get(fqn, fqn) if isinstance(rename, Mapping) else rename(fqn)
+    if not isinstance(name, str):
+        how = "maps" if isinstance(rename, Mapping) else "makes"
+        raise InvalidInputError(f"rename {how} {fqn!r} to {name!r}, which is not an FQN.")
+    return name
+
+
+def check_rename(rename: object, direction: str) -> None:
+    """Check that `rename` is None, a mapping or a function, from `direction`'s FQNs to others.
+
+    Raises:
+        InvalidInputError: it is something else.
+    """
+    if rename is not None and not isinstance(rename, Mapping) and not callable(rename):
+        raise InvalidInputError(
+            f"rename={rename!r} is neither a mapping nor a function; pass a dict of {direction}, "
+            "or a function from one to the other."
+        )
+
+
+def check_globs(name: str, globs: object) -> None:
+    """Check that the argument `name` is None or a collection of texts.
+
+    Raises:
+        InvalidInputError: it is one text, an iterator, or holds something that is not text.
+    """
     if isinstance(globs, str):
         raise InvalidInputError(f"{name}={globs!r} is one text; pass a list: [{globs!r}].")
     if globs is None:

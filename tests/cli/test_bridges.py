@@ -46,7 +46,7 @@ def test_an_import_and_every_export(empty: str, run: Run, source: Path, tmp_path
         out = tmp_path / form
         done = run("export", "a", str(out), "--format", form, repo=empty)
         assert done.exit_code == 0, done.output
-        assert done.output.startswith(f"exported v1 to {out}: 2 tensors and 1 values, 48 B in ")
+        assert done.output.startswith(f"exported v1 to {out}: 2 tensors and 1 value, 48 B in ")
         assert (out / name).is_file()
         again = run("import", str(out), repo=empty) if form != "zarr" else done
         assert again.exit_code == 0, again.output
@@ -85,6 +85,21 @@ def test_several_files_and_shards(empty: str, run: Run, tmp_path: Path) -> None:
     assert run("import", *files, str(tmp_path), repo=empty).exit_code == 2
 
 
+def test_weights_alone_under_other_names(empty: str, run: Run, tmp_path: Path) -> None:
+    state = {"model": {"w": torch.ones(2), "b": torch.ones(3)}, "optim": {"m": torch.ones(2)}}
+    torch.save(state, tmp_path / "in.pt")
+    assert run("import", str(tmp_path / "in.pt"), repo=empty).exit_code == 0
+    out = tmp_path / "adapter_model.safetensors"
+    args = ("--include", "model", "--exclude", "*.b", "--strip-prefix", "model.")
+    done = run("export", "v1", str(out), "--format", "safetensors", *args, repo=empty)
+    assert done.exit_code == 0, done.output
+    assert "1 tensor and 0 values" in done.output
+    assert load_file(out).keys() == {"w"}
+    args = ("--format", "torch", "--rename", "model.w=a", "--rename", "optim.m=b=c")
+    assert run("export", "v1", str(tmp_path / "x.pt"), *args, repo=empty).exit_code == 0
+    assert torch.load(tmp_path / "x.pt").keys() == {"a", "b=c", "model"}
+
+
 FAILURES: list[tuple[tuple[str, ...], int, str]] = [
     (("import", "nix"), 1, "nothing is at 'nix'"),
     (("import", "void"), 1, "neither"),
@@ -97,6 +112,9 @@ FAILURES: list[tuple[tuple[str, ...], int, str]] = [
     (("export", "main", "in.pt", "--format", "torch"), 11, "exists"),
     (("export", "nix", "out", "--format", "torch"), 1, "nix"),
     (("export", "main", "no/out", "--format", "zarr"), 1, "missing"),
+    (("export", "main", "out", "--format", "zarr", "--include", "nix"), 1, "'dcpstore ls v1'"),
+    (("export", "main", "out", "--format", "zarr", "--rename", "w"), 2, "OLD=NEW"),
+    (("export", "main", "out", "--format", "zarr", "--rename", "w=n"), 2, "both be exported"),
     (("export", "main", "out"), 2, "--format"),
     (("export", "main", "out", "--format", "dcp", "--max-shard-size", "1"), 2, "safetensors"),
     (("export", "main", "out", "--format", "zarr", "--allow-pickle"), 2, "pickle"),
