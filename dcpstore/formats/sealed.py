@@ -17,7 +17,8 @@ from dcpstore.errors import CorruptionError
 __all__ = ["check_seal", "seal"]
 
 _HEAD = re.compile(
-    rb'\{"([a-z]+)": ([0-9]{1,9}), "digest": "([0-9a-f]{64})", (?="algorithm": "([^"]{1,40})")?'
+    rb'\{"([a-z]+)": ([0-9]{1,9}), "digest": "([0-9a-f]{64})", '
+    rb'(?="algorithm": "([A-Za-z0-9_.-]{1,40})", )?'  # a damaged quote leaves no name
 )
 
 

@@ -25,19 +25,22 @@ OPERATION = {
 
 
 @pytest.mark.parametrize(
-    ("data", "decode"),
+    ("data", "decode", "errors"),
     [
-        (encode_manifest(), decode_manifest),
-        (encode_operation(OPERATION), decode_operation),
+        (encode_manifest(), decode_manifest, (CorruptionError,)),
+        # a flipped number of its format may be a newer one
+        (encode_operation(OPERATION), decode_operation, (CorruptionError, SchemaError)),
     ],
     ids=["manifest", "operation"],
 )
-def test_every_flipped_bit_of_the_head_is_seen(data: bytes, decode: Callable[[bytes], Any]) -> None:
+def test_every_flipped_bit_of_the_head_is_seen(
+    data: bytes, decode: Callable[[bytes], Any], errors: tuple[type[Exception], ...]
+) -> None:
     decode(data)
     for bit in range(8 * 140):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
-        with pytest.raises((CorruptionError, SchemaError)):
+        with pytest.raises(errors):
             decode(bytes(flipped))
 
 
