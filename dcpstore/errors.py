@@ -1,7 +1,8 @@
 """The exception tree: one class for each thing that a handler would do.
 
 Every message says what failed, the value seen and the next step, and every error survives pickling,
-for an error of one rank is raised on all of them.
+for an error of one rank is raised on all of them. Messages may change between releases; each class
+has a `kind`, which does not, for programs to tell errors apart.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import ClassVar
 
 __all__ = [
     "AlreadyExistsError",
@@ -25,11 +27,20 @@ __all__ = [
 
 
 class DcpstoreError(Exception):
-    """Any error that dcpstore raises on purpose."""
+    """Any error that dcpstore raises on purpose.
+
+    Attributes:
+        kind: a word for what went wrong, the same in every release (`docs/versioning.md`); the
+            command line prints it in the errors of `--json`.
+    """
+
+    kind: ClassVar[str] = "error"
 
 
 class NotFoundError(DcpstoreError, LookupError):
     """A version, ref, entry or repository does not exist; the message lists the nearest names."""
+
+    kind = "not_found"
 
     @classmethod
     def near(cls, kind: str, name: str, known: Iterable[str], next_step: str) -> NotFoundError:
@@ -42,13 +53,19 @@ class NotFoundError(DcpstoreError, LookupError):
 class AlreadyExistsError(DcpstoreError):
     """A name that must be new is taken."""
 
+    kind = "already_exists"
+
 
 class ConflictError(DcpstoreError):
     """A ref moved meanwhile; the message says what to do."""
 
+    kind = "conflict"
+
 
 class InvalidInputError(DcpstoreError, ValueError):
     """An argument is invalid."""
+
+    kind = "invalid_input"
 
 
 class MismatchError(DcpstoreError):
@@ -57,6 +74,8 @@ class MismatchError(DcpstoreError):
     Attributes:
         differences: one line for each FQN that does not fit.
     """
+
+    kind = "mismatch"
 
     def __init__(self, message: str, differences: Sequence[str] = ()) -> None:
         self.differences = tuple(differences)
@@ -97,13 +116,19 @@ def _count(lines: Sequence[str], noun: str) -> str:
 class SchemaError(DcpstoreError):
     """The database is older, newer or not ours; the message names the command that helps."""
 
+    kind = "schema"
+
 
 class CorruptionError(DcpstoreError):
     """Stored bytes are missing, short, or not what their digest says."""
 
+    kind = "corruption"
+
 
 class UnsafeDataError(DcpstoreError):
     """Writing or reading needs pickle, and `allow_pickle` is False."""
+
+    kind = "unsafe_data"
 
 
 class RankFailure(DcpstoreError):
@@ -112,6 +137,8 @@ class RankFailure(DcpstoreError):
     Attributes:
         failures: each failed rank's own error, by rank.
     """
+
+    kind = "rank_failure"
 
     def __init__(
         self, step: str, failures: Mapping[int, BaseException], *, headline: str | None = None

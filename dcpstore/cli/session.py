@@ -19,6 +19,7 @@ from dcpstore.errors import (
     AlreadyExistsError,
     ConflictError,
     CorruptionError,
+    DcpstoreError,
     InvalidInputError,
     NotFoundError,
     SchemaError,
@@ -56,6 +57,8 @@ _Command = Callable[Concatenate["Session", P], None]
 
 class NoRepositoryError(NotFoundError):
     """There is no repository to open; other `NotFoundError`s are about names inside one."""
+
+    kind = "no_repository"
 
 
 _CODES: dict[type[Exception], int] = {
@@ -157,5 +160,6 @@ def report(error: Exception, *, as_json: bool) -> None:
     message = "\n".join(visible(line) for line in str(error).split("\n"))
     click.echo(f"dcpstore: {message}", err=True)
     if as_json:
-        shape = {"error": {"kind": type(error).__name__, "message": str(error)}}
+        kind = error.kind if isinstance(error, DcpstoreError) else "os_error"
+        shape = {"error": {"kind": kind, "message": str(error)}}
         click.echo(json.dumps(shape), err=True)

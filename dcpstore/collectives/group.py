@@ -14,6 +14,7 @@ from typing import Protocol
 import torch.distributed as dist
 
 from dcpstore.collectives.barrier import StoreBarrier
+from dcpstore.compat.torch_private import group_store
 from dcpstore.core.gc_pause import gc_allowed
 from dcpstore.core.reentry import changing, refuse_inside_change
 from dcpstore.errors import InvalidInputError
@@ -121,7 +122,7 @@ class RankGroup:
         if self.size > 1 and dist.get_backend(group) not in _WITHOUT_STORE:
             whole = group or dist.group.WORLD
             assert whole is not None, "a group was initialised, or it would have no size"
-            store = whole.get_group_store()
+            store = group_store(whole)
             self._barrier = StoreBarrier(
                 store, rank=self.rank, size=self.size, coordinator=coordinator
             )

@@ -27,6 +27,7 @@ from typing import IO, Any
 import torch
 from typing_extensions import Buffer
 
+from dcpstore.compat.torch_private import placing_storages, storage_place
 from dcpstore.convert import pickles
 from dcpstore.convert.importing import FileBox, FileTensor
 from dcpstore.convert.pickles import Odd
@@ -229,8 +230,8 @@ class Loaded:
                 "full_tensor)."
             )
         storage = tensor.untyped_storage()
-        # torch's documented-in-code attribute of storages loaded on "meta": their place in the file
-        record = self.places.get(getattr(storage, "_checkpoint_offset", -1))
+        place = storage_place(storage)
+        record = None if place is None else self.places.get(place)
         if record is None:
             raise InvalidInputError(
                 f"{fqn!r} was saved on the meta device and has no data; save a real tensor."
@@ -285,15 +286,19 @@ def load_archive(file: IO[bytes], name: str, *, device: str, allow_pickle: bool)
     records = read_records(file, name)
     source: IO[bytes] = file
     places: Mapping[int, Record] = {}
+    unpickling: Any = pickle if allow_pickle else _PLAIN
     if device == "meta":
         outline = make_outline(file, records)
         source, places = outline.file, outline.places
+        at = {record: place for place, record in places.items()}
+        shown = {name: at[record] for name, record in records.items() if record in at}
+        unpickling = placing_storages(unpickling, shown)
     try:
         held = torch.load(
             source,
             map_location=device,
             weights_only=False,
-            pickle_module=pickle if allow_pickle else _PLAIN,
+            pickle_module=unpickling,
             mmap=False,
         )
         return Loaded(held, places)

@@ -146,7 +146,7 @@ def test_pickles_need_leave(empty: str, run: Run, tmp_path: Path) -> None:
     torch.save({"odd": Odd()}, tmp_path / "in.pt")
     refused = run("import", str(tmp_path / "in.pt"), "--json", repo=empty)
     assert refused.exit_code == 1
-    assert json.loads(refused.stderr.splitlines()[-1])["error"]["kind"] == "UnsafeDataError"
+    assert json.loads(refused.stderr.splitlines()[-1])["error"]["kind"] == "unsafe_data"
     assert run("import", str(tmp_path / "in.pt"), "--allow-pickle", repo=empty).exit_code == 0
     out = str(tmp_path / "out.pt")
     assert run("export", "main", out, "--format", "torch", repo=empty).exit_code == 1

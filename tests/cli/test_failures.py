@@ -62,11 +62,11 @@ def test_a_json_error_follows_the_message(run: Run, target: str) -> None:
     result = run("show", "bset", "--json", repo=target)
     message, shape = result.stderr.splitlines()
     assert json.loads(shape) == {
-        "error": {"kind": "NotFoundError", "message": message.removeprefix("dcpstore: ")}
+        "error": {"kind": "not_found", "message": message.removeprefix("dcpstore: ")}
     }
     assert "'best'" in message
     absent = run("log", "--json", repo=f"{target}/no")
-    assert json.loads(absent.stderr.splitlines()[-1])["error"]["kind"] == "NoRepositoryError"
+    assert json.loads(absent.stderr.splitlines()[-1])["error"]["kind"] == "no_repository"
 
 
 def test_no_repository_named(run: Run) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from dcpstore.collectives import Alone, RankGroup, in_step, in_turn
+from dcpstore.compat.torch_private import group_store
 from dcpstore.errors import DcpstoreError
 from tests.ranks import RankPool
 
@@ -45,7 +46,7 @@ def mortal_ranks(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ran
 
 def be_impatient(rank: int) -> None:
     assert dist.group.WORLD is not None
-    dist.group.WORLD.get_group_store().set_timeout(timedelta(seconds=DEADLINE))
+    group_store(dist.group.WORLD).set_timeout(timedelta(seconds=DEADLINE))
 
 
 def caught(call: Callable[[], Any]) -> Told:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import pickle
+import struct
 import subprocess
 import sys
+import zipfile
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +18,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from dcpstore.compat import torch_private
 from dcpstore.errors import InvalidInputError
+
+OURS = SimpleNamespace(Unpickler=pickle._Unpickler, __name__="ours")
 
 
 def old_save(state: Any, *, planner: Any = None) -> None:
@@ -42,7 +49,7 @@ def test_metadata_has_the_version_of_the_format_where_torch_has_one() -> None:
     "stager",
     [
         torch_private.make_stager,
-        lambda: torch_private._OldStager(is_pinned=False, is_on_device=False),
+        lambda: torch_private._MendedStager(is_pinned=False, is_on_device=False),
     ],
     ids=["of-this-torch", "of-older-torch"],
 )
@@ -63,10 +70,33 @@ def test_a_stager_copies_into_the_same_memory_each_time(stager: Any) -> None:
     assert second["bare"].shape == (0, 3)
 
 
-def test_nobody_hears_more_of_logging_for_the_old_stager() -> None:
+@pytest.mark.parametrize("make", [torch_private.placing_storages, torch_private._placing])
+@pytest.mark.parametrize(
+    "module", [pickle, SimpleNamespace(Unpickler=pickle._Unpickler, __name__="p")]
+)
+def test_storages_on_meta_know_their_place_in_the_archive(make: Any, module: Any) -> None:
+    archive = io.BytesIO()
+    weight = torch.arange(100.0)
+    torch.save({"w": weight, "half": weight[50:], "other": torch.ones(3)}, archive)
+    with zipfile.ZipFile(archive) as found:
+        infos = {info.filename.partition("/")[2]: info for info in found.infolist()}
+    places = {}
+    for name, info in infos.items():
+        archive.seek(info.header_offset + 26)  # where the lengths of name and extra are
+        lengths = struct.unpack("<HH", archive.read(4))
+        places[name] = info.header_offset + 30 + sum(lengths)
+    archive.seek(0)
+    unpickling = make(module, places)
+    loaded = torch.load(archive, map_location="meta", weights_only=False, pickle_module=unpickling)
+    at = {name: torch_private.storage_place(t.untyped_storage()) for name, t in loaded.items()}
+    assert at == {"w": places["data/0"], "half": places["data/0"], "other": places["data/1"]}
+    assert archive.getvalue()[at["other"] :][:12] == torch.ones(3).numpy().tobytes()
+
+
+def test_the_mended_stager_leaves_the_log_level_of_the_program() -> None:
     code = (
         "import logging; from dcpstore.compat import torch_private as p; "
-        "p._OldStager(is_pinned=False, is_on_device=False); print(logging.getLogger().level)"
+        "p._MendedStager(is_pinned=False, is_on_device=False); print(logging.getLogger().level)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) == logging.WARNING

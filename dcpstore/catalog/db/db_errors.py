@@ -112,6 +112,8 @@ _SQLITE: dict[str, _Meaning] = {
 class UnknownOutcomeError(DcpstoreError):
     """The answer to a commit was lost: it may have been carried out."""
 
+    kind = "unknown_outcome"
+
 
 class Backoff:
     """The pauses between attempts: each is longer than the last, and all take `seconds` at most."""
