@@ -6,6 +6,7 @@ import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ from dcpstore.repository import Repository
 from tests import servers
 from tests.ranks import RankPool
 from tests.soundness import Place, assert_sound
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Torch 2.8 warns of this itself, when its own FileSystemWriter writes.
+    if metadata.version("torch").startswith("2.8."):
+        config.addinivalue_line("filterwarnings", "ignore:TypedStorage is deprecated:UserWarning")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

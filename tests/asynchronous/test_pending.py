@@ -12,20 +12,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.staging import (
-    BlockingAsyncStager,
-    DefaultStager,
-    StagingOptions,
-)
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import dcpstore
 from dcpstore import ConflictError, DcpstoreError, InvalidInputError, Repository, Retention
+from dcpstore.compat.torch_private import AsyncSaveResponse
 from dcpstore.saving.staging import raise_unseen
 from tests.asynchronous.test_async_save import Slow, break_storage
 from tests.ranks import RankPool, mesh
 from tests.soundness import Place, assert_sound
+from tests.torch_release import DefaultStager, StagingOptions, since_2_9
 
 
 def state(value: float = 1.0) -> dict[str, Any]:
@@ -124,6 +122,7 @@ class Later(DefaultStager):
         super().close()
 
 
+@since_2_9
 def test_a_stager_of_the_callers_that_goes_on(repo: Repository) -> None:
     go = threading.Event()
     stager = Later(go)
@@ -158,6 +157,7 @@ class Torn(BlockingAsyncStager):
         self.buffer["w"].copy_(self.held["w"])
 
 
+@since_2_9
 def test_stagers_that_stage_before_the_call_returns(repo: Repository) -> None:
     for stager in (
         BlockingAsyncStager(),

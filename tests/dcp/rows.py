@@ -30,10 +30,11 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint._extension import ExtensionRegistry
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 import dcpstore
 from dcpstore import AlreadyExistsError, InvalidInputError, UnsafeDataError, convert
+from dcpstore.compat.torch_private import AsyncSaveResponse
 from tests.dcp.uses import assert_filled, state
 
 Row = Callable[[Path], None]

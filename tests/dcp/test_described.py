@@ -61,7 +61,7 @@ def walk(module: ModuleType, folder: Path) -> list[object]:
         seen.append((where, place.name, ids[meta.save_id], ids[meta.load_id], meta.modules))
 
     def note_metadata(where: str, described: Metadata) -> None:
-        seen.append((described.version, type(described.storage_data)))
+        seen.append((getattr(described, "version", None), type(described.storage_data)))
         note(where, described.storage_meta)
 
     writer = module.FileSystemWriter(folder / "a")

@@ -15,8 +15,12 @@ from tests.dcp import calls, load_planners, save_planners, state_dicts
 from tests.dcp.test_page import ours, public_names
 from tests.dcp.uses import USES
 from tests.ranks import RankPool
+from tests.torch_release import of_newest
 
 SUBJECTS = (calls, load_planners, save_planners, state_dicts)  # each enters its uses
+
+
+pytestmark = of_newest
 
 
 def test_each_name_of_torchs_has_a_use() -> None:

@@ -22,8 +22,12 @@ import torch.distributed.checkpoint as dcp
 
 import dcpstore
 from tests.dcp.rows import ROWS, Row
+from tests.torch_release import of_newest
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")  # of no process group
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:torch"),  # of no process group
+    of_newest,
+]
 
 PAGE = Path(dcpstore.__file__).parent.parent / "docs" / "dcp.md"
 PACKAGE = "torch.distributed.checkpoint"

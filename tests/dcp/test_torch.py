@@ -32,6 +32,7 @@ from dcpstore import RepositoryReader as Reader
 from dcpstore import RepositoryWriter as Writer
 from tests.ranks import RankPool, first_ranks, mesh
 from tests.soundness import Place, assert_sound
+from tests.torch_release import since_2_9
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
@@ -323,6 +324,7 @@ class Pieces(torch.Tensor):
         return self.as_subclass(torch.Tensor)[at : at + 3]
 
 
+@since_2_9
 def test_a_whole_save_after_a_partial_parent_is_whole(repo: Repository) -> None:
     held = torch.arange(12.0)
     dcp.save(
@@ -389,7 +391,7 @@ def torch_on_ranks(rank: int, place: Place, how: dict[str, Any]) -> None:
         {},
         {"group": True},
         {"coordinator_rank": 1},
-        {"use_collectives": False},
+        pytest.param({"use_collectives": False}, marks=since_2_9),
         {"planner": dcpstore.DefaultSavePlanner()},
         {"asynchronous": True},
         {"asynchronous": True, "async_checkpointer_type": AsyncCheckpointerType.PROCESS},

@@ -14,6 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import dcpstore
 from dcpstore import InvalidInputError, MismatchError, UnsafeDataError
 from tests.ranks import RankPool, mesh
+from tests.torch_release import since_2_9
 
 
 def test_conjugated_and_negated_views_are_filled(tmp_path: Path) -> None:
@@ -85,6 +86,7 @@ def load_apart(rank: int, folder: Path) -> None:
     assert mine.to_local().tolist() == [4.0 * rank + i for i in range(1, 5)]
 
 
+@since_2_9
 def test_a_part_of_a_tensor_does_not_stand_for_the_whole(
     tmp_path: Path, two_ranks: RankPool
 ) -> None:

@@ -15,8 +15,12 @@ from dcpstore.encoding.composed_tensors import JAGGED, KINDS, SPARSE, kind_of, p
 from tests.loading.composed_ranks import round_trip_optimizer, round_trip_weights
 from tests.ranks import RankPool
 from tests.tensors import same
+from tests.torch_release import with_torchao
 
 Make = Callable[[torch.dtype], torch.Tensor]
+
+
+pytestmark = with_torchao
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from dcpstore import AlreadyExistsError, InvalidInputError, NotFoundError, PerRa
 from tests.ranks import RankPool, mesh
 from tests.saving.test_ranks import caught
 from tests.soundness import Place, assert_sound
+from tests.torch_release import since_2_9
 
 Save = Callable[..., dcpstore.Version]
 SAVES: dict[str, Save] = {
@@ -70,7 +71,11 @@ def save_and_load(rank: int, place: Place, face: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("face", SAVES)
+@pytest.mark.parametrize(
+    "face",
+    # the planner of torch 2.8 refuses a plan that is not of whole tensors
+    [pytest.param(face, marks=since_2_9) if face == "torch's planner" else face for face in SAVES],
+)
 def test_each_rank_saves_and_loads_its_own(place: Place, two_ranks: RankPool, face: str) -> None:
     place.open().close()
     assert two_ranks.run(save_and_load, place, face) == [True, True]
@@ -162,6 +167,7 @@ def through_torch(rank: int, place: Place) -> list[Any]:
     return values
 
 
+@since_2_9
 def test_torchs_calls_use_the_same_names(place: Place, two_ranks: RankPool) -> None:
     place.open().close()
     values = two_ranks.run(through_torch, place)
