@@ -6,6 +6,7 @@ nowhere, and on anything that a browser would fetch from another host.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import os
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dcpstore import errors
 from tests.ranks import ROOT
 
 # Every module whose `__all__` is public.
@@ -101,6 +103,34 @@ def test_the_overview_of_public_names_is_documented_as_it_is() -> None:
     if os.environ.get("DCPSTORE_WRITE_DOCS"):
         file.write_text(overview())
     assert file.read_text() == overview(), "run 'make docs' and look at the difference"
+
+
+def warnings_of(path: Path) -> list[str]:
+    """Return the first fixed words of the text of each warning in a module."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            of, name = ast.unparse(node.func.value), node.func.attr
+            if (of, name) in {("_log", "warning"), ("warnings", "warn")}:
+                texts = [n.value for n in ast.walk(node.args[0]) if isinstance(n, ast.Constant)]
+                pieces = re.split(r"%[\w.]+|\0|; |, |\. |: ", "\0".join(map(str, texts)))
+                long = [piece for piece in pieces if len(piece.split()) > 2]
+                found.append((long or [max(pieces, key=len)])[0].strip())
+    return found
+
+
+def test_troubleshooting_has_every_error_and_every_warning() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    sections = re.split(r"^## ", page, flags=re.MULTILINE)
+    by_title = {text.splitlines()[0]: text for text in sections[1:]}
+    assert by_title.keys() == {*errors.__all__, "Warnings"}
+    for name in errors.__all__:
+        assert "| cause | cure |" in by_title[name], name
+        assert f"(#{name.lower()})" in sections[0] or name == "DcpstoreError"
+    modules = sorted((ROOT / "dcpstore").rglob("*.py"))
+    texts = [text for path in modules for text in warnings_of(path)]
+    assert len(texts) > 8
+    assert [text for text in texts if text not in by_title["Warnings"]] == []
 
 
 def test_a_fetch_from_another_host_is_found(
