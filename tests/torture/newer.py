@@ -1,6 +1,6 @@
-"""A schema that comes after today's, made up: there is one migration so far, and none to kill.
+"""A made-up schema after today's, so that every state that the torture prepares can be upgraded.
 
-Two columns are added by the real migrations, run by the real Alembic, in a child that ends anyway.
+It adds two columns, by the real Alembic beside the real migrations, in a child process.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import sqlalchemy as sa
 from dcpstore.catalog.schema import migrate as migrating
 from dcpstore.catalog.schema import revisions
 
-__all__ = ["NEWEST", "go_back", "newer_schema"]
+__all__ = ["NEWEST", "TODAY", "go_back", "newer_schema"]
 
-NEWEST = f"{int(revisions.HEAD) + 1:04}"
+TODAY = revisions.HEAD
+NEWEST = f"{int(TODAY) + 1:04}"
 _MIGRATION = f"""
 import sqlalchemy as sa
 from alembic import op
 
 revision = "{NEWEST}"
-down_revision = "{revisions.HEAD}"
+down_revision = "{TODAY}"
 
 
 def upgrade():
@@ -70,5 +71,5 @@ def go_back(url: str) -> None:
     with engine.begin() as connection:
         for name in ("mood", "weather"):
             connection.execute(sa.text(f"ALTER TABLE version DROP COLUMN {name}"))
-        connection.execute(sa.text("UPDATE alembic_version SET version_num = '0001'"))
+        connection.execute(sa.text(f"UPDATE alembic_version SET version_num = '{TODAY}'"))
     engine.dispose()
