@@ -1,24 +1,15 @@
-"""Where a test's repository is, and what must hold of it when the test ends."""
+"""Where a test's repository is; each suite ends with `assert_sound`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from dcpstore.catalog.glance import LogLine, glance_at_log
-from dcpstore.catalog.maintenance.fsck import list_packs
-from dcpstore.catalog.read.entries import load_chunks, load_entries
-from dcpstore.core.digests import chunk_digest, content_digest
-from dcpstore.encoding.codecs import decode
-from dcpstore.encoding.dtypes import numpy_dtype
-from dcpstore.formats.journal_entry import operation_number
-from dcpstore.formats.manifest import decode_manifest, manifest_key
-from dcpstore.geometry.boxes import find_overlap
-from dcpstore.records import ChunkDefaults, ChunkRange, StoredChunk, TensorRecord, Version
+from dcpstore.records import ChunkDefaults
 from dcpstore.repository import Repository
 from dcpstore.repository import open as open_repository
-from dcpstore.storage.packs import PackReader
+from dcpstore.testing import assert_sound
+
+__all__ = ["Place", "assert_sound"]
 
 
 @dataclass(frozen=True)
@@ -34,98 +25,3 @@ class Place:
         return open_repository(
             self.url, data=self.data, chunk=ChunkDefaults(nbytes=self.chunk_nbytes)
         )
-
-
-def assert_sound(repo: Repository) -> None:
-    """Check what must always hold of committed versions (design, section 5)."""
-    with repo.catalog.keep_connection():
-        _assert_sound(repo)
-
-
-def _assert_sound(repo: Repository) -> None:
-    versions = repo.log()
-    numbers = [version.number for version in versions]
-    expired = [
-        row[0] for row in repo.sql("SELECT number FROM version WHERE expired_at IS NOT NULL")
-    ]
-    assert numbers == sorted(numbers, reverse=True)
-    assert sorted(numbers + expired) == list(range(1, len(numbers + expired) + 1))
-    seen = glance_at_log(repo._target, limit=None)
-    assert seen is None or seen == list(map(as_line, versions))
-    packs = PackReader(repo.storage)
-    checked: set[int] = set()
-    for version in versions:
-        assert version.parent is None or version.parent < version.number
-        entries = load_entries(repo.catalog, version.number)
-        assert version.nbytes == sum(e.tensor.nbytes for e in entries if e.tensor is not None)
-        manifest = decode_manifest(repo.storage.get(manifest_key(version.uid)))
-        assert {e.fqn for e in manifest.content.entries} == {e.fqn for e in entries}
-        for entry in entries:
-            assert (entry.kind == "value") == (entry.tensor is None)
-            if entry.tensor is not None and entry.tensor.id not in checked:
-                checked.add(entry.tensor.id)
-                _assert_whole(repo, packs, entry.tensor, is_whole="/rank-" not in version.branch)
-    packs.close()
-    for ref in (*repo.tags(), *repo.branches()):
-        assert repo.show(ref.name).number == ref.version
-    _assert_kept(repo)
-
-
-def as_line(version: Version) -> LogLine:
-    """Return what a glance at the log shows of a version."""
-    return LogLine(*(getattr(version, name) for name in LogLine._fields))
-
-
-def _assert_kept(repo: Repository) -> None:
-    """Check that nothing is damaged, gc takes nothing that is reached, the journal is whole."""
-    assert repo.verify().damaged == ()
-    reached = {pack.key for pack in list_packs(repo.catalog)}
-    reached |= {manifest_key(version.uid) for version in repo.log()}
-    report = repo.gc(grace="100w", dry_run=True)
-    going = {pack.key for pack in report.condemned} | set(report.cleared)
-    rows = repo.sql(
-        "SELECT DISTINCT p.key FROM pack p JOIN chunk c ON c.pack = p.id "
-        "JOIN entry e ON e.tensor = c.tensor JOIN version v ON v.id = e.version "
-        "WHERE v.expired_at IS NULL"  # what was forgotten has entries until gc
-    )
-    named = {row.key for row in rows}
-    assert named <= reached
-    assert not going & named
-    assert not going & {manifest_key(version.uid) for version in repo.log()}
-    (journaled,) = repo.sql("SELECT last_journaled FROM repository")[0]
-    written = map(operation_number, repo.storage.list("operations"))
-    assert sorted(n for n in written if n is not None) == list(range(1, journaled + 1))
-
-
-def _assert_whole(
-    repo: Repository, packs: PackReader, tensor: TensorRecord, *, is_whole: bool
-) -> None:
-    cells = [grid.cell(i) for grid in tensor.parts for i in range(grid.size)]
-    assert find_overlap(cells) is None
-    whole = int(np.prod(tensor.shape, dtype=int))
-    assert sum(cell.volume for cell in cells) == (
-        whole if is_whole else sum(p.box.volume for p in tensor.parts)
-    )
-    chunks = load_chunks(
-        repo.catalog,
-        [
-            ChunkRange(tensor.id, part, 0, grid.size - 1)
-            for part, grid in enumerate(tensor.parts)
-            if grid.size
-        ],
-    )
-    chunks.sort(key=lambda chunk: (chunk.part, chunk.ordinal))
-    assert [(c.part, c.ordinal) for c in chunks] == [
-        (part, i) for part, grid in enumerate(tensor.parts) for i in range(grid.size)
-    ]
-    for chunk in chunks:
-        assert chunk_digest(_raw(packs, tensor, chunk)) == chunk.digest
-    digest = content_digest(tensor.dtype, tensor.shape, tensor.parts, [c.digest for c in chunks])
-    assert digest == tensor.digest
-
-
-def _raw(packs: PackReader, tensor: TensorRecord, chunk: StoredChunk) -> bytearray:
-    shape = tensor.parts[chunk.part].chunk_shape
-    raw = bytearray(int(np.prod(shape, dtype=int)) * numpy_dtype(tensor.dtype).itemsize)
-    decode(tensor.codec, packs.read(chunk.pack, chunk.offset, chunk.length), raw)
-    return raw

@@ -52,6 +52,7 @@ FLOORS = {
     "state_dict": 17,
     "convert": 17,
     "cli": 18,
+    "testing": 19,  # as high as the entrances, so that no room may import it
     "__main__": 19,
     "__init__": 19,
 }
@@ -60,10 +61,12 @@ FENCES = {
     "alembic": {"catalog"},
     "blake3": {"core"},
     "click": {"cli"},
+    "hypothesis": {"testing"},
     "matplotlib": {"history"},
     "msgspec": {"formats"},
     "numcodecs": {"encoding"},
     "obstore": {"storage"},
+    "pytest": {"testing"},
     "rich": {"core", "cli"},
     "safetensors": {"convert"},
     "sqlalchemy": {"catalog"},
@@ -352,6 +355,16 @@ def test_the_command_line_starts_without_torch(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_what_tests_need_is_loaded_by_nothing_else() -> None:
+    code = (
+        "import sys, dcpstore; [getattr(dcpstore, name) for name in dcpstore.__all__]; "
+        "import dcpstore.convert, dcpstore.cli.app; "
+        "print([m for m in ('pytest', 'hypothesis', 'dcpstore.testing') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_where_to_change_what_names_what_is_there() -> None:
     page = (ROOT.parent / "docs" / "design.md").read_text()
     section = page.split("## Where to change what")[1]
@@ -363,9 +376,10 @@ def test_where_to_change_what_names_what_is_there() -> None:
 def test_every_library_that_is_imported_is_asked_for() -> None:
     project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
+    shipped = [extras[name] for name in ("postgres", "s3", "plot", "testing")]
     asked = {
         re.match(r"[\w-]+", line)[0].replace("-", "_").lower()
-        for line in [*project["dependencies"], *extras["postgres"], *extras["s3"], *extras["plot"]]
+        for line in [*project["dependencies"], *(name for extra in shipped for name in extra)]
     }
     assert (set(FENCES) | UNFENCED) - {"dcpstore"} - asked == set()
 

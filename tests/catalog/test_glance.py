@@ -9,7 +9,7 @@ import pytest
 import dcpstore
 from dcpstore.catalog.glance import glance_at_log
 from dcpstore.catalog.schema import revisions
-from tests.soundness import as_line
+from dcpstore.testing.soundness import as_line
 
 
 @pytest.fixture

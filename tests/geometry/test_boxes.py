@@ -5,29 +5,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcpstore.geometry.boxes import Box, find_overlap
+from dcpstore.testing import boxes
 
 SHAPE = (5, 4, 3)
-
-
-@st.composite
-def boxes(draw: st.DrawFn) -> Box:
-    offsets = tuple(draw(st.integers(0, n)) for n in SHAPE)
-    sizes = tuple(draw(st.integers(0, n - o)) for n, o in zip(SHAPE, offsets, strict=True))
-    return Box(offsets, sizes)
 
 
 def cells(box: Box) -> set[int]:
     return set(np.arange(np.prod(SHAPE)).reshape(SHAPE)[box.slices].ravel().tolist())
 
 
-@given(boxes(), boxes())
+@given(boxes(SHAPE), boxes(SHAPE))
 def test_intersection_is_the_shared_cells(a: Box, b: Box) -> None:
     shared = a.intersect(b)
     assert (cells(shared) if shared else set()) == cells(a) & cells(b)
     assert len(cells(a)) == a.volume
 
 
-@given(st.lists(boxes(), max_size=6))
+@given(st.lists(boxes(SHAPE), max_size=6))
 def test_overlap_is_found_exactly_when_there_is_one(some: list[Box]) -> None:
     pair = find_overlap(some)
     total = sum(box.volume for box in some)

@@ -7,23 +7,7 @@ from hypothesis import strategies as st
 
 from dcpstore.geometry.boxes import Box, find_overlap
 from dcpstore.geometry.grids import Grid, lay_grids
-
-
-@st.composite
-def tilings(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
-    """Draw a shape and boxes that tile it, by cutting boxes in two again and again."""
-    shape = tuple(draw(st.lists(st.integers(0, 12), min_size=0, max_size=3)))
-    boxes = [Box.whole(shape)]
-    for _ in range(draw(st.integers(0, 4)) if shape else 0):
-        box = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
-        dim = draw(st.integers(0, len(shape) - 1))
-        at = draw(st.integers(0, box.sizes[dim]))
-        left, right = list(box.sizes), list(box.sizes)
-        left[dim], right[dim] = at, box.sizes[dim] - at
-        moved = list(box.offsets)
-        moved[dim] += at
-        boxes += [Box(box.offsets, tuple(left)), Box(tuple(moved), tuple(right))]
-    return shape, boxes
+from dcpstore.testing import tilings
 
 
 @settings(deadline=None)  # time is not a pass mark

@@ -1,130 +1,15 @@
-"""What every storage must do, in one class that each kind of storage runs."""
+"""Each kind of storage, by the contract that any storage must keep."""
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from obstore.store import LocalStore, MemoryStore
 
-from dcpstore.errors import CorruptionError, InvalidInputError, NotFoundError
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.local import LocalFolder
 from dcpstore.storage.object_store import ObjectStore
 from dcpstore.storage.traced import TracedStorage
-
-KEY = "packs/ab12/0-0.pack"
-
-
-class StorageContract:
-    """Subclasses give the `storage` fixture: an empty one."""
-
-    def test_put_and_get_and_size(self, storage: Storage) -> None:
-        storage.put(KEY, b"abc")
-        storage.put("manifests/ab12.json", memoryview(b"{}"))
-        assert storage.get(KEY) == b"abc"
-        assert storage.size(KEY) == 3
-        storage.put(KEY, b"")
-        assert (storage.get(KEY), storage.size(KEY)) == (b"", 0)
-
-    def test_an_object_is_unseen_until_it_is_committed(self, storage: Storage) -> None:
-        sink = storage.create(KEY)
-        sink.write(b"abc")
-        with pytest.raises(NotFoundError):
-            storage.get(KEY)
-        sink.write(np.arange(3, dtype="<u2"))
-        sink.commit()
-        sink.discard()
-        assert storage.get(KEY) == b"abc\0\0\1\0\2\0"
-
-    def test_a_discarded_object_leaves_nothing(self, storage: Storage) -> None:
-        sink = storage.create(KEY)
-        sink.write(b"abc")
-        sink.discard()
-        sink.discard()
-        assert list(storage.list()) == []
-
-    def test_many_small_and_large_writes_keep_their_order(self, storage: Storage) -> None:
-        pieces = [bytes([i % 256]) * (i * 7919 % 3_000_000) for i in range(20)]
-        sink = storage.create(KEY)
-        for piece in pieces:
-            sink.write(piece)
-        sink.commit()
-        assert storage.get(KEY) == b"".join(pieces)
-
-    def test_ranges_are_read_in_the_order_asked(self, storage: Storage) -> None:
-        storage.put(KEY, bytes(range(100)))
-        source = storage.open(KEY)
-        assert source.size == 100
-        found = source.read([(90, 10), (0, 2), (50, 0), (1, 2)])
-        assert [bytes(view) for view in found] == [
-            bytes(range(90, 100)),
-            b"\0\1",
-            b"",
-            b"\1\2",
-        ]
-        assert source.read([]) == []
-
-    def test_views_stay_good_when_their_memory_was_given_back(self, storage: Storage) -> None:
-        content = np.random.default_rng(0).bytes(300_000)
-        storage.put(KEY, content)
-        source = storage.open(KEY)
-        for offset, length in ((0, 300_000), (5, 1), (4096, 4096), (299_999, 1), (10, 0)):
-            (view,) = source.read([(offset, length)])
-            source.release(offset, length)
-            assert bytes(view) == content[offset : offset + length]
-
-    @pytest.mark.parametrize("wanted", [(0, 101), (100, 1), (99, 2), (-1, 2), (5, -1), (1000, 1)])
-    def test_a_range_past_the_end_is_corruption(
-        self, storage: Storage, wanted: tuple[int, int]
-    ) -> None:
-        storage.put(KEY, bytes(100))
-        with pytest.raises(CorruptionError, match="100 bytes"):
-            storage.open(KEY).read([(0, 1), wanted])
-
-    def test_an_empty_object_has_no_ranges(self, storage: Storage) -> None:
-        storage.put(KEY, b"")
-        assert [bytes(view) for view in storage.open(KEY).read([(0, 0)])] == [b""]
-
-    def test_list_is_sorted_and_by_folder(self, storage: Storage) -> None:
-        for key in ("packs/b/0-0.pack", "packs/a/1-0.pack", "packs/a/0-0.pack", "manifests/a.json"):
-            storage.put(key, b"x")
-        assert list(storage.list("packs/a/")) == ["packs/a/0-0.pack", "packs/a/1-0.pack"]
-        assert list(storage.list("packs")) == [
-            "packs/a/0-0.pack",
-            "packs/a/1-0.pack",
-            "packs/b/0-0.pack",
-        ]
-        assert len(list(storage.list())) == 4
-        assert list(storage.list("pac")) == []
-
-    def test_delete_is_done_once_and_may_be_repeated(self, storage: Storage) -> None:
-        storage.put(KEY, b"x")
-        storage.put("packs/ab12/1-0.pack", b"y")
-        storage.delete(KEY)
-        storage.delete(KEY)
-        assert list(storage.list()) == ["packs/ab12/1-0.pack"]
-        storage.delete("packs/ab12/1-0.pack")
-        storage.put(KEY, b"again")
-        assert storage.get(KEY) == b"again"
-
-    def test_what_is_missing_is_not_found(self, storage: Storage) -> None:
-        for call in (storage.get, storage.size):
-            with pytest.raises(NotFoundError, match=KEY):
-                call(KEY)
-        with pytest.raises(NotFoundError, match=KEY):
-            storage.open(KEY).read([(0, 1)])
-
-    @pytest.mark.parametrize(
-        "key",
-        ["", "/etc/passwd", "../x", "a/../b", "a/./b", "a//b", "a/", "ä", "a b", "a\n", "a\0"],
-    )
-    def test_odd_keys_are_refused(self, storage: Storage, key: str) -> None:
-        calls = (storage.get, storage.size, storage.delete, storage.open, storage.create)
-        for call in calls:
-            with pytest.raises(InvalidInputError, match="cannot name a stored object"):
-                call(key)
-        with pytest.raises(InvalidInputError):
-            storage.put(key, b"")
+from dcpstore.testing import StorageContract
 
 
 class TestLocalFolder(StorageContract):
