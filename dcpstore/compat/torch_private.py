@@ -168,6 +168,9 @@ class _MendedStager:
         module: Any = importlib.import_module("torch.distributed.checkpoint._state_dict_stager")
         root.setLevel(level)  # which that import sets to INFO, for the whole program
 
+        # without its `no_grad`, which `stage` has too: a call less for each level of a deep state
+        copy_of_any = module.StateDictStager.deepcopy_with_tensor_offload.__wrapped__
+
         class Stager(module.StateDictStager):  # type: ignore[misc]
             def deepcopy_with_tensor_offload(
                 self,
@@ -178,8 +181,7 @@ class _MendedStager:
             ) -> Any:
                 memo = {} if memo is None else memo
                 if not isinstance(x, torch.Tensor):
-                    copied = super().deepcopy_with_tensor_offload
-                    return copied(x, memo, non_blocking=non_blocking)
+                    return copy_of_any(self, x, memo, non_blocking=non_blocking)
                 # These releases would also ask the tensor for a copy, which only leaves give.
                 if id(x) not in memo:
                     self._offload_tensor(x, memo, non_blocking=non_blocking)
