@@ -1,4 +1,4 @@
-"""Data parallel training (DDP) that goes on on another number of ranks.
+"""Data parallel training (DDP) that resumes on another number of ranks.
 
     torchrun --standalone --nproc-per-node 2 examples/ddp.py --repo ckpts --steps 20
     torchrun --standalone --nproc-per-node 3 examples/ddp.py --repo ckpts --steps 40

@@ -1,4 +1,4 @@
-"""`make demo`: train on 2 ranks, go on from the best version on 1, 4 and 2, and prove it all.
+"""`make demo`: train on 2 ranks, resume the best version on 1, 4 and 2, and prove each result.
 
 Writes into the folder that it is given, which it empties first. Any proof that fails, and any
 command that fails or takes too long, ends it with a message and exit code 1.
@@ -35,7 +35,7 @@ QUERY = """SELECT h.step, h.version, h.branch, h.ranks, t.value AS train_loss, v
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="is removed, then made anew")
+    parser.add_argument("folder", type=Path, help="is emptied first")
     folder = parser.parse_args().folder
     shutil.rmtree(folder, ignore_errors=True)
     target = str(folder / "ckpts")
@@ -45,7 +45,7 @@ def main() -> None:
     say("The same run, never stopped, to compare with; it writes only what the other did not")
     train(2, target, "--branch", STRAIGHT)
     for branch, ranks in RESUMED.items():
-        say(f"Going on from the best version on {ranks} rank{'s' * (ranks > 1)}")
+        say(f"Resuming the best version on {ranks} rank{'s' * (ranks > 1)}")
         train(ranks, target, "--resume", "best", "--branch", branch)
 
     say("Proofs")

@@ -1,4 +1,4 @@
-"""Sharded training (FSDP2) that goes on on any number of ranks.
+"""Sharded training (FSDP2) that resumes on any number of ranks.
 
     torchrun --standalone --nproc-per-node 2 examples/fsdp2_resume.py --repo ckpts --steps 10
     torchrun --standalone --nproc-per-node 3 examples/fsdp2_resume.py --repo ckpts --steps 20

@@ -1,10 +1,10 @@
 """Two LoRA adapters on one base model, which is stored once.
 
-    python examples/lora.py --repo ckpts
+    python examples/lora.py --repo ckpts --adapter adapter_model.safetensors
 
 The base is trained and saved on the branch `base`. Each adapter is trained on a branch that begins
 there, and saves the whole model: every version loads by itself, yet only the adapter is written.
-Then one adapter is taken to another process as a small file of safetensors.
+Then one adapter alone is exported, as a small file of safetensors.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import argparse
 import math
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
 import dcpstore
+from dcpstore.convert import export_safetensors
 
 WIDTH, RANK = 256, 4
 
@@ -61,6 +61,7 @@ def main() -> None:
     """Train the base and its adapters, and show what each version cost."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repo", required=True, help="a folder or a database URL, new or empty")
+    parser.add_argument("--adapter", required=True, help="a new file for one of the adapters")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -83,9 +84,9 @@ def main() -> None:
         diff = repo.diff("base", "cos")
         print(f"base to cos: changed {[entry.fqn for entry in diff.changed]}")
 
-        # The adapter alone: from one version as a file, and into a model that has the base.
-        names = [entry.fqn for entry in repo.entries("cos") if "lora" in entry.fqn]
-        print(f"the adapter as safetensors: {len(save(repo.read('cos', names))):,} bytes")
+        # The adapter alone: as a file, and into a model that has the base.
+        done = export_safetensors(repo, "cos", args.adapter, include=["*lora*"])
+        print(f"the adapter as a file: {done.tensors} tensors, {done.nbytes:,} bytes")
         dcpstore.load({"model": model}, repo, "cos", include=["*lora*"])
         x = torch.tensor([[1.5]])
         print(f"cos(1.5) is {model(x).item():.2f}, says the base with the adapter of 'cos'")

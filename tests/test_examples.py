@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -239,7 +240,7 @@ def test_a_plain_loop_goes_on_exactly_where_it_stopped(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ddp_goes_on_on_more_ranks(tmp_path: Path) -> None:
+def test_ddp_resumes_on_more_ranks(tmp_path: Path) -> None:
     target = tmp_path / "ckpts"
     _run("ddp", f"--repo={target}", "--steps=10", ranks=2)
     said = _run("ddp", f"--repo={target}", "--steps=20", ranks=3)
@@ -254,7 +255,7 @@ def test_ddp_goes_on_on_more_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_fsdp2_goes_on_on_another_world_size(tmp_path: Path) -> None:
+def test_fsdp2_resumes_on_another_world_size(tmp_path: Path) -> None:
     stopped, straight = tmp_path / "stopped", tmp_path / "straight"
     _run("fsdp2_resume", f"--repo={stopped}", "--steps=10", ranks=2)
     said = _run("fsdp2_resume", f"--repo={stopped}", "--steps=20", ranks=3)
@@ -274,15 +275,15 @@ def test_the_best_version_is_found_and_its_weights_are_exported(tmp_path: Path) 
         assert best.metrics["accuracy"] == max(accuracies) > min(accuracies)
         weights = repo.read("best", "model", nested=True)["model"]
     assert f"tagged {best} as 'best'" in said
-    assert f"accuracy of the exported file {max(accuracies):.3f}" in said
+    assert f"accuracy of the exported file: {max(accuracies):.3f}" in said
     for exported in (load_file(out / "model.safetensors"), torch.load(out / "model.pt")):
         assert exported.keys() == weights.keys()
         assert all(torch.equal(exported[name], weights[name]) for name in weights)
 
 
 def test_an_adapter_costs_its_own_bytes(tmp_path: Path) -> None:
-    target = tmp_path / "ckpts"
-    said = _run("lora", f"--repo={target}")
+    target, adapter = tmp_path / "ckpts", tmp_path / "adapter_model.safetensors"
+    said = _run("lora", f"--repo={target}", f"--adapter={adapter}")
     with dcpstore.open(target, create=False) as repo:
         base, *adapters = reversed(repo.log())
         assert [version.parent for version in adapters] == [base.number] * 2
@@ -290,7 +291,7 @@ def test_an_adapter_costs_its_own_bytes(tmp_path: Path) -> None:
             assert version.nbytes == base.nbytes
             assert version.nbytes_written == 2 * 4 * 256 * 4  # bytes of both small matrices
         changed = {entry.fqn for entry in repo.diff("base", "cos").changed}
-    assert changed == {"model.2.lora_down", "model.2.lora_up"}
+    assert changed == load_file(adapter).keys() == {"model.2.lora_down", "model.2.lora_up"}
     assert "cos(1.5) is 0.0" in said
 
 
@@ -301,3 +302,22 @@ def test_the_history_becomes_data_frames(tmp_path: Path) -> None:
         best = repo.best("loss")
     assert f"Best: {best} on {best.branch}, loss {best.metrics['loss']:.4f}" in said
     assert all(f"lr-{rate}" in said for rate in ("0.01", "0.1", "0.7"))
+
+
+def _commands_drawn(picture: Path) -> list[str]:
+    texts = ElementTree.fromstring(picture.read_text()).iter("{http://www.w3.org/2000/svg}text")
+    lines: dict[float, str] = {}
+    for text in texts:
+        height = float(text.attrib["y"])
+        lines[height] = lines.get(height, "") + (text.text or "").replace("\xa0", " ")
+    return [line for line in lines.values() if line.startswith("$ ")]
+
+
+@pytest.mark.slow
+def test_the_picture_of_the_readme_shows_a_session_that_runs(tmp_path: Path) -> None:
+    images = ROOT / "docs" / "images"
+    drawn = tmp_path / "terminal.svg"
+    subprocess.run([sys.executable, str(images / "terminal.py"), str(drawn)], check=True)
+    commands = _commands_drawn(drawn)
+    assert len(commands) == 6
+    assert commands == _commands_drawn(images / "terminal.svg")
