@@ -245,5 +245,5 @@ def test_questions_of_another_kind_are_bad_input(tmp_path: Path) -> None:
         for call in asked:
             with pytest.raises(InvalidInputError):
                 call()
-        with pytest.raises(NotFoundError, match=r"No version has any\.$"):
+        with pytest.raises(NotFoundError, match=r"No version has a metric\.$"):
             repo.log(where="val<1")

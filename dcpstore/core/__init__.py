@@ -1,1 +1,1 @@
-"""What every room may use: ids, durations, caches, threads, progress; no room of ours below."""
+"""What every room may use: ids, digests, refs, durations, caches, threads and progress."""

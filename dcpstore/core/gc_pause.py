@@ -1,9 +1,9 @@
 """Disables cyclic garbage collection while a save or a load makes very many objects that all stay.
 
-Each time the number of objects has grown by a quarter, the collector walks through every one of
-them, the training program's too; in a save of 5,000 tensors that took half of the time. Reference
-counts still free what they can. Invariant: collection is off while at least one thread pauses it,
-and on while all of those threads wait or move bytes.
+Each time the number of objects has grown by a quarter, the collector visits every object of the
+process, those of the training program too; in a save of 5,000 tensors that took half of the time.
+Reference counts still free what they can. Invariant: collection is off while at least one thread
+pauses it, and on while all of those threads wait or move bytes.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from contextlib import contextmanager
 
 __all__ = ["gc_allowed", "gc_paused"]
 
-_FEW = 256 << 20  # bytes that any disk moves soon enough
+_FEW = 256 << 20  # bytes; every disk moves so few soon, and a collection costs more
 
 
 class _Pauses:
-    """How many threads pause the collector, and whether it was on before the first of them."""
+    """Counts the threads that pause the collector, and remembers whether it was on before."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a signal handler may save, too
+        self._lock = threading.RLock()  # a signal handler may save while this thread holds it
         self._count = 0
         self._was_on = False
 
     def enter(self) -> None:
         with self._lock:
-            self._count += 1  # first, so that a signal handler here finds it paused
+            self._count += 1  # first: a signal handler that runs now must find it paused
             if self._count == 1:
                 self._was_on = gc.isenabled()
                 gc.disable()
@@ -40,9 +40,9 @@ class _Pauses:
                 gc.enable()
             self._count -= 1  # last, for the same reason
 
-    def keep_own(self) -> None:
-        """Count again in a forked process, in which only this thread goes on."""
-        self._lock = threading.RLock()
+    def after_fork(self) -> None:
+        """Count again in a forked process, where only the thread that forked still runs."""
+        self._lock = threading.RLock()  # another thread may have held the old one
         if self._count:
             self._count = 1
             if not _is_pausing():
@@ -62,9 +62,9 @@ def gc_paused() -> Iterator[None]:
 
 @contextmanager
 def gc_allowed(nbytes: int = _FEW) -> Iterator[None]:
-    """Allow it again inside a block in which this thread waits or moves many bytes.
+    """Allow it again inside a block in which this thread waits, or moves `nbytes` bytes.
 
-    For few bytes, which are moved soon, it does nothing.
+    For few bytes it does nothing.
     """
     with _thread_pausing(nbytes < _FEW and _is_pausing()):
         yield
@@ -94,4 +94,4 @@ def _set(pauses: bool) -> None:
         _pauses.leave()
 
 
-os.register_at_fork(after_in_child=_pauses.keep_own)
+os.register_at_fork(after_in_child=_pauses.after_fork)

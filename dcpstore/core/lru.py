@@ -13,30 +13,30 @@ Value = TypeVar("Value")
 
 
 class LruCache(Generic[Key, Value]):
-    """Holds at most `most` values; reading or writing one makes it the newest."""
+    """Holds at most `limit` values; reading or writing a value makes it the newest."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._held: OrderedDict[Key, Value] = OrderedDict()
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._values: OrderedDict[Key, Value] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: Key) -> Value | None:
-        """Return the value of `key`, or None where it is not held."""
+        """Return the value of `key`, or None if it is not held."""
         with self._lock:
-            if key not in self._held:
+            if key not in self._values:
                 return None
-            self._held.move_to_end(key)
-            return self._held[key]
+            self._values.move_to_end(key)
+            return self._values[key]
 
     def put(self, key: Key, value: Value) -> None:
-        """Hold a value; the oldest goes where there are too many."""
+        """Hold a value, and drop the oldest one if there are too many."""
         with self._lock:
-            self._held[key] = value
-            self._held.move_to_end(key)
-            if len(self._held) > self._most:
-                self._held.popitem(last=False)
+            self._values[key] = value
+            self._values.move_to_end(key)
+            if len(self._values) > self._limit:
+                self._values.popitem(last=False)
 
     def clear(self) -> None:
-        """Hold nothing any more."""
+        """Drop all values."""
         with self._lock:
-            self._held.clear()
+            self._values.clear()

@@ -1,4 +1,4 @@
-"""Runs of items that are worth a task of a thread: one large item, or many small ones."""
+"""Work for a thread pool: items grouped into batches of about 8 MiB, and results in order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["BATCH", "in_batches", "run_ahead"]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-BATCH = 8 << 20  # bytes that one task takes on
+BATCH = 8 << 20  # bytes of one task: a smaller one costs more to hand over than it saves
 
 
 def in_batches(
@@ -20,21 +20,21 @@ def in_batches(
     nbytes: Callable[[Item], int],
     *,
     place: Callable[[Item], object] = lambda item: None,
-    most: int = BATCH,
+    limit: int = BATCH,
 ) -> Iterator[Sequence[Item]]:
-    """Yield all items in their order, in runs of `most` bytes or a little more.
+    """Yield all items in their order, in batches of `limit` bytes or a little more.
 
     Args:
-        items: what there is to do.
-        nbytes: of an item.
-        place: what the items of a run have in common.
-        most: bytes at which a run ends.
+        items: the work; a large item is a batch of its own.
+        nbytes: returns the size of an item.
+        place: returns what all items of a batch must have in common, such as their file.
+        limit: bytes at which a batch ends.
     """
     first = total = 0
     for i, item in enumerate(items):
         total += nbytes(item)
         is_last = i + 1 == len(items) or place(items[i + 1]) != place(item)
-        if total >= most or is_last:
+        if total >= limit or is_last:
             yield items[first : i + 1]
             first, total = i + 1, 0
 
@@ -42,10 +42,10 @@ def in_batches(
 def run_ahead(
     pool: Executor, call: Callable[[Item], Result], items: Iterable[Item], *, ahead: int = 4
 ) -> Iterator[tuple[Item, Result]]:
-    """Yield each item with what `call` makes of it, in order; `pool` works `ahead` items ahead.
+    """Yield each item with the result of `call`, in order; `pool` works `ahead` items ahead.
 
-    No more results wait for the caller than that, which bounds their memory, and no more items wait
-    in the pool, so that two who share it get on together.
+    At most so many results wait for the caller, which bounds their memory; and at most so many
+    items wait in the pool, so that two callers can share it fairly.
     """
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     for item in items:

@@ -1,7 +1,7 @@
-"""How far a long save or load has come, for a person at a terminal.
+"""The progress of a long save or load, as a bar on a terminal and as reports.
 
-A bar is drawn by the coordinator alone, only where standard error is a terminal, and only once the
-work has lasted a while; elsewhere nothing is imported and nothing printed.
+Only the coordinator draws a bar, only if standard error is a terminal, and only after the work has
+run for a second; otherwise rich is not imported and nothing is printed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,27 +16,30 @@ if TYPE_CHECKING:
 
 __all__ = ["ProgressBar"]
 
-_PATIENCE = 1.0  # seconds before a bar appears
-_QUIET = 2.0  # seconds between two reports of one phase
+_BAR_AFTER = 1.0  # seconds of work before a bar appears
+_REPORT_EVERY = 2.0  # seconds between two reports of one phase
 
 
 class ProgressBar:
     """Counts bytes of one phase after another; a context manager.
 
-    `tell` hears of the phase, the bytes done and the total: as a phase begins and ends, and now and
-    then between.
+    Args:
+        title: what the work is, such as "save".
+        shown: whether a bar may be drawn.
+        publish: called with the phase, the bytes done and the total when a phase begins and ends,
+            and every few seconds in between.
     """
 
     def __init__(
         self,
-        what: str,
+        title: str,
         *,
         shown: bool,
         publish: Callable[[str, int, int], None] = lambda phase, done, total: None,
     ) -> None:
         self._publish = publish
-        self._told = 0.0
-        self._what = what
+        self._reported = 0.0
+        self._title = title
         self._shown = shown and sys.stderr.isatty()
         self._began = time.monotonic()
         self._bar: RichProgress | None = None
@@ -49,17 +51,17 @@ class ProgressBar:
         self._phase, self._total, self._done = phase, total, 0
         self._report()
         if self._bar is not None:
-            self._bar.reset(self._task, description=self._title, total=total)
+            self._bar.reset(self._task, description=self._description, total=total)
 
     def advance(self, nbytes: int) -> None:
-        """Count `nbytes` more as done."""
+        """Count `nbytes` more bytes as done."""
         self._done += nbytes
-        if self._done >= self._total or time.monotonic() - self._told > _QUIET:
+        if self._done >= self._total or time.monotonic() - self._reported > _REPORT_EVERY:
             self._report()
         if not self._shown:
             return
         if self._bar is None:
-            if time.monotonic() - self._began < _PATIENCE:
+            if time.monotonic() - self._began < _BAR_AFTER:
                 return
             self._draw()
         assert self._bar is not None
@@ -68,22 +70,17 @@ class ProgressBar:
     def __enter__(self) -> ProgressBar:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
     def _report(self) -> None:
-        self._told = time.monotonic()
+        self._reported = time.monotonic()
         self._publish(self._phase, self._done, self._total)
 
     @property
-    def _title(self) -> str:
-        return f"{self._what}: {self._phase}"
+    def _description(self) -> str:
+        return f"{self._title}: {self._phase}"
 
     def _draw(self) -> None:
         from rich.console import Console  # noqa: PLC0415 (most saves draw nothing)
@@ -97,5 +94,5 @@ class ProgressBar:
             console=Console(stderr=True),
             transient=True,
         )
-        self._task = self._bar.add_task(self._title, total=self._total)
+        self._task = self._bar.add_task(self._description, total=self._total)
         self._bar.start()

@@ -1,11 +1,11 @@
-"""What each thread is changing, so that no change begins inside another one of its own thread.
+"""What each thread is changing, so that no change begins inside another one of the same thread.
 
 Signal handlers, finalizers (`__del__`, weak references), callbacks of the garbage collector and the
-callbacks that a save makes all run on top of what their thread is doing. A change that begins there
+callbacks that a save makes all interrupt what their thread is doing. A change that begins there
 would wait for a lock that its own thread holds, until a timeout blames another process.
 
-Invariant: such a change is refused at once, and leaves the one around it as it is. Other threads
-are not looked at: they wait for one another, as processes do.
+Invariant: such a change is refused at once, and the outer one goes on unharmed. Other threads do
+not matter here: they wait for each other, as processes do.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ __all__ = ["changing", "refuse_inside_change"]
 
 
 class _Thread(threading.local):
-    """What this thread is changing: what each key stands for, as people may see it."""
+    """What this thread is changing: by process and key, the name to show in a message."""
 
     def __init__(self) -> None:
-        # With the process, for one that is forked inside a change is not in it.
+        # The process is part of the key: a child forked inside a change is not inside it.
         self.changes: dict[tuple[int, str], str] = {}
 
 
@@ -33,13 +33,13 @@ _thread = _Thread()
 
 @contextmanager
 def changing(key: str, *, shown: str) -> Iterator[None]:
-    """Hold that this thread changes what `key` stands for, until the block ends.
+    """Record that this thread changes what `key` stands for, until the block ends.
 
     Raises:
-        ConflictError: it does already, further up its stack.
+        ConflictError: it already does, further up its stack.
     """
     refuse_inside_change(key)
-    # This thread's own mapping, for a collector may end this block in another one.
+    # Keep this thread's mapping: the garbage collector may end this block in another thread.
     changes, mine = _thread.changes, (os.getpid(), key)
     try:
         changes[mine] = shown
@@ -49,7 +49,7 @@ def changing(key: str, *, shown: str) -> Iterator[None]:
 
 
 def refuse_inside_change(key: str | None = None) -> None:
-    """Raise where this thread is inside a change of what `key` stands for; None is any change.
+    """Raise if this thread is inside a change of what `key` stands for; None means any change.
 
     Raises:
         ConflictError: it is.
@@ -64,6 +64,6 @@ def refuse_inside_change(key: str | None = None) -> None:
         raise ConflictError(
             f"this thread is already saving to {found[0]}, or changing it, and this call comes "
             "from inside that: from a signal handler, a finalizer or a callback. It was refused, "
-            "for it would wait for itself. Call it when the other has returned; to save when a "
-            "signal comes, use dcpstore.on_preemption."
+            "for it would wait for itself. Call it when the other call has returned; to save when "
+            "a signal arrives, use dcpstore.on_preemption."
         )

@@ -6,9 +6,9 @@
     uid    := the first 6 or more of the 32 hex digits of a version's uid
 
 A name never reads as a version number and never contains "@step=", so a ref has one meaning:
-`epoch=0-step=8` and `run@home+1` are names, `a@step=5` is a step of `a`. What could be both is a
-number or a name if there is such a version, tag or branch, and else a uid. `~n` is n parents up;
-`@step=n` is the newest version with that step on the way up from the start.
+`epoch=0-step=8` and `run@home+1` are names, and `a@step=5` is a step of `a`. Text that could also
+be a uid is a number or a name if such a version, tag or branch exists, and otherwise a uid. `~n`
+is n parents up; `@step=n` is the newest version with that step among the start and its ancestors.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ __all__ = [
     "rank_name",
 ]
 
-NAME_CHARACTERS = "A-Za-z0-9._/=+@-"  # as a regular expression's class has them
+NAME_CHARACTERS = "A-Za-z0-9._/=+@-"  # for use inside [...] of a regular expression
 _STEP = "@step="
 _NAME = rf"[A-Za-z_](?:(?!{_STEP})[{NAME_CHARACTERS}])*"
 _MAX_NAME = 200
-_MAX_NUMBER = 2**63 - 1
+_MAX_NUMBER = 2**63 - 1  # the largest integer of both databases
 _UID = r"[0-9a-fA-F]{6,32}"
 _REF = re.compile(
     rf"(?P<start>v?(?P<number>[0-9]+)|(?P<name>{_NAME})|{_UID})"
@@ -42,9 +42,9 @@ _REF = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """A parsed ref: a version `number`, a `name` or a `uid`, then how far to walk up from there.
+    """A parsed ref: a version `number`, a `name` or a `uid`, and how far to go up from there.
 
-    `uid` holds the first digits of a uid, also where the text reads as a number or a name too.
+    `uid` holds the first digits of a uid, even if the text could also be a number or a name.
     """
 
     number: int | None = None
@@ -54,7 +54,7 @@ class Ref:
     step: int | None = None
 
     def __str__(self) -> str:
-        start = self.name or self.uid or f"v{self.number}"  # a uid that reads as a number is both
+        start = self.name or self.uid or f"v{self.number}"  # digits may set both uid and number
         up = f"~{self.up}" if self.up else ""
         return f"{start}{up}" + (f"@step={self.step}" if self.step is not None else "")
 
@@ -63,12 +63,12 @@ def check_name(name: str, *, kind: str) -> str:
     """Return `name` if a `kind` (tag or branch) may have this name.
 
     Raises:
-        InvalidInputError: it breaks the grammar, or reads as a version number; offers the nearest
-            name that is allowed.
+        InvalidInputError: it breaks the grammar, or reads as a version number; the message has the
+            nearest name that is allowed.
     """
-    if wrong := _fault(name):
+    if fault := _name_fault(name):
         raise InvalidInputError(
-            f"{kind} name {_short(name)} {wrong}; {nearest_name(name)!r} is allowed."
+            f"{kind} name {_short(name)} {fault}; {nearest_name(name)!r} is allowed."
         )
     return name
 
@@ -85,20 +85,19 @@ def nearest_name(text: object) -> str:
     return name or "checkpoint"
 
 
-def _fault(name: object) -> str | None:
-    """Return what is wrong with a name, or None where it is allowed."""
-    wrong = None
+def _name_fault(name: object) -> str | None:
+    """Return what is wrong with a name, or None if it is allowed."""
     if not isinstance(name, str) or not re.fullmatch(f"[A-Za-z_][{NAME_CHARACTERS}]*", name):
-        wrong = "is not a letter or '_' followed by letters, digits and any of '._-/=+@'"
-    elif _STEP in name:
-        wrong = f"contains {_STEP!r}, which leads to a step in a ref"
-    elif _reads_as_number(name):
-        wrong = "reads as a version number"
-    elif len(name) > _MAX_NAME:
-        wrong = f"is longer than {_MAX_NAME} characters"
-    elif ".." in name or "//" in name or name.endswith(("/", ".")):
-        wrong = "contains '..' or '//', or ends in '/' or '.'"
-    return wrong
+        return "is not a letter or '_' followed by letters, digits and any of '._-/=+@'"
+    if _STEP in name:
+        return f"contains {_STEP!r}, which means a step in a ref"
+    if _reads_as_number(name):
+        return "reads as a version number"
+    if len(name) > _MAX_NAME:
+        return f"is longer than {_MAX_NAME} characters"
+    if ".." in name or "//" in name or name.endswith(("/", ".")):
+        return "contains '..' or '//', or ends in '/' or '.'"
+    return None
 
 
 def _reads_as_number(name: str) -> bool:
@@ -106,18 +105,18 @@ def _reads_as_number(name: str) -> bool:
 
 
 def rank_name(name: str, rank: int) -> str:
-    """Return what a branch or tag is called that `rank` saves to by itself, without collectives."""
+    """Return the name of the branch or tag that `rank` saves to by itself, without collectives."""
     return f"{name}/rank-{rank}"
 
 
 def parse_ref(text: str | int) -> Ref:
-    """Return what `text` means: `12`, `v12`, a tag, a branch, `main~3`, `main@step=1000`.
+    """Parse a ref: `12`, `v12`, a tag, a branch, `main~3`, `main@step=1000` or part of a uid.
 
     Raises:
         InvalidInputError: `text` is not a ref.
     """
-    if isinstance(text, int) and abs(text) > _MAX_NUMBER:  # str() of a very long one fails
-        raise InvalidInputError(f"no version has a number past {_MAX_NUMBER}; give one that has.")
+    if isinstance(text, int) and abs(text) > _MAX_NUMBER:  # Python refuses to print very long ones
+        raise InvalidInputError(f"version numbers end at {_MAX_NUMBER}; give a smaller one.")
     match = None if isinstance(text, bool) else _REF.fullmatch(str(text))
     if match is None:
         raise InvalidInputError(
@@ -126,12 +125,12 @@ def parse_ref(text: str | int) -> Ref:
         )
     could_be_uid = re.fullmatch(_UID, match["start"]) is not None
     digits = {key: match[key].lstrip("0") for key in ("number", "up", "step") if match[key]}
-    # Counted first: int() refuses thousands of digits with an error of its own.
+    # The digits are counted first: int() refuses thousands of them with an error of its own.
     if any(
         len(one) > len(str(_MAX_NUMBER)) or int(one or 0) > _MAX_NUMBER for one in digits.values()
     ):
         raise InvalidInputError(
-            f"{_short(text)} has a number past {_MAX_NUMBER}; no version is that far."
+            f"{_short(text)} has a number over {_MAX_NUMBER}; give a smaller one."
         )
     numbers = {key: int(one or 0) for key, one in digits.items()}
     if match["name"] is not None:
@@ -146,6 +145,6 @@ def parse_ref(text: str | int) -> Ref:
 
 
 def _short(text: object) -> str:
-    """Return what was written, for a message, without the greater part of what is very long."""
+    """Return a value as a message shows it; a very long one is cut."""
     shown = repr(text)
     return shown if len(shown) <= _MAX_NAME + 100 else f"{shown[:_MAX_NAME]}…'"

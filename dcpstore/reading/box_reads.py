@@ -165,7 +165,7 @@ def read_boxes(
     with ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-read") as pool:
         nbytes = 0
         batches = in_batches(
-            stored, attrgetter("length"), place=attrgetter("pack"), most=batch_nbytes
+            stored, attrgetter("length"), place=attrgetter("pack"), limit=batch_nbytes
         )
         for done in pool.map(fill, batches):
             nbytes += done

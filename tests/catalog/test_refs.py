@@ -64,7 +64,7 @@ def test_unknown_refs_say_what_is_near(catalog: Catalog) -> None:
         "main~4": "no version 'main~4': the start has 3 ancestors.",
         "v2~2": "no version 'v2~2': the start has 1 ancestor.",
         f"main~{2**62}": "the start has 3 ancestors.",
-        "main@step=25": "none on the way up has step 25. The nearest steps are 10, 20, 30",
+        "main@step=25": "ancestor has step 25. The nearest steps are 10, 20, 30",
         2**63 - 1: "no version v9223372036854775807",
     }
     for ref, message in refs.items():

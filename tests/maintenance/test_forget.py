@@ -152,7 +152,7 @@ def test_gc_frees_what_was_forgotten_and_ends_the_undo(
     assert repo.gc(grace="1h").deleted == ()
     assert {o.kind for o in repo.operations(limit=1)} == {"gc"}
     for expect in (None, forgotten):
-        with pytest.raises(NotFoundError, match=r"gc has dropped what was forgotten.*--expect"):
+        with pytest.raises(NotFoundError, match=r"gc has dropped the forgotten versions.*--expect"):
             repo.undo(expect=expect)
     with pytest.raises(NotFoundError, match="v1 any more: it was expired"):
         repo.show(1)

@@ -131,7 +131,7 @@ def test_a_version_whose_pack_nobody_has_is_lost_and_said_why(
         (folder / key).write_bytes(b"x" * (nbytes - 1))
     result = CliRunner().invoke(commands, ["rebuild", str(folder), "--into", database_url])
     assert result.exit_code == 3
-    assert f"names {nbytes} bytes of {key}" in result.output
+    assert f"needs {nbytes} bytes of {key}" in result.output
     assert f"{nbytes - 1} bytes of it" in result.output or how == "gone"
     assert "lost versions: v2, v3" in result.output
 

@@ -234,7 +234,7 @@ def test_the_first_operation_of_another_repository_stays(
                 path.with_name(f"{number:012}.json").unlink()
         journal = {file.name: file.read_bytes() for file in path.parent.iterdir()}
         dcpstore.save({"w": torch.zeros(3)}, second)
-        with pytest.raises(DcpstoreError, match=r"nothing was changed|cannot tell whose"):
+        with pytest.raises(DcpstoreError, match=r"nothing was changed|cannot tell which"):
             second.gc(grace="0s", lease="0s")
         second.verify(deep=True)
         second.tag("mine")

@@ -31,7 +31,7 @@ def pack_of(repo: Repository) -> Path:
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 40)), max_size=30))
 def test_batches_hold_each_chunk_once_and_of_one_pack(wanted: list[tuple[str, int]]) -> None:
     stored = [StoredChunk(1, 0, i, b"", pack, 0, n) for i, (pack, n) in enumerate(wanted)]
-    runs = list(in_batches(stored, attrgetter("length"), place=attrgetter("pack"), most=50))
+    runs = list(in_batches(stored, attrgetter("length"), place=attrgetter("pack"), limit=50))
     assert [chunk for run in runs for chunk in run] == stored
     for run in runs:
         assert len({chunk.pack for chunk in run}) == 1

@@ -1,8 +1,8 @@
-"""What nothing reaches any more: condemned first, and forgotten when its bytes are gone.
+"""Garbage in the catalog: packs that nothing reaches are condemned, and later deleted.
 
-A tensor is reached by the entries of committed versions, a pack by the chunks of tensors. Every
-step is one transaction that waits its turn behind saves, so that what a save is about to reuse is
-either still there when it commits, or makes it fail (invariant 5).
+A tensor is reached from the entries of committed versions, a pack from the chunks of tensors. Every
+step is one transaction that locks the repository, as the commit of a save does. So a pack that a
+save wants to reuse is either still live when the save commits, or makes it fail (invariant 5).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
 from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.maintenance.expire import drop_forgotten
 from dcpstore.catalog.schema import tables
-from dcpstore.catalog.write.operations import Change, append_operations, take_operations
+from dcpstore.catalog.write.operations import Change, lock_repository, record
 from dcpstore.catalog.write.stale import mark_holders_stale, mark_stale
 from dcpstore.errors import InvalidInputError
 from dcpstore.records import PackRecord
@@ -40,9 +40,10 @@ Place = tuple[int, int, int]  # tensor, part and ordinal of one chunk
 
 
 class Condemned(NamedTuple):
-    """What one look found: packs condemned now, packs mostly dead, and versions by their uids.
+    """What one collection found: packs condemned now, sparse packs, and versions by uid.
 
-    `crashed` are saves that did not end; `dropped` were forgotten, and cannot come back any more.
+    `sparse` packs hold few bytes that are still used. `crashed` are saves that did not end;
+    `dropped` versions were forgotten, and cannot come back any more.
     """
 
     condemned: list[PackRecord]
@@ -62,60 +63,45 @@ def condemn(
     author: str,
     dry_run: bool,
 ) -> Condemned:
-    """Drop forgotten versions and unreachable tensors, condemn unreached packs, give up crashes.
+    """Abort crashed saves, drop forgotten versions and unused tensors, condemn unused packs.
 
-    With `dry_run` nothing is changed; the result is what would be.
+    Args:
+        connection: to the catalog.
+        now: the time to count from.
+        grace: how long a condemned pack is kept; no running save may be older.
+        lease: how long a save may be silent before it counts as crashed.
+        live_share: a pack of which a smaller share of the bytes is used is `sparse`.
+        author: of the operation that records it.
+        dry_run: change nothing; the result is what would happen.
 
     Raises:
         InvalidInputError: a save is running that is older than `grace`.
     """
     with connection.begin_nested() as step:
-        found = _condemn(
-            connection, now=now, grace=grace, lease=lease, live_share=live_share, author=author
-        )
+        lock_repository(connection)
+        crashed = _abort_crashed(connection, now=now, lease=lease)
+        _check_running(connection, now=now, grace=grace)
+        dropped = drop_forgotten(connection)
+        _forget_tensors(connection)
+        _forget_plans(connection)
+        condemned = _condemn(connection, now=now, lease=lease)
+        done = {"condemned": [pack.key for pack in condemned], "dropped": dropped}
+        if any(done.values()):
+            detail = {what: names for what, names in done.items() if names}
+            record(connection, Change("gc", detail=detail), author=author, at=now)
+        found = Condemned(condemned, _sparse(connection, live_share), crashed, dropped)
         if dry_run:
             step.rollback()
         return found
 
 
-def _condemn(
-    connection: Connection,
-    *,
-    now: datetime,
-    grace: timedelta,
-    lease: timedelta,
-    live_share: float,
-    author: str,
-) -> Condemned:
-    take_operations(connection, 0)  # everyone else waits
-    crashed = _give_up_crashed(connection, now=now, lease=lease)
-    _check_running(connection, now=now, grace=grace)
-    dropped = drop_forgotten(connection)
-    _forget_tensors(connection)
-    _forget_plans(connection)
-    unreached = ~exists().where(_chunk.c.pack == _pack.c.id)
-    lapsed = (_pack.c.status == "planned") & (_pack.c.planned_at <= now - lease)
-    rows = connection.execute(
-        update(_pack)
-        .where((_pack.c.status == "live") & unreached | lapsed)
-        .values(status="condemned", condemned_at=now)
-        .returning(_pack.c.key, _pack.c.nbytes, _pack.c.version)
-    ).all()
-    condemned = sorted((PackRecord(*row[:2]) for row in rows), key=lambda pack: pack.key)
-    if condemned:
-        # Of two saves that wrote the same at once, the second's manifest names its own pack still.
-        writers = wanted_ids(connection, {row.version for row in rows})
-        mark_stale(connection, _version.c.id.in_(writers), _version.c.status == "committed")
-    done = {"condemned": [pack.key for pack in condemned], "dropped": dropped}
-    if any(done.values()):
-        _record(connection, {what: n for what, n in done.items() if n}, author=author, at=now)
-    return Condemned(condemned, _sparse(connection, live_share), crashed, dropped)
-
-
 @writes()
 def plan_pack(connection: Connection, old: str, new: str, *, now: datetime) -> bool:
-    """Announce that the live chunks of a pack are to be copied to another; False: it went away."""
-    take_operations(connection, 0)
+    """Announce that the used chunks of a pack will be copied to a new one; False if it is not live.
+
+    The row of the new pack protects it from gc while it is written.
+    """
+    lock_repository(connection)
     version = connection.scalar(
         select(_pack.c.version).where(_pack.c.key == old, _pack.c.status == "live")
     )
@@ -129,7 +115,7 @@ def plan_pack(connection: Connection, old: str, new: str, *, now: datetime) -> b
 
 @writes(idempotent=True)
 def unplan_pack(connection: Connection, key: str) -> None:
-    """Forget a pack that was announced and will not be written."""
+    """Remove the row of a pack that was announced and will not be written."""
     connection.execute(delete(_pack).where(_pack.c.key == key, _pack.c.status == "planned"))
 
 
@@ -143,12 +129,20 @@ def switch_pack(
     now: datetime,
     author: str,
 ) -> bool:
-    """Let every chunk of pack `old` lie in `new`, where `moves` says, and condemn `old`.
+    """Let every chunk of pack `old` point into `new`, and condemn `old`.
 
-    False, and nothing is changed, where a chunk came in since that was not copied, or either pack
-    is no longer what it was; `new` is then condemned.
+    Returns False if that cannot be done: a save reused a chunk of `old` that was not copied, or a
+    pack changed its status. Then the chunks stay as they are, and `new` is condemned.
+
+    Args:
+        connection: to the catalog.
+        old: the key of the pack that the chunks leave.
+        new: the pack that was announced, as it was written.
+        moves: the offset in `new` of each copied chunk, by its offset in `old`.
+        now: the time of the condemnation.
+        author: of the operation that records it.
     """
-    take_operations(connection, 0)
+    lock_repository(connection)
     packs = {
         row.key: row
         for row in connection.execute(select(_pack).where(_pack.c.key.in_([old, new.key])))
@@ -197,16 +191,13 @@ def switch_pack(
     mark_holders_stale(connection, {row.tensor for row in rows})
     uid = connection.scalar(select(_version.c.uid).where(_version.c.id == target.version))
     detail = {"condemned": [old], "added": [[new.key, new.nbytes, uid]]}
-    number = take_operations(connection)
-    append_operations(
-        connection, number, [Change("gc", "", None, None, detail)], author=author, at=now
-    )
+    record(connection, Change("gc", detail=detail), author=author, at=now)
     return True
 
 
 @reads
 def find_doomed(connection: Connection, *, before: datetime) -> list[PackRecord]:
-    """Return the packs condemned before a time; none while a manifest may still name them."""
+    """Return the packs condemned before a time; none while a stale manifest may still name them."""
     if connection.scalar(select(func.count()).where(_version.c.stale.is_not(None))):
         return []
     rows = connection.execute(
@@ -225,8 +216,8 @@ def find_doomed(connection: Connection, *, before: datetime) -> list[PackRecord]
 def forget_packs(
     connection: Connection, keys: Sequence[str], *, now: datetime, author: str
 ) -> None:
-    """Remove the rows of condemned packs whose bytes are gone; others than these stay."""
-    take_operations(connection, 0)
+    """Remove the rows of packs whose bytes were deleted, if they are condemned and unused."""
+    lock_repository(connection)
     gone = connection.scalars(
         delete(_pack)
         .where(
@@ -236,8 +227,9 @@ def forget_packs(
         )
         .returning(_pack.c.key)
     ).all()
-    if gone:  # or another gc was faster
-        _record(connection, {"deleted": sorted(gone)}, author=author, at=now)
+    if gone:  # else another gc has removed all of them
+        change = Change("gc", detail={"deleted": sorted(gone)})
+        record(connection, change, author=author, at=now)
 
 
 @reads
@@ -249,21 +241,22 @@ def find_leftovers(
     dropped: Collection[str],
     expired_before: datetime,
 ) -> tuple[list[str], list[str]]:
-    """Sort stored objects that lie in the name of a version: may go, and whose nobody knows.
+    """Return the keys of objects that may be deleted, and of those whose version is unknown.
 
-    A save whose lease has lapsed since `condemn` keeps what it wrote: it may still commit.
+    A save whose lease has lapsed since `condemn` keeps its objects, for it may still commit.
 
     Args:
-        keys: each with the uid in its name; they were listed before this transaction began.
-        crashed: the saves that `condemn` gave up; after a dry run they are still pending.
-        dropped: the forgotten versions that it dropped; others may come back, and stay whole.
-        expired_before: manifests of versions that expired later may still be followed.
+        connection: to the catalog.
+        keys: of objects that belong to a version, each with its uid; they were listed before this
+            transaction began.
+        crashed: the saves that `condemn` aborted; after a dry run they are still pending.
+        dropped: the forgotten versions that it dropped; others may come back, and stay complete.
+        expired_before: the manifest of a version that expired later may still be in use.
     """
-    given = list(keys)
     known = set(
         connection.scalars(
             select(_pack.c.key).where(
-                _pack.c.key.in_(wanted_names(connection, [key for key, _ in given]))
+                _pack.c.key.in_(wanted_names(connection, [key for key, _ in keys]))
             )
         )
     )
@@ -271,12 +264,12 @@ def find_leftovers(
         row.uid: row
         for row in connection.execute(
             select(_version.c.uid, _version.c.status, _version.c.expired_at, _version.c.plan).where(
-                _version.c.uid.in_(wanted_names(connection, {uid for _, uid in given}))
+                _version.c.uid.in_(wanted_names(connection, {uid for _, uid in keys}))
             )
         )
     }
     leftovers, unknown = [], []
-    for key, uid in given:
+    for key, uid in keys:
         row = rows.get(uid)
         if key in known:
             continue
@@ -293,9 +286,9 @@ def find_leftovers(
     return leftovers, unknown
 
 
-def _give_up_crashed(connection: Connection, *, now: datetime, lease: timedelta) -> list[str]:
-    """Abort saves that have been silent for longer than their lease; a late one then fails."""
-    text = f"it was silent for more than {lease}, so gc took it for crashed"
+def _abort_crashed(connection: Connection, *, now: datetime, lease: timedelta) -> list[str]:
+    """Abort saves that have been silent for longer than their lease; one that still runs fails."""
+    text = f"it was silent for more than {lease}, so gc treated it as crashed"
     rows = connection.scalars(
         update(_version)
         .where(_version.c.status == "pending", _version.c.touched_at <= now - lease)
@@ -309,6 +302,10 @@ def _give_up_crashed(connection: Connection, *, now: datetime, lease: timedelta)
 
 
 def _check_running(connection: Connection, *, now: datetime, grace: timedelta) -> None:
+    """Raise InvalidInputError if a save has run longer than `grace`.
+
+    It may reuse a pack that was condemned and deleted since it looked.
+    """
     oldest = connection.execute(
         select(_version.c.started_at, _version.c.author, _version.c.host)
         .where(_version.c.status == "pending")
@@ -324,7 +321,7 @@ def _check_running(connection: Connection, *, now: datetime, grace: timedelta) -
 
 
 def _forget_tensors(connection: Connection) -> None:
-    """Remove tensors that no entry names, with all that belongs to them."""
+    """Remove tensors that no entry names, with their parts, chunks and aliases."""
     tensor, entry = tables.tensor, tables.entry
     dead = connection.scalars(
         select(tensor.c.id).where(~exists().where(entry.c.tensor == tensor.c.id))
@@ -336,15 +333,32 @@ def _forget_tensors(connection: Connection) -> None:
 
 
 def _forget_plans(connection: Connection) -> None:
-    """Remove plans that no version was saved by any more."""
+    """Remove plans that no version has any more."""
     plan, shard = tables.plan, tables.shard
     unused = select(plan.c.id).where(~exists().where(_version.c.plan == plan.c.id))
     connection.execute(delete(shard).where(shard.c.plan.in_(unused)))
     connection.execute(delete(plan).where(plan.c.id.in_(unused)))
 
 
+def _condemn(connection: Connection, *, now: datetime, lease: timedelta) -> list[PackRecord]:
+    """Condemn live packs that nothing uses, and announced ones that were not written in time."""
+    unused = ~exists().where(_chunk.c.pack == _pack.c.id)
+    lapsed = (_pack.c.status == "planned") & (_pack.c.planned_at <= now - lease)
+    rows = connection.execute(
+        update(_pack)
+        .where((_pack.c.status == "live") & unused | lapsed)
+        .values(status="condemned", condemned_at=now)
+        .returning(_pack.c.key, _pack.c.nbytes, _pack.c.version)
+    ).all()
+    # If two saves wrote the same chunk at once, the catalog has the pack of the first, while the
+    # manifest of the second still names its own.
+    writers = wanted_ids(connection, {row.version for row in rows})
+    mark_stale(connection, _version.c.id.in_(writers), _version.c.status == "committed")
+    return sorted((PackRecord(*row[:2]) for row in rows), key=lambda pack: pack.key)
+
+
 def _sparse(connection: Connection, live_share: float) -> list[PackRecord]:
-    """Return the packs of which less than `live_share` of the bytes is reached."""
+    """Return the packs of which less than `live_share` of the bytes is used."""
     places = select(_chunk.c.pack, _chunk.c.offset, _chunk.c.length).distinct().subquery()
     live = func.sum(places.c.length)
     rows = connection.execute(
@@ -356,11 +370,3 @@ def _sparse(connection: Connection, live_share: float) -> list[PackRecord]:
         .order_by(_pack.c.key)
     )
     return [PackRecord(*row) for row in rows]
-
-
-def _record(
-    connection: Connection, detail: Mapping[str, list[str]], *, author: str, at: datetime
-) -> None:
-    number = take_operations(connection)
-    change = Change("gc", "", None, None, detail)
-    append_operations(connection, number, [change], author=author, at=at)

@@ -1,8 +1,8 @@
-"""Versions that go, by rules or by name; their rows stay for parents and operations to resolve.
+"""Versions are expired by rules or forgotten by name; their rows stay.
 
-What rules expire goes at once. What is forgotten keeps its entries and its plan until the next gc
-drops them, so that an undo brings it back: an expired row that has a plan was forgotten and may
-come back. No ref ever names a version that went.
+Parents and operations refer to the rows. Expire by rules drops the entries at once. A forgotten
+version keeps its entries and its plan until the next gc, so that an undo can bring it back: an
+expired row that has a plan was forgotten. Invariant: no ref names an expired version.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from sqlalchemy import Connection, Select, delete, select, update
 from dcpstore.catalog.db.key_lists import wanted_ids
 from dcpstore.catalog.db.transactions import writes
 from dcpstore.catalog.read.ref_lookup import RefRow, list_refs, refs_of, resolve
-from dcpstore.catalog.read.versions import ancestors, is_visible, load_versions
+from dcpstore.catalog.read.versions import ancestors, is_visible, load_versions, names_of
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import check_text
-from dcpstore.catalog.write.operations import Change, append_operations, take_operations
+from dcpstore.catalog.write.operations import Change, lock_repository, record
 from dcpstore.core.syntax import parse_ref
 from dcpstore.errors import InvalidInputError
 from dcpstore.records import ForgetReport, RefRecord, Version
@@ -39,7 +39,7 @@ Choose = Callable[[Sequence[Version], Sequence[RefRecord]], Collection[int]]
 
 
 class _Move(NamedTuple):
-    """A ref that a forgotten version had, and the version that it names afterwards, if it stays."""
+    """A ref of a forgotten version, and where it moves; None deletes it."""
 
     ref: RefRow
     to: tuple[int, int] | None  # id and number
@@ -49,10 +49,13 @@ class _Move(NamedTuple):
 def expire_versions(
     connection: Connection, choose: Choose, *, author: str, rules: Mapping[str, Any]
 ) -> None:
-    """Expire what `choose` chooses, while no ref can move; `rules` is kept with the operation."""
-    take_operations(connection, 0)
-    versions = load_versions(connection, select(_version.c.id), limit=None)
-    chosen = set(choose(versions, list_refs(connection, None)))
+    """Expire the versions that `choose` returns; `rules` is recorded with the operation.
+
+    No ref can move meanwhile.
+    """
+    lock_repository(connection)
+    versions = load_versions(connection)
+    chosen = set(choose(versions, list_refs(connection)))
     if not chosen:
         return
     going = [version for version in versions if version.number in chosen]
@@ -73,15 +76,16 @@ def forget_versions(
 ) -> ForgetReport:
     """Forget the versions that `refs` name, all of them or none; recorded as one operation.
 
-    A branch whose tip goes moves back to the nearest ancestor that stays; without one it goes.
+    A branch whose tip is forgotten moves back to the nearest ancestor that stays, and is deleted if
+    there is none.
 
     Raises:
         NotFoundError: a ref names nothing.
-        InvalidInputError: a ref breaks the grammar; or a version is tagged, and `force` is not
-            given, which deletes its tags.
+        InvalidInputError: a ref breaks the grammar; or a version is tagged, and `force` is False
+            (with True its tags are deleted).
     """
     check_text(author, what="author")
-    take_operations(connection, 0)
+    lock_repository(connection)
     going = _named(connection, refs)
     if not going:
         return ForgetReport((), (), (), dry_run)
@@ -91,13 +95,13 @@ def forget_versions(
         held = refs_of(connection, ids)
         tagged = [ref for ref in held if ref.kind == "tag"]
         if tagged and not force:
-            raise _protected(tagged)
+            raise _tagged_error(tagged)
         moves = [
             _Move(ref, _nearest_ancestor(connection, ref.id) if ref.kind == "branch" else None)
             for ref in held
         ]
         _apply(connection, moves)
-        detail = {"refs": _moves_as_json(connection, moves)}
+        detail = {"refs": _as_json(connection, moves)}
         _record(connection, "forget", going, detail, author=author, at=now)
         if dry_run:
             step.rollback()
@@ -110,7 +114,7 @@ def forget_versions(
 
 
 def drop_forgotten(connection: Connection) -> list[str]:
-    """Drop what forgotten versions still hold, for good; return their uids."""
+    """Drop the entries and plans of forgotten versions; return their uids."""
     rows = connection.execute(
         select(_version.c.id, _version.c.uid)
         .where(_version.c.status == "expired", _version.c.plan.is_not(None))
@@ -124,16 +128,16 @@ def drop_forgotten(connection: Connection) -> list[str]:
 def _named(connection: Connection, refs: Iterable[str | int]) -> list[Version]:
     """Return the versions that refs name, each once, by number; plain numbers in one query."""
     given = list(refs)
-    if None in given:
-        raise InvalidInputError("None names no version to forget; write its number, tag or branch.")
+    if None in given:  # which elsewhere means the tip of the default branch
+        raise InvalidInputError("None names no version to forget; give its number, tag or branch.")
     parsed = [parse_ref(ref) for ref in given]
     numbers = {ref.number for ref in parsed if ref.number is not None}
     numbered = select(_version.c.id).where(_version.c.number.in_(wanted_ids(connection, numbers)))
-    found = {v.number: v for v in load_versions(connection, numbered, limit=None)}
+    found = {v.number: v for v in load_versions(connection, numbered)}
     going: dict[int, Version] = {}
     for text, ref in zip(given, parsed, strict=True):
-        plain = None if ref.up or ref.step is not None else ref.number
-        version = found.get(plain or 0) or resolve(connection, text)
+        is_plain = not ref.up and ref.step is None
+        version = (is_plain and found.get(ref.number or 0)) or resolve(connection, text)
         going[version.number] = version
     return [going[number] for number in sorted(going)]
 
@@ -151,7 +155,7 @@ def _expire(connection: Connection, going: Sequence[Version], *, at: datetime) -
 
 
 def _drop(connection: Connection, ids: Select[Any]) -> None:
-    """Take the entries and plans of expired versions away, for good."""
+    """Delete the entries of expired versions, and forget their plans."""
     entry = tables.entry
     connection.execute(delete(entry).where(entry.c.version.in_(ids)))
     connection.execute(update(_version).where(_version.c.id.in_(ids)).values(plan=None, stale=None))
@@ -166,19 +170,15 @@ def _record(
     author: str,
     at: datetime,
 ) -> None:
+    """Record that versions were expired or forgotten."""
     versions = sorted(going, key=lambda version: version.number)
-    change = Change(
-        kind,
-        _ranges([version.number for version in versions]),
-        None,
-        None,
-        {"versions": [version.uid for version in versions], **detail},
-    )
-    append_operations(connection, take_operations(connection), [change], author=author, at=at)
+    target = _ranges([version.number for version in versions])
+    detail = {"versions": [version.uid for version in versions], **detail}
+    record(connection, Change(kind, target, detail=detail), author=author, at=at)
 
 
 def _nearest_ancestor(connection: Connection, version: int) -> tuple[int, int] | None:
-    """Return the id and the number of the nearest ancestor that is visible, or None."""
+    """Return the id and the number of the nearest ancestor that is not expired, or None."""
     up = ancestors(version)
     row = connection.execute(
         select(_version.c.id, _version.c.number)
@@ -191,26 +191,20 @@ def _nearest_ancestor(connection: Connection, version: int) -> tuple[int, int] |
 
 
 def _apply(connection: Connection, moves: Iterable[_Move]) -> None:
-    """Delete refs, and move those that stay."""
+    """Move or delete the refs."""
     ref = tables.ref
     for move in moves:
-        mine = ref.c.name == move.ref.name
+        is_ref = ref.c.name == move.ref.name
         if move.to is None:
-            connection.execute(delete(ref).where(mine))
+            connection.execute(delete(ref).where(is_ref))
         else:
-            connection.execute(update(ref).where(mine).values(version=move.to[0]))
+            connection.execute(update(ref).where(is_ref).values(version=move.to[0]))
 
 
-def _moves_as_json(connection: Connection, moves: Iterable[_Move]) -> list[dict[str, Any]]:
-    """Return moves as the journal has them: versions by uid and number."""
-    moves = list(moves)
+def _as_json(connection: Connection, moves: Sequence[_Move]) -> list[dict[str, Any]]:
+    """Return moves as the journal stores them, with versions by uid and number."""
     ids = {move.ref.id for move in moves} | {move.to[0] for move in moves if move.to is not None}
-    rows = connection.execute(
-        select(_version.c.id, _version.c.uid, _version.c.number).where(
-            _version.c.id.in_(wanted_ids(connection, ids))
-        )
-    )
-    named = {row.id: {"uid": row.uid, "version": row.number} for row in rows}
+    named = names_of(connection, ids)
     return [
         {
             "name": move.ref.name,
@@ -222,19 +216,19 @@ def _moves_as_json(connection: Connection, moves: Iterable[_Move]) -> list[dict[
     ]
 
 
-def _protected(tags: Sequence[RefRow]) -> InvalidInputError:
-    """Return the error for versions that are tagged."""
+def _tagged_error(tags: Sequence[RefRow]) -> InvalidInputError:
+    """Return the error for versions that are tagged, and so not forgotten."""
     listed = ", ".join(f"v{ref.number} ({ref.name})" for ref in tags[:_SHOWN])
     more = f" and {len(tags) - _SHOWN} more" if len(tags) > _SHOWN else ""
     return InvalidInputError(
         f"tagged versions are not forgotten: {listed}{more}. Nothing was changed. Move or delete "
         "the tags first ('dcpstore tag --move', 'dcpstore tag --delete'), or give force=True "
-        "(--force), which deletes them too."
+        "(--force), which deletes the tags too."
     )
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Return numbers for people: `v1-v3,v5`."""
+    """Return sorted numbers for people: `v1-v3,v5`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

@@ -9,14 +9,17 @@ from sqlalchemy import Connection, select
 
 from dcpstore.catalog.db.key_lists import wanted_ids
 from dcpstore.catalog.db.transactions import reads
-from dcpstore.catalog.read.entries import load_entries, load_plan
-from dcpstore.catalog.read.versions import STATS, ancestors, id_of_number, load_versions
+from dcpstore.catalog.read.entries import (
+    load_entries,
+    load_plan,
+    load_planner_data,
+    load_whole_tensors,
+)
+from dcpstore.catalog.read.versions import STATS, ancestors, id_of_number, load_version
 from dcpstore.catalog.schema import tables
-from dcpstore.errors import CorruptionError
+from dcpstore.errors import ConflictError, CorruptionError
 from dcpstore.records import (
-    NewChunk,
     NewEntry,
-    NewTensor,
     PackRecord,
     TensorRecord,
     VersionContent,
@@ -31,20 +34,22 @@ _version = tables.version
 
 @reads
 def load_content(connection: Connection, number: int) -> tuple[VersionDraft, VersionContent]:
-    """Return a committed version whole: every tensor with all its chunks, as they lie now.
+    """Return a committed version with all its tensors and chunks, where they are stored now.
 
     Raises:
         NotFoundError: there is no such version, or it was expired.
         CorruptionError: the catalog lacks some of its chunks.
     """
     version_id = id_of_number(connection, number)
-    row = connection.execute(select(_version).where(_version.c.id == version_id)).one()
-    (version,) = load_versions(
-        connection, select(_version.c.id).where(_version.c.id == version_id), limit=1
-    )
-    entries = load_entries(connection, number, None)
-    tensors = {e.tensor.id: e.tensor for e in entries if e.tensor is not None}
-    chunks = _chunks(connection, version_id)
+    version = load_version(connection, version_id)
+    entries = load_entries(connection, number)
+    tensors = {e.tensor.id: e.tensor for e in entries if e.tensor is not None}.values()
+    try:
+        whole_tensors = load_whole_tensors(connection, tensors)
+    except ConflictError as error:  # gc cannot have deleted them, within one transaction
+        raise CorruptionError(
+            f"the catalog lacks chunks of v{number}; run 'dcpstore verify'."
+        ) from error
     pack = tables.pack
     packs = connection.execute(
         select(pack.c.key, pack.c.nbytes)
@@ -66,12 +71,12 @@ def load_content(connection: Connection, number: int) -> tuple[VersionDraft, Ver
             )
             for entry in entries
         ],
-        tensors=[_new(tensor, chunks.get(tensor.id, [])) for tensor in tensors.values()],
+        tensors=whole_tensors,
         packs=[PackRecord(*found) for found in packs],
         plan=load_plan(connection, number),
         **{name: getattr(version, name) for name in STATS},
-        aliases=_aliases(connection, tensors.values()),
-        planner_data=row.planner_data,
+        aliases=_aliases(connection, tensors),
+        planner_data=load_planner_data(connection, number),
     )
     return draft, content
 
@@ -89,35 +94,11 @@ def lineage(connection: Connection, number: int) -> list[str]:
     return list(rows)
 
 
-def _new(tensor: TensorRecord, chunks: list[NewChunk]) -> NewTensor:
-    if len(chunks) != sum(part.size for part in tensor.parts):
-        raise CorruptionError(
-            f"the catalog lacks chunks of the tensor {tensor.digest}; run 'dcpstore verify'."
-        )
-    return NewTensor.of(tensor, chunks)
-
-
 def _aliases(connection: Connection, tensors: Iterable[TensorRecord]) -> dict[str, str]:
+    """Return the aliases of tensors: digests of the same contents under other grids."""
     alias = tables.alias
     digests = {tensor.id: tensor.digest for tensor in tensors}
     rows = connection.execute(
         select(alias).where(alias.c.tensor.in_(wanted_ids(connection, digests.keys())))
     )
     return {row.digest: digests[row.tensor] for row in rows}
-
-
-def _chunks(connection: Connection, version_id: int) -> dict[int, list[NewChunk]]:
-    """Return the chunks of every tensor of a version, in order of (part, ordinal)."""
-    chunk, pack, entry = tables.chunk, tables.pack, tables.entry
-    held = select(entry.c.tensor).where(entry.c.version == version_id, entry.c.tensor.is_not(None))
-    found: dict[int, list[NewChunk]] = {}
-    for row in connection.execute(
-        select(chunk, pack.c.key)
-        .join(pack, pack.c.id == chunk.c.pack)
-        .where(chunk.c.tensor.in_(held))
-        .order_by(chunk.c.tensor, chunk.c.part, chunk.c.ordinal)
-    ):
-        found.setdefault(row.tensor, []).append(
-            NewChunk(row.part, row.ordinal, row.digest, row.key, row.offset, row.length)
-        )
-    return found

@@ -1,15 +1,15 @@
-"""The journal: every finished operation, durable in the data folder too.
+"""The journal: a durable copy of every finished operation, in the data folder.
 
-An operation describes itself: versions go by uid and number, and one that made a version, or
-changed its facts, holds all of its row. `restore` reads it back. Every change of the repository
-calls `write_journal` afterwards; operations that an earlier crash left unwritten are written first,
+An operation describes itself: it names versions by uid and number, and if it created a version or
+changed its facts, it holds the whole row. `restore` reads it back. Every change of the repository
+calls `write_journal` afterwards. Operations that an earlier crash left unwritten are written first,
 so there are no gaps. If two processes write one operation, they write the same bytes.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import datetime
 from functools import wraps
@@ -20,7 +20,7 @@ from sqlalchemy import Connection, select, update
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.db.key_lists import wanted_ids
 from dcpstore.catalog.db.transactions import reads, writes
-from dcpstore.catalog.read.versions import INFO, STATS
+from dcpstore.catalog.read.versions import INFO, STATS, metrics_of, names_of
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.write.operations import list_operations
 from dcpstore.core.reentry import changing
@@ -51,14 +51,14 @@ __all__ = [
     "write_journal",
 ]
 
-JOURNAL_BATCH = 500
+JOURNAL_BATCH = 500  # operations that are read and marked as written at a time
 
-# JSON to be written: its values are of every kind, hence `Any`.
+# JSON to be written, with values of every kind, hence `Any`.
 Json = dict[str, Any]
 
 
 class ChangedRef(NamedTuple):
-    """What an operation did to one ref; `old` and `new` are versions by uid and number, or None.
+    """What an operation did to one ref; `old` and `new` name versions by uid and number, or None.
 
     `kind` is None where the operation does not say whether it is a tag or a branch.
     """
@@ -69,19 +69,20 @@ class ChangedRef(NamedTuple):
     new: Mapping[str, Any] | None
 
 
-def changed_refs(said: Mapping[str, Any]) -> Iterator[ChangedRef]:
-    """Yield what an operation, as the journal says it, did to refs: its detail may list several."""
-    detail = said["detail"] or {}
+def changed_refs(entry: Mapping[str, Any]) -> Iterator[ChangedRef]:
+    """Yield what an operation, as a journal entry, did to refs: its detail may list several."""
+    detail = entry["detail"] or {}
     if "refs" in detail:
         for ref in detail["refs"]:
             yield ChangedRef(ref["name"], ref["kind"], ref["old"], ref["new"])
-    elif said["target"] and (said["old"] or said["new"]):
-        yield ChangedRef(said["target"], kind_of(said["kind"]).target, said["old"], said["new"])
+    elif entry["target"] and (entry["old"] or entry["new"]):
+        kind = kind_of(entry["kind"]).target
+        yield ChangedRef(entry["target"], kind, entry["old"], entry["new"])
 
 
 @reads
 def unjournaled(connection: Connection) -> list[Json]:
-    """Return the oldest operations that are not known to be in the data folder, in order."""
+    """Return the oldest operations that may be missing in the data folder, as journal entries."""
     operation = tables.operation
     written = connection.scalar(select(tables.repository.c.last_journaled))
     rows = connection.execute(
@@ -94,7 +95,7 @@ def unjournaled(connection: Connection) -> list[Json]:
         return []
     named = {found for row in rows for found in (row.old, row.new) if found is not None}
     made = {row.new for row in rows if row.new is not None and kind_of(row.kind).describes}
-    versions = _names(connection, named)
+    versions = names_of(connection, named)
     facts = _versions_as_json(connection, made)
     return [
         {
@@ -108,7 +109,7 @@ def unjournaled(connection: Connection) -> list[Json]:
             "detail": row.detail,
         }
         | ({"version": facts[row.new]} if row.new in facts else {})
-        | ({"repository": _about(connection)} if row.kind == "init" else {})
+        | ({"repository": _repository_as_json(connection)} if row.kind == "init" else {})
         for row in rows
     ]
 
@@ -124,20 +125,21 @@ def mark_journaled(connection: Connection, number: int) -> None:
 
 @reads
 def last_journaled(connection: Connection) -> int:
-    """Return the last operation that is known to be in the data folder."""
+    """Return the number of the last operation that is known to be in the data folder."""
     return int(connection.execute(select(tables.repository.c.last_journaled)).scalar_one())
 
 
 @writes(idempotent=True)
 def journal_again(connection: Connection, number: int) -> None:
-    """Have the operations from `number` on written once more."""
+    """Note that the operations from `number` on must be written again."""
     written = tables.repository.c.last_journaled
     connection.execute(
         update(tables.repository).where(written >= number).values(last_journaled=number - 1)
     )
 
 
-def _about(connection: Connection) -> Json:
+def _repository_as_json(connection: Connection) -> Json:
+    """Return the repository's row, without its counters and the place of its data."""
     row = connection.execute(select(tables.repository)).one()
     return {
         "uid": row.uid,
@@ -148,26 +150,14 @@ def _about(connection: Connection) -> Json:
     }
 
 
-def _names(connection: Connection, ids: Iterable[int]) -> dict[int | None, Json]:
-    version = tables.version
-    rows = connection.execute(
-        select(version.c.id, version.c.uid, version.c.number).where(
-            version.c.id.in_(wanted_ids(connection, list(ids)))
-        )
-    )
-    return {row.id: {"uid": row.uid, "version": row.number} for row in rows}
-
-
 def _versions_as_json(connection: Connection, ids: set[int]) -> dict[int, Json]:
-    """Return all that rows say of versions, their packs and metrics included, by id."""
+    """Return the rows of versions, with their packs and metrics, by id."""
     if not ids:
         return {}
     version, parent = tables.version, tables.version.alias("parent_version")
-    metric, pack = tables.metric, tables.pack
+    pack = tables.pack
     wanted = wanted_ids(connection, ids)
-    metrics: dict[int, dict[str, float]] = {}
-    for row in connection.execute(select(metric).where(metric.c.version.in_(wanted))):
-        metrics.setdefault(row.version, {})[row.name] = row.value
+    metrics = metrics_of(connection, wanted)
     packs: dict[int, list[tuple[str, int]]] = {}
     for row in connection.execute(
         select(pack.c.version, pack.c.key, pack.c.nbytes)
@@ -205,7 +195,7 @@ _log = logging.getLogger(__name__)
 
 
 class Journaled(Protocol):
-    """What has a journal: a catalog, and the storage of its data."""
+    """An object with a journal: it has a catalog, and the storage of its data."""
 
     catalog: Catalog
 
@@ -214,7 +204,7 @@ class Journaled(Protocol):
 
 
 def journaled(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R, P], T]:
-    """Have a method that changes its repository write the journal before it returns."""
+    """Make a method that changes its repository write the journal before it returns."""
 
     @wraps(method)
     def run(self: R, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -227,61 +217,61 @@ def journaled(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R,
 
 
 def changing_repository(catalog: Catalog) -> AbstractContextManager[None]:
-    """Refuse a change of a repository inside another one of this thread.
+    """Refuse a change of a repository inside another change of it in this thread.
 
     Raises:
-        ConflictError: this is one.
+        ConflictError: this is such a change.
     """
     uid = catalog.repository.uid
     return changing(f"repository {uid}", shown=f"the repository {uid}")
 
 
 def check_owner(catalog: Catalog, storage: Storage) -> None:
-    """Refuse a data folder that another repository's journal lies in.
+    """Refuse a data folder that has the journal of another repository.
 
-    The first operation names the owner. Where it is missing or damaged, the next sound one must be
-    what the catalog has under that number: nobody else's is.
+    The first operation names the owner. If it is missing or damaged, the next intact operation must
+    be the one that the catalog has under that number.
 
     Raises:
-        DcpstoreError: it is another's, or that cannot be found out.
+        DcpstoreError: the journal belongs to another repository, or its owner is unknown.
     """
     try:
         owner = decode_operation(storage.get(operation_key(1)))["repository"]["uid"]
     except NotFoundError:
-        if _are_own(catalog, storage) is False:
-            raise DcpstoreError(_foreign(storage, "missing")) from None
-        return  # or nothing was journaled yet
+        if _is_own_journal(catalog, storage) is False:
+            raise DcpstoreError(_foreign_journal(storage, "missing")) from None
+        return  # our journal without its first entry, or no journal yet
     except (CorruptionError, LookupError) as error:
-        own = _are_own(catalog, storage)
-        if own is False:
-            raise DcpstoreError(_foreign(storage, f"damaged ({error})")) from error
-        if own is None:
+        is_own = _is_own_journal(catalog, storage)
+        if is_own is False:
+            raise DcpstoreError(_foreign_journal(storage, f"damaged ({error})")) from error
+        if is_own is None:
             raise DcpstoreError(
-                f"cannot tell whose data {storage.url!r} is: its first operation is damaged "
-                f"({error}), and there is no other. Restore operations/000000000001.json from a "
-                "copy."
+                f"cannot tell which repository the data in {storage.url!r} belongs to: the first "
+                f"operation is damaged ({error}), and there is no other one. Restore "
+                "operations/000000000001.json from a copy."
             ) from error
         return
     if owner != catalog.repository.uid:
         raise DcpstoreError(
-            f"the data in {storage.url!r} belongs to repository {owner}, and this one is "
+            f"the data in {storage.url!r} belongs to repository {owner}, and this repository is "
             f"{catalog.repository.uid}; nothing was changed. Give each its own data folder, or "
-            "restore the first's catalog with 'dcpstore rebuild'."
+            "restore the catalog of the first with 'dcpstore rebuild'."
         )
 
 
 def write_journal(catalog: Catalog, storage: Storage) -> bool:
-    """Write the operations that the data folder lacks; tell whether it has all of them now.
+    """Write the operations that the data folder lacks; return whether it has all of them now.
 
-    A failure is logged, not raised: the change is made and stays so, and the next one writes what
-    is missing.
+    A failure is logged, not raised: the change itself is committed, and the next change writes the
+    missing operations.
     """
     try:
         while operations := unjournaled(catalog):
             if operations[0]["kind"] == "init":
                 check_owner(catalog, storage)
-            for said in operations:
-                storage.put(operation_key(said["operation"]), encode_operation(said))
+            for entry in operations:
+                storage.put(operation_key(entry["operation"]), encode_operation(entry))
             mark_journaled(catalog, operations[-1]["operation"])
     except DcpstoreError as error:
         _log.warning(
@@ -293,31 +283,27 @@ def write_journal(catalog: Catalog, storage: Storage) -> bool:
     return True
 
 
-def _are_own(catalog: Catalog, storage: Storage) -> bool | None:
-    """Tell whether the first sound operation after number 1 is the catalog's; None: there is none.
+def _is_own_journal(catalog: Catalog, storage: Storage) -> bool | None:
+    """Tell whether the first intact operation after number 1 is the catalog's; None without one.
 
-    By its time, too, which is kept to the microsecond.
+    Operations are compared by their time too, which is kept to the microsecond.
     """
     done = {operation.number: operation for operation in list_operations(catalog)}
     for number in sorted(filter(None, map(operation_number, storage.list("operations")))):
         try:
-            said = decode_operation(storage.get(operation_key(number)))
+            entry = decode_operation(storage.get(operation_key(number)))
         except (NotFoundError, CorruptionError):
             continue
         if number > 1:
             own = done.get(number)
-            at = datetime.fromisoformat(said["created_at"])
-            return own is not None and (own.kind, own.target, own.created_at) == (
-                said["kind"],
-                said["target"],
-                at,
-            )
+            found = entry["kind"], entry["target"], datetime.fromisoformat(entry["created_at"])
+            return own is not None and (own.kind, own.target, own.created_at) == found
     return None
 
 
-def _foreign(storage: Storage, what: str) -> str:
+def _foreign_journal(storage: Storage, fault: str) -> str:
     return (
-        f"the operations in {storage.url!r} are another repository's, whose first one is {what}; "
-        "nothing was changed. Give each its own data folder, or restore "
+        f"the operations in {storage.url!r} belong to another repository, whose first one is "
+        f"{fault}; nothing was changed. Give each its own data folder, or restore "
         "operations/000000000001.json from a copy."
     )

@@ -1,14 +1,14 @@
-"""A catalog restored from what the data folder says, in one transaction.
+"""A catalog restored from the data folder, in one transaction.
 
-The operations are replayed in order: versions and what is known of them, refs, packs. What a
-committed version holds comes from its manifest, and so do packs that no operation tells of. A
-version without a sound manifest keeps its row, as an expired one does, so that parents and
-operations still resolve.
+The operations are replayed in their order: they give the versions with their facts, the refs and
+the packs. The entries and tensors of a committed version come from its manifest, and so do packs
+that no operation names. A version without an intact manifest keeps its row, as an expired one does,
+because parents and operations refer to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -19,8 +19,9 @@ from dcpstore.catalog.db.key_lists import wanted_names
 from dcpstore.catalog.maintenance.journal import ChangedRef, changed_refs
 from dcpstore.catalog.read.versions import INFO, STATS, lineage_below
 from dcpstore.catalog.schema import tables
+from dcpstore.catalog.write.annotations import insert_metrics
 from dcpstore.catalog.write.contents import write_content, write_plan
-from dcpstore.catalog.write.operations import Change, append_operations, take_operations
+from dcpstore.catalog.write.operations import Change, record
 from dcpstore.catalog.write.stale import new_mark
 from dcpstore.errors import ConflictError
 from dcpstore.formats.version import decode_info, decode_stats
@@ -28,28 +29,28 @@ from dcpstore.records import VersionContent
 
 __all__ = ["Contents", "Restored", "restore"]
 
-# JSON as read: what it holds is checked by use, so `Any`.
+# JSON as it was read, and checked by `formats`; its values are of every kind, hence `Any`.
 Json = Mapping[str, Any]
 
 _version, _pack = tables.version, tables.pack
 
 
 class Contents(Protocol):
-    """What the data folder holds beside its journal."""
+    """What the data folder holds besides its journal."""
 
     def content(self, uid: str) -> VersionContent | None:
-        """Return what a version holds, or None (and report why) without a sound manifest."""
+        """Return the content of a version, or None (and report why) without an intact manifest."""
 
     def pack_size(self, key: str) -> int | None:
         """Return the length of a pack, or None where there is none."""
 
     def lose(self, uid: str, reason: str) -> None:
-        """Hear why a version is lost whose manifest is sound."""
+        """Report why a version is lost though its manifest is intact."""
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What came back, and what did not; versions by number."""
+    """What came back, and what is lost; versions by number."""
 
     versions: list[int]
     lost: list[int]
@@ -58,19 +59,19 @@ class Restored:
 
 @dataclass(slots=True)
 class _State:
-    """The repository after the last operation that was replayed."""
+    """The repository after the last operation that was replayed; versions by uid."""
 
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    expired: dict[str, datetime] = field(default_factory=dict)  # and forgotten
-    forgotten: set[str] = field(default_factory=set)  # those that an undo may bring back
+    expired: dict[str, datetime] = field(default_factory=dict)  # forgotten ones too
+    forgotten: set[str] = field(default_factory=set)  # those that an undo can bring back
     refs: dict[str, str] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
-    packs: dict[str, tuple[int, str]] = field(default_factory=dict)
+    packs: dict[str, tuple[int, str]] = field(default_factory=dict)  # nbytes, uid of the writer
     condemned: dict[str, datetime] = field(default_factory=dict)
 
 
 def restore(connection: Connection, operations: Iterable[Json], contents: Contents) -> Restored:
-    """Fill the empty tables of a new catalog, whose repository row is there."""
+    """Fill the empty tables of a new catalog, whose repository row exists."""
     operations = list(operations)
     state = _replay(operations)
     ids = _write_versions(connection, state)
@@ -83,10 +84,14 @@ def restore(connection: Connection, operations: Iterable[Json], contents: Conten
     ]
     for uid in state.facts.keys() & state.forgotten:
         _fill(connection, uid, contents, state, ids)
-    refs = _write_refs(connection, state, ids, lost)
-    numbers = {uid: state.facts[uid]["number"] for uid in state.facts}
+    refs = _write_refs(connection, state, ids, set(lost))
+    numbers = {uid: fact["number"] for uid, fact in state.facts.items()}
     if lost:
-        _record_loss(connection, [ids[uid] for uid in lost], [numbers[uid] for uid in lost])
+        # So that the next rebuild leaves these versions out too.
+        by_number = sorted(lost, key=numbers.__getitem__)
+        detail = {"versions": by_number, "rules": {"lost": True}}
+        target = ",".join(f"v{numbers[uid]}" for uid in by_number)
+        record(connection, Change("expire", target, detail=detail), author="")
     _record_undone(connection, operations, state, ids, refs)
     return Restored(
         versions=sorted(n for uid, n in numbers.items() if uid not in {*state.expired, *lost}),
@@ -97,42 +102,38 @@ def restore(connection: Connection, operations: Iterable[Json], contents: Conten
 
 def _replay(operations: Iterable[Json]) -> _State:
     state = _State()
-    for said in operations:
-        at = datetime.fromisoformat(said["created_at"])
-        if fact := said.get("version"):
-            _learn(state, fact)
-            _unlearn(state, fact["uid"], (said["detail"] or {}).get("removed", {}))
-        detail = said["detail"] or {}
-        if said["kind"] in ("expire", "forget"):
+    for entry in operations:
+        at = datetime.fromisoformat(entry["created_at"])
+        detail = entry["detail"] or {}
+        if fact := entry.get("version"):
+            _replay_fact(state, fact, detail.get("removed", {}))
+        if entry["kind"] in ("expire", "forget"):
             state.expired.update(dict.fromkeys(detail["versions"], at))
-            if said["kind"] == "forget":
+            if entry["kind"] == "forget":
                 state.forgotten.update(detail["versions"])
-        elif said["kind"] == "undo":
+        elif entry["kind"] == "undo":
             for uid in detail.get("versions", ()):
                 state.expired.pop(uid, None)
                 state.forgotten.discard(uid)
-        elif said["kind"] == "gc":
+        elif entry["kind"] == "gc":
             _replay_gc(state, detail, at)
-        for change in changed_refs(said):
+        for change in changed_refs(entry):
             _replay_ref(state, change)
     state.refs = dict(sorted(state.refs.items()))
     state.packs = {key: pack for key, pack in state.packs.items() if pack[1] in state.facts}
     return state
 
 
-def _learn(state: _State, fact: Json) -> None:
-    """Take what is said of a version; later words win."""
-    if fact["uid"] not in state.facts:  # later on, packs come and go by gc
+def _replay_fact(state: _State, fact: Json, removed: Json) -> None:
+    """Take over the facts of a version, without the metrics and labels that an undo removed."""
+    if fact["uid"] not in state.facts:  # only its save has added packs of its own; later gc did
         for key, nbytes in fact["packs"]:
             state.packs.setdefault(key, (nbytes, fact["uid"]))
-    state.facts[fact["uid"]] = dict(fact)
-
-
-def _unlearn(state: _State, uid: str, removed: Json) -> None:
-    """Take back the metrics and labels that an undo removed."""
-    for what, names in removed.items():
-        for name in names:
-            state.facts[uid][what].pop(name, None)
+    kept = {
+        what: {name: value for name, value in fact[what].items() if name not in names}
+        for what, names in removed.items()
+    }
+    state.facts[fact["uid"]] = {**fact, **kept}
 
 
 def _replay_gc(state: _State, detail: Json, at: datetime) -> None:
@@ -155,7 +156,7 @@ def _replay_ref(state: _State, change: ChangedRef) -> None:
 
 
 def _write_versions(connection: Connection, state: _State) -> dict[str, int]:
-    """Insert the rows of all versions, as expired until their entries are there; return the ids."""
+    """Insert the rows of all versions, as expired until their entries are inserted; return ids."""
     facts = sorted(state.facts.values(), key=lambda fact: int(fact["number"]))
     now = datetime.now(UTC)
     ids: dict[str, int] = {}
@@ -178,14 +179,7 @@ def _write_versions(connection: Connection, state: _State) -> dict[str, int]:
             )
             .returning(_version.c.id)
         ).scalar_one()
-        if info.metrics:
-            connection.execute(
-                insert(tables.metric),
-                [
-                    {"version": ids[info.uid], "name": name, "value": value}
-                    for name, value in info.metrics.items()
-                ],
-            )
+        insert_metrics(connection, ids[info.uid], info.metrics)
     last = max((int(fact["number"]) for fact in facts), default=0)
     connection.execute(update(tables.repository).values(last_version=last))
     return ids
@@ -194,21 +188,14 @@ def _write_versions(connection: Connection, state: _State) -> dict[str, int]:
 def _write_operations(
     connection: Connection, operations: list[Json], ids: Mapping[str, int]
 ) -> None:
-    def named(version: Json | None) -> int | None:
-        return None if version is None else ids.get(version["uid"])
-
     rows = [
         {
-            "number": said["operation"],
-            "kind": said["kind"],
-            "target": said["target"],
-            "old": named(said["old"]),
-            "new": named(said["new"]),
-            "author": said["author"],
-            "created_at": datetime.fromisoformat(said["created_at"]),
-            "detail": said["detail"],
+            "number": entry["operation"],
+            **{name: entry[name] for name in ("kind", "target", "author", "detail")},
+            **{name: entry[name] and ids.get(entry[name]["uid"]) for name in ("old", "new")},
+            "created_at": datetime.fromisoformat(entry["created_at"]),
         }
-        for said in operations
+        for entry in operations
     ]
     if rows:
         connection.execute(insert(tables.operation), rows)
@@ -217,7 +204,7 @@ def _write_operations(
 
 
 def _write_packs(connection: Connection, state: _State, ids: Mapping[str, int]) -> None:
-    """Insert the packs that the journal tells of."""
+    """Insert the packs that the journal names."""
     rows = [
         {
             "key": key,
@@ -235,9 +222,9 @@ def _write_packs(connection: Connection, state: _State, ids: Mapping[str, int]) 
 def _fill(
     connection: Connection, uid: str, contents: Contents, state: _State, ids: Mapping[str, int]
 ) -> bool:
-    """Give a version its entries and chunks, and tell whether that was possible.
+    """Write the entries and chunks of a version from its manifest; return whether that worked.
 
-    One that was forgotten stays unseen: an undo may bring it back.
+    A forgotten version stays expired: an undo may bring it back.
     """
     content, version = contents.content(uid), ids[uid]
     if content is None:
@@ -248,16 +235,16 @@ def _fill(
     moved = needed.keys() & state.condemned.keys()
     try:
         with connection.begin_nested():
-            if moved:  # the chunks did, and the crash came before the manifest
+            if moved:  # a crash came after the chunks moved, and before the manifest was written
                 connection.execute(
                     update(_pack)
                     .where(_pack.c.key.in_(wanted_names(connection, moved)))
                     .values(status="live", condemned_at=None)
                 )
-            # What a sound manifest names is the version's, whatever became of the operation that
-            # aware of it. The rows of all other packs are there, those of expired versions too.
-            untold = {key: needed[key] for key in needed if key not in state.packs}
-            _write_untold(connection, untold, version, contents, ids)
+            # An intact manifest is right about the packs of its version, even if the operation that
+            # added them is lost. All other packs have a row, those of expired versions too.
+            unnamed = {key: needed[key] for key in needed if key not in state.packs}
+            _write_unnamed(connection, unnamed, version, contents, ids)
             write_content(connection, version, replace(content, packs=()))
             connection.execute(
                 update(_version)
@@ -266,28 +253,28 @@ def _fill(
                     **({} if uid in state.expired else {"status": "committed", "expired_at": None}),
                     plan=write_plan(connection, content.plan),
                     planner_data=content.planner_data,
-                    # Another manifest may know of a place that chunks moved to since.
+                    # Its chunks may lie in packs that only another, newer manifest names.
                     stale=None if needed.keys() <= _packs_of(connection, version) else new_mark(),
                 )
             )
     except ConflictError as error:
         contents.lose(uid, str(error))
         return False
-    state.packs |= {key: (nbytes, uid) for key, nbytes in untold.items()}
+    state.packs |= {key: (nbytes, uid) for key, nbytes in unnamed.items()}
     return True
 
 
-def _write_untold(
+def _write_unnamed(
     connection: Connection,
     needed: Mapping[str, int],
     version: int,
     contents: Contents,
     ids: Mapping[str, int],
 ) -> None:
-    """Insert packs that no operation tells of, of which so many bytes are needed.
+    """Insert packs that no operation names, and of which so many bytes are `needed`.
 
     Raises:
-        ConflictError: the data folder does not hold so much of one.
+        ConflictError: the data folder does not hold so many bytes of one.
     """
     rows = []
     for key, nbytes in needed.items():
@@ -295,8 +282,8 @@ def _write_untold(
         if size is None or size < nbytes:
             held = "nothing" if size is None else f"{size} bytes"
             raise ConflictError(
-                f"it names {nbytes} bytes of {key}, of which no operation tells, and the data "
-                f"folder holds {held} of it; restore it from a copy and rebuild again"
+                f"it needs {nbytes} bytes of {key}, which no operation names, and the data folder "
+                f"holds {held} of it; restore it from a copy and rebuild again"
             )
         owner = ids.get(key.split("/")[1], version)
         rows.append({"key": key, "nbytes": size, "version": owner, "status": "live"})
@@ -305,7 +292,7 @@ def _write_untold(
 
 
 def _packs_of(connection: Connection, version: int) -> set[str]:
-    """Return the keys of the packs in which chunks of a version lie."""
+    """Return the keys of the packs that hold chunks of a version."""
     chunk, entry = tables.chunk, tables.entry
     return set(
         connection.scalars(
@@ -319,10 +306,10 @@ def _packs_of(connection: Connection, version: int) -> set[str]:
 
 
 def _write_refs(
-    connection: Connection, state: _State, ids: Mapping[str, int], lost: list[str]
+    connection: Connection, state: _State, ids: Mapping[str, int], lost: Collection[str]
 ) -> dict[str, str]:
-    """Insert the refs and return them; a branch whose tip is lost goes back to what is left."""
-    there: dict[str, str] = {}
+    """Insert the refs and return them; a branch whose tip is lost goes back to an ancestor."""
+    written: dict[str, str] = {}
     for name, uid in state.refs.items():
         kind = state.kinds.get(name, "branch")
         found: str | None = uid
@@ -330,30 +317,18 @@ def _write_refs(
             found = _parent(state, found) if kind == "branch" else None
         if found is None or found not in ids:
             continue
-        there[name] = found
+        written[name] = found
         connection.execute(insert(tables.ref).values(name=name, kind=kind, version=ids[found]))
-    return there
+    return written
 
 
 def _parent(state: _State, uid: str) -> str | None:
-    """Return the parent, an earlier version: a journal might say anything, and lead in a circle."""
+    """Return the parent if it is an earlier version: a damaged journal could lead in a circle."""
     fact = state.facts.get(uid)
     parent = None if fact is None else state.facts.get(fact["parent"])
     if fact is None or parent is None or parent["number"] >= fact["number"]:
         return None
     return str(parent["uid"])
-
-
-def _record_loss(connection: Connection, ids: list[int], numbers: list[int]) -> None:
-    """Record that versions were left out, so that the next rebuild leaves them out too."""
-    uids = connection.scalars(
-        select(_version.c.uid).where(_version.c.id.in_(ids)).order_by(_version.c.number)
-    ).all()
-    target = ",".join(f"v{number}" for number in sorted(numbers))
-    change = Change("expire", target, None, None, {"versions": list(uids), "rules": {"lost": True}})
-    append_operations(
-        connection, take_operations(connection), [change], author="", at=datetime.now(UTC)
-    )
 
 
 def _record_undone(
@@ -363,27 +338,27 @@ def _record_undone(
     ids: Mapping[str, int],
     refs: Mapping[str, str],
 ) -> None:
-    """Record what did not leave its ref where the next operation, or the rebuild, has it: undone.
+    """Record as undone the operations that did not leave a ref where it is, or was next.
 
-    So an undo, which takes back one operation after another, goes on from where each ref is.
+    An undo reverts one operation after another, and so goes on from where each ref is now.
     """
-    ref_changes = [(said, change) for said in operations for change in changed_refs(said)]
-    undone = {said["detail"]["undoes"] for said in operations if said["kind"] == "undo"}
+    ref_changes = [(entry, change) for entry in operations for change in changed_refs(entry)]
+    undone = {entry["detail"]["undoes"] for entry in operations if entry["kind"] == "undo"}
+    # Read backwards: where each ref must be after an operation, for the next one to follow from it.
     wanted: dict[str, str | None] = {
         change.name: refs.get(change.name) for _, change in ref_changes
     }
     here: dict[str, str | None] = dict(state.refs)
     changes = []
-    for said, (name, _, *ends) in reversed(ref_changes):
-        if said["kind"] == "undo" or said["operation"] in undone:
+    for entry, (name, _, *ends) in reversed(ref_changes):
+        if entry["kind"] == "undo" or entry["operation"] in undone:
             continue
         old, new = (None if end is None else end["uid"] for end in ends)
         if new == wanted[name]:
             wanted[name] = old
             continue
         from_, to = (None if u is None else ids.get(u) for u in (here.get(name), refs.get(name)))
-        changes.append(Change("undo", name, from_, to, {"undoes": said["operation"]}))
+        changes.append(Change("undo", name, from_, to, {"undoes": entry["operation"]}))
         here[name] = refs.get(name)
     if changes:
-        first = take_operations(connection, len(changes))
-        append_operations(connection, first, changes, author="", at=datetime.now(UTC))
+        record(connection, *changes, author="")

@@ -1,7 +1,7 @@
-"""What the repository holds already, for a save to reuse.
+"""Deduplication: the chunks and tensors that the repository holds already, for a save to reuse.
 
-Never names anything in a condemned pack, for its bytes may be gone tomorrow (invariant 5), nor in a
-damaged one, so that saving a content again heals it.
+Invariant: nothing in a condemned pack is returned, for its bytes may be deleted soon (invariant 5),
+and nothing in a damaged one, so that saving a content again repairs it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ __all__ = ["find_chunks", "find_encoded", "find_tensors", "known_tensors"]
 def find_chunks(
     connection: Connection, digests: Collection[bytes], codec: str | None = None
 ) -> dict[bytes, ChunkPlace]:
-    """Return where chunks of these digests lie, encoded with `codec`, or any; one place each."""
+    """Return one place of each stored chunk, by digest; encoded with `codec`, or with any."""
     if not digests:
         return {}
     chunk, tensor, pack = tables.chunk, tables.tensor, tables.pack
     wanted = wanted_digests(connection, digests)
-    # One content may lie in as many tensors as there are versions: take the first that serves, from
-    # the index, and never look at the others. Nested like this, neither database can turn it round
-    # and begin with every tensor, or every pack; a subquery gives one value, hence the text.
-    has_codec = select(tensor.c.codec).where(tensor.c.id == chunk.c.tensor).scalar_subquery()
-    serves = [] if codec is None else [has_codec == codec]
+    # One chunk may belong to as many tensors as there are versions. Take the first that fits from
+    # the index, and do not read the others. Nested like this, neither database can change the order
+    # and begin with all tensors, or all packs. A scalar subquery has one column, so the three
+    # values are joined to a text.
+    chunk_codec = select(tensor.c.codec).where(tensor.c.id == chunk.c.tensor).scalar_subquery()
+    has_codec = [] if codec is None else [chunk_codec == codec]
     status = (
         select(pack.c.status)
         .where(pack.c.id == chunk.c.pack, pack.c.damage.is_(None))
@@ -41,7 +42,7 @@ def find_chunks(
     key = select(pack.c.key).where(pack.c.id == chunk.c.pack).scalar_subquery()
     place = (
         select(cast(chunk.c.offset, Text) + ":" + cast(chunk.c.length, Text) + ":" + key)
-        .where(chunk.c.digest == wanted.c.digest, status == "live", *serves)
+        .where(chunk.c.digest == wanted.c.digest, status == "live", *has_codec)
         .order_by(chunk.c.tensor)
         .limit(1)
         .correlate(wanted)
@@ -68,7 +69,10 @@ def find_encoded(connection: Connection, keys: Collection[ChunkKey]) -> dict[Chu
 
 
 def known_tensors(connection: Connection, digests: Collection[str]) -> dict[str, tuple[int, bool]]:
-    """Return the tensors of these very digests: id, and whether all its packs are live."""
+    """Return tensors by digest: the id, and whether all their packs are live and intact.
+
+    Aliases are not looked up.
+    """
     if not digests:
         return {}
     tensor = tables.tensor
@@ -82,7 +86,7 @@ def known_tensors(connection: Connection, digests: Collection[str]) -> dict[str,
 
 @reads
 def find_tensors(connection: Connection, digests: Collection[str]) -> dict[str, TensorRecord]:
-    """Return the tensors of these contents, cut so or otherwise, that lie whole in live packs."""
+    """Return the tensors of these digests or aliases whose packs are all live and intact."""
     if not digests:
         return {}
     tensor, alias = tables.tensor, tables.alias
@@ -95,7 +99,7 @@ def find_tensors(connection: Connection, digests: Collection[str]) -> dict[str, 
         .where(alias.c.digest.in_(wanted), live)
     )
     ids: dict[str, int] = dict(connection.execute(other).all())
-    ids |= dict(connection.execute(own).all())
+    ids |= dict(connection.execute(own).all())  # second: a tensor goes before an alias
     if not ids:
         return {}
     tensors = load_tensors(connection, wanted_ids(connection, set(ids.values())))

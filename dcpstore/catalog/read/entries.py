@@ -1,7 +1,7 @@
-"""What committed versions hold: entries, tensors with their parts, chunks and plans.
+"""The contents of committed versions: entries, tensors with their parts, chunks and plans.
 
-The number of queries does not depend on the size or number of what is read. Two versions are
-compared by their tensors, and tensors by the digests of their chunks.
+Invariant: the number of queries does not depend on the number of rows. Two versions are compared by
+their tensors, and tensors by the digests of their chunks.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def load_tensors(connection: Connection, ids: Select[Any]) -> dict[int, TensorRe
         .where(part.c.tensor.in_(ids))
         .order_by(part.c.tensor, part.c.part)
     )
-    for held, number, offsets, shape, chunk_shape in cut.all():  # quicker than one row at a time
+    for held, number, offsets, shape, chunk_shape in cut.all():  # faster than attributes of rows
         if 0 in chunk_shape or not len(offsets) == len(shape) == len(chunk_shape):
             raise CorruptionError(
                 f"the catalog is damaged: part {number} of tensor {held} has chunks of "
@@ -91,8 +91,8 @@ def load_tensors(connection: Connection, ids: Select[Any]) -> dict[int, TensorRe
     for record in found.values():
         if any(len(part.shape) != len(record.shape) for part in record.parts):
             raise CorruptionError(
-                f"the catalog is damaged: tensor {record.id} has the shape {record.shape}, and its "
-                "parts another number of dimensions; restore it from a backup, or with "
+                f"the catalog is damaged: tensor {record.id} has the shape {record.shape}, and a "
+                "part of it has another number of dimensions; restore it from a backup, or with "
                 "'dcpstore rebuild'."
             )
     return found
@@ -105,7 +105,8 @@ def load_entries(
     """Return the entries of a version, or those of `fqns`, sorted by FQN.
 
     Raises:
-        NotFoundError: there is no such version, or it lacks some of `fqns`; names all of them.
+        NotFoundError: there is no such version, or it lacks some of `fqns`; the message has the
+            first of them, with the nearest names.
     """
     version_id = id_of_number(connection, version)
     entry = tables.entry
@@ -120,13 +121,13 @@ def load_entries(
         for fqn, path, kind, held, value in rows.all()
     ]
     if fqns is not None and (missing := set(fqns) - {record.fqn for record in found}):
-        raise _missing(connection, version_id, version, missing)
+        raise _missing_error(connection, version_id, version, missing)
     return found
 
 
 @reads
 def load_chunks(connection: Connection, wanted: Sequence[ChunkRange]) -> list[StoredChunk]:
-    """Return the chunks of these ranges, each once, in the order in which they lie in the packs."""
+    """Return the chunks of these ranges, each once, in the order in which packs hold them."""
     ranges = _merged(wanted)
     if not ranges:
         return []
@@ -176,15 +177,15 @@ def load_whole_tensors(
     for tensor in tensors:
         if len(found[tensor.id]) != sum(grid.size for grid in tensor.parts):
             raise ConflictError(
-                f"gc deleted the tensor {tensor.digest} while it was being reused; save or copy "
-                "again."
+                f"gc deleted the tensor {tensor.digest} while it was being reused. Save again, or "
+                "copy again."
             )
     return [NewTensor.of(tensor, sorted(found[tensor.id])) for tensor in tensors]
 
 
 @reads
 def load_planner_data(connection: Connection, version: int) -> str | None:
-    """Return what a custom planner kept with a version, as typed JSON."""
+    """Return the data that a custom planner stored with a version, as typed JSON."""
     text = connection.scalar(
         select(tables.version.c.planner_data).where(
             tables.version.c.id == id_of_number(connection, version)
@@ -213,13 +214,14 @@ def load_plan(connection: Connection, version: int) -> PlanRecord:
 
 
 def _narrowed(query: Select[Any], wanted: Select[Any] | None) -> Select[Any]:
-    """Return a query of entries for the wanted FQNs only."""
+    """Return a query of entries, restricted to the wanted FQNs."""
     return query if wanted is None else query.where(tables.entry.c.fqn.in_(wanted))
 
 
-def _missing(
+def _missing_error(
     connection: Connection, version_id: int, version: int, missing: set[str]
 ) -> NotFoundError:
+    """Return the error for FQNs that a version lacks."""
     entry = tables.entry
     known = connection.scalars(select(entry.c.fqn).where(entry.c.version == version_id)).all()
     lines = []
@@ -237,20 +239,19 @@ def _missing(
 
 
 def _merged(ranges: Sequence[ChunkRange]) -> list[ChunkRange]:
-    """Return ranges that hold the same chunks, none of them twice."""
+    """Return ranges of the same chunks that do not overlap, sorted."""
     merged: list[ChunkRange] = []
     for tensor_id, part, first, last in sorted(ranges):
-        if merged:
-            before = merged[-1]
-            if (before.tensor_id, before.part) == (tensor_id, part) and first <= before.last + 1:
-                merged[-1] = before._replace(last=max(before.last, last))
-                continue
-        merged.append(ChunkRange(tensor_id, part, first, last))
+        before = merged[-1] if merged else None
+        if before and before[:2] == (tensor_id, part) and first <= before.last + 1:
+            merged[-1] = before._replace(last=max(before.last, last))
+        else:
+            merged.append(ChunkRange(tensor_id, part, first, last))
     return merged
 
 
 class SharedChunk(NamedTuple):
-    """A chunk that two tensors hold at the same place."""
+    """A chunk that two tensors, given by id, hold at the same place."""
 
     old: int
     new: int
@@ -263,12 +264,12 @@ def load_both(
     connection: Connection, old: int, new: int
 ) -> tuple[list[EntryRecord], list[EntryRecord]]:
     """Return the entries of two versions, as of one moment."""
-    return load_entries(connection, old, None), load_entries(connection, new, None)
+    return load_entries(connection, old), load_entries(connection, new)
 
 
 @reads
 def shared_chunks(connection: Connection, pairs: Sequence[Pair]) -> list[SharedChunk]:
-    """Return the chunks that each pair has in common, at the same place."""
+    """Return the chunks that the tensors of each pair have in common at the same place."""
     if not pairs:
         return []
     look_up_each(connection)

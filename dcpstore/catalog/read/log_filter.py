@@ -1,4 +1,4 @@
-"""Which versions a log lists, as conditions in SQL; and which version is best by a metric."""
+"""The log: which versions it lists, by conditions in SQL, and which is best by a metric."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from sqlalchemy import (
     Connection,
     Select,
     Text,
-    cast,
     exists,
     func,
     select,
@@ -23,7 +22,13 @@ from sqlalchemy import (
 )
 
 from dcpstore.catalog.db.transactions import reads
-from dcpstore.catalog.read.versions import ancestors, id_of_number, is_visible, load_versions
+from dcpstore.catalog.read.versions import (
+    ancestors,
+    id_of_number,
+    is_visible,
+    load_version,
+    load_versions,
+)
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import check_labels, check_limit, check_steps, check_text
 from dcpstore.core.durations import in_utc
@@ -31,7 +36,7 @@ from dcpstore.core.syntax import NAME_CHARACTERS
 from dcpstore.errors import InvalidInputError, NotFoundError
 from dcpstore.records import Version
 
-__all__ = ["LogFilter", "best_version", "filtered", "list_log"]
+__all__ = ["LogFilter", "best_version", "list_log"]
 
 _version, _metric, _ref = tables.version, tables.metric, tables.ref
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -49,14 +54,14 @@ _GLOB = re.compile(f"[*?{NAME_CHARACTERS}]+")
 
 @dataclass(frozen=True, slots=True)
 class LogFilter:
-    """What a version must be to be listed; all that is given must hold.
+    """Conditions on the versions of a log; a listed version meets all that are given.
 
     Args:
         where: comparisons of metrics, such as "val_loss<2.5".
         steps: the first and the last step, either of them None for no end.
         since, until: when it was saved, both included.
-        labels: what its labels say.
-        tag: a name that a tag of it has, in which * and ? are wild.
+        labels: labels that it has, with these texts.
+        tag: a pattern that one of its tags matches, with the wildcards * and ?.
         branch: the branch on which it was saved.
     """
 
@@ -69,28 +74,17 @@ class LogFilter:
     branch: str | None = None
 
 
-def filtered(connection: Connection, ids: Select[Any] | None, wanted: LogFilter) -> Select[Any]:
-    """Return a query of the ids of those versions that are `wanted`, of all or of `ids`.
-
-    Raises:
-        InvalidInputError: a comparison, name or pattern is invalid.
-        NotFoundError: no version has such a metric, or was saved on such a branch.
-    """
-    query = select(_version.c.id).where(*_conditions(connection, wanted))
-    return query if ids is None else query.where(_version.c.id.in_(ids))
-
-
 @reads
 def best_version(
     connection: Connection, name: str, *, mode: Literal["min", "max"], branch: str | None
 ) -> Version:
-    """Return the version with the least or the greatest value of a metric, the earliest of equals.
+    """Return the version with the smallest or largest value of a metric; of equals the earliest.
 
     Raises:
         NotFoundError: no version (of the branch) has the metric as a number.
     """
     if mode not in ("min", "max"):
-        raise InvalidInputError(f"mode {mode!r} is neither 'min' nor 'max'.")
+        raise InvalidInputError(f"mode {mode!r} is neither 'min' nor 'max'; give one of them.")
     check_text(name, what="metric name")
     value = _metric.c.value
     query = (
@@ -107,10 +101,7 @@ def best_version(
         _check_metric(connection, name)
         where = "" if branch is None else f" on branch {branch!r}"
         raise NotFoundError(f"no version{where} has a number for the metric {name!r}.")
-    (version,) = load_versions(
-        connection, select(_version.c.id).where(_version.c.id == found), limit=1
-    )
-    return version
+    return load_version(connection, found)
 
 
 def _conditions(connection: Connection, wanted: LogFilter) -> Iterator[ColumnElement[bool]]:
@@ -143,8 +134,8 @@ def _compares(connection: Connection, text: str) -> ColumnElement[bool]:
         value = None
     if match is None or value is None or match["sign"] not in _OPERATORS:
         raise InvalidInputError(
-            f"{text!r} compares no metric; write a name, one of < <= > >= = !=, and a number, "
-            "as in 'val_loss<2.5'."
+            f"{text!r} is not a comparison of a metric; write a name, one of < <= > >= = !=, and a "
+            "number, as in 'val_loss<2.5'."
         )
     name = match["name"]
     check_text(name, what="metric name")
@@ -157,12 +148,12 @@ def _compares(connection: Connection, text: str) -> ColumnElement[bool]:
 
 
 def _check_metric(connection: Connection, name: str) -> None:
-    """Raise NotFoundError for a metric that no version has."""
+    """Raise NotFoundError for a metric that no version has; the message has the nearest names."""
     names = select(_metric.c.name).join(_version, _version.c.id == _metric.c.version)
     names = names.where(is_visible())
     if connection.scalar(names.where(_metric.c.name == name).limit(1)) is None:
         known = connection.scalars(names.distinct()).all()
-        others = f"There are: {', '.join(sorted(known))}." if known else "No version has any."
+        others = f"Known: {', '.join(sorted(known))}." if known else "No version has a metric."
         raise NotFoundError.near("metric", name, known, others)
 
 
@@ -171,21 +162,21 @@ def _has_label(connection: Connection, name: str, text: str) -> ColumnElement[bo
     if connection.dialect.name == "sqlite":
         each = func.json_each(labels).table_valued("key", "value", name="label")
         return select(1).select_from(each).where(each.c.key == name, each.c.value == text).exists()
-    return func.json_extract_path_text(cast(labels, JSON), name) == text
+    return func.json_extract_path_text(labels.cast(JSON), name) == text
 
 
 def _has_tag(connection: Connection, glob: str) -> ColumnElement[bool]:
     if not _GLOB.fullmatch(glob):
         raise InvalidInputError(
-            f"{glob!r} names no tags; write a tag, in which * stands for any characters and ? for "
-            "one."
+            f"{glob!r} is not a pattern of tags; write a tag, in which * stands for any characters "
+            "and ? for one."
         )
     if connection.dialect.name == "sqlite":
-        fits = _ref.c.name.op("GLOB")(glob)
+        matches = _ref.c.name.op("GLOB")(glob)
     else:
-        wild = re.escape(glob).replace(r"\*", ".*").replace(r"\?", ".")
-        fits = _ref.c.name.op("~")(f"^{wild}$")
-    return exists().where(_ref.c.version == _version.c.id, _ref.c.kind == "tag", fits)
+        pattern = re.escape(glob).replace(r"\*", ".*").replace(r"\?", ".")
+        matches = _ref.c.name.op("~")(f"^{pattern}$")
+    return exists().where(_ref.c.version == _version.c.id, _ref.c.kind == "tag", matches)
 
 
 def _on_branch(connection: Connection, branch: str) -> ColumnElement[bool]:
@@ -205,10 +196,17 @@ def list_log(
     limit: int | None = None,
     wanted: LogFilter | None = None,
 ) -> list[Version]:
-    """Return versions, newest first: all, or `start` and its ancestors; those `wanted` only.
+    """Return versions, newest first: all, or `start` and its ancestors.
+
+    Args:
+        connection: to the catalog.
+        start: the number of a version.
+        limit: return at most so many.
+        wanted: return only versions that meet these conditions.
 
     Raises:
-        InvalidInputError: `limit` is not a number of rows, or `wanted` is invalid.
+        InvalidInputError: `limit` is not a number of rows, or a condition of `wanted` is invalid.
+        NotFoundError: there is no version `start`; or none has a metric or branch of `wanted`.
     """
     check_limit(limit)
     if limit == 0:
@@ -217,12 +215,14 @@ def list_log(
     if start is not None:
         first = id_of_number(connection, start)
         if limit is not None and wanted is None:
+            # Usually the nearest ancestors are enough, and the rest need not be visited.
             near = select(ancestors(first, most=limit - 1).c.id)
             found = load_versions(connection, near, limit=limit)
             if len(found) == limit:
                 return found
-            # Some of so few were expired, or there are no more.
+            # Some of them were expired, or there are no more.
         ids = select(ancestors(first).c.id)
     if wanted is not None:
-        ids = filtered(connection, ids, wanted)
+        query = select(_version.c.id).where(*_conditions(connection, wanted))
+        ids = query if ids is None else query.where(_version.c.id.in_(ids))
     return load_versions(connection, ids, limit=limit)

@@ -1,4 +1,4 @@
-"""What a ref means: one name has one meaning, and a ref resolves to one version."""
+"""What a ref means: a name is a branch or a tag, never both, and a ref names one version."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dcpstore.catalog.read.versions import (
     ancestor_at,
     ancestors,
     depth_of,
-    gone,
+    expired_error,
     id_of_number,
     is_ancestor,
     is_visible,
-    load_versions,
+    load_version,
 )
 from dcpstore.catalog.schema import tables
 from dcpstore.core.syntax import Ref, parse_ref
@@ -55,7 +55,7 @@ def resolve(connection: Connection, ref: str | int | None) -> Version:
 
     Raises:
         InvalidInputError: `ref` breaks the grammar.
-        NotFoundError: nothing is called so, or the walk leaves the history.
+        NotFoundError: there is no such version, name or uid, or it has too few ancestors.
     """
     parsed = Ref(name=DEFAULT_BRANCH) if ref is None else parse_ref(ref)
     found = _start(connection, parsed)
@@ -63,19 +63,13 @@ def resolve(connection: Connection, ref: str | int | None) -> Version:
         found = _up(connection, found, parsed)
     if parsed.step is not None:
         found = _at_step(connection, found, parsed)
-    versions = load_versions(
-        connection, select(tables.version.c.id).where(tables.version.c.id == found), limit=1
-    )
-    if not versions:  # the walk up ended at one whose row alone is kept
-        version = tables.version
-        raise gone(
-            *connection.execute(
-                select(version.c.number, version.c.expired_at, version.c.plan).where(
-                    version.c.id == found
-                )
-            ).one()
-        )
-    return versions[0]
+    version = tables.version
+    number, expired_at, plan = connection.execute(
+        select(version.c.number, version.c.expired_at, version.c.plan).where(version.c.id == found)
+    ).one()
+    if expired_at is not None:  # `~n` led to an ancestor of which only the row is kept
+        raise expired_error(number, expired_at, plan)
+    return load_version(connection, found)
 
 
 @reads
@@ -83,11 +77,11 @@ def find_refs(connection: Connection, names: Collection[str]) -> dict[str, RefRo
     """Return the branches and tags of these names, by name.
 
     Raises:
-        InvalidInputError: a name is no text.
+        InvalidInputError: a name is not text.
     """
     for name in names:
         if not isinstance(name, str):
-            raise InvalidInputError(f"{name!r} names no branch or tag; give its name, a text.")
+            raise InvalidInputError(f"{name!r} is not the name of a branch or tag; give a string.")
     wanted = wanted_names(connection, names)
     rows = connection.execute(_rows().where(tables.ref.c.name.in_(wanted)))
     return {row.name: RefRow(*row) for row in rows}
@@ -97,7 +91,7 @@ def find_ref(connection: Connection, name: str, kind: RefKind) -> RefRow:
     """Return a ref of one kind.
 
     Raises:
-        NotFoundError: there is none; names the nearest.
+        NotFoundError: there is none; the message has the nearest names.
     """
     found = find_refs(connection, [name]).get(name)
     if found is not None and found.kind == kind:
@@ -119,21 +113,22 @@ def list_refs(connection: Connection, kind: RefKind | None = None) -> list[RefRe
 
 
 def refs_of(connection: Connection, versions: Select[Any]) -> list[RefRow]:
-    """Return the refs that name versions, whose ids a query yields, sorted by name."""
+    """Return the refs of the versions whose ids a query returns, sorted by name."""
     query = _rows().where(tables.ref.c.version.in_(versions)).order_by(tables.ref.c.name)
     return [RefRow(*row) for row in connection.execute(query)]
 
 
 def _find_uid(connection: Connection, prefix: str) -> int | None:
-    """Return the id of the version whose uid begins with these lower-case hex digits, if one does.
+    """Return the id of the version whose uid begins with these lower-case hex digits, or None.
 
     Raises:
-        InvalidInputError: several do; lists them.
+        InvalidInputError: several do; the message lists them.
         NotFoundError: it was expired.
     """
     version = tables.version
     rows = connection.execute(
         select(version.c.id, version.c.uid, version.c.number, version.c.expired_at, version.c.plan)
+        # "g" sorts after every hex digit; a range uses the index, which LIKE does not.
         .where(version.c.uid >= prefix, version.c.uid < prefix + "g", version.c.number.is_not(None))
         .order_by(version.c.uid)
         .limit(_SHOWN + 1)
@@ -146,7 +141,7 @@ def _find_uid(connection: Connection, prefix: str) -> int | None:
             "Write more of its digits."
         )
     if rows and rows[0].expired_at is not None:
-        raise gone(rows[0].number, rows[0].expired_at, rows[0].plan)
+        raise expired_error(rows[0].number, rows[0].expired_at, rows[0].plan)
     return rows[0].id if rows else None
 
 
@@ -159,13 +154,12 @@ def _rows() -> Select[Any]:
 
 def _start(connection: Connection, ref: Ref) -> int:
     """Return the id of the version where a ref begins."""
-    by_uid = None
     if ref.name is not None and (found := find_refs(connection, [ref.name]).get(ref.name)):
         return found.id
     if ref.uid is not None and not _is_number(connection, ref.number):
         by_uid = _find_uid(connection, ref.uid)
-    if by_uid is not None:
-        return by_uid
+        if by_uid is not None:
+            return by_uid
     if ref.number is not None:
         return id_of_number(connection, ref.number)
     if ref.name is None:
@@ -176,7 +170,7 @@ def _start(connection: Connection, ref: Ref) -> int:
     if not known and connection.scalar(select(exists().where(is_visible()))):
         raise NotFoundError(
             f"no branch or tag {ref.name!r}: the repository has versions, but none has a name. See "
-            "'dcpstore log' for their numbers, and begin a branch with 'dcpstore branch --at'."
+            "'dcpstore log' for their numbers, and create a branch with 'dcpstore branch --at'."
         )
     if not known:
         raise NotFoundError(
@@ -188,6 +182,7 @@ def _start(connection: Connection, ref: Ref) -> int:
 
 
 def _is_number(connection: Connection, number: int | None) -> bool:
+    """Tell whether a version has or had this number, which then comes before a uid."""
     version = tables.version
     return number is not None and bool(
         connection.scalar(select(exists().where(version.c.number == number)))
@@ -195,6 +190,7 @@ def _is_number(connection: Connection, number: int | None) -> bool:
 
 
 def _up(connection: Connection, start: int, ref: Ref) -> int:
+    """Return the id of the ancestor that `~n` means."""
     depth = depth_of(connection, start)
     if depth < ref.up:
         noun = "ancestor" if depth == 1 else "ancestors"
@@ -206,8 +202,10 @@ def _up(connection: Connection, start: int, ref: Ref) -> int:
 
 
 def _at_step(connection: Connection, start: int, ref: Ref) -> int:
+    """Return the id of the newest version with the wanted step among `start` and its ancestors."""
     version = tables.version
-    # Of one line of history, the newest has the greatest number; most steps are there once.
+    # The newest of one line of history has the greatest number. Most steps occur once, so this
+    # checks one or two candidates.
     candidates = connection.scalars(
         select(version.c.id)
         .where(version.c.step == ref.step, is_visible())
@@ -217,16 +215,15 @@ def _at_step(connection: Connection, start: int, ref: Ref) -> int:
         if is_ancestor(connection, candidate, of=start):
             return int(candidate)
     up = ancestors(start)
-    steps = {
-        step
-        for step in connection.scalars(
-            select(version.c.step).join(up, up.c.id == version.c.id).where(is_visible())
-        )
-        if step is not None
-    }
+    steps = connection.scalars(
+        select(version.c.step)
+        .join(up, up.c.id == version.c.id)
+        .where(is_visible(), version.c.step.is_not(None))
+        .distinct()
+    )
     near = sorted(steps, key=lambda step: abs(step - (ref.step or 0)))[:3]
-    there = f"The nearest steps are {', '.join(map(str, sorted(near)))}." if near else ""
+    hint = f"The nearest steps are {', '.join(map(str, sorted(near)))}. " if near else ""
     raise NotFoundError(
-        f"no version {str(ref)!r}: none on the way up has step {ref.step}. {there} "
+        f"no version {str(ref)!r}: neither the start nor an ancestor has step {ref.step}. {hint}"
         "See 'dcpstore log' for the history."
     )

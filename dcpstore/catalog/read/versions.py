@@ -1,30 +1,21 @@
-"""Version rows as `Version` records, in three queries for any number, and the way to ancestors.
+"""Version rows as `Version` records, in three queries for any number, and the search for ancestors.
 
-Versions have an internal id from the moment that their save begins, and a number from the moment
-that it commits; only numbers leave the catalog.
+A version has an internal id from the moment its save begins, and a number from the moment it
+commits. Only numbers leave the catalog.
 
-Each version keeps its `depth` (how many ancestors it has) and a `jump`, an ancestor further up:
-where the last two jumps above it are equally long, it jumps over both, else to its parent. So an
+Each version stores its `depth` (how many ancestors it has) and a `jump`, an ancestor further up:
+if the two jumps before it are equally long it jumps over both, otherwise to its parent. So an
 ancestor at any depth is found in a number of rows that grows with the logarithm of the distance.
 Source: Myers, "An applicative random-access stack", Information Processing Letters 17 (1983).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import (
-    CTE,
-    BigInteger,
-    ColumnElement,
-    Connection,
-    Select,
-    and_,
-    case,
-    cast,
-    select,
-)
+from sqlalchemy import CTE, BigInteger, ColumnElement, Connection, Select, case, cast, select
 
 from dcpstore.catalog.db.key_lists import wanted_ids
 from dcpstore.catalog.schema import tables
@@ -38,12 +29,15 @@ __all__ = [
     "ancestor_at",
     "ancestors",
     "depth_of",
-    "gone",
+    "expired_error",
     "id_of_number",
     "is_ancestor",
     "is_visible",
     "lineage_below",
+    "load_version",
     "load_versions",
+    "metrics_of",
+    "names_of",
 ]
 
 _version = tables.version
@@ -52,15 +46,15 @@ INFO, STATS = columns_of(VersionInfo), columns_of(VersionStats)
 
 
 def load_versions(
-    connection: Connection, ids: Select[Any] | None, *, limit: int | None
+    connection: Connection, ids: Select[Any] | None = None, *, limit: int | None = None
 ) -> list[Version]:
-    """Return the committed versions, newest first: all, or those whose ids a query yields."""
+    """Return the committed versions, newest first: all, or those whose ids a query returns."""
     query = (
         select(
             _version.c.id,
             _version.c.number,
             _parent.c.number.label("parent"),
-            *(_version.c[name] for name in (*INFO, *STATS)),  # other columns can be long
+            *(_version.c[name] for name in (*INFO, *STATS)),  # not others, which can be long
         )
         .select_from(_version)
         .outerjoin(_parent, _parent.c.id == _version.c.parent)
@@ -80,12 +74,7 @@ def load_versions(
         .order_by(ref.c.name)
     ):
         tags.setdefault(tag.version, []).append(tag.name)
-    metrics: dict[int, dict[str, float]] = {}
-    metric = tables.metric
-    for value in connection.execute(
-        select(metric).where(metric.c.version.in_(wanted)).order_by(metric.c.version, metric.c.name)
-    ):
-        metrics.setdefault(value.version, {})[value.name] = value.value
+    metrics = metrics_of(connection, wanted)
     return [
         Version(
             number=number,
@@ -98,6 +87,33 @@ def load_versions(
     ]
 
 
+def load_version(connection: Connection, version: int) -> Version:
+    """Return the version of an id, which is committed and not expired."""
+    (found,) = load_versions(connection, select(_version.c.id).where(_version.c.id == version))
+    return found
+
+
+def metrics_of(connection: Connection, ids: Select[Any]) -> dict[int, dict[str, float]]:
+    """Return the metrics, sorted by name, of the versions whose ids a query returns; by id."""
+    metric = tables.metric
+    found: dict[int, dict[str, float]] = {}
+    for row in connection.execute(
+        select(metric).where(metric.c.version.in_(ids)).order_by(metric.c.version, metric.c.name)
+    ):
+        found.setdefault(row.version, {})[row.name] = row.value
+    return found
+
+
+def names_of(connection: Connection, ids: Collection[int]) -> dict[int | None, dict[str, Any]]:
+    """Return the uid and number of versions by id, as JSON: so the journal names them."""
+    rows = connection.execute(
+        select(_version.c.id, _version.c.uid, _version.c.number).where(
+            _version.c.id.in_(wanted_ids(connection, ids))
+        )
+    )
+    return {row.id: {"uid": row.uid, "version": row.number} for row in rows}
+
+
 def id_of_number(connection: Connection, number: int) -> int:
     """Return the id of a committed version.
 
@@ -105,13 +121,13 @@ def id_of_number(connection: Connection, number: int) -> int:
         NotFoundError: no version has that number, or it was expired.
     """
     found = connection.execute(
-        select(_version.c.id, _version.c.number, _version.c.expired_at, _version.c.plan).where(
+        select(_version.c.id, _version.c.expired_at, _version.c.plan).where(
             _version.c.number == number
         )
     ).one_or_none()
     if found is not None:
         if found.expired_at is not None:
-            raise gone(found.number, found.expired_at, found.plan)
+            raise expired_error(number, found.expired_at, found.plan)
         return int(found.id)
     newest = connection.scalar(select(tables.repository.c.last_version))
     if not newest:
@@ -124,14 +140,14 @@ def id_of_number(connection: Connection, number: int) -> int:
 def is_visible() -> ColumnElement[bool]:
     """Return the condition that a row of `version` is committed and not expired.
 
-    Said by columns that the index of numbers helps with, where `status` would lead a database to
-    another index and a sort.
+    It tests the columns for which the index of numbers is used; with `status` a database would take
+    another index, and sort.
     """
-    return and_(_version.c.number.is_not(None), _version.c.expired_at.is_(None))
+    return _version.c.number.is_not(None) & _version.c.expired_at.is_(None)
 
 
-def gone(number: int, expired_at: datetime, plan: int | None) -> NotFoundError:
-    """Return the error for a version that was expired, or that was forgotten and has a plan yet."""
+def expired_error(number: int, expired_at: datetime, plan: int | None) -> NotFoundError:
+    """Return the error for an expired version; one that still has a `plan` was forgotten."""
     when = f"{expired_at:%Y-%m-%d at %H:%M} UTC"
     if plan is not None:
         return NotFoundError(
@@ -139,13 +155,13 @@ def gone(number: int, expired_at: datetime, plan: int | None) -> NotFoundError:
             "'dcpstore undo' can bring it back; 'dcpstore ops' shows what it would undo first."
         )
     return NotFoundError(
-        f"no version v{number} any more: it was expired on {when}. See 'dcpstore log' for those "
-        "that are kept."
+        f"no version v{number} any more: it was expired on {when}. See 'dcpstore log' for the "
+        "versions that are kept."
     )
 
 
 def ancestors(start: int, *, most: int | None = None) -> CTE:
-    """Return a table (id, depth) of a version and its ancestors by parent, at `most` levels up."""
+    """Return a table (id, depth) of a version and its ancestors, `most` generations up at most."""
     up = select(cast(start, BigInteger).label("id"), cast(0, BigInteger).label("depth")).cte(
         "ancestor", recursive=True
     )
@@ -185,7 +201,7 @@ def depth_of(connection: Connection, version: int) -> int:
 
 
 def ancestor_at(connection: Connection, start: int, depth: int) -> int:
-    """Return the id of the ancestor of `start` (or itself) at a depth, which is not below it."""
+    """Return the id of the ancestor of `start` (or itself) at a depth, which is at most its own."""
     first = select(_version.c.id, _version.c.depth).where(_version.c.id == start)
     up = first.cte("up", recursive=True)
     jump = _version.alias("jump_version")
@@ -195,6 +211,7 @@ def ancestor_at(connection: Connection, start: int, depth: int) -> int:
         .select_from(up)
         .join(here, here.c.id == up.c.id)
         .outerjoin(jump, jump.c.id == here.c.jump)
+        # Take the jump unless it leads too far up.
         .join(
             above,
             above.c.id == case((jump.c.depth >= depth, jump.c.id), else_=here.c.parent),

@@ -1,28 +1,26 @@
-"""Metrics and labels that a version is given after its save: an evaluation often ends later.
+"""Metrics and labels that are added to a version after its save, by a later evaluation perhaps.
 
-They only ever come in addition: what a version says already it says for good, unless an undo takes
-back the very operation that added it.
+Invariant: they are only added. A value that a version has is never replaced, and only an undo of
+the operation that added it removes it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
-from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, delete, insert, select, update
 
 from dcpstore.catalog.db.transactions import writes
 from dcpstore.catalog.read.ref_lookup import resolve
-from dcpstore.catalog.read.versions import id_of_number, load_versions
+from dcpstore.catalog.read.versions import id_of_number, load_version
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import check_labels, check_metrics, check_text
-from dcpstore.catalog.write.operations import Change, append_operations, take_operations
+from dcpstore.catalog.write.operations import Change, lock_repository, record
 from dcpstore.errors import AlreadyExistsError
 from dcpstore.records import Version
 
-__all__ = ["add_labels", "add_metrics", "revert_labels", "revert_metrics"]
+__all__ = ["add_labels", "add_metrics", "insert_metrics", "revert_labels", "revert_metrics"]
 
 _version, _metric = tables.version, tables.metric
 T = TypeVar("T", float, str)
@@ -35,20 +33,17 @@ def add_metrics(
     """Add metrics to a version; return it as it is now.
 
     Raises:
-        InvalidInputError: a name or value that cannot be kept.
-        AlreadyExistsError: a metric is there with another value.
+        InvalidInputError: a database cannot store a name or a value.
+        AlreadyExistsError: the version has a metric already, with another value.
     """
     check_metrics(metrics)
-    take_operations(connection, 0)
+    lock_repository(connection)
     version = resolve(connection, ref)
     new = _new(version, "metric", version.metrics, {k: float(v) for k, v in metrics.items()})
     if not new:
         return version
     target = id_of_number(connection, version.number)
-    connection.execute(
-        insert(_metric),
-        [{"version": target, "name": name, "value": value} for name, value in new.items()],
-    )
+    insert_metrics(connection, target, new)
     return _record(connection, target, "metrics", new, author=author)
 
 
@@ -59,20 +54,27 @@ def add_labels(
     """Add labels to a version; return it as it is now.
 
     Raises:
-        InvalidInputError: a name or value that cannot be kept.
-        AlreadyExistsError: a label is there with another value.
+        InvalidInputError: a database cannot store a name or a text.
+        AlreadyExistsError: the version has a label already, with another text.
     """
     check_labels(labels)
-    take_operations(connection, 0)
+    lock_repository(connection)
     version = resolve(connection, ref)
     new = _new(version, "label", version.labels, labels)
     if not new:
         return version
     target = id_of_number(connection, version.number)
-    connection.execute(
-        update(_version).where(_version.c.id == target).values(labels={**version.labels, **new})
-    )
+    _set_labels(connection, target, {**version.labels, **new})
     return _record(connection, target, "labels", new, author=author)
+
+
+def insert_metrics(connection: Connection, version: int, metrics: Mapping[str, float]) -> None:
+    """Insert metrics of the version of an id, which has none of them yet."""
+    if metrics:
+        connection.execute(
+            insert(_metric),
+            [{"version": version, "name": k, "value": float(v)} for k, v in metrics.items()],
+        )
 
 
 def revert_metrics(connection: Connection, version: int, names: Collection[str]) -> None:
@@ -84,47 +86,39 @@ def revert_metrics(connection: Connection, version: int, names: Collection[str])
 
 def revert_labels(connection: Connection, version: int, names: Collection[str]) -> None:
     """Remove labels that were added."""
-    kept = connection.execute(
+    labels = connection.execute(
         select(_version.c.labels).where(_version.c.id == version)
     ).scalar_one()
-    connection.execute(
-        update(_version)
-        .where(_version.c.id == version)
-        .values(labels={name: text for name, text in kept.items() if name not in names})
-    )
+    kept = {name: text for name, text in labels.items() if name not in names}
+    _set_labels(connection, version, kept)
+
+
+def _set_labels(connection: Connection, version: int, labels: Mapping[str, str]) -> None:
+    connection.execute(update(_version).where(_version.c.id == version).values(labels=labels))
 
 
 def _new(
-    version: Version, what: str, there: Mapping[str, T], given: Mapping[str, T]
+    version: Version, what: str, existing: Mapping[str, T], given: Mapping[str, T]
 ) -> dict[str, T]:
-    """Return what of `given` is not there yet."""
+    """Return those of `given` that the version does not have yet."""
     for name, value in given.items():
-        if name in there and not _same(there[name], value):
+        if name in existing and not _same(existing[name], value):
             raise AlreadyExistsError(
-                f"{version} has the {what} {name!r} already: {there[name]!r}, not {value!r}. "
+                f"{version} has the {what} {name!r} already: {existing[name]!r}, not {value!r}. "
                 "Choose another name."
             )
-    return {name: value for name, value in given.items() if name not in there}
+    return {name: value for name, value in given.items() if name not in existing}
 
 
 def _same(one: float | str, other: float | str) -> bool:
-    both = (one, other)
-    return one == other or all(isinstance(v, float) and math.isnan(v) for v in both)
+    """Tell whether two values are equal; a NaN is equal to a NaN."""
+    return one == other or (one != one and other != other)  # noqa: PLR0124
 
 
 def _record(
     connection: Connection, target: int, kind: str, added: Mapping[str, Any], *, author: str
 ) -> Version:
-    """Record an addition; return the version."""
+    """Record an addition to the version of id `target`; return the version."""
     check_text(author, what="author")
-    append_operations(
-        connection,
-        take_operations(connection),
-        [Change(kind, "", None, target, {"added": list(added)})],
-        author=author,
-        at=datetime.now(UTC),
-    )
-    (version,) = load_versions(
-        connection, select(_version.c.id).where(_version.c.id == target), limit=1
-    )
-    return version
+    record(connection, Change(kind, new=target, detail={"added": list(added)}), author=author)
+    return load_version(connection, target)

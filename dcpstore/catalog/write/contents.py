@@ -1,7 +1,8 @@
 """The rows of a finished save: packs, plan, tensors with parts and chunks, entries.
 
-Runs inside the one transaction that makes a version visible, which the caller has put in line, so
-that what is known stays known. Rows go in all at once, never one query a row.
+Runs inside the transaction that makes a version visible, after the repository was locked: a tensor
+or pack that is found here cannot disappear before the commit. Invariant: the number of statements
+does not depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def write_content(connection: Connection, version: int, content: VersionContent)
     """Write the packs, tensors and entries of the version of id `version`.
 
     Raises:
-        ConflictError: what the save meant to reuse is condemned or gone.
+        ConflictError: a chunk that the save reuses is condemned or deleted.
     """
     packs = _write_packs(connection, version, content.packs)
     tensors = _write_tensors(connection, content.tensors, content.entries, packs)
@@ -42,7 +43,7 @@ def write_content(connection: Connection, version: int, content: VersionContent)
 
 
 def write_plan(connection: Connection, plan: PlanRecord) -> int:
-    """Return the id of a plan, writing its shards where its digest is new."""
+    """Return the id of a plan; if its digest is new, write it with its shards."""
     table = tables.plan
     found = connection.scalar(select(table.c.id).where(table.c.digest == plan.digest))
     if found is not None:
@@ -66,7 +67,7 @@ def write_plan(connection: Connection, plan: PlanRecord) -> int:
 def _write_packs(
     connection: Connection, version: int, packs: Sequence[PackRecord]
 ) -> dict[str, int]:
-    """Return the ids of new packs by key."""
+    """Insert the packs that a save wrote; return their ids by key."""
     if not packs:
         return {}
     table = tables.pack
@@ -86,9 +87,11 @@ def _write_tensors(
     entries: Sequence[NewEntry],
     packs: Mapping[str, int],
 ) -> dict[str, int]:
-    """Return the ids of all tensors that the entries name, by content digest."""
+    """Insert the tensors that are new; return the ids of all that the entries name, by digest."""
     given = {tensor.digest: tensor for tensor in tensors}
     named = {entry.tensor_digest for entry in entries if entry.tensor_digest is not None}
+    # Each known tensor with whether it lies in live packs. One that does not is moved, if the save
+    # brings its chunks; otherwise it is lost, like one that the save expected and that is not here.
     known = known_tensors(connection, given.keys() | named)
     new = [tensor for tensor in given.values() if tensor.digest not in known]
     moved = {
@@ -97,18 +100,18 @@ def _write_tensors(
         if tensor.digest in known and not known[tensor.digest][1] and tensor.chunks
     }
     lost = {digest for digest, (found, live) in known.items() if not live and found not in moved}
-    lost |= {tensor.digest for tensor in new if not tensor.chunks and _chunk_count(tensor)}
+    lost |= {t.digest for t in new if not t.chunks and any(part.size for part in t.parts)}
     lost |= named - known.keys() - given.keys()
     if lost:
         raise ConflictError(
-            f"{len(lost)} tensors that the save found in the repository are condemned or gone "
-            f"since (content {min(lost)}). Save again."
+            f"{len(lost)} tensors that the save found in the repository have been condemned or "
+            f"deleted since (content {min(lost)}). Save again."
         )
     ids = {digest: found for digest, (found, _) in known.items()}
     ids |= _insert_tensors(connection, new)
     _forget_places(connection, moved)
     placed = new + list(moved.values())
-    # Those of tensors that are known too: the manifest, written before this, names their places.
+    # Also for known tensors: the manifest, which was written before, names the places in `chunks`.
     packs = {**packs, **_reused_packs(connection, list(given.values()), packs)}
     insert_rows(
         connection,
@@ -172,7 +175,10 @@ def _insert_tensors(connection: Connection, tensors: Sequence[NewTensor]) -> dic
 
 
 def _forget_places(connection: Connection, moved: Mapping[int, NewTensor]) -> None:
-    """Make way for new places of tensors whose packs are condemned or damaged."""
+    """Delete the chunks of known tensors whose packs are condemned or damaged.
+
+    The save has written or found these chunks elsewhere, perhaps with another codec.
+    """
     if not moved:
         return
     mark_holders_stale(connection, moved.keys())
@@ -207,11 +213,7 @@ def _reused_packs(
     ids: dict[str, int] = dict(rows.all())
     if gone := keys - ids.keys():
         raise ConflictError(
-            f"{len(gone)} packs that the save reuses chunks of are condemned or gone since "
-            f"({min(gone)}). Save again."
+            f"{len(gone)} packs from which the save reuses chunks have been condemned or deleted "
+            f"since ({min(gone)}). Save again."
         )
     return ids
-
-
-def _chunk_count(tensor: NewTensor) -> int:
-    return sum(part.size for part in tensor.parts)

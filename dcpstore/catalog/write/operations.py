@@ -1,14 +1,14 @@
-"""The append-only record of operations, and the counters that order mutations.
+"""The append-only list of operations, and the counters that order mutations.
 
-A transaction that takes a number holds the repository's row until it ends. Every mutation takes one
-before it reads anything, so that what it reads stays true until it commits, on Postgres as on
-SQLite, and numbers have no gaps.
+A transaction that raises a counter, even by 0, locks the repository's row until it ends. Invariant:
+every mutation does so before it reads anything. So what it reads stays true until it commits, on
+Postgres as on SQLite, and numbers have no gaps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, insert, select, update
@@ -18,42 +18,48 @@ from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import check_limit
 from dcpstore.records import Operation
 
-__all__ = ["Change", "append_operations", "list_operations", "take_operations", "take_version"]
+__all__ = ["Change", "list_operations", "lock_repository", "record", "take_version"]
 
 
 class Change(NamedTuple):
-    """What one operation did to one ref; versions by id.
+    """What one operation does to one ref; `old` and `new` are ids of versions.
 
-    `detail` is JSON: what a rebuild must know of an operation that changed more than a ref.
+    `detail` is JSON: what a rebuild needs to know of an operation that changes more than a ref.
     """
 
     kind: str
-    target: str
-    old: int | None
-    new: int | None
+    target: str = ""
+    old: int | None = None
+    new: int | None = None
     detail: Mapping[str, Any] | None = None
 
 
 def take_version(connection: Connection) -> int:
-    """Return the next version number; everyone else waits until this transaction ends."""
-    return _take(connection, "last_version", 1)
+    """Return the next version number; other mutations wait until this transaction ends."""
+    return _raise_counter(connection, "last_version", 1)
 
 
-def take_operations(connection: Connection, count: int = 1) -> int:
-    """Return the first of `count` operation numbers; everyone else waits, as above."""
-    return _take(connection, "last_operation", count) - count + 1
+def lock_repository(connection: Connection) -> int:
+    """Make other mutations wait until this transaction ends; return the last operation's number."""
+    return _raise_counter(connection, "last_operation", 0)
 
 
-def append_operations(
-    connection: Connection, first: int, changes: Sequence[Change], *, author: str, at: datetime
+def record(
+    connection: Connection, *changes: Change, author: str, at: datetime | None = None
 ) -> None:
-    """Record `changes` under the numbers from `first` on, which are taken."""
+    """Record changes as operations, in their order, under the next numbers.
+
+    Args:
+        connection: in a transaction that changes what the operations say.
+        changes: one an operation.
+        author: of all of them.
+        at: when they were made; now by default.
+    """
+    first = _raise_counter(connection, "last_operation", len(changes)) - len(changes) + 1
+    common = {"author": author, "created_at": at or datetime.now(UTC)}
     connection.execute(
         insert(tables.operation),
-        [
-            {"number": first + i, "author": author, "created_at": at, **change._asdict()}
-            for i, change in enumerate(changes)
-        ],
+        [{"number": first + i, **common, **change._asdict()} for i, change in enumerate(changes)],
     )
 
 
@@ -62,7 +68,7 @@ def list_operations(connection: Connection, *, limit: int | None = None) -> list
     """Return the operations, newest first.
 
     Raises:
-        InvalidInputError: `limit` is no number of rows.
+        InvalidInputError: `limit` is not a number of rows.
     """
     check_limit(limit)
     operation = tables.operation
@@ -88,7 +94,8 @@ def list_operations(connection: Connection, *, limit: int | None = None) -> list
     ]
 
 
-def _take(connection: Connection, counter: str, count: int) -> int:
+def _raise_counter(connection: Connection, counter: str, count: int) -> int:
+    """Add to a counter of the repository's row, which locks the row; return its new value."""
     column = tables.repository.c[counter]
     return int(
         connection.execute(

@@ -1,13 +1,11 @@
-"""Branches and tags are made, moved back and removed, each by an operation that can be undone.
+"""Branches and tags: created, moved and deleted, each by an operation that can be undone.
 
-Every statement runs after the operation's number is taken, so the ref that was looked at is the ref
-that moves (compare-and-swap); what the caller expects of it is checked in the same transaction. A
-tag stays where it is until someone moves it; a branch moves in the transaction of a save.
+Every function locks the repository before it reads a ref, so the ref that was checked is the ref
+that moves (compare-and-swap). A tag stays where it is until someone moves it; a branch also moves
+in the transaction of a save.
 """
 
 from __future__ import annotations
-
-from datetime import UTC, datetime
 
 from sqlalchemy import Connection, delete, insert, update
 
@@ -16,12 +14,12 @@ from dcpstore.catalog.read.ref_lookup import RefKind, RefRow, find_ref, find_ref
 from dcpstore.catalog.read.versions import id_of_number, is_ancestor
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import check_text
-from dcpstore.catalog.write.operations import Change, append_operations, take_operations
+from dcpstore.catalog.write.operations import Change, lock_repository, record
 from dcpstore.core.syntax import check_name
 from dcpstore.errors import AlreadyExistsError, ConflictError, InvalidInputError
 from dcpstore.records import RefRecord
 
-__all__ = ["delete_ref", "make_ref", "roll_back", "taken"]
+__all__ = ["delete_ref", "make_ref", "roll_back", "taken_error"]
 
 _ref = tables.ref
 
@@ -36,43 +34,36 @@ def make_ref(
     author: str,
     move: bool = False,
 ) -> RefRecord:
-    """Name the version of number `version`; recorded as an operation.
+    """Create a branch or tag for the version of number `version`; recorded as an operation.
 
-    With `move`, a ref of this name and kind moves there; where it is there already, nothing is
-    recorded.
+    With `move`, an existing ref of this name and kind is moved; if it is at that version already,
+    nothing is recorded.
 
     Raises:
         InvalidInputError: the name breaks the grammar.
-        AlreadyExistsError: the name is taken, with `move` by a ref of the other kind.
+        AlreadyExistsError: the name is taken; with `move`, by a ref of the other kind.
         NotFoundError: there is no such version.
     """
     check_name(name, kind=kind)
     check_text(author, what="author")
-    take_operations(connection, 0)
+    lock_repository(connection)
     target = id_of_number(connection, version)
     before = find_refs(connection, [name]).get(name)
     if before is None:
-        connection.execute(insert(tables.ref).values(name=name, kind=kind, version=target))
+        connection.execute(insert(_ref).values(name=name, kind=kind, version=target))
     elif not move or before.kind != kind:
-        raise taken(before, wanted=kind)
+        raise taken_error(before, wanted=kind)
     elif before.id == target:
         return RefRecord(name, kind, version)
     else:
-        connection.execute(
-            update(tables.ref).where(tables.ref.c.name == name).values(version=target)
-        )
-    append_operations(
-        connection,
-        take_operations(connection),
-        [Change(kind, name, None if before is None else before.id, target)],
-        author=author,
-        at=datetime.now(UTC),
-    )
+        connection.execute(update(_ref).where(_ref.c.name == name).values(version=target))
+    change = Change(kind, name, None if before is None else before.id, target)
+    record(connection, change, author=author)
     return RefRecord(name, kind, version)
 
 
-def taken(existing: RefRow, *, wanted: RefKind) -> AlreadyExistsError:
-    """Return the error for a name that has a meaning already, and cannot be a `wanted` too."""
+def taken_error(existing: RefRow, *, wanted: RefKind) -> AlreadyExistsError:
+    """Return the error for a name that is taken by `existing`, so no `wanted` can have it."""
     name, kind, _, number = existing
     advice = (
         f", or move the tag with 'dcpstore tag {name} REF --move' (repo.tag(..., move=True))"
@@ -88,19 +79,18 @@ def taken(existing: RefRow, *, wanted: RefKind) -> AlreadyExistsError:
 def delete_ref(
     connection: Connection, name: str, kind: RefKind, *, expect: int | None, author: str
 ) -> RefRecord:
-    """Remove a tag or branch; return what it was.
+    """Delete a tag or branch; return it as it was.
 
     Raises:
         NotFoundError: there is no such ref of this kind.
-        ConflictError: it does not name the version of number `expect`.
+        ConflictError: it is not at the version of number `expect`.
     """
     check_text(author, what="author")
-    number = take_operations(connection)
+    lock_repository(connection)
     found = find_ref(connection, name, kind)
     _check_expected(found, expect)
     connection.execute(delete(_ref).where(_ref.c.name == name))
-    change = Change(f"delete_{kind}", name, found.id, None)
-    append_operations(connection, number, [change], author=author, at=datetime.now(UTC))
+    record(connection, Change(f"delete_{kind}", name, found.id), author=author)
     return RefRecord(name, kind, found.number)
 
 
@@ -118,11 +108,11 @@ def roll_back(
 
     Raises:
         NotFoundError: there is no such branch or version.
-        InvalidInputError: the version is no ancestor of the tip, and `force` is not given.
-        ConflictError: the tip is not the version of number `expect_tip`.
+        InvalidInputError: the version is not an ancestor of the tip, and `force` is False.
+        ConflictError: the tip is not at the version of number `expect_tip`.
     """
     check_text(author, what="author")
-    take_operations(connection, 0)
+    lock_repository(connection)
     tip = find_ref(connection, branch, "branch")
     _check_expected(tip, expect_tip)
     target = resolve(connection, ref)
@@ -131,18 +121,12 @@ def roll_back(
         return RefRecord(branch, "branch", tip.number)
     if not force and not is_ancestor(connection, target_id, of=tip.id):
         raise InvalidInputError(
-            f"v{target.number} (of branch {target.branch!r}) is no ancestor of {branch!r}, "
-            f"which is at v{tip.number}. See 'dcpstore log {branch}' for those that are, or move "
-            "it there all the same with force=True (--force)."
+            f"v{target.number} (of branch {target.branch!r}) is not an ancestor of "
+            f"{branch!r}, which is at v{tip.number}. See 'dcpstore log {branch}' for its "
+            "ancestors, or move the branch there anyway with force=True (--force)."
         )
     connection.execute(update(_ref).where(_ref.c.name == branch).values(version=target_id))
-    append_operations(
-        connection,
-        take_operations(connection),
-        [Change("rollback", branch, tip.id, target_id)],
-        author=author,
-        at=datetime.now(UTC),
-    )
+    record(connection, Change("rollback", branch, tip.id, target_id), author=author)
     return RefRecord(branch, "branch", target.number)
 
 
@@ -150,5 +134,5 @@ def _check_expected(found: RefRow, expect: int | None) -> None:
     if expect is not None and found.number != expect:
         raise ConflictError(
             f"the {found.kind} {found.name!r} is at v{found.number}, not at v{expect} as was "
-            "expected. Look at what came in between, then decide again."
+            "expected. Look at what changed it, then decide again."
         )

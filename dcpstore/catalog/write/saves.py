@@ -1,12 +1,12 @@
 """The life of a version: begun as pending, then committed in one transaction, or aborted.
 
-A pending version has no number and no ref names it: nobody sees it (invariant 3). Its number, its
-parent, the branch's new tip and its tags are decided while every other mutation waits. A copy from
+A pending version has no number and no ref, so nobody sees it (invariant 3). Its number, its parent,
+the new tip of the branch and its tags are decided while every other mutation waits. A copy from
 another repository keeps its uid, gets a new number, and moves no ref.
 
-A thread of the coordinator renews the lease of a running save as a heartbeat; garbage collection
-treats a save that was silent for its lease as crashed, and clears what it wrote. Invariant: the
-progress of a save is removed with it, whether it commits, is given up, or crashes.
+A thread of the coordinator renews the lease of a running save as a heartbeat. Garbage collection
+treats a save as crashed if it was silent for the length of its lease, and deletes what it wrote.
+Invariant: the progress of a save is deleted when it ends, whether it commits, aborts or crashes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
@@ -30,18 +30,14 @@ from dcpstore.catalog.read.versions import (
     id_of_number,
     is_ancestor,
     lineage_below,
-    load_versions,
+    load_version,
 )
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import can_be_kept, check_draft, check_key, check_text
+from dcpstore.catalog.write.annotations import insert_metrics
 from dcpstore.catalog.write.contents import write_content, write_plan
-from dcpstore.catalog.write.operations import (
-    Change,
-    append_operations,
-    take_operations,
-    take_version,
-)
-from dcpstore.catalog.write.refs import taken
+from dcpstore.catalog.write.operations import Change, lock_repository, record, take_version
+from dcpstore.catalog.write.refs import taken_error
 from dcpstore.errors import ConflictError, DcpstoreError, NotFoundError
 from dcpstore.records import RankProgress, RunningSave, Version, VersionContent, VersionDraft
 
@@ -67,8 +63,8 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-_FIRST = 1.0  # seconds; what ends sooner costs the database nothing
-_SECONDS = 10.0  # between renewals; gc takes an hour of silence for a crash
+_FIRST_RENEWAL = 1.0  # seconds; a shorter save costs the database no renewal
+_RENEW_EVERY = 10.0  # seconds; by default gc takes an hour of silence for a crash
 
 _version = tables.version
 _progress = tables.progress
@@ -76,7 +72,7 @@ _progress = tables.progress
 
 @writes(idempotent=True)
 def touch_save(connection: Connection, uid: str, progress: Sequence[RankProgress] = ()) -> None:
-    """Note that a pending save is still at work, and how far its ranks are."""
+    """Renew the lease of a pending save, and store the progress of its ranks."""
     pending = connection.scalar(
         update(_version)
         .where(_version.c.uid == uid, _version.c.status == "pending")
@@ -91,7 +87,7 @@ def touch_save(connection: Connection, uid: str, progress: Sequence[RankProgress
 
 
 def forget_progress(connection: Connection, version: int) -> None:
-    """Remove the progress of a save that has ended."""
+    """Delete the progress of a save that has ended."""
     connection.execute(delete(_progress).where(_progress.c.version == version))
 
 
@@ -103,7 +99,7 @@ def list_running(connection: Connection) -> list[RunningSave]:
     ).all()
     by_version: dict[int, list[RankProgress]] = {row.id: [] for row in rows}
     for row in connection.execute(select(_progress).order_by(_progress.c.rank)):
-        if row.version in by_version:  # else its coordinator crashed, and gc gave it up
+        if row.version in by_version:  # else the save crashed, and gc has aborted it
             by_version[row.version].append(
                 RankProgress(row.rank, row.phase, row.nbytes, row.total, row.since)
             )
@@ -129,7 +125,7 @@ def kept_lease(
     uid: str,
     *,
     progress: Callable[[], Sequence[RankProgress]] = tuple,
-    seconds: float = _SECONDS,
+    seconds: float = _RENEW_EVERY,
 ) -> Iterator[None]:
     """Renew the lease of the pending version `uid` until the block ends.
 
@@ -139,7 +135,7 @@ def kept_lease(
     ended = threading.Event()
 
     def renew() -> None:
-        pause = min(_FIRST, seconds)
+        pause = min(_FIRST_RENEWAL, seconds)
         while not ended.wait(pause):
             pause = seconds
             try:
@@ -158,20 +154,15 @@ def kept_lease(
 
 
 def find_begun(connection: Connection, draft: VersionDraft) -> bool | None:
-    """Return True where the save of a draft was begun, else None."""
+    """Return True if the save of a draft was begun, else None."""
     known = connection.scalar(select(_version.c.id).where(_version.c.uid == draft.uid))
     return None if known is None else True
 
 
 def find_committed(connection: Connection, uid: str) -> Version | None:
-    """Return the version of `uid`, once the transaction that was to commit it has ended."""
-    row = _lock_save(connection, uid)  # which that transaction holds
-    if row.number is None:
-        return None
-    (version,) = load_versions(
-        connection, select(_version.c.id).where(_version.c.id == row.id), limit=1
-    )
-    return version
+    """Return the version of `uid` if it was committed; waits for a transaction that commits it."""
+    row = _lock_save(connection, uid)  # that transaction has locked the same row
+    return None if row.number is None else load_version(connection, row.id)
 
 
 @writes(find=find_begun)
@@ -179,7 +170,7 @@ def begin_save(connection: Connection, draft: VersionDraft) -> bool:
     """Insert a pending version; return True.
 
     Raises:
-        InvalidInputError: a name, step, metric or text cannot be kept.
+        InvalidInputError: a database cannot store a name, step, metric or text.
         AlreadyExistsError: a tag is taken, or the branch's name is a tag.
         NotFoundError: there is no version `draft.parent`.
         ConflictError: the branch's tip is not `draft.expect_tip`, or not `draft.parent`.
@@ -193,7 +184,7 @@ def begin_save(connection: Connection, draft: VersionDraft) -> bool:
 
 
 def insert_pending(connection: Connection, draft: VersionDraft, *, parent: int | None) -> None:
-    """Insert a pending version whose draft is checked; `parent` is an id."""
+    """Insert a pending version whose draft was checked; `parent` is an id."""
     now = datetime.now(UTC)
     pending = connection.execute(
         insert(_version)
@@ -208,30 +199,25 @@ def insert_pending(connection: Connection, draft: VersionDraft, *, parent: int |
         )
         .returning(_version.c.id)
     ).scalar_one()
-    if draft.metrics:
-        connection.execute(
-            insert(tables.metric),
-            [
-                {"version": pending, "name": name, "value": float(value)}
-                for name, value in draft.metrics.items()
-            ],
-        )
+    insert_metrics(connection, pending, draft.metrics)
 
 
 @writes(find=lambda connection, uid, content: find_committed(connection, uid))
 def commit_save(connection: Connection, uid: str, content: VersionContent) -> Version:
-    """Make the version of `uid` visible, with all that belongs to it, in one transaction.
+    """Make the version of `uid` visible with its entries, tensors and refs, in one transaction.
 
     Its packs and manifest must be durable already (invariant 2).
 
     Raises:
-        ConflictError: the branch moved against the save's wish, the save is not pending any more,
-            or what it reuses is condemned or gone.
+        ConflictError: the branch has moved from where the save wants it, the save is not pending
+            any more, or a chunk that it reuses is condemned or deleted.
         AlreadyExistsError: a tag was taken meanwhile.
         NotFoundError: no save of this uid was begun.
     """
     number = take_version(connection)
-    pending = _pending(connection, uid)
+    pending = _lock_save(connection, uid)
+    if pending.status != "pending":
+        raise _ended_error(pending)
     tags: list[str] = pending.wanted_tags
     refs = _free_refs(connection, pending.branch, tags)
     _check_tip(refs, pending.branch, parent=pending.parent, expect_tip=pending.expect_tip)
@@ -241,9 +227,34 @@ def commit_save(connection: Connection, uid: str, content: VersionContent) -> Ve
         if entry.value is not None:
             check_text(entry.value, what=f"value of {entry.fqn!r}")
     parent = pending.parent if tip is None else tip.id
+    _make_visible(connection, pending.id, content, number=number, parent=parent)
+    forget_progress(connection, pending.id)
+    _name(connection, pending, tip, tags, at=content.created_at)
+    return load_version(connection, pending.id)
+
+
+def _make_visible(
+    connection: Connection,
+    version: int,
+    content: VersionContent,
+    *,
+    number: int,
+    parent: int | None,
+    uid: str | None = None,
+) -> None:
+    """Write the content of the pending version of id `version`, and give it its number.
+
+    Args:
+        connection: in the transaction that commits the version.
+        version: its id.
+        content: what it holds.
+        number: its number.
+        parent: the id of its parent.
+        uid: its new uid, if that changes.
+    """
     connection.execute(
         update(_version)
-        .where(_version.c.id == pending.id)
+        .where(_version.c.id == version)
         .values(
             status="committed",
             number=number,
@@ -253,20 +264,15 @@ def commit_save(connection: Connection, uid: str, content: VersionContent) -> Ve
             planner_data=content.planner_data,
             **{name: getattr(content, name) for name in STATS},
             touched_at=datetime.now(UTC),
+            **({} if uid is None else {"uid": uid}),
         )
     )
-    forget_progress(connection, pending.id)
-    write_content(connection, pending.id, content)
-    _name(connection, pending, tip, tags, at=content.created_at)
-    (version,) = load_versions(
-        connection, select(_version.c.id).where(_version.c.id == pending.id), limit=1
-    )
-    return version
+    write_content(connection, version, content)
 
 
 @writes(idempotent=True)
 def abort_save(connection: Connection, uid: str, error: str) -> None:
-    """Give up a pending version and keep why; a second time does nothing.
+    """Abort a pending version and store the reason; it may be called again.
 
     Raises:
         NotFoundError: no save of this uid was begun.
@@ -276,7 +282,7 @@ def abort_save(connection: Connection, uid: str, error: str) -> None:
     if row.status == "aborted":
         return
     if row.number is not None:
-        _refuse(row)
+        raise _ended_error(row)
     connection.execute(
         update(_version)
         .where(_version.c.id == row.id)
@@ -292,7 +298,7 @@ def abort_save(connection: Connection, uid: str, error: str) -> None:
 def _name(
     connection: Connection, pending: Row[Any], tip: RefRow | None, tags: list[str], *, at: datetime
 ) -> None:
-    """Move the branch to the version, tag it, and record both."""
+    """Move the branch to the version, tag the version, and record both."""
     ref = tables.ref
     rows = [{"name": tag, "kind": "tag", "version": pending.id} for tag in tags]
     if tip is None:
@@ -303,15 +309,15 @@ def _name(
         )
     if rows:
         connection.execute(insert(ref), rows)
-    changes = [Change("save", pending.branch, None if tip is None else tip.id, pending.id)]
-    first = take_operations(connection, 1 + len(tags))
-    # An undo of the save takes its tags along.
-    changes += [Change("tag", tag, None, pending.id, {"save": first}) for tag in tags]
-    append_operations(connection, first, changes, author=pending.author, at=at)
+    change = Change("save", pending.branch, None if tip is None else tip.id, pending.id)
+    # Tags name the operation of their save, so that an undo of the save removes them too.
+    detail = {"save": lock_repository(connection) + 1}
+    tagged = [Change("tag", tag, None, pending.id, detail) for tag in tags]
+    record(connection, change, *tagged, author=pending.author, at=at)
 
 
 def _lock_save(connection: Connection, uid: str) -> Row[Any]:
-    """Return the row of a save, which nobody else changes until this transaction ends."""
+    """Return the row of a save, locked until this transaction ends."""
     row = connection.execute(
         select(_version).where(_version.c.uid == uid).with_for_update()
     ).one_or_none()
@@ -320,42 +326,40 @@ def _lock_save(connection: Connection, uid: str) -> Row[Any]:
     return row
 
 
-def _pending(connection: Connection, uid: str) -> Row[Any]:
-    row = _lock_save(connection, uid)
-    if row.status != "pending":
-        _refuse(row)
-    return row
-
-
-def _refuse(row: Row[Any]) -> NoReturn:
+def _ended_error(row: Row[Any]) -> ConflictError:
+    """Return the error for a save that is not pending any more."""
     what = "aborted" if row.number is None else f"committed as v{row.number}"
     why = f" ({row.error})" if row.error else ""
-    raise ConflictError(f"the save {row.uid!r} is {what} already{why}. Save again.")
+    return ConflictError(f"the save {row.uid!r} is {what} already{why}. Save again.")
 
 
 def _free_refs(
     connection: Connection, branch: str, tags: list[str] | tuple[str, ...]
 ) -> dict[str, RefRow]:
-    """Return the branch's ref, if it has one; the tags, and the branch as a tag, must be free."""
+    """Return the ref of the branch, by name, if it exists.
+
+    Raises:
+        AlreadyExistsError: a tag is taken, or the name of the branch is a tag.
+    """
     refs = find_refs(connection, [branch, *tags])
     for tag in tags:
         if tag in refs:
-            raise taken(refs[tag], wanted="tag")
+            raise taken_error(refs[tag], wanted="tag")
     if branch in refs and refs[branch].kind != "branch":
-        raise taken(refs[branch], wanted="branch")
+        raise taken_error(refs[branch], wanted="branch")
     return refs
 
 
 def _check_tip(
     refs: dict[str, RefRow], branch: str, *, parent: int | None, expect_tip: int | None
 ) -> None:
-    """Raise ConflictError where the branch is not where the save wants it."""
+    """Raise ConflictError if the branch is not where the save wants it."""
     tip = refs.get(branch)
     now = "has no version yet" if tip is None else f"is at v{tip.number}"
     if expect_tip is not None and (tip is None or tip.number != expect_tip):
         raise ConflictError(
             f"the branch {branch!r} {now}, not at v{expect_tip} as expect_tip says. "
-            "Look at what came in between, then save with the new tip."
+            "Look at what changed it, then save with the new tip."
         )
     if parent is not None and tip is not None and tip.id != parent:
         raise ConflictError(
@@ -366,7 +370,7 @@ def _check_tip(
 
 @reads
 def known_uids(connection: Connection, uids: Sequence[str]) -> dict[str, tuple[int, str]]:
-    """Return the number and the status of versions that have a number, by uid."""
+    """Return the number and status of the versions of these uids that have a number, by uid."""
     rows = connection.execute(
         select(_version.c.uid, _version.c.number, _version.c.status).where(
             _version.c.uid.in_(wanted_names(connection, uids)), _version.c.number.is_not(None)
@@ -377,13 +381,13 @@ def known_uids(connection: Connection, uids: Sequence[str]) -> dict[str, tuple[i
 
 @writes(find=find_begun)
 def begin_copy(connection: Connection, draft: VersionDraft) -> bool:
-    """Insert a pending version that is to be a copy; return True.
+    """Insert a pending version that will become a copy; return True.
 
-    Its branch says where it was saved in its own repository, and may be the name of a tag in this
-    one: a copy moves no ref.
+    Its branch is the one in the repository that it comes from. It may be the name of a tag in this
+    repository, for a copy moves no ref.
 
     Raises:
-        InvalidInputError: a name, step, metric or text cannot be kept.
+        InvalidInputError: a database cannot store a name, step, metric or text.
     """
     check_draft(draft)
     insert_pending(connection, draft, parent=None)
@@ -398,7 +402,7 @@ def find_copied(
     *,
     parent: str | None,
 ) -> Version | None:
-    """Return the copy that `commit_copy` was to make of `uid`, once its transaction has ended."""
+    """Return the version that `commit_copy` made of `uid`; waits for a transaction that does so."""
     connection.execute(select(_version.c.id).where(_version.c.uid == uid).with_for_update())
     known = connection.scalar(select(_version.c.id).where(_version.c.uid == draft.uid))
     return None if known is None else find_committed(connection, draft.uid)
@@ -415,14 +419,14 @@ def commit_copy(
 ) -> Version:
     """Make the pending version `uid` visible under the uid of `draft`; no ref moves.
 
-    `parent` is a uid; where this repository does not hold it, the copy has no parent.
+    `parent` is a uid; if this repository does not hold that version, the copy has no parent.
 
     Raises:
-        ConflictError: the version came in meanwhile, or the copy was given up as crashed.
+        ConflictError: another process copied the version meanwhile, or gc aborted the copy.
     """
     number = take_version(connection)
     if known_uids(connection, [draft.uid]):
-        raise ConflictError(f"the version {draft.uid} was copied by someone else meanwhile.")
+        raise ConflictError(f"another process copied the version {draft.uid} meanwhile.")
     pending = connection.scalar(
         select(_version.c.id).where(_version.c.uid == uid, _version.c.status == "pending")
     )
@@ -431,40 +435,18 @@ def commit_copy(
     parent_id = connection.scalar(
         select(_version.c.id).where(_version.c.uid == parent, _version.c.number.is_not(None))
     )
-    connection.execute(
-        update(_version)
-        .where(_version.c.id == pending)
-        .values(
-            uid=draft.uid,
-            status="committed",
-            number=number,
-            parent=parent_id,
-            **lineage_below(connection, parent_id),
-            plan=write_plan(connection, content.plan),
-            planner_data=content.planner_data,
-            **{name: getattr(content, name) for name in STATS},
-            touched_at=datetime.now(UTC),
-        )
-    )
-    write_content(connection, pending, content)
-    change = Change("copy", "", None, pending)
-    append_operations(
-        connection,
-        take_operations(connection),
-        [change],
-        author=draft.author,
-        at=datetime.now(UTC),
-    )
-    (version,) = load_versions(
-        connection, select(_version.c.id).where(_version.c.id == pending), limit=1
-    )
-    return version
+    _make_visible(connection, pending, content, number=number, parent=parent_id, uid=draft.uid)
+    record(connection, Change("copy", new=pending), author=draft.author)
+    return load_version(connection, pending)
 
 
 @writes()
 def advance_branch(connection: Connection, name: str, number: int, *, author: str) -> bool:
-    """Move a branch on to a version below its tip; False where that is none, or no branch is."""
-    first = take_operations(connection, 0)
+    """Move a branch forward to a descendant of its tip; return whether it is there now.
+
+    False means that there is no such branch, or that the version does not descend from its tip.
+    """
+    lock_repository(connection)
     tip = find_refs(connection, [name]).get(name)
     if tip is None or tip.kind != "branch":
         return False
@@ -472,7 +454,5 @@ def advance_branch(connection: Connection, name: str, number: int, *, author: st
     if tip.id == target or not is_ancestor(connection, tip.id, of=target):
         return tip.id == target
     connection.execute(update(tables.ref).where(tables.ref.c.name == name).values(version=target))
-    assert take_operations(connection) == first
-    change = Change("copy", name, tip.id, target)
-    append_operations(connection, first, [change], author=author, at=datetime.now(UTC))
+    record(connection, Change("copy", name, tip.id, target), author=author)
     return True
