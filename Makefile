@@ -1,9 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow torture bench docs docs-site lint clean
+.PHONY: demo test slow torture bench docs docs-site lint wheel dist compat clean
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt dcpstore/__init__.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev]'
 	$(BIN)/python -m compileall -q dcpstore  # as pip does for all that it does not link
@@ -35,6 +35,22 @@ lint: .venv/installed  ## Formatting, lint rules and strict types.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+wheel: .venv/installed  ## Build the packages, and use the wheel without the checkout.
+	.ci/wheel
+
+dist: .venv/installed  ## The same, and leave both packages in dist/.
+	rm -rf dist
+	.ci/wheel dist
+
+# The releases that constraints.txt pins are kept, but for torch and what goes with one of torch.
+compat: COMPAT = build/compat-$(TORCH)
+compat:  ## Run the tests, not the slow ones, on another release of torch: make compat TORCH=2.8.0
+	@test -n "$(TORCH)" || { echo "name the release: make compat TORCH=2.8.0" >&2; exit 2; }
+	test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
+	grep -vE '^(torch|torchao)==' constraints.txt > $(COMPAT)/constraints.txt
+	$(COMPAT)/bin/pip install --quiet --disable-pip-version-check -c $(COMPAT)/constraints.txt torch==$(TORCH) -e '.[tests]'
+	$(COMPAT)/bin/pytest -q -n 3 --dist worksteal -m 'not slow'
 
 clean:
 	rm -rf .venv build dist

@@ -1,5 +1,9 @@
 """dcpstore: a versioned checkpoint store with a database for a memory.
 
+Public are the names in `__all__` here and in `dcpstore.convert`, `dcpstore.state_dict` and
+`dcpstore.testing`, and `__version__`. Every other module, and every other name in a module, is
+private: it may change in any release (`docs/versioning.md`).
+
 Names are loaded when first used, so that tools which only ask the catalog never load torch.
 """
 
@@ -47,6 +51,8 @@ if TYPE_CHECKING:
     from dcpstore.records import ChunkDefaults, LoadReport, StorageRequest, Trace, Version
     from dcpstore.repository import Repository, open
     from dcpstore.saving.staging import PendingSave
+
+__version__ = "0.1.0"
 
 __all__ = [
     "AlreadyExistsError",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import os
 import re
@@ -13,10 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
 import dcpstore
 
 ROOT = Path(dcpstore.__file__).parent
+REPO = ROOT.parent
+EXAMPLES = [*(REPO / "examples").rglob("*.py"), REPO / ".ci" / "typed_program.py"]
+PUBLIC = {"dcpstore", "dcpstore.convert", "dcpstore.state_dict", "dcpstore.testing"}
 
 # From the ground up. The inner rooms of the catalog count as rooms.
 FLOORS = {
@@ -284,8 +289,79 @@ def _listed(rooms: set[str]) -> str:
 def modules_table() -> str:
     table = "| module | what it is |\n|---|---|\n"
     for path in sorted(modules(), key=lambda path: (FLOORS[room_of(path)], dotted(path))):
-        table += f"| `{dotted(path)}` | {docstring(path)} |\n"
+        mark = " **(public)**" if dotted(path) in PUBLIC else ""
+        table += f"| `{dotted(path)}`{mark} | {docstring(path)} |\n"
     return table
+
+
+def imported_from(text: str) -> set[str]:
+    """Return the modules of dcpstore that the lines of a program import."""
+    found = re.findall(r"^\s*(?:from|import) (dcpstore[\w.]*)", text, re.MULTILINE)
+    return {name.removesuffix(".") for name in found}
+
+
+def test_public_modules_say_what_is_public_and_nobody_is_shown_another() -> None:
+    promised = (REPO / "docs" / "versioning.md").read_text()
+    for name in PUBLIC:
+        assert f"`{name}`" in promised or f"`{name}.__all__`" in promised
+        assert f"`{name}`" in str(dcpstore.__doc__) or name == "dcpstore"
+        module = importlib.import_module(name)
+        assert module.__all__ == sorted(module.__all__)
+        assert [part for part in module.__all__ if not hasattr(module, part)] == []
+    pages = [
+        REPO / "README.md",
+        *(REPO / "docs").glob("*.md"),
+        *(REPO / "docs").glob("guides/*.md"),
+    ]
+    shown = {page: imported_from(page.read_text()) for page in pages}
+    shown |= {program: imported_from(program.read_text()) for program in EXAMPLES}
+    private = {page.name: names - PUBLIC for page, names in shown.items() if names - PUBLIC}
+    # the author of a storage is inside dcpstore
+    assert private == {"testing.md": {"dcpstore.storage.local"}}
+
+
+def test_the_version_is_written_once() -> None:
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())
+    assert "version" in project["project"]["dynamic"]
+    assert project["tool"]["hatch"]["version"]["path"] == "dcpstore/__init__.py"
+    citation = (REPO / "CITATION.cff").read_text()
+    assert re.findall("^version: (.*)$", citation, re.MULTILINE) == [dcpstore.__version__]
+    changelog = (REPO / "CHANGELOG.md").read_text()
+    released = re.findall(r"^## (\d\S*)", changelog, re.MULTILINE)
+    assert released[0] == dcpstore.__version__
+
+
+def test_workflows_and_hooks_run_what_is_there() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (REPO / "Makefile").read_text(), re.MULTILINE))
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    pythons = [
+        line.rsplit(" ", 1)[1]
+        for line in project["classifiers"]
+        if re.search(r"Python :: 3\.\d+$", line)
+    ]
+    run: dict[str, set[str]] = {}
+    for file in sorted((REPO / ".github" / "workflows").glob("*.yml")):
+        workflow = yaml.safe_load(file.read_text())
+        assert {"name", True, "permissions", "jobs"} <= workflow.keys()  # YAML reads "on" as True
+        for job in workflow["jobs"].values():
+            assert "runs-on" in job or (REPO / job["uses"]).is_file()
+            matrix = job.get("strategy", {}).get("matrix", {}).get("python", pythons)
+            assert matrix == pythons
+            steps = [step["run"] for step in job.get("steps", []) if "run" in step]
+            made = {name for step in steps for name in re.findall(r"\bmake ([\w-]+)", step)}
+            run.setdefault(workflow["name"], set()).update(made)
+    assert run == {
+        "docs": {"docs-site"},
+        "release": {"dist"},
+        "tests": {"compat", "lint", "slow", "test", "wheel"},
+    }
+    assert set().union(*run.values()) <= targets
+    hooks = yaml.safe_load((REPO / ".pre-commit-config.yaml").read_text())["repos"]
+    entries = [hook["entry"].split() for repo in hooks for hook in repo["hooks"]]
+    assert [repo["repo"] for repo in hooks] == ["local"]
+    assert {entry[0] for entry in entries} <= {f".venv/bin/{t}" for t in ("ruff", "mypy", "pytest")}
+    paths = [word for entry in entries for word in entry if word.startswith("tests/")]
+    assert [path for path in paths if not (REPO / path).exists()] == []
 
 
 @pytest.mark.parametrize(
