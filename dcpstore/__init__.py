@@ -13,27 +13,29 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch.distributed.checkpoint.planner import (
+        LoadPlan,
+        LoadPlanner,
+        ReadItem,
+        SavePlan,
+        SavePlanner,
+        WriteItem,
+    )
+    from torch.distributed.checkpoint.stateful import Stateful
+    from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+
     from dcpstore.api import load, save
     from dcpstore.asynchronous.async_save import async_save
     from dcpstore.asynchronous.preemption import Preemption, on_preemption
     from dcpstore.catalog.maintenance.retention import Retention
-    from dcpstore.dcp import (
+    from dcpstore.dcp.filesystem import (
         FileSystemReader,
         FileSystemWriter,
-        LoadPlan,
-        LoadPlanner,
-        ReadItem,
-        RepositoryReader,
-        RepositoryWriter,
-        SavePlan,
-        SavePlanner,
-        Stateful,
-        StorageReader,
-        StorageWriter,
-        WriteItem,
         load_state_dict,
         save_state_dict,
     )
+    from dcpstore.dcp.reader import RepositoryReader
+    from dcpstore.dcp.writer import RepositoryWriter
     from dcpstore.errors import (
         AlreadyExistsError,
         ConflictError,
@@ -106,23 +108,14 @@ _HOMES = {
     "dcpstore.api": ("load", "save"),
     "dcpstore.asynchronous.async_save": ("async_save",),
     "dcpstore.saving.staging": ("PendingSave",),
-    "dcpstore.dcp": (
+    "dcpstore.dcp.filesystem": (
         "FileSystemReader",
         "FileSystemWriter",
-        "LoadPlan",
-        "LoadPlanner",
-        "ReadItem",
-        "RepositoryReader",
-        "RepositoryWriter",
-        "SavePlan",
-        "SavePlanner",
-        "Stateful",
-        "StorageReader",
-        "StorageWriter",
-        "WriteItem",
         "load_state_dict",
         "save_state_dict",
     ),
+    "dcpstore.dcp.reader": ("RepositoryReader",),
+    "dcpstore.dcp.writer": ("RepositoryWriter",),
     "dcpstore.errors": (
         "AlreadyExistsError",
         "ConflictError",
@@ -140,6 +133,17 @@ _HOMES = {
     "dcpstore.asynchronous.preemption": ("Preemption", "on_preemption"),
     "dcpstore.records": ("ChunkDefaults", "LoadReport", "StorageRequest", "Trace", "Version"),
     "dcpstore.repository": ("Repository", "open"),
+    # torch's own names, for code that takes all of them from here
+    "torch.distributed.checkpoint.planner": (
+        "LoadPlan",
+        "LoadPlanner",
+        "ReadItem",
+        "SavePlan",
+        "SavePlanner",
+        "WriteItem",
+    ),
+    "torch.distributed.checkpoint.stateful": ("Stateful",),
+    "torch.distributed.checkpoint.storage": ("StorageReader", "StorageWriter"),
     "dcpstore.catalog.maintenance.retention": ("Retention",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -33,16 +33,16 @@ from dcpstore.planning import DefaultLoadPlanner
 from dcpstore.planning.save_planner import planner_of
 from dcpstore.records import LoadReport, Version
 from dcpstore.repository import Repository, opened
-from dcpstore.saving import (
+from dcpstore.saving.commit import SaveTarget
+from dcpstore.saving.request import (
     SaveOptions,
     SaveRequest,
-    SaveTarget,
     check_options,
     make_request,
     own_request,
-    save_version,
     shows_options,
 )
+from dcpstore.saving.save_pipeline import save_version
 from dcpstore.saving.staging import raise_unseen
 from dcpstore.state.load_options import LoadOptions, OnDtype, Rename
 
@@ -271,7 +271,7 @@ def save(
     repo, storage_writer = taken_writer("save", repo, storage_writer)
     if storage_writer is not None:
         check_planner(planner, SavePlanner)
-        given = make_request(**options).named
+        given = make_request(**options).non_defaults
         check_unused("storage_writer", *given, repo=repo is not None, allow_pickle=allow_pickle)
         described: Metadata = torch_save(
             state_dict,

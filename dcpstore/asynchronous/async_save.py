@@ -32,14 +32,14 @@ from dcpstore.errors import InvalidInputError
 from dcpstore.planning.save_planner import planner_of
 from dcpstore.records import Version
 from dcpstore.repository import Repository
-from dcpstore.saving import (
+from dcpstore.saving.request import (
     SaveOptions,
     check_options,
     make_request,
     own_request,
-    save_version,
     shows_options,
 )
+from dcpstore.saving.save_pipeline import save_version
 from dcpstore.saving.staging import Background, IfBusy, PendingSave, find_saver, raise_unseen
 
 __all__ = ["async_save"]
@@ -136,7 +136,7 @@ def async_save(
         check_planner(planner, SavePlanner)
         check_unused(
             "storage_writer",
-            *make_request(**options).named,
+            *make_request(**options).non_defaults,
             repo=repo is not None,
             allow_pickle=allow_pickle,
             if_busy=if_busy != "wait",

@@ -28,9 +28,9 @@ from dcpstore.errors import DcpstoreError, InvalidInputError, RankFailure
 from dcpstore.planning import DefaultSavePlanner
 from dcpstore.records import Version
 from dcpstore.repository import Repository, opened
-from dcpstore.saving import SaveRequest
 from dcpstore.saving.coordinator import OpenRequest, check_agreement
 from dcpstore.saving.replicas import compare_state
+from dcpstore.saving.request import SaveRequest
 from dcpstore.state.buffers import is_statistic
 from dcpstore.state.stateful import check_keys
 from dcpstore.state.walk import PLAIN, walk

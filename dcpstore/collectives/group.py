@@ -1,7 +1,7 @@
-"""Who takes part, and how bytes travel between them.
+"""Which ranks take part, and how bytes travel between them.
 
-Invariant: no rank enters a collective before all have come to it, so that a rank which is late or
-gone leaves nobody in one.
+Invariant: no rank enters a collective before all ranks have arrived at it, so that a rank that is
+late or has ended leaves no other rank waiting inside one.
 """
 
 from __future__ import annotations
@@ -27,19 +27,21 @@ __all__ = [
     "alone_in_thread",
     "find_collectives",
     "gloo_twin",
+    "has_process_group",
 ]
 
 _log = logging.getLogger(__name__)
-# Groups whose ranks share no store: in-process stand-ins, and MPI, which finds its ranks itself.
+# Backends whose ranks share no store: torch's in-process fake, and MPI, which connects its ranks
+# itself. Their exchanges run without a barrier.
 _WITHOUT_STORE = ("fake", "mpi")
 _WITH_OTHERS = "with other ranks"
 
 
 class Collectives(Protocol):
-    """Who takes part, and the three ways in which bytes travel.
+    """The ranks that take part, and the three ways in which bytes travel between them.
 
-    Each raises RankFailure where a rank does not come within the deadline or is lost on the way;
-    `step` is what people read of it.
+    Each raises RankFailure if a rank does not arrive within the deadline or its connection breaks;
+    `step` is the name of the step in the error.
     """
 
     @property
@@ -58,12 +60,12 @@ class Collectives(Protocol):
         """Return every rank's value, by rank, on the coordinator, and None elsewhere."""
 
     def scatter(self, values: Sequence[bytes] | None, *, step: str) -> bytes:
-        """Return this rank's one of the values that the coordinator gives."""
+        """Return the value that the coordinator gives for this rank."""
 
     def broadcast(self, value: bytes | None, *, step: str) -> bytes:
         """Return the coordinator's value."""
 
-    def publish(self, said: str) -> None:
+    def publish(self, progress: str) -> None:
         """Publish the progress of this rank; does not block."""
 
     def progress_by_rank(self) -> dict[int, str]:
@@ -71,14 +73,14 @@ class Collectives(Protocol):
 
 
 class Alone:
-    """One process that asks nobody; `rank` is its own among those that each work alone."""
+    """One process that exchanges nothing; `rank` is its rank in a group whose ranks work alone."""
 
     size = 1
     leads = True
 
     def __init__(self, rank: int = 0) -> None:
         self.rank = rank
-        self._said: dict[int, str] = {}
+        self._progress: dict[int, str] = {}
 
     def gather(self, value: bytes, *, step: str) -> list[bytes]:
         """Return the one value."""
@@ -94,43 +96,37 @@ class Alone:
         assert value is not None
         return value
 
-    def publish(self, said: str) -> None:
-        """Keep the word."""
-        self._said = {self.rank: said}
+    def publish(self, progress: str) -> None:
+        """Keep the progress of this process."""
+        self._progress = {self.rank: progress}
 
     def progress_by_rank(self) -> dict[int, str]:
-        """Return the word."""
-        return self._said
+        """Return what this process published last."""
+        return self._progress
 
 
 class RankGroup:
-    """The ranks of a torch process group; the coordinator is counted inside the group.
+    """The ranks of a torch process group; `coordinator` is a rank inside the group.
 
-    The deadline is the timeout with which the job's process group was made. All ranks make theirs
-    on a group in the same order.
+    The deadline is the timeout that `init_process_group` was given. All ranks create theirs on a
+    group in the same order.
 
     Raises:
-        InvalidInputError: this process is no member of the group.
+        InvalidInputError: this process is not a member of the group.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, coordinator: int = 0) -> None:
-        self._group = group
+        self.group = group
         self._coordinator = coordinator
         self.rank = _rank_in(group)
         self.size = dist.get_world_size(group)
         self._barrier: StoreBarrier | None = None
         if self.size > 1 and dist.get_backend(group) not in _WITHOUT_STORE:
-            whole = group or dist.group.WORLD
-            assert whole is not None, "a group was initialised, or it would have no size"
-            store = group_store(whole)
+            members = group or dist.group.WORLD
+            assert members is not None, "dist.get_world_size would have failed without a group"
             self._barrier = StoreBarrier(
-                store, rank=self.rank, size=self.size, coordinator=coordinator
+                group_store(members), rank=self.rank, size=self.size, coordinator=coordinator
             )
-
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        """Torch's own group; None is that of all ranks."""
-        return self._group
 
     @property
     def leads(self) -> bool:
@@ -141,28 +137,28 @@ class RankGroup:
         """Return every rank's value, by rank, on the coordinator, and None elsewhere."""
         values: list[bytes] | None = [b""] * self.size if self.leads else None
         with self._together(step):
-            dist.gather_object(value, values, group=self._group, group_dst=self._coordinator)
+            dist.gather_object(value, values, group=self.group, group_dst=self._coordinator)
         return values
 
     def scatter(self, values: Sequence[bytes] | None, *, step: str) -> bytes:
-        """Return this rank's one of the values that the coordinator gives."""
-        mine = [b""]
+        """Return the value that the coordinator gives for this rank."""
+        received = [b""]
         given = None if values is None else list(values)
         with self._together(step):
-            dist.scatter_object_list(mine, given, group=self._group, group_src=self._coordinator)
-        return mine[0]
+            dist.scatter_object_list(received, given, group=self.group, group_src=self._coordinator)
+        return received[0]
 
     def broadcast(self, value: bytes | None, *, step: str) -> bytes:
         """Return the coordinator's value."""
-        box = [value or b""]
+        received = [value or b""]
         with self._together(step):
-            dist.broadcast_object_list(box, group=self._group, group_src=self._coordinator)
-        return box[0]
+            dist.broadcast_object_list(received, group=self.group, group_src=self._coordinator)
+        return received[0]
 
-    def publish(self, said: str) -> None:
-        """Publish the progress of this rank."""
+    def publish(self, progress: str) -> None:
+        """Publish the progress of this rank; does not block."""
         if self._barrier is not None:
-            self._barrier.publish(said)
+            self._barrier.publish(progress)
 
     def progress_by_rank(self) -> dict[int, str]:
         """Return what each rank published last, by rank."""
@@ -170,7 +166,7 @@ class RankGroup:
 
     @contextmanager
     def _together(self, step: str) -> Iterator[None]:
-        """Wait for all ranks, then exchange; a connection that breaks names who is gone."""
+        """Wait for all ranks, then exchange; if a connection breaks, the error names the ranks."""
         with gc_allowed():
             if self._barrier is None:
                 yield
@@ -178,29 +174,34 @@ class RankGroup:
             self._barrier.wait(step)
             try:
                 yield
-            except RuntimeError as error:  # gloo's, and all of torch.distributed's own
+            except RuntimeError as error:  # the base class of the errors of gloo and of c10d
                 raise self._barrier.report_lost(step, error) from error
 
 
 def find_collectives(
     group: dist.ProcessGroup | None, *, no_dist: bool, use_collectives: bool = True
 ) -> Collectives:
-    """Return the ranks of `group` (None: all), or this process alone where torch runs no group.
+    """Return the ranks of `group` (None: all), or this process alone if there is no process group.
 
     Without collectives it is this process alone too, with its rank in the group.
 
     Raises:
         InvalidInputError: this process is not a member of the group.
-        ConflictError: this thread is in the middle of a save with other ranks, which a second call
-            on this rank alone would bring out of step.
+        ConflictError: this thread is inside a save with other ranks. A second call on this rank
+            alone would take the place of the next exchange of that save.
     """
     if no_dist or not use_collectives:
         return alone_in(group, no_dist=no_dist)
-    if not dist.is_available() or not dist.is_initialized():
+    if not has_process_group():
         _log.info("no process group is initialised; working in this process alone")
         return Alone()
-    refuse_inside_change(_WITH_OTHERS)  # before the ranks count one call more
+    refuse_inside_change(_WITH_OTHERS)  # before StoreBarrier counts one more on this rank
     return RankGroup(group)
+
+
+def has_process_group() -> bool:
+    """Tell whether `init_process_group` was called in this process."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def gloo_twin(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
@@ -213,28 +214,26 @@ def gloo_twin(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 
 
 def alone_in(group: dist.ProcessGroup | None, *, no_dist: bool = False) -> Alone:
-    """Return this process alone, with its rank in `group` where torch runs one; calls nobody.
+    """Return this process alone, with its rank in `group` if there is one; exchanges nothing.
 
     Raises:
         InvalidInputError: this process is not a member of the group.
     """
-    if no_dist or not dist.is_available() or not dist.is_initialized():
-        return Alone()
-    return Alone(_rank_in(group))
+    return Alone() if no_dist or not has_process_group() else Alone(_rank_in(group))
 
 
 def _rank_in(group: dist.ProcessGroup | None) -> int:
     rank: int = dist.get_rank(group)
     if rank < 0:
         raise InvalidInputError(
-            "this process is no member of the process group that was given; call on the ranks of "
-            "the group alone, or give one that has this rank."
+            "this process is not a member of the process group that was given; call on the ranks "
+            "of the group only, or give a group that has this rank."
         )
     return rank
 
 
 def alone_in_thread(ranks: Collectives) -> AbstractContextManager[None]:
-    """Hold that this thread works with other ranks, and can begin nothing else with any."""
+    """Refuse another exchange in this thread until the block ends, if there are other ranks."""
     if ranks.size == 1:
         return nullcontext()
     return changing(_WITH_OTHERS, shown="a repository with other ranks")

@@ -1,8 +1,8 @@
-"""`FileSystemWriter` and `FileSystemReader`: torch's, by name and arguments, on a folder.
+"""`FileSystemWriter` and `FileSystemReader` with torch's names and arguments, on a folder.
 
-The folder holds an embedded repository, so a save over an earlier one makes a new version and
-overwrites nothing. Arguments that say how torch lays out its files have no effect here. The two
-functions that torch has deprecated stand here too, for the code that calls them with these classes.
+The folder holds an embedded repository, so a second save to it makes a new version and overwrites
+nothing. Arguments that say how torch lays out its files have no effect here. The two functions that
+torch has deprecated are here too, for code that calls them with these classes.
 """
 
 from __future__ import annotations
@@ -34,18 +34,34 @@ __all__ = [
 ]
 
 
-class FileSystemWriter(RepositoryWriter):
+class _InFolder:
+    """What writer and reader share: torch's id of a checkpoint is the path of a folder."""
+
+    path: Path
+
+    @property
+    def checkpoint_id(self) -> Path:
+        """The folder."""
+        return self.path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Tell whether this can be a folder's path."""
+        return "://" not in os.fspath(checkpoint_id)
+
+
+class FileSystemWriter(_InFolder, RepositoryWriter):
     """Torch's FileSystemWriter on an embedded repository in the folder `path`.
 
-    A `checkpoint_id` given to torch's call is another folder.
+    A `checkpoint_id` given to torch's call is another folder, used from then on.
 
     Args:
-        path: the folder; made where it is missing.
+        path: the folder; created if it is missing.
         single_file_per_rank, sync_files, thread_count: accepted as torch does, without effect;
-            packs are always durable, threads and files are chosen here.
+            packs are always durable, and dcpstore chooses threads and files.
         per_thread_copy_ahead, cache_staged_state_dict, serialization_format: likewise.
         overwrite: False refuses a folder that holds a version already; True adds one.
-        allow_pickle: let values that JSON cannot carry be stored as pickles.
+        allow_pickle: store values that JSON cannot hold as pickles.
 
     Raises:
         InvalidInputError: extensions, which would change the stored bytes.
@@ -66,28 +82,21 @@ class FileSystemWriter(RepositoryWriter):
         allow_pickle: bool = False,
     ) -> None:
         if _extensions:
-            raise InvalidInputError("stream extensions are not taken: packs are read by range.")
+            raise InvalidInputError(
+                f"_extensions={_extensions!r}: stream extensions are not supported, because packs "
+                "are read by range; leave the argument out."
+            )
         super().__init__(path, allow_pickle=allow_pickle)
         self.path = Path(path)
         self._overwrite = overwrite
 
     @property
-    def checkpoint_id(self) -> Path:
-        """The folder."""
-        return self.path
-
-    @property
     def _lasting_id(self) -> Path:
         return self.path
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Tell whether this can be a folder's path."""
-        return _is_path(checkpoint_id)
-
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a new save, into another folder if one is given."""
-        self._renew()  # first: it ends what was begun in the folder before
+        self._renew()  # first: it aborts a pending version, which is in the old folder
         if checkpoint_id:
             self._repo = absolute_target(checkpoint_id)
             self.path = Path(checkpoint_id)
@@ -106,10 +115,10 @@ class FileSystemWriter(RepositoryWriter):
         return plan
 
 
-class FileSystemReader(RepositoryReader):
+class FileSystemReader(_InFolder, RepositoryReader):
     """Torch's FileSystemReader on an embedded repository: the tip of `main` in the folder `path`.
 
-    A `checkpoint_id` given to torch's call is another folder.
+    A `checkpoint_id` given to torch's call is another folder, used from then on.
     """
 
     def __init__(
@@ -123,26 +132,12 @@ class FileSystemReader(RepositoryReader):
         super().__init__(path, verify=verify, allow_pickle=allow_pickle)
         self.path = Path(path)
 
-    @property
-    def checkpoint_id(self) -> Path:
-        """The folder."""
-        return self.path
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Tell whether this can be a folder's path."""
-        return _is_path(checkpoint_id)
-
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a new load, of another folder if one is given."""
         if checkpoint_id:
             self._repo = absolute_target(checkpoint_id)
             self.path = Path(checkpoint_id)
         super().reset()
-
-
-def _is_path(checkpoint_id: str | os.PathLike[str]) -> bool:
-    return "://" not in os.fspath(checkpoint_id)
 
 
 def _holds_version(path: Path) -> bool:
@@ -161,7 +156,7 @@ def save_state_dict(  # noqa: PLR0917 (torch's order)
     no_dist: bool = False,
     planner: SavePlanner | None = None,
 ) -> Metadata:
-    """Save through a storage writer, as torch's deprecated `save_state_dict`; use `save`.
+    """Save through a storage writer, as torch's deprecated `save_state_dict`; prefer `save`.
 
     Warns:
         FutureWarning: always.
@@ -179,7 +174,7 @@ def load_state_dict(  # noqa: PLR0917 (torch's order)
     no_dist: bool = False,
     planner: LoadPlanner | None = None,
 ) -> None:
-    """Load through a storage reader, as torch's deprecated `load_state_dict`; use `load`.
+    """Load through a storage reader, as torch's deprecated `load_state_dict`; prefer `load`.
 
     Warns:
         FutureWarning: always.

@@ -32,9 +32,9 @@ class RepositoryReader(StorageReader):
     Args:
         repo: a `Repository`, or what `open` takes.
         ref: the version; None is the tip of `main`. A `checkpoint_id` given to torch's call is a
-            ref, and stands in for it.
+            ref, and is used instead.
         verify: check every byte read against its digest.
-        allow_pickle: let values that are pickles run their code.
+        allow_pickle: load values that are pickles, which can run code.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class RepositoryReader(StorageReader):
         self._verify = verify
         self._allow_pickle = allow_pickle
         self._checkpoint_id: str | os.PathLike[str] | None = None
-        self._is_spent = False  # the id, by a load
+        self._is_used = False  # a load with `load_id` has ended
         self._read: tuple[Version, list[EntryRecord]] | None = None
         self.load_id = new_uid()
 
@@ -61,13 +61,13 @@ class RepositoryReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Tell whether torch may make a reader of an id alone: of a database URL it may."""
+        """Tell whether torch may make a reader from this id alone: it may from a database URL."""
         return "sql" in os.fspath(checkpoint_id).partition("://")[0]
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin a new load; an id is for this one alone."""
+        """Begin a new load; a `checkpoint_id` is for this load only."""
         self._checkpoint_id = checkpoint_id
-        self._is_spent = False
+        self._is_used = False
         self._read = None
         self.load_id = new_uid()
 
@@ -75,14 +75,14 @@ class RepositoryReader(StorageReader):
         """Return torch's description of the version.
 
         Args:
-            rank: of one that saved for itself (torch's `use_collectives=False`): its own version.
+            rank: with it, the version that this rank saved for itself (`use_collectives=False`).
 
         Raises:
             NotFoundError: there is no such version.
         """
-        if self._is_spent:  # torch resets for the next load only if that has an id
+        if self._is_used:  # torch calls `reset` only for a load that has a checkpoint_id
             self.reset()
-        ref = self._wanted_ref()
+        ref = self._ref if self._checkpoint_id is None else os.fspath(self._checkpoint_id)
         if "rank" in kwargs:
             ref = rank_name(str(ref or "main"), kwargs["rank"])
         with opened(self._repo, create=False) as repo:
@@ -99,7 +99,7 @@ class RepositoryReader(StorageReader):
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
-        """Make ready to read what `metadata` describes."""
+        """Prepare to read what `metadata` describes; only the coordinator has read it itself."""
         if self._read is None:
             self.read_metadata()
 
@@ -116,7 +116,7 @@ class RepositoryReader(StorageReader):
 
         Raises:
             CorruptionError: stored bytes are damaged.
-            UnsafeDataError: a value is a pickle, and pickle is not allowed.
+            UnsafeDataError: a value is a pickle, and `allow_pickle` is False.
         """
         if self._read is None:
             self.read_metadata()
@@ -135,10 +135,7 @@ class RepositoryReader(StorageReader):
                 verify=self._verify,
                 allow_pickle=self._allow_pickle,
             )
-        self._is_spent = True
+        self._is_used = True
         future: Future[None] = Future()
         future.set_result(None)
         return future
-
-    def _wanted_ref(self) -> str | int | None:
-        return self._ref if self._checkpoint_id is None else os.fspath(self._checkpoint_id)

@@ -1,7 +1,6 @@
-"""From a request to a draft, and from finished state to a version that all can see.
+"""A version from its begin, as pending, to the one transaction that makes it visible.
 
-Invariant: the manifest is durable before the one transaction that makes the version visible
-(design, invariants 2 and 3).
+Invariant: the manifest is durable before that transaction (design, invariants 2 and 3).
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -41,16 +41,16 @@ from dcpstore.zarr.documents import write_manifest
 __all__ = [
     "BegunVersion",
     "SaveTarget",
-    "entries_before",
-    "kept_planner_data",
+    "checked_planner_data",
+    "entries_of_parent",
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class SaveTarget:
-    """The parts of a repository that a save writes to, and what this process remembers of it.
+    """The parts of a repository that a save writes to, and what this process has cached of it.
 
-    `location` is what torch's planners are given as `checkpoint_id`.
+    `location` is what torch's planners get as `checkpoint_id`.
     """
 
     catalog: Catalog
@@ -59,61 +59,39 @@ class SaveTarget:
     location: str | Path
 
 
-def _draft_version(
-    catalog: Catalog, request: SaveRequest, *, ranks: int, uid: str | None = None
-) -> VersionDraft:
-    """Return the draft of a version; its refs resolved, its author and host filled in.
-
-    Raises:
-        NotFoundError: `parent` or `expect_tip` names nothing.
-    """
-    return replace(
-        draft_of(request, author=request.author or this_user()),
-        uid=uid or new_uid(),
-        host=socket.gethostname(),
-        ranks=ranks,
-        parent=_number(catalog, request.parent),
-        expect_tip=_number(catalog, request.expect_tip),
-    )
-
-
-def entries_before(
+def entries_of_parent(
     target: SaveTarget, draft: VersionDraft
 ) -> tuple[int, Mapping[str, EntryRecord]]:
     """Return the parent as it is now: its number, and its entries by FQN, whose grids are kept.
 
-    The entries of a version that this process saved lately are remembered, without tensors' ids.
+    Without a parent they are 0 and no entries. The entries of a version that this process saved
+    lately come from its cache, in which tensors have no ids.
     """
+    branches = list_refs(target.catalog, "branch")
+    ref = draft.branch if any(ref.name == draft.branch for ref in branches) else draft.parent
+    if ref is None:
+        return 0, {}
     try:
-        return _entries_of_parent(target, draft)
-    except NotFoundError:  # forgotten or expired meanwhile: the commit finds out, if it matters
+        number = resolve(target.catalog, ref).number
+        entries = target.memory.entries.get(number)
+        if entries is None:
+            entries = {entry.fqn: entry for entry in load_entries(target.catalog, number)}
+        return number, entries
+    except NotFoundError:
+        # Forgotten or expired meanwhile. Only grids are lost; the commit checks the parent again.
         return 0, {}
 
 
-def _entries_of_parent(
-    target: SaveTarget, draft: VersionDraft
-) -> tuple[int, Mapping[str, EntryRecord]]:
-    ref: str | int | None = draft.branch
-    if not any(known.name == ref for known in list_refs(target.catalog, "branch")):
-        ref = draft.parent
-        if ref is None:
-            return 0, {}
-    number = resolve(target.catalog, ref).number
-    held = target.memory.entries.get(number)
-    if held is None:
-        held = {entry.fqn: entry for entry in load_entries(target.catalog, number)}
-    return number, held
-
-
-def kept_planner_data(
+def checked_planner_data(
     given: object, recorded: Mapping[str, ObjectPath] = MappingProxyType({})
 ) -> tuple[Mapping[str, ObjectPath], str | None]:
-    """Return the object paths that a planner gives, or else what it gives as typed JSON.
+    """Return what a planner gives as `planner_data`: as object paths, or else as typed JSON.
 
-    They are the `recorded` ones, which say more, where those are the same paths.
+    If its paths are those that our planner has `recorded`, these are returned: they also say what
+    kinds of containers they lead through.
 
     Raises:
-        UnsafeDataError: it gives what only a pickle could keep.
+        UnsafeDataError: storing it would need pickle.
     """
     if given is None:
         return {}, None
@@ -130,9 +108,12 @@ def _is_path(given: object) -> bool:
 
 
 class BegunVersion:
-    """A version from its begin until it is committed or aborted; the coordinator has it.
+    """A version from its begin until it is committed or aborted; only the coordinator has one.
 
-    It keeps no open catalog, so that torch's writer can keep it from one call to the next.
+    It holds no open catalog, so that torch's writer can keep it from one call to the next.
+
+    Attributes:
+        is_pending: whether it is neither committed nor aborted.
     """
 
     def __init__(
@@ -144,10 +125,17 @@ class BegunVersion:
             NotFoundError: `parent` or `expect_tip` names nothing.
             ConflictError, AlreadyExistsError: as the catalog finds the refs.
         """
-        self.draft = _draft_version(target.catalog, request, ranks=ranks, uid=uid)
+        self.draft = replace(
+            draft_of(request, author=request.author or this_user()),
+            uid=uid or new_uid(),
+            host=socket.gethostname(),
+            ranks=ranks,
+            parent=_number_of(target.catalog, request.parent),
+            expect_tip=_number_of(target.catalog, request.expect_tip),
+        )
         self._retention = request.retention
         begin_save(target.catalog, self.draft)
-        self._is_pending = True
+        self.is_pending = True
 
     def commit(
         self,
@@ -158,40 +146,42 @@ class BegunVersion:
         seconds: dict[str, float],
         planner_data: str | None,
     ) -> Version:
-        """Write the manifest and commit, then apply retention; the packs are durable.
-
-        Where chunks that the save reuses have moved meanwhile (gc repacks), manifest and commit are
-        done once more.
+        """Write the manifest and commit, then apply retention; the packs are durable already.
 
         Raises:
-            ConflictError: the branch moved, or what the save reuses is gone; save again.
+            ConflictError: the branch moved, or gc deleted what the save reuses; save again.
             AlreadyExistsError: a tag was taken meanwhile.
         """
-
-        def publish() -> Version:
-            return _publish(
-                target, self.draft, state, packs=packs, seconds=seconds, planner_data=planner_data
-            )
-
+        publish = partial(
+            _publish,
+            target,
+            self.draft,
+            state,
+            packs=packs,
+            seconds=seconds,
+            planner_data=planner_data,
+        )
         try:
             version = publish()
         except ConflictError:
+            # gc may have moved chunks that the save reuses into other packs. A second manifest
+            # names their new places; any other conflict is raised again.
             version = publish()
         write_journal(target.catalog, target.storage)
-        self._is_pending = False
+        self.is_pending = False
         if self._retention is not None:
             retain(target.catalog, self._retention, branch=version.branch, author=version.author)
             write_journal(target.catalog, target.storage)
         return version
 
     def abort(self, catalog: Catalog, reason: str) -> None:
-        """Record why a pending version was given up; once it has ended this does nothing.
+        """Mark a pending version as aborted, with the reason; do nothing if it has ended already.
 
         Raises:
             DcpstoreError: the catalog could not record it.
         """
-        if self._is_pending:
-            self._is_pending = False
+        if self.is_pending:
+            self.is_pending = False
             abort_save(catalog, self.draft.uid, reason)
 
     def abort_for(self, catalog: Catalog, error: BaseException) -> None:
@@ -200,11 +190,6 @@ class BegunVersion:
             self.abort(catalog, f"{type(error).__name__}: {error}")
         except DcpstoreError as second:
             error.add_note(f"the catalog could not record that the save failed: {second}")
-
-    @property
-    def is_pending(self) -> bool:
-        """Whether it is neither committed nor aborted."""
-        return self._is_pending
 
 
 def _publish(
@@ -216,6 +201,7 @@ def _publish(
     seconds: dict[str, float],
     planner_data: str | None,
 ) -> Version:
+    """Write the manifest, commit, and remember the entries for the grids of the next save."""
     began = time.perf_counter()
     content = VersionContent(
         entries=state.entries(),
@@ -238,5 +224,5 @@ def _publish(
     return version
 
 
-def _number(catalog: Catalog, ref: str | int | None) -> int | None:
+def _number_of(catalog: Catalog, ref: str | int | None) -> int | None:
     return None if ref is None else resolve(catalog, ref).number

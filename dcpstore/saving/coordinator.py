@@ -1,7 +1,7 @@
 """The coordinator of a save: what it does with what the ranks send in each exchange.
 
-Invariant: it alone asks the catalog and changes it, and it never leaves a begun version pending
-when it knows that the save has failed.
+Invariant: only the coordinator changes the catalog, and when it knows that the save has failed, the
+version that it has begun does not stay pending.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dcpstore.catalog.read.ref_lookup import find_refs
 from dcpstore.errors import InvalidInputError
 from dcpstore.planning.save_planner import recorded_by
 from dcpstore.records import ChunkDefaults, ChunkKey, EntryRecord, Version
-from dcpstore.saving.commit import BegunVersion, SaveTarget, entries_before, kept_planner_data
-from dcpstore.saving.pack_writer import Written
+from dcpstore.saving.chunk_writer import Written
+from dcpstore.saving.commit import BegunVersion, SaveTarget, checked_planner_data, entries_of_parent
 from dcpstore.saving.plan_exchange import (
     GlobalPlan,
     PlanOffer,
@@ -29,8 +29,9 @@ from dcpstore.saving.plan_exchange import (
     shares_tables,
 )
 from dcpstore.saving.rank_chunks import Digested
+from dcpstore.saving.replicas import list_names
 from dcpstore.saving.request import SaveRequest
-from dcpstore.saving.save_state import SaveState, is_cut_otherwise
+from dcpstore.saving.save_state import SaveState, has_other_grids
 
 __all__ = [
     "Coordinator",
@@ -47,8 +48,8 @@ _log = logging.getLogger(__name__)
 
 Seconds = dict[str, float]  # by phase
 
-_MUCH = 64 << 20  # bytes a rank that take longer to digest than one exchange more
-_SHOWN = 8  # names in one message; more would bury the first
+# A save of this many bytes per rank writes early: that saves more time than one exchange costs.
+_EARLY = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +63,12 @@ class OpenRequest:
 
 @dataclass(frozen=True, slots=True)
 class WriteAssignment:
-    """What a rank is to do next: compare entries of a version with what it holds, or write.
+    """What a rank does next: compare entries of the parent with what it holds, or write.
 
-    `write` are places among its chunks, less those that it writes already. All ranks are given the
-    same entries to compare.
+    Attributes:
+        write: places among its chunks, without those that it has begun to write.
+        compare: entries, the same for all ranks.
+        version: the number of the version that the entries are of.
     """
 
     write: Sequence[int] = ()
@@ -75,35 +78,35 @@ class WriteAssignment:
 
 @dataclass(frozen=True, slots=True)
 class RankDigests:
-    """What a rank found out about its data.
+    """What a rank sends once all its data is digested.
 
     Attributes:
         digested: its chunks and values.
-        seconds: that each phase took it.
-        alike: the digests of what other ranks hold too; empty where it reports them before.
+        seconds: how long each phase has taken on this rank.
+        replicas: the fingerprints of its replicas; empty if `FirstDigests` had them.
     """
 
     digested: Digested
     seconds: Seconds
-    alike: bytes
+    replicas: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class FirstDigests:
-    """What a rank sends before it has digested everything, in a save that writes early.
+    """What a rank sends before all its data is digested, in a save that writes early.
 
     Attributes:
         keys: of its first chunks.
-        alike: the digests of what other ranks hold too.
+        replicas: the fingerprints of its replicas.
     """
 
     keys: Sequence[ChunkKey]
-    alike: bytes
+    replicas: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class RankResult:
-    """What a rank sends last: where its chunks lie, durable, and how long each phase took."""
+    """What a rank sends last: the places of its chunks, now durable, and the time per phase."""
 
     written: Written
     seconds: Seconds
@@ -116,11 +119,11 @@ class Coordinator:
 
     def __init__(self, planner: SavePlanner, size: int, *, is_whole: bool) -> None:
         self._planner = planner
-        self._is_whole = is_whole  # else this rank alone saves its part, perhaps of tensors
+        self._is_whole = is_whole  # if not, this rank saves its own part, perhaps parts of tensors
         self._size = size
-        self._splits = False  # whether the ranks write their first chunks early
+        self._writes_early = False
         self._begun: BegunVersion | None = None
-        self._before: Mapping[str, EntryRecord] | None = None
+        self._parent: Mapping[str, EntryRecord] | None = None  # its entries by FQN
         self._plan: GlobalPlan | None = None
         self._first: Sequence[Sequence[int]] = [()] * size
 
@@ -134,11 +137,11 @@ class Coordinator:
         self._begun = BegunVersion(self.target, requests[0].request, ranks=self._size)
         draft = self._begun.draft
         if not self._is_whole:
-            self._report_shadow(draft.branch)
-        return draft.uid, sorted({key for one in requests for key in one.keys})
+            self._warn_of_plain_branch(draft.branch)
+        return draft.uid, sorted({key for request in requests for key in request.keys})
 
-    def _report_shadow(self, branch: str) -> None:
-        """Warn where a load by the branch's plain name will find what all ranks saved together."""
+    def _warn_of_plain_branch(self, branch: str) -> None:
+        """Warn if a load by the branch's plain name finds what all ranks saved together."""
         plain, _, _ = branch.rpartition("/rank-")
         if find_refs(self.target.catalog, [plain]):
             _log.warning(
@@ -149,25 +152,30 @@ class Coordinator:
             )
 
     def plan(self, offers: list[PlanOffer]) -> list[PlanReply]:
-        """Make the global plan, or take that of an earlier save; give each rank its part."""
+        """Make the global plan, or reuse that of an earlier save; give each rank its part.
+
+        It is called twice if the first replies ask the ranks for their tables.
+        """
         assert self._begun is not None
-        if self._before is None and not self._is_whole:
-            self._before_number, self._before = 0, {}  # no grid of another part is of use
-        elif self._before is None:
-            self._before_number, self._before = entries_before(self.target, self._begun.draft)
+        if self._parent is None and not self._is_whole:
+            # The parent may be what another rank saved: its grids would not fit.
+            self._parent_number, self._parent = 0, {}
+        elif self._parent is None:
+            self._parent_number, self._parent = entries_of_parent(self.target, self._begun.draft)
         if shares_tables(self._planner):
             self._plan, replies = reply_to_offers(
                 offers,
                 self.target.memory,
                 chunk=self._chunk,
-                parent=self._before,
+                parent=self._parent,
                 to_lowest_rank=self._planner.dedup_save_to_lowest_rank,
                 is_whole=self._is_whole,
             )
-            return self._split(replies)
+            return self._with_early_writes(replies)
         plans = [offer.plan for offer in offers if offer.plan is not None]
-        parts, described = self._planner.create_global_plan(plans)
-        # torch's plan cache: a rank whose plan did not change gets an empty one
+        parts, metadata = self._planner.create_global_plan(plans)
+        # With torch's plan cache, a rank whose plan did not change gets one that is not usable, and
+        # the planner has the whole plan.
         is_cached = not all(plan.usable for plan in parts)
         whole = getattr(self._planner, "global_plan", parts) if is_cached else parts
         self._plan, replies = reply_to_plans(
@@ -175,76 +183,78 @@ class Coordinator:
             parts,
             whole,
             chunk=self._chunk,
-            parent=self._before,
+            parent=self._parent,
             is_whole=self._is_whole,
         )
-        self._plan.paths, self._plan.planner_data = kept_planner_data(
-            described.planner_data, recorded_by(self._planner)
+        self._plan.paths, self._plan.planner_data = checked_planner_data(
+            metadata.planner_data, recorded_by(self._planner)
         )
-        return self._split(replies)
+        return self._with_early_writes(replies)
 
     def choose_first(self, reports: Sequence[FirstDigests]) -> Sequence[Sequence[int]]:
-        """Return which of its first chunks each rank is to write now, as places among them.
-
-        A chunk that the repository does not hold by any codec is part of no tensor that it holds.
+        """Return which of its first chunks each rank writes now, as places among them.
 
         Raises:
             InvalidInputError: the ranks hold different contents of one item.
         """
-        self._compare([one.alike for one in reports])
-        seen: dict[ChunkKey, tuple[int, int]] = {}
-        for rank, one in enumerate(reports):
-            for place, key in enumerate(one.keys):
-                seen.setdefault(key, (rank, place))
-        held = find_chunks(self.target.catalog, {digest for _, digest in seen})
+        self._check_replicas([report.replicas for report in reports])
+        writers: dict[ChunkKey, tuple[int, int]] = {}  # the first rank that has it, and the place
+        for rank, report in enumerate(reports):
+            for place, key in enumerate(report.keys):
+                writers.setdefault(key, (rank, place))
+        # Whatever the codec: a chunk that is not stored at all is certainly part of a new tensor.
+        # One that is stored may be part of a tensor that is reused whole, under another codec.
+        stored = find_chunks(self.target.catalog, {digest for _, digest in writers})
         chosen: list[list[int]] = [[] for _ in reports]
-        for (_, digest), (rank, place) in seen.items():
-            if digest not in held:
+        for (_, digest), (rank, place) in writers.items():
+            if digest not in stored:
                 chosen[rank].append(place)
         self._first = chosen
         return chosen
 
     def look_up(self, reports: Sequence[RankDigests]) -> list[WriteAssignment]:
-        """Find what the repository holds; ask for a comparison where digests cannot tell.
+        """Find what the repository holds; ask for a comparison if digests cannot show it.
 
         Raises:
             InvalidInputError: the ranks hold different contents of one item.
         """
         assert self._plan is not None
-        assert self._before is not None
-        if not self._splits:
-            self._compare([one.alike for one in reports])
+        assert self._parent is not None
+        if not self._writes_early:
+            self._check_replicas([report.replicas for report in reports])
         self._state = SaveState(
             self._plan.table,
             self._plan.layouts,
-            [one.digested for one in reports],
+            [report.digested for report in reports],
             paths=self._plan.paths,
             chunk=self._chunk,
             are_whole=self._is_whole,
         )
-        alike = self._state.look_up(self.target.catalog, self._before)
-        if not alike:
-            return self._writes()
-        self._compared = load_entries(self.target.catalog, self._before_number, alike)
-        return [WriteAssignment(compare=self._compared, version=self._before_number)] * self._size
+        fqns = self._state.look_up(self.target.catalog, self._parent)
+        if not fqns:
+            return self._assign_writes()
+        # From the catalog, because the cached entries of a parent have no ids of tensors.
+        self._compared = load_entries(self.target.catalog, self._parent_number, fqns)
+        return [WriteAssignment(compare=self._compared, version=self._parent_number)] * self._size
 
     def take_changed(self, reports: Sequence[set[str]]) -> list[WriteAssignment]:
-        """Take what each rank found changed; return which of its chunks each is to write."""
+        """Take the FQNs that each rank found changed; return which chunks each rank writes."""
         changed = set().union(*reports)
         self._state.take_unchanged(e for e in self._compared if e.fqn not in changed)
-        return self._writes()
+        return self._assign_writes()
 
-    def _writes(self) -> list[WriteAssignment]:
+    def _assign_writes(self) -> list[WriteAssignment]:
         chosen = self._state.choose_writes(self.target.catalog, self._first)
-        return [WriteAssignment(write=mine) for mine in chosen]
+        return [WriteAssignment(write=places) for places in chosen]
 
-    def _compare(self, alike: Sequence[bytes]) -> None:
-        """Check that what several ranks hold is the same on all; report buffers that differ."""
+    def _check_replicas(self, fingerprints: Sequence[bytes]) -> None:
+        """Check that what several ranks hold is the same on all; log the buffers that differ."""
         assert self._plan is not None
         replicas, table = self._plan.replicas, self._plan.table
-        differing = replicas.differing_buffers(alike)
+        differing = replicas.differing_buffers(fingerprints)
         if not differing:
             return
+        # Buffers that belong together, as mean and variance, must come from one rank.
         for number, rank in zip(table.rows.tensor.tolist(), table.rank.tolist(), strict=True):
             fqn = table.names[number].fqn
             if fqn in differing and rank != differing[fqn][0]:
@@ -256,47 +266,51 @@ class Coordinator:
         new = sorted(differing.keys() - replicas.reported)
         replicas.reported.update(new)
         if new:
-            more = f" and {len(new) - _SHOWN} more" if len(new) > _SHOWN else ""
             _log.warning(
-                "module buffers differ between ranks: %s%s; those of the lowest rank that holds "
-                "them are saved, as DDP keeps those of rank 0",
-                ", ".join(map(repr, new[:_SHOWN])),
-                more,
+                "module buffers differ between ranks: %s; those of the lowest rank that holds them "
+                "are saved, as DDP keeps those of rank 0",
+                list_names([*map(repr, new)]),
             )
 
-    def _split(self, replies: list[PlanReply]) -> list[PlanReply]:
-        """Let the ranks write early if the save is large and no parent tensor has another grid."""
-        assert self._before is not None
+    def _with_early_writes(self, replies: list[PlanReply]) -> list[PlanReply]:
+        """Let the ranks write early if the save is large and no parent tensor has another grid.
+
+        A tensor with another grid may be unchanged although all its chunks are new: what is written
+        early would be written for nothing.
+        """
+        assert self._parent is not None
         plan = self._plan
-        splits = (
+        self._writes_early = (
             plan is not None
-            and plan.table.nbytes.sum() >= self._size * _MUCH
+            and plan.table.nbytes.sum() >= self._size * _EARLY
             and not any(
-                is_cut_otherwise(layout, self._before.get(fqn))
+                has_other_grids(layout, self._parent.get(fqn))
                 for fqn, layout in plan.layouts.items()
             )
         )
-        self._splits = splits
-        return [replace(reply, splits=True) for reply in replies] if splits else replies
+        if not self._writes_early:
+            return replies
+        return [replace(reply, writes_early=True) for reply in replies]
 
     def commit(self, reports: Sequence[RankResult]) -> Version:
         """Write the manifest and commit the version."""
         assert self._plan is not None
         assert self._begun is not None
-        self._state.take_results([one.written for one in reports])
+        self._state.take_results([report.written for report in reports])
         return self._begun.commit(
             self.target,
             self._state,
-            packs=[pack for one in reports for pack in one.written.packs],
+            packs=[pack for report in reports for pack in report.written.packs],
+            # Of the slowest rank: that is how long the phase took.
             seconds={
-                phase: max(one.seconds.get(phase, 0.0) for one in reports)
+                phase: max(report.seconds.get(phase, 0.0) for report in reports)
                 for phase in ("plan", "digest", "compare", "write")
             },
             planner_data=self._plan.planner_data,
         )
 
-    def give_up(self, error: BaseException) -> None:
-        """Record why a begun save ended without a version."""
+    def abort(self, error: BaseException) -> None:
+        """Mark the version as aborted because of `error`, if it was begun."""
         if self._begun is not None:
             self._begun.abort_for(self.target.catalog, error)
 
@@ -305,9 +319,9 @@ def check_agreement(requests: Sequence[OpenRequest]) -> None:
     """Check that all ranks ask for the same save, of one repository.
 
     Raises:
-        InvalidInputError: two do not, by the argument that differs.
+        InvalidInputError: two do not; names the argument that differs.
     """
-    uids = [one.repository for one in requests]
+    uids = [request.repository for request in requests]
     if len(set(uids)) > 1:
         odd = next(rank for rank, uid in enumerate(uids) if uid != uids[0])
         raise InvalidInputError(
@@ -317,8 +331,8 @@ def check_agreement(requests: Sequence[OpenRequest]) -> None:
     for name in (part.name for part in fields(SaveRequest)):
         if name in ("metrics", "labels") and requests[0].request.metrics_from == "rank0":
             continue
-        values = [getattr(one.request, name) for one in requests]
-        texts = [_text(value) for value in values]
+        values = [getattr(sent.request, name) for sent in requests]
+        texts = [_comparable(value) for value in values]
         odd = next((rank for rank, text in enumerate(texts) if text != texts[0]), 0)
         if odd:
             raise InvalidInputError(
@@ -327,8 +341,8 @@ def check_agreement(requests: Sequence[OpenRequest]) -> None:
             )
 
 
-def _text(value: object) -> str:
-    """Return what tells two arguments apart: a NaN does not equal itself, a set has no order."""
+def _comparable(value: object) -> str:
+    """Return a text that is equal for equal arguments; a NaN itself does not even equal itself."""
     if isinstance(value, Mapping):
         value = sorted(value.items())
     elif isinstance(value, tuple):

@@ -1,7 +1,7 @@
 """How the tensors of one save are cut and encoded: the coordinator's answer to the global plan.
 
-Invariant: every rank that writes a part of a tensor cuts it by the same grids, so that what they
-wrote together is the tensor (design, section 4, "Chunks").
+Invariant: every rank that writes a part of a tensor cuts it by the same grids, so that the chunks
+of all ranks together are the tensor (docs/design.md, "Chunks").
 """
 
 from __future__ import annotations
@@ -50,15 +50,17 @@ def lay_out(
     *,
     chunk: ChunkDefaults,
     parent: Mapping[str, EntryRecord],
-    are_whole: bool = True,
+    are_whole: bool,
 ) -> dict[str, Layout]:
     """Return the layout of each tensor that is written, by FQN.
 
-    The grids of the `parent` version's entries are kept where dtype and shape are still the same
-    and they fit. Of tensors that are not whole, for the table is not that of all ranks, each box is
-    a part where they do not.
+    The grids of the `parent` version's entries are kept if they fit the boxes, and dtype and shape
+    are the same. `are_whole` is False if the table is not that of all ranks, so that tensors may be
+    incomplete; each box of a tensor is then a part with a grid of its own, unless the parent's
+    grids are kept.
     """
     live = table.rows.take((table.rows.volumes > 0) & table.is_tensor[table.rows.tensor])
+    # In columns, for all tensors at once: a Python loop over the boxes of all ranks is slow.
     steps = steps_of(live, table.shapes).tolist()
     pieces = np.bincount(live.tensor, minlength=len(table.names)).tolist()
     layouts = {}
@@ -78,13 +80,13 @@ def lay_out(
 
 
 def join_layouts(table: GlobalTable, by_rank: Sequence[Mapping[str, Layout]]) -> dict[str, Layout]:
-    """Return the layouts by which all ranks cut together, of those by which each did.
+    """Return one layout for each tensor, from the layouts by which each rank has cut it.
 
-    Where they differ, each box is parts of its own, cut as its rank cut it: so they do not change
-    which cells there are, or the order in which a rank sends them.
+    If they differ, each box becomes a part (or several) with the grid by which its rank cut it.
+    So the cells stay the same, and the order in which a rank sends them.
 
     Args:
-        table: who writes which box.
+        table: which rank writes which box.
         by_rank: for each rank, the layouts of what it writes.
 
     Raises:
@@ -92,8 +94,8 @@ def join_layouts(table: GlobalTable, by_rank: Sequence[Mapping[str, Layout]]) ->
     """
     layouts: dict[str, Layout] = {}
     differing = set()
-    for mine in by_rank:
-        for fqn, layout in mine.items():
+    for of_rank in by_rank:
+        for fqn, layout in of_rank.items():
             if layouts.setdefault(fqn, layout) != layout:
                 differing.add(fqn)
     for number, name in enumerate(table.names):
@@ -103,9 +105,9 @@ def join_layouts(table: GlobalTable, by_rank: Sequence[Mapping[str, Layout]]) ->
         cut = [by_rank[rank][name.fqn] for rank in table.rank[rows].tolist()]
         if len({layout.codec for layout in cut}) > 1:
             raise InvalidInputError(
-                f"{name.fqn!r} is planned by codecs {sorted({c.codec for c in cut})}, for a plan "
-                "that torch kept comes from another repository; use a planner class of its own "
-                "for each, or leave out enable_plan_caching."
+                f"{name.fqn!r} is planned with codecs {sorted({c.codec for c in cut})}, because a "
+                "plan that torch has cached is for another repository; use a planner class for "
+                "each repository, or leave out enable_plan_caching."
             )
         parts = tuple(
             Grid(shared.offsets, shared.sizes, grid.chunk_shape)
@@ -127,15 +129,17 @@ def _lay_by_steps(
     pieces: int,
     chunk: ChunkDefaults,
 ) -> Layout | None:
-    """Return the layout of a whole tensor where one grid will do, which the columns can tell.
+    """Return the layout of a whole tensor if one grid fits all its boxes; the steps show that.
 
-    It is remembered, for thousands of tensors have few, and the same object travels once.
+    It is cached: thousands of tensors have few different layouts, and pickle sends an object that
+    occurs many times only once.
 
     Args:
         dtype: of the tensor, torch's name.
         shape: of the tensor.
-        kept: the grids of the parent's.
-        steps: by dimension, the largest step that meets every boundary inside; 0 without any.
+        kept: the grids of the parent's tensor.
+        steps: for each dimension, the largest step of which every boundary between boxes is a
+            multiple; 0 if there is no boundary.
         pieces: how many boxes with elements are written.
         chunk: the repository's defaults.
     """
@@ -159,7 +163,7 @@ def _lay_by_boxes(
     *,
     are_whole: bool,
 ) -> Layout:
-    """Return the layout of a tensor by a look at each of its boxes."""
+    """Return the layout of a tensor from each of its boxes: slower, but for any boxes."""
     itemsize, target = torch_dtype(dtype).itemsize, chunk.nbytes
     if are_whole:
         grids = lay_grids(shape, itemsize, boxes, target=target, parent=kept)

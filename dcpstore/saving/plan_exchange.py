@@ -1,9 +1,9 @@
-"""How the ranks come to one plan: tables the first time, digests from then on.
+"""How the ranks agree on one plan: they send tables the first time, and digests from then on.
 
-A repository that a process has open remembers the local plans it offered, with what it was
-assigned to write of them, and on the coordinator the global plans. An unchanged topology then costs
-64 bytes a rank. Invariant: what is remembered is used only where every rank's local plan and the
-chunk grids of the parent are as they were.
+A repository that a process has open caches the local plans that it offered, with the share of them
+that it was assigned, and on the coordinator the global plans. With an unchanged topology a rank
+then sends 64 bytes. Invariant: a cached plan is used only if every rank's local plan and the chunk
+grids of the parent are the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeGuard
 
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
 from dcpstore.core.digests import hasher
 from dcpstore.core.lru import LruCache
@@ -44,15 +44,15 @@ __all__ = [
     "shares_tables",
 ]
 
-_MOST = 8  # plans remembered: of a model, of its optimizer, of what is saved beside them
-_VERSIONS = 2  # whose entries are remembered, by number: the parents of the next saves
+_PLANS = 8  # cached plans: of a model, of its optimizer, of other states saved in turn
+_VERSIONS = 2  # versions whose entries are cached: the parents of the next saves
 
 
 @dataclass(frozen=True, slots=True)
 class RankShare:
-    """What one rank is to write: items of its plan, by place, and how their tensors are cut.
+    """What one rank writes: the places of items in its plan, and how their tensors are cut.
 
-    `compared` are the places of those that other ranks hold too.
+    `compared` are the places of the items that other ranks hold too.
     """
 
     kept: Ints
@@ -66,10 +66,10 @@ class PlanOffer:
 
     Attributes:
         digest: of its table.
-        held: the key of the share that it was given for this plan last.
-        table: the plan; left out where a share is held, until it is asked for.
-        plan: the plan in torch's form, instead, where the planner makes the global plan itself.
-        buffers: the FQNs of module buffers, beside such a plan; a table marks them.
+        held: the key of the share that it was given for this plan last, or nothing.
+        table: the plan; left out if a share is held, until the coordinator asks for it.
+        plan: the plan in torch's form, instead of a table, if the planner makes the global plan.
+        buffers: the FQNs of module buffers, for such a plan; a table marks them.
     """
 
     digest: bytes = b""
@@ -84,12 +84,12 @@ class PlanReply:
     """What the coordinator answers to the plan of one rank.
 
     Attributes:
-        key: names the share that it is given, or holds.
-        kept: which items of its plan it writes, by place.
-        layouts: of their tensors by FQN, pickled; ranks with the same ones share the bytes.
-        compared: which items of its plan other ranks hold too, by place; it sends their digests.
-        plan: its part of the global plan, where the planner made that.
-        splits: whether it sends the digests of its first chunks first, and writes those early.
+        key: of the share that it is given, or holds already.
+        kept: the places in its plan of the items that it writes.
+        layouts: of their tensors by FQN, pickled; ranks with the same layouts share the bytes.
+        compared: the places of the items that other ranks hold too; it sends their fingerprints.
+        plan: its part of the global plan, if the planner made that.
+        writes_early: whether it digests its first chunks, and writes them, before the others.
     """
 
     key: bytes = b""
@@ -97,21 +97,24 @@ class PlanReply:
     layouts: bytes | None = None
     compared: Ints | None = None
     plan: SavePlan | None = None
-    splits: bool = False
+    writes_early: bool = False
 
     @property
-    def asks(self) -> bool:
-        """Whether the rank is asked for its table."""
+    def wants_table(self) -> bool:
+        """Whether the rank must send its table."""
         return not self.key and self.plan is None
 
 
 @dataclass(eq=False)
 class GlobalPlan:
-    """What all ranks write, and how it is cut; `paths` and `planner_data` are kept with a version.
+    """What all ranks write, and how it is cut.
 
     Attributes:
-        replicas: what several ranks hold, and must hold alike.
-        key: names what follows from the local plans and the layouts.
+        table: the items that are written, with their ranks.
+        replicas: the items that several ranks hold, which must be the same on all of them.
+        layouts: of the tensors, by FQN.
+        paths, planner_data: stored with the version.
+        key: identifies the local plans and the layouts together.
     """
 
     table: GlobalTable
@@ -123,16 +126,26 @@ class GlobalPlan:
 
 
 class PlanMemory:
-    """What one process remembers of its saves to one repository."""
+    """What one process caches of its saves to one repository.
+
+    Attributes:
+        shares: by the digest of a local plan, the key and the share that it was given last.
+        plans: by the digests of all local plans, the global plan; on the coordinator.
+        entries: by version number, the entries by FQN; on the coordinator.
+    """
 
     def __init__(self) -> None:
-        self.shares: LruCache[bytes, tuple[bytes, RankShare]] = LruCache(_MOST)
-        self.plans: LruCache[tuple[bytes, ...], GlobalPlan] = LruCache(_MOST)
+        self.shares: LruCache[bytes, tuple[bytes, RankShare]] = LruCache(_PLANS)
+        self.plans: LruCache[tuple[bytes, ...], GlobalPlan] = LruCache(_PLANS)
         self.entries: LruCache[int, Mapping[str, EntryRecord]] = LruCache(_VERSIONS)
 
 
 class LocalPlan:
-    """A rank's own plan, as it is offered and as it is carried out."""
+    """A rank's own plan: what it offers of it, and what it writes of it in the end.
+
+    Attributes:
+        compared: the items that other ranks hold too; known after `take`.
+    """
 
     def __init__(
         self,
@@ -142,6 +155,7 @@ class LocalPlan:
         *,
         buffers: Collection[str] = (),
     ) -> None:
+        self.compared: list[WriteItem] = []
         self._plan = plan
         self._memory = memory
         self._table = PlanTable.of(plan, buffers) if shares_tables(planner) else None
@@ -156,7 +170,7 @@ class LocalPlan:
         return PlanOffer(self._digest, key, self._table if whole or not key else None)
 
     def take(self, reply: PlanReply) -> tuple[SavePlan, Mapping[str, Layout]]:
-        """Return what this rank is to write, and remember it; `compared` is known from then on."""
+        """Return what this rank writes, with the layouts of the tensors, and cache its share."""
         if reply.plan is not None:
             assert reply.layouts is not None
             assert reply.compared is not None
@@ -169,8 +183,8 @@ class LocalPlan:
             self._memory.shares.put(self._digest, (reply.key, share))
         else:
             held = self._memory.shares.get(self._digest)
-            assert held is not None, f"assigned to write {reply.key!r}, which is not held"
-            assert held[0] == reply.key, f"assigned to write {reply.key!r}, holding {held[0]!r}"
+            assert held is not None, f"the reply names share {reply.key!r}, and none is cached"
+            assert held[0] == reply.key, f"the reply names {reply.key!r}, cached is {held[0]!r}"
             share = held[1]
         self.compared = [self._plan.items[i] for i in share.compared.tolist()]
         items = [self._plan.items[i] for i in share.kept.tolist()]
@@ -178,7 +192,10 @@ class LocalPlan:
 
 
 def shares_tables(planner: SavePlanner) -> TypeGuard[DefaultSavePlanner]:
-    """Tell whether the global plan is ours to make: a planner with its own needs torch's form."""
+    """Tell whether the global plan is made from tables, which ours is.
+
+    A planner with a `create_global_plan` of its own needs the plans in torch's form.
+    """
     return (
         isinstance(planner, DefaultSavePlanner)
         and type(planner).create_global_plan is DefaultSavePlanner.create_global_plan
@@ -194,9 +211,19 @@ def reply_to_offers(
     to_lowest_rank: bool,
     is_whole: bool = True,
 ) -> tuple[GlobalPlan | None, list[PlanReply]]:
-    """Return the global plan, and the reply to each rank; no plan yet where tables are asked for.
+    """Return the global plan, and the reply to each rank.
 
-    `is_whole` says whether the offers are those of all ranks: one alone may hold parts of tensors.
+    The plan is None if it is not cached and some ranks left out their tables; the replies then ask
+    for them.
+
+    Args:
+        offers: by rank.
+        memory: the coordinator's; a new plan is added.
+        chunk: the repository's defaults.
+        parent: the entries of the parent version by FQN, whose grids are kept.
+        to_lowest_rank: whether the lowest rank writes each replica; else they are spread.
+        is_whole: whether the offers are those of all ranks; one rank alone may hold parts of
+            tensors.
 
     Raises:
         InvalidInputError: ranks disagree about an FQN or their planners, or the boxes of a tensor
@@ -207,8 +234,9 @@ def reply_to_offers(
             "some ranks use a planner with a global plan of its own and some do not; pass the same "
             "planner on every rank."
         )
-    how = (b"lowest" if to_lowest_rank else b"", b"" if is_whole else b"alone")
-    digests = (*(offer.digest for offer in offers), *how)
+    # The same local plans make another global plan under other options.
+    options = (b"lowest" if to_lowest_rank else b"", b"" if is_whole else b"alone")
+    digests = (*(offer.digest for offer in offers), *options)
     plan = memory.plans.get(digests)
     if plan is None:
         tables = [offer.table for offer in offers if offer.table is not None]
@@ -217,6 +245,7 @@ def reply_to_offers(
         held = GlobalTable.of(tables)
         table = plan_globally(held, to_lowest_rank=to_lowest_rank, is_whole=is_whole)
         plan = GlobalPlan(table, Replicas.of(held), paths=table.paths)
+    # The layouts of a cached plan hold as long as the parent's tensors have the same grids.
     if not plan.key or any(
         grids != layout.grids
         for fqn, layout in plan.layouts.items()
@@ -231,26 +260,28 @@ def reply_to_offers(
 
 def _replies(plan: GlobalPlan, offers: Sequence[PlanOffer]) -> list[PlanReply]:
     table, encoded = plan.table, _EncodedLayouts(plan)
-    replies = []
-    for rank, offer in enumerate(offers):
-        if offer.held == plan.key:
-            replies.append(PlanReply(plan.key))
-        else:
-            layouts = encoded.of(table.numbers_of(rank))
-            compared = plan.replicas.of_rank(rank)
-            replies.append(PlanReply(plan.key, table.kept(rank), layouts, compared))
-    return replies
+    return [
+        PlanReply(plan.key)
+        if offer.held == plan.key
+        else PlanReply(
+            plan.key,
+            table.kept(rank),
+            encoded.of(table.numbers_of(rank)),
+            plan.replicas.of_rank(rank),
+        )
+        for rank, offer in enumerate(offers)
+    ]
 
 
 class _EncodedLayouts:
-    """Layouts as bytes, made once for all ranks that write the same tensors."""
+    """Pickled layouts, made once for all ranks that write the same tensors."""
 
     def __init__(self, plan: GlobalPlan) -> None:
         self._plan = plan
         self._made: dict[bytes, bytes] = {}
 
     def of(self, numbers: Ints) -> bytes:
-        """Return the pickled layouts of these names."""
+        """Return the pickled layouts of the tensors with these numbers in the table."""
         key = numbers.tobytes()
         if key not in self._made:
             names = (self._plan.table.names[number] for number in dict.fromkeys(numbers.tolist()))
@@ -261,10 +292,12 @@ class _EncodedLayouts:
 
 
 def checked_table(plans: Sequence[SavePlan], *, is_whole: bool) -> GlobalTable:
-    """Return the table of what all ranks write, by plans that a planner of torch's form made.
+    """Return the table of what all ranks write, from plans in torch's form.
+
+    `is_whole` says whether the plans are those of all ranks.
 
     Raises:
-        InvalidInputError: no catalog can keep an FQN, or ranks disagree about one; or the plans
+        InvalidInputError: no catalog can store an FQN, or ranks disagree about one; or the plans
             are those of all ranks, and do not tile its shape.
     """
     table = GlobalTable.of([PlanTable.of(plan) for plan in plans])
@@ -282,20 +315,25 @@ def reply_to_plans(
     *,
     chunk: ChunkDefaults,
     parent: Mapping[str, EntryRecord],
-    is_whole: bool = True,
+    is_whole: bool,
 ) -> tuple[GlobalPlan, list[PlanReply]]:
-    """Do the same for the global plan that a planner of the caller's made.
+    """Return the plan and the replies, as `reply_to_offers`, if the caller's planner made the plan.
 
     Args:
         offers: by rank, with its local plan.
-        parts: the plan of each rank, by rank.
-        whole: what they are to write: where torch caches plans, those of an earlier save.
+        parts: by rank, the plan that it gets; with torch's plan cache it may be left out.
+        whole: by rank, the plan that it carries out.
         chunk: the repository's defaults.
         parent: the entries of the parent version by FQN.
         is_whole: whether the plans are those of all ranks.
+
+    Raises:
+        InvalidInputError: as `checked_table`.
     """
     table = checked_table(whole, is_whole=is_whole)
-    held = GlobalTable.of([PlanTable.of(one.plan or SavePlan([]), one.buffers) for one in offers])
+    held = GlobalTable.of(
+        [PlanTable.of(offer.plan or SavePlan([]), offer.buffers) for offer in offers]
+    )
     layouts = lay_out(table, chunk=chunk, parent=parent, are_whole=is_whole)
     plan = GlobalPlan(table, Replicas.of(held), layouts)
     encoded = _EncodedLayouts(plan)
@@ -303,7 +341,7 @@ def reply_to_plans(
         PlanReply(
             layouts=encoded.of(table.numbers_of(rank)),
             compared=plan.replicas.of_rank(rank),
-            plan=mine,
+            plan=part,
         )
-        for rank, mine in enumerate(parts)
+        for rank, part in enumerate(parts)
     ]

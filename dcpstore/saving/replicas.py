@@ -1,13 +1,14 @@
-"""What several ranks hold alike: it is compared by digest, before anything is written.
+"""What several ranks hold alike: compared by digest, before anything is written.
 
-Invariant: of what all holders must have in common, one rank's is written only if it is the same on
-all of them; module buffers, which may differ, all come from the lowest rank that holds them.
+Invariant: of an item that all its holders must have in common, the copy of one rank is written only
+if it is the same on all of them. Module buffers may differ; all of them come from the lowest rank
+that holds them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 from typing_extensions import Buffer
 
-from dcpstore.collectives import Collectives, in_step, in_turn
+from dcpstore.collectives import Collectives, in_step, in_turn, name_ranks
 from dcpstore.core.digests import hasher
 from dcpstore.core.parallel import in_batches, run_ahead
 from dcpstore.encoding.dtypes import check_plain
@@ -27,29 +28,29 @@ from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.box_table import Ints, first_equal
 from dcpstore.planning.plan_table import GlobalTable, PlanTable
 from dcpstore.planning.save_planner import BoxResolver, DefaultSavePlanner
-from dcpstore.saving.rank_chunks import encoded_item, resolves_plainly
+from dcpstore.saving.item_data import encoded_item, error_of, resolves_plainly
 from dcpstore.state.optimizers import lists_parameters
 
-__all__ = ["Replicas", "compare_state", "fingerprint", "fingerprints"]
+__all__ = ["Replicas", "compare_state", "fingerprint", "fingerprints", "list_names"]
 
-_DIGEST = 16  # bytes: enough to tell mistakes apart, and half of what a chunk's digest costs
+_DIGEST = 16  # bytes: enough to detect mistakes, and half of the bytes of a chunk's digest to send
 _WHOLE = 1 << 20  # bytes of the largest tensor of which every byte is compared
-_SMALL = 64 << 10  # bytes
+_SMALL = 64 << 10  # bytes of a tensor that is copied together with others
 _BLOCKS = 64
 _BLOCK = 4096  # bytes
-_SHOWN = 8  # names in one message; more would bury the first
-# Elements as torch can index and numpy can hold them, whatever they mean.
+_SHOWN = 8  # names in one message; more would hide the first
+# Integers as torch can index and numpy can hold them, whatever the dtype of the elements means.
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 def fingerprint(tensor: torch.Tensor) -> bytes:
     """Return 16 bytes that are equal for tensors of one dtype and shape with equal elements.
 
-    They are BLAKE3 of all elements, in row-major order, where those have at most 1 MiB. Of a larger
+    They are BLAKE3 of all elements, in row-major order, of a tensor of at most 1 MiB. Of a larger
     tensor they are BLAKE3 of 64 blocks of 4,096 bytes: with `size = 4096 // itemsize` and
-    `step = (numel - size) // 63`, block i is the elements from `i * step` on. So a difference is
-    certainly found in a tensor of at most 1 MiB, or where it lies in one of the blocks; one that is
-    spread evenly over a fraction f of the elements is missed with a probability of about
+    `step = (numel - size) // 63`, block i is `size` elements from `i * step` on. So a difference is
+    certainly found in a tensor of at most 1 MiB, or inside one of the blocks. One that is spread
+    evenly over a fraction f of the elements is missed with a probability of about
     `(1 - f) ** (262144 / itemsize)`.
     """
     (digest,) = _digests([tensor.detach()])
@@ -59,17 +60,17 @@ def fingerprint(tensor: torch.Tensor) -> bytes:
 def _digests(tensors: Sequence[torch.Tensor]) -> list[bytes]:
     """Return the fingerprints of tensors without gradients.
 
-    Small ones, and all of a device's, are first copied into one run of memory: thousands of views
+    Small ones, and all of those on a device, are first copied into one tensor: thousands of views
     and transfers would cost more than their bytes.
     """
     elements = [_elements(tensor) for tensor in tensors]
     together: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     digests = [b""] * len(tensors)
-    for i, run in enumerate(elements):
-        if run.device.type == "cpu" and run.nbytes > _SMALL:
-            digests[i] = _digest(run.contiguous().numpy().view(np.uint8).data)
+    for i, words in enumerate(elements):
+        if words.device.type == "cpu" and words.nbytes > _SMALL:
+            digests[i] = _digest(words.contiguous().numpy().view(np.uint8).data)
         else:
-            together.setdefault((run.device, run.dtype), []).append(i)
+            together.setdefault((words.device, words.dtype), []).append(i)
     for places in together.values():
         joined = torch.cat([elements[i] for i in places]).cpu().numpy().view(np.uint8).data
         end = 0
@@ -86,7 +87,8 @@ def _digest(data: Buffer) -> bytes:
 def _elements(tensor: torch.Tensor) -> torch.Tensor:
     """Return the elements that are compared, in one dimension: all, or those of the blocks.
 
-    Ranks may lay out equal tensors in other ways, and only contiguous ones are cut without a copy.
+    The order is that of the indices, not that of memory: ranks may hold equal tensors with
+    different strides. Only a contiguous tensor is cut without an index for each element.
     """
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
@@ -105,11 +107,13 @@ def _elements(tensor: torch.Tensor) -> torch.Tensor:
 def fingerprints(
     items: Sequence[WriteItem], planner: SavePlanner, pool: Executor, *, allow_pickle: bool
 ) -> bytes:
-    """Return 16 bytes for each item; zeros where this planner gives what cannot be compared.
+    """Return 16 bytes for each item; zeros for an item that is not compared.
+
+    Those are lists of parameters, and all items of a planner that resolves items in its own way.
 
     Raises:
-        UnsafeDataError: a value needs a pickle, and that is not allowed.
-        InvalidInputError: a tensor has no plain bytes, or a value cannot be kept.
+        UnsafeDataError: a value needs pickle, and `allow_pickle` is False.
+        InvalidInputError: a tensor has no plain bytes, or a value cannot be stored.
     """
     found = np.zeros((len(items), _DIGEST), np.uint8)
     if isinstance(planner, BoxResolver) or not resolves_plainly(planner):
@@ -118,7 +122,7 @@ def fingerprints(
     for i, item in enumerate(items):
         if item.tensor_data is None:
             if lists_parameters(item.index.fqn, planner.lookup_object(item.index)):
-                continue  # those of a pipeline's stages differ
+                continue  # the stages of a pipeline have different ones
             value = encoded_item(planner, item, allow_pickle=allow_pickle)
             found[i] = np.frombuffer(_value_digest(value), np.uint8)
         elif isinstance(tensor := planner.resolve_data(item), torch.Tensor):
@@ -135,19 +139,19 @@ def fingerprints(
 
 
 def _checked(item: WriteItem, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that has plain bytes; most were looked at with the state that they are of."""
+    """Return a tensor that has plain bytes; `check_state` has checked all plain `torch.Tensor`s."""
     if type(tensor) is not torch.Tensor:
         try:
             check_plain(tensor)
         except InvalidInputError as error:
-            raise InvalidInputError(f"{item.index.fqn!r}: {error}") from error
+            raise error_of(item, error) from error
     return tensor
 
 
 def _value_digest(value: EncodedValue) -> bytes:
-    """Return 16 bytes that are equal for equal values of one type; a dict's order is of no matter.
+    """Return 16 bytes that are equal for equal values of one type; the order of a dict is ignored.
 
-    A value that only a pickle can carry is compared by that.
+    A value that needs pickle is compared by its pickle.
     """
     text, data = value.text, value.data or b""
     if text == JSON_BLOB:
@@ -158,7 +162,7 @@ def _value_digest(value: EncodedValue) -> bytes:
 
 
 def _ordered(node: Any) -> Any:
-    """Return typed JSON in which the pairs of every plain dict are in one order."""
+    """Return typed JSON in which the pairs of every plain dict are sorted."""
     if isinstance(node, list):
         return [_ordered(inner) for inner in node]
     if not isinstance(node, dict):
@@ -176,12 +180,13 @@ def compare_state(
     buffers: Collection[str],
     allow_pickle: bool,
 ) -> list[str]:
-    """Check that what the ranks hold of a plain state is alike, for a save that torch plans.
+    """Check that the ranks hold the same of a plain state; for a save whose plan torch makes.
 
-    Return the module buffers that differ.
+    Returns:
+        The FQNs of the module buffers that differ.
 
     Raises:
-        InvalidInputError: anything else differs, naming it and the ranks.
+        InvalidInputError: anything else differs; names it and the ranks.
     """
     planner = DefaultSavePlanner()
     items: Sequence[WriteItem]
@@ -212,14 +217,14 @@ def compare_state(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Replicas:
-    """The items of all local plans that more than one rank has, one row an item, by rank.
+    """The items of all local plans that more than one rank has: one row per item, sorted by rank.
 
     Attributes:
-        fqns: what the names are called.
-        name, rank, position: [rows], which name, whose item, and where it stands in that plan.
+        fqns: of the items, by the number in `name`.
+        name, rank, position: [rows], the number of the FQN, the rank, and the place in its plan.
         group: [rows], a number that the rows of one box of one tensor, or of one value, share.
-        is_buffer: [rows], whether its rank calls it a module's buffer.
-        starts: [ranks + 1], where the rows of each rank begin; the last is where they end.
+        is_buffer: [rows], whether its rank says that it is a module buffer.
+        starts: [ranks + 1], the first row of each rank, and at last the number of rows.
         reported: the buffers that were named in the log, so that each is named once.
     """
 
@@ -234,7 +239,7 @@ class Replicas:
 
     @classmethod
     def of(cls, table: GlobalTable) -> Replicas:
-        """Return those of the plans of all ranks, before they are shared out."""
+        """Return the replicas in the plans of all ranks, before one rank is chosen for each."""
         first = first_equal(table.rows)
         holders = np.bincount(first, minlength=len(first))
         rows = np.flatnonzero((holders[first] > 1) & (table.rows.volumes > 0))
@@ -251,23 +256,23 @@ class Replicas:
         )
 
     def of_rank(self, rank: int) -> Ints:
-        """Return where the replicas that `rank` holds stand in its plan."""
+        """Return the places, in the plan of `rank`, of the replicas that it holds."""
         return self.position[self.starts[rank] : self.starts[rank + 1]]
 
     def differing_buffers(self, by_rank: Sequence[bytes]) -> dict[str, list[int]]:
-        """Compare what all ranks hold; return the buffers that differ, with their holders.
+        """Compare what all ranks hold; return the buffers that differ, with the ranks they are on.
 
         Args:
             by_rank: by rank, the `fingerprints` of its replicas.
 
         Raises:
-            InvalidInputError: anything else differs, naming it and the ranks.
+            InvalidInputError: anything else differs; names it and the ranks.
         """
         if not len(self.rank):
             return {}
         digests = np.frombuffer(b"".join(by_rank), np.uint64).reshape(-1, _DIGEST // 8)
-        assert len(digests) == len(self.rank), "each rank answers for what it was asked"
-        known = np.flatnonzero(digests.any(axis=1))
+        assert len(digests) == len(self.rank), "each rank sends one digest for each of its replicas"
+        known = np.flatnonzero(digests.any(axis=1))  # zeros: the rank could not compare it
         group = self.group[known]
         first = np.full(len(self.rank), len(self.rank))
         np.minimum.at(first, group, known)
@@ -287,28 +292,25 @@ class Replicas:
 
 
 def _described(ranks: Ints, digests: npt.NDArray[np.uint64]) -> str:
-    """Say which ranks hold the same, such as "ranks 0, 2 hold one thing, rank 1 another"."""
-    sides: dict[bytes, list[int]] = {}
+    """Return which ranks hold the same, such as "ranks 0, 2 differs from rank 1"."""
+    holders: dict[bytes, list[int]] = {}
     for rank, digest in zip(ranks.tolist(), digests, strict=True):
-        sides.setdefault(digest.tobytes(), []).append(rank)
-    named = [_ranks(side) for side in sides.values()]
-    if len(named) > _SHOWN:
-        return f"{len(named)} contents on {_ranks(ranks.tolist())}"
-    return " differs from ".join(named)
-
-
-def _ranks(ranks: Iterable[int]) -> str:
-    distinct = sorted(set(ranks))
-    more = f" and {len(distinct) - _SHOWN} more" if len(distinct) > _SHOWN else ""
-    names = ", ".join(map(str, distinct[:_SHOWN])) + more
-    return ("rank " if len(distinct) == 1 else "ranks ") + names
+        holders.setdefault(digest.tobytes(), []).append(rank)
+    if len(holders) > _SHOWN:
+        return f"{len(holders)} contents on {name_ranks(ranks.tolist())}"
+    return " differs from ".join(map(name_ranks, holders.values()))
 
 
 def _message(problems: dict[str, str]) -> str:
-    shown = [f"{fqn!r} ({said})" for fqn, said in sorted(problems.items())[:_SHOWN]]
-    more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    listed = list_names([f"{fqn!r} ({text})" for fqn, text in sorted(problems.items())])
     return (
-        f"the ranks hold different contents of {', '.join(shown)}{more}, and one of them would be "
-        "saved for all. Make them the same on every rank, or wrap what each rank has of its own, "
-        "such as a random state, in dcpstore.PerRank(...)."
+        f"the ranks hold different contents of {listed}, and one of them would be saved for all. "
+        "Make them the same on every rank, or wrap what each rank has of its own, such as a random "
+        "state, in dcpstore.PerRank(...)."
     )
+
+
+def list_names(names: Sequence[str]) -> str:
+    """Return the first names in one line, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,4 +1,4 @@
-"""What a caller asks of a save: the arguments that describe the new version, stated here once.
+"""What a caller asks of a save: the arguments that describe the new version, defined here once.
 
 `save`, `async_save` and `RepositoryWriter` take them as `**options: Unpack[SaveOptions]`. Their
 types are in the typed dicts, their defaults in `SaveRequest`, and their checks in `make_request`.
@@ -59,17 +59,18 @@ class VersionOptions(TypedDict, total=False):
 
 
 class SaveOptions(VersionOptions, total=False):
-    """The same where every rank gives them, and says whose metrics and labels count."""
+    """The same for a call on every rank, which also says whose metrics and labels count."""
 
     metrics_from: MetricsFrom
 
 
 @dataclass(frozen=True, slots=True)
 class SaveRequest:
-    """What the caller says about the version to be; `parent` and `expect_tip` are refs.
+    """What the caller says about the new version; `parent` and `expect_tip` are refs.
 
-    `retention` says which versions of the branch stay once this one is there, and `metrics_from`
-    whether all ranks must give the same metrics and labels, or only those of rank 0 count.
+    `retention` says which versions of the branch are kept once this one is committed, and
+    `metrics_from` whether all ranks must give the same metrics and labels, or only those of rank 0
+    count.
     """
 
     branch: str = "main"
@@ -85,13 +86,13 @@ class SaveRequest:
     retention: Retention | None = None
 
     @property
-    def named(self) -> list[str]:
-        """The names of the arguments in which this differs from a request that asks for nothing."""
-        plain = SaveRequest()
+    def non_defaults(self) -> list[str]:
+        """The names of the arguments whose values are not the defaults."""
+        default = SaveRequest()
         return [
             field.name
             for field in fields(self)
-            if getattr(self, field.name) != getattr(plain, field.name)
+            if getattr(self, field.name) != getattr(default, field.name)
         ]
 
 
@@ -100,8 +101,9 @@ def shows_options(
 ) -> Callable[[_Call], _Call]:
     """Return a decorator: `inspect.signature` then lists each option of `**options: Unpack[kind]`.
 
-    `kind` is a typed dict. Without `defaults` by name they are those of `SaveRequest`, where an
-    option that has no plain default is shown with None.
+    So help(), editors and the API pages show what `**options` takes. `kind` is a typed dict, and
+    `defaults` are its defaults by name. Without them they are those of `SaveRequest`, where an
+    option whose default is made by a factory is shown with None.
     """
     defaults = defaults or {
         field.name: None if field.default is MISSING else field.default
@@ -120,8 +122,8 @@ def shows_options(
             for name, hint in kind.__annotations__.items()
         ]
         others = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
-        places = [one for one in others if one.kind is not one.KEYWORD_ONLY]
-        shown = signature.replace(parameters=[*places, *listed, *others[len(places) :]])
+        positional = [one for one in others if one.kind is not one.KEYWORD_ONLY]
+        shown = signature.replace(parameters=[*positional, *listed, *others[len(positional) :]])
         vars(call)["__signature__"] = shown
         return call
 
@@ -132,7 +134,7 @@ def check_options(call: str, options: Mapping[str, object], kind: type = SaveOpt
     """Check that `kind` has all these options, as Python checks the arguments of a function.
 
     Raises:
-        TypeError: it lacks one, which is named.
+        TypeError: `kind` lacks one; names it.
     """
     for name in options:
         if name not in kind.__annotations__:
@@ -142,12 +144,13 @@ def check_options(call: str, options: Mapping[str, object], kind: type = SaveOpt
 def make_request(*, leads: bool = True, **options: Unpack[SaveOptions]) -> SaveRequest:
     """Return the request that a caller's arguments mean: metrics as floats, labels as text.
 
-    With `metrics_from="rank0"` those of a rank that does not lead are left out, unread.
+    `leads` says whether this rank is the coordinator. With `metrics_from="rank0"` the metrics and
+    labels of the other ranks are left out, and not read.
 
     Raises:
         InvalidInputError: `tags` is not a list of texts, `metrics` or `labels` not a mapping, a
-            metric not a number, `retention` not rules, or `metrics_from` neither of its values; or
-            a catalog cannot keep a name, step or text.
+            metric not a number, `retention` not a Retention, or `metrics_from` neither of its
+            values; or a catalog cannot store a name, step or text.
         AlreadyExistsError: the branch is one of the tags.
     """
     given: dict[str, Any] = {**options}
@@ -155,10 +158,10 @@ def make_request(*, leads: bool = True, **options: Unpack[SaveOptions]) -> SaveR
     if isinstance(tags, str):
         raise InvalidInputError(f"tags={tags!r} is one text; pass a list: [{tags!r}].")
     if not isinstance(tags, Iterable):
-        raise InvalidInputError(f"tags={tags!r} is no list; pass one such as ['best'], or [].")
+        raise InvalidInputError(f"tags={tags!r} is not a list; pass one, such as ['best'], or [].")
     if retention is not None and not isinstance(retention, Retention):
         raise InvalidInputError(
-            f"retention={retention!r} is no set of rules; pass one, such as "
+            f"retention={retention!r} is not a set of rules; pass one, such as "
             "dcpstore.Retention(keep_last=5)."
         )
     metrics_from = given.get("metrics_from", "all")
@@ -168,7 +171,7 @@ def make_request(*, leads: bool = True, **options: Unpack[SaveOptions]) -> SaveR
             "metrics and labels, or 'rank0', and only those of rank 0 count."
         )
     is_read = leads or metrics_from == "all"
-    given["step"] = _as_whole(given.get("step"))
+    given["step"] = _as_int(given.get("step"))
     given["tags"] = tuple(tags)
     given["metrics"] = as_metrics(given.get("metrics") if is_read else None)
     given["labels"] = as_labels(given.get("labels") if is_read else None)
@@ -178,23 +181,23 @@ def make_request(*, leads: bool = True, **options: Unpack[SaveOptions]) -> SaveR
 
 
 def own_request(request: SaveRequest, rank: int) -> SaveRequest:
-    """Return the request for what one rank saves by itself: under names of its own.
+    """Return the request for what one rank saves by itself: with a branch and tags of its own.
 
     Raises:
-        InvalidInputError: the metrics are to be those of another rank.
+        InvalidInputError: the metrics must come from another rank.
     """
     if request.metrics_from != "all":
         raise InvalidInputError(
             f"metrics_from={request.metrics_from!r} needs what another rank gives, and with "
-            "use_collectives=False no rank hears another; leave it out, each version then has the "
+            "use_collectives=False ranks exchange nothing; leave it out: each version then has the "
             "metrics and labels of its rank."
         )
     tags = tuple(rank_name(tag, rank) for tag in request.tags)
     return replace(request, branch=rank_name(request.branch, rank), tags=tags)
 
 
-def _as_whole(step: int | None) -> int | None:
-    """Return a step of any library's integers as Python's; what is none, `check_draft` refuses."""
+def _as_int(step: int | None) -> int | None:
+    """Return a step, such as a NumPy integer, as an int; `check_draft` refuses what is not one."""
     try:
         return step if step is None or isinstance(step, bool) else operator.index(step)
     except TypeError:
@@ -202,7 +205,7 @@ def _as_whole(step: int | None) -> int | None:
 
 
 def draft_of(request: SaveRequest, *, author: str) -> VersionDraft:
-    """Return what a request says of a draft before a catalog is asked."""
+    """Return the part of a draft that a request gives; a catalog is not needed for it."""
     return VersionDraft(
         uid="",
         branch=request.branch,

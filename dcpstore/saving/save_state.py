@@ -1,9 +1,9 @@
 """The coordinator's state of one save: which chunks exist, who writes which, what is committed.
 
-The planned chunks of all ranks stand in columns (`Cells`), by rank, and within a rank in the order
-in which it reports its digests: by item of its plan, then by blob. Invariant: a version is put
-together only from results that equal the plan, chunk by chunk (design, invariant 4), and content
-that the repository holds is never written again.
+The planned chunks of all ranks are in columns (`Cells`), sorted by rank, and within a rank in the
+order in which it reports its digests: by item of its plan, then by blob. Invariant: a version is
+made only from results that equal the plan, chunk by chunk (design, invariant 4), and content that
+the repository holds is not written again.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ from dcpstore.records import (
     ObjectPath,
     PlanRecord,
 )
+from dcpstore.saving.chunk_writer import Written
 from dcpstore.saving.layout import Layout, blob_layout, planned_chunks
-from dcpstore.saving.pack_writer import Written
 from dcpstore.saving.rank_chunks import Digested
 
-__all__ = ["DIGEST", "Cells", "SaveState", "is_cut_otherwise"]
+__all__ = ["Cells", "SaveState", "has_other_grids"]
 
-DIGEST = 32  # bytes
+_DIGEST = 32  # bytes
 
-_NO_GRID = Grid((), (), ())  # stands where a table must name a grid and nobody asks for it
+_NO_GRID = Grid((), (), ())  # fills the rows of a grid table that are never read
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cells:
-    """One row a planned chunk.
+    """One row per planned chunk.
 
     Attributes:
         tensor: [cells], the number of the FQN.
-        part, ordinal: [cells], where in the tensor.
-        digest: [cells, 32], what is inside.
-        starts: [ranks + 1], where the cells of each rank begin; the last is where they end.
+        part, ordinal: [cells], the place in the tensor.
+        digest: [cells, 32], of the raw bytes.
+        starts: [ranks + 1], the first cell of each rank, and at last the number of cells.
     """
 
     tensor: Ints
@@ -72,10 +72,10 @@ class Cells:
         layouts: Mapping[str, Layout],
         reports: Sequence[Digested],
     ) -> Cells:
-        """Return the cells of all ranks, with what each rank reported of its own.
+        """Return the cells of all ranks, with the digests that each rank reported.
 
         Args:
-            table: who writes which box.
+            table: which rank writes which box.
             fqns: of tensors and blobs, by number.
             layouts: of all of them.
             reports: by rank.
@@ -97,17 +97,17 @@ class Cells:
         order = np.argsort(rank, kind="stable")
         starts = np.searchsorted(rank[order], np.arange(table.ranks + 1))
         for i, (digested, planned) in enumerate(zip(reports, np.diff(starts), strict=True)):
-            if len(digested.digests) != DIGEST * planned:
+            if len(digested.digests) != _DIGEST * planned:
                 raise InvalidInputError(
-                    f"rank {i} resolved {len(digested.digests) // DIGEST} chunks, and its plan has "
-                    f"{planned}; make the planner's plan and its data agree."
+                    f"rank {i} resolved {len(digested.digests) // _DIGEST} chunks, and its plan "
+                    f"has {planned}; make the planner's plan and its data agree."
                 )
         return cls(
             tensor=np.concatenate([numbers[table.rows.tensor[row]], more[:, 1]])[order],
             part=np.concatenate([part, np.zeros(len(blobs), np.int64)])[order],
             ordinal=np.concatenate([ordinal, more[:, 2]])[order],
             digest=np.frombuffer(b"".join(d.digests for d in reports), np.uint8).reshape(
-                -1, DIGEST
+                -1, _DIGEST
             ),
             starts=starts,
         )
@@ -115,18 +115,19 @@ class Cells:
     def digests(self, cells: Ints) -> list[bytes]:
         """Return the digests of some cells."""
         data = self.digest[cells].tobytes()
-        return [data[i : i + DIGEST] for i in range(0, len(data), DIGEST)]
+        return [data[i : i + _DIGEST] for i in range(0, len(data), _DIGEST)]
 
     def distinct(self, cells: Ints) -> Ints:
         """Return the first of these cells for each digest among them."""
-        whole = np.ascontiguousarray(self.digest[cells]).view(f"V{DIGEST}").reshape(-1)
-        first: Ints = cells[np.unique(whole, return_index=True)[1]]
+        # one element of 32 bytes per digest: np.unique compares elements, not rows
+        digests = np.ascontiguousarray(self.digest[cells]).view(f"V{_DIGEST}").reshape(-1)
+        first: Ints = cells[np.unique(digests, return_index=True)[1]]
         return first
 
     def check_complete(
         self, order: Ints, grids: Sequence[Sequence[Grid]], fqns: Sequence[str]
     ) -> None:
-        """Check that the cells are those of all grids, each once.
+        """Check that the cells are exactly those of all grids, each once.
 
         Args:
             order: the cells by tensor, part and ordinal.
@@ -134,7 +135,7 @@ class Cells:
             fqns: of each tensor.
 
         Raises:
-            InvalidInputError: naming a tensor of which cells are missing, or planned twice.
+            InvalidInputError: cells of a tensor are missing or planned twice; names the tensor.
         """
         tensor = np.repeat(np.arange(len(grids)), [len(parts) for parts in grids])
         part = np.concatenate([np.arange(len(parts)) for parts in grids] or [tensor])
@@ -149,9 +150,7 @@ class Cells:
         shared = min(planned.shape[1], wanted.shape[1])
         differs = (planned[:, :shared] != wanted[:, :shared]).any(axis=0)
         first = int(differs.argmax()) if differs.any() else shared
-        number = min(
-            int(reports[0, first]) for reports in (planned, wanted) if first < reports.shape[1]
-        )
+        number = min(int(cells[0, first]) for cells in (planned, wanted) if first < cells.shape[1])
         raise InvalidInputError(
             f"{fqns[number]!r}: the ranks wrote {int((planned[0] == number).sum())} chunks, not "
             f"each of the {int((wanted[0] == number).sum())} once; make every planned item be "
@@ -160,12 +159,15 @@ class Cells:
 
 
 def _planned(table: GlobalTable, layouts: Mapping[str, Layout]) -> tuple[Ints, Ints, Ints]:
-    """Return (row, part, ordinal) of each cell of the planned boxes, row by row."""
+    """Return (row, part, ordinal) of each cell of the planned boxes, row by row.
+
+    Tensors with one grid, which are nearly all, are computed in columns; the others box by box.
+    """
     grids = [layouts[n.fqn].grids if n.dtype is not None else () for n in table.names]
     is_live = table.is_tensor[table.rows.tensor] & (table.rows.volumes > 0)
-    is_one = np.array([len(mine) == 1 for mine in grids], bool)[table.rows.tensor]
+    is_one = np.array([len(parts) == 1 for parts in grids], bool)[table.rows.tensor]
     regular = np.flatnonzero(is_live & is_one)
-    one_each = [mine[0] if len(mine) == 1 else _NO_GRID for mine in grids]
+    one_each = [parts[0] if len(parts) == 1 else _NO_GRID for parts in grids]
     rows, ordinals = GridTable.of(one_each, table.rows.dims).cells(table.rows.take(regular))
     split = [
         (row, *place)
@@ -184,7 +186,7 @@ def _planned(table: GlobalTable, layouts: Mapping[str, Layout]) -> tuple[Ints, I
 class _Content(NamedTuple):
     """One tensor of the save: its layout, its cells in (part, ordinal) order, its digest.
 
-    `nbytes` are those of the layout, which three questions ask for.
+    `nbytes` are those of the layout, computed once.
     """
 
     layout: Layout
@@ -194,9 +196,9 @@ class _Content(NamedTuple):
 
 
 class SaveState:
-    """Put together from the plan and every rank's digests; then asked, in the order of a save.
+    """Made from the plan and every rank's digests; its methods are called in the order of a save.
 
-    `are_whole` says that the plan is that of all ranks, so that each tensor must be there whole.
+    `are_whole` says that the plan is that of all ranks, so that each tensor must be complete.
     """
 
     def __init__(
@@ -207,7 +209,7 @@ class SaveState:
         *,
         paths: Mapping[str, ObjectPath],
         chunk: ChunkDefaults,
-        are_whole: bool = True,
+        are_whole: bool,
     ) -> None:
         self._table = table
         self._paths = paths
@@ -229,28 +231,28 @@ class SaveState:
             _check_whole(self._layouts)
         self._fqns = list(self._layouts)
         self._cells = Cells.of(table, self._fqns, self._layouts, reports)
-        self._contents = self._gathered_contents()
-        self._asked: list[Ints] = []  # by rank, rows of `_cells`, in the order they are written
+        self._contents = self._contents_by_fqn()
+        self._writes: list[Ints] = []  # by rank, rows of `_cells`, in the order they are written
         self._places: dict[ChunkKey, ChunkPlace] = {}
         self._nbytes_new = 0
         self.aliases: dict[str, str] = {}
 
-    def look_up(self, catalog: Catalog, before: Mapping[str, EntryRecord]) -> list[str]:
+    def look_up(self, catalog: Catalog, parent: Mapping[str, EntryRecord]) -> list[str]:
         """Find the contents that the repository holds.
 
-        Return the FQNs of those entries of `before` whose tensor may be the same as the save's, and
-        is stored under other grids: only its bytes can tell.
+        `parent` are the entries of the parent version by FQN. Return the FQNs of those whose tensor
+        may be unchanged, but is stored with other grids: then only a comparison of bytes shows it.
         """
         self._known = find_tensors(catalog, {c.digest for c in self._contents.values()})
         return [
             fqn
             for fqn, content in self._contents.items()
             if content.digest not in self._known
-            and is_cut_otherwise(content.layout, before.get(fqn))
+            and has_other_grids(content.layout, parent.get(fqn))
         ]
 
     def take_unchanged(self, entries: Iterable[EntryRecord]) -> None:
-        """Enter that these entries hold what the save holds under their FQNs."""
+        """Record that these entries hold what the save holds under their FQNs."""
         for entry in entries:
             assert entry.tensor is not None
             digest = self._contents[entry.fqn].digest
@@ -260,13 +262,14 @@ class SaveState:
     def choose_writes(
         self, catalog: Catalog, first: Sequence[Sequence[int]]
     ) -> list[Sequence[int]]:
-        """Return, by rank, the places among its chunks of those that it is to write, ascending.
+        """Return, by rank, the places of the chunks that it writes, ascending.
 
-        `first` are, by rank, the places of those that it writes already.
+        Of equal chunks, one rank writes one. `first` are, by rank, the places of the chunks that it
+        has begun to write.
         """
         starts = self._cells.starts[:-1]
         early = [
-            np.array(mine, np.int64) + start for mine, start in zip(first, starts, strict=True)
+            np.array(places, np.int64) + start for places, start in zip(first, starts, strict=True)
         ]
         written = set(self._keys(np.concatenate(early)))
         is_new = np.array([self._contents[f].digest not in self._known for f in self._fqns], bool)
@@ -279,19 +282,19 @@ class SaveState:
             found = find_encoded(catalog, keys)
             self._places |= found
             chosen.append(cells[[key not in found and key not in written for key in keys]])
-        asked = np.sort(np.concatenate(chosen))
-        bounds = np.searchsorted(asked, self._cells.starts)
-        rest = [asked[a:b] for a, b in itertools.pairwise(bounds)]
-        self._asked = [np.concatenate(both) for both in zip(early, rest, strict=True)]
-        return [(mine - start).tolist() for mine, start in zip(rest, starts, strict=True)]
+        late = np.sort(np.concatenate(chosen))
+        bounds = np.searchsorted(late, self._cells.starts)
+        rest = [late[a:b] for a, b in itertools.pairwise(bounds)]
+        self._writes = [np.concatenate(both) for both in zip(early, rest, strict=True)]
+        return [(cells - start).tolist() for cells, start in zip(rest, starts, strict=True)]
 
     def take_results(self, results: Sequence[Written]) -> None:
-        """Enter where the ranks wrote their chunks.
+        """Record where the ranks wrote their chunks.
 
         Raises:
-            InvalidInputError: a rank did not write what it was asked to.
+            InvalidInputError: a rank did not write all chunks that it was assigned.
         """
-        for rank, (cells, written) in enumerate(zip(self._asked, results, strict=True)):
+        for rank, (cells, written) in enumerate(zip(self._writes, results, strict=True)):
             if len(cells) != len(written.places):
                 raise InvalidInputError(
                     f"rank {rank} wrote {len(written.places)} chunks of {len(cells)}; save again."
@@ -300,7 +303,7 @@ class SaveState:
             self._nbytes_new += written.nbytes
 
     def take_places(self, places: Mapping[ChunkKey, ChunkPlace], nbytes: int) -> None:
-        """Enter where chunks lie, by codec and digest, that a rank found or wrote by itself.
+        """Record the places of chunks that a rank found or wrote by itself.
 
         `nbytes` are the raw bytes that it wrote.
         """
@@ -341,10 +344,10 @@ class SaveState:
 
     @property
     def nbytes_reused(self) -> int:
-        """Raw bytes that this save did not write, for the repository or the save had them."""
+        """Raw bytes that this save did not write: the repository, or another entry, has them."""
         return self.nbytes - self._nbytes_new
 
-    def _gathered_contents(self) -> dict[str, _Content]:
+    def _contents_by_fqn(self) -> dict[str, _Content]:
         cells = self._cells
         order = np.lexsort((cells.ordinal, cells.part, cells.tensor))
         starts = np.searchsorted(cells.tensor[order], np.arange(len(self._fqns) + 1)).tolist()
@@ -352,7 +355,7 @@ class SaveState:
         data = cells.digest[order].tobytes()
         contents = {}
         for fqn, (start, end) in zip(self._fqns, itertools.pairwise(starts), strict=True):
-            layout, digests = self._layouts[fqn], data[start * DIGEST : end * DIGEST]
+            layout, digests = self._layouts[fqn], data[start * _DIGEST : end * _DIGEST]
             digest = content_digest(layout.dtype, layout.shape, layout.grids, [digests])
             contents[fqn] = _Content(layout, order[start:end], digest, layout.nbytes)
         return contents
@@ -371,7 +374,7 @@ class SaveState:
         return content.digest if known is None else known.digest
 
     def _new_tensors(self, contents: Sequence[_Content]) -> Iterator[NewTensor]:
-        """Yield the contents with their chunks, all of whose places have been entered."""
+        """Yield the contents with their chunks; the places of all of them have been recorded."""
         cells = np.concatenate([np.zeros(0, np.int64), *(content.cells for content in contents)])
         places = zip(
             self._cells.part[cells].tolist(),
@@ -400,8 +403,8 @@ class SaveState:
         return zip(codecs, self._cells.digests(cells), strict=True)
 
 
-def is_cut_otherwise(layout: Layout, entry: EntryRecord | None) -> bool:
-    """Tell whether the tensor of an entry differs from a layout in its grids alone."""
+def has_other_grids(layout: Layout, entry: EntryRecord | None) -> bool:
+    """Tell whether the tensor of an entry differs from a layout in its grids only."""
     stored = None if entry is None else entry.tensor
     return (
         stored is not None

@@ -1,7 +1,7 @@
-"""A save in two exchanges, plans and results, which are all that torch's own `save` has.
+"""A save in two exchanges, plans and results: torch's own `save` has no others.
 
-No rank hears of the digests of the others. So each rank asks the catalog itself which of its chunks
-are stored, and its report says where all of them lie.
+A rank does not learn the digests of the others. So each rank asks the catalog itself which of its
+chunks are stored, and its report has the places of all of them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dcpstore.catalog.write.saves import kept_lease
 from dcpstore.planning.global_plan import check_agreement, check_tiling
 from dcpstore.planning.plan_table import GlobalTable, PlanTable
 from dcpstore.records import ChunkKey, ChunkPlace, ObjectPath, PackRecord, Version
+from dcpstore.saving.chunk_writer import ChunkWriter
 from dcpstore.saving.commit import BegunVersion, SaveTarget
 from dcpstore.saving.layout import Layout, join_layouts
-from dcpstore.saving.pack_writer import ChunkWriter
 from dcpstore.saving.rank_chunks import Digested, RankData, first_places
 from dcpstore.saving.save_state import SaveState
 
@@ -27,9 +27,9 @@ __all__ = ["RankReport", "commit_reports", "write_plan"]
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """What one rank did.
+    """What one rank wrote and found.
 
-    `places` are those of all its chunks, `nbytes` the raw bytes of the ones that it wrote.
+    `places` are those of all its chunks, `nbytes` the raw bytes of the chunks that it wrote.
     """
 
     planned: PlanTable
@@ -57,20 +57,20 @@ def write_plan(
 ) -> RankReport:
     """Write what this rank's plan says and the repository does not hold; durable on return.
 
-    The first chunks are on their way to the disk while the others are digested.
+    The first chunks are written while the others are digested.
 
     Args:
-        plan: what this rank is to write.
+        plan: what this rank writes.
         planner: of this rank, which has its data.
         layouts: of the tensors of the plan.
         target: what is saved to.
         uid: under which the packs of this rank are stored.
         rank: of this process in the save.
-        allow_pickle: whether values may be kept that only a pickle can keep.
+        allow_pickle: whether values that need pickle may be stored.
 
     Raises:
         InvalidInputError: the planner's data do not match the plan.
-        UnsafeDataError: an item is neither tensor nor value, and pickle is not allowed.
+        UnsafeDataError: an item is neither tensor nor value, and `allow_pickle` is False.
     """
     with ChunkWriter(target.storage, uid=uid, rank=rank) as writer:
         data = RankData(
@@ -104,7 +104,7 @@ def commit_reports(
     is_whole: bool,
     is_cached: bool,
 ) -> Version:
-    """Commit a begun version from what all ranks report; only the coordinator calls it.
+    """Commit a begun version from the reports of all ranks; only the coordinator calls it.
 
     Args:
         begun: the version.
@@ -112,13 +112,14 @@ def commit_reports(
         table: the plans of all ranks.
         reports: by rank.
         paths: of the entries in the state, by FQN.
-        planner_data: what the planner keeps with the version, as typed JSON.
-        is_whole: whether the reports are those of all ranks, so that each tensor must be whole.
-        is_cached: whether the whole plan is known only now, as torch's plan cache left some out.
+        planner_data: what the planner stores with the version, as typed JSON.
+        is_whole: whether the reports are those of all ranks, so that each tensor must be complete.
+        is_cached: whether torch's plan cache left out the plans of some ranks in the first
+            exchange, so that only now the whole plan is known.
 
     Raises:
         InvalidInputError: the results are not those of the plan.
-        ConflictError, AlreadyExistsError, NotFoundError: as the catalog finds the refs.
+        ConflictError, AlreadyExistsError, NotFoundError: a ref is not as the request needs it.
     """
     layouts = {fqn: layout for report in reports for fqn, layout in report.layouts.items()}
     if is_whole and is_cached:
@@ -133,7 +134,7 @@ def commit_reports(
         chunk=target.catalog.repository.chunk,
         are_whole=is_whole,
     )
-    state.look_up(target.catalog, {})
+    state.look_up(target.catalog, {})  # without a parent, so that no comparison is asked for
     for report in reports:
         state.take_places(report.places, report.nbytes)
     with kept_lease(target.catalog, begun.draft.uid):

@@ -192,7 +192,7 @@ def dawdle(rank: int, late: tuple[int, ...], where: str, folder: Path) -> tuple[
 def test_ranks_that_are_late_are_named_and_the_group_stays_usable(
     three_ranks: RankPool, tmp_path: Path, late: tuple[int, ...], where: str, names: str
 ) -> None:
-    expected = dict.fromkeys(late, ("TimeoutError", f"did not come within {DEADLINE} s"))
+    expected = dict.fromkeys(late, ("TimeoutError", f"did not arrive within {DEADLINE} s"))
     for told, after in three_ranks.run(dawdle, late, where, tmp_path):
         assert told[0] == "RankFailure"
         assert told[1].startswith(f"waiting for {names} in write:\n")

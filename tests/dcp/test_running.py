@@ -143,7 +143,7 @@ def test_a_save_that_torch_gave_up_ends_when_the_writer_is_used_again(repo: Repo
         dcp.save(STATE, storage_writer=writer, planner=Stopped())
     assert [save.uid for save in repo.status()] == [writer.save_id]
     dcp.save(STATE, storage_writer=writer)
-    assert ended(repo) == [("aborted", "torch gave it up, and began another save")]
+    assert ended(repo) == [("aborted", "torch began another save before this one ended")]
     assert repo.status() == []
     assert_sound(repo)
 

@@ -188,7 +188,7 @@ def test_retention_that_is_none_is_refused_before_anything_is_saved(
     repo: Repository, save: Save
 ) -> None:
     for retention in ({"keep_last": 1}, "7d", 5):
-        with pytest.raises(InvalidInputError, match="is no set of rules"):
+        with pytest.raises(InvalidInputError, match="is not a set of rules"):
             save(retention=retention)
     assert repo.log() == []
     assert repo.sql("SELECT count(*) AS n FROM version")[0].n == 0

@@ -102,7 +102,7 @@ BAD: list[tuple[type[Exception], str, Callable[[Repository], Any]]] = [
     (InvalidInputError, "one text", lambda r: dcpstore.save(W, r, tags="best2")),
     (NotFoundError, "side", lambda r: dcpstore.save(W, r, branch="x", parent="side")),
     (ConflictError, "expect_tip", _stale_tip),
-    (InvalidInputError, "tags=None is no list", lambda r: dcpstore.save(W, r, tags=None)),
+    (InvalidInputError, "tags=None is not a list", lambda r: dcpstore.save(W, r, tags=None)),
     (InvalidInputError, "metrics=.* no mapping", lambda r: dcpstore.save(W, r, metrics=[1])),
     (InvalidInputError, "labels=.* no mapping", lambda r: dcpstore.save(W, r, labels=["a"])),
     (InvalidInputError, "past what a float", lambda r: dcpstore.save(W, r, metrics=PAST)),

@@ -23,7 +23,7 @@ class Early:
     def __init__(self, patch: pytest.MonkeyPatch, *, much: int | None = 0) -> None:
         """Begin to count; `much` is how many bytes a rank are worth it, None as they are."""
         if much is not None:
-            patch.setattr("dcpstore.saving.coordinator._MUCH", much)
+            patch.setattr("dcpstore.saving.coordinator._EARLY", much)
         self.counts: list[int] = []
         choose = Coordinator.choose_first
 

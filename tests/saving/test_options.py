@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dcpstore
-from dcpstore.saving import SaveRequest
+from dcpstore.saving.request import SaveRequest
 
 CALLS: list[Callable[..., Any]] = [
     dcpstore.save,

@@ -86,7 +86,7 @@ HEARD = {
     "shards": ("InvalidInputError", "overlaps"),
     "half": ("InvalidInputError", "rank 0 hold 6 of 12 elements"),
     "partial": ("InvalidInputError", "redistribute"),
-    "no member": ("InvalidInputError", "is no member of the process group"),
+    "no member": ("InvalidInputError", "is not a member of the process group"),
     "meta": ("RankFailure", "'w': a tensor on the meta device has no data"),
     "object": ("RankFailure", "Opaque"),
     "ref": ("InvalidInputError", "pass the same ref"),

@@ -1,6 +1,6 @@
-"""One rank's packs: the chunks that nobody holds yet, encoded on all cores, appended in order.
+"""One rank's packs: the chunks that are not stored yet, encoded on all cores, appended in order.
 
-The first of them may be on their way to the disk while others are still digested. Invariant: what
+The first chunks may be written while others are still being digested. Invariant: what
 `ChunkWriter.finish` returns is durable (design, invariant 2).
 """
 
@@ -28,7 +28,7 @@ __all__ = ["ChunkWriter", "Written"]
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """Where the chunks that a rank was asked to write lie, in that order, and its packs.
+    """The places of the chunks that a rank was asked to write, in that order, and its packs.
 
     `nbytes` are the raw bytes of the chunks, without padding.
     """
@@ -47,36 +47,38 @@ class ChunkWriter:
         rank: of this process in the save.
 
     Attributes:
-        pool: encodes, on all cores; until the block ends it digests and compares too.
+        pool: encodes, on all cores; until the block ends it is used for digests and comparisons
+            too.
     """
 
     def __init__(self, storage: Storage, *, uid: str, rank: int) -> None:
         self._packs = PackWriter(storage, uid, rank)
         self.pool = ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-save")
-        self._ahead = ThreadPoolExecutor(1, "dcpstore-write")
+        # One thread appends, so that a pack is written from its beginning to its end.
+        self._appender = ThreadPoolExecutor(1, "dcpstore-write")
         self._first: Sequence[RawChunk] = ()
-        self._writing: Future[list[ChunkPlace]] | None = None
-        self._is_given_up = threading.Event()
+        self._first_places: Future[list[ChunkPlace]] | None = None
+        self._is_cancelled = threading.Event()
         self._is_finished = False
 
     def begin(self, first: Sequence[RawChunk]) -> None:
         """Begin to write the first chunks, and return at once; `finish` raises what fails."""
         self._first = first
-        self._writing = self._ahead.submit(self._write, first)
+        self._first_places = self._appender.submit(self._write, first)
 
     def finish(
         self, chunks: Sequence[RawChunk], advance: Callable[[int], None] = lambda nbytes: None
     ) -> Written:
-        """Write `chunks` behind the first ones; return the places of all once they are durable.
+        """Write `chunks` after the first ones; return the places of all once they are durable.
 
-        `advance` hears of raw bytes done, those of the first chunks too.
+        `advance` is called with the raw bytes of each batch that is written, the first ones too.
 
         Raises:
             DcpstoreError: the storage refuses.
         """
         places: list[ChunkPlace] = []
-        if self._writing is not None:
-            places += self._writing.result()
+        if self._first_places is not None:
+            places += self._first_places.result()
             advance(total_nbytes(self._first))
         places += self._write(chunks, advance)
         written = Written(
@@ -94,8 +96,9 @@ class ChunkWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._is_given_up.set()
-        self._ahead.shutdown()
+        self._is_cancelled.set()
+        # Both threads end before the packs are discarded, so nothing is appended afterwards.
+        self._appender.shutdown()
         self.pool.shutdown()
         if not self._is_finished:
             self._packs.discard()
@@ -106,7 +109,7 @@ class ChunkWriter:
         places: list[ChunkPlace] = []
         batches = in_batches(chunks, attrgetter("nbytes"))
         for batch, encoded in run_ahead(self.pool, _encode_all, batches):
-            if self._is_given_up.is_set():
+            if self._is_cancelled.is_set():
                 raise CancelledError
             places += map(self._packs.append, encoded)
             advance(total_nbytes(batch))
