@@ -99,36 +99,36 @@ def async_save(
 ) -> PendingSave | Future[Metadata] | AsyncSaveResponse:
     """Save as `save` does, but return as soon as the state may be changed again.
 
-    The state is copied into CPU memory that later saves use again (pinned where there is CUDA), and
-    saved from there by a thread with a gloo group of its own, made at the first call. All ranks
-    call it. A failure raises at `result()`; if nobody asks, at the next save, at `Repository.close`
-    and at exit. It is kept in the catalog too.
+    The state is copied into CPU memory, which later saves reuse (pinned if there is CUDA). A thread
+    saves it from there, with a gloo group of its own that the first call makes. All ranks call it.
+    A failure is raised by `result()`; if that is not called, by the next save or by
+    `Repository.close`, and it is logged at exit. The catalog records it too.
 
     Args:
         state_dict, repo, checkpoint_id, planner, allow_pickle: as for `save`.
         process_group, no_dist, use_collectives: as for `save`.
         branch, step, tags, message, metrics, labels, metrics_from, author: as for `save`.
         parent, expect_tip, retention: as for `save`.
-        if_busy: whether to wait for a save that still runs, or to raise ConflictError.
-        staging_limit: bytes that may be copied of a rank's state, which are those of the storages
-            that its tensors lie in; a rank with more saves before it returns, without a copy.
+        if_busy: "wait" for a save that is still running, or "refuse": raise ConflictError.
+        staging_limit: bytes that may be copied of a rank's state, counted as the storages of its
+            tensors. A rank with more saves before it returns, without a copy.
         storage_writer: any storage of torch's instead of `repo`; the save is then torch's own
-            `async_save`, with our planner, and returns what torch's does. In the place of `repo` it
-            is taken too, with a warning.
+            `async_save`, with our planner, and returns what torch's does. It may also be given in
+            the place of `repo`, with a warning.
         async_checkpointer_type: THREAD, or PROCESS to save in torch's background process, which a
-            process group of all ranks begins at its first save. What is saved goes to it by pickle,
-            and nothing of `planner` comes back. It helps where Python code of the training
-            holds the interpreter lock; a thread has less to copy.
-        async_stager: stages instead of ours. Where its `stage()` returns a Future, the state may be
-            changed only when `staged` is done. It is the caller's to close, after the last save.
+            process group of all ranks starts at its first save. The state is sent to it by pickle,
+            and changes of `planner` do not come back. PROCESS helps if Python code of the training
+            holds the interpreter lock; THREAD copies less.
+        async_stager: used for staging instead of ours. If its `stage()` returns a Future, the state
+            may be changed only when `staged` is done. The caller closes it, after the last save.
 
     Returns:
         The pending save: `staged` is done, `result()` waits for the version.
 
     Raises:
         InvalidInputError: an argument or a tensor is invalid; nothing was begun.
-        ConflictError: a save still runs and `if_busy` is "refuse".
-        DcpstoreError: the save before failed, and its result was never asked for.
+        ConflictError: a save is still running and `if_busy` is "refuse".
+        DcpstoreError: the save before failed, and that was not seen yet.
     """
     check_options("async_save", options)
     repo, storage_writer = taken_writer("async_save", repo, storage_writer)
@@ -161,7 +161,7 @@ def async_save(
     def prepare(ranks: Collectives) -> Background:
         where = where_given(repo, checkpoint_id)
         check_planner(planner, SavePlanner)
-        # Now: a metric may be a tensor, which training changes.
+        # Read now, not in the thread: a metric may be a tensor that training changes.
         request = make_request(leads=ranks.leads, **options)
         if not isinstance(async_checkpointer_type, AsyncCheckpointerType):
             raise InvalidInputError(

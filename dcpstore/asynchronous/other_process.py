@@ -1,8 +1,8 @@
 """Saves that run in the background process of `torch.distributed.checkpoint.async_save`.
 
-Torch begins one such process a rank, at the first save, with a process group of its own, and sends
-it what is to be saved by pickle. Invariant: what could end that process is refused before it is
-sent, for the processes of the other ranks would wait for it.
+Torch starts one such process per rank, at the first save, with a process group of its own, and
+sends it the state by pickle. Invariant: what could end that process is refused before it is sent,
+because the processes of the other ranks would wait for it forever.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.checkpoint.state_dict_saver import async_save as torch_async_save
 
-from dcpstore.collectives import Collectives, RankGroup, in_step
+from dcpstore.collectives import Collectives, RankGroup, has_process_group, in_step
 from dcpstore.compat.torch_private import ShardedTensor, takes_argument
 from dcpstore.dcp.writer import RepositoryWriter
 from dcpstore.errors import DcpstoreError, InvalidInputError, RankFailure
@@ -49,7 +49,7 @@ def check_process(
         InvalidInputError: there is no process group, it is not that of all ranks, or the planner
             cannot be sent.
     """
-    if no_dist or not dist.is_available() or not dist.is_initialized():
+    if no_dist or not has_process_group():
         raise InvalidInputError(
             "async_checkpointer_type=PROCESS needs a process group, which torch's background "
             f"processes join, and this save has none; {_INSTEAD}, or call init_process_group first."
@@ -75,8 +75,8 @@ def save_in_process(
     """Save a staged state in torch's background process; every rank of `ranks` calls it.
 
     Raises:
-        InvalidInputError: the ranks disagree, or hold different contents of what they hold alike,
-            or the state holds what cannot be sent.
+        InvalidInputError: the ranks disagree, or hold different contents of one item, or the state
+            has an item that cannot be sent.
         DcpstoreError: as `save`.
     """
     assert isinstance(ranks, RankGroup)
@@ -89,14 +89,16 @@ def save_in_process(
     in_step(ranks, "open", begin, check_agreement)
     if ranks.size > 1:
         differing = compare_state(staged, ranks, buffers=buffers, allow_pickle=allow_pickle)
+        # Torch does not tell its process which FQNs are buffers, so their values could be mixed
+        # from several ranks. For statistics of a batch norm any mix is accepted.
         odd = [fqn for fqn in differing if not is_statistic(fqn)]
-        if odd:  # of which torch's process cannot know that one rank's belong together
+        if odd:
             raise InvalidInputError(
                 f"the module buffer {odd[0]!r} ({len(odd)} in all) differs between ranks; "
                 f"{_INSTEAD}, which saves those of the lowest rank, or make them the same first."
             )
     asked = {part.name: getattr(request, part.name) for part in fields(SaveRequest)}
-    del asked["metrics_from"]  # the coordinator's writer is asked alone
+    del asked["metrics_from"]  # only the coordinator's writer is used, so there is no choice
     stager: dict[str, Any] = {}
     if takes_argument(torch_async_save, "async_stager"):  # older releases copy the state once more
         stager["async_stager"] = _AsStaged()
@@ -117,7 +119,7 @@ def save_in_process(
 
 
 class _AsStaged(AsyncStager):
-    """Takes a state for staged, which it is."""
+    """A stager for a state that is staged already: it returns the same state."""
 
     _synchronize_after_execute = False
 
@@ -137,7 +139,7 @@ def _check_state(staged: Mapping[str, Any]) -> None:
         fqn = ".".join(map(str, path))
         if isinstance(value, ShardedTensor):
             raise InvalidInputError(
-                f"{fqn!r} is a ShardedTensor, which another process cannot take over; {_INSTEAD}, "
+                f"{fqn!r} is a ShardedTensor, which cannot be sent to another process; {_INSTEAD}, "
                 "or save DTensors."
             )
         if not isinstance(value, torch.Tensor):
@@ -155,12 +157,12 @@ def _check_sendable(name: str, value: object) -> None:
 
 
 def _own_error(error: CheckpointException, size: int) -> DcpstoreError:
-    """Return the error of a save of our own that torch's stands for."""
+    """Return the error that a save of ours would raise instead of torch's."""
     failures = {rank: failure for rank, (failure, _) in error.failures.items()}
-    alike = {(type(failure), str(failure)) for failure in failures.values()}
+    distinct = {(type(failure), str(failure)) for failure in failures.values()}
     first = next(iter(failures.values()), None)
-    # of the coordinator alone: what all ranks do together failed, such as a ref that moved
-    is_shared = len(alike) == 1 and (len(failures) == size or [*failures] == [0])
+    # If only the coordinator failed, it was in its work for all ranks, as when a ref has moved.
+    is_shared = len(distinct) == 1 and (len(failures) == size or [*failures] == [0])
     if isinstance(first, DcpstoreError) and is_shared:
         return first
     return RankFailure("a save in torch's background process", failures)

@@ -1,7 +1,8 @@
 """Saving while training goes on: stage, then save in a thread with a process group of its own.
 
-Invariants: what is saved is what the state was when `async_save` returned; and no failure stays
-silent, for it is raised at `result()`, or else at the next save, at `close()`, or at exit.
+To stage a state is to copy it where training does not change it. Invariants: what is saved is the
+state as it was when `async_save` returned; and no failure is lost, because it is raised by
+`result()`, or else by the next save or by `close()`, or logged at exit.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dcpstore.collectives import (
     alone_in,
     alone_in_thread,
     gloo_twin,
+    has_process_group,
     in_step,
 )
 from dcpstore.compat.torch_private import AsyncSaveResponse, make_stager
@@ -42,12 +44,20 @@ from dcpstore.state.savable import (
 from dcpstore.state.stateful import check_keys, take_state
 from dcpstore.state.walk import nesting_checked
 
-__all__ = ["Background", "IfBusy", "PendingSave", "find_saver", "finish_running", "raise_unseen"]
+__all__ = [
+    "Background",
+    "IfBusy",
+    "PendingSave",
+    "Saver",
+    "find_saver",
+    "finish_running",
+    "raise_unseen",
+]
 
 _log = logging.getLogger(__name__)
 
 IfBusy = Literal["wait", "refuse"]
-# Given the staged state, who saves it, and the FQNs of module buffers in it.
+# Saves a staged state; it gets the state, the ranks, and the FQNs of module buffers in the state.
 Background = Callable[[Mapping[str, Any], Collectives, frozenset[str]], Version]
 
 
@@ -56,15 +66,15 @@ class PendingSave(Future[Version], AsyncSaveResponse):
 
     It is torch's `AsyncSaveResponse` too, for callers that expect one: `staging_completion` is
     `staged`, and `upload_completion` is the pending save itself. It runs from the start, on all
-    ranks, and one rank cannot cancel it. Its failure counts as seen when `result` or `exception`
-    has given it to someone; `wait`, `as_completed` and a callback that asks neither do not.
+    ranks, and one rank cannot cancel it. Its failure counts as seen once `result` or `exception`
+    has returned or raised it; `wait`, `as_completed` and callbacks that call neither do not count.
 
     Attributes:
-        staged: done when the state may be changed again, which it is when `async_save` returns,
-            unless a stager of the caller's goes on staging.
+        staged: done when the state may be changed again. That is when `async_save` returns, unless
+            a stager of the caller's stages in the background.
     """
 
-    # those of a Future: the dataclass would compare by its fields, and have no hash
+    # Those of a Future. AsyncSaveResponse is a dataclass, which compares fields and has no hash.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
@@ -81,7 +91,7 @@ class PendingSave(Future[Version], AsyncSaveResponse):
 
     @property
     def upload_completion(self) -> Future[Version]:  # type: ignore[override]  # torch's has no value
-        """Torch's name of the save's own future, which is this one."""
+        """Torch's name of the future of the save, which is this object."""
         return self
 
     def result(self, timeout: float | None = None) -> Version:
@@ -100,38 +110,39 @@ class PendingSave(Future[Version], AsyncSaveResponse):
         Raises:
             TimeoutError: it has not ended yet.
         """
-        failure = super().exception(timeout)  # until it ends, its failure is not reported
-        self._is_seen = True
+        failure = super().exception(timeout)
+        self._is_seen = True  # not before: after a TimeoutError the failure has not been seen
         return failure
 
     def wait(self) -> None:
-        """Wait for the save to end, well or not; a failure stays for someone to see."""
+        """Wait for the save to end, even if it fails; the failure still counts as not seen."""
         super().exception()
 
     def take_unseen(self) -> BaseException | None:
-        """Return the failure of an ended save that nobody has seen, once."""
+        """Return the failure of an ended save if it was not seen; then it counts as seen."""
         return None if self._is_seen or not self.done() else self.exception()
 
 
 @dataclass(frozen=True, slots=True)
 class _Staged:
-    """What staging gave on this rank: a state, or a future of it.
+    """The result of staging on this rank: a state, or a future of it.
 
-    `ready` ends when a stager of the caller's has been asked to synchronize.
+    `synchronized` ends when the caller's stager has been synchronized, if torch's protocol asks for
+    that.
     """
 
     state: Any
-    ready: Future[None] | None = None
+    synchronized: Future[None] | None = None
 
     @property
-    def goes_on(self) -> bool:
-        """Whether staging may still go on when `async_save` returns."""
-        return self.ready is not None or isinstance(self.state, Future)
+    def is_running(self) -> bool:
+        """Whether staging may go on after `async_save` has returned."""
+        return self.synchronized is not None or isinstance(self.state, Future)
 
     def ended(self) -> Future[None]:
-        """Return a future that ends with staging."""
-        if self.ready is not None:
-            return self.ready
+        """Return a future that ends when staging ends."""
+        if self.synchronized is not None:
+            return self.synchronized
         end: Future[None] = Future()
         if isinstance(self.state, Future):
             self.state.add_done_callback(lambda state: _settle(end, state.result))
@@ -139,10 +150,14 @@ class _Staged:
             end.set_result(None)
         return end
 
-    def settled(self) -> Mapping[str, Any]:
-        """Wait for the end of staging; return the staged state."""
-        if self.ready is not None:
-            self.ready.result()
+    def result(self) -> Mapping[str, Any]:
+        """Wait for the end of staging; return the staged state.
+
+        Raises:
+            InvalidInputError: the caller's stager gave something else.
+        """
+        if self.synchronized is not None:
+            self.synchronized.result()
         state = self.state.result() if isinstance(self.state, Future) else self.state
         if not isinstance(state, Mapping):
             raise InvalidInputError(
@@ -152,13 +167,31 @@ class _Staged:
         return state
 
 
-class _Saver:
-    """The thread, the process group and the buffers of the asynchronous saves of one group."""
+@dataclass(frozen=True, slots=True)
+class _BeginRequest:
+    """What each rank sends before a state is staged.
+
+    Attributes:
+        keys: of its state.
+        is_busy: whether its last save is still running.
+        failure: of its last save, if it was not seen.
+    """
+
+    keys: tuple[str, ...]
+    is_busy: bool
+    failure: BaseException | None
+
+
+class Saver:
+    """The thread, the process group and the staging buffers of the asynchronous saves of a group.
+
+    The calling thread uses one group, and the saving thread another, because calls of torch on one
+    group must not overlap.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None, alone: Alone | None) -> None:
-        # torch's calls on one group must not overlap, so the thread has a group of its own
-        self._asking: Collectives = alone or RankGroup(group)
-        self._saving: Collectives = alone or RankGroup(gloo_twin(group))
+        self._calling_ranks: Collectives = alone or RankGroup(group)
+        self._saving_ranks: Collectives = alone or RankGroup(gloo_twin(group))
         self._thread = ThreadPoolExecutor(1, "dcpstore-async-save")
         self._stager = make_stager()
         self._last: PendingSave | None = None
@@ -172,75 +205,60 @@ class _Saver:
         staging_limit: int | None,
         stager: AsyncStager | None = None,
     ) -> PendingSave:
-        """Stage the state and hand it to the thread, once the save before has ended.
+        """Stage the state and pass it to the thread, once the save before has ended.
 
-        `prepare` is called first; what it raises, all ranks raise, and nothing is begun. A `stager`
-        of the caller's stages instead of ours, and is the caller's to close.
+        Args:
+            state_dict: of this rank.
+            prepare: called first, with the ranks; what it raises, all ranks raise, and nothing is
+                begun. It returns the function that saves the staged state.
+            if_busy: whether to wait for a save that is still running, or to raise ConflictError.
+            staging_limit: bytes; a larger state is not copied, and is saved before this returns.
+            stager: of the caller, used instead of ours; the caller closes it.
         """
+        ranks = self._calling_ranks
         save: Background
         staged: _Staged
         fits: bool
         buffers: frozenset[str] = frozenset()
 
-        def ask() -> tuple[bool, BaseException | None, tuple[str, ...]]:
+        def request() -> _BeginRequest:
             nonlocal save
-            if if_busy not in ("wait", "refuse"):
-                raise InvalidInputError(f"if_busy={if_busy!r}; write 'wait' or 'refuse'.")
-            if not isinstance(staging_limit, int | float | None):
-                raise InvalidInputError(f"staging_limit={staging_limit!r}; give bytes, or None.")
-            if stager is not None and not callable(getattr(stager, "stage", None)):
-                raise InvalidInputError(
-                    f"async_stager={stager!r} has no stage(); pass an AsyncStager of torch's, such "
-                    "as a DefaultStager()."
-                )
-            if stager is not None and staging_limit is not None:
-                raise InvalidInputError(
-                    "staging_limit bounds our own copy, and async_stager makes another; leave one "
-                    "of them out."
-                )
-            names = check_keys(state_dict)
-            save = prepare(self._asking)
+            _check_arguments(if_busy, staging_limit, stager)
+            keys = check_keys(state_dict)
+            save = prepare(ranks)
             is_busy = self._last is not None and not self._last.done()
             if is_busy and if_busy == "wait":
                 self.wait()
                 is_busy = False
-            return is_busy, self.take_unseen(), names
-
-        def agree(requests: list[tuple[bool, BaseException | None, tuple[str, ...]]]) -> list[str]:
-            failure = next((error for _, error, _ in requests if error is not None), None)
-            if failure is not None:
-                raise failure
-            if any(is_busy for is_busy, _, _ in requests):
-                raise ConflictError(
-                    "the asynchronous save before is still running and if_busy='refuse'; wait for "
-                    "its result(), or pass if_busy='wait'."
-                )
-            return sorted({key for _, _, keys in requests for key in keys})
+            return _BeginRequest(keys, is_busy, self.take_unseen())
 
         def stage() -> bool:
             nonlocal staged, fits, buffers
             with nesting_checked():
-                taken = take_state(state_dict, keys, rank=self._asking.rank)
+                taken = take_state(state_dict, keys, rank=ranks.rank)
                 check_state(taken)
                 fits = staging_limit is None or storage_nbytes(taken) <= staging_limit
-                if self._asking.size > 1:
+                if ranks.size > 1:
+                    # The copy has no modules, from which the buffers are known.
                     buffers = buffer_names(state_dict, taken)
                 if not fits:
                     staged = _Staged(taken)
                     return False
-                # copies of storages have no bit that says that they are to be conjugated
+                # A copied storage has no conjugate bit or negative bit of the tensor over it.
                 taken = resolved(taken)
-                staged = _Staged(self._staged(taken)) if stager is None else _stage(stager, taken)
-                return staged.goes_on
+                staged = _Staged(self._copied(taken)) if stager is None else _stage(stager, taken)
+                return staged.is_running
 
-        with alone_in_thread(self._asking):
-            keys = in_step(self._asking, "begin an asynchronous save", ask, agree)
-            goes_on = in_step(self._asking, "stage", stage, any)
+        with alone_in_thread(ranks):
+            keys = in_step(ranks, "begin an asynchronous save", request, _agreed_keys)
+            is_any_running = in_step(ranks, "stage", stage, any)
         pending = PendingSave(staged.ended())
-        self._thread.submit(self._run, pending, save, staged, buffers=buffers, is_settling=goes_on)
+        self._thread.submit(
+            self._run, pending, save, staged, buffers=buffers, waits_for_stagers=is_any_running
+        )
         self._last = pending
-        if stager is not None and staged.ready is not None:
-            _settle(staged.ready, stager.synchronize_staging)
+        if stager is not None and staged.synchronized is not None:
+            _settle(staged.synchronized, stager.synchronize_staging)
         if not fits:
             _log.info("the state exceeds staging_limit=%s; saving before returning", staging_limit)
             self.wait()
@@ -253,29 +271,28 @@ class _Saver:
         staged: _Staged,
         *,
         buffers: frozenset[str],
-        is_settling: bool,
+        waits_for_stagers: bool,
     ) -> None:
-        """Save what was staged, once no rank stages any more, and end `pending` with it."""
-        state: list[Mapping[str, Any]] = []
+        """Save what was staged, once staging has ended on all ranks, and end `pending`."""
+        state: Mapping[str, Any]
+
+        def take_staged() -> None:
+            nonlocal state
+            state = staged.result()
 
         try:
-            if is_settling:
-                in_step(
-                    self._saving,
-                    "stage",
-                    lambda: state.append(staged.settled()),
-                    lambda requests: None,
-                )
+            if waits_for_stagers:
+                in_step(self._saving_ranks, "stage", take_staged, lambda _: None)
             else:
-                state.append(staged.settled())
-            version = save(state.pop(), self._saving, buffers)
+                take_staged()
+            version = save(state, self._saving_ranks, buffers)
         except BaseException as error:
             pending.set_exception(error)
         else:
             pending.set_result(version)
 
-    def _staged(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return a copy of a state in the buffers of the saves before."""
+    def _copied(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return a copy of a state, in buffers that all saves reuse."""
         given = with_open_shards(state)
         staged: Any
         try:
@@ -284,30 +301,30 @@ class _Saver:
             self._stager = make_stager()
             staged = self._stager.stage(given)
         except Exception:
-            check_copies(state)
+            check_copies(state)  # raises an error with the FQN of what cannot be copied
             raise
         copied: dict[str, Any] = staged if given is state else with_closed_shards(state, staged)
         return copied
 
     def wait(self) -> None:
-        """Wait for the running save to end; its failure stays for `take_unseen`."""
+        """Wait for the running save to end; `take_unseen` then returns its failure."""
         if self._last is not None:
             self._last.wait()
 
     def take_unseen(self) -> BaseException | None:
-        """Return the failure of the last save, if its result was never asked for."""
+        """Return the failure of the last save if it was not seen; then it counts as seen."""
         return None if self._last is None else self._last.take_unseen()
 
 
-# One saver a process group, for as long as the process lives: its group and buffers are made once.
-# And one for each rank that this process is where it saves alone.
-_savers: dict[tuple[dist.ProcessGroup | None, int | None], _Saver] = {}
-_of_parent: list[_Saver] = []  # in a process that was forked
+# One saver per process group, as long as the process lives: its group and buffers are made once.
+# And, for saves of this process alone, one per rank that it has had.
+_savers: dict[tuple[dist.ProcessGroup | None, int | None], Saver] = {}
+_of_parent: list[Saver] = []  # in a forked process: kept, so that their groups are not destroyed
 
 
 def find_saver(
     group: dist.ProcessGroup | None, *, no_dist: bool, use_collectives: bool = True
-) -> _Saver:
+) -> Saver:
     """Return the saver of a group; the first call makes it, on all ranks of the group together.
 
     Without collectives it is that of this process alone.
@@ -318,17 +335,17 @@ def find_saver(
     """
     refuse_inside_change()
     alone = None
-    if no_dist or not use_collectives or not dist.is_available() or not dist.is_initialized():
+    if no_dist or not use_collectives or not has_process_group():
         alone = alone_in(group, no_dist=no_dist)
-    # the group itself, not None: another job's default group may follow in the same process
+    # The group itself, not None: a process may end its default group and begin another one.
     key = (None, alone.rank) if alone else (group or dist.group.WORLD, None)
     if key not in _savers:
-        _savers[key] = _Saver(group, alone)
+        _savers[key] = Saver(group, alone)
     return _savers[key]
 
 
 def raise_unseen() -> None:
-    """Wait for running saves and raise a failure that was not reported yet."""
+    """Wait for running saves, and raise a failure that was not seen."""
     for saver in _savers.values():
         saver.wait()
         failure = saver.take_unseen()
@@ -337,7 +354,7 @@ def raise_unseen() -> None:
 
 
 def finish_running() -> None:
-    """Let running saves end, and log what failed: for when raising it would reach nobody."""
+    """Wait for running saves, and log failures that were not seen: for when no caller is left."""
     for saver in _savers.values():
         saver.wait()
         failure = saver.take_unseen()
@@ -345,32 +362,63 @@ def finish_running() -> None:
             _log.error("an asynchronous save failed: %s", failure)
 
 
-def _leave_to_parent() -> None:
-    """In a process that was forked: wait for no thread of the parent's, and let no group go."""
+def _forget_savers() -> None:
+    """In a forked process: do not wait for the threads, which only the parent has."""
     _of_parent.extend(_savers.values())
     _savers.clear()
 
 
-# not atexit: by then no thread pool of Python's takes work, and a save needs one
+# Not atexit: Python ends its thread pools before that, and a running save needs one.
 threading._register_atexit(finish_running)  # type: ignore[attr-defined]  # no stubs
-if hasattr(os, "register_at_fork"):  # there is no fork on Windows
-    os.register_at_fork(after_in_child=_leave_to_parent)
+os.register_at_fork(after_in_child=_forget_savers)
+
+
+def _check_arguments(
+    if_busy: IfBusy, staging_limit: int | None, stager: AsyncStager | None
+) -> None:
+    if if_busy not in ("wait", "refuse"):
+        raise InvalidInputError(f"if_busy={if_busy!r}; write 'wait' or 'refuse'.")
+    if not isinstance(staging_limit, int | float | None):
+        raise InvalidInputError(f"staging_limit={staging_limit!r}; give bytes, or None.")
+    if stager is not None and not callable(getattr(stager, "stage", None)):
+        raise InvalidInputError(
+            f"async_stager={stager!r} has no stage(); pass an AsyncStager of torch's, such as a "
+            "DefaultStager()."
+        )
+    if stager is not None and staging_limit is not None:
+        raise InvalidInputError(
+            "staging_limit bounds our own copy, and async_stager makes another; leave one of them "
+            "out."
+        )
+
+
+def _agreed_keys(requests: list[_BeginRequest]) -> list[str]:
+    """Return the keys of all ranks, if a save may begin; only the coordinator calls it."""
+    failure = next((sent.failure for sent in requests if sent.failure is not None), None)
+    if failure is not None:
+        raise failure
+    if any(sent.is_busy for sent in requests):
+        raise ConflictError(
+            "the asynchronous save before is still running and if_busy='refuse'; wait for its "
+            "result(), or pass if_busy='wait'."
+        )
+    return sorted({key for sent in requests for key in sent.keys})
 
 
 def _stage(stager: AsyncStager, state: dict[str, Any]) -> _Staged:
-    """Have a stager of the caller's stage a state, by torch's protocol."""
+    """Stage a state with the caller's stager, by torch's protocol."""
     given: Any = stager.stage(state)
-    asks = not isinstance(given, Future) and getattr(
+    needs_synchronize = not isinstance(given, Future) and getattr(
         stager, "should_synchronize_after_execute", False
     )
-    staged = _Staged(given, Future() if asks else None)
-    if not staged.goes_on:
-        staged.settled()  # so that what is no state is refused on all ranks, before a save
+    staged = _Staged(given, Future() if needs_synchronize else None)
+    if not staged.is_running:
+        staged.result()  # an invalid one is then refused on all ranks, before a save is begun
     return staged
 
 
 def _settle(future: Future[None], call: Callable[[], object]) -> None:
-    """End a future with how a call ends."""
+    """Call, and end a future with the error or without one."""
     try:
         call()
     except BaseException as error:

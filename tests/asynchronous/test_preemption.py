@@ -220,7 +220,7 @@ def test_a_failure_of_a_save_before_keeps_none_from_being_made(
         assert preemption.check()
     assert [version.tags for version in repo.log()] == [("free",), ()]
     assert "the save of this step failed, so it is saved again" in caplog.text
-    assert "SIGTERM came: saved v2" in caplog.text
+    assert "SIGTERM arrived: saved v2" in caplog.text
 
     dcpstore.async_save({"w": torch.ones(3)}, repo, tags=["taken"])  # nobody asks for its result
     with dcpstore.on_preemption(lambda: dcpstore.save({"w": torch.ones(3)}, repo)) as preemption:
@@ -263,7 +263,7 @@ def test_signals_go_back_to_their_handlers_whatever_ends_the_block(
             signal.raise_signal(signal.SIGTERM)
             raise KeyError
         assert heard == []
-        assert "SIGTERM came, and nothing was saved for it" in caplog.text
+        assert "SIGTERM arrived, and nothing was saved for it" in caplog.text
         signal.raise_signal(signal.SIGTERM)
         preemption = dcpstore.on_preemption(quiet_save, [signal.SIGTERM])
         preemption.close()
@@ -317,5 +317,5 @@ def test_what_cannot_be_watched_is_refused(subtests: pytest.Subtests) -> None:
     thread = threading.Thread(target=call)
     thread.start()
     thread.join()
-    assert "the main thread alone" in str(ends[0])
+    assert "only the main thread" in str(ends[0])
     assert signal.getsignal(signal.SIGTERM) == before

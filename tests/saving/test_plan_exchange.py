@@ -38,7 +38,7 @@ def plan_together(
 
     plan, replies = answered(offers)
     if plan is None:
-        assert all(reply.asks for reply in replies)
+        assert all(reply.wants_table for reply in replies)
         offers = [proposal.offer(whole=True) for proposal in proposals]
         tables += len(offers)
         plan, replies = answered(offers)
