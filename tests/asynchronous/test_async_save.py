@@ -1,4 +1,4 @@
-"""Asynchronous saves: what is saved is what was staged, and no failure stays silent."""
+"""Asynchronous saves: the staged state is saved, and every failure is raised or logged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.ranks import RankPool, mesh
 from tests.soundness import Place
 
 
-def test_what_is_saved_is_what_was_staged(repo: Repository) -> None:
+def test_the_staged_state_is_saved(repo: Repository) -> None:
     state = {"w": torch.ones(1000), "l": [1, 2]}
     pending = dcpstore.async_save(state, repo, step=1, tags=["t"])
     assert pending.staged.done()
@@ -36,7 +36,7 @@ def test_what_is_saved_is_what_was_staged(repo: Repository) -> None:
     assert repo.read()["l"] == [1, 2]
 
 
-def test_lazily_conjugated_and_negated_tensors_are_staged_as_they_are(repo: Repository) -> None:
+def test_conjugated_and_negated_views_are_staged(repo: Repository) -> None:
     pairs = torch.tensor([1 + 2j, 3 - 4j])
     state = {"conj": pairs.conj(), "in": [{"neg": pairs.conj().imag}], "w": pairs}
     dcpstore.async_save(state, repo).result()
@@ -47,26 +47,26 @@ def test_lazily_conjugated_and_negated_tensors_are_staged_as_they_are(repo: Repo
 
 
 class Loss:
-    """A metric that remembers who asked for it."""
+    """A metric that records in which thread it was read."""
 
     def __float__(self) -> float:
-        self.asked_by = threading.current_thread()
+        self.read_by = threading.current_thread()
         return 2.5
 
 
-def test_a_request_is_as_it_was_when_it_was_made(repo: Repository) -> None:
+def test_arguments_are_read_when_the_call_is_made(repo: Repository) -> None:
     loss, labels, tags = Loss(), {"lr": "1"}, ["t"]
     pending = dcpstore.async_save(
         {"w": torch.ones(3)}, repo, metrics={"loss": loss}, labels=labels, tags=tags
     )
-    assert loss.asked_by is threading.main_thread()
+    assert loss.read_by is threading.main_thread()
     labels["lr"] = "2"
     tags.append("u")
     version = pending.result()
     assert (version.metrics, version.labels, version.tags) == ({"loss": 2.5}, {"lr": "1"}, ("t",))
 
 
-def test_bad_arguments_are_refused_before_anything_is_begun(
+def test_bad_arguments_are_refused_before_a_version_is_begun(
     repo: Repository, subtests: pytest.Subtests
 ) -> None:
     bad: dict[str, dict[str, Any]] = {
@@ -78,8 +78,8 @@ def test_bad_arguments_are_refused_before_anything_is_begun(
         "text that a database": {"labels": {"a": "\0"}},
         "give bytes": {"staging_limit": "1"},
     }
-    for said, arguments in bad.items():
-        with subtests.test(said), pytest.raises(InvalidInputError, match=said):
+    for message, arguments in bad.items():
+        with subtests.test(message), pytest.raises(InvalidInputError, match=message):
             dcpstore.async_save({"w": torch.ones(3)}, repo, **arguments)
     assert repo.sql("SELECT count(*) AS begun FROM version")[0].begun == 0
 
@@ -91,7 +91,7 @@ def test_a_value_that_cannot_be_copied_is_named(repo: Repository) -> None:
     assert dcpstore.async_save({"w": torch.ones(3)}, repo).result().number == 1
 
 
-def test_a_relative_path_is_that_of_the_call(
+def test_a_relative_path_is_resolved_when_the_call_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("here", "there"):
@@ -106,7 +106,7 @@ def test_a_relative_path_is_that_of_the_call(
     assert [path.parent.name for path in tmp_path.glob("*/r")] == ["here"]
 
 
-def test_a_process_that_is_forked_has_no_save_of_its_parent(tmp_path: Path) -> None:
+def test_a_forked_process_does_not_wait_for_saves_of_its_parent(tmp_path: Path) -> None:
     code = """
 import gc, os, sys, threading, torch, dcpstore
 from dcpstore.core.gc_pause import gc_paused
@@ -166,7 +166,7 @@ def test_a_tensor_may_change_its_size_between_saves(repo: Repository) -> None:
         assert torch.equal(repo.read()["w"], torch.full((size,), float(size)))
 
 
-def test_the_limit_is_on_what_is_copied(repo: Repository) -> None:
+def test_the_staging_limit_counts_whole_storages(repo: Repository) -> None:
     whole = torch.ones(1000)
     state = {"a": whole[:1], "b": whole[1:2]}  # two views of 4,000 bytes
     assert dcpstore.async_save(state, repo, staging_limit=3999).done()
@@ -187,7 +187,7 @@ def save_in_two_jobs(rank: int, folder: str) -> list[int]:
 
 
 def test_a_new_process_group_has_savers_of_its_own(tmp_path: Path) -> None:
-    pool = RankPool(2, tmp_path)  # of this test, for it is left without its group
+    pool = RankPool(2, tmp_path)  # for this test only, because it ends without its process group
     try:
         assert pool.run(save_in_two_jobs, str(tmp_path)) == [[2, 1]] * 2
     finally:
@@ -206,7 +206,7 @@ def test_a_second_save_waits(repo: Repository) -> None:
 
 
 class Slow(dcpstore.DefaultSavePlanner):
-    """Does not go on before it is let."""
+    """Waits in the planner until `go` is set."""
 
     def __init__(self, go: threading.Event) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class Slow(dcpstore.DefaultSavePlanner):
         return super().create_local_plan()
 
 
-def test_a_second_save_is_refused_where_the_caller_says_so(repo: Repository) -> None:
+def test_a_second_save_is_refused_with_if_busy_refuse(repo: Repository) -> None:
     go = threading.Event()
     pending = dcpstore.async_save({"w": torch.ones(3)}, repo, planner=Slow(go))
     assert not pending.done()
@@ -230,7 +230,7 @@ def test_a_second_save_is_refused_where_the_caller_says_so(repo: Repository) -> 
     assert dcpstore.async_save({"w": torch.ones(3)}, repo, if_busy="refuse").result().number == 2
 
 
-def test_a_state_past_the_limit_is_saved_before_the_call_returns(repo: Repository) -> None:
+def test_a_state_above_the_limit_is_saved_before_the_call_returns(repo: Repository) -> None:
     state = {"w": torch.ones(1000)}
     pending = dcpstore.async_save(state, repo, staging_limit=3999)
     assert pending.done()
@@ -241,23 +241,23 @@ def test_a_state_past_the_limit_is_saved_before_the_call_returns(repo: Repositor
 
 def break_storage(repo: Repository) -> Path:
     packs = Path(repo.storage.url) / "packs"
-    packs.write_text("in the way")
+    packs.write_text("not a folder")
     return packs
 
 
-@pytest.mark.parametrize("heard", ["result", "next async", "next", "close"])
-def test_a_failure_is_raised_once_and_kept(place: Place, heard: str) -> None:
+@pytest.mark.parametrize("raised_by", ["result", "next async", "next", "close"])
+def test_a_failure_is_raised_once_and_recorded(place: Place, raised_by: str) -> None:
     repo = place.open()
     packs = break_storage(repo)
     pending = dcpstore.async_save({"w": torch.ones(3)}, repo)
-    hear: dict[str, Callable[[], object]] = {
+    calls: dict[str, Callable[[], object]] = {
         "result": pending.result,
         "next async": lambda: dcpstore.async_save({"w": torch.ones(3)}, repo),
         "next": lambda: dcpstore.save({"w": torch.ones(3)}, repo),
         "close": repo.close,
     }
     with pytest.raises(DcpstoreError, match="packs"):
-        hear[heard]()
+        calls[raised_by]()
     packs.unlink()
     with place.open() as again:
         (row,) = query_rows(again.catalog, "SELECT status, error FROM version", {})
@@ -268,7 +268,7 @@ def test_a_failure_is_raised_once_and_kept(place: Place, heard: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_failure_at_exit_is_not_silent(tmp_path: Path) -> None:
+def test_a_failure_at_exit_is_logged(tmp_path: Path) -> None:
     code = f"""
 import torch, dcpstore, pathlib
 repo = dcpstore.open({str(tmp_path / "r")!r})
@@ -281,7 +281,7 @@ dcpstore.async_save({{"w": torch.ones(3)}}, repo)
 
 
 @pytest.mark.slow
-def test_a_save_that_runs_at_exit_is_finished(tmp_path: Path) -> None:
+def test_a_save_that_is_running_at_exit_is_finished(tmp_path: Path) -> None:
     code = f"""
 import torch, dcpstore
 dcpstore.async_save({{"w": torch.arange(6e6)}}, {str(tmp_path / "r")!r}, tags=["last"])
@@ -342,11 +342,11 @@ def test_one_rank_that_fails_makes_every_result_raise(place: Place, two_ranks: R
     assert first[1] == {1: "OSError"}
 
 
-def resources() -> tuple[int, int]:
+def open_resources() -> tuple[int, int]:
     """Return the descriptors and threads of this process.
 
-    SQLite's are left out: a lease that is renewed while the save asks takes a connection more,
-    which the pool then keeps.
+    Those of SQLite are left out: a lease that is renewed during a query of the save takes one more
+    connection, which the pool then keeps.
     """
     process = psutil.Process(os.getpid())
     pooled = sum("catalog.db" in file.path for file in process.open_files())
@@ -357,11 +357,11 @@ def save_twenty_times(rank: int, place: Place) -> tuple[tuple[int, int], tuple[i
     with place.open() as repo:
         state = {"w": torch.zeros(100)}
         dcpstore.async_save(state, repo).result()
-        first = resources()
+        first = open_resources()
         for step in range(20):
             state["w"].fill_(step)
             dcpstore.async_save(state, repo, step=step).result()
-        return first, resources()
+        return first, open_resources()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What `async_save` gives and takes of torch's: futures, stagers, and the background process."""
+"""`async_save` with torch's classes: futures, stagers, and the background process."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def state(value: float = 1.0) -> dict[str, Any]:
     return {"w": torch.full((10,), value), "n": int(value)}
 
 
-def test_it_is_a_future_of_the_version(repo: Repository) -> None:
+def test_a_pending_save_is_a_future_of_the_version(repo: Repository) -> None:
     go = threading.Event()
     pending = dcpstore.async_save(state(), repo, planner=Slow(go))
-    heard: list[cf.Future[dcpstore.Version]] = []
-    pending.add_done_callback(heard.append)
+    called: list[cf.Future[dcpstore.Version]] = []
+    pending.add_done_callback(called.append)
     assert isinstance(pending, cf.Future)
     assert isinstance(pending, AsyncSaveResponse)
     assert (pending.running(), pending.done(), pending.cancelled()) == (True, False, False)
@@ -43,7 +43,7 @@ def test_it_is_a_future_of_the_version(repo: Repository) -> None:
         with pytest.raises(TimeoutError):
             ask(timeout=0.01)
     assert cf.wait([pending], timeout=0.01).not_done == {pending}
-    assert heard == []
+    assert called == []
     go.set()
     assert cf.wait([pending], timeout=60).done == {pending}
     assert list(cf.as_completed([pending], timeout=60)) == [pending]
@@ -51,7 +51,7 @@ def test_it_is_a_future_of_the_version(repo: Repository) -> None:
     assert pending.exception() is None
     assert pending.staging_completion.result() is None
     assert pending.upload_completion.result() == pending.result() == repo.show()
-    assert heard == [pending]
+    assert called == [pending]
 
     async def awaited() -> dcpstore.Version:
         return await asyncio.wrap_future(dcpstore.async_save(state(2), repo))
@@ -60,7 +60,7 @@ def test_it_is_a_future_of_the_version(repo: Repository) -> None:
 
 
 def see_by_callback(pending: dcpstore.PendingSave) -> None:
-    """Ask in a callback, and wait for that: it is called after those who wait are woken."""
+    """Read the failure in a callback, and wait for it: callbacks run after waiting threads wake."""
     is_asked = threading.Event()
 
     def ask(done: cf.Future[dcpstore.Version]) -> None:
@@ -83,7 +83,7 @@ SEEN: dict[str, tuple[bool, Callable[[dcpstore.PendingSave], object]]] = {
 }
 
 
-def test_a_failure_is_seen_where_someone_is_given_it(
+def test_a_failure_counts_as_seen_if_a_call_returned_it(
     place: Place, subtests: pytest.Subtests
 ) -> None:
     for how, (is_seen, see) in SEEN.items():
@@ -106,7 +106,7 @@ def test_a_failure_is_seen_where_someone_is_given_it(
 
 
 class Later(DefaultStager):
-    """Stages in a thread, once it is let; then the call returns before the state is copied."""
+    """Stages in a thread, after `go` is set; so the call returns before the state is copied."""
 
     def __init__(self, go: threading.Event) -> None:
         super().__init__(StagingOptions(False, False, True, False))
@@ -123,14 +123,14 @@ class Later(DefaultStager):
 
 
 @since_2_9
-def test_a_stager_of_the_callers_that_goes_on(repo: Repository) -> None:
+def test_a_stager_that_stages_after_the_call_returns(repo: Repository) -> None:
     go = threading.Event()
     stager = Later(go)
     held = state()
     pending = dcpstore.async_save(held, repo, async_stager=stager)
     assert not pending.staged.done()
     assert pending.staging_completion is pending.staged
-    held["w"].fill_(7)  # allowed by nobody, and saved, for it was not staged yet
+    held["w"].fill_(7)  # not allowed yet; it is saved, because the state was not staged
     go.set()
     pending.staging_completion.result(60)
     held["w"].zero_()
@@ -139,12 +139,12 @@ def test_a_stager_of_the_callers_that_goes_on(repo: Repository) -> None:
     again = dcpstore.async_save(held, repo, async_stager=stager)
     again.result()
     assert torch.equal(repo.read()["w"], torch.zeros(10))
-    assert not stager.is_closed  # that is for its owner
+    assert not stager.is_closed  # its owner closes it
     stager.close()
 
 
-class Torn(BlockingAsyncStager):
-    """Gives its buffer at once, and fills it when it is asked to synchronize."""
+class Deferred(BlockingAsyncStager):
+    """Returns its buffer at once, and fills it in `synchronize_staging`."""
 
     _synchronize_after_execute = True
 
@@ -163,7 +163,7 @@ def test_stagers_that_stage_before_the_call_returns(repo: Repository) -> None:
         BlockingAsyncStager(),
         DefaultStager(StagingOptions(False, False, False, False)),
         DefaultStager(StagingOptions(False, True, False, False)),
-        Torn(),
+        Deferred(),
     ):
         held = state(3)
         pending = dcpstore.async_save(held, repo, async_stager=stager)
@@ -174,7 +174,7 @@ def test_stagers_that_stage_before_the_call_returns(repo: Repository) -> None:
 
 
 class Bad(BlockingAsyncStager):
-    """Fails in one of its ways."""
+    """Fails in the way that `how` names."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -213,8 +213,8 @@ def test_a_stager_that_fails(repo: Repository) -> None:
 
 
 def stage_on_ranks(rank: int, place: Place) -> list[str]:
-    """Stage otherwise on each rank, well and badly."""
-    said = []
+    """Stage with another stager on each rank; return the failures."""
+    messages = []
     with place.open() as repo:
         stager = Later(threading.Event())
         stager.go.set()
@@ -226,9 +226,9 @@ def stage_on_ranks(rank: int, place: Place) -> list[str]:
                 bad = Bad(how) if rank else BlockingAsyncStager()
                 dcpstore.async_save(own, repo, async_stager=bad).result(60)
             except DcpstoreError as error:
-                said.append(str(error))
+                messages.append(str(error))
         stager.close()
-    return said
+    return messages
 
 
 def test_stagers_of_several_ranks(place: Place, two_ranks: RankPool) -> None:
@@ -241,7 +241,7 @@ def test_stagers_of_several_ranks(place: Place, two_ranks: RankPool) -> None:
         assert_sound(repo)
 
 
-def test_the_process_is_refused_where_it_cannot_be(repo: Repository) -> None:
+def test_process_is_refused_if_it_cannot_be_used(repo: Repository) -> None:
     process = AsyncCheckpointerType.PROCESS
     with pytest.raises(InvalidInputError, match=r"needs a process group, .*THREAD"):
         dcpstore.async_save(state(), repo, async_checkpointer_type=process)
@@ -251,7 +251,7 @@ def test_the_process_is_refused_where_it_cannot_be(repo: Repository) -> None:
 
 
 class Locked(dcpstore.DefaultSavePlanner):
-    """A planner that no other process can have."""
+    """A planner that cannot be sent to another process."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,7 +259,7 @@ class Locked(dcpstore.DefaultSavePlanner):
 
 
 class Refusing(dcpstore.DefaultSavePlanner):
-    """Fails where it is on one rank of a process group."""
+    """Fails on rank 1."""
 
     def create_local_plan(self) -> dcpstore.SavePlan:
         if torch.distributed.get_rank() == 1:
@@ -268,10 +268,10 @@ class Refusing(dcpstore.DefaultSavePlanner):
 
 
 def save_in_processes(rank: int, place: Place) -> dict[str, Any]:
-    """Save in torch's background process, in each way that it can go."""
+    """Save in torch's background process, with success and with each kind of failure."""
     whole = torch.arange(24.0).reshape(8, 3)
     process: dict[str, Any] = {"async_checkpointer_type": AsyncCheckpointerType.PROCESS}
-    said: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with place.open() as repo:
 
         def begin(state: Mapping[str, Any], **asked: Any) -> dcpstore.PendingSave:
@@ -289,7 +289,7 @@ def save_in_processes(rank: int, place: Place) -> dict[str, Any]:
             labels={"a": 1},
         )
         tensor.to_local().fill_(-1)
-        said["first"] = pending.result(110)
+        results["first"] = pending.result(110)
         tensor.to_local().copy_(whole[rank * 4 : rank * 4 + 4] + 1)
         stager = DefaultStager(StagingOptions(False, True, True, False))
         begin(held, branch="b", step=4, async_stager=stager).result(110)
@@ -306,14 +306,14 @@ def save_in_processes(rank: int, place: Place) -> dict[str, Any]:
             try:
                 begin(what, **asked).result(110)
             except DcpstoreError as error:
-                said[name] = type(error).__name__, str(error)
+                results[name] = type(error).__name__, str(error)
         keep = Retention(keep_last=1)
-        said["last"] = begin(held, branch="b", retention=keep).result(110).number
-    return said
+        results["last"] = begin(held, branch="b", retention=keep).result(110).number
+    return results
 
 
 @pytest.mark.slow_on_postgres
-def test_the_process_saves_as_the_thread_does(place: Place, two_ranks: RankPool) -> None:
+def test_process_saves_as_thread_does(place: Place, two_ranks: RankPool) -> None:
     place.open().close()
     first, second = two_ranks.run(save_in_processes, place)
     assert first == second
@@ -323,14 +323,14 @@ def test_the_process_saves_as_the_thread_does(place: Place, two_ranks: RankPool)
     assert version.labels == {"a": "1"}
     assert version.ranks == 2
     assert first["tip"][0] == ConflictError.__name__
-    assert re_said(first["planner"]) == "planner: a Locked cannot be sent"
+    assert first_words(first["planner"]) == "planner: a Locked cannot be sent"
     assert "one group for the whole job" in first["group"][1]
     assert "needs a process group" in first["no_dist"][1]
     assert first["rank"][0] == "RankFailure"
     assert "rank 1: OSError: no luck" in first["rank"][1]
     assert "disagree about step" in first["ranks"][1]
     with place.open() as repo:
-        assert [v.number for v in repo.log("b")] == [first["last"], 1]  # the tag keeps that one
+        assert [v.number for v in repo.log("b")] == [first["last"], 1]  # version 1 has a tag
         read = repo.read("b")
         assert torch.equal(read["w"], torch.arange(24.0).reshape(8, 3) + 1)
         assert (read["own.rank-0"], read["own.rank-1"]) == (0, 1)
@@ -339,13 +339,13 @@ def test_the_process_saves_as_the_thread_does(place: Place, two_ranks: RankPool)
         assert_sound(repo)
 
 
-def re_said(told: tuple[str, str]) -> str:
-    return " ".join(told[1].split()[:6])
+def first_words(raised: tuple[str, str]) -> str:
+    return " ".join(raised[1].split()[:6])
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 def test_three_saves_that_overlap_onto_new_folders(tmp_path: Path) -> None:
-    """As torch's own writer, by torch's own call, which begins the next save beside the last."""
+    """With torch's own call, which begins a save while another one is running."""
     writers: list[Any] = [dcpstore.FileSystemWriter, dcp.FileSystemWriter]
     for writer in writers:
         base = tmp_path / writer.__module__

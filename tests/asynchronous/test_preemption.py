@@ -1,4 +1,4 @@
-"""Preemption: one save, of one step on all ranks, whenever the signal comes and to whom."""
+"""Preemption: one save, of one step on all ranks, whenever the signal arrives and on which rank."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from dcpstore import DefaultSavePlanner, InvalidInputError, Repository
 from tests.ranks import RankPool
 from tests.soundness import Place, assert_sound
 
-GRACE = 10.0  # seconds that a scheduler leaves
+GRACE = 10.0  # seconds that a scheduler allows
 
 
 class Case(NamedTuple):
-    """When signals are sent, to whom, and by what the run saves.
+    """When signals are sent, to which ranks, and how the run saves.
 
     Attributes:
-        points: where rank 0 sends one to each target: in a step, in a save, in the last save.
+        points: when rank 0 sends a signal to each target: in a step, in a save, in the last save.
         targets: the ranks that get it.
         stops: the step after which the run ends.
-        steps: those that have a version then.
+        steps: the steps that have a version then.
     """
 
     points: tuple[str, ...]
@@ -57,7 +57,7 @@ CASES = {
 
 
 class Planner(DefaultSavePlanner):
-    """Sends what there is to send while its save runs, in whichever thread that does."""
+    """Calls `send` while its save is running, in the thread that saves."""
 
     def __init__(self, send: Callable[[], None]) -> None:
         super().__init__()
@@ -93,8 +93,8 @@ def train(rank: int, place: Place, name: str, *, is_resumed: bool) -> tuple[int,
             planner = Planner(lambda: send(f"save {step}"))
             return call(state, repo, branch=name, step=step, planner=planner)
 
-        def heed(point: str) -> None:
-            """Wait until a signal that is sent to this rank here has come."""
+        def wait_for_signal(point: str) -> None:
+            """Wait until a signal that is sent to this rank at this point has arrived."""
             if rank in case.targets and point == case.points[0] and not is_resumed:
                 while not preemption._noted:
                     time.sleep(0.01)
@@ -105,9 +105,9 @@ def train(rank: int, place: Place, name: str, *, is_resumed: bool) -> tuple[int,
                 state["w"] += 1
                 if state["step"] % 3 == 0:
                     preemption.save()
-                    heed(f"save {state['step']}")
+                    wait_for_signal(f"save {state['step']}")
                 send(f"step {state['step']}")
-                heed(f"step {state['step']}")
+                wait_for_signal(f"step {state['step']}")
                 if preemption.check():
                     break
         assert preemption.check() is (preemption.signal is not None)
@@ -140,7 +140,7 @@ def test_one_step_is_saved_once_on_all_ranks(three_ranks: RankPool, place: Place
         assert_sound(repo)
 
 
-def end_when_asked(rank: int, where: str) -> None:
+def end_at_signal(rank: int, where: str) -> None:
     state: dict[str, Any] = {"step": 0, "w": torch.zeros(4)}
     with dcpstore.on_preemption(
         lambda: dcpstore.save(state, where, step=state["step"])
@@ -152,7 +152,9 @@ def end_when_asked(rank: int, where: str) -> None:
     sys.exit(128 + preemption.signal)
 
 
-def test_a_scheduler_ends_the_run_within_its_grace(three_ranks: RankPool, tmp_path: Path) -> None:
+def test_a_scheduler_ends_the_run_within_its_grace_time(
+    three_ranks: RankPool, tmp_path: Path
+) -> None:
     where = tmp_path / "repo"
 
     def schedule() -> None:
@@ -168,7 +170,7 @@ def test_a_scheduler_ends_the_run_within_its_grace(three_ranks: RankPool, tmp_pa
     ended = threading.Event()
     scheduler = threading.Thread(target=schedule)
     scheduler.start()
-    three_ranks.run(end_when_asked, str(where), dying=ALL)
+    three_ranks.run(end_at_signal, str(where), dying=ALL)
     ended.set()
     scheduler.join()
     assert [process.exitcode for process in three_ranks._processes] == [143] * 3
@@ -178,11 +180,11 @@ def test_a_scheduler_ends_the_run_within_its_grace(three_ranks: RankPool, tmp_pa
         assert_sound(repo)
 
 
-def quiet_save() -> None:
-    pytest.fail("nothing is to be saved")
+def unexpected_save() -> None:
+    pytest.fail("save was called")
 
 
-def test_a_signal_in_the_middle_of_a_save_leaves_it_whole(repo: Repository) -> None:
+def test_a_signal_in_the_middle_of_a_save_does_not_disturb_it(repo: Repository) -> None:
     state = {"w": torch.ones(3)}
     steps = iter(range(10))
 
@@ -197,7 +199,7 @@ def test_a_signal_in_the_middle_of_a_save_leaves_it_whole(repo: Repository) -> N
 
     with dcpstore.on_preemption(save) as preemption:
         assert not preemption.check()
-        assert save().step == 0  # not by `preemption.save`, so the last save is another one
+        assert save().step == 0  # not through `preemption.save`, so check() saves once more
         assert preemption.check()
         assert preemption.signal == signal.SIGTERM
         assert preemption.check()
@@ -205,7 +207,7 @@ def test_a_signal_in_the_middle_of_a_save_leaves_it_whole(repo: Repository) -> N
     assert [version.step for version in repo.log()] == [1, 0]
 
 
-def test_a_failure_of_a_save_before_keeps_none_from_being_made(
+def test_a_failed_earlier_save_does_not_prevent_the_last_one(
     repo: Repository, caplog: pytest.LogCaptureFixture
 ) -> None:
     repo.branch("taken", at=dcpstore.save({"w": torch.ones(3)}, repo).number)
@@ -222,7 +224,7 @@ def test_a_failure_of_a_save_before_keeps_none_from_being_made(
     assert "the save of this step failed, so it is saved again" in caplog.text
     assert "SIGTERM arrived: saved v2" in caplog.text
 
-    dcpstore.async_save({"w": torch.ones(3)}, repo, tags=["taken"])  # nobody asks for its result
+    dcpstore.async_save({"w": torch.ones(3)}, repo, tags=["taken"])  # its result is not asked for
     with dcpstore.on_preemption(lambda: dcpstore.save({"w": torch.ones(3)}, repo)) as preemption:
         signal.raise_signal(signal.SIGTERM)
         assert preemption.check()
@@ -230,7 +232,7 @@ def test_a_failure_of_a_save_before_keeps_none_from_being_made(
     assert "an asynchronous save failed" in caplog.text
 
 
-def test_the_failure_of_the_last_save_is_raised_and_may_be_tried_again(repo: Repository) -> None:
+def test_the_failure_of_the_last_save_is_raised_and_check_can_retry(repo: Repository) -> None:
     tips: list[int | None] = [7, None]
 
     def save() -> dcpstore.Version:
@@ -245,7 +247,7 @@ def test_the_failure_of_the_last_save_is_raised_and_may_be_tried_again(repo: Rep
     assert len(repo.log()) == 1
 
 
-def test_a_signal_after_the_last_check_is_saved_for_when_the_block_ends(repo: Repository) -> None:
+def test_a_signal_after_the_last_check_saves_when_the_block_ends(repo: Repository) -> None:
     with dcpstore.on_preemption(lambda: dcpstore.save({"w": torch.ones(3)}, repo)) as preemption:
         assert not preemption.check()
         signal.raise_signal(signal.SIGUSR1)
@@ -253,23 +255,23 @@ def test_a_signal_after_the_last_check_is_saved_for_when_the_block_ends(repo: Re
     assert len(repo.log()) == 1
 
 
-def test_signals_go_back_to_their_handlers_whatever_ends_the_block(
+def test_handlers_are_restored_whatever_ends_the_block(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    heard: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    handled: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: handled.append(number))
     try:
-        with suppress(KeyError), dcpstore.on_preemption(quiet_save, [signal.SIGTERM]):
+        with suppress(KeyError), dcpstore.on_preemption(unexpected_save, [signal.SIGTERM]):
             signal.raise_signal(signal.SIGTERM)
             raise KeyError
-        assert heard == []
+        assert handled == []
         assert "SIGTERM arrived, and nothing was saved for it" in caplog.text
         signal.raise_signal(signal.SIGTERM)
-        preemption = dcpstore.on_preemption(quiet_save, [signal.SIGTERM])
+        preemption = dcpstore.on_preemption(unexpected_save, [signal.SIGTERM])
         preemption.close()
         preemption.close()
         signal.raise_signal(signal.SIGTERM)
-        assert heard == [signal.SIGTERM] * 2
+        assert handled == [signal.SIGTERM] * 2
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -282,35 +284,38 @@ for _ in range(20):
     if not child:
         time.sleep(60)
         os._exit(0)
-    os.kill(child, signal.SIGTERM)  # as early as can be
+    os.kill(child, signal.SIGTERM)  # as early as possible
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 signal.raise_signal(signal.SIGUSR1)
-assert preemption.check()  # here, they are noted all the same
+assert preemption.check()  # in the parent, signals are still noted
 """
 
 
-def test_a_process_that_is_forked_ends_by_the_signal() -> None:
-    # in a process of its own: this one has threads, which a fork must not meet
+def test_a_forked_process_is_ended_by_the_signal() -> None:
+    # in a process without other threads: forking with threads is not safe
     subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=120)
 
 
-def test_what_cannot_be_watched_is_refused(subtests: pytest.Subtests) -> None:
+def test_bad_arguments_of_on_preemption_are_refused(subtests: pytest.Subtests) -> None:
     watch: Any = dcpstore.on_preemption
     before = signal.getsignal(signal.SIGTERM)
-    for said, arguments in {
+    for message, arguments in {
         "is not a function": (3,),
-        "is empty": (quiet_save, []),
-        "give a list": (quiet_save, signal.SIGTERM),
-        "not a signal that a process can catch": (quiet_save, [signal.SIGTERM, signal.SIGKILL]),
-        "'SIGTERM' is not": (quiet_save, ["SIGTERM"]),
+        "is empty": (unexpected_save, []),
+        "give a list": (unexpected_save, signal.SIGTERM),
+        "not a signal that a process can catch": (
+            unexpected_save,
+            [signal.SIGTERM, signal.SIGKILL],
+        ),
+        "'SIGTERM' is not": (unexpected_save, ["SIGTERM"]),
     }.items():
-        with subtests.test(said), pytest.raises(InvalidInputError, match=said):
+        with subtests.test(message), pytest.raises(InvalidInputError, match=message):
             watch(*arguments)
     ends: list[object] = []
 
     def call() -> None:
         try:
-            ends.append(watch(quiet_save))
+            ends.append(watch(unexpected_save))
         except InvalidInputError as error:
             ends.append(error)
 

@@ -1,4 +1,4 @@
-"""What ranks do together: every live rank hears who failed, who is late and who is gone."""
+"""Steps of several ranks: every live rank learns which ranks failed, are late or have ended."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from dcpstore.errors import DcpstoreError
 from tests.ranks import RankPool
 
 DEADLINE = 3  # seconds
-Told = tuple[str, str, dict[int, tuple[str, str]]]
+Raised = tuple[str, str, dict[int, tuple[str, str]]]
 
 
 @pytest.fixture(scope="module")
 def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
     """Three ranks that wait no longer than DEADLINE for one another."""
     pool = RankPool(3, tmp_path_factory.mktemp("ranks"))
-    pool.run(be_impatient)
+    pool.run(set_deadline)
     yield pool
     pool.close()
 
 
 @pytest.fixture(params=["file", pytest.param("tcp", marks=pytest.mark.slow)])
-def mortal_ranks(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RankPool]:
-    """Three impatient ranks of this test alone, which may die."""
+def ranks_to_end(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RankPool]:
+    """Three ranks with a short deadline, for this test only, because some of them end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     rendezvous = f"tcp://127.0.0.1:{port}" if request.param == "tcp" else None
     pool = RankPool(3, tmp_path, rendezvous=rendezvous)
-    pool.run(be_impatient)
+    pool.run(set_deadline)
     yield pool
     pool.close()
 
 
-def be_impatient(rank: int) -> None:
+def set_deadline(rank: int) -> None:
     assert dist.group.WORLD is not None
     group_store(dist.group.WORLD).set_timeout(timedelta(seconds=DEADLINE))
 
 
-def caught(call: Callable[[], Any]) -> Told:
+def caught(call: Callable[[], Any]) -> Raised:
     """Return the class and text of what a call raises, and its ranks' failures."""
     try:
         call()
@@ -64,7 +64,7 @@ def caught(call: Callable[[], Any]) -> Told:
 
 
 def share(ranks: RankGroup, step: str = "share") -> list[int]:
-    """Have each rank hear of all."""
+    """Return the numbers of all ranks, which each rank has sent."""
     return in_step(ranks, step, lambda: ranks.rank, list)
 
 
@@ -72,27 +72,29 @@ def refuse(*given: Any) -> Any:
     raise OSError(f"no {given}")
 
 
-class Odd(Exception):
+class Unpicklable(Exception):
     """Does not survive pickling."""
 
     def __init__(self, one: int, other: int) -> None:
         super().__init__(one + other)
 
 
-def raise_odd() -> None:
-    raise Odd(1, 2)
+def raise_unpicklable() -> None:
+    raise Unpicklable(1, 2)
 
 
-# What three ranks do, of which one (`odd`) fails.
+# What three ranks call; the rank for which the flag is True fails.
 FAILING: dict[str, Callable[[RankGroup, bool], Any]] = {
-    "local of a step": lambda r, odd: in_step(r, "s", refuse if odd else int, list),
-    "local of a turn": lambda r, odd: in_turn(r, "s", refuse if odd else int, list),
-    "odd error": lambda r, odd: in_step(r, "s", raise_odd if odd else int, list),
-    "unsendable value": lambda r, odd: in_turn(r, "s", lambda: share if not odd else r, list),
+    "local of a step": lambda r, fails: in_step(r, "s", refuse if fails else int, list),
+    "local of a turn": lambda r, fails: in_turn(r, "s", refuse if fails else int, list),
+    "unpicklable error": lambda r, fails: in_step(
+        r, "s", raise_unpicklable if fails else int, list
+    ),
+    "unsendable value": lambda r, fails: in_turn(r, "s", lambda: share if not fails else r, list),
 }
 
 
-def fail(rank: int, what: str, failing: int) -> tuple[Told, list[int]]:
+def fail(rank: int, what: str, failing: int) -> tuple[Raised, list[int]]:
     ranks = RankGroup()
     return caught(lambda: FAILING[what](ranks, rank == failing)), share(ranks)
 
@@ -103,27 +105,27 @@ def fail(rank: int, what: str, failing: int) -> tuple[Told, list[int]]:
     [
         ("local of a step", "OSError", "no ()"),
         ("local of a turn", "OSError", "no ()"),
-        ("odd error", "DcpstoreError", "Odd: 3"),
+        ("unpicklable error", "DcpstoreError", "Unpicklable: 3"),
         ("unsendable value", "DcpstoreError", "cannot be pickled"),
     ],
 )
 def test_all_ranks_raise_what_one_raised(
     three_ranks: RankPool, what: str, kind: str, match: str, failing: int
 ) -> None:
-    for told, after in three_ranks.run(fail, what, failing):
-        assert told[0] == "RankFailure"
-        assert told[1].startswith("s failed on 1 of the ranks:")
-        assert told[2][failing][0] == kind
-        assert match in told[2][failing][1]
+    for raised, after in three_ranks.run(fail, what, failing):
+        assert raised[0] == "RankFailure"
+        assert raised[1].startswith("s failed on 1 of the ranks:")
+        assert raised[2][failing][0] == kind
+        assert match in raised[2][failing][1]
         assert after == [0, 1, 2]
 
 
 COMBINING: dict[str, Callable[[RankGroup], Any]] = {
     "step": lambda r: in_step(r, "s", int, refuse),
     "turn": lambda r: in_turn(r, "s", int, refuse),
-    "short": lambda r: in_turn(r, "s", int, lambda told: told[1:]),
-    "unsendable": lambda r: in_step(r, "s", int, lambda told: r),
-    "unsendable turn": lambda r: in_turn(r, "s", int, lambda told: [1, r, 1]),
+    "short": lambda r: in_turn(r, "s", int, lambda values: values[1:]),
+    "unsendable": lambda r: in_step(r, "s", int, lambda _: r),
+    "unsendable turn": lambda r: in_turn(r, "s", int, lambda _: [1, r, 1]),
 }
 
 
@@ -137,7 +139,7 @@ def fail_to_combine(rank: int, what: str) -> tuple[Any, list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("what", "kind", "match", "hearing"),
+    ("what", "kind", "match", "raising"),
     [
         ("step", "OSError", "no ([0, 0, 0],)", {0, 1, 2}),
         ("turn", "OSError", "no ([0, 0, 0],)", {0, 1, 2}),
@@ -147,37 +149,39 @@ def fail_to_combine(rank: int, what: str) -> tuple[Any, list[int]]:
     ],
 )
 def test_all_ranks_raise_what_the_coordinator_raised(
-    three_ranks: RankPool, what: str, kind: str, match: str, hearing: set[int]
+    three_ranks: RankPool, what: str, kind: str, match: str, raising: set[int]
 ) -> None:
-    for rank, (told, after) in enumerate(three_ranks.run(fail_to_combine, what)):
-        assert (told is not None) == (rank in hearing)
-        if told is not None:
-            assert told[0] == kind
-            assert match in told[1]
+    for rank, (raised, after) in enumerate(three_ranks.run(fail_to_combine, what)):
+        assert (raised is not None) == (rank in raising)
+        if raised is not None:
+            assert raised[0] == kind
+            assert match in raised[1]
         assert after == [0, 1, 2]
 
 
-def dawdle(rank: int, late: tuple[int, ...], where: str, folder: Path) -> tuple[Told, list[int]]:
-    """Have some ranks come only when the others have given up, to this step or its answer."""
+def arrive_late(
+    rank: int, late: tuple[int, ...], where: str, folder: Path
+) -> tuple[Raised, list[int]]:
+    """Let some ranks arrive, or answer, only after the deadline of the others has passed."""
 
     def wait() -> int:
         until = time.monotonic() + 60
         while len(list(folder.iterdir())) < 3 - len(late):
-            assert time.monotonic() < until, "the others did not give up"
+            assert time.monotonic() < until, "the others did not stop waiting"
             time.sleep(0.02)
         return rank
 
     ranks = RankGroup()
-    told = caught(
+    raised = caught(
         lambda: in_step(
             ranks,
             "write",
             wait if rank in late and where == "local" else lambda: rank,
-            lambda told: wait() if where == "combine" else 0,
+            lambda _: wait() if where == "combine" else 0,
         )
     )
     (folder / f"{rank}").touch()
-    return told, share(ranks)
+    return raised, share(ranks)
 
 
 @pytest.mark.parametrize(
@@ -193,49 +197,49 @@ def test_ranks_that_are_late_are_named_and_the_group_stays_usable(
     three_ranks: RankPool, tmp_path: Path, late: tuple[int, ...], where: str, names: str
 ) -> None:
     expected = dict.fromkeys(late, ("TimeoutError", f"did not arrive within {DEADLINE} s"))
-    for told, after in three_ranks.run(dawdle, late, where, tmp_path):
-        assert told[0] == "RankFailure"
-        assert told[1].startswith(f"waiting for {names} in write:\n")
-        assert told[2] == expected
+    for raised, after in three_ranks.run(arrive_late, late, where, tmp_path):
+        assert raised[0] == "RankFailure"
+        assert raised[1].startswith(f"waiting for {names} in write:\n")
+        assert raised[2] == expected
         assert after == [0, 1, 2]
 
 
-def die(rank: int, dying: int, where: str) -> Told:
-    """Have one rank end at once: before a step, in it, or amid an exchange of bytes."""
+def end_early(rank: int, ending: int, where: str) -> Raised:
+    """Let one rank end at once: before a step, in it, or during an exchange of bytes."""
     ranks = RankGroup()
     assert share(ranks) == [0, 1, 2]
     end: Callable[..., Any] = lambda *args, **kwargs: os._exit(7)  # noqa: E731
-    if rank == dying and where == "exchange":
+    if rank == ending and where == "exchange":
         dist.gather_object = dist.broadcast_object_list = end
-    local = end if rank == dying and where == "local" else lambda: rank
+    local = end if rank == ending and where == "local" else lambda: rank
     combine = end if where == "combine" else list
     return caught(lambda: in_step(ranks, "write", local, combine))
 
 
 @pytest.mark.parametrize(
-    ("dying", "where"),
+    ("ending", "where"),
     [(1, "local"), (2, "exchange"), (0, "combine"), (0, "exchange")],
 )
-def test_ranks_that_die_are_named(mortal_ranks: RankPool, dying: int, where: str) -> None:
-    results = mortal_ranks.run(die, dying, where, dying=[dying])
+def test_ranks_that_end_are_named(ranks_to_end: RankPool, ending: int, where: str) -> None:
+    results = ranks_to_end.run(end_early, ending, where, dying=[ending])
     assert len(results) == 2
-    for told in results:
-        assert told[0] == "RankFailure"
-        assert set(told[2]) == {dying}, told
-        assert "in write:" in told[1]
-        assert f"rank {dying}" in told[1]
+    for raised in results:
+        assert raised[0] == "RankFailure"
+        assert set(raised[2]) == {ending}, raised
+        assert "in write:" in raised[1]
+        assert f"rank {ending}" in raised[1]
 
 
-def test_one_process_asks_nobody_and_keeps_its_own_error() -> None:
+def test_one_process_alone_keeps_its_own_error() -> None:
     value = object()
-    assert in_step(Alone(), "s", lambda: value, lambda told: told[0]) is value
-    assert in_turn(Alone(), "s", lambda: value, lambda told: told) is value
+    assert in_step(Alone(), "s", lambda: value, lambda values: values[0]) is value
+    assert in_turn(Alone(), "s", lambda: value, lambda values: values) is value
     with pytest.raises(OSError, match="no"):
         in_step(Alone(), "s", refuse, list)
 
 
 class OnlyOnRank0:
-    """An answer that rank 1 cannot open."""
+    """An answer that rank 1 cannot unpickle."""
 
     def __reduce__(self) -> tuple[Callable[[], str], tuple[()]]:
         return open_on_rank_0, ()
@@ -254,7 +258,7 @@ def open_answer(rank: int) -> str:
         return str(error)
 
 
-def test_an_answer_that_a_rank_cannot_open_is_an_error_of_ours(three_ranks: RankPool) -> None:
+def test_an_answer_that_a_rank_cannot_unpickle_is_an_error_of_ours(three_ranks: RankPool) -> None:
     first, second, third = three_ranks.run(open_answer)
     assert (first, third) == ("opened", "opened")
     assert second.startswith("the coordinator's answer cannot be read on this rank (ImportError:")

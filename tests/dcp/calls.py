@@ -1,4 +1,4 @@
-"""Uses of torch's calls, of `Stateful`, and of a storage by hand."""
+"""Uses of torch's calls, of `Stateful`, and of a storage written from torch's interface."""
 
 import io
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.dcp.uses import assert_filled, state, use_of, world
 
 @use_of("save", "load", "FileSystemWriter", "FileSystemReader")
 def save_and_load(rank: int, folder: Path) -> None:
-    """With a storage object, and with an id alone."""
+    """With a storage object, and with only a `checkpoint_id`."""
     writer = dcpstore.FileSystemWriter(folder / "1")
     described = dcpstore.save(state_dict=state(), storage_writer=writer)
     assert isinstance(described, Metadata)
@@ -44,7 +44,7 @@ def save_later(rank: int, folder: Path) -> None:
 
 @use_of("save_state_dict", "load_state_dict")
 def deprecated(rank: int, folder: Path) -> None:
-    alone = world() == 1  # as torch's, these look for a process group unless told so
+    alone = world() == 1  # as torch's own, these look for a process group unless no_dist is True
     with pytest.warns(FutureWarning):
         dcpstore.save_state_dict(state(), dcpstore.FileSystemWriter(folder), no_dist=alone)
     found = state(filled=False)
@@ -80,7 +80,7 @@ def stateful(rank: int, folder: Path) -> None:
 
 
 class Shelf(dcpstore.StorageWriter, dcpstore.StorageReader):
-    """A storage of one's own: a file an item, and a note of every call that torch promises."""
+    """A storage of its own: one file per item, and a list of the calls that torch makes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -164,6 +164,11 @@ def storage(rank: int, folder: Path) -> None:
     shelf.calls = []
     found = state(filled=False)
     dcpstore.load(found, storage_reader=shelf)
-    told = ["global"] if rank == 0 else []
-    assert [c for c in shelf.calls if c != "read_metadata"] == ["set_up", "local", *told, "read"]
+    of_coordinator = ["global"] if rank == 0 else []
+    assert [c for c in shelf.calls if c != "read_metadata"] == [
+        "set_up",
+        "local",
+        *of_coordinator,
+        "read",
+    ]
     assert_filled(found)

@@ -1,4 +1,4 @@
-"""Uses of torch's load planners: one by hand, and what its documentation changes in ours."""
+"""Uses of torch's load planners: one from scratch, and the changes of its documentation to ours."""
 
 import io
 from pathlib import Path
@@ -86,13 +86,23 @@ def load_planner(rank: int, folder: Path) -> None:
     dcpstore.load(found, folder, planner=planner)
     assert_filled({**state(), "w": found["w"], "step": found["step"]})
     assert found["text"] == "hi"
-    told = ["global"] if rank == 0 else []
-    assert planner.calls[: 3 + len(told)] == ["set_up", "local", *told, "finish"]
-    assert sorted(planner.calls[3 + len(told) :]) == ["bytes", "bytes", "commit", "resolve"]
+    of_coordinator = ["global"] if rank == 0 else []
+    assert planner.calls[: 3 + len(of_coordinator)] == [
+        "set_up",
+        "local",
+        *of_coordinator,
+        "finish",
+    ]
+    assert sorted(planner.calls[3 + len(of_coordinator) :]) == [
+        "bytes",
+        "bytes",
+        "commit",
+        "resolve",
+    ]
 
 
 class RenamedLoad(dcpstore.DefaultLoadPlanner):
-    """Torch's first example: rewrite the state dict, without a call of its own set-up."""
+    """Torch's first example: rewrite the state dict; the base class is not called."""
 
     def set_up_planner(
         self,
@@ -112,7 +122,7 @@ class RenamedLoad(dcpstore.DefaultLoadPlanner):
 
 
 class Materialized(dcpstore.DefaultLoadPlanner):
-    """Torch's second: other tensors than those of the state are filled."""
+    """Torch's second example: load into other tensors than those of the state."""
 
     def resolve_tensor(self, read_item: dcpstore.ReadItem) -> torch.Tensor:
         return torch.empty_like(super().resolve_tensor(read_item), device="cpu")

@@ -69,7 +69,7 @@ def by_id(folder: Path) -> None:
     for checkpoint_id in (folder / "a", str(folder / "b")):
         dcpstore.save(state_dict=state(), checkpoint_id=checkpoint_id)
         pending = dcpstore.async_save(state_dict=state(), checkpoint_id=checkpoint_id)
-        assert pending.result().number == 2  # torch would have written over the first
+        assert pending.result().number == 2  # torch would have overwritten the first
         found = state(filled=False)
         dcpstore.load(state_dict=found, checkpoint_id=checkpoint_id)
         assert_filled(found)
@@ -90,7 +90,7 @@ def by_id(folder: Path) -> None:
     "TensorProperties",
 )
 def by_storage(folder: Path) -> None:
-    """With ours and with torch's; what comes of it is torch's own description."""
+    """With our storage and with torch's; both return torch's Metadata."""
     torchs: list[Any] = [dcp.FileSystemWriter, dcp.FileSystemReader]
     for i, (writer, reader) in enumerate(
         ([dcpstore.FileSystemWriter, dcpstore.FileSystemReader], torchs)
@@ -122,7 +122,7 @@ def by_storage(folder: Path) -> None:
 
 
 class Noting(dcpstore.DefaultSavePlanner):
-    """Notes the classes of what a save planner is asked for."""
+    """Records the classes of the items that a save planner resolves."""
 
     def create_local_plan(self) -> dcpstore.SavePlan:
         plan = super().create_local_plan()
@@ -341,7 +341,7 @@ def over(folder: Path) -> None:
 @backs("FileSystemWriter(_extensions=)")
 def extended(folder: Path) -> None:
     dcpstore.FileSystemWriter(folder, _extensions=[])
-    with pytest.raises(InvalidInputError, match="extensions are not taken"):
+    with pytest.raises(InvalidInputError, match="extensions are not supported"):
         dcpstore.FileSystemWriter(folder, _extensions=[object()])
 
 
@@ -367,7 +367,7 @@ def failed(folder: Path) -> None:
         def create_local_plan(self) -> dcpstore.SavePlan:
             raise OSError("no luck")
 
-    with pytest.raises(OSError, match="no luck"):  # of one rank, and so of all
+    with pytest.raises(OSError, match="no luck"):  # of one rank, which is all ranks here
         dcpstore.save(state(), folder, planner=Bad())
     with pytest.raises(dcp.CheckpointException, match="no luck"):
         dcpstore.save(state(), storage_writer=dcpstore.FileSystemWriter(folder), planner=Bad())
@@ -428,8 +428,8 @@ def parts_of_planners(folder: Path) -> None:
     """They make and read the plans that our reader takes."""
     plain = {"w": torch.ones(3), "n": 1}
     plan = torch_planner.create_default_local_save_plan(plain, True)
-    (mine,), described = torch_planner.create_default_global_save_plan([plan])
-    assert {item.index.fqn for item in mine.items} == described.state_dict_metadata.keys()
+    (global_plan,), described = torch_planner.create_default_global_save_plan([plan])
+    assert {item.index.fqn for item in global_plan.items} == described.state_dict_metadata.keys()
     dcpstore.save(plain, folder)
     read = dcpstore.FileSystemReader(folder).read_metadata()
     wanted = torch_planner.create_default_local_load_plan({"w": torch.zeros(3)}, read)
@@ -505,7 +505,7 @@ def pickled(folder: Path) -> None:
 
 @backs("steps by folder")
 def by_folder(folder: Path) -> None:
-    """Each id of its own is a repository of its own."""
+    """Each `checkpoint_id` is a repository."""
     for step in range(2):
         dcpstore.save(state(), checkpoint_id=folder / f"step_{step}")
         load_back(folder / f"step_{step}")

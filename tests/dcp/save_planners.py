@@ -1,4 +1,4 @@
-"""Uses of torch's save planners: one by hand, and what its documentation changes in ours."""
+"""Uses of torch's save planners: one from scratch, and the changes of its documentation to ours."""
 
 import dataclasses
 import io
@@ -68,9 +68,14 @@ def save_planner(rank: int, folder: Path) -> None:
     planner = ByHand()
     flat = {"w": state()["w"], "step": 7, "plain": torch.ones(4)}
     dcpstore.save(flat, folder, planner=planner)
-    told = ["global"] if rank == 0 else []
-    assert planner.calls[: 3 + len(told)] == ["set_up", "local", *told, "finish"]
-    assert set(planner.calls[3 + len(told) :]) == {"resolve"}
+    of_coordinator = ["global"] if rank == 0 else []
+    assert planner.calls[: 3 + len(of_coordinator)] == [
+        "set_up",
+        "local",
+        *of_coordinator,
+        "finish",
+    ]
+    assert set(planner.calls[3 + len(of_coordinator) :]) == {"resolve"}
     found: dict[str, Any] = {"w": state(filled=False)["w"], "step": 0, "plain": torch.zeros(4)}
     dcpstore.load(found, folder)
     assert_filled({**state(), "w": found["w"], "step": found["step"]})
@@ -90,7 +95,7 @@ class Renamed(dcpstore.DefaultSavePlanner):
 
 
 class Halved(dcpstore.DefaultSavePlanner):
-    """Torch's second: change the local plan and the lookup."""
+    """Torch's second example: change the local plan and the lookup."""
 
     def create_local_plan(self) -> dcpstore.SavePlan:
         plan = super().create_local_plan()
@@ -105,7 +110,7 @@ class Halved(dcpstore.DefaultSavePlanner):
 
 
 class Dealt(dcpstore.DefaultSavePlanner):
-    """Torch's third: a central decision, who writes what."""
+    """Torch's third example: the coordinator decides which rank writes what."""
 
     def create_global_plan(
         self, all_plans: list[dcpstore.SavePlan]
@@ -120,7 +125,7 @@ class Dealt(dcpstore.DefaultSavePlanner):
 
 
 class Noted(dcpstore.DefaultSavePlanner):
-    """Torch's fourth: extra data of each rank, kept with the checkpoint."""
+    """Torch's fourth example: extra data of each rank, stored with the checkpoint."""
 
     def create_local_plan(self) -> dcpstore.SavePlan:
         return dataclasses.replace(super().create_local_plan(), planner_data="per-rank-data")

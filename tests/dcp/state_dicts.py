@@ -1,4 +1,4 @@
-"""Uses of torch's state-dict API, by whole states and by parts."""
+"""Uses of torch's state-dict API, for whole states and for parts."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Torch's older forms are taken, with torch's warning; what stands in another's place is named."""
+"""Torch's older argument forms work, with its warning; an argument in a wrong place is named."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STATE = {"w": torch.ones(2)}
 
 
 def call_by_place(module: ModuleType, folder: Path) -> list[str]:
-    """Save and load with the storage second and without its name; return the warnings."""
+    """Save and load with the storage as second positional argument; return the warnings."""
     found = {"w": torch.zeros(2)}
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -35,12 +35,12 @@ def call_by_place(module: ModuleType, folder: Path) -> list[str]:
     assert torch.equal(found["w"], STATE["w"])
     assert reader.path == folder / "b"
     texts = [str(w.message) for w in seen if "argument order" in str(w.message)]
-    if module is dcpstore:  # torch names a line of its own
+    if module is dcpstore:  # torch's warning names a line of torch
         assert {w.filename for w in seen if "argument order" in str(w.message)} == {__file__}
     return [text.partition(":")[0].rstrip(".") for text in texts]
 
 
-def test_a_storage_without_its_name_is_taken_as_torch_takes_it(tmp_path: Path) -> None:
+def test_a_positional_storage_is_taken_as_by_torch(tmp_path: Path) -> None:
     ours = call_by_place(dcpstore, tmp_path / "ours")
     assert ours == call_by_place(dcp, tmp_path / "theirs")
     assert len(ours) == 4
@@ -55,7 +55,7 @@ def test_a_storage_without_its_name_is_taken_as_torch_takes_it(tmp_path: Path) -
 
 
 @pytest.mark.filterwarnings("ignore:The argument order")
-def test_what_is_for_another_argument_is_named(tmp_path: Path, subtests: pytest.Subtests) -> None:
+def test_a_value_for_another_argument_is_named(tmp_path: Path, subtests: pytest.Subtests) -> None:
     where = tmp_path / "r"
     version = dcpstore.save(STATE, where)
     writer, reader = dcp.FileSystemWriter(tmp_path / "t"), dcp.FileSystemReader(tmp_path / "t")
@@ -117,11 +117,11 @@ def test_what_is_for_another_argument_is_named(tmp_path: Path, subtests: pytest.
                 "is a DefaultSavePlanner; .*to s",
             ),
         ]
-        for calls, place, named, said in bad:
+        for calls, place, named, message in bad:
             for call in calls:
                 with (
-                    subtests.test(f"{call.__name__} {said}"),
-                    pytest.raises(InvalidInputError, match=said),
+                    subtests.test(f"{call.__name__} {message}"),
+                    pytest.raises(InvalidInputError, match=message),
                 ):
                     call(dict(STATE), *place, **named)
         assert len(repo.log()) == 1
@@ -129,13 +129,13 @@ def test_what_is_for_another_argument_is_named(tmp_path: Path, subtests: pytest.
 
 
 def test_an_object_store_is_named_as_the_place_of_data() -> None:
-    said = re.escape("dcpstore.open(that, data='s3://bucket/prefix')")
-    with pytest.raises(InvalidInputError, match=said):
+    message = re.escape("dcpstore.open(that, data='s3://bucket/prefix')")
+    with pytest.raises(InvalidInputError, match=message):
         dcpstore.save(STATE, checkpoint_id="s3://bucket/run")
 
 
 class Duck:
-    """A planner that is none by its class, as torch takes too."""
+    """A planner by its methods only, not by its class; torch accepts it too."""
 
     def __init__(self, planner: Any) -> None:
         self._planner = planner
@@ -144,7 +144,7 @@ class Duck:
         return getattr(self._planner, name)
 
 
-def test_a_planner_need_not_be_one_by_its_class(tmp_path: Path) -> None:
+def test_a_planner_need_not_inherit_from_torchs(tmp_path: Path) -> None:
     saver: Any = Duck(dcp.DefaultSavePlanner())
     loader: Any = Duck(dcp.DefaultLoadPlanner())
     dcpstore.save(STATE, tmp_path, planner=saver)

@@ -1,6 +1,6 @@
-"""What torch's writers, readers and planners are told of a save: `StorageMeta` and `Metadata`.
+"""What torch's writers, readers and planners learn of a save: `StorageMeta` and `Metadata`.
 
-One walk through the calls, done with torch's classes and with ours.
+The same calls are made with torch's classes and with ours, and compared.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STATE = {"w": torch.ones(2)}
 
 
 class Saving(dcp.DefaultSavePlanner):
-    """Keeps what it is given."""
+    """Records what it gets."""
 
     def set_up_planner(
         self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False
@@ -32,7 +32,7 @@ class Saving(dcp.DefaultSavePlanner):
 
 
 class Loading(dcp.DefaultLoadPlanner):
-    """Keeps what it is given."""
+    """Records what it gets."""
 
     def set_up_planner(
         self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False
@@ -42,7 +42,7 @@ class Loading(dcp.DefaultLoadPlanner):
 
 
 class Ids(dict[object, str]):
-    """Names ids by the order in which they are seen, so that two walks compare."""
+    """Replaces ids by their order, so that two runs can be compared."""
 
     def __missing__(self, key: object) -> str:
         assert key is None or isinstance(key, str), key
@@ -51,7 +51,7 @@ class Ids(dict[object, str]):
 
 
 def walk(module: ModuleType, folder: Path) -> list[object]:
-    """Save and load in each of torch's ways; return what is said of it."""
+    """Save and load in each of torch's ways; return what the planners and callers got."""
     ids, seen = Ids(), []
 
     def note(where: str, meta: Any) -> None:
@@ -79,7 +79,7 @@ def walk(module: ModuleType, folder: Path) -> list[object]:
         note("planner", planner.given)
         assert (writer.path, writer.checkpoint_id) == (planner.given.checkpoint_id,) * 2
         assert writer.save_id == planner.given.save_id == described.storage_meta.save_id
-    writer.reset("")  # torch takes an empty id for none
+    writer.reset("")  # torch treats an empty id as None
     assert writer.path == folder / "c"
     reader = module.FileSystemReader(folder / "a")
     note_metadata("read", reader.read_metadata())
@@ -105,21 +105,21 @@ def walk(module: ModuleType, folder: Path) -> list[object]:
     return seen
 
 
-def test_all_is_described_as_torch_does(tmp_path: Path) -> None:
+def test_storage_meta_and_metadata_are_as_torchs(tmp_path: Path) -> None:
     assert walk(dcpstore, tmp_path / "ours") == walk(dcp, tmp_path / "theirs")
 
 
-def test_a_writer_used_again_describes_the_next_save(tmp_path: Path) -> None:
+def test_a_writer_that_is_reused_announces_the_next_save(tmp_path: Path) -> None:
     """Torch's writer gives the second save the id of the first; here each version has its own."""
     writer = dcpstore.FileSystemWriter(tmp_path)
     first = dcp.save(STATE, storage_writer=writer)
     held = writer.version
-    foretold = writer.storage_meta()
+    announced = writer.storage_meta()
     assert (writer.version, writer.save_id) == (held, first.storage_meta.save_id)
     planner = Saving()
     second = dcp.save(STATE, storage_writer=writer, planner=planner)
-    assert planner.given == foretold == second.storage_meta
-    assert foretold.save_id != first.storage_meta.save_id
+    assert planner.given == announced == second.storage_meta
+    assert announced.save_id != first.storage_meta.save_id
     with dcpstore.open(tmp_path) as repo:
         assert [version.uid for version in repo.log()] == [
             second.storage_meta.save_id,
@@ -127,7 +127,7 @@ def test_a_writer_used_again_describes_the_next_save(tmp_path: Path) -> None:
         ]
 
 
-def test_a_repository_is_described_too(repo: Repository) -> None:
+def test_a_repository_gives_storage_meta_too(repo: Repository) -> None:
     saving, loading = Saving(), Loading()
     version = dcpstore.save(STATE, repo, planner=saving)
     dcpstore.load({"w": torch.zeros(2)}, repo, planner=loading)
@@ -154,14 +154,14 @@ class Old(dcp.DefaultSavePlanner):
 
 
 class Passing(dcp.DefaultSavePlanner):
-    """A planner that passes on whatever it is given."""
+    """A planner that passes its arguments to the base class."""
 
     def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
         self.given = kwargs["storage_meta"]
         super().set_up_planner(*args, **kwargs)
 
 
-def test_planners_of_other_signatures_are_called_as_they_can_be(tmp_path: Path) -> None:
+def test_planners_with_other_signatures_are_supported(tmp_path: Path) -> None:
     old, passing = Old(), Passing()
     with pytest.warns(UserWarning, match=r"Old\.set_up_planner takes no storage_meta"):
         dcpstore.save(STATE, tmp_path, planner=old)

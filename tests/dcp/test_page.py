@@ -52,7 +52,7 @@ from dcpstore.state_dict import get_state_dict, set_state_dict
   files of the first.
 - **No pickle.** Values are stored as data, and a load runs no code. A value that only pickle can
   carry is refused, unless `allow_pickle=True`.
-- **A dtype that differs is an error**, as a shape that differs is; torch converts without a word.
+- **A dtype that differs is an error**, as a shape that differs is; torch converts silently.
   `on_dtype="cast"` converts.
 - **Everything that does not fit is named** in one error, for all ranks; torch names the first
   missing key. No tensor is touched before all ranks agree that all fits.
@@ -85,7 +85,7 @@ What does not pass, and why:
   torch's own files is not a repository: the error names it, and `dcpstore import` stores it as a
   version.
 - Three tests ask, through `dcpstore.save` and `load`, for the type of an error that is another one
-  here: of a missing key, of another shape, of a place that nobody knows. See below.
+  here: of a missing key, of another shape, of a place with an unknown scheme. See below.
 """
 
 # What goes wrong, in the same way with torch's functions and with ours.
@@ -99,7 +99,7 @@ ERRORS: dict[str, Callable[[Any, Path], object]] = {
     "nothing was saved there": lambda it, folder: it.load(
         {"w": torch.zeros(2)}, checkpoint_id=folder / "other"
     ),
-    "nobody knows the place": lambda it, folder: it.save(
+    "the place has an unknown scheme": lambda it, folder: it.save(
         {"w": torch.zeros(2)}, checkpoint_id="abc://there"
     ),
     "no place is given": lambda it, folder: it.save({"w": torch.zeros(2)}),
@@ -114,7 +114,7 @@ AS_IT_IS = (SAME, "torch's own; dcpstore takes and gives it as it is")
 TYPE = (SAME, "a type of torch's state-dict functions; import it from torch")
 INSIDE = (SAME, "import it from torch: it works on our plans and descriptions")
 
-# What becomes of a name that dcpstore does not offer.
+# What the page says of a name that dcpstore does not offer.
 LACKING = {
     "CheckpointException": (
         REFUSED,
@@ -198,8 +198,8 @@ PRIVATE = {
 HABITS = {
     "steps by folder": (
         SAME,
-        "`checkpoint_id=f'ckpts/step_{n}'` makes a repository a step, as torch a folder. One "
-        "repository with `step=n` shares unchanged chunks and has a history",
+        "`checkpoint_id=f'ckpts/step_{n}'` makes one repository per step, as torch makes one "
+        "folder. One repository with `step=n` shares unchanged chunks and has a history",
     ),
     "pickled values": (REFUSED, "because a load would run code; `allow_pickle=True` allows them"),
 }
@@ -221,10 +221,10 @@ ARGUMENTS = {
         "PROCESS needs a process group, of all ranks, and a state and planner that can be pickled; "
         "else it is refused",
     ),
-    ("async_save", "async_stager"): (SAME, "it is the caller's to close"),
+    ("async_save", "async_stager"): (SAME, "the caller closes it"),
     ("save", "use_collectives"): (
         SAME,
-        "False saves each rank's own as a version of its own, on a branch of its own",
+        "False saves what each rank holds as its own version, on its own branch",
     ),
     ("async_save", "use_collectives"): (SAME, "as for `save`; refused with PROCESS"),
     ("save", "checkpoint_id"): (
@@ -322,13 +322,13 @@ def reworked() -> Iterator[tuple[str, object, object]]:
             yield name, thing, found[1]
 
 
-def argument_lines(name: str, theirs: object, mine: object) -> Iterator[str]:
+def argument_lines(name: str, theirs: object, own: object) -> Iterator[str]:
     """Yield a line for each argument of torch's, and one for what ours adds.
 
     Raises:
         AssertionError: ours lacks one, or has another default, and no reason is written.
     """
-    given = arguments(mine)
+    given = arguments(own)
     for position, (argument, parameter) in enumerate(arguments(theirs).items()):
         row = ARGUMENTS.get((name, argument))
         assert argument in given, f"{name}({argument}=) is lacking; take it"
@@ -391,8 +391,8 @@ def page() -> str:
     for title, rows in (("Private names", PRIVATE), ("Habits", HABITS)):
         text += f"\n## {title}\n\n| | | |\n|---|---|---|\n" + "\n".join(rows_of(rows)) + "\n"
     text += "\n## Arguments\n"
-    for name, theirs, mine in reworked():
-        table = "\n".join(argument_lines(name, theirs, mine))
+    for name, theirs, own in reworked():
+        table = "\n".join(argument_lines(name, theirs, own))
         text += f"\n### `{name}`\n\n| torch's argument | | |\n|---|---|---|\n{table}\n"
         left_out = [f"`{m}` ({why})" for (owner, m), why in MEMBERS.items() if owner == name]
         text += f"\nNot offered: {'; '.join(left_out)}.\n" if left_out else ""
@@ -436,8 +436,8 @@ def test_what_a_row_says_is_so(call: Row, tmp_path: Path) -> None:
 )
 def test_our_classes_have_the_members_of_torchs(name: str) -> None:
     theirs = public_names()[name]
-    mine = {n: m for n, _, m in reworked()}[name]
-    lacking = {m for m in dir(theirs) if not m.startswith("_") and not hasattr(mine, m)}
+    own = {n: m for n, _, m in reworked()}[name]
+    lacking = {m for m in dir(theirs) if not m.startswith("_") and not hasattr(own, m)}
     assert lacking == {member for owner, member in MEMBERS if owner == name}
 
 

@@ -1,4 +1,4 @@
-"""A save by torch is known to the catalog while it runs, and its version ends with it."""
+"""A save by torch is in the catalog while it is running, and its version is never left pending."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STATE = {"w": torch.arange(6.0)}
 
 
 class Looking(dcpstore.DefaultSavePlanner):
-    """Looks at the catalog when torch writes, and may then fail."""
+    """Reads the catalog while torch writes, and can then fail."""
 
     def __init__(self, repo: Repository, *, fails: bool = False) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Looking(dcpstore.DefaultSavePlanner):
         return super().resolve_data(write_item)
 
 
-def test_an_id_is_for_one_call(repo: Repository) -> None:
+def test_a_checkpoint_id_is_for_one_call(repo: Repository) -> None:
     writer = RepositoryWriter(repo)
     dcp.save(STATE, checkpoint_id="a", storage_writer=writer)
     dcp.save({"w": STATE["w"] + 1}, storage_writer=writer)
@@ -77,7 +77,7 @@ BESIDE_READER: dict[str, Any] = {
 }
 
 
-def test_what_only_a_repository_can_do_is_refused_of_another_storage(
+def test_repository_options_are_refused_for_another_storage(
     tmp_path: Path, subtests: pytest.Subtests
 ) -> None:
     path = tmp_path / "c"
@@ -95,7 +95,7 @@ def test_what_only_a_repository_can_do_is_refused_of_another_storage(
     assert not path.exists()
 
 
-def test_options_of_a_load_hold_for_another_storage(tmp_path: Path) -> None:
+def test_load_options_work_for_another_storage(tmp_path: Path) -> None:
     dcp.save({"a": torch.ones(2), "b": torch.ones(2)}, checkpoint_id=tmp_path / "c")
     reader = dcp.FileSystemReader(tmp_path / "c")
     state = {"a": torch.zeros(2, dtype=torch.float64), "b": torch.zeros(2), "c": torch.zeros(2)}
@@ -110,7 +110,7 @@ def ended(repo: Repository) -> list[tuple[str, str | None]]:
     return [(row.status, row.error) for row in rows]
 
 
-def test_a_running_save_is_seen_and_gone_when_it_ends(repo: Repository) -> None:
+def test_a_running_save_is_in_the_status_until_it_ends(repo: Repository) -> None:
     planner = Looking(repo)
     writer = RepositoryWriter(repo, step=3)
     dcp.save(STATE, storage_writer=writer, planner=planner)
@@ -121,7 +121,7 @@ def test_a_running_save_is_seen_and_gone_when_it_ends(repo: Repository) -> None:
     assert ended(repo) == []
 
 
-def test_a_save_that_fails_aborts_its_version_and_the_writer_goes_on(repo: Repository) -> None:
+def test_a_failed_save_aborts_its_version_and_the_writer_can_be_reused(repo: Repository) -> None:
     writer = RepositoryWriter(repo)
     with pytest.raises(CheckpointException, match="device is lost"):
         dcp.save(STATE, storage_writer=writer, planner=Looking(repo, fails=True))
@@ -131,8 +131,8 @@ def test_a_save_that_fails_aborts_its_version_and_the_writer_goes_on(repo: Repos
     assert repo.status() == []
 
 
-def test_a_save_that_torch_gave_up_ends_when_the_writer_is_used_again(repo: Repository) -> None:
-    """As where another rank fails: torch then asks the coordinator's writer for nothing more."""
+def test_an_unfinished_save_is_aborted_when_the_writer_is_reused(repo: Repository) -> None:
+    """As when another rank fails: torch then does not call the coordinator's writer any more."""
 
     class Stopped(dcpstore.DefaultSavePlanner):
         def finish_plan(self, new_plan: Any) -> Any:
@@ -148,7 +148,7 @@ def test_a_save_that_torch_gave_up_ends_when_the_writer_is_used_again(repo: Repo
     assert_sound(repo)
 
 
-def test_names_that_cannot_be_given_fail_before_anything_is_written(repo: Repository) -> None:
+def test_a_tag_that_is_taken_is_refused_before_any_write(repo: Repository) -> None:
     dcp.save(STATE, storage_writer=RepositoryWriter(repo, tags=["best"]))
     planner = Looking(repo)
     with pytest.raises(CheckpointException, match="best"):

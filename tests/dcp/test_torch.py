@@ -104,13 +104,13 @@ def test_a_checkpoint_id_is_a_tag(repo: Repository, name: str | Path) -> None:
     assert_equal(filled, state())
 
 
-def test_a_checkpoint_id_that_cannot_be_a_tag_comes_with_one_that_can(repo: Repository) -> None:
+def test_a_checkpoint_id_that_cannot_be_a_tag_gets_a_suggestion(repo: Repository) -> None:
     with pytest.raises(dcp.CheckpointException, match="'run/step_100' is allowed"):
         dcp.save(state(), checkpoint_id="/run/step_100/", storage_writer=Writer(repo))
     assert repo.log() == []
 
 
-def test_folders_by_torchs_names_and_arguments(tmp_path: Path) -> None:
+def test_folders_with_torchs_names_and_arguments(tmp_path: Path) -> None:
     folder = tmp_path / "ckpt"
     writer = FileSystemWriter(path=folder, thread_count=2, single_file_per_rank=False)
     dcp.save(state(), storage_writer=writer)
@@ -204,10 +204,10 @@ class Doubled(dcp.DefaultLoadPlanner):
         tensor.mul_(2)
 
 
-@pytest.mark.parametrize("face", ["torch", "ours"])
-def test_torchs_custom_planners_work_unchanged(repo: Repository, face: str) -> None:
+@pytest.mark.parametrize("call", ["torch", "ours"])
+def test_torchs_custom_planners_work_unchanged(repo: Repository, call: str) -> None:
     def save(planner: Any, what: Any) -> None:
-        if face == "torch":
+        if call == "torch":
             dcp.save(what, storage_writer=Writer(repo), planner=planner)
         else:
             dcpstore.save(what, repo, planner=planner)
@@ -220,20 +220,20 @@ def test_torchs_custom_planners_work_unchanged(repo: Repository, face: str) -> N
     save(Extra(), state())
     assert Reader(repo).read_metadata().planner_data == [{"mine": 1}]
     asking = Asking()
-    if face == "torch":
+    if call == "torch":
         dcp.load(empty(), storage_reader=Reader(repo), planner=asking)
     else:
         dcpstore.load(empty(), repo, planner=asking)
     assert asking.given == [{"mine": 1}]
     filled = {"model": {"w": torch.zeros(4, 3)}}
-    if face == "torch":
+    if call == "torch":
         dcp.load(filled, storage_reader=Reader(repo), planner=Doubled())
     else:
         dcpstore.load(filled, repo, planner=Doubled())
     assert torch.equal(filled["model"]["w"], state()["model"]["w"] * 2)
     wider = {"model": {"w": torch.zeros(4, 3), "new": torch.ones(2)}}
     partial = dcp.DefaultLoadPlanner(allow_partial_load=True)
-    if face == "torch":
+    if call == "torch":
         dcp.load(wider, storage_reader=Reader(repo), planner=partial)
     else:
         dcpstore.load(wider, repo, planner=partial)
@@ -249,9 +249,9 @@ def test_our_planners_work_on_torchs_storage(tmp_path: Path) -> None:
     assert_equal(filled, plain)
 
 
-def test_plan_caching_keeps_saving_what_is_there_now(repo: Repository) -> None:
+def test_plan_caching_saves_the_current_values(repo: Repository) -> None:
     class Cached(dcp.DefaultSavePlanner):
-        """A name of its own, for torch's cache is keyed by it."""
+        """A class of its own, because torch's cache is keyed by the name."""
 
     for step in range(3):
         tensor = torch.full((4,), float(step))
@@ -267,8 +267,10 @@ def test_plan_caching_keeps_saving_what_is_there_now(repo: Repository) -> None:
 
 
 def save_cached_on_ranks(rank: int, place: Place) -> None:
-    """Save through torch with cached plans, of which those of one rank change now and then."""
-    cached = type(f"Cached{place.url}", (dcp.DefaultSavePlanner,), {})  # the cache goes by name
+    """Save through torch with cached plans; the plan of one rank changes in some steps."""
+    cached = type(
+        f"Cached{place.url}", (dcp.DefaultSavePlanner,), {}
+    )  # torch's cache is keyed by the name
     for step in range(5):
         whole = torch.arange(35.0).reshape(7, 5) + step
         own = torch.full((3 + (step > 0) + (step > 3),), float(step))
@@ -278,13 +280,13 @@ def save_cached_on_ranks(rank: int, place: Place) -> None:
         }
         dcp.save(
             state,
-            # a new branch has no parent whose cutting could be kept
+            # a new branch has no parent whose grids could be kept
             storage_writer=Writer(place.url, branch="main" if step < 4 else "new"),
             planner=cached(enable_plan_caching=True),
         )
 
 
-def test_plan_caching_where_the_plan_of_one_rank_changes(place: Place, two_ranks: RankPool) -> None:
+def test_plan_caching_when_the_plan_of_one_rank_changes(place: Place, two_ranks: RankPool) -> None:
     place.open().close()
     two_ranks.run(save_cached_on_ranks, place)
     with place.open() as repo:
@@ -297,7 +299,7 @@ def test_plan_caching_where_the_plan_of_one_rank_changes(place: Place, two_ranks
 
 
 class Pieces(torch.Tensor):
-    """A tensor of which this rank holds two pieces, as sharded subclasses tell it to torch."""
+    """A tensor of which this rank holds two pieces, in torch's protocol for sharded subclasses."""
 
     PLACES = (0, 6)
     SIZES = torch.Size([3])
@@ -325,7 +327,7 @@ class Pieces(torch.Tensor):
 
 
 @since_2_9
-def test_a_whole_save_after_a_partial_parent_is_whole(repo: Repository) -> None:
+def test_a_save_of_whole_tensors_after_a_partial_parent_is_complete(repo: Repository) -> None:
     held = torch.arange(12.0)
     dcp.save(
         {"w": held.as_subclass(Pieces), "v": held[:9].as_subclass(Pieces)},

@@ -1,4 +1,4 @@
-"""Values that a planner turns into bytes of its own before they are stored, and after."""
+"""Values that a planner turns into its own bytes, on the way in and out."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch.distributed.checkpoint as dcp
 import dcpstore
 
 
-class Odd:
-    """What no planner of ours may unpickle."""
+class Forbidden:
+    """A class that our planners must not unpickle."""
 
 
 class Changed(dcpstore.DefaultSavePlanner):
-    """Changes values on their way, in torch's own bytes."""
+    """Stores a changed value, in torch's own bytes."""
 
     def resolve_data(self, write_item: Any) -> Any:
         data = io.BytesIO()
@@ -27,25 +27,25 @@ class Changed(dcpstore.DefaultSavePlanner):
 
 
 class Own(dcpstore.DefaultSavePlanner):
-    """Writes values in a form of its own."""
+    """Stores values in its own format."""
 
     def resolve_data(self, write_item: Any) -> Any:
         return io.BytesIO(b"own %d" % self.lookup_object(write_item.index))
 
 
 class OwnAgain(dcpstore.DefaultLoadPlanner):
-    """Reads that form."""
+    """Reads that format."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         self.load_value(read_item, int(value.getvalue().removeprefix(b"own ")))
 
 
 class Pickled(Changed):
-    """Gives bytes that only pickle reads."""
+    """Gives bytes that only pickle can read."""
 
     def resolve_data(self, write_item: Any) -> Any:
         data = io.BytesIO()
-        torch.save(Odd(), data)
+        torch.save(Forbidden(), data)
         return data
 
 
@@ -58,7 +58,7 @@ def test_torchs_bytes_of_a_value_are_stored_as_the_value(tmp_path: Path) -> None
     assert found == {"step": {"was": 7}}
 
 
-def test_a_form_of_its_own_comes_back_to_the_load_planner_as_it_was(tmp_path: Path) -> None:
+def test_bytes_in_another_format_reach_the_load_planner_unchanged(tmp_path: Path) -> None:
     dcpstore.save({"step": 7, "nest": {"n": 8}}, tmp_path, planner=Own())
     found: dict[str, Any] = {"step": 0, "nest": {"n": 0}}
     dcpstore.load(found, tmp_path, planner=OwnAgain())
@@ -69,7 +69,7 @@ def test_a_form_of_its_own_comes_back_to_the_load_planner_as_it_was(tmp_path: Pa
         dcpstore.load(found, tmp_path)
 
 
-def test_bytes_are_bytes_whoever_loads_them(tmp_path: Path) -> None:
+def test_a_value_of_bytes_loads_with_any_planner(tmp_path: Path) -> None:
     dcpstore.save({"raw": b"own 7"}, tmp_path)
     for planner in (dcp.DefaultLoadPlanner(), dcpstore.DefaultLoadPlanner()):
         found = {"raw": b""}
@@ -77,7 +77,7 @@ def test_bytes_are_bytes_whoever_loads_them(tmp_path: Path) -> None:
         assert found == {"raw": b"own 7"}
 
 
-def test_a_planners_pickle_needs_leave(tmp_path: Path) -> None:
+def test_a_planners_pickle_needs_allow_pickle(tmp_path: Path) -> None:
     with pytest.raises(dcpstore.UnsafeDataError, match="'step': the planner's bytes hold a pickle"):
         dcpstore.save({"step": 7}, tmp_path, planner=Pickled())
     dcpstore.save({"step": 7}, tmp_path, planner=Pickled(), allow_pickle=True)

@@ -1,4 +1,4 @@
-"""What a use of torch's names is, and the state that uses save: five rows over all ranks.
+"""The registry of uses of torch's names, and the state that they save.
 
 A use is a function of the rank and an empty folder that all ranks share.
 """

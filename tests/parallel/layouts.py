@@ -1,4 +1,4 @@
-"""Each parallelism: how it lays a model out over ranks, and how it trains there."""
+"""Each parallelism: how a model is distributed over ranks, and how it is trained there."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.parallel.nets import EXPERTS, PARTS, Experts, Net, batch
 
 @dataclass(frozen=True)
 class Layout:
-    """A parallelism, on so many ranks; `meta` builds the model without memory, to be filled."""
+    """A parallelism on a number of ranks; with `meta` the model is built on the meta device."""
 
     kind: str
     ranks: int = 1
@@ -58,7 +58,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 @cache
 def named_mesh(*dims: tuple[str, int]) -> DeviceMesh:
-    """Return a mesh of all ranks, made once, for each makes process groups."""
+    """Return a mesh of all ranks, made once: each new mesh makes process groups."""
     names, sizes = zip(*dims, strict=True)
     return init_device_mesh("cpu", sizes, mesh_dim_names=names)
 
@@ -99,7 +99,7 @@ def _model(layout: Layout, rank: int, seed: int, *, moe: bool) -> nn.Module:
 
 
 def stages(ranks: int) -> list[list[str]]:
-    """Return the parts of each pipeline stage: as many parts each."""
+    """Return the parts of each pipeline stage, the same number for each."""
     parts, count = list(PARTS), len(PARTS) // ranks
     return [parts[i * count : (i + 1) * count] for i in range(ranks)]
 
@@ -145,7 +145,7 @@ def _tp(model: nn.Module, layout: Layout) -> nn.Module:
 def _split(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Lay the parts of a `Net` out over `mesh`.
 
-    What `up` gives stays a DTensor: as a plain tensor it would not tell `down` its uneven split.
+    The output of `up` stays a DTensor: from a plain tensor `down` could not know the uneven split.
     """
     plan = {
         "embed": RowwiseParallel(input_layouts=Replicate()),
@@ -184,35 +184,35 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> flo
     return loss.item()
 
 
-def _loss(given: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return (given - targets).square().mean(dim=(-1, -2)).sum()
+def _loss(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (output - targets).square().mean(dim=(-1, -2)).sum()
 
 
 def _train_pipeline(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> float:
-    """Train one step, stage after stage: each hands what it gives to the next, and grads back."""
+    """Train one step, stage after stage; activations go forward and gradients back."""
     rank, last = dist.get_rank(), dist.get_world_size() - 1
     tokens, targets = batch(step)
-    entered = handed = tokens
-    given = loss = torch.zeros(())
+    entered = received = tokens
+    output = loss = torch.zeros(())
     for stage in range(last + 1):
         if stage == rank:
-            entered = handed.requires_grad_(handed.is_floating_point())
-            given = model(entered)
+            entered = received.requires_grad_(received.is_floating_point())
+            output = model(entered)
         if stage < last:
-            handed = _handed(given if stage == rank else None, stage)
+            received = _broadcast(output if stage == rank else None, stage)
     if rank == last:
-        loss = _loss(given, targets)
+        loss = _loss(output, targets)
         loss.backward()
     for stage in range(last, 0, -1):
-        grad = _handed(entered.grad if stage == rank else None, stage)
+        grad = _broadcast(entered.grad if stage == rank else None, stage)
         if stage == rank + 1:
-            given.backward(grad)
+            output.backward(grad)
     optimizer.step()
     optimizer.zero_grad()
-    return float(_handed(loss if rank == last else None, last))
+    return float(_broadcast(loss if rank == last else None, last))
 
 
-def _handed(tensor: torch.Tensor | None, source: int) -> torch.Tensor:
+def _broadcast(tensor: torch.Tensor | None, source: int) -> torch.Tensor:
     """Return on every rank the tensor of rank `source`, without its graph."""
     box = [None if tensor is None else tensor.detach()]
     dist.broadcast_object_list(box, src=source)

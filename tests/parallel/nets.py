@@ -1,4 +1,4 @@
-"""The models that the matrix trains: tiny, with sizes that no number of ranks divides."""
+"""The models that the matrix trains: tiny, with sizes that the number of ranks does not divide."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARTS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Net(nn.Module):
-    """A chain of parts, or as many of them as one pipeline stage holds."""
+    """A chain of parts, or the parts of one pipeline stage."""
 
     def __init__(self, seed: int, parts: Iterable[str] = PARTS) -> None:
         super().__init__()
@@ -42,9 +42,9 @@ class Net(nn.Module):
 
 
 class Experts(nn.Module):
-    """A dense part that every rank holds, and those experts that one rank holds.
+    """A dense part that every rank holds, and the experts of one rank.
 
-    Each expert answers for itself, and the loss is the sum over all experts of all ranks.
+    The outputs of experts are not mixed; the loss is the sum over all experts of all ranks.
     """
 
     def __init__(self, seed: int, own: Iterable[int] = range(EXPERTS)) -> None:

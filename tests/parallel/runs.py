@@ -1,4 +1,4 @@
-"""The two halves of a case, as each rank runs them: train and save, load and train on."""
+"""The two halves of a case, as each rank runs them: train and save, then load and train further."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.parallel.states import bits, give, scramble, take, whole
 
 STEPS = 2  # trained before the save
 
-# How a state travels: by torch's own storage, and by every way of ours.
+# The ways to save and load a state: torch's own storage, and each of ours.
 SAVES: dict[str, Callable[[dict[str, Any], Path], Any]] = {
     "torch": lambda s, to: dcp.save(s, storage_writer=dcp.FileSystemWriter(to)),
     "torch's save": lambda s, to: dcp.save(s, storage_writer=dcpstore.FileSystemWriter(to)),
@@ -36,7 +36,7 @@ class Half:
     layout: Layout
     optimizer: str
     moe: bool  # the model with experts
-    flat: bool  # the optimizer's state by parameter alone, as disjoint modules need it
+    flat: bool  # the optimizer's state by parameter, without groups, as disjoint modules need it
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Outcome:
 
 
 def save(rank: int, half: Half, folder: Path) -> Outcome:
-    """Train, save in every way, and train on."""
+    """Train, save in every way, and train further."""
     with warnings.catch_warnings():
         _ignore_torchs()
         job = build(half.layout, half.optimizer, seed=1, moe=half.moe, flat=half.flat)
@@ -61,7 +61,7 @@ def save(rank: int, half: Half, folder: Path) -> Outcome:
 
 
 def load(rank: int, half: Half, folder: Path) -> Outcome:
-    """Load another job in every way, each of which must give the same bits, and train it on."""
+    """Load another job in every way, which must all give the same bits, and train it further."""
     with warnings.catch_warnings():
         _ignore_torchs()
         job = build(half.layout, half.optimizer, seed=2, moe=half.moe, flat=half.flat)
@@ -72,20 +72,20 @@ def load(rank: int, half: Half, folder: Path) -> Outcome:
             run(state, folder / way)
             found[way] = bits(state)
         for way, given in found.items():
-            odd = sorted(fqn for fqn, value in found["save"].items() if given[fqn] != value)
-            assert not odd, f"rank {rank}: {way} and save differ in {odd}"
+            different = sorted(fqn for fqn, value in found["save"].items() if given[fqn] != value)
+            assert not different, f"rank {rank}: {way} and save differ in {different}"
         give(job, state)
         return Outcome(whole(job), (job.train(STEPS), job.train(STEPS + 1)))
 
 
 def _ignore_torchs() -> None:
-    """Let pass what torch says of itself: no process group here, and its own deprecations."""
+    """Ignore torch's warnings: that there is no process group, and of its own deprecations."""
     warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 
 
 def save_raw(rank: int, half: Half, folder: Path) -> Outcome:
-    """Train, save the model and the optimizer as they are, and train on."""
+    """Train, save the model and the optimizer as they are, and train further."""
     with warnings.catch_warnings():
         _ignore_torchs()
         job = build(half.layout, half.optimizer, seed=1)
@@ -97,7 +97,7 @@ def save_raw(rank: int, half: Half, folder: Path) -> Outcome:
 
 
 def load_raw(rank: int, half: Half, folder: Path, way: str) -> Outcome:
-    """Load into a new model and an optimizer that has taken no step, and train on."""
+    """Load into a new model and an optimizer that has taken no step, and train further."""
     with warnings.catch_warnings():
         _ignore_torchs()
         job = build(half.layout, half.optimizer, seed=2)

@@ -15,7 +15,7 @@ import dcpstore.state_dict as dsd
 from dcpstore.encoding.dtypes import as_bytes
 from tests.parallel.layouts import Job
 
-Plain = tuple[str, tuple[int, ...], bytes]  # dtype, shape and bits: what travels between processes
+Plain = tuple[str, tuple[int, ...], bytes]  # dtype, shape and bits: what is sent between processes
 
 
 def take(job: Job) -> dict[str, Any]:
@@ -36,32 +36,32 @@ def give(job: Job, state: dict[str, Any]) -> None:
 
 
 def whole(job: Job) -> dict[str, Any]:
-    """Return the full state of all ranks together, by FQN, in plain words; a collective call."""
+    """Return the full state of all ranks together, by FQN, as plain data; a collective call."""
     options = dataclasses.replace(
         job.options, full_state_dict=True, flatten_optimizer_state_dict=True
     )
     model, optim = dsd.get_state_dict(job.model, job.optimizer, options=options)
     flat, _ = flatten_state_dict({"model": model, "optim": optim})
-    mine = {fqn: _plain(value) for fqn, value in flat.items()}
+    own = {fqn: _plain(value) for fqn, value in flat.items()}
     if not dist.is_initialized():
-        return mine
+        return own
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    dist.all_gather_object(everyone, own)
     merged: dict[str, Any] = {}
-    for one in everyone:
-        for fqn, value in one.items():
+    for held in everyone:
+        for fqn, value in held.items():
             assert merged.setdefault(fqn, value) == value, f"the ranks differ in {fqn}"
     return merged
 
 
 def bits(state: dict[str, Any]) -> dict[str, Any]:
-    """Return what this rank holds of a state, by FQN, in plain words."""
+    """Return what this rank holds of a state, by FQN, as plain data."""
     flat, _ = flatten_state_dict(state)
     return {fqn: [_plain(part) for part in parts(value)] for fqn, value in flat.items()}
 
 
 def scramble(state: dict[str, Any]) -> None:
-    """Overwrite every tensor that this rank holds, so that only a load can bring it back."""
+    """Overwrite every tensor that this rank holds, so that only a load can restore it."""
     flat, _ = flatten_state_dict(state)
     with torch.no_grad():
         for value in flat.values():

@@ -110,10 +110,10 @@ RAW = [
 ]
 
 
-def told_apart(cases: Sequence[Case]) -> list[Any]:
-    """Return the cases; those are slow that are not needed for each side and optimizer to be seen.
+def with_slow_marks(cases: Sequence[Case]) -> list[Any]:
+    """Return the cases; a few cover each side and optimizer, and the others are marked slow.
 
-    The others are chosen one by one, each time one that shows most for the first time.
+    The few are chosen greedily: each time the case that covers most for the first time.
     """
 
     def shown(case: Case) -> set[tuple[str, str]]:
@@ -175,14 +175,14 @@ def test_saved_under_one_and_loaded_under_another(
         assert_sound(repo)
 
 
-@pytest.mark.parametrize("case", told_apart(RAW))
+@pytest.mark.parametrize("case", with_slow_marks(RAW))
 def test_models_and_optimizers_as_they_are(case: Case, run: Run, tmp_path: Path) -> None:
     before = run(runs.save_raw, case.half(case.saved), tmp_path)
     assert_same(before, run(runs.load_raw, case.half(case.loaded), tmp_path, "save"))
 
 
 def test_torch_leaves_a_new_optimizer_empty(run: Run, tmp_path: Path) -> None:
-    """Torch asks the new optimizer what to load, and it has no state to name: nothing is loaded."""
+    """Torch loads what the new optimizer has state for, and that is nothing."""
     half = Half(SINGLE, "AdamW", moe=False, flat=False)
     before = run(runs.save_raw, half, tmp_path)
     after = run(runs.load_raw, half, tmp_path, "torch")

@@ -1,4 +1,4 @@
-"""Models without memory are filled by a load, and what a load does not find stays as it is."""
+"""Models on the meta device are filled by a load; what a load does not find stays unchanged."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_state_on_the_meta_device_is_filled(tmp_path: Path) -> None:
 
 
 def test_an_optimizer_of_meta_parameters_is_refused(tmp_path: Path) -> None:
-    """It would go on with parameters that are not the model's."""
+    """It would train parameters that are not the model's any more."""
     job = build(Layout("single"), "AdamW", seed=1)
     dcpstore.save({"model": job.model, "optim": job.optimizer}, tmp_path)
     with torch.device("meta"):
@@ -53,7 +53,7 @@ def test_an_optimizer_of_meta_parameters_is_refused(tmp_path: Path) -> None:
 
 
 def test_values_that_a_load_does_not_find_are_kept(tmp_path: Path) -> None:
-    """Torch's planner makes None of a set, a complex number and the like."""
+    """Torch's planner replaces a set, a complex number and the like by None."""
     dcpstore.save({"w": torch.ones(2)}, tmp_path)
     state = {"w": torch.zeros(2), "seen": {1, 2}, "more": {"z": 1 + 2j}}
     with pytest.raises(dcpstore.MismatchError):

@@ -1,4 +1,4 @@
-"""`docs/parallelism.md` is what the matrix tries, no more and no less."""
+"""`docs/parallelism.md` lists exactly the cases of the matrix."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HEAD = """# Every parallelism
 
 A state saved under one parallelism loads under another. This page is written by
 `tests/parallel/test_page.py` from the cases that `tests/parallel/test_matrix.py` runs on real gloo
-ranks, with models whose sizes no number of ranks divides (some ranks hold nothing of a tensor).
+ranks, with models whose sizes the ranks do not divide (some ranks hold nothing of a tensor).
 
 In each case one job trains two steps and saves; another job, of other parameters and another
 learning rate, loads. Then the full parameters, buffers and optimizer state of the second are those
@@ -37,8 +37,8 @@ that another layout adds in another order (1e-6). The same state goes through to
 `FileSystemWriter` and `FileSystemReader`, through ours under `torch.distributed.checkpoint`, and
 through `dcpstore.save` and `dcpstore.load`: each rank is given the same bits by all three.
 
-States are those of `dcpstore.state_dict.get_state_dict`, which names parameters alike in every
-parallelism:
+States are those of `dcpstore.state_dict.get_state_dict`, which gives parameters the same names in
+every parallelism:
 
 ```text
 model, optim = get_state_dict(model, optimizer)
@@ -55,7 +55,7 @@ NOTES = """
 
 - Where ranks hold other modules (pipelines, experts), pass
   `StateDictOptions(flatten_optimizer_state_dict=True)` on both sides. Without it every rank's
-  `param_groups` have the same names and other contents, and one rank's would stand for all.
+  `param_groups` have the same names and other contents, and one rank's would be saved for all.
 - Torch's Adafactor takes no step on DTensors (FSDP2, HSDP, TP): it squares a pending norm in place.
   Its cases are those without DTensors.
 - Torch's `load` leaves an optimizer that has taken no step yet empty when it is passed as it is;
@@ -79,7 +79,7 @@ def table(cases: Iterable[Case]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def test_the_page_is_what_the_matrix_tries() -> None:
+def test_the_page_lists_the_cases_of_the_matrix() -> None:
     assert KINDS.keys() == {c.saved.kind for c in CASES} | {c.loaded.kind for c in CASES}
     kinds = "\n".join(f"- **{name}**: {text}" for name, text in KINDS.items())
     page = f"{HEAD}\n{kinds}\n\n## The cases\n\n{table(CASES)}\n"

@@ -1,4 +1,4 @@
-"""`use_collectives=False`: each rank saves and loads its own, and waits for no other."""
+"""With `use_collectives=False` each rank saves and loads its own version, without the others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SAVES: dict[str, Save] = {
 
 
 def state(rank: int | None) -> dict[str, Any]:
-    """Return a state that differs between ranks; None is one to be filled."""
+    """Return a state that differs between ranks; with None, a state to load into."""
     of = -1 if rank is None else rank
     whole = torch.zeros(5, 3) if rank is None else torch.arange(15.0).reshape(5, 3)
     return {
@@ -44,19 +44,19 @@ def state(rank: int | None) -> dict[str, Any]:
     }
 
 
-def plain(of: dict[str, Any]) -> list[Any]:
-    """Return what a state holds on this rank, as lists."""
+def values_of(of: dict[str, Any]) -> list[Any]:
+    """Return the values that a state has on this rank, as lists."""
     sharded = [of[key].to_local().tolist() for key in ("sharded", "few", "replicated")]
     return [of["w"].tolist(), of["step"], of["deep"][0]["t"].item(), of["own"].value, *sharded]
 
 
-def save_and_load(rank: int, place: Place, face: str) -> bool:
-    """Save on each rank, twice, and load the tip and the one before it."""
+def save_and_load(rank: int, place: Place, call: str) -> bool:
+    """Save twice on each rank, and load the tip and the version before it."""
     with place.open() as repo:
-        mine = state(rank)
+        own = state(rank)
         for step in (1, 2):
-            version = SAVES[face](
-                mine, repo, step=step, tags=[f"t{step}"], metrics={"loss": float(rank)},
+            version = SAVES[call](
+                own, repo, step=step, tags=[f"t{step}"], metrics={"loss": float(rank)},
                 labels={"of": rank}, retention=Retention(keep_last=5), use_collectives=False,
             )  # fmt: skip
         assert version.branch == f"main/rank-{rank}"
@@ -65,20 +65,22 @@ def save_and_load(rank: int, place: Place, face: str) -> bool:
         for ref, number in ((None, 2), ("main", 2), ("main~1", 1), ("t1", 1), ("main@step=1", 1)):
             filled = state(None)
             report = dcpstore.load(filled, repo, ref)
-            assert plain(filled) == plain(mine), ref
+            assert values_of(filled) == values_of(own), ref
             assert report.version.step == number
             assert report.version.branch == f"main/rank-{rank}"
     return True
 
 
 @pytest.mark.parametrize(
-    "face",
+    "call",
     # the planner of torch 2.8 refuses a plan that is not of whole tensors
-    [pytest.param(face, marks=since_2_9) if face == "torch's planner" else face for face in SAVES],
+    [pytest.param(call, marks=since_2_9) if call == "torch's planner" else call for call in SAVES],
 )
-def test_each_rank_saves_and_loads_its_own(place: Place, two_ranks: RankPool, face: str) -> None:
+def test_each_rank_saves_and_loads_its_own_version(
+    place: Place, two_ranks: RankPool, call: str
+) -> None:
     place.open().close()
-    assert two_ranks.run(save_and_load, place, face) == [True, True]
+    assert two_ranks.run(save_and_load, place, call) == [True, True]
     with place.open() as repo:
         assert [ref.name for ref in repo.branches()] == ["main/rank-0", "main/rank-1"]
         assert len(repo.log()) == 4
@@ -86,32 +88,32 @@ def test_each_rank_saves_and_loads_its_own(place: Place, two_ranks: RankPool, fa
         assert_sound(repo)
 
 
-def call_on_one(rank: int, place: Place, face: str) -> str:
-    """Save and load on one rank of two, while the other has nothing to do with it."""
+def call_on_one(rank: int, place: Place, call: str) -> str:
+    """Save and load on one rank of two, while the other one makes no call."""
     if rank == 0:
         return "idle"
     with place.open() as repo:
-        SAVES[face]({"w": torch.ones(3)}, repo, use_collectives=False)
+        SAVES[call]({"w": torch.ones(3)}, repo, use_collectives=False)
         filled = {"w": torch.zeros(3)}
         dcpstore.load(filled, repo, "main/rank-1", no_dist=True)
         return str(filled["w"].tolist())
 
 
-@pytest.mark.parametrize("face", ["save", "async"])
-def test_one_rank_of_two_saves_and_returns(place: Place, two_ranks: RankPool, face: str) -> None:
+@pytest.mark.parametrize("call", ["save", "async"])
+def test_one_rank_of_two_saves_and_returns(place: Place, two_ranks: RankPool, call: str) -> None:
     place.open().close()
-    assert two_ranks.run(call_on_one, place, face) == ["idle", "[1.0, 1.0, 1.0]"]
-    assert two_ranks.run(meet) == [1, 1]  # and the group is as it was
+    assert two_ranks.run(call_on_one, place, call) == ["idle", "[1.0, 1.0, 1.0]"]
+    assert two_ranks.run(reduce_ranks) == [1, 1]  # the process group still works
 
 
-def meet(rank: int) -> int:
-    told = torch.tensor(rank)
-    dist.all_reduce(told)
-    return int(told)
+def reduce_ranks(rank: int) -> int:
+    total = torch.tensor(rank)
+    dist.all_reduce(total)
+    return int(total)
 
 
 def load_on_one(rank: int, place: Place) -> list[float] | str:
-    """Load on one rank of two, by the plain name, what each saved for itself."""
+    """Load on one rank of two, by the branch's plain name, what each rank saved for itself."""
     with place.open() as repo:
         dcpstore.save({"w": torch.full((2,), rank + 1.0)}, repo, use_collectives=False)
     dist.barrier()
@@ -130,7 +132,7 @@ def test_one_rank_of_two_loads_and_returns(place: Place, two_ranks: RankPool) ->
         dcpstore.load({"w": torch.zeros(2)}, repo, "other")
 
 
-def load_where_there_is_less(rank: int, place: Place) -> tuple[str, str, dict[int, str]]:
+def load_where_one_rank_saved(rank: int, place: Place) -> tuple[str, str, dict[int, str]]:
     with place.open() as repo:
         if rank == 0:
             dcpstore.save({"w": torch.ones(2)}, repo, use_collectives=False)
@@ -138,16 +140,16 @@ def load_where_there_is_less(rank: int, place: Place) -> tuple[str, str, dict[in
         return caught(lambda: dcpstore.load({"w": torch.zeros(2)}, repo))
 
 
-def test_a_rank_that_saved_none_hears_so(place: Place, two_ranks: RankPool) -> None:
+def test_a_rank_that_saved_nothing_gets_an_error(place: Place, two_ranks: RankPool) -> None:
     place.open().close()
-    first, second = two_ranks.run(load_where_there_is_less, place)
+    first, second = two_ranks.run(load_where_one_rank_saved, place)
     assert first[0] == "nothing"
     assert second[0] == "NotFoundError"
     assert "rank 1 has no version 'main/rank-1'" in second[1]
 
 
 def through_torch(rank: int, place: Place) -> list[Any]:
-    """Save by one face and load by the other: the names are the same."""
+    """Save with torch's calls and load with ours, and the other way round."""
     values = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -174,7 +176,7 @@ def test_torchs_calls_use_the_same_names(place: Place, two_ranks: RankPool) -> N
     assert values == [[[1.0, 1.0], [3.0, 3.0]], [[2.0, 2.0], [4.0, 4.0]]]
 
 
-def test_what_makes_no_sense_for_a_rank_alone_is_refused(place: Place) -> None:
+def test_options_that_need_other_ranks_are_refused(place: Place) -> None:
     with place.open() as repo:
         with pytest.raises(InvalidInputError, match="metrics_from='rank0'"):
             dcpstore.save({}, repo, metrics_from="rank0", use_collectives=False)
@@ -184,7 +186,7 @@ def test_what_makes_no_sense_for_a_rank_alone_is_refused(place: Place) -> None:
         assert len(repo.log()) == 1
 
 
-def test_a_branch_that_hides_what_is_saved_is_named(
+def test_a_plain_branch_that_hides_a_rank_s_version_is_named(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
     with place.open() as repo:

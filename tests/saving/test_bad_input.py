@@ -1,4 +1,4 @@
-"""What bad input gets: an error of ours that names it, and an unchanged repository."""
+"""Bad input: an error that names it, and an unchanged repository."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dcpstore import (
     Repository,
     UnsafeDataError,
 )
-from tests.saving.conftest import Opaque, W, unchanged
+from tests.saving.conftest import Opaque, W, assert_unchanged
 from tests.soundness import Place, assert_sound
 
 
@@ -45,12 +45,12 @@ def fake() -> torch.Tensor:
 
 
 def named_only(name: str) -> torch.Tensor:
-    """Return a tensor of a dtype with which torch does nothing but views."""
+    """Return a tensor of a dtype for which torch has views and no other operations."""
     dtype: torch.dtype = getattr(torch, name)
     return torch.ones(4, dtype=torch.uint8).view(dtype)
 
 
-# Tensors that have no bytes to store, and what is said of each.
+# Tensors that have no bytes to store, and a part of the error message for each.
 NOT_PLAIN: dict[str, tuple[str, Callable[[], torch.Tensor]]] = {
     "freed": ("was freed or resized", freed),
     "meta": ("on the meta device", lambda: torch.ones(3, device="meta")),
@@ -71,7 +71,7 @@ NOT_PLAIN: dict[str, tuple[str, Callable[[], torch.Tensor]]] = {
 }
 
 
-def endless() -> dict[str, Any]:
+def recursive() -> dict[str, Any]:
     state: dict[str, Any] = {}
     state["again"] = state
     return state
@@ -88,9 +88,9 @@ def _stale_tip(repo: Repository) -> None:
     dcpstore.save(W, repo, expect_tip="best", branch="new")
 
 
-PAST: Any = {"loss": 10**400}
+TOO_LARGE: Any = {"loss": 10**400}
 LONG: Any = {"m" * 2001: 1}
-ODD_SET: dict[str, Any] = {"deep": {"t": {torch.ones(2, device="meta")}}}
+SET_OF_TENSORS: dict[str, Any] = {"deep": {"t": {torch.ones(2, device="meta")}}}
 
 BAD: list[tuple[type[Exception], str, Callable[[Repository], Any]]] = [
     (AlreadyExistsError, "best", lambda r: dcpstore.save(W, r, tags=["best"])),
@@ -105,8 +105,8 @@ BAD: list[tuple[type[Exception], str, Callable[[Repository], Any]]] = [
     (InvalidInputError, "tags=None is not a list", lambda r: dcpstore.save(W, r, tags=None)),
     (InvalidInputError, "metrics=.* no mapping", lambda r: dcpstore.save(W, r, metrics=[1])),
     (InvalidInputError, "labels=.* no mapping", lambda r: dcpstore.save(W, r, labels=["a"])),
-    (InvalidInputError, "past what a float", lambda r: dcpstore.save(W, r, metrics=PAST)),
-    (InvalidInputError, "nested too deep", lambda r: dcpstore.save({"e": endless()}, r)),
+    (InvalidInputError, "past what a float", lambda r: dcpstore.save(W, r, metrics=TOO_LARGE)),
+    (InvalidInputError, "nested too deep", lambda r: dcpstore.save({"e": recursive()}, r)),
     (InvalidInputError, "nested too deep", lambda r: dcpstore.save(deep(), r)),
     (InvalidInputError, "FQN 'xx.* 2001 bytes", lambda r: dcpstore.save({"x" * 2001: 1}, r)),
     (InvalidInputError, "FQN .* 3000 bytes", lambda r: dcpstore.save({"日" * 1000: W["w"]}, r)),
@@ -114,7 +114,11 @@ BAD: list[tuple[type[Exception], str, Callable[[Repository], Any]]] = [
     (InvalidInputError, "label name 'm.* 2001", lambda r: dcpstore.save(W, r, labels=LONG)),
     (UnsafeDataError, "Opaque", lambda r: dcpstore.save({"o": Opaque()}, r)),
     (UnsafeDataError, "'deep.o'", lambda r: dcpstore.save({"deep": {"o": Opaque()}}, r)),
-    (UnsafeDataError, r"'deep\.t': .* tuples and dicts only", lambda r: dcpstore.save(ODD_SET, r)),
+    (
+        UnsafeDataError,
+        r"'deep\.t': .* tuples and dicts only",
+        lambda r: dcpstore.save(SET_OF_TENSORS, r),
+    ),
     (InvalidInputError, "same FQN", lambda r: dcpstore.save({"a": {"b": 1}, "a.b": 2}, r)),
     (InvalidInputError, "keys must be text", lambda r: dcpstore.save({1: torch.ones(3)}, r)),
     (NotFoundError, "'best'", lambda r: dcpstore.load(dict(W), r, "bets")),
@@ -139,7 +143,7 @@ def test_bad_input_leaves_the_repository_as_it_was(
         with subtests.test(error=error.__name__, match=match):
             with pytest.raises(error, match=match):
                 call(kept)
-            unchanged(kept)
+            assert_unchanged(kept)
 
 
 @pytest.mark.filterwarnings(
@@ -149,15 +153,15 @@ def test_bad_input_leaves_the_repository_as_it_was(
 def test_a_tensor_without_plain_bytes_is_named(
     kept: Repository, save: Callable[..., object], subtests: pytest.Subtests
 ) -> None:
-    for what, (said, make) in NOT_PLAIN.items():
+    for what, (message, make) in NOT_PLAIN.items():
         with subtests.test(what=what):
-            with pytest.raises(InvalidInputError, match=rf"'deep\.0\.w': .*{said}"):
+            with pytest.raises(InvalidInputError, match=rf"'deep\.0\.w': .*{message}"):
                 save({"deep": [{"w": make()}], "b": torch.ones(1)}, kept)
-            unchanged(kept)
+            assert_unchanged(kept)
 
 
-def test_names_of_any_kept_length_come_back(repo: Repository) -> None:
-    rng = random.Random(0)  # what no database can compress
+def test_names_of_the_longest_length_are_read_back(repo: Repository) -> None:
+    rng = random.Random(0)  # a name that no database can compress
     name = "".join(rng.choices(string.ascii_letters, k=2000))
     state = {name: torch.ones(2), f"{name[:-2]}.v": 1}
     version = dcpstore.save(state, repo, metrics={name: 1.0}, labels={name: "a"})
@@ -182,7 +186,7 @@ def test_every_difference_is_named_at_once(kept: Repository) -> None:
         assert torch.equal(state[fqn], tensor)
 
 
-def test_a_repository_that_is_not_there(tmp_path: Path) -> None:
+def test_a_repository_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="nowhere"):
         dcpstore.load({"w": torch.ones(3)}, tmp_path / "nowhere")
     assert list(tmp_path.iterdir()) == []
@@ -191,7 +195,7 @@ def test_a_repository_that_is_not_there(tmp_path: Path) -> None:
         dcpstore.open(tmp_path / "file")
 
 
-def test_a_data_folder_that_is_gone(place: Place) -> None:
+def test_a_data_folder_that_was_moved(place: Place) -> None:
     place.open().close()
     os.rename(place.data, place.data + "-moved")
     with pytest.raises(NotFoundError, match="data folder"):
@@ -212,8 +216,8 @@ def test_a_data_folder_that_cannot_be_written(place: Place) -> None:
     repo.close()
 
 
-def test_a_pickle_needs_leave_to_be_written_and_read(repo: Repository) -> None:
-    state: dict[str, Any] = {"dtype": torch.float32, "odd": threading.TIMEOUT_MAX, "o": print}
+def test_a_pickle_is_written_and_read_only_with_allow_pickle(repo: Repository) -> None:
+    state: dict[str, Any] = {"dtype": torch.float32, "float": threading.TIMEOUT_MAX, "o": print}
     with pytest.raises(UnsafeDataError, match="allow_pickle"):
         dcpstore.save(state, repo)
     dcpstore.save(state, repo, allow_pickle=True)
@@ -224,17 +228,19 @@ def test_a_pickle_needs_leave_to_be_written_and_read(repo: Repository) -> None:
     assert empty == state
 
 
-def test_a_value_that_cannot_be_kept_is_named(kept: Repository, subtests: pytest.Subtests) -> None:
+def test_a_value_that_cannot_be_stored_is_named(
+    kept: Repository, subtests: pytest.Subtests
+) -> None:
     deep: tuple[object, ...] = ()
     for _ in range(101):
         deep = (deep,)
-    for said, value in (("does not pickle", lambda: 1), ("nested deeper than 100", deep)):
+    for message, value in (("does not pickle", lambda: 1), ("nested deeper than 100", deep)):
         state = {"deep": {"o": value}, "w": torch.ones(3)}
         for save in (
             dcpstore.save,
             lambda *given, **how: dcpstore.async_save(*given, **how).result(),
         ):
-            with subtests.test(said=said):
-                with pytest.raises(InvalidInputError, match=rf"^'deep\.o': .*{said}"):
+            with subtests.test(message=message):
+                with pytest.raises(InvalidInputError, match=rf"^'deep\.o': .*{message}"):
                     save(state, kept, allow_pickle=True)
-                unchanged(kept)
+                assert_unchanged(kept)

@@ -1,4 +1,4 @@
-"""Tensors of torch's own that are made of tensors: sparse ones and jagged ones, out and back."""
+"""Torch's tensors that consist of tensors, sparse and jagged ones: saved and loaded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.ranks import RankPool
 from tests.tensors import same
 
 Make = Callable[[], torch.Tensor]
-INDICES = torch.tensor([[0, 1, 1, 3], [2, 0, 0, 1]])  # two of them are alike
+INDICES = torch.tensor([[0, 1, 1, 3], [2, 0, 0, 1]])  # two of them are equal
 
 
 def coo(values: torch.Tensor | None = None, *, size: tuple[int, ...] = (4, 3)) -> torch.Tensor:
@@ -82,12 +82,12 @@ MADE: dict[str, Make] = {
     "jagged": lambda: jagged(3, 1, 2),
     "jagged bfloat16": lambda: jagged(3, 1, dtype=torch.bfloat16),
     "jagged with lengths": narrowed,
-    "jagged, turned": lambda: jagged(3, 1).transpose(1, 2),
+    "jagged, transposed": lambda: jagged(3, 1).transpose(1, 2),
 }
 
 
-def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Tell whether two composed tensors are the same in every part and in all else."""
+def are_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Tell whether two composed tensors are equal in every part and in shape, layout and dtype."""
     kind = kind_of(a)
     assert kind is not None
     if kind_of(b) is not kind or a.dtype != b.dtype or a.requires_grad != b.requires_grad:
@@ -103,11 +103,11 @@ def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def other(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor to fill that holds something else, and not as much."""
+    """Return a tensor to load into, with other and fewer contents."""
     if tensor.layout is torch.jagged:
-        turned = tensor._ragged_idx == 2  # type: ignore[attr-defined]
+        is_transposed = tensor._ragged_idx == 2  # type: ignore[attr-defined]
         made = jagged(*([2] * tensor.shape[0]), dtype=tensor.dtype)
-        return made.transpose(1, 2) if turned else made
+        return made.transpose(1, 2) if is_transposed else made
     if tensor.layout is torch.sparse_coo:
         made = empty(*tensor.shape, dtype=tensor.dtype)
     else:
@@ -118,7 +118,7 @@ def other(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_each_comes_back_exactly(repo: Repository, subtests: pytest.Subtests) -> None:
+def test_each_kind_is_read_back_exactly(repo: Repository, subtests: pytest.Subtests) -> None:
     made = {name: make() for name, make in MADE.items()}
     state: dict[str, Any] = {"in": {"a list": [*made.values(), 7]}}
     dcpstore.save(state, repo)
@@ -130,14 +130,14 @@ def test_each_comes_back_exactly(repo: Repository, subtests: pytest.Subtests) ->
     for i, (name, tensor) in enumerate(made.items()):
         with subtests.test(name):
             found = read[f"in.a list.{i}"]
-            assert alike(found, tensor.detach())
+            assert are_equal(found, tensor.detach())
             loaded = filled["in"]["a list"][i]
             assert type(loaded) is type(tensor)
             if tensor.layout is not torch.jagged:
                 assert loaded is kept[i]
-                assert alike(loaded, tensor)
+                assert are_equal(loaded, tensor)
             else:
-                assert alike(loaded, tensor)
+                assert are_equal(loaded, tensor)
     assert filled["in"]["a list"][-1] == read[f"in.a list.{len(made)}"] == 7
 
 
@@ -155,11 +155,11 @@ def test_modules_hold_sparse_parameters_and_buffers(tmp_path: Path) -> None:
     parameter = fresh.w
     dcpstore.load({"m": fresh}, tmp_path)
     assert fresh.w is parameter
-    assert alike(fresh.w, kept.w)
-    assert alike(fresh.b, kept.b)
+    assert are_equal(fresh.w, kept.w)
+    assert are_equal(fresh.b, kept.b)
 
 
-def test_an_asynchronous_save_keeps_what_they_were(tmp_path: Path) -> None:
+def test_an_asynchronous_save_stores_the_staged_values(tmp_path: Path) -> None:
     state = {"w": coo(), "rows": compressed(torch.sparse_csr)}
     pending = dcpstore.async_save(state, tmp_path)
     with torch.no_grad():
@@ -168,16 +168,16 @@ def test_an_asynchronous_save_keeps_what_they_were(tmp_path: Path) -> None:
     pending.result()
     with dcpstore.open(tmp_path) as repo:
         read = repo.read()
-    assert alike(read["w"], coo())
-    assert alike(read["rows"], compressed(torch.sparse_csr))
+    assert are_equal(read["w"], coo())
+    assert are_equal(read["rows"], compressed(torch.sparse_csr))
 
 
-def test_globs_and_names_mean_the_tensor_as_a_whole(tmp_path: Path) -> None:
+def test_globs_and_names_select_whole_tensors(tmp_path: Path) -> None:
     dcpstore.save({"m": {"w": coo(), "x": coo()}, "n": torch.ones(2)}, tmp_path)
     state = {"m": {"v": other(coo()), "x": other(coo())}}
     report = dcpstore.load(state, tmp_path, include=["m.?"], exclude=["m.x"], rename={"m.v": "m.w"})
-    assert alike(state["m"]["v"], coo())
-    assert alike(state["m"]["x"], other(coo()))
+    assert are_equal(state["m"]["v"], coo())
+    assert are_equal(state["m"]["x"], other(coo()))
     assert report.unexpected == ("m.x", "n")
     with dcpstore.open(tmp_path) as repo:
         assert [*repo.read(None, ["m.w", "n"])] == ["m.w", "n"]
@@ -191,18 +191,18 @@ def test_globs_and_names_mean_the_tensor_as_a_whole(tmp_path: Path) -> None:
             repo.read(None, ["m.w", "m.y"])
 
 
-def test_what_the_version_lacks_keeps_what_it_has(tmp_path: Path) -> None:
+def test_a_tensor_that_the_version_lacks_is_left_unchanged(tmp_path: Path) -> None:
     dcpstore.save({"n": torch.ones(2)}, tmp_path)
     state = {"n": torch.zeros(2), "w": coo()}
     asked: list[tuple[str, torch.Tensor]] = []
     report = dcpstore.load(state, tmp_path, init_missing=lambda *call: asked.append(call))
     assert report.missing == ("w",)
     assert [(fqn, tensor is state["w"]) for fqn, tensor in asked] == [("w", True)]
-    assert alike(state["w"], coo())
+    assert are_equal(state["w"], coo())
 
 
 @pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta")
-def test_differences_are_named_and_touch_nothing(tmp_path: Path) -> None:
+def test_all_differences_are_named_before_anything_is_loaded(tmp_path: Path) -> None:
     dcpstore.save(
         {"a": torch.ones(2), "c": coo(), "d": coo(), "p": torch.ones(3), "w": coo()}, tmp_path
     )
@@ -214,7 +214,7 @@ def test_differences_are_named_and_touch_nothing(tmp_path: Path) -> None:
         "p": coo(),
         "w": torch.zeros(4, 3),
     }
-    told = [
+    expected = [
         "'c' is a torch.sparse_coo in the version, and a torch.sparse_csr in the state",
         "'d.values' has dtype torch.float32 in the version, and torch.float64 in the state",
         "'lacks', a torch.sparse_coo in the state, is not in the version",
@@ -223,16 +223,16 @@ def test_differences_are_named_and_touch_nothing(tmp_path: Path) -> None:
     ]
     with pytest.raises(MismatchError) as caught:
         dcpstore.load(state, tmp_path)
-    for text, difference in zip(told, sorted(caught.value.differences), strict=True):
+    for text, difference in zip(expected, sorted(caught.value.differences), strict=True):
         assert difference.startswith(text)
     assert torch.equal(state["a"], torch.zeros(2))
     with pytest.raises(MismatchError, match=r"'c' has shape \(4, 3\) in the version, and \(9, 3\)"):
         dcpstore.load({"c": empty(9, 3)}, tmp_path)
     dcpstore.load(cast := {"d": coo().double()}, tmp_path, on_dtype="cast")
-    assert alike(cast["d"], coo().double())
+    assert are_equal(cast["d"], coo().double())
 
 
-def test_fresh_owners_get_them(tmp_path: Path) -> None:
+def test_new_stateful_objects_get_them(tmp_path: Path) -> None:
     class Grown:
         def __init__(self, **held: Any) -> None:
             self.held = held
@@ -250,22 +250,22 @@ def test_fresh_owners_get_them(tmp_path: Path) -> None:
     assert dcpstore.load({"t": fresh}, tmp_path, dry_run=True).differences == ()
     dcpstore.load({"t": fresh}, tmp_path)
     assert fresh.held.keys() == made.keys()
-    assert all(alike(fresh.held[name], tensor) for name, tensor in made.items())
+    assert all(are_equal(fresh.held[name], tensor) for name, tensor in made.items())
 
 
-def test_each_rank_keeps_its_own_and_ties_stay(tmp_path: Path) -> None:
+def test_per_rank_values_and_tied_tensors(tmp_path: Path) -> None:
     tied = coo()
     dcpstore.save({"own": dcpstore.PerRank({"w": coo()}), "a": tied, "b": tied}, tmp_path)
     both = empty(4, 3)
     state = {"own": dcpstore.PerRank({"w": empty(4, 3)}), "a": both, "b": both}
     dcpstore.load(state, tmp_path)
-    assert alike(state["own"].value["w"], coo())
+    assert are_equal(state["own"].value["w"], coo())
     assert state["a"] is state["b"] is both
-    assert alike(both, coo())
+    assert are_equal(both, coo())
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_torch_takes_them_by_our_planners(tmp_path: Path) -> None:
+def test_torchs_storages_take_them_with_our_planners(tmp_path: Path) -> None:
     state = {"w": coo(), "rows": compressed(torch.sparse_csr), "n": 1}
     places = {
         "torch": (dcp.FileSystemWriter(tmp_path / "torch"), dcp.FileSystemReader),
@@ -277,26 +277,26 @@ def test_torch_takes_them_by_our_planners(tmp_path: Path) -> None:
         planner = dcpstore.DefaultLoadPlanner()
         dcp.load(filled, storage_reader=reader(tmp_path / name), planner=planner, no_dist=True)
         assert filled["n"] == 1
-        assert alike(filled["w"], coo())
-        assert alike(filled["rows"], state["rows"])
+        assert are_equal(filled["w"], coo())
+        assert are_equal(filled["rows"], state["rows"])
     flat = dcpstore.DefaultSavePlanner(flatten_state_dict=False)
     dcpstore.save(state, tmp_path / "flat", planner=flat)
     filled = {"w": empty(4, 3), "rows": other(state["rows"]), "n": 0}
     planner = dcpstore.DefaultLoadPlanner(flatten_state_dict=False)
     dcpstore.load(filled, tmp_path / "flat", planner=planner)
-    assert alike(filled["w"], coo())
-    assert alike(filled["rows"], state["rows"])
+    assert are_equal(filled["w"], coo())
+    assert are_equal(filled["rows"], state["rows"])
 
 
-def test_torchs_own_save_planner_carries_them(tmp_path: Path) -> None:
+def test_torchs_save_planner_stores_them(tmp_path: Path) -> None:
     dcpstore.save({"w": coo()}, tmp_path, planner=DefaultSavePlanner())
     with dcpstore.open(tmp_path) as repo:
-        assert alike(repo.read()["w"], coo())
+        assert are_equal(repo.read()["w"], coo())
     with pytest.raises(InvalidInputError, match=r"'w' is a torch.sparse_coo.*planner"):
         dcpstore.load({"w": empty(4, 3)}, tmp_path, planner=DefaultLoadPlanner())
 
 
-def test_they_leave_in_other_formats_and_come_back(tmp_path: Path) -> None:
+def test_they_are_exported_and_imported(tmp_path: Path) -> None:
     state = {"m": {"w": coo(), "rows": compressed(torch.sparse_csr)}, "x": torch.ones(2)}
     with dcpstore.open(tmp_path / "r") as repo:
         dcpstore.save(state, repo)
@@ -304,16 +304,16 @@ def test_they_leave_in_other_formats_and_come_back(tmp_path: Path) -> None:
             getattr(convert, f"export_{name}")(repo, "v1", tmp_path / f"out.{name}", dtype="bf16")
             getattr(convert, f"import_{name}")(tmp_path / f"out.{name}", repo, branch=name)
             read = repo.read(name)
-            assert alike(read["m.w"], coo())
-            assert alike(read["m.rows"], state["m"]["rows"])
+            assert are_equal(read["m.w"], coo())
+            assert are_equal(read["m.rows"], state["m"]["rows"])
             assert read["x"].dtype == torch.bfloat16
 
 
-def test_what_no_such_tensor_is_made_of_is_damage(tmp_path: Path) -> None:
+def test_parts_that_do_not_fit_are_reported_as_damage(tmp_path: Path) -> None:
     with dcpstore.open(tmp_path) as repo:
         dcpstore.save({"w": coo()}, repo)
         change = sqlite3.connect(tmp_path / "catalog.db")
-        for old, new, told in (
+        for old, new, message in (
             ("[4,3]", "[2,3]", "cannot be made of its parts"),
             ("[4,3]", "[2,-3]", "does not decode"),
             ("torch.sparse_coo", "torch.sparse_csr", "cannot be made of its parts"),
@@ -323,12 +323,12 @@ def test_what_no_such_tensor_is_made_of_is_damage(tmp_path: Path) -> None:
             query = "UPDATE entry SET value = replace(value, ?, ?)"
             change.execute(query, (old, new))
             change.commit()
-            with pytest.raises(DcpstoreError, match=told):
+            with pytest.raises(DcpstoreError, match=message):
                 repo.read()
             change.execute(query, (new, old))
             change.commit()
         change.close()
-        assert alike(repo.read()["w"], coo())
+        assert are_equal(repo.read()["w"], coo())
 
 
 def test_the_command_line_shows_one_entry_with_its_parts(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The first chunks of a large save are written while the others are digested, where needed."""
+"""The first chunks of a large save are written while the others are digested."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.soundness import Place, assert_sound
 
 
 class Early:
-    """How many chunks the ranks were asked to write early, save by save."""
+    """Counts, for each save, the chunks that the ranks are assigned to write early."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, *, much: int | None = 0) -> None:
-        """Begin to count; `much` is how many bytes a rank are worth it, None as they are."""
-        if much is not None:
-            patch.setattr("dcpstore.saving.coordinator._EARLY", much)
+    def __init__(self, patch: pytest.MonkeyPatch, *, limit: int | None = 0) -> None:
+        """Begin to count; `limit` replaces the bytes per rank from which a save writes early."""
+        if limit is not None:
+            patch.setattr("dcpstore.saving.coordinator._EARLY", limit)
         self.counts: list[int] = []
         choose = Coordinator.choose_first
 
@@ -39,7 +39,7 @@ class Early:
 
 @pytest.fixture
 def early(monkeypatch: pytest.MonkeyPatch) -> Early:
-    """Every save tells of its first chunks early."""
+    """Every save writes early, whatever its size."""
     return Early(monkeypatch)
 
 
@@ -52,10 +52,8 @@ def read_back(repo: Repository, state: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(kept[fqn], tensor) for fqn, tensor in state.items())
 
 
-def test_only_a_large_save_tells_of_its_first_chunks(
-    repo: Repository, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    early = Early(monkeypatch, much=None)
+def test_only_a_large_save_writes_early(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    early = Early(monkeypatch, limit=None)
     small = {"w": torch.randn(100)}
     dcpstore.save(small, repo)
     assert early.counts == []
@@ -66,7 +64,7 @@ def test_only_a_large_save_tells_of_its_first_chunks(
     assert torch.equal(repo.read("large")["w"], large["w"])
 
 
-def test_what_is_held_is_not_written_early(repo: Repository, early: Early) -> None:
+def test_chunks_that_are_stored_are_not_written_early(repo: Repository, early: Early) -> None:
     state = layers()
     assert dcpstore.save(state, repo).nbytes_written == 100_000
     assert dcpstore.save(state, repo).nbytes_written == 0
@@ -89,17 +87,19 @@ def test_equal_chunks_are_written_once_whichever_comes_first(
     assert read_back(repo, state)
 
 
-def test_bytes_held_by_another_codec_are_left_for_later(repo: Repository, early: Early) -> None:
+def test_chunks_stored_with_another_codec_are_not_written_early(
+    repo: Repository, early: Early
+) -> None:
     zeros = torch.zeros(2500)
     dcpstore.save({"w": zeros}, repo)
-    as_bytes = {"w": zeros.view(torch.uint8)}  # the same bytes, which "auto" encodes by Blosc
+    as_bytes = {"w": zeros.view(torch.uint8)}  # the same bytes, which "auto" encodes with Blosc
     assert 0 < dcpstore.save(as_bytes, repo).nbytes_written < zeros.nbytes
     assert early.counts == [1, 0]
     assert read_back(repo, as_bytes)
 
 
 def save_early(rank: int, place: Place, states: list[tuple[int, float]]) -> list[tuple[int, int]]:
-    """Save a matrix along an axis, times a factor; return the bytes written and chunks early."""
+    """Save a matrix sharded along an axis; return the bytes and the early chunks of each save."""
     with pytest.MonkeyPatch.context() as patch, place.open() as repo:
         early = Early(patch)
         written = []
@@ -109,7 +109,7 @@ def save_early(rank: int, place: Place, states: list[tuple[int, float]]) -> list
             state = {
                 "sharded": distribute_tensor(matrix, mesh((2,)), [Shard(axis)]),
                 "replicated": distribute_tensor(matrix[0] + 1, mesh((2,)), [Replicate()]),
-                f"of{rank}": same,  # both ranks hold it, under names of their own
+                f"of{rank}": same,  # both ranks hold it, under different names
             }
             written.append(dcpstore.save(state, repo).nbytes_written)
             full = repo.read()
@@ -119,7 +119,7 @@ def save_early(rank: int, place: Place, states: list[tuple[int, float]]) -> list
         return [*zip(written, early.counts or [0] * len(written), strict=False)]
 
 
-def test_ranks_write_early_what_none_of_them_repeats(place: Place, two_ranks: RankPool) -> None:
+def test_equal_chunks_of_two_ranks_are_written_once(place: Place, two_ranks: RankPool) -> None:
     whole = 160_000 + 800 + 20_000
     first, second = two_ranks.run(save_early, place, [(0, 1.0), (0, 1.0), (0, 2.0)])
     assert [nbytes for nbytes, _ in second] == [whole, 0, 160_800]
@@ -129,10 +129,10 @@ def test_ranks_write_early_what_none_of_them_repeats(place: Place, two_ranks: Ra
         assert_sound(repo)
 
 
-def test_nothing_is_early_where_only_bytes_tell_what_changed(
+def test_nothing_is_written_early_if_bytes_must_be_compared(
     place: Place, two_ranks: RankPool
 ) -> None:
-    """Rows cannot keep the grid of columns, so their digests differ though nothing changed."""
+    """Rows cannot keep the grid of columns, so their digests differ although nothing changed."""
     first, _ = two_ranks.run(save_early, place, [(1, 1.0)])
     assert first[0][1] >= 1
     again, _ = two_ranks.run(save_early, place, [(0, 1.0)])
@@ -142,7 +142,7 @@ def test_nothing_is_early_where_only_bytes_tell_what_changed(
 
 
 @pytest.mark.parametrize("when", ["early", "late"])
-def test_a_disk_that_fails_leaves_nothing(
+def test_a_failing_disk_leaves_no_packs(
     repo: Repository, early: Early, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     kept = layers()
@@ -166,7 +166,7 @@ def test_a_disk_that_fails_leaves_nothing(
     assert read_back(repo, kept)
 
 
-def test_an_interrupt_while_chunks_are_written_leaves_nothing(
+def test_an_interrupt_while_chunks_are_written_leaves_no_packs(
     repo: Repository, early: Early, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = layers()
@@ -187,7 +187,7 @@ def test_an_interrupt_while_chunks_are_written_leaves_nothing(
 
 
 def save_with_a_failing_rank(rank: int, place: Place) -> tuple[str, bool]:
-    """Save on two ranks, of which the second fails while its first chunks are on their way."""
+    """Save on two ranks, of which the second fails while its first chunks are being written."""
 
     def failing(*args: object) -> None:
         raise ValueError("a broken tensor")
@@ -204,7 +204,7 @@ def save_with_a_failing_rank(rank: int, place: Place) -> tuple[str, bool]:
     return "no failure", False
 
 
-def test_a_rank_that_fails_meanwhile_makes_all_raise_and_leaves_nothing(
+def test_a_rank_that_fails_during_early_writes_makes_all_raise(
     place: Place, two_ranks: RankPool
 ) -> None:
     (first, was_early), (second, _) = two_ranks.run(save_with_a_failing_rank, place)

@@ -1,7 +1,7 @@
-"""The memory of a save and a load: bounded, whatever the state's size, mapped bytes included.
+"""The memory of a save and a load is bounded, whatever the state's size; mapped bytes count.
 
-What is asked is 256 MiB above the state for a save and 128 for a load; less is held to, since the
-state here is smaller than a real one.
+The goal is 256 MiB above the state for a save and 128 MiB for a load. The limits here are lower,
+because the state is smaller than a real one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ measure("held", lambda: {fqn: tensor.clone() for fqn, tensor in state.items()})
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder that is gone after the test, for what lies in it is large."""
+    """A folder that is deleted after the test, because its files are large."""
     yield tmp_path
     shutil.rmtree(tmp_path)
 
@@ -66,6 +66,6 @@ def test_a_save_and_a_load_need_little_beside_the_state(folder: Path, dtype: str
         timeout=240,
     )
     peaks = {name: int(n) for name, n in (line.split() for line in done.stdout.splitlines())}
-    assert peaks["held"] > 500 << 20  # so the measure sees what is held
+    assert peaks["held"] > 500 << 20  # the measurement itself works
     assert peaks["save"] < SAVE
     assert peaks["load"] < LOAD

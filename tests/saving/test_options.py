@@ -1,4 +1,4 @@
-"""The arguments that describe a version: listed by each call that takes them, and by one name."""
+"""The arguments that describe a version: each call that takes them lists all of them."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def test_a_signature_lists_every_option_with_its_default(call: Callable[..., Any
     assert "options" not in shown
 
 
-def test_a_writer_lists_all_but_what_torch_does_not_move() -> None:
+def test_a_writer_lists_all_options_but_metrics_from() -> None:
     shown = inspect.signature(dcpstore.RepositoryWriter).parameters
     assert {field.name for field in fields(SaveRequest)} - set(shown) == {"metrics_from"}
     assert "options" not in shown
 
 
 @pytest.mark.parametrize("call", CALLS, ids=["save", "async_save", "RepositoryWriter"])
-def test_an_unknown_option_is_named_before_anything_is_made(
+def test_an_unknown_option_is_named_before_a_repository_is_created(
     call: Callable[..., Any], tmp_path: Path
 ) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'brnch'"):
@@ -46,6 +46,6 @@ def test_an_unknown_option_is_named_before_anything_is_made(
     assert not (tmp_path / "r").exists()
 
 
-def test_a_writer_takes_no_option_that_it_cannot_keep(tmp_path: Path) -> None:
+def test_a_writer_refuses_metrics_from(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="'metrics_from'"):
         dcpstore.RepositoryWriter(tmp_path, metrics_from="rank0")  # type: ignore[call-arg]

@@ -1,4 +1,4 @@
-"""What ranks tell each other of their plans: in full once, and then by a digest."""
+"""What ranks send of their plans: the whole table once, and then its digest."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ CHUNK = ChunkDefaults(nbytes=1 << 20, codec="none")
 
 
 class Rank:
-    """One rank of a save that is planned in this process, with what it remembers."""
+    """One rank of a save that is planned in this process, with its cache."""
 
     def __init__(self) -> None:
         self.memory = PlanMemory()
 
-    def propose(self, plan: SavePlan) -> LocalPlan:
+    def plan(self, plan: SavePlan) -> LocalPlan:
         return LocalPlan(plan, DefaultSavePlanner(), self.memory)
 
 
 def plan_together(
     ranks: list[Rank], plans: list[SavePlan], parent: dict[str, EntryRecord] | None = None
 ) -> tuple[int, list[tuple[SavePlan, dict[str, Layout]]]]:
-    """Return how many tables were told, and what each rank is to write."""
-    proposals = [rank.propose(plan) for rank, plan in zip(ranks, plans, strict=True)]
-    offers = [proposal.offer() for proposal in proposals]
+    """Return how many tables were sent, and what each rank writes."""
+    local_plans = [rank.plan(plan) for rank, plan in zip(ranks, plans, strict=True)]
+    offers = [local.offer() for local in local_plans]
     tables = sum(offer.table is not None for offer in offers)
 
-    def answered(offers: list) -> tuple:
+    def reply(offers: list) -> tuple:
         return reply_to_offers(
             offers, ranks[0].memory, chunk=CHUNK, parent=parent or {}, to_lowest_rank=False
         )
 
-    plan, replies = answered(offers)
+    plan, replies = reply(offers)
     if plan is None:
         assert all(reply.wants_table for reply in replies)
-        offers = [proposal.offer(whole=True) for proposal in proposals]
+        offers = [local.offer(whole=True) for local in local_plans]
         tables += len(offers)
-        plan, replies = answered(offers)
+        plan, replies = reply(offers)
     assert plan is not None
-    taken = zip(proposals, replies, strict=True)
-    return tables, [(mine, dict(cut)) for p, a in taken for mine, cut in [p.take(a)]]
+    taken = zip(local_plans, replies, strict=True)
+    return tables, [(plan, dict(cut)) for p, a in taken for plan, cut in [p.take(a)]]
 
 
-def test_a_known_plan_is_told_by_its_digest() -> None:
+def test_a_cached_plan_is_sent_as_its_digest() -> None:
     ranks, plans = [Rank(), Rank()], [rows_of(rank, 2) for rank in range(2)]
     tables, first = plan_together(ranks, plans)
     assert tables == 2
@@ -59,20 +59,20 @@ def test_a_known_plan_is_told_by_its_digest() -> None:
     assert plan_together(ranks, plans) == (0, first)
 
 
-def test_whoever_forgot_is_told_again() -> None:
+def test_a_new_process_gets_the_plan_again() -> None:
     plans = [rows_of(rank, 2) for rank in range(2)]
     ranks = [Rank(), Rank()]
     _, first = plan_together(ranks, plans)
-    ranks[1] = Rank()  # begun anew, and tells its table
+    ranks[1] = Rank()  # a new process, which sends its table
     tables, again = plan_together(ranks, plans)
     assert (tables, again) == (1, first)
-    ranks[0] = Rank()  # the coordinator: it must ask for what rank 1 did not tell
+    ranks[0] = Rank()  # the coordinator: it must ask rank 1 for its table
     tables, again = plan_together(ranks, plans)
     assert again == first
     assert tables == 3
 
 
-def test_grids_that_the_parent_has_meanwhile_are_kept() -> None:
+def test_new_grids_of_the_parent_replace_those_of_a_cached_plan() -> None:
     ranks, plans = [Rank(), Rank()], [rows_of(rank, 2) for rank in range(2)]
     _, first = plan_together(ranks, plans)
     grid = first[0][1]["w0"].grids[0]

@@ -1,4 +1,4 @@
-"""Ranks that disagree or fail: all hear the same, of whom and why, and nothing is to be seen."""
+"""Ranks that disagree or fail: all raise the same error, and the repository shows nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import dcpstore
 from dcpstore import DcpstoreError, RankFailure, Repository
 from dcpstore.catalog.read.user_sql import query_rows
 from tests.ranks import RankPool, mesh
-from tests.saving.conftest import Opaque, W, unchanged
+from tests.saving.conftest import Opaque, W, assert_unchanged
 from tests.soundness import Place
 
 
@@ -37,46 +37,48 @@ def partial() -> DTensor:
     return DTensor.from_local(torch.ones(3), mesh((2,)), [Partial()], run_check=False)
 
 
-# What two ranks do together, of which the second (`odd`) does something else.
+# What two ranks call together; the flag is True on the second rank, which then differs.
 WRONG: dict[str, Callable[[Repository, bool], Any]] = {
-    "name": lambda r, odd: dcpstore.save({"x" * 2001 if odd else "w": W["w"]}, r),
-    "metrics": lambda r, odd: dcpstore.save(W, r, metrics={"loss": float(odd)}),
-    "metrics_from": lambda r, odd: dcpstore.save(
-        W, r, metrics={"loss": float(odd)}, metrics_from="all" if odd else "rank0"
+    "name": lambda r, differs: dcpstore.save({"x" * 2001 if differs else "w": W["w"]}, r),
+    "metrics": lambda r, differs: dcpstore.save(W, r, metrics={"loss": float(differs)}),
+    "metrics_from": lambda r, differs: dcpstore.save(
+        W, r, metrics={"loss": float(differs)}, metrics_from="all" if differs else "rank0"
     ),
-    "metrics_from what": lambda r, odd: dcpstore.save(W, r, metrics_from=cast("Any", 0)),
-    "branch": lambda r, odd: dcpstore.save(W, r, branch="b" if odd else "main"),
-    "tags": lambda r, odd: dcpstore.save(W, r, tags=["t"] if odd else []),
-    "parent": lambda r, odd: dcpstore.save(W, r, parent=1 if odd else None),
-    "shape": lambda r, odd: dcpstore.save({"w": torch.ones(4 if odd else 3)}, r),
-    "dtype": lambda r, odd: dcpstore.save({"w": W["w"].int() if odd else W["w"]}, r),
-    "kind": lambda r, odd: dcpstore.save({"w": 3 if odd else W["w"]}, r),
-    "shards": lambda r, odd: dcpstore.save({"w": sharded(2) if odd else torch.ones(4, 3)}, r),
-    "half": lambda r, odd: dcpstore.save({} if odd else {"w": sharded(2)}, r),
-    "partial": lambda r, odd: dcpstore.save({"w": partial()}, r),
-    "no member": lambda r, odd: dcpstore.save(
+    "metrics_from invalid": lambda r, differs: dcpstore.save(W, r, metrics_from=cast("Any", 0)),
+    "branch": lambda r, differs: dcpstore.save(W, r, branch="b" if differs else "main"),
+    "tags": lambda r, differs: dcpstore.save(W, r, tags=["t"] if differs else []),
+    "parent": lambda r, differs: dcpstore.save(W, r, parent=1 if differs else None),
+    "shape": lambda r, differs: dcpstore.save({"w": torch.ones(4 if differs else 3)}, r),
+    "dtype": lambda r, differs: dcpstore.save({"w": W["w"].int() if differs else W["w"]}, r),
+    "kind": lambda r, differs: dcpstore.save({"w": 3 if differs else W["w"]}, r),
+    "shards": lambda r, differs: dcpstore.save(
+        {"w": sharded(2) if differs else torch.ones(4, 3)}, r
+    ),
+    "half": lambda r, differs: dcpstore.save({} if differs else {"w": sharded(2)}, r),
+    "partial": lambda r, differs: dcpstore.save({"w": partial()}, r),
+    "not a member": lambda r, differs: dcpstore.save(
         W, r, process_group=dist.GroupMember.NON_GROUP_MEMBER
     ),
-    "meta": lambda r, odd: dcpstore.save({"w": W["w"].to("meta") if odd else W["w"]}, r),
-    "object": lambda r, odd: dcpstore.save({f"o{odd}": Opaque() if odd else 1}, r),
-    "ref": lambda r, odd: dcpstore.load(dict(W), r, "main" if odd else "best"),
-    "no ref": lambda r, odd: dcpstore.load(dict(W), r, "bets"),
-    "missing": lambda r, odd: dcpstore.load({"v" if odd else "u": torch.ones(3)}, r),
-    "repository": lambda r, odd: dcpstore.save(W, f"{r.storage.url}-other" if odd else r),
-    "no repository": lambda r, odd: dcpstore.load(dict(W), f"{r.storage.url}-none"),
+    "meta": lambda r, differs: dcpstore.save({"w": W["w"].to("meta") if differs else W["w"]}, r),
+    "object": lambda r, differs: dcpstore.save({f"o{differs}": Opaque() if differs else 1}, r),
+    "ref": lambda r, differs: dcpstore.load(dict(W), r, "main" if differs else "best"),
+    "no ref": lambda r, differs: dcpstore.load(dict(W), r, "bets"),
+    "missing": lambda r, differs: dcpstore.load({"v" if differs else "u": torch.ones(3)}, r),
+    "repository": lambda r, differs: dcpstore.save(W, f"{r.storage.url}-other" if differs else r),
+    "no repository": lambda r, differs: dcpstore.load(dict(W), f"{r.storage.url}-none"),
 }
 
 
-def do_wrong(rank: int, place: Place, what: str) -> tuple[str, str, dict[int, str]]:
+def call_wrongly(rank: int, place: Place, what: str) -> tuple[str, str, dict[int, str]]:
     with place.open() as repo:
         return caught(lambda: WRONG[what](repo, rank == 1))
 
 
-HEARD = {
+EXPECTED = {
     "name": ("InvalidInputError", "'… has 2001 bytes"),
     "metrics": ("InvalidInputError", "disagree about metrics:"),
     "metrics_from": ("InvalidInputError", "disagree about metrics_from"),
-    "metrics_from what": ("InvalidInputError", "metrics_from=0; write 'all'"),
+    "metrics_from invalid": ("InvalidInputError", "metrics_from=0; write 'all'"),
     "branch": ("InvalidInputError", "disagree about branch"),
     "tags": ("InvalidInputError", "disagree about tags"),
     "parent": ("InvalidInputError", "disagree about parent"),
@@ -86,7 +88,7 @@ HEARD = {
     "shards": ("InvalidInputError", "overlaps"),
     "half": ("InvalidInputError", "rank 0 hold 6 of 12 elements"),
     "partial": ("InvalidInputError", "redistribute"),
-    "no member": ("InvalidInputError", "is not a member of the process group"),
+    "not a member": ("InvalidInputError", "is not a member of the process group"),
     "meta": ("RankFailure", "'w': a tensor on the meta device has no data"),
     "object": ("RankFailure", "Opaque"),
     "ref": ("InvalidInputError", "pass the same ref"),
@@ -97,13 +99,13 @@ HEARD = {
 }
 
 
-def test_ranks_that_disagree_all_hear_the_same(
+def test_ranks_that_disagree_all_raise_the_same_error(
     kept: Repository, place: Place, two_ranks: RankPool, subtests: pytest.Subtests
 ) -> None:
-    assert HEARD.keys() == WRONG.keys()
-    for what, (kind, message) in HEARD.items():
+    assert EXPECTED.keys() == WRONG.keys()
+    for what, (kind, message) in EXPECTED.items():
         with subtests.test(what=what):
-            first, second = two_ranks.run(do_wrong, place, what)
+            first, second = two_ranks.run(call_wrongly, place, what)
             assert first == second
             assert first[0] == kind, first
             assert message in first[1]
@@ -111,7 +113,7 @@ def test_ranks_that_disagree_all_hear_the_same(
                 assert first[2] == {1: "UnsafeDataError"}
             if what == "missing":
                 assert "'v' is not in the version" in first[1]
-            unchanged(kept)
+            assert_unchanged(kept)
 
 
 def save_in_any_order(rank: int, place: Place) -> tuple[tuple[str, ...], dict[str, float]]:
@@ -130,12 +132,12 @@ def save_in_any_order(rank: int, place: Place) -> tuple[tuple[str, ...], dict[st
 
 def test_ranks_may_name_things_in_any_order(place: Place, two_ranks: RankPool) -> None:
     place.open().close()
-    told = two_ranks.run(save_in_any_order, place)
-    assert told == [(("a", "b", "c"), {"b": "1", "a": "2"})] * 2
+    results = two_ranks.run(save_in_any_order, place)
+    assert results == [(("a", "b", "c"), {"b": "1", "a": "2"})] * 2
 
 
 def save_by_rank0(rank: int, place: Place) -> list[tuple[dict[str, float], dict[str, str]]]:
-    """Give each rank metrics of its own; those of the second are not even numbers."""
+    """Give each rank its own metrics; those of the second are not even numbers."""
     metrics: dict[str, Any] = {"loss": "unread"} if rank else {"loss": torch.tensor(2.0)}
     labels: dict[str, Any] = {f"of rank {rank}": rank}
     made = []
@@ -146,7 +148,9 @@ def save_by_rank0(rank: int, place: Place) -> list[tuple[dict[str, float], dict[
     return made
 
 
-def test_the_metrics_of_rank_0_count_where_that_is_asked(place: Place, two_ranks: RankPool) -> None:
+def test_only_the_metrics_of_rank_0_count_with_metrics_from_rank0(
+    place: Place, two_ranks: RankPool
+) -> None:
     place.open().close()
     made = two_ranks.run(save_by_rank0, place)
     assert made == [[({"loss": 2.0}, {"of rank 0": "0"})] * 2] * 2
@@ -160,7 +164,7 @@ def save_alone(rank: int, place: Place) -> tuple[str, str, dict[int, str]]:
         return caught(lambda: dcpstore.save(state, repo, branch=f"rank{rank}", no_dist=True))
 
 
-def test_a_rank_alone_must_hold_what_it_names(place: Place, two_ranks: RankPool) -> None:
+def test_a_rank_that_saves_alone_must_hold_whole_tensors(place: Place, two_ranks: RankPool) -> None:
     place.open().close()
     first, second = two_ranks.run(save_alone, place)
     assert first[0] == "nothing"
@@ -169,17 +173,17 @@ def test_a_rank_alone_must_hold_what_it_names(place: Place, two_ranks: RankPool)
 
 
 def fail_in_write(rank: int, place: Place) -> tuple[str, str, dict[int, str]]:
-    """Let rank 1's tensor vanish between plan and write."""
+    """Let the planner of rank 1 fail between plan and write."""
     with place.open() as repo:
 
-        class Late(dcpstore.DefaultSavePlanner):
+        class Failing(dcpstore.DefaultSavePlanner):
             def resolve_data(self, write_item: Any) -> Any:
                 if rank == 1:
                     raise OSError("the device is lost")
                 return super().resolve_data(write_item)
 
         state = {f"w{rank}": torch.ones(3)}
-        return caught(lambda: dcpstore.save(state, repo, planner=Late()))
+        return caught(lambda: dcpstore.save(state, repo, planner=Failing()))
 
 
 def test_one_rank_that_fails_makes_all_raise_and_shows_nothing(
@@ -189,11 +193,11 @@ def test_one_rank_that_fails_makes_all_raise_and_shows_nothing(
     assert first == second
     assert first[0] == "RankFailure"
     assert first[2] == {1: "OSError"}
-    unchanged(kept)
+    assert_unchanged(kept)
     aborted = query_rows(kept.catalog, "SELECT status, error FROM version WHERE number IS NULL", {})
     assert [(row.status, "device is lost" in row.error) for row in aborted] == [("aborted", True)]
     assert dcpstore.save(W, kept).number == 2
 
 
-def test_rank_failure_is_one_of_ours() -> None:
+def test_rank_failure_is_a_dcpstore_error() -> None:
     assert issubclass(RankFailure, DcpstoreError)

@@ -1,4 +1,4 @@
-"""A change that begins inside another one of its own thread is refused, and harms neither."""
+"""A change that begins inside another one of the same thread is refused; the outer one goes on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ALREADY = "this thread is already saving to"
 
 
 class Calling:
-    """A Stateful that calls something in the middle of a save, and keeps what that returned."""
+    """A Stateful that makes a call in the middle of a save, and keeps its result or error."""
 
     def __init__(self, call: Callable[[], object]) -> None:
         self._call = call
@@ -69,7 +69,7 @@ def test_no_change_begins_inside_a_save(repo: Repository, place: Place) -> None:
     assert dcpstore.save(state, repo).number == len(calls) + 2
 
 
-def test_reading_and_other_repositories_are_free_inside_a_save(
+def test_a_read_or_another_repository_is_allowed_inside_a_save(
     repo: Repository, tmp_path: Path
 ) -> None:
     dcpstore.save({"w": torch.arange(3.0)}, repo)
@@ -103,7 +103,7 @@ def test_reading_and_other_repositories_are_free_inside_a_save(
 
 @contextmanager
 def in_a_transaction(repo: Repository, call: Callable[[], object]) -> Iterator[None]:
-    """Have `call` called once, in the middle of the next transaction that adds an operation."""
+    """Make `call` once, in the middle of the next transaction that adds an operation."""
 
     def see(statement: str) -> None:
         if "INTO operation" in statement and calls:
@@ -125,19 +125,19 @@ def test_a_signal_a_finalizer_or_the_collector_cannot_change_inside_a_transactio
         for call in (
             lambda: dcpstore.save(state, place.url),
             lambda: repo.tag("inner"),
-            lambda: touch_save(repo.catalog, "nothing"),  # what no operation is around
+            lambda: touch_save(repo.catalog, "nothing"),  # a change that adds no operation
         ):
             try:
                 ends.append(call())
             except dcpstore.DcpstoreError as error:
                 ends.append(error)
 
-    class Dying:
+    class Finalized:
         def __del__(self) -> None:
             change()
 
-    def die() -> None:
-        Dying()
+    def delete() -> None:
+        Finalized()
 
     def lose() -> None:
         owner = Calling(lambda: None)
@@ -155,7 +155,7 @@ def test_a_signal_a_finalizer_or_the_collector_cannot_change_inside_a_transactio
     try:
         ways: list[Callable[[], object]] = [
             lambda: os.kill(os.getpid(), signal.SIGUSR1),
-            die,
+            delete,
             lose,
             collect,
         ]
@@ -186,7 +186,9 @@ def test_a_hook_of_a_planner_cannot_save(repo: Repository, place: Place) -> None
     assert len(ends) == 1
 
 
-def test_a_repository_that_is_being_made_is_not_saved_to(database_url: str, tmp_path: Path) -> None:
+def test_no_save_goes_to_a_repository_that_is_being_created(
+    database_url: str, tmp_path: Path
+) -> None:
     ends: list[object] = []
 
     def save() -> None:
@@ -201,7 +203,7 @@ def test_a_repository_that_is_being_made_is_not_saved_to(database_url: str, tmp_
     assert len(ends) == 1
 
 
-def test_a_save_that_was_broken_off_leaves_the_thread_free(repo: Repository) -> None:
+def test_after_an_interrupted_save_the_thread_can_save_again(repo: Repository) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
@@ -212,7 +214,7 @@ def test_a_save_that_was_broken_off_leaves_the_thread_free(repo: Repository) -> 
     assert dcpstore.save({"w": torch.zeros(3)}, repo).number == 1
 
 
-def test_a_process_forked_inside_a_save_is_free(repo: Repository) -> None:
+def test_a_process_forked_inside_a_save_can_save(repo: Repository) -> None:
     def fork() -> object:
         child = os.fork()
         if not child:
@@ -246,7 +248,7 @@ def save_inside(rank: int, where: str, call: str) -> tuple[object, object, int |
 
 
 @pytest.mark.parametrize("call", ["save elsewhere", "load", "async_save"])
-def test_a_call_that_one_rank_alone_makes_inside_a_save_leaves_the_ranks_in_step(
+def test_a_call_inside_a_save_on_one_rank_does_not_disturb_the_exchanges(
     two_ranks: RankPool, tmp_path: Path, call: str
 ) -> None:
     other, calling = two_ranks.run(save_inside, str(tmp_path / "repo"), call)
@@ -268,9 +270,9 @@ def fail_inside(rank: int, where: str) -> str:
     return str(failed.value)
 
 
-def test_a_refusal_that_nobody_catches_is_raised_on_every_rank(
+def test_a_refusal_that_is_not_caught_is_raised_on_every_rank(
     two_ranks: RankPool, tmp_path: Path
 ) -> None:
-    said = two_ranks.run(fail_inside, str(tmp_path / "repo"))
-    assert said[0] == said[1]
-    assert ALREADY in said[0]
+    messages = two_ranks.run(fail_inside, str(tmp_path / "repo"))
+    assert messages[0] == messages[1]
+    assert ALREADY in messages[0]

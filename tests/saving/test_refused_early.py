@@ -1,4 +1,4 @@
-"""What a catalog could not keep is refused before a pack or a manifest is written."""
+"""What a catalog cannot store is refused before a pack or a manifest is written."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ W = torch.ones(3)
 
 
 class Named(dcpstore.DefaultSavePlanner):
-    """Gives its plan data of its own."""
+    """A planner that sets `planner_data`."""
 
     def __init__(self, data: object) -> None:
         super().__init__()
@@ -55,8 +55,10 @@ class Deep(dcpstore.DefaultSavePlanner):
         sizes = torch.Size((1,) * 65)
         chunk = ChunkStorageMetadata(torch.Size((0,) * 65), sizes)
         data = TensorWriteData(chunk, TensorProperties(torch.float32), sizes)
-        odd = WriteItem(MetadataIndex("odd", chunk.offsets), WriteItemType.TENSOR, tensor_data=data)
-        return dataclasses.replace(plan, items=[*plan.items, odd])
+        deep = WriteItem(
+            MetadataIndex("deep", chunk.offsets), WriteItemType.TENSOR, tensor_data=data
+        )
+        return dataclasses.replace(plan, items=[*plan.items, deep])
 
 
 REFUSED: dict[str, tuple[type[DcpstoreError], str, dict[str, Any], Any]] = {
@@ -65,13 +67,13 @@ REFUSED: dict[str, tuple[type[DcpstoreError], str, dict[str, Any], Any]] = {
     "long value": (InvalidInputError, "2001 bytes", {"x" * 2001: 1, "w": W}, None),
     "NUL": (InvalidInputError, "FQN 'a.x00b'", {"d": W, "a\0b": W}, None),
     "surrogate": (InvalidInputError, "FQN 'd.a.ud800'", {"d": {"a\ud800": W}, "w": W}, None),
-    "dimensions": (InvalidInputError, "'odd': a tensor of 65 dim", {"w": W}, Deep),
+    "dimensions": (InvalidInputError, "'deep': a tensor of 65 dim", {"w": W}, Deep),
     "planner data": (UnsafeDataError, "object", {"w": W}, lambda: Named({"mine": object()})),
 }
 
 
 def torchs(state: dict[str, Any], repo: Repository, planner: Any) -> None:
-    """Save by torch's own call, whose exceptions wrap ours."""
+    """Save with torch's own call, and raise the exception that torch's wraps."""
     try:
         dcp.save(state, storage_writer=dcpstore.RepositoryWriter(repo), planner=planner)
     except dcp.CheckpointException as error:
@@ -96,28 +98,28 @@ def assert_nothing_written(repo: Repository) -> None:
 
 
 @pytest.mark.parametrize("save", SAVES.values(), ids=SAVES)
-def test_what_no_catalog_keeps_is_refused_before_anything_is_written(
+def test_what_a_catalog_cannot_store_is_refused_before_any_write(
     repo: Repository, save: Callable[..., object], subtests: pytest.Subtests
 ) -> None:
-    for what, (kind, said, state, planner) in REFUSED.items():
+    for what, (kind, message, state, planner) in REFUSED.items():
         with subtests.test(what=what):
-            with pytest.raises(kind, match=said):
+            with pytest.raises(kind, match=message):
                 save(state, repo, planner() if planner else None)
             assert_nothing_written(repo)
 
 
 @pytest.mark.parametrize("save", SAVES.values(), ids=SAVES)
-def test_a_save_that_writes_early_is_refused_before_it_does(
+def test_a_save_that_writes_early_is_refused_before_any_write(
     repo: Repository, save: Callable[..., object]
 ) -> None:
-    large = torch.arange(17 << 20, dtype=torch.float32)  # 68 MiB, which are worth writing early
+    large = torch.arange(17 << 20, dtype=torch.float32)  # 68 MiB, enough for early writes
     with pytest.raises(InvalidInputError, match="2001 bytes"):
         save({"a": large, "x" * 2001: W}, repo, None)
     assert_nothing_written(repo)
 
 
 def save_a_long_name(rank: int, place: Place, call: str) -> str:
-    """Save on two ranks, of which the second alone has a name that no catalog keeps."""
+    """Save on two ranks, of which only the second has a name that is too long."""
     state: dict[str, Any] = {f"of{rank}": W} | ({"x" * 2001: W} if rank else {})
     with place.open() as repo:
         try:
@@ -137,7 +139,7 @@ def test_a_name_of_one_rank_is_refused_on_every_rank(
         assert_nothing_written(repo)
 
 
-def test_an_import_is_refused_before_anything_is_written(repo: Repository, tmp_path: Path) -> None:
+def test_an_import_is_refused_before_any_write(repo: Repository, tmp_path: Path) -> None:
     torch.save({"w": W, "x" * 2001: W}, tmp_path / "long.pt")
     with pytest.raises(InvalidInputError, match="2001 bytes"):
         import_torch(tmp_path / "long.pt", repo)
@@ -145,15 +147,15 @@ def test_an_import_is_refused_before_anything_is_written(repo: Repository, tmp_p
 
 
 @pytest.mark.parametrize("save", SAVES.values(), ids=SAVES)
-def test_planner_data_of_any_length_comes_back(
+def test_planner_data_of_any_length_is_read_back(
     repo: Repository, save: Callable[..., object]
 ) -> None:
-    data = {"mine": ["x" * 1000] * 100, "odd": (1.5, None)}
+    data = {"mine": ["x" * 1000] * 100, "more": (1.5, None)}
     save({"w": W}, repo, Named(data))
     assert dcpstore.RepositoryReader(repo).read_metadata().planner_data == data
 
 
-def test_planner_data_of_odd_paths_is_kept_as_it_is(repo: Repository) -> None:
+def test_planner_data_that_is_not_paths_is_stored_as_it_is(repo: Repository) -> None:
     data = {"w": (1.5, b"w")}
     dcpstore.save({"w": W}, repo, planner=Named(data))
     assert dcpstore.RepositoryReader(repo).read_metadata().planner_data == data

@@ -1,4 +1,4 @@
-"""What several ranks hold alike: differing contents are an error, and no state is stitched."""
+"""Items that several ranks hold: different contents are an error, and no save mixes ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dcpstore import InvalidInputError, PerRank, Repository
 from dcpstore.catalog.read.user_sql import query_rows
 from dcpstore.saving.replicas import fingerprint
 from tests.ranks import RankPool, mesh
-from tests.saving.conftest import unchanged
+from tests.saving.conftest import assert_unchanged
 from tests.saving.test_ranks import caught
 from tests.soundness import Place
 
@@ -31,7 +31,7 @@ LARGE = 300_000  # float32: more than a MiB
 
 
 def large(rank: int, *, at: int = 0) -> torch.Tensor:
-    """Return a tensor that is sampled; the rank's differs at one place, in the first block."""
+    """Return a tensor that is sampled; ranks differ at one element of the first block."""
     tensor = torch.zeros(LARGE)
     tensor[at] = rank
     return tensor
@@ -45,12 +45,12 @@ def replicated(rank: int) -> torch.Tensor:
 
 
 def half(rank: int) -> torch.Tensor:
-    """Return a DTensor of which the ranks hold different rows, as they must."""
+    """Return a DTensor of which each rank holds its own rows."""
     return distribute_tensor(torch.arange(8.0), mesh((2,)), [Shard(0)])
 
 
 class Owner:
-    """Keeps a state that each rank has of its own."""
+    """A Stateful with a different state on each rank."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -63,7 +63,7 @@ class Owner:
 
 
 def model(rank: int) -> torch.nn.Module:
-    """Return a model whose parameters drifted apart."""
+    """Return a model whose parameters differ between ranks."""
     net = torch.nn.Linear(2, 2)
     torch.nn.init.constant_(net.weight, rank)
     torch.nn.init.constant_(net.bias, 0)
@@ -71,7 +71,7 @@ def model(rank: int) -> torch.nn.Module:
 
 
 def optimizer(rank: int) -> torch.optim.Optimizer:
-    """Return an optimizer with which one rank has taken another step."""
+    """Return an optimizer that has taken a different step on each rank."""
     weight = torch.nn.Parameter(torch.ones(2))
     adam = torch.optim.Adam([weight])
     weight.grad = torch.full((2,), 1.0 + rank)
@@ -79,7 +79,7 @@ def optimizer(rank: int) -> torch.optim.Optimizer:
     return adam
 
 
-# What each rank saves, and what is said of it.
+# States that differ between ranks, and a part of the error message for each.
 DIFFERING: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     "value": (r"'lr' (rank 0 differs from rank 1)", lambda r: {"lr": r, "same": [1, "a"]}),
     "bool and int": ("'x'", lambda r: {"x": True if r else 1}),
@@ -104,8 +104,8 @@ DIFFERING: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     "optimizer": ("'o.state.0.exp_avg'", lambda r: {"o": optimizer(r)}),
     "stateful": ("'s.seen.x'", lambda r: {"s": Owner(r)}),
     "replicated": ("'d'", lambda r: {"d": replicated(r)}),
-    "beside shards": ("'lr'", lambda r: {"d": half(r), "lr": r}),
-    "beside its own": ("'lr'", lambda r: {"lr": r, "rng": PerRank(r), f"only {r}": 1}),
+    "with shards": ("'lr'", lambda r: {"d": half(r), "lr": r}),
+    "with own values": ("'lr'", lambda r: {"lr": r, "rng": PerRank(r), f"only {r}": 1}),
 }
 
 
@@ -120,28 +120,28 @@ def seeded(rank: int) -> dict[str, Any]:
     }
 
 
-# What each rank saves, which is as it should be.
+# States that may be saved: what several ranks hold is equal.
 SMALL = torch.arange(6.0).reshape(2, 3)
 SQUARE = torch.arange(1e6).reshape(1000, 1000)
-ALIKE: dict[str, Callable[[int], dict[str, Any]]] = {
+EQUAL: dict[str, Callable[[int], dict[str, Any]]] = {
     "values": lambda r: {"nan": float("nan"), "inf": float("inf"), "none": None, "t": (1, "a")},
     "dicts in any order": lambda r: {"x": (dict([("a", 1), ("b", 2)][:: -1 if r else 1]),)},
     "keys of any kind": lambda r: {"x": (dict([(1, 1), ((2,), 2)][:: -1 if r else 1]),)},
     "sets": lambda r: {"x": set(["a", "b", "c", "d"][:: -1 if r else 1])},
     "tensors": lambda r: {"w": torch.arange(6.0), "nan": torch.full((2,), float("nan"))},
-    "odd tensors": lambda r: {
+    "special tensors": lambda r: {
         "zero": torch.tensor(1.0),
         "empty": torch.empty(0, 3),
         "bool": torch.ones(2) > 0,
     },
     "large": lambda r: {"w": large(0)},
-    "laid out otherwise": lambda r: {
+    "other strides": lambda r: {
         "small": SMALL.t().contiguous().t() if r else SMALL,
         "large": SQUARE.t().contiguous().t() if r else SQUARE,
         "view": torch.arange(LARGE + 5)[5:] if r else torch.arange(5, LARGE + 5),
         "expanded": torch.ones(1).expand(LARGE) if r else torch.ones(LARGE),
     },
-    "each its own": lambda r: {"rng": PerRank(seeded(r)), "lr": 0.1},
+    "own values": lambda r: {"rng": PerRank(seeded(r)), "lr": 0.1},
     "stages": lambda r: {f"stage{r}.w": torch.full((3,), float(r)), f"n{r}": r, "shared": 1},
     "held by one": lambda r: {"only": torch.ones(2)} if r else {},
     "shards": lambda r: {"d": half(r)},
@@ -149,7 +149,7 @@ ALIKE: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 
 
-FACES: dict[str, Callable[[dict[str, Any], Repository], object]] = {
+CALLS: dict[str, Callable[[dict[str, Any], Repository], object]] = {
     "save": dcpstore.save,
     "async": lambda state, repo: dcpstore.async_save(state, repo).result(),
     "torch's planner": lambda state, repo: dcpstore.save(
@@ -159,70 +159,70 @@ FACES: dict[str, Callable[[dict[str, Any], Repository], object]] = {
         state, repo, async_checkpointer_type=AsyncCheckpointerType.PROCESS
     ).result(),
 }
-FEW = {"value", "small tensor", "large", "module", "stateful", "values", "tensors", "each its own"}
+FEW = {"value", "small tensor", "large", "module", "stateful", "values", "tensors", "own values"}
 
 
-def save_each(rank: int, place: Place, face: str, *, differ: bool) -> dict[str, Any]:
-    """Save each of the states, by another face a few of them; return what each raises."""
-    states = {what: make for what, (_, make) in DIFFERING.items()} if differ else ALIKE
-    if face != "save":
+def save_each(rank: int, place: Place, call: str, *, differ: bool) -> dict[str, Any]:
+    """Save each of the states, and through another call only a few; return what each raises."""
+    states = {what: make for what, (_, make) in DIFFERING.items()} if differ else EQUAL
+    if call != "save":
         states = {what: make for what, make in states.items() if what in FEW}
-    save = FACES[face]
-    heard = {}
+    save = CALLS[call]
+    raised = {}
     with place.open() as repo:
         for what, make in states.items():
-            heard[what] = caught(partial(lambda make: save(make(rank), repo), make))
-    return heard
+            raised[what] = caught(partial(lambda make: save(make(rank), repo), make))
+    return raised
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("call", CALLS)
 def test_contents_that_differ_are_refused_on_every_rank(
-    kept: Repository, place: Place, two_ranks: RankPool, face: str, subtests: pytest.Subtests
+    kept: Repository, place: Place, two_ranks: RankPool, call: str, subtests: pytest.Subtests
 ) -> None:
     before = sorted([*kept.storage.list("packs"), *kept.storage.list("manifests")])
-    first, second = two_ranks.run(partial(save_each, differ=True), place, face)
-    assert set(first) == (set(DIFFERING) if face == "save" else set(DIFFERING) & FEW)
+    first, second = two_ranks.run(partial(save_each, differ=True), place, call)
+    assert set(first) == (set(DIFFERING) if call == "save" else set(DIFFERING) & FEW)
     for what in first:
-        said = DIFFERING[what][0]
+        message = DIFFERING[what][0]
         with subtests.test(what=what):
             assert first[what] == second[what]
             assert first[what][0] == "InvalidInputError", first[what]
-            assert said in first[what][1]
+            assert message in first[what][1]
             assert "dcpstore.PerRank" in first[what][1]
             assert "'same'" not in first[what][1]
-    unchanged(kept)
+    assert_unchanged(kept)
     assert sorted([*kept.storage.list("packs"), *kept.storage.list("manifests")]) == before
     assert query_rows(kept.catalog, "SELECT uid FROM version WHERE status = 'pending'", {}) == []
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-@pytest.mark.parametrize("face", ["save", "async", "torch's planner"])
-def test_contents_that_are_equal_are_saved(place: Place, two_ranks: RankPool, face: str) -> None:
+@pytest.mark.parametrize("call", ["save", "async", "torch's planner"])
+def test_contents_that_are_equal_are_saved(place: Place, two_ranks: RankPool, call: str) -> None:
     place.open().close()
-    heard = two_ranks.run(partial(save_each, differ=False), place, face)
-    assert set(heard[0]) == (set(ALIKE) if face == "save" else set(ALIKE) & FEW)
-    assert heard == [dict.fromkeys(heard[0], ("nothing", "", {}))] * 2
+    raised = two_ranks.run(partial(save_each, differ=False), place, call)
+    assert set(raised[0]) == (set(EQUAL) if call == "save" else set(EQUAL) & FEW)
+    assert raised == [dict.fromkeys(raised[0], ("nothing", "", {}))] * 2
 
 
 def save_twice(rank: int, place: Place) -> list[str]:
-    """Save by a plan that is known by then: first what is alike, then what drifted apart."""
+    """Save three times with one plan, which is cached: equal states twice, then different ones."""
     names = []
     with place.open() as repo:
-        for drift in (0, 0, 1):
-            state = {"w": torch.full((3,), float(drift * rank)), "d": half(rank)}
+        for difference in (0, 0, 1):
+            state = {"w": torch.full((3,), float(difference * rank)), "d": half(rank)}
             names.append(caught(partial(dcpstore.save, state, repo))[0])
     return names
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_a_drift_is_found_by_a_known_plan_too(place: Place, two_ranks: RankPool) -> None:
+def test_a_difference_is_found_with_a_cached_plan_too(place: Place, two_ranks: RankPool) -> None:
     place.open().close()
     names = two_ranks.run(save_twice, place)
     assert names == [["nothing", "nothing", "InvalidInputError"]] * 2
 
 
-def save_much(rank: int, place: Place) -> tuple[str, str, dict[int, str]]:
-    """Save so much that the first chunks would be written before the others are digested."""
+def save_large(rank: int, place: Place) -> tuple[str, str, dict[int, str]]:
+    """Save a state so large that its first chunks are written before the others are digested."""
     state = {"a": torch.zeros(20 << 20), "b": torch.ones(20 << 20), "z": torch.tensor(rank)}
     with place.open() as repo:
         return caught(lambda: dcpstore.save(state, repo))
@@ -232,15 +232,15 @@ def save_much(rank: int, place: Place) -> tuple[str, str, dict[int, str]]:
 def test_nothing_of_a_large_save_is_written_before_it_is_compared(
     kept: Repository, place: Place, two_ranks: RankPool
 ) -> None:
-    first, second = two_ranks.run(save_much, place)
+    first, second = two_ranks.run(save_large, place)
     assert first == second
     assert first[0] == "InvalidInputError"
     assert len(list(kept.storage.list("packs"))) == 1
-    unchanged(kept)
+    assert_unchanged(kept)
 
 
 class Net(torch.nn.Module):
-    """A batch norm, and a buffer of its own that each rank fills for itself."""
+    """A batch norm, and a buffer that each rank fills differently."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -253,62 +253,64 @@ class Net(torch.nn.Module):
         return out
 
 
-class Seen(logging.Handler):
-    """Keeps what is warned of."""
+class Warnings(logging.Handler):
+    """Collects the warnings that are logged."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
+        self.messages.append(record.getMessage())
 
 
-def train_and_save(rank: int, place: Place, face: str) -> tuple[list[str], dict[str, Any], str]:
-    """Train a model under DDP, whose buffers differ by then, and save it twice."""
+def train_and_save(rank: int, place: Place, call: str) -> tuple[list[str], dict[str, Any], str]:
+    """Train a model under DDP until its buffers differ between ranks, and save it twice."""
     net = DistributedDataParallel(Net())
     net(torch.full((8, 4), 1.0 + rank) + torch.arange(8.0)[:, None]).sum().backward()
-    seen = Seen()
-    logging.getLogger("dcpstore").addHandler(seen)
-    state: dict[str, Any] = {"deep": [{"net": net}]} if face == "nested" else {"net": net}
-    if face == "dict":
+    warnings = Warnings()
+    logging.getLogger("dcpstore").addHandler(warnings)
+    state: dict[str, Any] = {"deep": [{"net": net}]} if call == "nested" else {"net": net}
+    if call == "dict":
         state = {"net": {"norm": net.module.norm.state_dict()}}
-    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=face == "torch's, lowest")
+    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=call == "torch's, lowest")
     try:
         with place.open() as repo:
             for _ in range(2):
-                if face == "async":
-                    heard = caught(lambda: dcpstore.async_save(state, repo).result())
-                elif face.startswith("torch's"):
-                    heard = caught(lambda: dcpstore.save(state, repo, planner=planner))
+                if call == "async":
+                    raised = caught(lambda: dcpstore.async_save(state, repo).result())
+                elif call.startswith("torch's"):
+                    raised = caught(lambda: dcpstore.save(state, repo, planner=planner))
                 else:
-                    heard = caught(lambda: dcpstore.save(state, repo))
+                    raised = caught(lambda: dcpstore.save(state, repo))
     finally:
-        logging.getLogger("dcpstore").removeHandler(seen)
-    mine = {name: tensor.clone() for name, tensor in net.module.state_dict().items()}
-    return seen.said, mine, heard[0]
+        logging.getLogger("dcpstore").removeHandler(warnings)
+    own = {name: tensor.clone() for name, tensor in net.module.state_dict().items()}
+    return warnings.messages, own, raised[0]
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-@pytest.mark.parametrize("face", ["save", "async", "dict", "torch's", "torch's, lowest"])
+@pytest.mark.parametrize("call", ["save", "async", "dict", "torch's", "torch's, lowest"])
 def test_buffers_of_a_module_are_those_of_the_lowest_rank(
-    place: Place, two_ranks: RankPool, face: str
+    place: Place, two_ranks: RankPool, call: str
 ) -> None:
     place.open().close()
-    (said, mine, heard), (silence, others, _) = two_ranks.run(train_and_save, place, face)
-    assert not torch.equal(mine["norm.running_mean"], others["norm.running_mean"])
-    assert silence == []
-    if face == "torch's":  # which shares buffers out over the ranks
-        assert heard == "InvalidInputError"
+    (messages, own, raised), (messages_of_rank_1, others, _) = two_ranks.run(
+        train_and_save, place, call
+    )
+    assert not torch.equal(own["norm.running_mean"], others["norm.running_mean"])
+    assert messages_of_rank_1 == []
+    if call == "torch's":  # which spreads buffers over the ranks
+        assert raised == "InvalidInputError"
         return
-    assert heard == "nothing"
-    assert all("norm.running_mean" in one for one in said)
-    assert len(said) == (2 if face == "torch's, lowest" else 1), said
+    assert raised == "nothing"
+    assert all("norm.running_mean" in message for message in messages)
+    assert len(messages) == (2 if call == "torch's, lowest" else 1), messages
     with place.open() as repo:
         read = {
             name.split("net.")[-1].removeprefix("module."): t for name, t in repo.read().items()
         }
-        assert all(torch.equal(read[name], mine[name]) for name in read)
+        assert all(torch.equal(read[name], own[name]) for name in read)
         assert read.keys() >= {"norm.running_mean", "norm.running_var"}
 
 
@@ -338,21 +340,21 @@ def test_a_fingerprint_of_a_large_tensor_sees_the_documented_blocks() -> None:
     ["bool", "uint8", "int64", "bfloat16", "float16", "float64", "float8_e4m3fn", "complex64",
      "complex128", "uint16"],
 )  # fmt: skip
-def test_a_fingerprint_is_of_elements_and_not_of_memory(dtype: str) -> None:
+def test_a_fingerprint_does_not_depend_on_strides(dtype: str) -> None:
     whole = torch.arange(2_400_000).remainder(2).to(getattr(torch, dtype)).reshape(1200, 2000)
     words = whole.view(torch.int64) if whole.itemsize == 8 else whole
-    turned = words.t().clone(memory_format=torch.contiguous_format).t().view(whole.dtype)
-    assert not turned.is_contiguous()
-    assert fingerprint(turned) == fingerprint(whole)
+    transposed = words.t().clone(memory_format=torch.contiguous_format).t().view(whole.dtype)
+    assert not transposed.is_contiguous()
+    assert fingerprint(transposed) == fingerprint(whole)
     assert fingerprint(whole[:3, :5]) == fingerprint(whole[:3, :5].clone())
 
 
-def test_a_fingerprint_is_of_what_a_conjugated_view_means() -> None:
+def test_a_fingerprint_of_a_conjugated_view_is_of_its_values() -> None:
     for numel in (10, 300_000):
         whole = torch.complex(torch.zeros(numel), torch.ones(numel))
-        meant = torch.complex(torch.zeros(numel), -torch.ones(numel))
-        assert fingerprint(whole.conj()) == fingerprint(meant) != fingerprint(whole)
-        assert fingerprint(whole.conj().imag) == fingerprint(meant.imag)
+        resolved = torch.complex(torch.zeros(numel), -torch.ones(numel))
+        assert fingerprint(whole.conj()) == fingerprint(resolved) != fingerprint(whole)
+        assert fingerprint(whole.conj().imag) == fingerprint(resolved.imag)
 
 
 def gather_fingerprints(rank: int) -> bytes:
@@ -363,7 +365,7 @@ def test_ranks_agree_on_a_fingerprint(two_ranks: RankPool) -> None:
     assert two_ranks.run(gather_fingerprints) == [fingerprint(torch.arange(1e6))] * 2
 
 
-def save_ten_of_many(rank: int, place: Place) -> tuple[str, str, dict[int, str]]:
+def save_many(rank: int, place: Place) -> tuple[str, str, dict[int, str]]:
     state = {f"w{i}": torch.tensor(rank) for i in range(30)}
     assert dist.get_world_size() == 2
     with place.open() as repo:
@@ -373,6 +375,6 @@ def save_ten_of_many(rank: int, place: Place) -> tuple[str, str, dict[int, str]]
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_the_message_stays_short(place: Place, two_ranks: RankPool) -> None:
     place.open().close()
-    heard, _ = two_ranks.run(save_ten_of_many, place)
-    assert "and 22 more" in heard[1]
-    assert InvalidInputError.__name__ == heard[0]
+    raised, _ = two_ranks.run(save_many, place)
+    assert "and 22 more" in raised[1]
+    assert InvalidInputError.__name__ == raised[0]

@@ -1,4 +1,4 @@
-"""While a save runs, the catalog shows how far each of its ranks is."""
+"""While a save is running, the catalog shows the progress of each of its ranks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tests.soundness import Place, assert_sound
 
 
 def save_slowly(rank: int, place: Place, gate: Path) -> int:
-    """Save, with a rank 1 that cannot go on until the gate is there."""
+    """Save; rank 1 waits in the planner until the file `gate` exists."""
 
     class Slow(dcpstore.DefaultSavePlanner):
         def resolve_data(self, write_item: Any) -> Any:
             until = time.monotonic() + 60
             while rank == 1 and not gate.exists():
-                assert time.monotonic() < until, "nobody opened the gate"
+                assert time.monotonic() < until, "the gate was not opened"
                 time.sleep(0.02)
             return super().resolve_data(write_item)
 
@@ -31,7 +31,9 @@ def save_slowly(rank: int, place: Place, gate: Path) -> int:
         return dcpstore.save(state, repo, step=7, planner=Slow()).number
 
 
-def test_each_rank_is_seen_in_its_phase(place: Place, two_ranks: RankPool, tmp_path: Path) -> None:
+def test_the_status_shows_the_phase_of_each_rank(
+    place: Place, two_ranks: RankPool, tmp_path: Path
+) -> None:
     gate = tmp_path / "gate"
     with place.open() as repo:
         results: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""Resharding as a property: whatever is saved under one layout loads under another, bit by bit.
+"""Resharding as a property: a state saved under one layout loads under another, bit by bit.
 
 Real gloo ranks, the real save and load, on both databases.
 """
@@ -92,7 +92,7 @@ def examples(draw: st.DrawFn) -> Example:
 
 
 def make(tensor: Tensor) -> torch.Tensor:
-    """Return the global tensor: any bits, but those of a bool."""
+    """Return the global tensor, of random bits; a bool has random values."""
     generator = torch.Generator().manual_seed(tensor.seed)
     dtype = getattr(torch, tensor.dtype)
     if dtype is torch.bool:

@@ -1,4 +1,4 @@
-"""What a save stores, what it finds again, and what it tells; on both databases."""
+"""What a save stores, what it reuses, and what its version says; on both databases."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.tensors import DTYPES, raw, same
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-def test_every_dtype_comes_back_bit_by_bit(repo: Repository, subtests: pytest.Subtests) -> None:
+def test_every_dtype_is_read_back_bit_by_bit(repo: Repository, subtests: pytest.Subtests) -> None:
     for dtype in DTYPES:
         with subtests.test(dtype=dtype):
             state = {
@@ -63,7 +63,7 @@ def test_unchanged_state_writes_no_chunk_bytes(repo: Repository) -> None:
     assert third.nbytes_written == state["layer3"].nbytes
 
 
-def test_a_changed_row_writes_its_chunk_alone(database_url: str, tmp_path: Path) -> None:
+def test_a_changed_row_writes_one_chunk(database_url: str, tmp_path: Path) -> None:
     with Place(database_url, str(tmp_path / "data"), chunk_nbytes=1024).open() as repo:
         weight = torch.randn(64, 64)
         dcpstore.save({"weight": weight}, repo)
@@ -72,7 +72,7 @@ def test_a_changed_row_writes_its_chunk_alone(database_url: str, tmp_path: Path)
         assert version.nbytes_written == 1024
 
 
-def test_version_tells_what_was_saved(repo: Repository) -> None:
+def test_the_version_has_what_the_caller_gave(repo: Repository) -> None:
     version = dcpstore.save(
         {"w": torch.zeros(3), "lr": 0.001},
         repo,
@@ -97,7 +97,7 @@ def test_version_tells_what_was_saved(repo: Repository) -> None:
     assert repo.log("best") == [version]
 
 
-def test_branches_begin_where_they_are_told(repo: Repository) -> None:
+def test_branches_begin_at_the_given_parent(repo: Repository) -> None:
     for _ in range(3):
         dcpstore.save({"w": torch.zeros(3)}, repo)
     side = dcpstore.save({"w": torch.ones(3)}, repo, branch="side", parent="main~1")
@@ -117,7 +117,7 @@ def test_values_are_plain_sql(repo: Repository) -> None:
     assert empty == state
 
 
-def test_large_values_are_blobs_and_come_back(repo: Repository) -> None:
+def test_large_values_are_blobs(repo: Repository) -> None:
     state: dict[str, Any] = {"history": list(range(50_000)), "rng": np.arange(9)}
     dcpstore.save(state, repo)
     assert {e.fqn: e.kind for e in repo.entries()} == {"history": "blob", "rng": "value"}
@@ -127,7 +127,7 @@ def test_large_values_are_blobs_and_come_back(repo: Repository) -> None:
     assert repo.read(None, ["history"]) == {"history": state["history"]}
 
 
-def test_manifest_says_what_the_catalog_says(repo: Repository) -> None:
+def test_the_manifest_equals_the_catalog(repo: Repository) -> None:
     state = {"w": torch.randn(40, 3), "step": 7}
     dcpstore.save(state, repo)
     version = dcpstore.save({**state, "b": torch.randn(3)}, repo, step=5, tags=["t"])
@@ -195,10 +195,10 @@ def test_replicas_are_written_once_and_spread_over_the_ranks(
 
 
 def save_in_part(rank: int, place: Place) -> str:
-    """Ranks 0 and 1 of four save alone; the others do not even call."""
+    """Ranks 0 and 1 of four save; the others make no call."""
     group = first_ranks(2)
     if rank > 1:
-        return "stayed away"
+        return "no call"
     with place.open() as repo:
         return str(dcpstore.save({f"of{rank}": torch.ones(2)}, repo, process_group=group))
 
@@ -206,13 +206,13 @@ def save_in_part(rank: int, place: Place) -> str:
 def test_a_sub_group_saves_and_ranks_may_hold_different_names(
     place: Place, four_ranks: RankPool
 ) -> None:
-    assert four_ranks.run(save_in_part, place) == ["v1", "v1", "stayed away", "stayed away"]
+    assert four_ranks.run(save_in_part, place) == ["v1", "v1", "no call", "no call"]
     with place.open() as repo:
         assert [e.fqn for e in repo.entries()] == ["of0", "of1"]
 
 
 def step_optimizer(rank: int, place: Place, ranks: int) -> None:
-    """Save a stepped FSDP2-like optimizer, or load it into one that has taken no step."""
+    """Save a stepped FSDP2-like optimizer, or load it into an optimizer that has taken no step."""
     torch.manual_seed(0)
     weight = torch.randn(8, 4)
     parameter = torch.nn.Parameter(distribute_tensor(weight, mesh((ranks,)), [Shard(0)]))
@@ -234,7 +234,7 @@ def step_optimizer(rank: int, place: Place, ranks: int) -> None:
         assert optimizer.param_groups[0]["lr"] == 0.1
 
 
-def test_an_optimizer_that_took_no_step_gets_the_state_laid_out_like_its_parameters(
+def test_a_new_optimizer_gets_state_sharded_like_its_parameters(
     place: Place, two_ranks: RankPool, four_ranks: RankPool
 ) -> None:
     place.open().close()

@@ -20,13 +20,13 @@ from dcpstore import InvalidInputError, MismatchError
 from tests.ranks import RankPool, mesh
 from tests.soundness import Place, assert_sound
 
-# torch says so of each method
+# torch warns at each method
 pytestmark = pytest.mark.filterwarnings("ignore:Please use DTensor", "ignore:torch.distributed is")
 WHOLE = torch.arange(18.0).reshape(6, 3)
 Spans = Sequence[tuple[int, int]]  # rows, as [start, end)
-# What each of two ranks holds; the last one is of one rank alone.
+# The rows that each of two ranks holds; of the last layout, one rank holds all.
 LAYOUTS: dict[str, tuple[Spans, Spans]] = {
-    "woven": (((0, 2), (4, 5)), ((2, 4), (5, 6))),
+    "interleaved": (((0, 2), (4, 5)), ((2, 4), (5, 6))),
     "none": (((0, 4), (4, 6)), ()),
     "empty": (((0, 0), (0, 3), (3, 3)), ((3, 3), (3, 6), (6, 6))),
     "only empty": (((0, 6),), ((6, 6),)),
@@ -138,7 +138,7 @@ def test_options_of_a_load_and_a_copy(tmp_path: Path) -> None:
 
 
 def shard_on_ranks(rank: int, place: Place) -> None:
-    """Save each layout in each way, and load it into each other one."""
+    """Save each layout with each call, and load it into each of the others."""
     with place.open() as repo:
         for name, layout in LAYOUTS.items():
 
@@ -148,13 +148,13 @@ def shard_on_ranks(rank: int, place: Place) -> None:
             dcpstore.save(state(filled=True), repo, tags=[f"save-{name}".replace(" ", "-")])
             dcpstore.async_save(state(filled=True), repo).result(60)
             planners: list[Any] = [dcpstore.DefaultSavePlanner()]
-            if name != "empty":  # torch's own takes one shard for another that begins there
+            if name != "empty":  # torch's own confuses two shards that begin at the same place
                 planners.append(dcp.DefaultSavePlanner())
             for planner in planners:
                 writer = dcpstore.RepositoryWriter(repo)
                 dcp.save(state(filled=True), storage_writer=writer, planner=planner)
                 loaders: list[Any] = [dcpstore.DefaultLoadPlanner()]
-                if name != "none":  # torch's own takes the version for one of an older torch
+                if name != "none":  # torch's own treats the version as one of an older torch
                     loaders.append(dcp.DefaultLoadPlanner())
                 for loader in loaders:
                     found = state(filled=False)
