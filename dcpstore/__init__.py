@@ -21,6 +21,8 @@ if TYPE_CHECKING:
         SavePlanner,
         WriteItem,
     )
+    from torch.distributed.checkpoint.state_dict_loader import load_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save_state_dict
     from torch.distributed.checkpoint.stateful import Stateful
     from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
@@ -28,12 +30,7 @@ if TYPE_CHECKING:
     from dcpstore.asynchronous.async_save import async_save
     from dcpstore.asynchronous.preemption import Preemption, on_preemption
     from dcpstore.catalog.maintenance.retention import Retention
-    from dcpstore.dcp.filesystem import (
-        FileSystemReader,
-        FileSystemWriter,
-        load_state_dict,
-        save_state_dict,
-    )
+    from dcpstore.dcp.filesystem import FileSystemReader, FileSystemWriter
     from dcpstore.dcp.reader import RepositoryReader
     from dcpstore.dcp.writer import RepositoryWriter
     from dcpstore.errors import (
@@ -108,12 +105,7 @@ _HOMES = {
     "dcpstore.api": ("load", "save"),
     "dcpstore.asynchronous.async_save": ("async_save",),
     "dcpstore.saving.staging": ("PendingSave",),
-    "dcpstore.dcp.filesystem": (
-        "FileSystemReader",
-        "FileSystemWriter",
-        "load_state_dict",
-        "save_state_dict",
-    ),
+    "dcpstore.dcp.filesystem": ("FileSystemReader", "FileSystemWriter"),
     "dcpstore.dcp.reader": ("RepositoryReader",),
     "dcpstore.dcp.writer": ("RepositoryWriter",),
     "dcpstore.errors": (
@@ -142,6 +134,8 @@ _HOMES = {
         "SavePlanner",
         "WriteItem",
     ),
+    "torch.distributed.checkpoint.state_dict_loader": ("load_state_dict",),
+    "torch.distributed.checkpoint.state_dict_saver": ("save_state_dict",),
     "torch.distributed.checkpoint.stateful": ("Stateful",),
     "torch.distributed.checkpoint.storage": ("StorageReader", "StorageWriter"),
     "dcpstore.catalog.maintenance.retention": ("Retention",),

@@ -1,8 +1,7 @@
 """`FileSystemWriter` and `FileSystemReader` with torch's names and arguments, on a folder.
 
 The folder holds an embedded repository, so a second save to it makes a new version and overwrites
-nothing. Arguments that say how torch lays out its files have no effect here. The two functions that
-torch has deprecated are here too, for code that calls them with these classes.
+nothing. Arguments that say how torch lays out its files have no effect here.
 """
 
 from __future__ import annotations
@@ -12,13 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import SerializationFormat
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import LoadPlanner, SavePlan, SavePlanner
-from torch.distributed.checkpoint.state_dict_loader import load_state_dict as _torch_load
-from torch.distributed.checkpoint.state_dict_saver import save_state_dict as _torch_save
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+from torch.distributed.checkpoint.planner import SavePlan
 
 from dcpstore.catalog.location import absolute_target
 from dcpstore.dcp.reader import RepositoryReader
@@ -26,12 +20,7 @@ from dcpstore.dcp.writer import RepositoryWriter
 from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from dcpstore.repository import open as open_repository
 
-__all__ = [
-    "FileSystemReader",
-    "FileSystemWriter",
-    "load_state_dict",
-    "save_state_dict",
-]
+__all__ = ["FileSystemReader", "FileSystemWriter"]
 
 
 class _InFolder:
@@ -146,37 +135,3 @@ def _holds_version(path: Path) -> bool:
             return bool(repo.log(limit=1))
     except NotFoundError:
         return False
-
-
-def save_state_dict(  # noqa: PLR0917 (torch's order)
-    state_dict: dict[str, Any],
-    storage_writer: StorageWriter,
-    process_group: dist.ProcessGroup | None = None,
-    coordinator_rank: int = 0,
-    no_dist: bool = False,
-    planner: SavePlanner | None = None,
-) -> Metadata:
-    """Save through a storage writer, as torch's deprecated `save_state_dict`; prefer `save`.
-
-    Warns:
-        FutureWarning: always.
-    """
-    return _torch_save(
-        state_dict, storage_writer, process_group, coordinator_rank, no_dist, planner
-    )
-
-
-def load_state_dict(  # noqa: PLR0917 (torch's order)
-    state_dict: dict[str, Any],
-    storage_reader: StorageReader,
-    process_group: dist.ProcessGroup | None = None,
-    coordinator_rank: int = 0,
-    no_dist: bool = False,
-    planner: LoadPlanner | None = None,
-) -> None:
-    """Load through a storage reader, as torch's deprecated `load_state_dict`; prefer `load`.
-
-    Warns:
-        FutureWarning: always.
-    """
-    _torch_load(state_dict, storage_reader, process_group, coordinator_rank, no_dist, planner)

@@ -9,8 +9,6 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -24,14 +22,7 @@ from dcpstore.core.uids import new_uid
 from dcpstore.core.user import this_user
 from dcpstore.encoding.values import encode_value
 from dcpstore.errors import ConflictError, DcpstoreError, NotFoundError
-from dcpstore.records import (
-    EntryRecord,
-    ObjectPath,
-    PackRecord,
-    Version,
-    VersionContent,
-    VersionDraft,
-)
+from dcpstore.records import EntryRecord, ObjectPath, PackRecord, Version, VersionDraft
 from dcpstore.saving.plan_exchange import PlanMemory
 from dcpstore.saving.request import SaveRequest, draft_of
 from dcpstore.saving.save_state import SaveState
@@ -152,15 +143,20 @@ class BegunVersion:
             ConflictError: the branch moved, or gc deleted what the save reuses; save again.
             AlreadyExistsError: a tag was taken meanwhile.
         """
-        publish = partial(
-            _publish,
-            target,
-            self.draft,
-            state,
-            packs=packs,
-            seconds=seconds,
-            planner_data=planner_data,
-        )
+
+        def publish() -> Version:
+            began = time.perf_counter()
+            content = state.content(
+                target.catalog, packs=packs, seconds=seconds, planner_data=planner_data
+            )
+            entries = content.records()
+            write_manifest(target.storage, self.draft, content, entries)
+            seconds["manifest"] = time.perf_counter() - began
+            version = commit_save(target.catalog, self.draft.uid, content)
+            # The next save keeps the grids of these entries.
+            target.memory.entries.put(version.number, {entry.fqn: entry for entry in entries})
+            return version
+
         try:
             version = publish()
         except ConflictError:
@@ -190,38 +186,6 @@ class BegunVersion:
             self.abort(catalog, f"{type(error).__name__}: {error}")
         except DcpstoreError as second:
             error.add_note(f"the catalog could not record that the save failed: {second}")
-
-
-def _publish(
-    target: SaveTarget,
-    draft: VersionDraft,
-    state: SaveState,
-    *,
-    packs: Sequence[PackRecord],
-    seconds: dict[str, float],
-    planner_data: str | None,
-) -> Version:
-    """Write the manifest, commit, and remember the entries for the grids of the next save."""
-    began = time.perf_counter()
-    content = VersionContent(
-        entries=state.entries(),
-        tensors=state.tensors(target.catalog),
-        packs=packs,
-        plan=state.plan,
-        nbytes=state.nbytes,
-        nbytes_written=sum(pack.nbytes for pack in packs),
-        nbytes_reused=state.nbytes_reused,
-        seconds=seconds,
-        created_at=datetime.now(UTC),
-        aliases=state.aliases,
-        planner_data=planner_data,
-    )
-    entries = content.records()
-    write_manifest(target.storage, draft, content, entries)
-    seconds["manifest"] = time.perf_counter() - began
-    version = commit_save(target.catalog, draft.uid, content)
-    target.memory.entries.put(version.number, {entry.fqn: entry for entry in entries})
-    return version
 
 
 def _number_of(catalog: Catalog, ref: str | int | None) -> int | None:

@@ -255,12 +255,8 @@ def reply_to_offers(
         key = hasher(b"".join(digests) + pickle.dumps(layouts)).digest()
         plan = dataclasses.replace(plan, layouts=layouts, key=key)
         memory.plans.put(digests, plan)
-    return plan, _replies(plan, offers)
-
-
-def _replies(plan: GlobalPlan, offers: Sequence[PlanOffer]) -> list[PlanReply]:
     table, encoded = plan.table, _EncodedLayouts(plan)
-    return [
+    return plan, [
         PlanReply(plan.key)
         if offer.held == plan.key
         else PlanReply(

@@ -20,6 +20,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -171,10 +172,11 @@ def save_version(
         guards.close()
 
 
+@dataclass(eq=False, slots=True)
 class RankWork:
     """One rank's own part of a save; its methods are called in the order of a save.
 
-    Args:
+    Attributes:
         planner: of this rank.
         target: what is saved to.
         writer: of this rank's packs; its thread pool is used for digests and comparisons too.
@@ -183,26 +185,17 @@ class RankWork:
         buffers: FQNs of module buffers in a staged state, which has no modules any more.
     """
 
-    def __init__(
-        self,
-        planner: SavePlanner,
-        target: SaveTarget,
-        *,
-        writer: ChunkWriter,
-        bar: ProgressBar,
-        allow_pickle: bool,
-        buffers: Collection[str],
-    ) -> None:
-        self._planner = planner
-        self._buffers = buffers
-        self._target = target
-        self._pool = writer.pool
-        self._writer = writer
-        self._bar = bar
-        self._allow_pickle = allow_pickle
-        self._first: Sequence[RawChunk] = ()  # written while the others are digested
-        self._data: RankData | None = None
-        self._seconds: Seconds = {}
+    planner: SavePlanner
+    target: SaveTarget
+    writer: ChunkWriter
+    bar: ProgressBar
+    allow_pickle: bool
+    buffers: Collection[str]
+    _plan: LocalPlan = field(init=False)
+    _reply: PlanReply = field(init=False)
+    _data: RankData | None = field(init=False, default=None)
+    _first: Sequence[RawChunk] = field(init=False, default=())  # written while others are digested
+    _seconds: Seconds = field(init=False, default_factory=dict)
 
     def plan(
         self, state_dict: Mapping[str, Any], keys: Sequence[str], ranks: Collectives, *, uid: str
@@ -214,11 +207,11 @@ class RankWork:
         with nesting_checked():
             state = take_state(state_dict, keys, rank=ranks.rank)
             check_state(state)
-            meta = StorageMeta(self._target.location, uid)
-            _set_up_planner(self._planner, state, meta, is_coordinator=ranks.leads)
-        local = self._planner.create_local_plan()
-        buffers = {*self._buffers, *buffer_names(state_dict, state)} if ranks.size > 1 else ()
-        self._plan = LocalPlan(local, self._planner, self._target.memory, buffers=buffers)
+            meta = StorageMeta(self.target.location, uid)
+            _set_up_planner(self.planner, state, meta, is_coordinator=ranks.leads)
+        local = self.planner.create_local_plan()
+        buffers = {*self.buffers, *buffer_names(state_dict, state)} if ranks.size > 1 else ()
+        self._plan = LocalPlan(local, self.planner, self.target.memory, buffers=buffers)
         return self._plan.offer()
 
     def plan_whole(self) -> PlanOffer:
@@ -235,13 +228,13 @@ class RankWork:
         with self._timed("digest"):
             data = self._resolved()
             replicas = self._replicas()
-            return FirstDigests(data.digest_first(self._pool, self._bar.advance), replicas)
+            return FirstDigests(data.digest_first(self.writer.pool, self.bar.advance), replicas)
 
     def begin_writing(self, places: Sequence[int]) -> None:
         """Begin to write the first chunks that are at these places."""
         chunks = self._resolved().chunks
         self._first = [chunks[i] for i in places]
-        self._writer.begin(self._first)
+        self.writer.begin(self._first)
 
     def digest(self) -> RankDigests:
         """Return the digests of all chunks and, if not sent yet, the fingerprints of replicas."""
@@ -249,7 +242,7 @@ class RankWork:
             data = self._resolved()
             replicas = b"" if self._reply.writes_early else self._replicas()
             with gc_allowed(total_nbytes(data.chunks)):
-                digested = data.digest(self._pool, self._bar.advance)
+                digested = data.digest(self.writer.pool, self.bar.advance)
             return RankDigests(digested, self._seconds, replicas)
 
     def compare(self, assignment: WriteAssignment) -> set[str]:
@@ -257,10 +250,10 @@ class RankWork:
         with self._timed("compare"), gc_allowed():
             return find_changed(
                 self._resolved().held(assignment.compare),
-                self._target.catalog,
-                self._target.storage,
+                self.target.catalog,
+                self.target.storage,
                 version=assignment.version,
-                pool=self._pool,
+                pool=self.writer.pool,
             )
 
     def write(self, assignment: WriteAssignment) -> RankResult:
@@ -269,15 +262,15 @@ class RankWork:
             data = self._resolved()
             chunks = [data.chunks[i] for i in assignment.write]
             nbytes = total_nbytes(chunks) + total_nbytes(self._first)
-            self._bar.begin("write", nbytes)
+            self.bar.begin("write", nbytes)
             with gc_allowed(nbytes):
-                written = self._writer.finish(chunks, self._bar.advance)
+                written = self.writer.finish(chunks, self.bar.advance)
                 return RankResult(written, self._seconds)
 
     def _replicas(self) -> bytes:
         """Return the fingerprints of what other ranks hold too; after `_resolved` only."""
         return fingerprints(
-            self._plan.compared, self._planner, self._pool, allow_pickle=self._allow_pickle
+            self._plan.compared, self.planner, self.writer.pool, allow_pickle=self.allow_pickle
         )
 
     def _resolved(self) -> RankData:
@@ -288,13 +281,13 @@ class RankWork:
         if self._data is None:
             plan, layouts = self._plan.take(self._reply)
             self._data = RankData(
-                self._planner.finish_plan(plan),
-                self._planner,
+                self.planner.finish_plan(plan),
+                self.planner,
                 dict(layouts),
-                chunk=self._target.catalog.repository.chunk,
-                allow_pickle=self._allow_pickle,
+                chunk=self.target.catalog.repository.chunk,
+                allow_pickle=self.allow_pickle,
             )
-            self._bar.begin("digest", total_nbytes(self._data.chunks))
+            self.bar.begin("digest", total_nbytes(self._data.chunks))
         return self._data
 
     @contextlib.contextmanager

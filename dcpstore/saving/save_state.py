@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +35,8 @@ from dcpstore.records import (
     NewEntry,
     NewTensor,
     ObjectPath,
-    PlanRecord,
+    PackRecord,
+    VersionContent,
 )
 from dcpstore.saving.chunk_writer import Written
 from dcpstore.saving.layout import Layout, blob_layout, planned_chunks
@@ -235,7 +237,7 @@ class SaveState:
         self._writes: list[Ints] = []  # by rank, rows of `_cells`, in the order they are written
         self._places: dict[ChunkKey, ChunkPlace] = {}
         self._nbytes_new = 0
-        self.aliases: dict[str, str] = {}
+        self._aliases: dict[str, str] = {}
 
     def look_up(self, catalog: Catalog, parent: Mapping[str, EntryRecord]) -> list[str]:
         """Find the contents that the repository holds.
@@ -257,7 +259,7 @@ class SaveState:
             assert entry.tensor is not None
             digest = self._contents[entry.fqn].digest
             self._known[digest] = entry.tensor
-            self.aliases[digest] = entry.tensor.digest
+            self._aliases[digest] = entry.tensor.digest
 
     def choose_writes(
         self, catalog: Catalog, first: Sequence[Sequence[int]]
@@ -311,22 +313,44 @@ class SaveState:
             self._places.setdefault(key, place)
         self._nbytes_new += nbytes
 
-    @property
-    def plan(self) -> PlanRecord:
-        """The shard index: which rank wrote which box."""
-        return self._table.record
+    def content(
+        self,
+        catalog: Catalog,
+        *,
+        packs: Sequence[PackRecord],
+        seconds: Mapping[str, float],
+        planner_data: str | None,
+    ) -> VersionContent:
+        """Return what the version holds; the places of all chunks have been recorded.
 
-    def entries(self) -> list[NewEntry]:
-        """Return the entries of the version, by FQN."""
-        fqns = sorted(self._layouts.keys() | self._values.keys())
-        return [self._entry(fqn) for fqn in fqns]
-
-    def tensors(self, catalog: Catalog) -> list[NewTensor]:
-        """Return each distinct tensor content with all its chunks, those of known ones included.
+        Args:
+            catalog: has the tensors that are reused.
+            packs: of all ranks.
+            seconds: that each phase took.
+            planner_data: what the planner stores with the version, as typed JSON.
 
         Raises:
             ConflictError: gc deleted a tensor after `look_up` had found it.
         """
+        fqns = sorted(self._layouts.keys() | self._values.keys())
+        nbytes = sum(content.nbytes for content in self._contents.values())
+        return VersionContent(
+            entries=[self._entry(fqn) for fqn in fqns],
+            tensors=self._tensors(catalog),
+            packs=packs,
+            plan=self._table.record,  # the shard index: which rank wrote which box
+            nbytes=nbytes,  # those of tied tensors each time
+            nbytes_written=sum(pack.nbytes for pack in packs),
+            # The rest was not written: the repository, or another entry, has it.
+            nbytes_reused=nbytes - self._nbytes_new,
+            seconds=seconds,
+            created_at=datetime.now(UTC),
+            aliases=self._aliases,
+            planner_data=planner_data,
+        )
+
+    def _tensors(self, catalog: Catalog) -> list[NewTensor]:
+        """Return each distinct tensor content with all its chunks, those of reused ones too."""
         stored = {tensor.id: tensor for tensor in self._known.values()}
         known = load_whole_tensors(catalog, list(stored.values()))
         reused = {tensor.digest for tensor in known}
@@ -336,16 +360,6 @@ class SaveState:
             if self._stored_digest(content) not in reused
         }
         return [*known, *self._new_tensors(list(new.values()))]
-
-    @property
-    def nbytes(self) -> int:
-        """Raw bytes of all tensors of the version, those of tied ones each time."""
-        return sum(content.nbytes for content in self._contents.values())
-
-    @property
-    def nbytes_reused(self) -> int:
-        """Raw bytes that this save did not write: the repository, or another entry, has them."""
-        return self.nbytes - self._nbytes_new
 
     def _contents_by_fqn(self) -> dict[str, _Content]:
         cells = self._cells

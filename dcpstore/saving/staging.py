@@ -334,9 +334,8 @@ def find_saver(
         ConflictError: this thread is inside a save, for which the saver's thread might wait.
     """
     refuse_inside_change()
-    alone = None
-    if no_dist or not use_collectives or not has_process_group():
-        alone = alone_in(group, no_dist=no_dist)
+    is_alone = no_dist or not use_collectives or not has_process_group()
+    alone = alone_in(group, no_dist=no_dist) if is_alone else None
     # The group itself, not None: a process may end its default group and begin another one.
     key = (None, alone.rank) if alone else (group or dist.group.WORLD, None)
     if key not in _savers:

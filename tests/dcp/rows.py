@@ -158,18 +158,6 @@ def by_planner(folder: Path) -> None:
     "load(no_dist=)",
     "async_save(process_group=)",
     "async_save(no_dist=)",
-    "save_state_dict(state_dict=)",
-    "save_state_dict(storage_writer=)",
-    "save_state_dict(process_group=)",
-    "save_state_dict(coordinator_rank=)",
-    "save_state_dict(no_dist=)",
-    "save_state_dict(planner=)",
-    "load_state_dict(state_dict=)",
-    "load_state_dict(storage_reader=)",
-    "load_state_dict(process_group=)",
-    "load_state_dict(coordinator_rank=)",
-    "load_state_dict(no_dist=)",
-    "load_state_dict(planner=)",
 )
 def by_group(folder: Path) -> None:
     """Alone, and in a process group of this one process."""
