@@ -206,6 +206,6 @@ def async_save(
     pending = saver.begin(
         state_dict, prepare, if_busy=if_busy, staging_limit=staging_limit, stager=async_stager
     )
-    if isinstance(repo, Repository):
+    if isinstance(repo, Repository):  # its close() then waits for the save, and raises its failure
         repo.finish_before_close(raise_unseen)
     return pending

@@ -149,7 +149,7 @@ def _check_state(staged: Mapping[str, Any]) -> None:
 def _check_sendable(name: str, value: object) -> None:
     try:
         pickle.dumps(value)
-    except Exception as error:
+    except Exception as error:  # pickle runs code of the object, which may raise anything
         raise InvalidInputError(
             f"{name}: a {type(value).__name__} cannot be sent to torch's background process "
             f"({type(error).__name__}: {error}); {_INSTEAD}."

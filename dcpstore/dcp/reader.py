@@ -136,6 +136,7 @@ class RepositoryReader(StorageReader):
                 allow_pickle=self._allow_pickle,
             )
         self._is_used = True
+        # Done already: threads of our own have read in parallel, and torch only waits for it.
         future: Future[None] = Future()
         future.set_result(None)
         return future

@@ -144,7 +144,7 @@ class RepositoryWriter(StorageWriter):
         """
         # With torch's plan cache, a rank whose plan did not change gets one that is not usable.
         self._is_cached = not all(plan.usable for plan in plans)
-        if not any(plan.usable for plan in plans):
+        if not any(plan.usable for plan in plans):  # each rank still has its plan, with layouts
             with self._opened() as target:
                 self._begin(target, ranks=len(plans))
             return plans
@@ -157,6 +157,7 @@ class RepositoryWriter(StorageWriter):
             layouts = lay_out(
                 table,
                 chunk=target.catalog.repository.chunk,
+                # Another rank may have saved the parent: its grids would not fit.
                 parent={} if self._is_alone else entries_of_parent(target, begun.draft)[1],
                 are_whole=is_whole,
             )

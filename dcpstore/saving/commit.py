@@ -86,10 +86,11 @@ def checked_planner_data(
     """
     if given is None:
         return {}, None
-    if given == recorded:
+    if given == recorded:  # a path with marks equals the plain tuple that torch sends
         return recorded, None
     if isinstance(given, Mapping) and all(map(_is_path, given.values())):
         return given, None
+    # Never as a pickle: every load through torch decodes it, even one that allows none.
     encoded = encode_value(given, allow_pickle=False)
     return {}, encoded.text if encoded.data is None else encoded.data.decode()
 
@@ -163,6 +164,7 @@ class BegunVersion:
             # gc may have moved chunks that the save reuses into other packs. A second manifest
             # names their new places; any other conflict is raised again.
             version = publish()
+        # If this process ends here, the next change of the repository writes the journal entry.
         write_journal(target.catalog, target.storage)
         self.is_pending = False
         if self._retention is not None:
@@ -177,7 +179,7 @@ class BegunVersion:
             DcpstoreError: the catalog could not record it.
         """
         if self.is_pending:
-            self.is_pending = False
+            self.is_pending = False  # even if the catalog fails now: gc clears it then
             abort_save(catalog, self.draft.uid, reason)
 
     def abort_for(self, catalog: Catalog, error: BaseException) -> None:

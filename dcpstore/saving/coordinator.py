@@ -239,6 +239,7 @@ class Coordinator:
 
     def take_changed(self, reports: Sequence[set[str]]) -> list[WriteAssignment]:
         """Take the FQNs that each rank found changed; return which chunks each rank writes."""
+        # Each rank holds other boxes of a tensor: it is unchanged only if all of them say so.
         changed = set().union(*reports)
         self._state.take_unchanged(e for e in self._compared if e.fqn not in changed)
         return self._assign_writes()
@@ -328,6 +329,7 @@ def check_agreement(requests: Sequence[OpenRequest]) -> None:
             f"rank 0 saves to repository {uids[0]}, rank {odd} to {uids[odd]}; pass the same "
             "repository on every rank, on storage that all of them see."
         )
+    # Without this check rank 0 would decide, and the other ranks would not notice.
     for name in (part.name for part in fields(SaveRequest)):
         if name in ("metrics", "labels") and requests[0].request.metrics_from == "rank0":
             continue

@@ -72,7 +72,7 @@ def lay_out(
         if are_whole:
             cuts = tuple(steps[number][: len(shape)])
             layout = _lay_by_steps(dtype, shape, kept, cuts, pieces=pieces[number], chunk=chunk)
-        if layout is None:
+        if layout is None:  # irregular shards, or tensors that may be incomplete
             boxes = table.boxes(table.rows_of(number))
             layout = _lay_by_boxes(dtype, shape, kept, boxes, chunk, are_whole=are_whole)
         layouts[fqn] = layout
@@ -147,7 +147,7 @@ def _lay_by_steps(
     grid = None
     if len(kept) == 1 and kept[0].meets(shape, steps):
         grid = kept[0]
-    elif len(kept) < 2:
+    elif len(kept) < 2:  # whether several kept grids fit, only the boxes show
         grid = lay_regular(shape, itemsize, steps, pieces=pieces, target=chunk.nbytes)
     if grid is None:
         return None

@@ -171,7 +171,7 @@ class LocalPlan:
 
     def take(self, reply: PlanReply) -> tuple[SavePlan, Mapping[str, Layout]]:
         """Return what this rank writes, with the layouts of the tensors, and cache its share."""
-        if reply.plan is not None:
+        if reply.plan is not None:  # made by the caller's planner; such a plan is never cached
             assert reply.layouts is not None
             assert reply.compared is not None
             self.compared = [self._plan.items[i] for i in reply.compared.tolist()]
@@ -252,6 +252,7 @@ def reply_to_offers(
         if (grids := kept_grids(parent.get(fqn), layout.dtype, layout.shape))
     ):
         layouts = lay_out(plan.table, chunk=chunk, parent=parent, are_whole=is_whole)
+        # A rank sends this key back at the next save, to say which share it holds.
         key = hasher(b"".join(digests) + pickle.dumps(layouts)).digest()
         plan = dataclasses.replace(plan, layouts=layouts, key=key)
         memory.plans.put(digests, plan)

@@ -105,6 +105,7 @@ class RankData:
                     self.chunks += _cut(layouts[fqn], box, self._source(item, box))
                 else:
                     self.chunks += _cut_array(layouts[fqn], box, array)
+        # By FQN, as the coordinator counts them: it does not know the order of the plan's values.
         for _, value in sorted(self._values.items()):
             if value.data is not None:
                 layout = blob_layout(len(value.data), chunk)
@@ -144,7 +145,9 @@ class RankData:
     def keys(self) -> list[ChunkKey]:
         """The keys of the chunks that are digested so far, in order."""
         return [
-            (chunk.codec, digest) for chunk, digest in zip(self.chunks, self._digests, strict=False)
+            # strict=False: there are fewer digests until all chunks are done
+            (chunk.codec, digest)
+            for chunk, digest in zip(self.chunks, self._digests, strict=False)
         ]
 
     def held(self, entries: Sequence[EntryRecord]) -> list[Held]:

@@ -156,7 +156,7 @@ def _value_digest(value: EncodedValue) -> bytes:
     text, data = value.text, value.data or b""
     if text == JSON_BLOB:
         text, data = data.decode(), b""
-    if "{" in text:
+    if "{" in text:  # else it has no dict, and needs no sorting
         text = json.dumps(_ordered(json.loads(text)), sort_keys=True)
     return hasher(text.encode() + b"\0" + data).digest()[:_DIGEST]
 
@@ -242,6 +242,7 @@ class Replicas:
         """Return the replicas in the plans of all ranks, before one rank is chosen for each."""
         first = first_equal(table.rows)
         holders = np.bincount(first, minlength=len(first))
+        # An empty box has nothing to compare.
         rows = np.flatnonzero((holders[first] > 1) & (table.rows.volumes > 0))
         _, group = np.unique(first[rows], return_inverse=True)
         rank = table.rank[rows]
@@ -273,6 +274,7 @@ class Replicas:
         digests = np.frombuffer(b"".join(by_rank), np.uint64).reshape(-1, _DIGEST // 8)
         assert len(digests) == len(self.rank), "each rank sends one digest for each of its replicas"
         known = np.flatnonzero(digests.any(axis=1))  # zeros: the rank could not compare it
+        # All holders of an item are compared with the first one that could compare it.
         group = self.group[known]
         first = np.full(len(self.rank), len(self.rank))
         np.minimum.at(first, group, known)

@@ -199,6 +199,7 @@ def own_request(request: SaveRequest, rank: int) -> SaveRequest:
 def _as_int(step: int | None) -> int | None:
     """Return a step, such as a NumPy integer, as an int; `check_draft` refuses what is not one."""
     try:
+        # a bool has an index too, and is certainly a mistake
         return step if step is None or isinstance(step, bool) else operator.index(step)
     except TypeError:
         return step

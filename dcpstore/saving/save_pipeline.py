@@ -134,6 +134,7 @@ def save_version(
         began = time.perf_counter()
         uid, keys = in_step(ranks, "open", begin, coordinator.begin)
         with (
+            # On one rank only: so a save needs one connection to the database, not one per rank.
             kept_lease(coordinator.target.catalog, uid, progress=progress.by_rank)
             if ranks.leads
             else contextlib.nullcontext(),
@@ -152,6 +153,7 @@ def save_version(
             reply = in_turn(
                 ranks, "plan", lambda: work.plan(state_dict, keys, ranks, uid=uid), coordinator.plan
             )
+            # Some rank or the coordinator has no cached plan: all ranks get the same reply.
             if reply.wants_table:
                 reply = in_turn(ranks, "plan", work.plan_whole, coordinator.plan)
             work.take(reply, seconds=time.perf_counter() - began)
@@ -165,8 +167,8 @@ def save_version(
                     ranks, "compare", partial(work.compare, assignment), coordinator.take_changed
                 )
             return in_step(ranks, "write", partial(work.write, assignment), coordinator.commit)
-    except BaseException as error:
-        coordinator.abort(error)
+    except BaseException as error:  # an interrupt too: the version must not stay pending
+        coordinator.abort(error)  # does nothing on the other ranks, which have begun none
         raise
     finally:
         guards.close()
@@ -206,10 +208,11 @@ class RankWork:
         """
         with nesting_checked():
             state = take_state(state_dict, keys, rank=ranks.rank)
-            check_state(state)
+            check_state(state)  # first: an error of ours names the FQN, a planner's may not
             meta = StorageMeta(self.target.location, uid)
             _set_up_planner(self.planner, state, meta, is_coordinator=ranks.leads)
         local = self.planner.create_local_plan()
+        # With one rank there are no replicas, and nobody needs to know the buffers.
         buffers = {*self.buffers, *buffer_names(state_dict, state)} if ranks.size > 1 else ()
         self._plan = LocalPlan(local, self.planner, self.target.memory, buffers=buffers)
         return self._plan.offer()
@@ -241,6 +244,7 @@ class RankWork:
         with self._timed("digest"):
             data = self._resolved()
             replicas = b"" if self._reply.writes_early else self._replicas()
+            # Digests of many bytes take long, and make few objects.
             with gc_allowed(total_nbytes(data.chunks)):
                 digested = data.digest(self.writer.pool, self.bar.advance)
             return RankDigests(digested, self._seconds, replicas)

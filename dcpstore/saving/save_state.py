@@ -96,7 +96,7 @@ class Cells:
         ]
         more = np.array(blobs, np.int64).reshape(len(blobs), 3)
         rank = np.concatenate([table.rank[row], more[:, 0]])
-        order = np.argsort(rank, kind="stable")
+        order = np.argsort(rank, kind="stable")  # keeps the order in which a rank sends its digests
         starts = np.searchsorted(rank[order], np.arange(table.ranks + 1))
         for i, (digested, planned) in enumerate(zip(reports, np.diff(starts), strict=True)):
             if len(digested.digests) != _DIGEST * planned:
@@ -277,6 +277,7 @@ class SaveState:
         is_new = np.array([self._contents[f].digest not in self._known for f in self._fqns], bool)
         codecs = np.array([self._layouts[fqn].codec for fqn in self._fqns], object)
         chosen = [np.zeros(0, np.int64)]
+        # A chunk is stored once per codec, so each codec is looked up by itself.
         for codec in dict.fromkeys(codecs[is_new]):
             cells = np.flatnonzero((is_new & (codecs == codec))[self._cells.tensor])
             cells = self._cells.distinct(cells)
@@ -309,7 +310,10 @@ class SaveState:
 
         `nbytes` are the raw bytes that it wrote.
         """
-        for key, place in places.items():
+        for (
+            key,
+            place,
+        ) in places.items():  # two ranks may have written equal chunks: one place will do
             self._places.setdefault(key, place)
         self._nbytes_new += nbytes
 
@@ -363,6 +367,7 @@ class SaveState:
 
     def _contents_by_fqn(self) -> dict[str, _Content]:
         cells = self._cells
+        # A content digest covers the chunk digests by (part, ordinal), whichever rank sent them.
         order = np.lexsort((cells.ordinal, cells.part, cells.tensor))
         starts = np.searchsorted(cells.tensor[order], np.arange(len(self._fqns) + 1)).tolist()
         cells.check_complete(order, [self._layouts[fqn].grids for fqn in self._fqns], self._fqns)

@@ -80,6 +80,7 @@ def write_plan(
             chunk=target.catalog.repository.chunk,
             allow_pickle=allow_pickle,
         )
+        # Equal chunks of this rank are looked up and written once.
         first = first_places(data.digest_first(writer.pool))
         places = find_encoded(target.catalog, first)
         early = [key for key in first if key not in places]
@@ -122,7 +123,7 @@ def commit_reports(
         ConflictError, AlreadyExistsError, NotFoundError: a ref is not as the request needs it.
     """
     layouts = {fqn: layout for report in reports for fqn, layout in report.layouts.items()}
-    if is_whole and is_cached:
+    if is_whole and is_cached:  # else it was checked before anything was written
         check_agreement(table)
         check_tiling(table)
         layouts = join_layouts(table, [report.layouts for report in reports])
