@@ -28,7 +28,7 @@ from dcpstore.errors import DcpstoreError, InvalidInputError, RankFailure
 from dcpstore.planning import DefaultSavePlanner
 from dcpstore.records import Version
 from dcpstore.repository import Repository, opened
-from dcpstore.saving.coordinator import OpenRequest, check_agreement
+from dcpstore.saving.coordinator import OpenRequest, check_requests
 from dcpstore.saving.replicas import compare_state
 from dcpstore.saving.request import SaveRequest
 from dcpstore.state.buffers import is_statistic
@@ -86,7 +86,7 @@ def save_in_process(
         with opened(where, create=True) as repo:
             return OpenRequest(repo.about.uid, request, check_keys(staged))
 
-    in_step(ranks, "open", begin, check_agreement)
+    in_step(ranks, "open", begin, check_requests)
     if ranks.size > 1:
         differing = compare_state(staged, ranks, buffers=buffers, allow_pickle=allow_pickle)
         # Torch does not tell its process which FQNs are buffers, so their values could be mixed

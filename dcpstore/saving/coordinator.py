@@ -41,7 +41,7 @@ __all__ = [
     "RankResult",
     "Seconds",
     "WriteAssignment",
-    "check_agreement",
+    "check_requests",
 ]
 
 _log = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class Coordinator:
 
     def begin(self, requests: Sequence[OpenRequest]) -> tuple[str, list[str]]:
         """Check that the ranks agree and begin the version; return its uid and all ranks' keys."""
-        check_agreement(requests)
+        check_requests(requests)
         self._begun = BegunVersion(self.target, requests[0].request, ranks=self._size)
         draft = self._begun.draft
         if not self._is_whole:
@@ -316,7 +316,7 @@ class Coordinator:
             self._begun.abort_for(self.target.catalog, error)
 
 
-def check_agreement(requests: Sequence[OpenRequest]) -> None:
+def check_requests(requests: Sequence[OpenRequest]) -> None:
     """Check that all ranks ask for the same save, of one repository.
 
     Raises:

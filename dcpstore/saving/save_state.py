@@ -310,10 +310,8 @@ class SaveState:
 
         `nbytes` are the raw bytes that it wrote.
         """
-        for (
-            key,
-            place,
-        ) in places.items():  # two ranks may have written equal chunks: one place will do
+        # Two ranks may have written equal chunks: the place of either will do.
+        for key, place in places.items():
             self._places.setdefault(key, place)
         self._nbytes_new += nbytes
 
