@@ -134,7 +134,7 @@ def save_version(
         began = time.perf_counter()
         uid, keys = in_step(ranks, "open", begin, coordinator.begin)
         with (
-            # On one rank only: so a save needs one connection to the database, not one per rank.
+            # On the coordinator only, so that a save uses one connection to the database.
             kept_lease(coordinator.target.catalog, uid, progress=progress.by_rank)
             if ranks.leads
             else contextlib.nullcontext(),
