@@ -30,7 +30,7 @@ SESSION = (  # a comment, or a command
     ("Every checkpoint is a version, with its history and metrics.", ""),
     ("", "dcpstore tag best main~1"),
     ("", "dcpstore log"),
-    ("", "dcpstore diff v2 main --depth 2"),
+    ("", "dcpstore diff best main --depth 1"),
     ("The catalog is a database.", ""),
     ("", f"dcpstore sql '{QUERY}'"),
 )
