@@ -24,9 +24,9 @@ from tests.soundness import Place, assert_sound
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Torch 2.8 warns of this itself, when its own FileSystemWriter writes.
-    if metadata.version("torch").startswith("2.8."):
-        config.addinivalue_line("filterwarnings", "ignore:TypedStorage is deprecated:UserWarning")
+    if metadata.version("torch").startswith("2.8."):  # which warns of what it does itself
+        for message in ("TypedStorage is deprecated", "Converting a tensor with requires_grad"):
+            config.addinivalue_line("filterwarnings", f"ignore:{message}:UserWarning")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

@@ -64,6 +64,7 @@ __all__ = [
     "rebuild_tensor_v3",
     "set_format_version",
     "sharded_metadata",
+    "splits_uneven_strides",
     "storage_place",
     "takes_argument",
 ]
@@ -262,6 +263,18 @@ def _placing(module: Any, places: Mapping[str, int]) -> Any:
             super().__setattr__(name, partial(placed, value) if is_load else value)
 
     return SimpleNamespace(__name__=module.__name__, Unpickler=Placing)
+
+
+@cache
+def splits_uneven_strides() -> bool:
+    """Tell whether a strided shard of unequal pieces lies as in the newest torch.
+
+    In 2.8 and 2.9 a dimension is cut into all pieces at once; later each run is cut by itself. The
+    two differ where the pieces are not of equal size.
+    """
+    strided = StridedShard(0, split_factor=2)
+    parts, _ = strided._split_tensor(torch.arange(2, device="cpu"), 2, with_padding=False)
+    return [part.tolist() for part in parts] == [[0, 1], []]
 
 
 def allowed_globals() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from dcpstore.compat.torch_private import (
     ShardOf,
     StridedShard,
     flatten_sharded_tensors,
+    splits_uneven_strides,
 )
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box
@@ -153,11 +154,31 @@ def splits_of(fqn: str, tensor: DTensor) -> list[Split]:
     """Return how a DTensor is split over its mesh, in which this rank is.
 
     Raises:
-        InvalidInputError: a pending reduction (`Partial`) or an unknown placement.
+        InvalidInputError: a pending reduction (`Partial`), an unknown placement, or a strided
+            split that this release of torch makes in another way.
     """
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None
-    return _splits(fqn, tensor.device_mesh.shape, coordinate, tensor.placements)
+    splits = _splits(fqn, tensor.device_mesh.shape, coordinate, tensor.placements)
+    if not splits_uneven_strides():
+        _check_even_strides(fqn, tensor.shape, splits)
+    return splits
+
+
+def _check_even_strides(fqn: str, shape: Sequence[int], splits: Sequence[Split]) -> None:
+    """Refuse a strided split into pieces of unequal size, of which older torch makes others."""
+    sizes = list(shape)
+    for split in splits:
+        size = sizes[split.dim]
+        if split.factor > 1 and size % (split.count * split.factor):
+            raise InvalidInputError(
+                f"{fqn!r} is a DTensor whose dimension {split.dim} of {size} elements is split by "
+                f"_StridedShard into {split.count} x {split.factor} pieces of unequal size, which "
+                f"torch {torch.__version__} lays out in another way than newer ones; pad it, or "
+                "install a newer torch."
+            )
+        piece = -(-size // split.count)
+        sizes[split.dim] = max(min(piece, size - piece * split.index), 0)
 
 
 def _splits(
