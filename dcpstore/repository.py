@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
 
 from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.db.sqlite_file import CATALOG_FILE
 from dcpstore.catalog.location import absolute_data, absolute_target, check_path, locate
 from dcpstore.catalog.maintenance.journal import changing_repository, journaled, write_journal
 from dcpstore.catalog.read.entries import load_chunks, load_entries
@@ -718,7 +719,7 @@ def _advise(folder: Path) -> str:
             "storage_reader= of dcpstore.load too."
         )
     with suppress(DcpstoreError, OSError):
-        if any(LocalFolder(folder).list("operations")):
+        if not (folder / CATALOG_FILE).exists() and any(LocalFolder(folder).list("operations")):
             return (
                 f"no repository at {folder}: its data are there, but its catalog is gone. Restore "
                 f"the catalog with 'dcpstore rebuild {folder} --into {folder}'."

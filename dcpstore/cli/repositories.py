@@ -18,6 +18,7 @@ from dcpstore.cli.session import (
 )
 from dcpstore.errors import AlreadyExistsError
 from dcpstore.records import ChunkDefaults, CodecSetting
+from dcpstore.storage.urls import OBJECT_STORES
 
 __all__ = ["copy", "db_upgrade", "init", "rebuild"]
 
@@ -49,6 +50,11 @@ _MIB = 1024 * 1024
 @json_option
 def init(session: Session, target: str, data: str | None, chunk_mib: int, codec: str) -> None:
     """Make a new repository in a folder, or in the database of a URL."""
+    if target.startswith(tuple(f"{scheme}://" for scheme in OBJECT_STORES)):
+        raise click.UsageError(
+            "an object store holds the chunks, and the catalog is in a folder or a database: "
+            "'dcpstore init PATH_OR_URL --data URL'."
+        )
     _refuse_existing(target)
     if data is None and "://" in target:
         raise click.UsageError("a repository by URL needs --data, the place of its chunks.")
@@ -156,6 +162,9 @@ def copy(session: Session, source: str, target: str, refs: tuple[str, ...]) -> N
         note(f"expired there, and not copied: {', '.join(f'v{n}' for n in report.refused)}")
     if report.left:
         left = visible(", ".join(report.left))
-        note(f"refs that are something else there, not changed: {left}")
+        note(
+            f"refs that are something else there, not changed: {left}; to name the copies, use "
+            "'dcpstore branch NEW --at vN --repo DST' or 'dcpstore tag NEW vN --repo DST'"
+        )
     written = human_bytes(report.nbytes_written)
     click.echo(f"copied {counted(len(report.copied), 'version')}, {written} written")

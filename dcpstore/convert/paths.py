@@ -5,15 +5,20 @@ other files of this machine into a version. So only files that are inside the fo
 followed, are read; a file that the caller names is trusted.
 
 An export is written under an unguessable temporary name beside its target, made durable, then
-renamed; an existing target is never touched (invariant of every export).
+renamed; an existing target is never touched (invariant of every export). While it runs it holds a
+lock on that name. What a killed export left has no lock, and the next export to the same target
+removes it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +33,8 @@ from dcpstore.errors import (
 )
 
 __all__ = ["inside", "new_file", "new_folder"]
+
+_FRESH_SECONDS = 60  # how old a temporary name without a lock is: one that is begun has none yet
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -65,11 +72,11 @@ def new_file(target: Path) -> Iterator[IO[bytes]]:
     """
     temporary = _begin(target)
     try:
-        with temporary.open("xb") as file:
+        with temporary.open("xb") as file, _locked(temporary):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        _name_file(temporary, target)
+            _name_file(temporary, target)
         _sync(target.parent)
     except OSError as error:
         raise _refused(target, error) from error
@@ -90,13 +97,14 @@ def new_folder(target: Path) -> Iterator[Path]:
     temporary = _begin(target)
     try:
         temporary.mkdir()
-        yield temporary
-        for folder, _, names in os.walk(temporary, topdown=False):
-            for name in names:
-                _sync(Path(folder, name))
-            _sync(Path(folder))
-        _refuse_existing(target)  # a rename would replace an empty folder created meanwhile
-        temporary.rename(target)
+        with _locked(temporary):
+            yield temporary
+            for folder, _, names in os.walk(temporary, topdown=False):
+                for name in names:
+                    _sync(Path(folder, name))
+                _sync(Path(folder))
+            _refuse_existing(target)  # a rename would replace an empty folder created meanwhile
+            temporary.rename(target)
         _sync(target.parent)
     except OSError as error:
         raise _refused(target, error) from error
@@ -111,7 +119,40 @@ def _begin(target: Path) -> Path:
         raise NotFoundError(
             f"the folder {str(target.parent)!r} for the export is missing; make it first."
         )
+    _remove_abandoned(target)
     return target.with_name(f"{target.name}.{secrets.token_hex(8)}.tmp")
+
+
+@contextmanager
+def _locked(temporary: Path) -> Iterator[None]:
+    """Hold a lock on what is being written, where the filesystem has locks."""
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed exports to this target left under their temporary names."""
+    name = re.compile(re.escape(target.name) + r"\.[0-9a-f]{16}\.tmp")
+    for path in filter(lambda path: name.fullmatch(path.name), target.parent.iterdir()):
+        with contextlib.suppress(
+            OSError
+        ):  # it is locked, or cannot be removed: it only takes space
+            if time.time() - path.lstat().st_mtime < _FRESH_SECONDS:
+                continue
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def _name_file(temporary: Path, target: Path) -> None:

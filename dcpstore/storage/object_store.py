@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 
 __all__ = ["ObjectStore", "open_object_store"]
 
+# Where obstore asks for credentials when the environment has none: the metadata service of a cloud.
+_METADATA = ("169.254.169.254", "metadata.google.internal")
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS, the path of a key file",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
 _PART = 16 << 20  # bytes of one part of an upload; 10,000 are allowed
 
 
@@ -123,6 +130,12 @@ class ObjectStore:
                 "they may do in this bucket."
             ) from error
         except (BaseError, OSError) as error:
+            if any(address in str(error) for address in _METADATA):
+                needed = _CREDENTIALS.get(self._url.partition("://")[0], "credentials")
+                raise DcpstoreError(
+                    f"cannot {action} {where!r}: no credentials were found; set {needed} in the "
+                    "environment. (On a machine of that cloud: its metadata service gave none.)"
+                ) from error
             raise DcpstoreError(
                 f"cannot {action} {where!r}: {_first_line(error)}; check the network and the "
                 "endpoint, then try again."

@@ -9,9 +9,9 @@ from dcpstore.errors import DcpstoreError, InvalidInputError
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.local import LocalFolder
 
-__all__ = ["check_data_url", "open_storage"]
+__all__ = ["OBJECT_STORES", "check_data_url", "open_storage"]
 
-_OBJECT_STORES = ("s3", "gs", "az")
+OBJECT_STORES = ("s3", "gs", "az")
 
 
 def open_storage(url: str, *, base: Path | None = None, create: bool = False) -> Storage:
@@ -36,7 +36,7 @@ def open_storage(url: str, *, base: Path | None = None, create: bool = False) ->
         if parts.netloc not in ("", "localhost") or not parts.path.strip("/"):
             raise InvalidInputError(f"{url!r} names no local folder; write file:///absolute/path.")
         return LocalFolder(Path(unquote(parts.path)), create=create)
-    if parts.scheme in _OBJECT_STORES:
+    if parts.scheme in OBJECT_STORES:
         try:
             # Here, for most repositories lie in folders, and obstore is an extra.
             from dcpstore.storage.object_store import open_object_store  # noqa: PLC0415
@@ -47,7 +47,7 @@ def open_storage(url: str, *, base: Path | None = None, create: bool = False) ->
         return open_object_store(url)
     raise InvalidInputError(
         f"no storage for {parts.scheme + '://'!r} in {url!r}; give a path, or a URL of "
-        f"{', '.join(scheme + '://' for scheme in ('file', *_OBJECT_STORES))}."
+        f"{', '.join(scheme + '://' for scheme in ('file', *OBJECT_STORES))}."
     )
 
 

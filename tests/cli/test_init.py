@@ -79,6 +79,15 @@ def test_a_url_needs_a_place_for_the_data(run: Run, database_url: str) -> None:
     assert run("log", repo=database_url).exit_code == 10
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/ckpts", "gs://bucket", "az://account/container"])
+def test_an_object_store_holds_no_catalog(run: Run, url: str, tmp_path: Path) -> None:
+    for more in ((), ("--data", url), ("--data", str(tmp_path / "data"))):
+        result = run("init", url, *more)
+        assert result.exit_code == 2
+        assert "'dcpstore init PATH_OR_URL --data URL'" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("args", [("--chunk-mib", "0"), ("--codec", "gzip"), ()])
 def test_what_it_refuses_leaves_nothing(run: Run, tmp_path: Path, args: tuple[str, ...]) -> None:
     target = (str(tmp_path / "new"),) if args else ()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -61,6 +64,70 @@ def test_an_error_leaves_nothing_behind(
     with pytest.raises(ZeroDivisionError), new(tmp_path / "out"):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dcpstore.convert import paths
+
+with getattr(paths, sys.argv[1])(Path(sys.argv[2])) as new:
+    if sys.argv[1] == "new_folder":
+        (new / "half").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def grow_old(folder: Path) -> None:
+    """Make everything in a folder an hour old."""
+    for path in folder.iterdir():
+        os.utime(path, (time.time() - 3600,) * 2)
+
+
+@pytest.mark.parametrize("new", [new_file, new_folder])
+def test_the_next_export_removes_what_a_killed_one_left(
+    tmp_path: Path, new: Callable[[Path], AbstractContextManager[object]]
+) -> None:
+    target = tmp_path / "out"
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, new.__name__, str(target)], timeout=120, check=False
+    )
+    assert killed.returncode == -9
+    (tmp_path / "other.0123456789abcdef.tmp").write_text("of another target")
+    (tmp_path / "out.tmp").write_text("not of an export")
+    assert len(list(tmp_path.iterdir())) == 3
+    with new(target):
+        assert len(list(tmp_path.iterdir())) == 4, "a fresh one may be of an export that begins"
+    grow_old(tmp_path)
+    with new(tmp_path / "elsewhere"):
+        assert len(list(tmp_path.glob("out.*.tmp"))) == 1
+    target.rename(tmp_path / "moved")
+    with new(target):
+        assert len(list(tmp_path.glob("out.*.tmp"))) == 1, "its own alone"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "elsewhere",
+        "moved",
+        "other.0123456789abcdef.tmp",
+        "out",
+        "out.tmp",
+    }
+
+
+@pytest.mark.parametrize("new", [new_file, new_folder])
+def test_the_next_export_leaves_one_that_still_runs(
+    tmp_path: Path, new: Callable[[Path], AbstractContextManager[object]]
+) -> None:
+    target = tmp_path / "out"
+
+    def export_twice() -> None:
+        with new(target):
+            grow_old(tmp_path)
+            with new(target):
+                assert len(list(tmp_path.iterdir())) == 2
+
+    with pytest.raises(AlreadyExistsError):
+        export_twice()
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_what_comes_meanwhile_is_not_replaced(tmp_path: Path) -> None:

@@ -47,6 +47,10 @@ def test_the_size_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
         (UnauthenticatedError("no key\nand so on"), "no key; check the credentials"),
         (GenericError("timed out"), "timed out; check the network"),
         (OSError("pipe"), "pipe; check the network"),
+        (
+            GenericError("Error performing PUT http://169.254.169.254/latest/api/token: 403"),
+            "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        ),
     ],
 )
 def test_failures_say_what_to_do(

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from sqlalchemy import Connection, Engine, NullPool, QueuePool, create_engine, event
 from sqlalchemy.exc import DBAPIError
@@ -27,7 +27,7 @@ from dcpstore.catalog.db.db_errors import (
     is_transient,
     translate,
 )
-from dcpstore.catalog.db.sqlite_file import open_file
+from dcpstore.catalog.db.sqlite_file import is_at_rest, open_file
 from dcpstore.catalog.db.url import keep_to_process, parse_url, server_engine
 from dcpstore.core.reentry import changing
 from dcpstore.errors import DcpstoreError
@@ -70,12 +70,14 @@ class Database:
         self._keepers_lock = threading.RLock()  # a signal handler may run while it is held
         self._keepers = 0  # blocks inside `keep_connection`
         self._reports: list[Callable[[str], None]] = []
-        if self.is_sqlite:
+        if self.file is not None:
+            # A catalog at rest is read without locks, so each transaction looks again whether it
+            # is; else connections are kept, and threads wait for its lock, not for a connection.
+            kept: dict[str, Any] = {"poolclass": QueuePool, "max_overflow": -1}
             self._engine = create_engine(
                 "sqlite://",
                 creator=self._connect_sqlite,
-                poolclass=QueuePool,
-                max_overflow=-1,  # threads wait for the database's lock, never for a connection
+                **({"poolclass": NullPool} if is_at_rest(self.file) else kept),
             )
             event.listen(self._engine, "begin", _begin_sqlite)
         else:

@@ -89,7 +89,9 @@ _SQLITE: dict[str, _Meaning] = {
     "malformed": _DAMAGED,
     "unable to open": (
         NotFoundError,
-        "cannot open the catalog {shown} ({text}). Check that its folder exists and is writable.",
+        "cannot open the catalog {shown} ({text}). Check that its folder exists and is writable. "
+        "If it is mounted read-only, close the programs that have it open elsewhere, or read a "
+        "copy of the folder.",
     ),
     "readonly": (
         DcpstoreError,

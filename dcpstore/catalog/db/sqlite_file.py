@@ -8,9 +8,19 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
-__all__ = ["CATALOG_FILE", "open_file"]
+__all__ = ["CATALOG_FILE", "is_at_rest", "open_file"]
 
 CATALOG_FILE = "catalog.db"  # in the folder of a repository
+
+
+def is_at_rest(file: Path) -> bool:
+    """Tell whether a catalog lies where this process cannot write, and no other one has it open.
+
+    In WAL mode SQLite keeps two files beside the catalog, even for a reader. On a read-only mount
+    it cannot make them; but where there is no log of changes, the catalog itself is all there is.
+    """
+    log = Path(f"{file}-wal")
+    return not os.access(file.parent, os.W_OK) and not (log.exists() and log.stat().st_size)
 
 
 def open_file(
@@ -23,8 +33,10 @@ def open_file(
         mode: read it, or write too, or make it where it is missing.
         timeout: seconds to wait for others who lock it.
     """
+    # Immutable: read the file without locks and without files beside it.
+    how = "ro&immutable=1" if mode != "rwc" and is_at_rest(file) else mode
     return sqlite3.connect(
-        f"file:{quote(os.fsencode(str(file)))}?mode={mode}",
+        f"file:{quote(os.fsencode(str(file)))}?mode={how}",
         uri=True,
         timeout=timeout,
         isolation_level=None,  # we say BEGIN ourselves, and which
