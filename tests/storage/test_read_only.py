@@ -66,7 +66,7 @@ def test_everything_is_read_and_a_change_is_refused(folder: Path) -> None:
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("args", [("log",), ("log", "--branch", "main"), ("verify", "--deep")])
+@pytest.mark.parametrize("args", [("log",), ("log", "--branch", "main"), ("verify",)])
 def test_commands_that_read(folder: Path, args: tuple[str, ...]) -> None:
     command = (sys.executable, "-m", "dcpstore", *args, "--repo", str(folder))
     done = run_read_only(folder, *command)
