@@ -26,7 +26,7 @@ bench: .venv/installed  ## Measure everything beside its peers: one table, in a 
 	$(BIN)/python -m benchmarks --json build/bench.json
 
 docs: .venv/installed  ## Write the pages that follow from the code.
-	DCPSTORE_WRITE_DOCS=1 $(BIN)/pytest -q tests/test_house.py tests/test_docs.py tests/test_site.py tests/history/test_sql_page.py tests/parallel/test_page.py tests/dcp/test_page.py tests/encoding/test_page.py -k 'documented or page'
+	DCPSTORE_WRITE_DOCS=1 $(BIN)/pytest -q tests/test_house.py tests/test_docs.py tests/test_site.py tests/history/test_sql_page.py tests/parallel/test_page.py tests/dcp/test_page.py tests/encoding/test_page.py tests/cli/test_docs.py -k 'documented or page'
 
 docs-site: .venv/installed  ## Build the documentation site into build/site; a warning is an error.
 	$(BIN)/python docs/site/build.py

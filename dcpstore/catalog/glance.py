@@ -3,12 +3,13 @@
 SQLAlchemy takes longer to load than all the rest of `dcpstore log` takes. The query here is that of
 the view `history`, on the tables themselves. Invariant: a glance raises nothing, and returns what
 `Catalog` would; or None where what it looks at is not as it should be, and then the caller turns
-to `Catalog`, which finds out what is wrong, and says so. What a log does not show, metrics for
+to `Catalog`, which finds out what is wrong, and says so. What a log does not show, labels for
 example, may be damaged all the same: `dcpstore verify` looks at everything.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import sqlite3
 from contextlib import closing
@@ -23,7 +24,7 @@ from dcpstore.catalog.schema.views import query_of
 __all__ = ["LogLine", "glance_at_log"]
 
 _URL = re.compile(r"sqlite:///([^?#%]+)")  # in which no character stands for another
-_TABLES = ("alembic_version", "repository", "version", "entry", "ref")
+_TABLES = ("alembic_version", "repository", "version", "entry", "ref", "metric")
 _KINDS = (int, int | None, str, int | None, str, str, str, int)
 _BUSY_SECONDS = 1.0
 
@@ -39,6 +40,7 @@ class LogLine(NamedTuple):
     message: str
     created_at: datetime
     nbytes: int
+    metrics: dict[str, float]
 
     def __str__(self) -> str:
         return f"v{self.number}"
@@ -82,16 +84,27 @@ def _lines(connection: sqlite3.Connection, folder: Path, limit: int) -> list[Log
     ((data,),) = connection.execute("SELECT data_url FROM repository")
     if not data or "://" in data or not (folder / data).is_dir():
         return None
+    most = -1 if limit is None else limit
+    history, metrics = (query_of(view, "sqlite") for view in ("history", "metrics"))
     rows = connection.execute(
         "SELECT version, parent, branch, step, tags, message, created_at, nbytes"
-        f" FROM ({query_of('history', 'sqlite')}) ORDER BY version DESC LIMIT ?",
-        (limit,),
+        f" FROM ({history}) ORDER BY version DESC LIMIT ?",
+        (most,),
     )
-    return list(map(_line, rows))
+    lines = list(map(_line, rows))
+    by_number = {line.number: line.metrics for line in lines}
+    for number, name, value in connection.execute(
+        f"SELECT version, name, value FROM ({metrics}) WHERE version >= ? ORDER BY name",
+        (min(by_number, default=0),),
+    ):
+        if not isinstance(name, str) or not isinstance(value, float | None):
+            raise TypeError
+        by_number[number][name] = math.nan if value is None else value
+    return lines
 
 
 def _line(row: tuple[Any, ...]) -> LogLine:
-    """Return the line of a row; TypeError or ValueError where it is damaged."""
+    """Return the line of a row, without metrics; TypeError or ValueError where it is damaged."""
     if not all(map(isinstance, row, _KINDS)):
         raise TypeError
     number, parent, branch, step, tags, message, text, nbytes = row
@@ -100,5 +113,5 @@ def _line(row: tuple[Any, ...]) -> LogLine:
         raise ValueError
     names = tuple(tags.split(",")) if tags else ()
     return LogLine(
-        number, parent, branch, step, names, message, created_at.replace(tzinfo=UTC), nbytes
+        number, parent, branch, step, names, message, created_at.replace(tzinfo=UTC), nbytes, {}
     )

@@ -17,7 +17,7 @@ from typing import Literal, NoReturn, TextIO
 import click
 
 from dcpstore.cli import INTERRUPTED
-from dcpstore.cli.session import BROKEN_PIPE, Session, exit_code, report
+from dcpstore.cli.session import BROKEN_PIPE, Session, color_option, exit_code, report
 from dcpstore.errors import DcpstoreError
 
 __all__ = ["commands", "run"]
@@ -29,9 +29,12 @@ _COMMANDS = {
     "status": ("status", "List the saves that are running, with their progress."),
     "show": ("contents", "Show one version in detail."),
     "ls": ("contents", "List the entries of a version."),
+    "best": ("metrics", "Show the version with the best value of a metric."),
     "diff": ("diff", "Show what changed between two versions."),
     "tag": ("refs", "List, set, move or delete tags."),
     "branch": ("refs", "List, create or delete branches."),
+    "metric": ("metrics", "Add metrics to a version."),
+    "label": ("metrics", "Add labels to a version."),
     "rollback": ("refs", "Move a branch back to an earlier version."),
     "undo": ("refs", "Revert the last operation."),
     "ops": ("refs", "List the operations on the repository, newest first."),
@@ -45,6 +48,7 @@ _COMMANDS = {
     "verify": ("maintain", "Check the repository for damage."),
     "rebuild": ("repositories", "Make a new catalog from a data folder."),
     "copy": ("repositories", "Copy versions to another repository."),
+    "completion": ("completion", "Print the script that completes commands in a shell."),
 }
 
 
@@ -80,9 +84,17 @@ class _Commands(click.Group):
             ctx.fail(f"no command {name!r}. Did you mean {' or '.join(map(repr, close))}?")
         return super().resolve_command(ctx, args)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the options before the command; what completes a line has a session from here."""
+        if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+            ctx.color = False  # --color is read after this, so it can say otherwise
+        rest = super().parse_args(ctx, args)
+        ctx.obj = Session(repo=ctx.params["repo"])
+        return rest
+
     def invoke(self, ctx: click.Context) -> object:
         """Run a command; every failure becomes a message and an exit code here."""
-        session = ctx.obj = Session(repo=ctx.params["repo"])
+        session = ctx.ensure_object(Session)
         try:
             result: object = super().invoke(ctx)
             sys.stdout.flush()  # here, where a closed pipe still ends the command quietly
@@ -104,6 +116,7 @@ class _Commands(click.Group):
     show_envvar=True,
     help="The repository; every command that opens one also has this option.",
 )
+@color_option
 @click.version_option(package_name="dcpstore", message="dcpstore %(version)s")
 def commands(repo: str | None) -> None:
     """Look at and change a repository of model checkpoints.

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from dcpstore.cli.completion import complete_branches, complete_refs
 from dcpstore.cli.output import counted, human_bytes, print_json, visible
 from dcpstore.cli.session import Session, repo_options
 
@@ -51,7 +52,12 @@ def _as_renames(
 @click.command("import")
 @click.argument("source", nargs=-1, required=True, type=_Path())
 @click.option(
-    "--branch", metavar="NAME", default="main", show_default=True, help="Branch to save to."
+    "--branch",
+    metavar="NAME",
+    default="main",
+    show_default=True,
+    shell_complete=complete_branches,
+    help="Branch to save to.",
 )
 @click.option("--tag", "tags", metavar="NAME", multiple=True, help="Tag it; may be repeated.")
 @click.option("--step", type=int, help="Its step in the training run.")
@@ -98,7 +104,7 @@ def import_(
 
 
 @click.command()
-@click.argument("ref")
+@click.argument("ref", shell_complete=complete_refs)
 @click.argument("dest", type=_Path())
 @click.option(
     "--format",

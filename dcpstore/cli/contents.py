@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 
 import click
 
+from dcpstore.cli.completion import complete_refs
 from dcpstore.cli.output import (
     Column,
+    human_age,
     human_bytes,
     human_number,
     human_time,
@@ -36,7 +39,7 @@ _LONG = (Column("CHUNKS", right=True), Column("CODEC"), Column("DIGEST"))
 
 
 @click.command()
-@click.argument("ref", required=False)
+@click.argument("ref", required=False, shell_complete=complete_refs)
 @repo_options
 def show(session: Session, ref: str | None) -> None:
     """Show the version REF in detail; default: the tip of main."""
@@ -55,7 +58,8 @@ def _pairs(version: Version) -> Iterator[tuple[str, str]]:
     yield "branch", version.branch
     yield "step", "-" if version.step is None else str(version.step)
     yield "tags", ", ".join(version.tags) or "-"
-    yield "when", human_time(version.created_at, zone=True)
+    age = f" ({human_age(version.created_at)})" if sys.stdout.isatty() else ""
+    yield "when", human_time(version.created_at, zone=True) + age
     yield "author", visible(version.author) or "-"
     yield "ranks", str(version.ranks)
     yield (
@@ -73,15 +77,15 @@ def _pairs(version: Version) -> Iterator[tuple[str, str]]:
 
 
 @click.command()
-@click.argument("args", nargs=-1, metavar="[REF] [GLOB]...")
+@click.argument("args", nargs=-1, metavar="[REF] [GLOB]...", shell_complete=complete_refs)
 @click.option("--long", "-l", is_flag=True, help="Add chunks, codec and content digest.")
 @repo_options
 def ls(session: Session, args: tuple[str, ...], long: bool) -> None:
     """List the entries of the version REF (default: the tip of main) whose FQN a GLOB matches.
 
-    In a GLOB, * stands for any characters, dots too, and ? for one; a name stands for all that is
-    below it too. A first argument with *, ? or [ is a GLOB. A tensor that is made of tensors is one
-    entry, with its parts below it.
+    In a GLOB, * matches any characters, dots too, and ? matches one. A name also matches
+    everything below it. A first argument with *, ? or [ is a GLOB, not a REF. A tensor that is made
+    of other tensors is one entry, with its parts below it.
     """
     named = bool(args) and not _WILD & set(args[0])
     ref, globs = (args[0], args[1:]) if named else (None, args)

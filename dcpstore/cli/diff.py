@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dcpstore.cli.completion import complete_branches, complete_refs
 from dcpstore.cli.output import Column, human_bytes, note, print_json, print_table
 from dcpstore.cli.session import Session, repo_options
 from dcpstore.errors import InvalidInputError
@@ -38,21 +39,31 @@ _STATS: dict[str, Callable[[TensorStats], float]] = {
 _ENTRY = ("change", "fqn", "old", "new", "bytes", "shared")
 _MODULE = ("module", *_COUNTS, "bytes", "shared")
 _SORTS = (*_ENTRY, "module", *_COUNTS, *_STATS)
+_COLOURS = {"added": "green", "removed": "red", "changed": "yellow"} | dict.fromkeys(
+    ("retyped", "reshaped"), "magenta"
+)
 _TEXTS = ("change", "fqn", "old", "new", "module")
 
 Cells = dict[str, object]  # a row by column, before it is printed
 
 
 @click.command()
-@click.argument("refs", nargs=-1, metavar="[A] [B]")
-@click.option("--stats", is_flag=True, help="Show in numbers how each changed tensor changed.")
+@click.argument("refs", nargs=-1, metavar="[A] [B]", shell_complete=complete_refs)
 @click.option(
-    "--depth", type=click.IntRange(1, 1000), help="Sum up by this many first names of the FQN."
+    "--stats", is_flag=True, help="Measure how each changed tensor changed (reads chunks)."
+)
+@click.option(
+    "--depth", type=click.IntRange(1, 1000), help="Sum up by module: the first N parts of the FQN."
 )
 @click.option("--sort", type=click.Choice(_SORTS), metavar="COLUMN", help="Sort by a column.")
-@click.option("--all", "show_all", is_flag=True, help="List what is unchanged too.")
-@click.option("--along", metavar="BRANCH", help="Compare each version of BRANCH with the next.")
-@click.option("--plot", metavar="PATH", help="Draw the relative change, to a .png or .svg file.")
+@click.option("--all", "show_all", is_flag=True, help="Also list what is unchanged.")
+@click.option(
+    "--along",
+    metavar="BRANCH",
+    shell_complete=complete_branches,
+    help="Compare each version of BRANCH with the next.",
+)
+@click.option("--plot", metavar="PATH", help="Draw the relative change to a .png or .svg file.")
 @repo_options
 def diff(
     session: Session,
@@ -67,9 +78,9 @@ def diff(
 ) -> None:
     """Show what changed from version A to B (default: the tip of main).
 
-    Exits with 1 if anything did.
+    Exits with 1 if anything changed.
 
-    With --along, A and B are the first and the last version to look at, and may be left out.
+    With --along, A and B are the first and the last version to compare; both are optional.
     """
     if len(refs) > 2 or (not refs and along is None):
         raise click.UsageError("name the versions A and B to compare, or --along a branch.")
@@ -177,7 +188,12 @@ def _print_rows(
     named = {column: column.upper() for column in columns} | (titles or {})
     print_table(
         [
-            Column(named[c], right=c not in _TEXTS, shrinks=c in ("fqn", "module", "old", "new"))
+            Column(
+                named[c],
+                right=c not in _TEXTS,
+                shrinks=c in ("fqn", "module", "old", "new"),
+                colours=_COLOURS if c == "change" else {},
+            )
             for c in columns
         ],
         [[_text(column, row[column]) for column in columns] for row in rows],

@@ -11,8 +11,19 @@ from typing import TYPE_CHECKING
 import click
 
 from dcpstore.catalog.glance import LogLine, glance_at_log
-from dcpstore.cli.output import Column, human_bytes, human_time, note, print_json, print_table
-from dcpstore.cli.session import Session, limit_option, repo_options
+from dcpstore.cli.completion import complete_branches, complete_refs
+from dcpstore.cli.metrics import named_texts
+from dcpstore.cli.output import (
+    Column,
+    human_age,
+    human_bytes,
+    human_time,
+    metric_cell,
+    note,
+    print_json,
+    print_table,
+)
+from dcpstore.cli.session import Session, limit_option, pager_option, repo_options
 
 if TYPE_CHECKING:
     from dcpstore.records import Version
@@ -20,12 +31,14 @@ if TYPE_CHECKING:
 __all__ = ["draw_graph", "log"]
 
 _COLUMNS = (
-    Column("VERSION"),
-    Column("BRANCH", shrinks=True),
+    Column("VERSION", colour="yellow"),
+    Column("BRANCH", shrinks=True, colour="cyan"),
     Column("STEP", right=True),
-    Column("TAGS", shrinks=True),
+    Column("TAGS", shrinks=True, colour="green"),
     Column("WHEN"),
-    Column("BYTES", right=True),
+    Column("AGE", extra=True, terminal=True),
+    Column("BYTES", right=True, extra=True),
+    Column("METRICS", shrinks=True),
     Column("MESSAGE", shrinks=True),
 )
 _GRAPH = (Column(""), *_COLUMNS)
@@ -82,7 +95,7 @@ def _without(lanes: list[int], lane: int, *, into: int | None) -> Iterator[tuple
 
 
 @click.command()
-@click.argument("ref", required=False)
+@click.argument("ref", required=False, shell_complete=complete_refs)
 @limit_option
 @click.option("--graph", is_flag=True, help="Draw which version came from which.")
 @click.option(
@@ -91,12 +104,25 @@ def _without(lanes: list[int], lane: int, *, into: int | None) -> Iterator[tuple
     metavar="METRIC<NUMBER",
     help="Filter by metric, e.g. 'val_loss<2.5' (repeatable).",
 )
-@click.option("--steps", metavar="FIRST:LAST", help="Only these steps; either end may be left out.")
-@click.option("--since", metavar="TIME", help="Only saved then or later (ISO, the clock here).")
-@click.option("--until", metavar="TIME", help="Only saved then or before.")
-@click.option("--label", multiple=True, metavar="NAME=TEXT", help="Only with this label.")
-@click.option("--tag", metavar="GLOB", help="Only with such a tag; * and ? are wild.")
-@click.option("--branch", metavar="NAME", help="Only saved on this branch.")
+@click.option(
+    "--steps",
+    metavar="FIRST:LAST",
+    help="Filter by step, both ends included; either may be left out, e.g. '1000:'.",
+)
+@click.option("--since", metavar="TIME", help="Saved at this time or later (ISO, local time).")
+@click.option("--until", metavar="TIME", help="Saved at this time or before.")
+@click.option("--label", multiple=True, metavar="NAME=TEXT", help="Filter by label (repeatable).")
+@click.option("--tag", metavar="GLOB", help="Filter by tag; * and ? are wildcards.")
+@click.option(
+    "--branch",
+    metavar="NAME",
+    shell_complete=complete_branches,
+    help="Filter by the branch it was saved to.",
+)
+@click.option(
+    "--metric", "metrics", multiple=True, metavar="NAME", help="Show only this metric (repeatable)."
+)
+@pager_option
 @repo_options
 def log(
     session: Session,
@@ -111,6 +137,8 @@ def log(
     label: tuple[str, ...],
     tag: str | None,
     branch: str | None,
+    metrics: tuple[str, ...],
+    no_pager: bool,
 ) -> None:
     """List versions, newest first: all of them, or REF and its ancestors."""
     given = (steps, since, until, tag, branch)
@@ -127,18 +155,20 @@ def log(
                 steps=(None, None) if steps is None else _steps(steps),
                 since=None if since is None else _time(since, "--since"),
                 until=None if until is None else _time(until, "--until"),
-                labels=_labels(label),
+                labels=named_texts(label, form="NAME=TEXT", hint="--label"),
                 tag=tag,
                 branch=branch,
             )
     if session.json:
         print_json(versions)
     elif versions and graph:
-        print_table(_GRAPH, map(_graph_row, draw_graph(versions)))
+        rows = (_graph_row(line, metrics) for line in draw_graph(versions))
+        print_table(_GRAPH, rows, paged=not no_pager)
     elif versions:
-        print_table(_COLUMNS, map(_row, versions))
+        rows = (_row(version, metrics) for version in versions)
+        print_table(_COLUMNS, rows, paged=not no_pager)
     elif is_filtered:
-        note("no such versions.")
+        note("no version matches the filters.")
     else:
         note("no versions yet; dcpstore.save makes the first.")
 
@@ -161,31 +191,22 @@ def _time(text: str, option: str) -> datetime:
         ) from error
 
 
-def _labels(texts: Sequence[str]) -> dict[str, str]:
-    labels: dict[str, str] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise click.BadParameter(f"{text!r} is not NAME=TEXT.", param_hint="'--label'")
-        if labels.setdefault(name, value) != value:
-            raise click.BadParameter(
-                f"{name!r} is given with two different texts.", param_hint="'--label'"
-            )
-    return labels
-
-
-def _graph_row(line: tuple[str, Version | LogLine | None]) -> tuple[str, ...]:
+def _graph_row(
+    line: tuple[str, Version | LogLine | None], metrics: Sequence[str]
+) -> tuple[str, ...]:
     graph, version = line
-    return (graph, *(("",) * len(_COLUMNS) if version is None else _row(version)))
+    return (graph, *(("",) * len(_COLUMNS) if version is None else _row(version, metrics)))
 
 
-def _row(version: Version | LogLine) -> tuple[str, ...]:
+def _row(version: Version | LogLine, metrics: Sequence[str]) -> tuple[str, ...]:
     return (
         str(version),
         version.branch,
         "-" if version.step is None else str(version.step),
         ",".join(version.tags) or "-",
         human_time(version.created_at),
+        human_age(version.created_at),
         human_bytes(version.nbytes),
+        metric_cell(version.metrics, metrics),
         version.message,
     )

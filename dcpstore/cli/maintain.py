@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dcpstore.cli.completion import complete_branches, complete_refs
 from dcpstore.cli.output import (
     Column,
     counted,
+    human_age,
     human_bytes,
     human_time,
     print_json,
@@ -31,29 +33,49 @@ _MIB = 1024 * 1024
 _SHOWN = 5  # FQNs and chunks of one damage that are listed
 
 _COLUMNS = (
-    Column("VERSION"),
-    Column("BRANCH", shrinks=True),
+    Column("VERSION", colour="yellow"),
+    Column("BRANCH", shrinks=True, colour="cyan"),
     Column("STEP", right=True),
     Column("WHEN"),
+    Column("AGE", extra=True, terminal=True),
     Column("KEPT BY", shrinks=True),
 )
 
 
 @click.command()
-@click.option("--keep-last", type=click.IntRange(1), metavar="N", help="The N newest of a branch.")
 @click.option(
-    "--keep-every", type=click.IntRange(1), metavar="N", help="Those whose step is a multiple of N."
+    "--keep-last",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Keep the N newest versions of each branch.",
+)
+@click.option(
+    "--keep-every",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Keep versions whose step is a multiple of N.",
 )
 @click.option(
     "--keep-best",
     metavar="METRIC:N[:max]",
-    help="The N with the smallest METRIC, or with max the largest.",
+    help="Keep the N versions with the smallest METRIC, or with max the largest.",
 )
-@click.option("--keep-tagged", is_flag=True, help="No other rule; tagged versions always stay.")
 @click.option(
-    "--keep-since", metavar="SPAN_OR_TIME", help="Those of the last SPAN (7d, 24h), or since TIME."
+    "--keep-tagged",
+    is_flag=True,
+    help="Keep only tagged versions, where no other rule is given.",
 )
-@click.option("--branch", help="Look only at versions that were saved to this branch.")
+@click.option(
+    "--keep-since",
+    metavar="SPAN_OR_TIME",
+    help="Keep versions of the last SPAN (7d, 24h), or since TIME.",
+)
+@click.option(
+    "--branch",
+    metavar="NAME",
+    shell_complete=complete_branches,
+    help="Apply the rules to versions saved to this branch; all others stay.",
+)
 @click.option("--dry-run", is_flag=True, help="Change nothing; print what would expire.")
 @click.option("--explain", is_flag=True, help="List every version with what keeps it.")
 @repo_options
@@ -93,8 +115,8 @@ def expire(
 
 
 @click.command()
-@click.argument("refs", metavar="REF...", nargs=-1, required=True)
-@click.option("--force", is_flag=True, help="Tagged versions too; their tags are deleted.")
+@click.argument("refs", metavar="REF...", nargs=-1, required=True, shell_complete=complete_refs)
+@click.option("--force", is_flag=True, help="Also forget tagged versions, and delete their tags.")
 @click.option("--dry-run", is_flag=True, help="Change nothing; print what would be forgotten.")
 @repo_options
 def forget(session: Session, refs: tuple[str, ...], force: bool, dry_run: bool) -> None:
@@ -146,7 +168,8 @@ def _row(verdict: Verdict) -> tuple[str, ...]:
         version.branch,
         "-" if version.step is None else str(version.step),
         human_time(version.created_at),
-        ", ".join(verdict.kept_by) or "nothing: it goes",
+        human_age(version.created_at),
+        ", ".join(verdict.kept_by) or "nothing: it expires",
     )
 
 

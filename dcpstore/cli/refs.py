@@ -1,4 +1,4 @@
-"""The commands that name versions, move the names, and take that back.
+"""The commands that name versions, move the names, and revert that.
 
 `tag` and `branch` list without a name; with one they create or delete it. `rollback` moves a branch
 back, `undo` reverts the last operation, and `ops` lists the operations.
@@ -10,34 +10,42 @@ from collections.abc import Sequence
 
 import click
 
-from dcpstore.cli.output import Column, human_time, note, print_json, print_table, visible
-from dcpstore.cli.session import Session, limit_option, repo_options
+from dcpstore.cli.completion import complete_branches, complete_refs, complete_tags
+from dcpstore.cli.output import (
+    Column,
+    human_age,
+    human_time,
+    note,
+    print_json,
+    print_table,
+    visible,
+)
+from dcpstore.cli.session import Session, limit_option, pager_option, repo_options
 from dcpstore.records import Operation, RefRecord
 
 __all__ = ["branch", "ops", "rollback", "tag", "undo"]
 
-_REFS = (Column("NAME"), Column("VERSION"))
+_REFS = (Column("NAME", colour="green"), Column("VERSION", colour="yellow"))
 _OPERATIONS = (
     Column("OP", right=True),
     Column("WHEN"),
+    Column("AGE", extra=True, terminal=True),
     Column("WHO", shrinks=True),
     Column("WHAT"),
-    Column("OF", shrinks=True),
-    Column("FROM"),
-    Column("TO"),
+    Column("OF", shrinks=True, colour="green"),
+    Column("FROM", colour="yellow"),
+    Column("TO", colour="yellow"),
 )
 
 
 @click.command()
-@click.argument("name", required=False)
-@click.argument("ref", required=False)
-@click.option("-d", "--delete", is_flag=True, help="Remove the tag; 'undo' brings it back.")
-@click.option(
-    "--move", is_flag=True, help="Move the tag NAME, if there is one; 'undo' moves it back."
-)
+@click.argument("name", required=False, shell_complete=complete_tags)
+@click.argument("ref", required=False, shell_complete=complete_refs)
+@click.option("-d", "--delete", is_flag=True, help="Delete the tag; 'undo' restores it.")
+@click.option("--move", is_flag=True, help="Move the tag if it exists; 'undo' moves it back.")
 @repo_options
 def tag(session: Session, name: str | None, ref: str | None, delete: bool, move: bool) -> None:
-    """List the tags, or call the version REF (default: the tip of main) NAME."""
+    """List the tags, or tag the version REF (default: the tip of main) as NAME."""
     if delete and (name is None or ref is not None or move):
         raise click.UsageError("--delete takes the NAME of one tag, and nothing else.")
     if move and name is None:
@@ -52,12 +60,18 @@ def tag(session: Session, name: str | None, ref: str | None, delete: bool, move:
 
 
 @click.command()
-@click.argument("name", required=False)
-@click.option("--at", "at", metavar="REF", help="Where it begins; default: the tip of main.")
-@click.option("-d", "--delete", is_flag=True, help="Remove the branch and none of its versions.")
+@click.argument("name", required=False, shell_complete=complete_branches)
+@click.option(
+    "--at",
+    "at",
+    metavar="REF",
+    shell_complete=complete_refs,
+    help="The version it begins at; default: the tip of main.",
+)
+@click.option("-d", "--delete", is_flag=True, help="Delete the branch; its versions stay.")
 @repo_options
 def branch(session: Session, name: str | None, at: str | None, delete: bool) -> None:
-    """List the branches, or begin the branch NAME."""
+    """List the branches, or create the branch NAME."""
     if name is None and at is not None:
         raise click.UsageError(f"--at {at} needs the name of a new branch.")
     if delete and (name is None or at is not None):
@@ -72,13 +86,28 @@ def branch(session: Session, name: str | None, at: str | None, delete: bool) -> 
 
 
 @click.command()
-@click.argument("ref")
-@click.option("--branch", default="main", show_default=True, help="Branch to move.")
+@click.argument("ref", shell_complete=complete_refs)
+@click.option(
+    "--branch",
+    metavar="NAME",
+    default="main",
+    show_default=True,
+    shell_complete=complete_branches,
+    help="Branch to move.",
+)
 @click.option("--force", is_flag=True, help="Allow a target that is not an ancestor of the tip.")
-@click.option("--expect-tip", metavar="REF", help="Only if the branch is still there.")
+@click.option(
+    "--expect-tip",
+    metavar="REF",
+    shell_complete=complete_refs,
+    help="Move it only if its tip is still REF.",
+)
 @repo_options
 def rollback(session: Session, ref: str, branch: str, force: bool, expect_tip: str | None) -> None:
-    """Move a branch back to the version REF; deletes nothing, and 'undo' moves it back again."""
+    """Move a branch back to the version REF.
+
+    No version is deleted, and 'undo' reverts the move.
+    """
     with session.open() as repo:
         moved = repo.rollback(ref, branch=branch, force=force, expect_tip=expect_tip)
     if session.json:
@@ -89,19 +118,19 @@ def rollback(session: Session, ref: str, branch: str, force: bool, expect_tip: s
 
 @click.command()
 @click.option(
-    "--expect", type=click.IntRange(1), metavar="OP", help="Only if it is this operation."
+    "--expect", type=click.IntRange(1), metavar="OP", help="Undo only if the last operation is OP."
 )
 @repo_options
 def undo(session: Session, expect: int | None) -> None:
-    """Take back the last operation that is not undone; versions stay."""
+    """Revert the last operation that is not undone yet; versions stay."""
     with session.open() as repo:
         done = repo.undo(expect=expect)
     if session.json:
         print_json(done)
     elif done.target and done.old is None and done.new is None:
-        click.echo(f"brought back {done.target}")
+        click.echo(f"restored {done.target}")
     elif not done.target:
-        click.echo(f"took back what was added to v{done.new}")
+        click.echo(f"removed what was added to v{done.new}")
     elif done.new is None:
         click.echo(f"{visible(done.target)} is gone; it was v{done.old}")
     else:
@@ -110,15 +139,20 @@ def undo(session: Session, expect: int | None) -> None:
 
 @click.command()
 @limit_option
+@pager_option
 @repo_options
-def ops(session: Session, limit: int | None) -> None:
-    """List what was done to the repository, newest first: by whom, when, from where to where."""
+def ops(session: Session, limit: int | None, no_pager: bool) -> None:
+    """List the operations on the repository, newest first.
+
+    Each line says who did what, when, to which ref (OF), and what that named before and after
+    (FROM, TO).
+    """
     with session.open() as repo:
         done = repo.operations(limit=limit)
     if session.json:
         print_json(done)
     else:
-        print_table(_OPERATIONS, map(_row, done))
+        print_table(_OPERATIONS, map(_row, done), paged=not no_pager)
 
 
 def _print_refs(session: Session, refs: Sequence[RefRecord], *, none: str) -> None:
@@ -148,6 +182,7 @@ def _row(operation: Operation) -> tuple[str, ...]:
     return (
         str(operation.number),
         human_time(operation.created_at),
+        human_age(operation.created_at),
         operation.author or "-",
         operation.kind,
         operation.target or "-",

@@ -33,11 +33,13 @@ __all__ = [
     "DAMAGE",
     "NoRepositoryError",
     "Session",
+    "color_option",
     "exit_code",
     "json_option",
     "limit_option",
     "looking_for_repository",
     "open_existing",
+    "pager_option",
     "repo_options",
     "report",
 ]
@@ -49,7 +51,21 @@ _MOST = 1_000_000_000  # more would not fit the number types of every database
 limit_option = click.option(
     "-n", "--limit", type=click.IntRange(1, _MOST), help="Print at most this many."
 )
+pager_option = click.option("--no-pager", is_flag=True, help="Print a long list without a pager.")
 
+
+def _choose_colours(ctx: click.Context, option: click.Parameter, value: str | None) -> None:
+    if value in ("always", "never"):
+        ctx.color = value == "always"
+
+
+color_option = click.option(
+    "--color",
+    type=click.Choice(("auto", "always", "never")),
+    expose_value=False,
+    callback=_choose_colours,
+    help="When to use colours; auto: on a terminal, unless NO_COLOR is set.",
+)
 
 P = ParamSpec("P")
 _Command = Callable[Concatenate["Session", P], None]
@@ -114,7 +130,7 @@ def looking_for_repository() -> Iterator[None]:
 
 
 def json_option(command: _Command[P]) -> Callable[P, None]:
-    """Give a command the session as its first argument, and the option --json."""
+    """Give a command the session as its first argument, and the options --json and --color."""
 
     def remember(ctx: click.Context, option: click.Parameter, value: bool) -> None:
         _session(ctx).json = value
@@ -125,11 +141,11 @@ def json_option(command: _Command[P]) -> Callable[P, None]:
         expose_value=False,
         callback=remember,
         help="Print JSON, and errors also as JSON on standard error.",
-    )(click.pass_obj(command))
+    )(color_option(click.pass_obj(command)))
 
 
 def repo_options(command: _Command[P]) -> Callable[P, None]:
-    """Give a command the session as its first argument, and the options --json and --repo."""
+    """Give a command the session as its first argument, and the options of every command."""
 
     def remember(ctx: click.Context, option: click.Parameter, value: str | None) -> None:
         if value is not None:

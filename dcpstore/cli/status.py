@@ -15,8 +15,8 @@ from dcpstore.records import RankProgress, RunningSave
 __all__ = ["status"]
 
 _COLUMNS = (
-    Column("SAVE", shrinks=True),
-    Column("BRANCH", shrinks=True),
+    Column("SAVE", shrinks=True, colour="yellow"),
+    Column("BRANCH", shrinks=True, colour="cyan"),
     Column("STEP", right=True),
     Column("BEGAN"),
     Column("LEASE"),
@@ -52,7 +52,7 @@ def status(session: Session, lease: str) -> None:
 
 
 def _rows(save: RunningSave, now: datetime, patience: timedelta) -> Iterator[tuple[str, ...]]:
-    """Yield a line for each rank that has reported; a save without reports gets one line, too."""
+    """Yield a line for each rank that has reported; a save without reports also gets one."""
     silent = max(now - save.touched_at, timedelta())
     lease = "lapsed" if silent > patience else f"alive, {round(silent.total_seconds())} s ago"
     step = "-" if save.step is None else str(save.step)

@@ -43,7 +43,7 @@ def _assert_sound(repo: Repository) -> None:
     assert numbers == sorted(numbers, reverse=True)
     assert sorted(numbers + expired) == list(range(1, len(numbers + expired) + 1))
     seen = glance_at_log(repo._target, limit=None)
-    assert seen is None or seen == list(map(as_line, versions))
+    assert seen is None or repr(seen) == repr(list(map(as_line, versions)))  # NaN is not itself
     packs = PackReader(repo.storage)
     checked: set[int] = set()
     for version in versions:

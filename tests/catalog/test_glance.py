@@ -1,5 +1,6 @@
 """A glance at the log says what the catalog says, or nothing."""
 
+import math
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -17,11 +18,12 @@ def folder(tmp_path: Path) -> Path:
     """The folder of a repository whose versions fork, and of which one is expired."""
     path = tmp_path / "ckpts"
     with dcpstore.open(path) as repo:
-        dcpstore.save({"a": 1}, repo, message="one\n; é", tags=["first", "a.1"])
-        dcpstore.save({"a": 1}, repo, step=0)
+        facts = {"message": "one\n; é", "tags": ["first", "a.1"]}
+        dcpstore.save({"a": 1}, repo, metrics={"val": 0.5, "loss": 1e300, "n": 3}, **facts)
+        dcpstore.save({"a": 1}, repo, step=0, metrics={"loss": 7})
         dcpstore.save({"a": [1.5, None]}, repo, step=10**15)
         repo.branch("try/lr", at="first")
-        dcpstore.save({"a": 2}, repo, branch="try/lr")
+        dcpstore.save({"a": 2}, repo, branch="try/lr", metrics={"loss": math.inf})
         repo.tag("b", "try/lr")
         assert repo.expire(keep_tagged=True).expired == (2,)
     return path
@@ -39,6 +41,11 @@ def test_shows_what_the_catalog_shows(folder: Path) -> None:
         "v4 1 ('b',)",
         "v3 2 ()",
         "v1 None ('a.1', 'first')",
+    ]
+    assert [line.metrics for line in lines] == [
+        {"loss": math.inf},
+        {},
+        {"loss": 1e300, "n": 3.0, "val": 0.5},
     ]
     assert glance_at_log(str(folder), limit=None) == lines
     for limit in (1, 2, 3, 1_000_000_000):
@@ -95,6 +102,8 @@ def test_what_names_no_catalog_plainly_is_left_to_who_can_tell(
             for column in ("branch", "step", "message", "created_at", "nbytes")
         ),
         "UPDATE version SET created_at = 'soon' WHERE number = 1",
+        "UPDATE metric SET value = 'low'",
+        "UPDATE metric SET name = x'ff' WHERE name = 'val'",
         "UPDATE version SET created_at = created_at || '+02:00' WHERE number = 1",
     ],
 )

@@ -16,8 +16,9 @@ HISTORY = "SELECT version, branch, step, tags, message FROM history ORDER BY ver
 def shown(output: str) -> list[tuple[str, ...]]:
     """Return version, branch, step, tags and message of each line."""
     lines = [re.split(r" {2,}", line.rstrip()) for line in output.splitlines()]
-    assert lines[0] == ["VERSION", "BRANCH", "STEP", "TAGS", "WHEN", "BYTES", "MESSAGE"]
-    return [(*cells[:4], cells[6] if len(cells) == 7 else "") for cells in lines[1:]]
+    heads = ["VERSION", "BRANCH", "STEP", "TAGS", "WHEN", "BYTES", "METRICS", "MESSAGE"]
+    assert lines[0] == heads
+    return [(*cells[:4], cells[7] if len(cells) == 8 else "") for cells in lines[1:]]
 
 
 def test_shows_what_the_history_view_has(run: Run, catalog: Catalog, target: str) -> None:
@@ -56,6 +57,29 @@ def test_json_has_the_fields_of_a_version(run: Run, target: str) -> None:
     assert tagged["metrics"] == {"train_loss": 1.72, "val_loss": 1.87}
     assert tagged["created_at"] == "2026-03-01T10:04:00.000000+00:00"
     assert datetime.fromisoformat(newest["created_at"]).utcoffset() is not None
+
+
+def test_shows_metrics_all_or_those_that_are_named(run: Run, catalog: Catalog, target: str) -> None:
+    save_version(catalog, 4, metrics={"a\x1b": float("nan"), "b": -0.5})
+
+    def metrics(*args: str) -> list[str]:
+        lines = run("log", *args, repo=target).stdout.splitlines()
+        return [re.split(r" {2,}", line)[6] for line in lines[1:]]
+
+    every = ["a\\x1b=nan, b=-0.5", "val_loss=1.94", "train_loss=1.72, val_loss=1.87"]
+    assert metrics()[:3] == every
+    assert metrics("--branch", "main")[:3] == every  # without a glance
+    assert metrics("--metric", "val_loss") == [
+        "-",
+        "val_loss=1.94",
+        "val_loss=1.87",
+        "val_loss=2.31",
+    ]
+    assert metrics("--metric", "train_loss", "--metric", "b")[:3] == [
+        "b=-0.5",
+        "-",
+        "train_loss=1.72",
+    ]
 
 
 def test_an_empty_repository_has_an_empty_log(run: Run, empty: str) -> None:

@@ -2,15 +2,18 @@
 
 import os
 import pty
+import re
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcpstore.catalog.catalog import Catalog
-from dcpstore.cli.output import human_bytes, visible
+from dcpstore.cli.output import human_age, human_bytes, visible
 from tests.cli.conftest import process_environment
 from tests.cli.history import save_version
 
@@ -40,12 +43,34 @@ def test_human_bytes(count: int, text: str) -> None:
     assert human_bytes(count) == text
 
 
-def on_terminal(*args: str, repo: str, columns: int) -> str:
-    """Return what a command prints on a terminal of that width."""
+@pytest.mark.parametrize(
+    ("ago", "text"),
+    [
+        (timedelta(0), "0 seconds ago"),
+        (timedelta(seconds=59), "59 seconds ago"),
+        (timedelta(seconds=60), "1 minute ago"),
+        (timedelta(hours=3, minutes=59), "3 hours ago"),
+        (timedelta(days=13, hours=23), "13 days ago"),
+        (timedelta(days=15), "2 weeks ago"),
+        (timedelta(days=90), "2 months ago"),
+        (timedelta(days=800), "2 years ago"),
+        (timedelta(hours=-5), "in 5 hours"),
+    ],
+)
+def test_human_age(ago: timedelta, text: str) -> None:
+    now = datetime(2026, 3, 1, tzinfo=UTC)
+    assert human_age(now - ago, now) == text
+
+
+def on_terminal(*args: str, repo: str, columns: int, **environment: str) -> str:
+    """Return what a command prints on a terminal of that width, with 24 lines."""
     ours, theirs = pty.openpty()
     with subprocess.Popen(
         [sys.executable, "-m", "dcpstore", *args],
-        env=process_environment(repo) | {"COLUMNS": str(columns)},
+        env=process_environment(repo)
+        | {"COLUMNS": str(columns), "LINES": "24", "TERM": "xterm", "NO_COLOR": ""}
+        | environment,
+        stdin=theirs,
         stdout=theirs,
     ) as process:
         os.close(theirs)
@@ -69,16 +94,17 @@ def test_a_terminal_cuts_long_texts_and_a_file_gets_them_whole(
 ) -> None:
     message = "word \x1b[0m" * 50
     save_version(catalog, 4, tags=("t" * 60,), branch="b" * 90, message=message, step=10**6)
-    output = on_terminal("log", repo=target, columns=80)
+    output = on_terminal("log", repo=target, columns=80, NO_COLOR="1")
     lines = output.splitlines()
     assert max(map(len, lines)) == 80
     assert lines[1].startswith("v4 ")
     assert lines[1].count("…") == 3
+    assert " AGE " not in lines[0]
     assert "\x1b" not in output
     assert "\x1b" not in on_terminal(
         "sql", "SELECT message FROM history", "--csv", repo=target, columns=80
     )
-    wide = on_terminal("log", repo=target, columns=1000)
+    wide = on_terminal("log", repo=target, columns=1000, NO_COLOR="1")
     assert "t" * 60 in wide
     assert visible(message).rstrip() in wide
 
@@ -86,7 +112,89 @@ def test_a_terminal_cuts_long_texts_and_a_file_gets_them_whole(
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_wide_characters_keep_the_columns_straight(catalog: Catalog, target: str) -> None:
     save_version(catalog, 4, message="更大" * 40)
-    line = on_terminal("log", "-n", "1", repo=target, columns=80).splitlines()[1]
-    shown = line.split("MiB")[1].strip()
+    printed = on_terminal("log", "-n", "1", repo=target, columns=80, NO_COLOR="1")
+    line = printed.splitlines()[1]
+    shown = line.split("MiB")[1].strip().removeprefix("-").strip()
     assert shown.endswith("…")
     assert 79 <= len(line) + shown.count("更") + shown.count("大") <= 80
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_long_value_does_not_widen_the_other_rows_of_a_pipe(
+    catalog: Catalog, target: str
+) -> None:
+    save_version(catalog, 4, message="m" * 9000, tags=("t" * 150,))
+    query = "SELECT CASE version WHEN 4 THEN message ELSE '' END AS text, step FROM history"
+    diff = on_pipe("diff", "v1", "v4", repo=target)
+    for printed in (on_pipe("log", repo=target), on_pipe("sql", query, repo=target), diff):
+        assert sorted(map(len, printed.splitlines()))[-2] < 200
+    assert "m" * 9000 in on_pipe("log", repo=target)
+    assert "t" * 150 in on_pipe("log", repo=target)
+
+
+def on_pipe(*args: str, repo: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "dcpstore", *args],
+        env=process_environment(repo) | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    return done.stdout
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_colours_are_for_a_terminal_that_wants_them(target: str) -> None:
+    plain = on_pipe("log", repo=target)
+    assert "\x1b" not in plain
+    for wide in (
+        on_terminal("log", repo=target, columns=200),
+        on_pipe("log", "--color", "always", repo=target),
+    ):
+        assert "\x1b[1mVERSION\x1b[0m" in wide
+        assert "\x1b[33mv3\x1b[0m" in wide
+    without = re.sub(r"\x1b\[[0-9;]*m", "", on_pipe("--color", "always", "log", repo=target))
+    assert without == plain
+    for environment, flags in (
+        ({"NO_COLOR": "1"}, ()),
+        ({"TERM": "dumb"}, ()),
+        ({}, ("--color", "never")),
+    ):
+        assert "\x1b" not in on_terminal("log", *flags, repo=target, columns=200, **environment)
+    insists = on_terminal("log", "--color", "always", repo=target, columns=200, NO_COLOR="1")
+    assert "\x1b[33mv3" in insists
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_wide_terminal_also_shows_how_long_ago(target: str) -> None:
+    wide = on_terminal("log", repo=target, columns=200, NO_COLOR="1")
+    assert re.search(r"2026-03-01 \d\d:\d\d  \d+ (months|years?) ago", wide)
+    assert " ago" not in on_pipe("log", repo=target)
+    assert re.search(
+        r"2026-03-01 .* \(\d+ \w+ ago\)", on_terminal("show", repo=target, columns=200)
+    )
+    assert "ago" not in on_pipe("show", repo=target)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_long_log_goes_through_the_pager_on_a_terminal(
+    catalog: Catalog, target: str, tmp_path: Path
+) -> None:
+    for i in range(4, 40):
+        save_version(catalog, i)
+    pager = tmp_path / "pager"
+    pager.write_text('#!/bin/sh\necho PAGED\ncat >"$0.got"\n')
+    pager.chmod(0o755)
+    paged = on_terminal("log", repo=target, columns=90, PAGER=str(pager), NO_COLOR="1")
+    assert paged == "PAGED\n"
+    got = (tmp_path / "pager.got").read_text().splitlines()
+    assert (len(got), got[1].split()[0]) == (40, "v39")
+    assert max(map(len, got)) <= 90
+    ours = on_terminal("ops", repo=target, columns=90, PAGER="false", DCPSTORE_PAGER=str(pager))
+    assert ours == "PAGED\n"
+    for args in (("log", "--no-pager"), ("log", "-n", "22"), ("log", "--json")):
+        assert "PAGED" not in on_terminal(*args, repo=target, columns=90, PAGER=str(pager))
+    for none in ("", "cat"):
+        assert on_terminal("log", repo=target, columns=90, PAGER=none).count("\n") == 40
+    assert "PAGED" not in on_pipe("log", repo=target, PAGER=str(pager))

@@ -30,7 +30,7 @@ def test_back_and_forth(run: Run, target: str) -> None:
 
 def test_what_was_added_is_taken_back(run: Run, catalog: Catalog, target: str) -> None:
     add_metrics(catalog, "v1", {"late": 1.0}, author="ada")
-    assert run("undo", repo=target).stdout == "took back what was added to v1\n"
+    assert run("undo", repo=target).stdout == "removed what was added to v1\n"
     assert "late" not in run("show", "v1", repo=target).stdout
 
 

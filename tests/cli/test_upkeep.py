@@ -66,7 +66,7 @@ def test_forget_and_its_undo(run: Run, folder: str) -> None:
     assert said["dry_run"] is False
     assert [v["number"] for v in json.loads(run("log", "--json", repo=folder).stdout)] == [3]
     undone = run("undo", repo=folder)
-    assert undone.stdout == "brought back v1-v2,v4\n"
+    assert undone.stdout == "restored v1-v2,v4\n"
     assert len(json.loads(run("log", "--json", repo=folder).stdout)) == 4
 
 

@@ -161,7 +161,7 @@ def test_the_command_filters_and_draws(
     since = (START + timedelta(minutes=51)).isoformat()
     shown = run("--steps", "20:", "--since", since, "--label", "lr=2", "--where", "loss<3").stdout
     assert [line.split()[0] for line in shown.splitlines()[1:]] == ["v4"]
-    assert run("--tag", "no*").stderr == "no such versions.\n"
+    assert run("--tag", "no*").stderr == "no version matches the filters.\n"
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     time.tzset()
     far = run("--since", "0001-01-01")
