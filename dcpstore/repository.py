@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from dcpstore.saving.plan_exchange import PlanMemory
     from dcpstore.zarr.store import VersionStore
 
-__all__ = ["Repository", "make", "open", "opened"]
+__all__ = ["Repository", "advise", "make", "open", "opened"]
 
 
 class Repository:
@@ -696,7 +696,7 @@ def open(
         catalog = Catalog.open(url, data_url=data_url)
     except NotFoundError as error:
         if not create:
-            if folder is not None and (advice := _advise(folder)):
+            if folder is not None and (advice := advise(folder)):
                 raise NotFoundError(advice) from error
             raise
         try:
@@ -709,7 +709,7 @@ def open(
     return _with_storage(target, catalog)
 
 
-def _advise(folder: Path) -> str:
+def advise(folder: Path) -> str:
     """Return what to do with a folder that has no catalog, and holds what people look for."""
     if (folder / ".metadata").is_file():
         return (

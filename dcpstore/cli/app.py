@@ -39,6 +39,7 @@ _COMMANDS = {
     "undo": ("refs", "Revert the last operation."),
     "ops": ("refs", "List the operations on the repository, newest first."),
     "sql": ("sql", "Run a read-only SQL query on the catalog."),
+    "doctor": ("doctor", "Check the installation and a repository."),
     "db-upgrade": ("repositories", "Upgrade the catalog to this dcpstore's schema."),
     "import": ("bridges", "Save a checkpoint of another format as a new version."),
     "export": ("bridges", "Write a version in another format."),
@@ -111,6 +112,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--repo",
+    "-r",
     metavar="PATH_OR_URL",
     envvar="DCPSTORE_REPO",
     show_envvar=True,

@@ -153,6 +153,7 @@ def repo_options(command: _Command[P]) -> Callable[P, None]:
 
     return click.option(
         "--repo",
+        "-r",
         metavar="PATH_OR_URL",
         expose_value=False,
         callback=remember,

@@ -27,7 +27,7 @@ def completed(*words: str, repo: str | None, shell: str, folder: Path) -> list[s
         timeout=60,
     )
     assert done.stderr == ""
-    return done.stdout.splitlines()
+    return [line for line in done.stdout.splitlines() if line]
 
 
 def command(folder: Path) -> list[str]:

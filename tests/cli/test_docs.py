@@ -72,6 +72,8 @@ def _settled(page: str) -> str:
     """Return the page without what differs at each run: a new repository's uid, this folder."""
     page = re.sub(r"made repository [0-9a-f]{32}", "made repository UID", page)
     page = re.sub(r"data in \S+/(\w+);", r"data in FOLDER/\1;", page)
+    doctor = r"^(?:ok|warning) +(\w+)  .*(?:\n {12,}.*)*$"
+    page = re.sub(doctor, r"ok \1", page, flags=re.MULTILINE)
     # Operations: when, and by whom, which decides how wide the table is.
     page = re.sub(r"^ *OP  WHEN .*$", lambda m: " ".join(m[0].split()), page, flags=re.MULTILINE)
     return re.sub(
@@ -99,7 +101,8 @@ def _renewed(page: str) -> str:
         new = next(now)
         if _settled(new) == _settled(match[0]):
             return match[0]
-        return re.sub(r"data in \S+/(\w+);", r"data in /home/ada/\1;", new)
+        new = re.sub(r"/\S+/(ckpts|other)(?=[;/\s])", r"/home/ada/\1", new)
+        return re.sub(r"\(/\S+/python[0-9.]*\)", "(/home/ada/.venv/bin/python)", new)
 
     return re.sub(text + block, renew, page, flags=re.DOTALL)
 

@@ -23,6 +23,7 @@ ARGS = {
     "metric": ("best", "late=1"),
     "label": ("best", "eval=done"),
     "completion": ("bash",),
+    "doctor": (),
     "branch": ("next", "--at", "best"),
     "rollback": ("best",),
     "undo": (),
