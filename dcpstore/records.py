@@ -14,6 +14,15 @@ from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, SupportsIndex, overload
 
 from dcpstore.core.digests import ALGORITHM
+from dcpstore.core.display import (
+    counted,
+    exact_time,
+    html_pairs,
+    human_bytes,
+    human_metrics,
+    human_number,
+    some_of,
+)
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.grids import Grid
 
@@ -99,6 +108,7 @@ class StatePath(tuple[str | int, ...]):
         return StatePath(found, marks) if is_recorded else tuple(found)
 
 
+_SHOWN = 10  # names that a notebook lists
 PartRecord = Grid  # a part of a tensor is a chunk grid inside it
 
 
@@ -175,6 +185,36 @@ class Version(VersionStats, VersionInfo, _Numbered):
 
     def __str__(self) -> str:
         return f"v{self.number}"
+
+    def __repr__(self) -> str:
+        facts = [f"{self} of {self.branch!r}"]
+        facts += [] if self.step is None else [f"step {self.step}"]
+        facts += [f"tags {', '.join(self.tags)}"] if self.tags else []
+        facts += [human_metrics(self.metrics)] if self.metrics else []
+        facts += [human_bytes(self.nbytes), exact_time(self.created_at)]
+        facts += [repr(self.message)] if self.message else []
+        return f"<Version {', '.join(facts)}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        sizes = (self.nbytes, self.nbytes_reused, self.nbytes_written)
+        size, reused, written = map(human_bytes, sizes)
+        return html_pairs(
+            f"Version {self}",
+            [
+                ("branch", self.branch),
+                ("step", "" if self.step is None else str(self.step)),
+                ("tags", ", ".join(self.tags)),
+                ("message", self.message),
+                ("metrics", "\n".join(f"{n} {human_number(v)}" for n, v in self.metrics.items())),
+                ("labels", "\n".join(f"{name} {text}" for name, text in self.labels.items())),
+                ("bytes", f"{size}, {reused} of them reused; {written} written"),
+                ("when", exact_time(self.created_at)),
+                ("author", self.author),
+                ("ranks", str(self.ranks)),
+                ("parent", "" if self.parent is None else f"v{self.parent}"),
+            ],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -456,6 +496,23 @@ class LoadReport:
     cast: tuple[str, ...] = ()
     differences: tuple[str, ...] = ()
     unfilled: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        facts = [f"{counted(self.chunks, 'chunk')}, {human_bytes(self.nbytes_read)} read"]
+        facts += [f"{len(fqns)} {name}" for name, fqns in self._lists() if fqns]
+        return f"<LoadReport of {self.version}: {'; '.join(facts)}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        read = f"{counted(self.chunks, 'chunk')}, {human_bytes(self.nbytes_read)}"
+        seconds = ", ".join(f"{phase} {value:.2f}" for phase, value in self.seconds.items())
+        lists = [(name, some_of(fqns, _SHOWN)) for name, fqns in self._lists()]
+        pairs = [("read", read), ("seconds", seconds), *lists]
+        return html_pairs(f"Load of {self.version} ({self.version.branch})", pairs)
+
+    def _lists(self) -> list[tuple[str, tuple[str, ...]]]:
+        names = ("missing", "unexpected", "cast", "differences", "unfilled")
+        return [(name, getattr(self, name)) for name in names]
 
 
 @dataclass(frozen=True, slots=True)

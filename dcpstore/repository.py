@@ -28,6 +28,14 @@ from dcpstore.catalog.write.operations import list_operations
 from dcpstore.catalog.write.refs import delete_ref, make_ref, roll_back
 from dcpstore.catalog.write.saves import list_running
 from dcpstore.catalog.write.undo import undo_last
+from dcpstore.core.display import (
+    exact_time,
+    html_pairs,
+    html_table,
+    human_bytes,
+    human_metrics,
+    some_of,
+)
 from dcpstore.core.durations import Duration
 from dcpstore.core.user import this_user
 from dcpstore.errors import AlreadyExistsError, DcpstoreError, InvalidInputError, NotFoundError
@@ -67,6 +75,9 @@ if TYPE_CHECKING:
     from dcpstore.zarr.store import VersionStore
 
 __all__ = ["Repository", "advise", "make", "open", "opened"]
+
+
+_NEWEST = 10  # versions that a notebook lists
 
 
 class Repository:
@@ -125,7 +136,7 @@ class Repository:
 
     @property
     def about(self) -> RepositoryRecord:
-        """What was settled when the repository was made."""
+        """What was decided when the repository was created."""
         return self.catalog.repository
 
     def show(self, ref: str | int | None = None) -> Version:
@@ -150,12 +161,12 @@ class Repository:
         Args:
             ref: where to begin.
             limit: return so many at most.
-            where: comparisons of metrics that must hold, such as "val_loss<2.5".
-            steps: the first and the last step, both included; None for no end.
-            since, until: when it was saved; a time without zone is of the clock here.
-            labels: what its labels must say.
-            tag: the name of a tag that it must have; * and ? are wild.
-            branch: the branch on which it was saved.
+            where: comparisons of metrics that must all hold, such as "val_loss<2.5".
+            steps: the first and the last step, both included; None for no limit.
+            since, until: when it was saved; a time without zone is local time.
+            labels: labels that it must have, with these texts.
+            tag: the name of a tag that it must have; * and ? are wildcards.
+            branch: the branch that it was saved to.
 
         Raises:
             InvalidInputError: a comparison or pattern is invalid.
@@ -182,8 +193,8 @@ class Repository:
     ) -> Version:
         """Return the version with the least ("min") or greatest ("max") value of a metric.
 
-        Of equals it is the earliest; NaN is no value. `branch` asks those only that were saved on
-        it.
+        Of equal values the earliest version wins; NaN is ignored. With `branch`, only versions
+        that were saved to it count.
 
         Raises:
             NotFoundError: no such version has the metric.
@@ -221,8 +232,7 @@ class Repository:
         Args:
             name: of the tag.
             ref: the version.
-            move: let a tag of this name move to the version, in one operation that `undo` takes
-                back. Where there is no such tag, it is made.
+            move: move the tag if it exists, in one operation that `undo` reverts; else create it.
 
         Raises:
             InvalidInputError: the name breaks the grammar; offers the nearest that is allowed.
@@ -234,7 +244,7 @@ class Repository:
 
     @journaled
     def branch(self, name: str, *, at: str | int | None = None) -> RefRecord:
-        """Begin a branch at a version.
+        """Create a branch at a version.
 
         Raises:
             AlreadyExistsError: the name is taken, by a branch or a tag.
@@ -245,7 +255,7 @@ class Repository:
 
     @journaled
     def delete_tag(self, name: str, *, expect: str | int | None = None) -> RefRecord:
-        """Remove a tag; return what it was. `undo` brings it back.
+        """Delete a tag; return what it was. `undo` restores it.
 
         Raises:
             ConflictError: it does not name the version `expect`.
@@ -254,7 +264,7 @@ class Repository:
 
     @journaled
     def delete_branch(self, name: str, *, expect: str | int | None = None) -> RefRecord:
-        """Remove a branch, and none of its versions; return what it was. `undo` brings it back.
+        """Delete a branch, and none of its versions; return what it was. `undo` restores it.
 
         Raises:
             ConflictError: its tip is not the version `expect`.
@@ -276,18 +286,18 @@ class Repository:
         force: bool = False,
         expect_tip: str | int | None = None,
     ) -> RefRecord:
-        """Move a branch to an earlier version, so that the next save goes on from there.
+        """Move a branch to an earlier version, so that the next save continues from there.
 
         No version is deleted: `undo` moves the branch back.
 
         Args:
             ref: where to; an ancestor of the branch's tip, or any version with `force`.
-            branch: what is moved.
-            force: move it to a version that is no ancestor, such as one of another branch.
+            branch: the branch to move.
+            force: allow a version that is not an ancestor, such as one of another branch.
             expect_tip: the ref that the branch must still name.
 
         Raises:
-            InvalidInputError: the version is no ancestor, and `force` is not given.
+            InvalidInputError: the version is not an ancestor, and `force` is not given.
             ConflictError: the branch is not at `expect_tip`.
         """
         expected = None if expect_tip is None else resolve(self.catalog, expect_tip).number
@@ -297,10 +307,11 @@ class Repository:
 
     @journaled
     def undo(self, *, expect: int | None = None) -> Operation:
-        """Take back the last operation on refs, metrics or labels that is not undone yet.
+        """Revert the last operation on refs, metrics or labels that is not undone yet.
 
-        Deleted tags and branches come back, moved branches go back. After a save the branch goes
-        back and the tags go; the version stays. Called again, it goes further back.
+        Deleted tags and branches are restored, moved branches go back. After a save the branch
+        goes back and its tags are deleted; the version stays. Each further call reverts the
+        operation before.
 
         Args:
             expect: the number of the operation that is to be undone.
@@ -491,7 +502,7 @@ class Repository:
             keep_tagged: no rule but that tagged versions stay, as they always do.
             keep_since: keep versions made since a time, or within a span such as `"7d"`.
             branch: look only at versions that were saved to this branch.
-            dry_run: change nothing, and tell what would expire.
+            dry_run: change nothing, and report what would expire.
 
         Raises:
             InvalidInputError: there is no rule, or an invalid one.
@@ -528,7 +539,7 @@ class Repository:
         Args:
             refs: the versions, or one of them. If one of the refs names nothing, none is forgotten.
             force: forget tagged versions too, and delete their tags.
-            dry_run: change nothing, and tell what would be forgotten.
+            dry_run: change nothing, and report what would be forgotten.
 
         Raises:
             NotFoundError: a ref names nothing.
@@ -558,7 +569,7 @@ class Repository:
 
         Args:
             grace: a span of time, such as `"24h"` or a timedelta.
-            dry_run: change nothing, and tell what would be freed.
+            dry_run: change nothing, and report what would be freed.
             lease: a running save renews its lease every ten seconds.
 
         Raises:
@@ -584,8 +595,8 @@ class Repository:
 
         Args:
             deep: read every chunk and check its digest; else only what needs no reading.
-            resume: go on with a deep look that was broken off.
-            limit: most bytes a second to read.
+            resume: continue a deep check that was interrupted.
+            limit: read at most this many bytes per second.
 
         Raises:
             InvalidInputError: `limit` is not positive, or `resume` is given without `deep`.
@@ -664,6 +675,32 @@ class Repository:
 
     def __repr__(self) -> str:
         return f"Repository({self.catalog!r}, data={self.storage.url!r})"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the newest versions, with one look at the catalog."""
+        title = f"Repository {self.location}"
+        try:
+            with self.catalog.keep_connection():
+                newest = self.log(limit=_NEWEST)
+                refs = [f"{ref.name} (v{ref.version})" for ref in (*self.branches(), *self.tags())]
+        except DcpstoreError as error:  # a notebook shows it all the same
+            return html_pairs(title, [("data", self.storage.url), ("problem", str(error))])
+        rows = [
+            (
+                str(version),
+                version.branch,
+                "-" if version.step is None else str(version.step),
+                ", ".join(version.tags) or "-",
+                exact_time(version.created_at),
+                human_bytes(version.nbytes),
+                human_metrics(version.metrics) or "-",
+                version.message,
+            )
+            for version in newest
+        ]
+        columns = ("VERSION", "BRANCH", "STEP", "TAGS", "WHEN", "BYTES", "METRICS", "MESSAGE")
+        below = f"branches and tags: {some_of(refs, _NEWEST)}" if refs else "no versions yet"
+        return html_table(title, columns if rows else (), rows, below=below)
 
 
 def open(

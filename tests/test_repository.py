@@ -1,6 +1,7 @@
 """Where a repository is: by its folder, by URL, when the process moves; and what is refused."""
 
 import copy
+import json
 import os
 import pickle
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from dcpstore.catalog.db.url import sqlite_url
 from dcpstore.catalog.glance import glance_at_log
 from dcpstore.convert import export_safetensors, import_any, import_safetensors
 from dcpstore.repository import open as open_repository
+from tests.test_records import HOSTILE, Shown
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")  # of no process group
 
@@ -247,3 +249,37 @@ def test_questions_of_another_kind_are_bad_input(tmp_path: Path) -> None:
                 call()
         with pytest.raises(NotFoundError, match=r"No version has a metric\.$"):
             repo.log(where="val<1")
+
+
+def test_a_repository_and_a_diff_show_in_a_notebook(tmp_path: Path) -> None:
+    with open_repository(tmp_path / "r") as repo:
+        assert "no versions yet" in Shown(repo._repr_html_()).texts
+        old = {f"w{i}": torch.zeros(2) for i in range(40)}
+        dcpstore.save(old | {"note": "old"}, repo, message=HOSTILE, metrics={"loss": 2.5})
+        dcpstore.save({"w0": torch.ones(2), "note": HOSTILE}, repo, tags=["best"], step=7)
+        texts = Shown(repo._repr_html_()).texts
+        assert texts[0] == f"Repository {tmp_path / 'r'}"
+        assert texts[1:9] == [
+            "VERSION",
+            "BRANCH",
+            "STEP",
+            "TAGS",
+            "WHEN",
+            "BYTES",
+            "METRICS",
+            "MESSAGE",
+        ]
+        assert texts[9:13] == ["v2", "main", "7", "best"]
+        assert {"loss=2.5", HOSTILE, "branches and tags: main (v2), best (v2)"} <= set(texts)
+        diff = repo.diff("v1", "v2")
+        assert repr(diff) == "<Diff v1 -> v2: 39 removed, 2 changed; 0 B of 8 B shared>"
+        texts = Shown(diff._repr_html_()).texts
+        assert texts[0] == diff.summary()
+        assert json.dumps(HOSTILE) in texts
+        assert texts[-1] == "and 11 more that changed"
+        assert texts.count("float32 2") >= 20
+        assert Shown(repo.diff("v1", "v1")._repr_html_()).texts == [
+            "v1 -> v1: 41 unchanged; 320 B of 320 B shared"
+        ]
+    (tmp_path / "r" / "catalog.db").write_bytes(b"broken" * 1000)
+    assert "problem" in Shown(repo._repr_html_()).texts

@@ -10,8 +10,12 @@ from typing import Any
 import click
 
 from dcpstore.cli.completion import complete_branches, complete_refs
-from dcpstore.cli.output import counted, human_bytes, print_json, visible
+from dcpstore.cli.output import (
+    print_json,
+    visible,
+)
 from dcpstore.cli.session import Session, repo_options
+from dcpstore.core.display import counted, human_bytes
 
 __all__ = ["export", "import_"]
 

@@ -11,8 +11,6 @@ from dcpstore.cli.completion import complete_refs
 from dcpstore.cli.output import (
     Column,
     human_age,
-    human_bytes,
-    human_number,
     human_time,
     note,
     print_json,
@@ -21,7 +19,14 @@ from dcpstore.cli.output import (
     visible,
 )
 from dcpstore.cli.session import Session, repo_options
-from dcpstore.formats.composition import ComposedEntry, Entry, fold_entries, matching_entries
+from dcpstore.core.display import human_bytes, human_number
+from dcpstore.formats.composition import (
+    ComposedEntry,
+    Entry,
+    fold_entries,
+    matching_entries,
+    shape_text,
+)
 from dcpstore.formats.json_fields import value_tree
 from dcpstore.records import EntryRecord, Version
 
@@ -134,8 +139,7 @@ def _rows(entry: Entry, *, long: bool) -> list[tuple[str, ...]]:
     if not isinstance(entry, ComposedEntry):
         return [_row(entry, long=long)]
     is_a = entry.composition
-    shape = "x".join("*" if n is None else str(n) for n in is_a.shape) or "scalar"
-    head = (entry.fqn, is_a.kind, is_a.dtype, shape, *(("", "") if long else ()))
+    head = (entry.fqn, is_a.kind, is_a.dtype, shape_text(is_a.shape), *(("", "") if long else ()))
     rows = [(*head, human_bytes(entry.nbytes), *(("",) if long else ()))]
     for part in entry.parts:
         _, *rest = _row(part, long=long)
@@ -148,8 +152,7 @@ def _row(entry: EntryRecord, *, long: bool) -> tuple[str, ...]:
     if tensor is None:
         start, end, extra = ("", ""), entry.value or "", ("", "", "")
     else:
-        shape = "x".join(map(str, tensor.shape)) or "scalar"
-        start, end = (tensor.dtype, shape), human_bytes(tensor.nbytes)
+        start, end = (tensor.dtype, shape_text(tensor.shape)), human_bytes(tensor.nbytes)
         extra = (str(sum(part.size for part in tensor.parts)), tensor.codec, tensor.digest)
     if not long:
         return (entry.fqn, entry.kind, *start, end)

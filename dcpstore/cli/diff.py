@@ -12,10 +12,16 @@ from typing import TYPE_CHECKING
 import click
 
 from dcpstore.cli.completion import complete_branches, complete_refs
-from dcpstore.cli.output import Column, human_bytes, note, print_json, print_table
+from dcpstore.cli.output import (
+    Column,
+    note,
+    print_json,
+    print_table,
+)
 from dcpstore.cli.session import Session, repo_options
+from dcpstore.core.display import human_bytes
 from dcpstore.errors import InvalidInputError
-from dcpstore.formats.composition import composition_of, is_mark
+from dcpstore.formats.composition import composition_of, describe_entry, is_mark
 from dcpstore.formats.json_fields import value_tree
 from dcpstore.records import EntryRecord
 
@@ -151,9 +157,7 @@ def _print_diff(
         rows = [_module_cells(module) | _stats_cells(module.stats, stats) for module in modules]
         columns = _MODULE
     _print_rows(rows, (*columns, *(_STATS if stats else ())), sort)
-    counts = [f"{len(getattr(diff, count))} {count}" for count in _COUNTS]
-    shared = f"{human_bytes(diff.nbytes_shared)} of {human_bytes(diff.nbytes)} shared"
-    click.echo(f"{diff.old} -> {diff.new}: {', '.join(c for c in counts if c[0] != '0')}; {shared}")
+    click.echo(diff.summary())
 
 
 def _print_along(diffs: Sequence[Diff], *, sort: str | None, stats: bool) -> None:
@@ -229,8 +233,8 @@ def _entry_cells(entry: EntryDiff) -> Cells:
     return {
         "change": entry.change,
         "fqn": entry.fqn,
-        "old": _described(entry.old),
-        "new": _described(entry.new),
+        "old": None if entry.old is None else describe_entry(entry.old),
+        "new": None if entry.new is None else describe_entry(entry.new),
         "bytes": entry.nbytes,
         "shared": entry.nbytes_shared,
     }
@@ -246,18 +250,6 @@ def _stats_cells(stats: TensorStats | None, asked: bool) -> Cells:
     if not asked:
         return {}
     return {name: None if stats is None else read(stats) for name, read in _STATS.items()}
-
-
-def _described(entry: EntryRecord | None) -> str | None:
-    if entry is None:
-        return None
-    if is_mark(entry):
-        is_a = composition_of(entry)
-        shape = "x".join("*" if n is None else str(n) for n in is_a.shape) or "scalar"
-        return f"{is_a.kind} {is_a.dtype} {shape}"
-    if entry.tensor is None:
-        return entry.value
-    return f"{entry.tensor.dtype} {'x'.join(map(str, entry.tensor.shape)) or 'scalar'}"
 
 
 def _shape(diff: Diff, depth: int | None) -> dict[str, object]:

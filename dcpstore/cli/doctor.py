@@ -22,8 +22,13 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from dcpstore.catalog.db.sqlite_file import open_file
-from dcpstore.cli.output import coloured, human_bytes, print_json, visible
+from dcpstore.cli.output import (
+    coloured,
+    print_json,
+    visible,
+)
 from dcpstore.cli.session import Session, repo_options
+from dcpstore.core.display import human_bytes
 from dcpstore.core.uids import new_uid
 from dcpstore.errors import CorruptionError, DcpstoreError, NotFoundError, SchemaError
 

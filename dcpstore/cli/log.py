@@ -16,14 +16,13 @@ from dcpstore.cli.metrics import named_texts
 from dcpstore.cli.output import (
     Column,
     human_age,
-    human_bytes,
     human_time,
-    metric_cell,
     note,
     print_json,
     print_table,
 )
 from dcpstore.cli.session import Session, limit_option, pager_option, repo_options
+from dcpstore.core.display import human_bytes, human_metrics
 
 if TYPE_CHECKING:
     from dcpstore.records import Version
@@ -207,6 +206,6 @@ def _row(version: Version | LogLine, metrics: Sequence[str]) -> tuple[str, ...]:
         human_time(version.created_at),
         human_age(version.created_at),
         human_bytes(version.nbytes),
-        metric_cell(version.metrics, metrics),
+        human_metrics(version.metrics, metrics) or "-",
         version.message,
     )

@@ -12,9 +12,7 @@ import click
 from dcpstore.cli.completion import complete_branches, complete_refs
 from dcpstore.cli.output import (
     Column,
-    counted,
     human_age,
-    human_bytes,
     human_time,
     print_json,
     print_pairs,
@@ -22,6 +20,7 @@ from dcpstore.cli.output import (
     visible,
 )
 from dcpstore.cli.session import DAMAGE, Session, repo_options
+from dcpstore.core.display import counted, human_bytes, some_of
 
 if TYPE_CHECKING:
     from dcpstore.catalog.maintenance.retention import Best, Verdict
@@ -260,9 +259,9 @@ def _described(damage: Damage) -> Iterator[str]:
     where = "" if damage.kind == "catalog" else f" {damage.key}"
     yield f"{damage.kind}{where}: {damage.reason}"
     if damage.versions:
-        yield f"  versions: {_some([f'v{number}' for number in damage.versions])}"
+        yield f"  versions: {some_of([f'v{number}' for number in damage.versions], _SHOWN)}"
     if damage.fqns:
-        yield f"  entries: {_some(damage.fqns)}"
+        yield f"  entries: {some_of(damage.fqns, _SHOWN)}"
     for chunk in damage.chunks[:_SHOWN]:
         yield (
             f"  chunk {chunk.ordinal} of part {chunk.part} at {chunk.offset}, length "
@@ -270,8 +269,3 @@ def _described(damage: Damage) -> Iterator[str]:
         )
     if len(damage.chunks) > _SHOWN:
         yield f"  and {len(damage.chunks) - _SHOWN} more chunks"
-
-
-def _some(names: tuple[str, ...] | list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -7,8 +7,12 @@ from collections.abc import Sequence
 import click
 
 from dcpstore.cli.completion import complete_branches, complete_refs
-from dcpstore.cli.output import human_number, metric_cell, print_json, visible
+from dcpstore.cli.output import (
+    print_json,
+    visible,
+)
 from dcpstore.cli.session import Session, repo_options
+from dcpstore.core.display import human_metrics, human_number
 
 __all__ = ["best", "label", "metric", "named_texts"]
 
@@ -61,7 +65,7 @@ def metric(session: Session, ref: str, pairs: tuple[str, ...]) -> None:
     if session.json:
         print_json(version)
     else:
-        click.echo(f"{version} has the metrics {visible(metric_cell(version.metrics))}")
+        click.echo(f"{version} has the metrics {visible(human_metrics(version.metrics))}")
 
 
 @click.command()

@@ -19,17 +19,14 @@ from datetime import UTC, datetime
 
 import click
 
+from dcpstore.core.display import counted
 from dcpstore.records import as_json
 
 __all__ = [
     "Column",
     "coloured",
-    "counted",
     "human_age",
-    "human_bytes",
-    "human_number",
     "human_time",
-    "metric_cell",
     "note",
     "print_csv",
     "print_json",
@@ -42,7 +39,6 @@ _GAP = "  "
 _NARROWEST = 8  # cells to which a column shrinks
 _READABLE = 10  # cells that a column which shrinks keeps before an extra column is shown
 _WIDEST = 60  # cells to which the others are padded: one long value must not widen every row
-_UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _AGES = (  # a unit in seconds, and below how many of them it is used
     ("second", 1, 60),
     ("minute", 60, 60),
@@ -87,28 +83,6 @@ def visible(text: str) -> str:
     )
 
 
-def human_bytes(count: int) -> str:
-    """Return a number of bytes in the unit that suits it: `512 B`, `1.4 GiB`."""
-    if count < 1024:
-        return f"{count} B"
-    size = float(count)
-    for unit in _UNITS:
-        size /= 1024
-        if size < 1023.95 or unit == _UNITS[-1]:  # what rounds to 1024.0 belongs to the next
-            break
-    return f"{size:.1f} {unit}"
-
-
-def human_number(value: float) -> str:
-    """Return a number with all its digits, and without a fraction where there is none."""
-    return repr(value).removesuffix(".0")
-
-
-def counted(count: int, noun: str) -> str:
-    """Return `1 pack`, `2 packs`."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
 def human_time(time: datetime, *, zone: bool = False) -> str:
     """Return a time in the local time zone."""
     with suppress(OverflowError):  # at the ends of the calendar a zone may lead out of it
@@ -124,12 +98,6 @@ def human_age(time: datetime, now: datetime | None = None) -> str:
     )
     count = abs(seconds) // unit
     return f"in {counted(count, noun)}" if seconds < 0 else f"{counted(count, noun)} ago"
-
-
-def metric_cell(metrics: Mapping[str, float], names: Sequence[str] = ()) -> str:
-    """Return metrics in one line, all or those of `names`: `train_loss=1.72, val_loss=1.87`."""
-    shown = {name: metrics[name] for name in names or metrics if name in metrics}
-    return ", ".join(f"{name}={human_number(value)}" for name, value in shown.items()) or "-"
 
 
 def coloured(text: str, colour: str | None) -> str:

@@ -6,7 +6,11 @@ from typing import get_args
 
 import click
 
-from dcpstore.cli.output import counted, human_bytes, note, print_json, visible
+from dcpstore.cli.output import (
+    note,
+    print_json,
+    visible,
+)
 from dcpstore.cli.session import (
     DAMAGE,
     NoRepositoryError,
@@ -16,6 +20,7 @@ from dcpstore.cli.session import (
     open_existing,
     repo_options,
 )
+from dcpstore.core.display import counted, human_bytes
 from dcpstore.errors import AlreadyExistsError
 from dcpstore.records import ChunkDefaults, CodecSetting
 from dcpstore.storage.urls import OBJECT_STORES

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
 import click
 
-from dcpstore.cli.output import visible
+from dcpstore.cli.output import (
+    visible,
+)
 from dcpstore.errors import (
     AlreadyExistsError,
     ConflictError,

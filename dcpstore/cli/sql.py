@@ -9,7 +9,13 @@ from collections.abc import Sequence
 
 import click
 
-from dcpstore.cli.output import Column, note, print_csv, print_json, print_table
+from dcpstore.cli.output import (
+    Column,
+    note,
+    print_csv,
+    print_json,
+    print_table,
+)
 from dcpstore.cli.session import Session, repo_options
 from dcpstore.errors import InvalidInputError
 from dcpstore.records import Row

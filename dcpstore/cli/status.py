@@ -7,8 +7,14 @@ from datetime import UTC, datetime, timedelta
 
 import click
 
-from dcpstore.cli.output import Column, human_bytes, human_time, print_json, print_table
+from dcpstore.cli.output import (
+    Column,
+    human_time,
+    print_json,
+    print_table,
+)
 from dcpstore.cli.session import Session, repo_options
+from dcpstore.core.display import human_bytes
 from dcpstore.core.durations import as_duration
 from dcpstore.records import RankProgress, RunningSave
 

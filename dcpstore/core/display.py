@@ -97,5 +97,5 @@ def _title(title: str) -> str:
 
 def _table(rows: str) -> str:
     # "inherit" because notebooks give tables their own colours, dark on dark in some themes.
-    style = "border-collapse: collapse; color: inherit; background: inherit"
+    style = "border-collapse: collapse; color: inherit; background: inherit; font-size: inherit"
     return f'<table style="{style}"><tbody>{rows}</tbody></table>'

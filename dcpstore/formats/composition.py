@@ -23,12 +23,14 @@ __all__ = [
     "Entry",
     "composition_of",
     "compositions",
+    "describe_entry",
     "fold_entries",
     "imported_value",
     "is_mark",
     "matching_entries",
     "matching_fqns",
     "outer_fqns",
+    "shape_text",
 ]
 
 MARK = "$composed"  # the key of the mark, and its tag in typed JSON
@@ -220,3 +222,18 @@ def composition_of(mark: EntryRecord) -> Composition:
 def compositions(entries: Iterable[EntryRecord]) -> Mapping[str, Composition]:
     """Return what the composed tensors of a version are, by their FQN."""
     return {e.fqn.removesuffix(_SUFFIX): composition_of(e) for e in entries if is_mark(e)}
+
+
+def describe_entry(entry: EntryRecord) -> str:
+    """Return what an entry is in a few words: dtype and shape of a tensor, or its value."""
+    if is_mark(entry):
+        is_a = composition_of(entry)
+        return f"{is_a.kind} {is_a.dtype} {shape_text(is_a.shape)}"
+    if entry.tensor is None:
+        return entry.value or ""
+    return f"{entry.tensor.dtype} {shape_text(entry.tensor.shape)}"
+
+
+def shape_text(shape: Sequence[int | None]) -> str:
+    """Return a shape as in `512x1024`; `*` is a dimension that is ragged."""
+    return "x".join("*" if size is None else str(size) for size in shape) or "scalar"

@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.read.entries import SharedChunk, load_both, shared_chunks
-from dcpstore.formats.composition import MARK, ComposedEntry, composition_of, fold_entries
+from dcpstore.core.display import html_table, human_bytes
+from dcpstore.formats.composition import (
+    MARK,
+    ComposedEntry,
+    composition_of,
+    describe_entry,
+    fold_entries,
+)
 from dcpstore.records import EntryRecord, TensorRecord, Version
 
 __all__ = [
@@ -93,6 +101,8 @@ class TensorStats:
             inf_new=self.inf_new + other.inf_new,
         )
 
+
+_SHOWN = 30  # entries that a notebook lists
 
 Change = Literal["added", "removed", "changed", "retyped", "reshaped", "unchanged"]
 
@@ -192,6 +202,34 @@ class Diff:
 
     def __bool__(self) -> bool:
         return any(entry.change != "unchanged" for entry in self.entries)
+
+    def summary(self) -> str:
+        """Return in one line how many entries changed in which way, and how many bytes did not."""
+        counts = Counter(entry.change for entry in self.entries)
+        shown = ", ".join(f"{counts[name]} {name}" for name in get_args(Change) if counts[name])
+        shared = f"{human_bytes(self.nbytes_shared)} of {human_bytes(self.nbytes)} shared"
+        return f"{self.old} -> {self.new}: {shown}; {shared}"
+
+    def __repr__(self) -> str:
+        return f"<Diff {self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the entries that changed, the first of them."""
+        changed = [entry for entry in self.entries if entry.change != "unchanged"]
+        rows = [
+            (
+                entry.change,
+                entry.fqn,
+                *("-" if side is None else describe_entry(side) for side in (entry.old, entry.new)),
+                human_bytes(entry.nbytes),
+                human_bytes(entry.nbytes_shared),
+            )
+            for entry in changed[:_SHOWN]
+        ]
+        more = len(changed) - len(rows)
+        columns = ("CHANGE", "FQN", "OLD", "NEW", "BYTES", "SHARED")
+        below = f"and {more} more that changed" if more else ""
+        return html_table(self.summary(), columns if rows else (), rows, below=below)
 
     def _all(self, change: Change) -> tuple[EntryDiff, ...]:
         return tuple(entry for entry in self.entries if entry.change == change)

@@ -101,7 +101,7 @@ def _renewed(page: str) -> str:
         new = next(now)
         if _settled(new) == _settled(match[0]):
             return match[0]
-        new = re.sub(r"/\S+/(ckpts|other)(?=[;/\s])", r"/home/ada/\1", new)
+        new = re.sub(r"/[^/\s]\S*/(ckpts|other)(?=[;/\s])", r"/home/ada/\1", new)
         return re.sub(r"\(/\S+/python[0-9.]*\)", "(/home/ada/.venv/bin/python)", new)
 
     return re.sub(text + block, renew, page, flags=re.DOTALL)

@@ -92,6 +92,12 @@ def test_a_lost_catalog_names_rebuild(run: Run, tmp_path: Path) -> None:
     assert (check, "'dcpstore rebuild " in text) == ("database", True)
 
 
+def test_no_server_at_an_address(run: Run) -> None:
+    check, text = only_problem(run, "postgresql://ada:s3cret@127.0.0.1:1/db")
+    assert (check, "the server is running" in text, "s3cret" in text) == ("database", True, False)
+
+
+@pytest.mark.slow  # connecting is tried again for a minute, for the server may be starting
 def test_a_server_that_is_stopped(run: Run) -> None:
     with own_server() as server:
         url = server.get_uri().replace("postgres:@", "postgres:s3cret@")

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcpstore.catalog.catalog import Catalog
-from dcpstore.cli.output import human_age, human_bytes, visible
+from dcpstore.cli.output import human_age, visible
+from dcpstore.core.display import human_bytes
 from tests.cli.conftest import process_environment
 from tests.cli.history import save_version
 

@@ -46,7 +46,7 @@ def test_everything_is_copied_once(repo: Repository, other: Repository, save: Sa
     assert report.refs == ("main", "side", "t0", "t1", "t2")
     assert (report.present, report.refused, report.left) == ((), (), ())
     assert contents(other) == contents(repo)
-    assert repr(other.log()) == repr(repo.log())
+    assert repr([*map(vars, other.log())]) == repr([*map(vars, repo.log())])
     assert (other.tags(), other.branches()) == (repo.tags(), repo.branches())
     assert report.nbytes_written == sum(v.nbytes_written for v in repo.log())
     before = views(other)

@@ -71,7 +71,9 @@ def test_rebuilt_and_original_answer_every_view_alike(
         assert rebuilt.about.chunk == repo.about.chunk
         assert rebuilt.operations() == repo.operations()
         assert (rebuilt.tags(), rebuilt.branches()) == (repo.tags(), repo.branches())
-        assert repr(rebuilt.log()) == repr(repo.log())  # a NaN does not equal itself
+        assert repr([*map(vars, rebuilt.log())]) == repr(
+            [*map(vars, repo.log())]
+        )  # a NaN does not equal itself
         old, new = views(repo), views(rebuilt)
         for name in old:
             assert _told(new[name]) == _told(old[name]), name
