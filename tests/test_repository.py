@@ -279,7 +279,7 @@ def test_a_repository_and_a_diff_show_in_a_notebook(tmp_path: Path) -> None:
         assert texts[-1] == "and 11 more that changed"
         assert texts.count("float32 2") >= 20
         assert Shown(repo.diff("v1", "v1")._repr_html_()).texts == [
-            "v1 -> v1: 41 unchanged; 320 B of 320 B shared"
+            "v1 -> v1: 41 unchanged; 8 B of 8 B shared"
         ]
     (tmp_path / "r" / "catalog.db").write_bytes(b"broken" * 1000)
     assert "problem" in Shown(repo._repr_html_()).texts
