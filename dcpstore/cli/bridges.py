@@ -20,13 +20,13 @@ from dcpstore.core.display import counted, human_bytes
 __all__ = ["export", "import_"]
 
 _DTYPE = click.option(
-    "--dtype", metavar="DTYPE", help="Convert floating tensors, as in bf16, fp16 or fp32."
+    "--dtype", metavar="DTYPE", help="Convert floating-point tensors, e.g. to bf16, fp16 or fp32."
 )
 _TENSORS_ONLY = click.option("--tensors-only", is_flag=True, help="Leave the values out.")
 _PICKLE = click.option(
     "--allow-pickle",
     is_flag=True,
-    help="Let pickles run the code that they name; only if you trust their author.",
+    help="Allow pickles, which can run any code; only if you trust their author.",
 )
 
 
@@ -63,9 +63,9 @@ def _as_renames(
     shell_complete=complete_branches,
     help="Branch to save to.",
 )
-@click.option("--tag", "tags", metavar="NAME", multiple=True, help="Tag it; may be repeated.")
-@click.option("--step", type=int, help="Its step in the training run.")
-@click.option("--message", "-m", default="", help="Keep a message with it.")
+@click.option("--tag", "tags", metavar="NAME", multiple=True, help="Tag the version (repeatable).")
+@click.option("--step", type=int, help="Step of the version in the training run.")
+@click.option("--message", "-m", default="", help="Message of the version.")
 @_DTYPE
 @_TENSORS_ONLY
 @_PICKLE
@@ -115,32 +115,34 @@ def import_(
     "form",
     type=click.Choice(("dcp", "torch", "safetensors", "zarr")),
     required=True,
-    help="What to write.",
+    help="Format to write.",
 )
 @click.option(
     "--include",
     metavar="NAME",
     multiple=True,
-    help="Export only this entry, all below it, or what a glob matches; may be repeated.",
+    help="Export only this entry, all below it, or what a glob matches (repeatable).",
 )
-@click.option("--exclude", metavar="NAME", multiple=True, help="Leave these out; may be repeated.")
+@click.option(
+    "--exclude", metavar="NAME", multiple=True, help="Leave these entries out (repeatable)."
+)
 @click.option(
     "--strip-prefix",
     metavar="TEXT",
     default="",
-    help="Leave this out where a name begins with it, as in model.",
+    help="Remove this prefix from names, e.g. 'model.'.",
 )
 @click.option(
     "--rename",
     metavar="OLD=NEW",
     multiple=True,
     callback=_as_renames,
-    help="Export an entry under another name; may be repeated.",
+    help="Export an entry under another name (repeatable).",
 )
 @click.option(
     "--max-shard-size",
     metavar="SIZE",
-    help="Of a safetensors file in a folder, as in 500MB or 2GiB; default: 5GB.",
+    help="Largest size of a safetensors file in a folder, e.g. 500MB or 2GiB; default: 5GB.",
 )
 @_DTYPE
 @_TENSORS_ONLY

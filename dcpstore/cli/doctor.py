@@ -1,7 +1,7 @@
 """`dcpstore doctor`: whether this machine and a repository are set up well, in one screen.
 
-Each check looks at the real thing: it connects, writes one small object and deletes it again. A
-check that fails never hides the ones that do not depend on it.
+Each check does the real thing: it connects, and it writes one small object and deletes it again.
+Without a catalog that opens, the data are not checked: only the catalog says where they are.
 """
 
 from __future__ import annotations

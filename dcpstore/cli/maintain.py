@@ -121,7 +121,7 @@ def expire(
 def forget(session: Session, refs: tuple[str, ...], force: bool, dry_run: bool) -> None:
     """Forget the versions REF..., all or none; gc then frees their bytes.
 
-    Until then 'undo' brings them back. A branch whose tip is forgotten moves back to the nearest
+    Until then 'undo' restores them. A branch whose tip is forgotten moves back to the nearest
     ancestor that stays.
     """
     with session.open() as repo:
@@ -186,12 +186,15 @@ def _shape(verdict: Verdict) -> dict[str, object]:
     "--grace", default="24h", show_default=True, help="How long condemned packs stay readable."
 )
 @click.option(
-    "--lease", default="1h", show_default=True, help="How long a silent save counts as running."
+    "--lease",
+    default="1h",
+    show_default=True,
+    help="How long a save without a report counts as running.",
 )
 @click.option("--dry-run", is_flag=True, help="Change nothing; print what would be freed.")
 @repo_options
 def gc(session: Session, grace: str, lease: str, dry_run: bool) -> None:
-    """Condemn packs that nothing reaches, and delete those whose grace time is over."""
+    """Condemn packs that no version needs, and delete those whose grace time is over."""
     with session.open() as repo:
         report = repo.gc(grace=grace, lease=lease, dry_run=dry_run)
     if session.json:
@@ -218,14 +221,14 @@ def gc(session: Session, grace: str, lease: str, dry_run: bool) -> None:
     "--limit-mib",
     type=click.FloatRange(min=0, min_open=True),
     metavar="N",
-    help="Read at most N MiB a second.",
+    help="Read at most N MiB per second.",
 )
 @repo_options
 @click.pass_context
 def verify(
     ctx: click.Context, session: Session, deep: bool, resume: bool, limit_mib: float | None
 ) -> None:
-    """Look for damage, and list the versions that it affects; exit with 3 if there is any."""
+    """Check for damage, and list the versions that it affects; exits with 3 if there is any."""
     with session.open() as repo:
         limit = None if limit_mib is None else limit_mib * _MIB
         report = repo.verify(deep=deep, resume=resume, limit=limit)

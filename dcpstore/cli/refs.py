@@ -98,9 +98,9 @@ def branch(session: Session, name: str | None, at: str | None, delete: bool) -> 
 @click.option("--force", is_flag=True, help="Allow a target that is not an ancestor of the tip.")
 @click.option(
     "--expect-tip",
-    metavar="REF",
+    metavar="TIP",
     shell_complete=complete_refs,
-    help="Move it only if its tip is still REF.",
+    help="Move it only if its tip is still TIP.",
 )
 @repo_options
 def rollback(session: Session, ref: str, branch: str, force: bool, expect_tip: str | None) -> None:

@@ -34,7 +34,7 @@ _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
     "params",
     multiple=True,
     metavar="NAME=VALUE",
-    help='The value of :NAME in the query; a number is a number, unless "quoted".',
+    help='Value of :NAME in the query; what looks like a number is one, unless "quoted".',
 )
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @repo_options

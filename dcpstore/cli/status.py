@@ -36,7 +36,10 @@ _COLUMNS = (
 
 @click.command()
 @click.option(
-    "--lease", default="1h", show_default=True, help="How long a silent save counts as running."
+    "--lease",
+    default="1h",
+    show_default=True,
+    help="How long a save without a report counts as running.",
 )
 @repo_options
 def status(session: Session, lease: str) -> None:
