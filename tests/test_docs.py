@@ -48,7 +48,7 @@ NOT_RUN_BLOCKS: dict[str, int] = {}
 LANGUAGES = {"python", "console", "sql", "text", "json", "mermaid", "yaml", "toml", "bash"}
 COMPOSE_URL = "postgresql://dcpstore:dcpstore@localhost:5432/dcpstore"
 S3_URL = "http://localhost:9000"
-PATIENCE = 120  # seconds for a page
+PATIENCE = 240  # seconds for a page, on a busy machine
 
 # What sets a machine up: each is held to something else below, for it needs the network.
 NOT_RUN = re.compile(r"(pip install|make|docker compose|cp) ")
