@@ -201,16 +201,15 @@ def gc(session: Session, grace: str, lease: str, dry_run: bool) -> None:
         print_json(report)
         return
     shown = [("would free" if dry_run else "freed", human_bytes(report.nbytes_freed))]
-    shown.append(
-        ("deleted", f"{counted(len(report.deleted), 'pack')}, {len(report.cleared)} other objects")
-    )
+    others = counted(len(report.cleared), "other object")
+    shown.append(("deleted", f"{counted(len(report.deleted), 'pack')}, {others}"))
     condemned = f"{counted(len(report.condemned), 'pack')}, {human_bytes(report.nbytes_condemned)}"
     shown.append(("condemned", condemned))
     shown.append(("repacked", counted(len(report.repacked), "pack")))
     if report.crashed:
         shown.append(("crashed", f"{counted(len(report.crashed), 'save')} given up"))
     if report.unknown:
-        shown.append(("unknown", f"{len(report.unknown)} objects left alone"))
+        shown.append(("unknown", f"{counted(len(report.unknown), 'object')} not changed"))
     print_pairs(shown)
 
 
@@ -271,4 +270,4 @@ def _described(damage: Damage) -> Iterator[str]:
             f"{chunk.length}: {chunk.reason}"
         )
     if len(damage.chunks) > _SHOWN:
-        yield f"  and {len(damage.chunks) - _SHOWN} more chunks"
+        yield f"  and {counted(len(damage.chunks) - _SHOWN, 'more chunk')}"
