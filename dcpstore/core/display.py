@@ -44,9 +44,15 @@ def human_number(value: float) -> str:
 
 
 def human_metrics(metrics: Mapping[str, float], names: Sequence[str] = ()) -> str:
-    """Return metrics in one line, all or those of `names`: `train_loss=1.72, val_loss=1.87`."""
+    """Return metrics in one line, all or those of `names`: `train_loss=1.72, val_loss=1.87`.
+
+    Fractions have six significant digits, so that a line stays short.
+    """
     shown = {name: metrics[name] for name in names or metrics if name in metrics}
-    return ", ".join(f"{name}={human_number(value)}" for name, value in shown.items())
+    return ", ".join(
+        f"{name}={human_number(value) if value.is_integer() else f'{value:.6g}'}"
+        for name, value in shown.items()
+    )
 
 
 def counted(count: int, noun: str) -> str:

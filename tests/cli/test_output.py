@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.cli.output import human_age, visible
-from dcpstore.core.display import human_bytes
+from dcpstore.core.display import human_bytes, human_metrics
 from tests.cli.conftest import process_environment
 from tests.cli.history import save_version
 
@@ -61,6 +61,13 @@ def test_human_bytes(count: int, text: str) -> None:
 def test_human_age(ago: timedelta, text: str) -> None:
     now = datetime(2026, 3, 1, tzinfo=UTC)
     assert human_age(now - ago, now) == text
+
+
+def test_metrics_stay_short_and_whole_numbers_whole() -> None:
+    metrics = {"loss": 1 / 999, "tokens": 12345678.0, "nan": float("nan"), "x": 1e-300}
+    assert human_metrics(metrics) == "loss=0.001001, tokens=12345678, nan=nan, x=1e-300"
+    assert human_metrics(metrics, ["x", "none", "tokens"]) == "x=1e-300, tokens=12345678"
+    assert human_metrics({"inf": float("inf")}) == "inf=inf"
 
 
 def on_terminal(*args: str, repo: str, columns: int, **environment: str) -> str:
