@@ -303,3 +303,4 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_the_quick_start_is_short() -> None:
     first = blocks("README.md", "python")[0][2]
     assert len(first.strip().splitlines()) <= 13  # the name of the file, and 12 lines
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
