@@ -50,7 +50,7 @@ def human_metrics(metrics: Mapping[str, float], names: Sequence[str] = ()) -> st
     """
     shown = {name: metrics[name] for name in names or metrics if name in metrics}
     return ", ".join(
-        f"{name}={human_number(value) if value.is_integer() else f'{value:.6g}'}"
+        f"{name}={human_number(value) if float(value).is_integer() else f'{value:.6g}'}"
         for name, value in shown.items()
     )
 
