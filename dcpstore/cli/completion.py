@@ -45,7 +45,7 @@ def _refs(ctx: click.Context, incomplete: str, *, kinds: tuple[str, ...]) -> lis
     except (DcpstoreError, OSError, click.UsageError):  # a message would land in the line
         return []
     return [
-        CompletionItem(ref.name, help=f"{ref.kind}, v{ref.version}")
+        CompletionItem(ref.name, help=f"{ref.kind} of v{ref.version}")
         for ref in refs
         if ref.kind in kinds and ref.name.startswith(incomplete)
     ]
