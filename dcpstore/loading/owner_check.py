@@ -19,11 +19,10 @@ from dcpstore.compat.torch_private import LocalShardsWrapper, ShardedTensor
 from dcpstore.encoding.composed_tensors import kind_of, parts_of
 from dcpstore.records import ObjectPath
 from dcpstore.state.optimizers import is_by_number
-from dcpstore.state.overlay import fqn_of
 from dcpstore.state.per_rank import with_own
 from dcpstore.state.stateful import Owner, Template
 from dcpstore.state.targets import memory_of
-from dcpstore.state.walk import walk
+from dcpstore.state.walk import fqn_of, walk
 
 __all__ = ["Expected", "compare_owners", "expect", "left_on_meta", "restore_optimizers"]
 

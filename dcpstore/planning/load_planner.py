@@ -23,7 +23,8 @@ from dcpstore.encoding.dtypes import PACKED
 from dcpstore.errors import InvalidInputError, MismatchError, UnsafeDataError
 from dcpstore.formats.composition import MARK, Composition, imported_value
 from dcpstore.geometry.boxes import Box
-from dcpstore.state.composed import Assemblies, spliced
+from dcpstore.state.assemblies import Assemblies
+from dcpstore.state.composed import flatten_parts
 from dcpstore.state.load_options import LoadOptions
 from dcpstore.state.optimizers import lists_parameters
 from dcpstore.state.shards import LocalShard, flat_shards, is_on_meta, is_sharded, local_shards
@@ -119,11 +120,11 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
                 own = flattened(self.original_state_dict, is_leaf=self._is_stored)
                 self._places = own.places
         elif self._composed:
-            state_dict = spliced(self._composed.state)
+            state_dict = flatten_parts(self._composed.state)
         if self.flatten_sharded_tensors:
             state_dict = flat_shards(state_dict)
         self.state_dict = state_dict
-        self._composed.named(state_dict)
+        self._composed.set_names(state_dict)
         self._rooms, self._views = {}, {}
         self.missing, self.cast, self.stored = [], [], set()
 
@@ -150,7 +151,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         for fqn, wanted in self.state_dict.items():
             if not self._asks_for(fqn):
                 continue
-            name = self._composed.name_of(fqn)
+            name = self._composed.stored_name(fqn)
             self.stored.add(name)
             if isinstance(wanted, Composition):
                 self._check_composed(self._composed.outer[fqn], differences)
@@ -197,7 +198,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
 
     def stored_fqn(self, fqn: str) -> str:
         """Return the FQN in the version of an item of `state_dict`."""
-        return self._composed.name_of(fqn)
+        return self._composed.stored_name(fqn)
 
     def targets(self) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
         """Yield the FQN, the offsets and the local view of each box that the load is to fill."""
@@ -389,7 +390,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         return found if isinstance(found, torch.Tensor) else None
 
     def _arrived(self, fqn: str) -> None:
-        whole = self._composed.arrived(fqn)
+        whole = self._composed.count_read(fqn)
         if whole is not None and whole[1] is not self._composed.tensor(whole[0]):
             self._set_item(*whole)
 

@@ -38,7 +38,7 @@ from dcpstore.geometry.boxes import Box
 from dcpstore.planning.global_plan import plan_globally
 from dcpstore.planning.plan_table import GlobalTable, PlanTable
 from dcpstore.records import ObjectPath
-from dcpstore.state.composed import spliced, take_apart
+from dcpstore.state.composed import flatten_parts, take_apart
 from dcpstore.state.shards import flat_shards, is_sharded, local_shards, no_shard
 from dcpstore.state.tree import FlatPaths, flattened, recorded_paths
 from dcpstore.state.walk import nesting_checked
@@ -89,7 +89,7 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
             flat = flattened(state_dict)
             state_dict, self.mappings = flat.items, flat.paths
         else:
-            state_dict = spliced(state_dict)
+            state_dict = flatten_parts(state_dict)
         if self.flatten_sharded_tensors:
             state_dict = flat_shards(state_dict)
         self.state_dict = state_dict

@@ -5,12 +5,13 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from dcpstore.errors import InvalidInputError
 
 __all__ = ["LoadOptions", "OnDtype", "Rename", "check_globs", "check_rename", "renamed"]
 
+T = TypeVar("T")
 OnDtype = Literal["error", "cast"]
 Rename = Mapping[str, str] | Callable[[str], str]
 
@@ -20,11 +21,11 @@ class LoadOptions:
     """Options of `DefaultLoadPlanner`; FQNs are those of the state.
 
     Attributes:
-        include, exclude: globs; an FQN is asked for if one of `include` matches (None: any does)
-            and none of `exclude` does.
-        rename: the FQN in the version of an FQN in the state, as a mapping or a function.
-        strict: whether an FQN that the version lacks is an error, or is left as it is.
-        on_dtype: whether a dtype that differs is an error, or values are converted.
+        include, exclude: glob patterns; an FQN is loaded if one of `include` matches it (None
+            matches all) and none of `exclude` does.
+        rename: maps an FQN of the state to the FQN in the version; a mapping or a function.
+        strict: whether an FQN that the version lacks is an error, or its item stays as it is.
+        on_dtype: whether a different dtype is an error, or the values are converted.
 
     Raises:
         InvalidInputError: an option is invalid.
@@ -46,7 +47,7 @@ class LoadOptions:
             raise InvalidInputError(f"on_dtype={self.on_dtype!r}; write 'error' or 'cast'.")
 
     def asks_for(self, fqn: str) -> bool:
-        """Tell whether the load is to fill an FQN of the state."""
+        """Tell whether the load should fill an FQN of the state."""
         if self.include is not None and not _matches(fqn, self.include):
             return False
         return not (self.exclude and _matches(fqn, self.exclude))
@@ -55,21 +56,30 @@ class LoadOptions:
         """Return the FQN in the version of an FQN in the state.
 
         Raises:
-            InvalidInputError: `rename` gives no text.
+            InvalidInputError: `rename` does not return a text.
         """
         return fqn if self.rename is None else renamed(fqn, self.rename)
 
+    def find_stored(self, fqn: str, stored: Mapping[str, T]) -> T | None:
+        """Return what `stored`, by FQN in the version, has for an FQN that the state may have.
+
+        Such an FQN is a guess, so a `rename` that raises LookupError for it is not an error.
+        """
+        try:
+            return stored.get(self.stored_name(fqn))
+        except LookupError:
+            return None
+
 
 def renamed(fqn: str, rename: Rename) -> str:
-    """Return the FQN that `rename` gives for another; a mapping leaves those that it lacks.
+    """Return the new FQN for another by `rename`; a mapping keeps the FQNs that it lacks.
 
     Raises:
-        InvalidInputError: it gives something that is not text.
+        InvalidInputError: the result is not a text.
     """
     name = rename.get(fqn, fqn) if isinstance(rename, Mapping) else rename(fqn)
     if not isinstance(name, str):
-        how = "maps" if isinstance(rename, Mapping) else "makes"
-        raise InvalidInputError(f"rename {how} {fqn!r} to {name!r}, which is not an FQN.")
+        raise InvalidInputError(f"rename maps {fqn!r} to {name!r}; it must return an FQN.")
     return name
 
 

@@ -1,7 +1,7 @@
-"""Whether a plain state can be saved and copied: each tensor has bytes, each value a copy.
+"""Whether a plain state can be saved and copied, and the forms in which it is copied.
 
-Checked before a planner sees the state, and before a copy of it is made, so that the error names
-what cannot be stored.
+Both are checked before a planner sees the state and before a copy of it is made, so that the error
+names what cannot be stored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dcpstore.encoding.objects import objects_in
 from dcpstore.encoding.scalars import is_plain_json
 from dcpstore.errors import InvalidInputError
 from dcpstore.state.shards import is_sharded, with_shards
-from dcpstore.state.walk import PLAIN, SCALARS, is_container, is_data, map_leaves, walk
+from dcpstore.state.walk import PLAIN, SCALARS, fqn_of, is_container, is_data, map_leaves, walk
 
 __all__ = [
     "check_copies",
@@ -38,35 +38,35 @@ def check_state(state: Mapping[str, Any]) -> None:
     """Check that every tensor of a nested state has plain bytes here.
 
     Raises:
-        InvalidInputError: one has none, by its FQN.
+        InvalidInputError: one has none; the error names its FQN.
     """
     for path, tensor in _local_tensors(state):
         try:
             check_plain(tensor)
         except InvalidInputError as error:
-            raise InvalidInputError(f"{'.'.join(map(str, path))!r}: {error}") from error
+            raise InvalidInputError(f"{fqn_of(path)!r}: {error}") from error
 
 
 def check_copies(state: Mapping[str, Any]) -> None:
     """Check that each value of a nested state can be copied.
 
     Raises:
-        InvalidInputError: one cannot, by its FQN.
+        InvalidInputError: one cannot; the error names its FQN.
     """
     for path, value in walk(state, skips=PLAIN):
         if isinstance(value, torch.Tensor):
             continue
         try:
             copy.deepcopy(value)
-        except Exception as error:
+        except Exception as error:  # a class's own copy hooks may raise anything
             raise InvalidInputError(
-                f"{'.'.join(map(str, path))!r}: a {type(value).__name__} cannot be copied "
-                f"({error}), and training goes on with it; leave it out, or save before going on."
+                f"{fqn_of(path)!r}: a {type(value).__name__} cannot be copied ({error}), and "
+                "training may change it during the save; leave it out, or use dcpstore.save."
             ) from error
 
 
 def storage_nbytes(state: Mapping[str, Any]) -> int:
-    """Return the bytes of the storages that tensors of a state lie in, each storage once."""
+    """Return the bytes of the storages behind the tensors of a state, each storage once."""
     storages: dict[int, int] = {}
     for _, tensor in _local_tensors(state):
         storage = tensor.untyped_storage()
@@ -77,11 +77,11 @@ def storage_nbytes(state: Mapping[str, Any]) -> int:
 def resolved(state: Any, path: Path = ()) -> Any:
     """Return a state in which conjugated and negated tensors are copied to hold their own bytes.
 
-    The rest comes back as it is, except that a mapping that is not a dict becomes one: not every
-    such class can be copied.
+    All else stays as it is, except that a mapping of another class becomes a dict: not every such
+    class can be copied.
 
     Raises:
-        InvalidInputError: such a tensor lies where it cannot be replaced.
+        InvalidInputError: such a tensor is inside an object in which it cannot be replaced.
     """
     return map_leaves(state, _resolved, enters=_is_copied, skips=SCALARS, path=path)
 
@@ -101,14 +101,14 @@ def _resolved(path: Path, value: Any) -> Any:
 
 
 def _is_copied(value: object) -> bool:
-    """Tell whether a value is a container of which copies can be made."""
+    """Tell whether a value is a container that can be copied."""
     return isinstance(value, dict) or (is_container(value) and not isinstance(value, Mapping))
 
 
 def with_open_shards(state: Any) -> Any:
     """Return a state with each ShardedTensor as the list of its local tensors.
 
-    So it can be copied as plain tensors are; `with_closed_shards` takes the copy.
+    In this form it can be copied like plain tensors; `with_closed_shards` reverses it in the copy.
     """
 
     def opened(path: Path, value: Any) -> Any:
@@ -120,7 +120,7 @@ def with_open_shards(state: Any) -> Any:
 
 
 def with_closed_shards(state: Any, copied: Any) -> Any:
-    """Return the copy of a state, with ShardedTensors where the state has them."""
+    """Return `copied`, the copy of a state, with ShardedTensors where the state has them."""
     if isinstance(state, ShardedTensor):
         return with_shards(state, copied)
     if isinstance(state, dict):
@@ -134,25 +134,27 @@ def with_closed_shards(state: Any, copied: Any) -> Any:
 
 
 def _is_rebuilt(value: object) -> bool:
-    """Tell whether `with_closed_shards` can make a container again."""
+    """Tell whether `with_closed_shards` can rebuild a container."""
     return isinstance(value, dict) or type(value) in (list, tuple)
 
 
 def _check_resolved(value: object, path: Path) -> None:
-    """Check that no tensor inside another object has bits that a copy of its storage lacks."""
+    """Check that no tensor inside another object is lazily conjugated or negated.
+
+    A copy of its storage would not hold its values.
+    """
     for held in objects_in(value):
         if not isinstance(held, torch.Tensor) or isinstance(held, ShardedTensor):
             continue
         if held.is_conj() or held.is_neg():
-            fqn = ".".join(map(str, path))
             raise InvalidInputError(
-                f"{fqn!r}: a lazily conjugated or negated tensor lies inside a "
+                f"{fqn_of(path)!r}: a lazily conjugated or negated tensor is inside a "
                 f"{type(value).__qualname__}; save tensor.resolve_conj().resolve_neg() instead."
             )
 
 
 def _local_tensors(state: Any) -> Iterator[tuple[Path, torch.Tensor]]:
-    """Yield the plain tensors of a state that this process holds, by the paths of their wholes."""
+    """Yield the plain tensors that this process holds, with the path of the tensor in the state."""
     for path, value in walk(state, enters=_is_visited, skips=SCALARS):
         if not isinstance(value, torch.Tensor):
             continue
@@ -167,7 +169,7 @@ def _local_tensors(state: Any) -> Iterator[tuple[Path, torch.Tensor]]:
             with torch.no_grad():
                 local = value.to_local()
             yield path, local
-        # others give their parts when they are asked for them, by torch's protocol
+        # Other classes hand out their parts only by torch's checkpoint protocol, at planning.
 
 
 def _is_visited(value: object) -> bool:

@@ -1,7 +1,7 @@
-"""Modules, optimizers and everything else with `state_dict()`: to plain state and back.
+"""Owners of state: modules, optimizers and all else with `state_dict()`, to plain state and back.
 
-They stand anywhere in a state's mappings and lists. Invariants: all ranks call `state_dict()` in
-the same order, because it may be a collective call (as in FSDP); and an owner is given all that the
+They may be anywhere in the mappings and lists of a state. Invariants: all ranks call `state_dict()`
+in the same order, because it may be a collective call (as in FSDP); and an owner gets all that the
 version holds below it, or an error names what would be lost.
 """
 
@@ -22,10 +22,17 @@ from dcpstore.records import EntryRecord, ObjectPath
 from dcpstore.state.composed import take_apart
 from dcpstore.state.load_options import LoadOptions
 from dcpstore.state.optimizers import is_by_number, optional_names, prepare_optimizer
-from dcpstore.state.overlay import ABSENT, GapError, Leaf, fqn_of, lay_over, new_place, tree_of
-from dcpstore.state.per_rank import PerRank, give_own, own_name, own_names, with_own
+from dcpstore.state.overlay import GapError, Leaf, lay_over, new_target, tree_of
+from dcpstore.state.per_rank import (
+    PerRank,
+    give_own,
+    own_name,
+    own_names,
+    with_objects,
+    with_own,
+)
 from dcpstore.state.tree import flattened, path_below
-from dcpstore.state.walk import PLAIN, is_container, map_leaves, walk
+from dcpstore.state.walk import PLAIN, fqn_of, is_container, map_leaves, walk
 
 __all__ = [
     "Owner",
@@ -38,8 +45,13 @@ __all__ = [
     "take_template",
 ]
 
-_EXTRA = "_extra_state"  # the last part of torch's name for what get_extra_state() gives
-_STATELESS = PLAIN | {dict, OrderedDict, list, tuple}
+_EXTRA = "_extra_state"  # the last part of torch's name for what get_extra_state() returns
+_STATELESS = PLAIN | {
+    dict,
+    OrderedDict,
+    list,
+    tuple,
+}  # exact types: a quick test first
 
 
 def check_keys(state_dict: Mapping[str, Any]) -> tuple[str, ...]:
@@ -62,30 +74,29 @@ def check_fillable(state_dict: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the sorted keys of a state dict to load into.
 
     Raises:
-        InvalidInputError: as `check_keys`, or what it holds cannot be replaced.
+        InvalidInputError: as `check_keys`, or it is immutable.
     """
     keys = check_keys(state_dict)
     if not isinstance(state_dict, MutableMapping):
         raise InvalidInputError(
-            f"the state is a {type(state_dict).__name__}, in which no value can be replaced; pass "
-            "a dict."
+            f"the state is a {type(state_dict).__name__}, which is immutable; pass a dict."
         )
     return keys
 
 
 @dataclass(eq=False, slots=True)
 class Owner:
-    """A module, an optimizer or another `Stateful`, with what it gave.
+    """A module, an optimizer or another `Stateful`, with what its `state_dict()` returned.
 
     Attributes:
         path: of the owner in the state.
         owner: the object itself.
-        own: what its `state_dict()` gave, with its `PerRank` objects.
-        variables: a module's own tensors by the names of its state, where some are on the meta
-            device; the same object by two names where they are tied.
+        own: what its `state_dict()` returned, with its `PerRank` objects.
+        variables: a module's own tensors by the names of its state, if some are on the meta device;
+            tied tensors are the same object by several names.
         below: what the version holds below it and the load asks for: the path below the owner and
             the entry, by FQN in the state.
-        grown: the FQNs of them that the owner does not name.
+        grown: those FQNs of `below` that the owner does not name.
     """
 
     path: ObjectPath
@@ -97,7 +108,7 @@ class Owner:
 
     @property
     def is_module(self) -> bool:
-        """Whether it is a module, which names all that it can hold but for its extra state."""
+        """Whether it is a module: that names all that it can hold, except its extra state."""
         return isinstance(self.owner, torch.nn.Module)
 
 
@@ -106,10 +117,10 @@ class Template:
     """The plain state of a state dict, as something to load into.
 
     Attributes:
-        owners: those that stand in the state, in the order of their paths.
-        state: the state as planners take it; each owner's place holds what it gave.
+        owners: in the order of their paths.
+        state: the state as planners take it, with each owner replaced by what it returned.
         optional: FQNs at or below which the version may lack entries.
-        differences: what the version holds otherwise than its owner can take it.
+        differences: what the version holds that its owner cannot take.
     """
 
     owners: Sequence[Owner]
@@ -118,7 +129,7 @@ class Template:
     differences: list[str]
 
     def plain(self, owner: Owner) -> Any:
-        """Return the plain state that stands in an owner's place."""
+        """Return the plain state of an owner."""
         return _at(self.state, owner.path)
 
     def growth(self) -> dict[str, frozenset[str]]:
@@ -126,7 +137,7 @@ class Template:
         return {fqn_of(owner.path): owner.grown for owner in self.owners if not owner.is_module}
 
     def take_growth(self, growth: Mapping[str, Collection[str]], *, dry_run: bool) -> None:
-        """Make places for what owners do not name yet: for these FQNs, by the owner's FQN."""
+        """Add targets for what owners do not name yet: these FQNs, by the owner's FQN."""
         for owner in self.owners:
             if owner.below:
                 chosen = growth.get(fqn_of(owner.path), ())
@@ -134,16 +145,16 @@ class Template:
                     (path, Leaf(entry, fqn in chosen or fqn not in owner.grown))
                     for fqn, (path, entry) in owner.below.items()
                 )
-                self._lay(owner.path, tree, replaces=False, dry_run=dry_run)
+                self.add_targets(owner.path, tree, replaces=False, dry_run=dry_run)
 
-    def _lay(self, path: ObjectPath, tree: Any, *, replaces: bool, dry_run: bool) -> None:
-        """Lay what the version holds over the plain state at `path`."""
-        place = partial(new_place, dry_run=dry_run)
+    def add_targets(self, path: ObjectPath, tree: Any, *, replaces: bool, dry_run: bool) -> None:
+        """Add targets to the plain state at `path` for what the version holds: see `lay_over`."""
+        make = partial(new_target, dry_run=dry_run)
         container = _at(self.state, path[:-1])
         key = _key(container, path[-1])
         own = container[key]
         try:
-            laid = lay_over(own, tree, place, replaces=replaces)
+            laid = lay_over(own, tree, make, replaces=replaces)
         except GapError as error:
             self.differences.append(f"{fqn_of(path)!r} {error}; include all of it, or exclude it")
             return
@@ -153,10 +164,10 @@ class Template:
 
 
 def common_growth(ranks: Sequence[Mapping[str, frozenset[str]]]) -> dict[str, frozenset[str]]:
-    """Return what no rank's owner names, by the owner's FQN.
+    """Return the FQNs that no rank's owner names, by the owner's FQN.
 
-    Where the parts of one owner lie on several ranks, as those of a pipeline do, what one of them
-    names is not new to the others.
+    One owner may have a part on each of several ranks, as in a pipeline: what one part names must
+    not be added to the others.
     """
     common: dict[str, frozenset[str]] = {}
     for one in ranks:
@@ -166,9 +177,9 @@ def common_growth(ranks: Sequence[Mapping[str, frozenset[str]]]) -> dict[str, fr
 
 
 def take_state(state_dict: Mapping[str, Any], keys: Iterable[str], *, rank: int) -> dict[str, Any]:
-    """Return the plain state of `state_dict`; `keys` are those of all ranks, in one order.
+    """Return the plain state of `state_dict`, with composed tensors taken apart.
 
-    Composed tensors are taken apart.
+    `keys` are the keys of all ranks, in the same order on each; a rank may lack some.
     """
     taken: dict[str, Any] = take_apart(_taken(state_dict, keys, [], rank=rank))
     return taken
@@ -183,11 +194,11 @@ def take_template(
     rank: int,
     dry_run: bool,
 ) -> Template:
-    """Return the plain state of `state_dict`, in which each tensor and value has its place.
+    """Return the plain state of `state_dict` with a target for each tensor and value to load.
 
-    An optimizer has no state to fill of a parameter with which it has taken no step yet: it gets
-    what the version holds of it. So does a module's extra state, whatever its form. What other
-    owners do not name is left to `Template.take_growth`.
+    An optimizer has no state yet for a parameter with which it has taken no step: it gets targets
+    for all that the version holds. The same goes for a module's extra state, whatever its form.
+    What other owners do not name is added by `Template.take_growth`.
 
     Raises:
         InvalidInputError: an optimizer's parameters are on the meta device.
@@ -197,7 +208,7 @@ def take_template(
     stored = fold_entries(entries)
     optional = own_names(state_dict, rank=rank)
     template = Template(owners, state, (), [])
-    rooms: dict[int, torch.Tensor] = {}
+    first: dict[int, torch.Tensor] = {}
     for one in owners:
         prefix = fqn_of(one.path)
         optional += [f"{prefix}.{name}" for name in own_names(one.own, rank=rank)]
@@ -208,7 +219,7 @@ def take_template(
                 prepare_optimizer(one.owner, one.path, mine, stored, options, dry_run=dry_run)
             )
         elif one.is_module:
-            _share_rooms(one, mine, rooms)
+            _join_tied(one, mine, first)
             below = _below(one.path, stored, options)
             extra = [
                 (path, Leaf(entry))
@@ -216,7 +227,7 @@ def take_template(
                 if str(path[0]).rpartition(".")[2] == _EXTRA and str(path[0]) in mine
             ]
             if extra:
-                template._lay(one.path, tree_of(extra), replaces=True, dry_run=dry_run)
+                template.add_targets(one.path, tree_of(extra), replaces=True, dry_run=dry_run)
         else:
             named = {f"{prefix}.{fqn}" for fqn in flattened(mine).items}
             one.below = _below(one.path, stored, options)
@@ -225,27 +236,27 @@ def take_template(
 
 
 def give_state(state_dict: MutableMapping[str, Any], filled: Template, *, rank: int) -> None:
-    """Hand the `filled` plain state back to the objects that it came from."""
+    """Give the `filled` plain state back to the objects that it came from."""
     tied: dict[int, torch.Tensor] = {}
     for one in filled.owners:
-        given = _handed(one.own, filled.plain(one), rank)
+        given = with_objects(one.own, filled.plain(one), rank)
         if one.variables:
             _tie(one.variables, given, tied)
-            one.owner.load_state_dict(given, assign=True)  # there is nothing to copy into
+            one.owner.load_state_dict(given, assign=True)  # meta tensors cannot be copied into
         else:
             one.owner.load_state_dict(given)
     for key, value in filled.state.items():
-        if not _is_stateful(state_dict[key]):  # even what was filled in place, as torch's load does
+        if not _is_stateful(state_dict[key]):  # also what was filled in place: torch's load does so
             state_dict[key] = give_own(state_dict[key], value, rank, is_owner=_is_stateful)
 
 
 def _taken(
     state_dict: Mapping[str, Any], keys: Iterable[str], owners: list[Owner], *, rank: int
 ) -> dict[str, Any]:
-    """Return a state with what each owner in it gives, and each `PerRank` as a dict of its value.
+    """Return a state with each owner's plain state, and each `PerRank` as a dict of its value.
 
-    Containers in which nothing changes are the caller's own. A tuple in which something does is a
-    list, in which a load can replace items.
+    The owners are appended to `owners`. Containers in which nothing changes are the caller's own. A
+    tuple in which something changes becomes a list, so that a load can replace its items.
     """
     state = {key: state_dict[key] for key in keys if key in state_dict}
     found = {
@@ -266,7 +277,7 @@ def _taken(
         return state
     made: dict[str, Any] = map_leaves(
         state,
-        plain.get,
+        plain.get,  # takes a path and a leaf, and returns the leaf where it has nothing
         enters=_is_open,
         skips=PLAIN,
         tuples=list,
@@ -275,7 +286,7 @@ def _taken(
 
 
 def _parts(container: Any, path: tuple[Any, ...]) -> ObjectPath:
-    """Return a path as flattening writes it: places in lists, and keys of mappings as text."""
+    """Return a path as flattening writes it: indices of lists, and keys of mappings as text."""
     parts: list[str | int] = []
     for key in path:
         parts.append(str(key) if isinstance(container, Mapping) else key)
@@ -298,7 +309,7 @@ def _is_stateful(value: Any) -> TypeGuard[Stateful]:
 
 
 def _at(state: Any, path: ObjectPath) -> Any:
-    """Return what stands at a path."""
+    """Return the item at a path."""
     for part in path:
         state = state[_key(state, part)]
     return state
@@ -326,72 +337,52 @@ def _below(
         fqn = fqn_of((key, *path))
         if not options.asks_for(fqn):
             continue
-        if options.rename is not None:
-            try:
-                if options.stored_name(fqn) != entry.fqn:
-                    continue
-            except LookupError:  # a function that looks in a table, in which this FQN need not be
-                continue
-        found[fqn] = path, entry
+        if options.rename is None or options.find_stored(fqn, {entry.fqn: True}):
+            found[fqn] = path, entry
     return found
 
 
 def _variables(owner: Any) -> Mapping[str, torch.Tensor]:
-    """Return a module's own tensors by the names of its state, where one is on the meta device."""
+    """Return a module's own tensors by the names of its state, if one is on the meta device."""
     if not isinstance(owner, torch.nn.Module):
         return {}
     if not any(t.is_meta for tensors in (owner.parameters(), owner.buffers()) for t in tensors):
         return {}
     try:
         kept = owner.state_dict(keep_vars=True)
-    except TypeError:  # a module with a state_dict of its own
+    except TypeError:  # a module whose own state_dict() takes no keep_vars
         kept = {**dict(owner.named_buffers()), **dict(owner.named_parameters())}
     return {name: value for name, value in kept.items() if isinstance(value, torch.Tensor)}
 
 
-def _share_rooms(one: Owner, state: dict[str, Any], rooms: dict[int, torch.Tensor]) -> None:
-    """Make tied tensors on the meta device one object, so that they get one room."""
+def _join_tied(one: Owner, state: dict[str, Any], first: dict[int, torch.Tensor]) -> None:
+    """Make tied tensors on the meta device one object, so that they get the same memory.
+
+    `first` holds the first tensor of each variable, over all modules.
+    """
     for name, variable in one.variables.items():
         if variable.is_meta and isinstance(state.get(name), torch.Tensor):
-            state[name] = rooms.setdefault(id(variable), state[name])
+            state[name] = first.setdefault(id(variable), state[name])
 
 
 def _tie(
     variables: Mapping[str, torch.Tensor], filled: dict[str, Any], tied: dict[int, torch.Tensor]
 ) -> None:
-    """Make the filled state of a module one tensor wherever the module has one by several names.
+    """Tie the filled state of a module as its variables are: one tensor by several names.
 
     `tied` holds the tensor of each variable, over all modules. A variable that has memory stays the
-    one that it is, for an optimizer may hold it.
+    same object, because an optimizer may hold it.
     """
     own = {name: variable for name, variable in variables.items() if name in filled}
     for name, variable in own.items():
         value = filled[name]
         if not variable.is_meta and value.data_ptr() == variable.data_ptr():
             value = variable
-        if id(variable) not in tied or tied[id(variable)].is_meta:  # the version lacks that name
+        # It is still on meta where the version lacks an entry by that name.
+        if id(variable) not in tied or tied[id(variable)].is_meta:
             tied[id(variable)] = value
     for variable in own.values():
         value = tied[id(variable)]
         if isinstance(variable, torch.nn.Parameter) and not isinstance(value, torch.nn.Parameter):
             tied[id(variable)] = torch.nn.Parameter(value, requires_grad=variable.requires_grad)
     filled.update((name, tied[id(variable)]) for name, variable in own.items())
-
-
-def _handed(own: Any, filled: Any, rank: int) -> Any:
-    """Return what an owner is handed: the filled state, with its own `PerRank` objects in it."""
-    if isinstance(own, PerRank):
-        own.value = filled[own_name(rank)]
-        return own
-    if own is filled:
-        return own
-    if isinstance(own, Mapping) and isinstance(filled, Mapping):
-        given = {key: _handed(own.get(key, ABSENT), inner, rank) for key, inner in filled.items()}
-        return given if any(given[key] is not inner for key, inner in filled.items()) else filled
-    if isinstance(own, list | tuple) and isinstance(filled, list):
-        mine = [*own, *[ABSENT] * (len(filled) - len(own))]
-        items = [_handed(a, b, rank) for a, b in zip(mine, filled, strict=False)]
-        if isinstance(own, tuple):  # `with_own` made a list of it
-            return getattr(own, "_make", tuple)(items)
-        return items if any(a is not b for a, b in zip(items, filled, strict=True)) else filled
-    return filled

@@ -1,7 +1,7 @@
-"""Tensors that a load fills: the memory that they have, share, or lack on the meta device.
+"""Tensors that a load fills: the memory that they have, or get if they are on the meta device.
 
-Torch allocates memory for the meta device too, but needs a process group for that, and turns every
-value of a kind that it does not know into None. Invariant: nothing is allocated before all ranks
+Torch's DCP can allocate memory for meta tensors too, but it needs a process group, and it replaces
+values of types that it does not know by None. Invariant: nothing is allocated before all ranks
 agree that everything fits.
 """
 
@@ -16,6 +16,7 @@ from numpy.lib.stride_tricks import as_strided
 from torch.distributed.tensor import DTensor
 
 from dcpstore.errors import InvalidInputError
+from dcpstore.state.shards import distributed_like
 
 __all__ = [
     "check_room",
@@ -43,8 +44,9 @@ def target_fault(tensor: torch.Tensor) -> str | None:
 def _overlaps_itself(tensor: torch.Tensor) -> bool:
     if not tensor.numel():
         return False
-    reach = 0  # the last offset of the dimensions so far
-    is_sure = True  # that no two elements meet
+    # By ascending stride: no overlap if each stride is larger than all that the smaller ones span.
+    reach = 0  # the largest offset within the dimensions so far, in elements
+    is_sure = True  # no two elements overlap
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
             if not stride:
@@ -53,7 +55,7 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
             reach += stride * (size - 1)
     if is_sure:
         return False
-    taken = np.zeros(reach + 1, np.bool_)  # strides that mesh: rare enough to count
+    taken = np.zeros(reach + 1, np.bool_)  # interleaved strides: rare enough to count elements
     as_strided(taken, tensor.shape, tensor.stride())[...] = True
     return int(taken.sum()) < math.prod(tensor.shape)
 
@@ -69,52 +71,41 @@ def memory_of(tensor: torch.Tensor) -> tuple[object, ...]:
 
 
 def check_room(fqn: str, tensor: torch.Tensor) -> None:
-    """Check that `make_room` can make room for a tensor on the meta device.
+    """Check that `make_room` can allocate memory for a tensor on the meta device.
 
     Raises:
-        InvalidInputError: a tensor class of torch's that cannot be made without its other ranks.
+        InvalidInputError: its class cannot be made without the other ranks.
     """
     if not isinstance(tensor, DTensor) and type(tensor) not in _PLAIN:
         raise InvalidInputError(
             f"{fqn!r}, a {type(tensor).__name__} of shape {tuple(tensor.shape)}, is on the meta "
-            "device, and a load cannot make room for it; move it to a real device "
+            "device, and a load cannot allocate memory for this class; move it to a real device "
             "(module.to_empty) first."
         )
 
 
 def make_room(tensor: torch.Tensor) -> torch.Tensor:
-    """Return an uninitialised tensor like one that is on the meta device.
+    """Return an uninitialised tensor with memory in the form of one on the meta device.
 
-    It is on the CPU, or on the accelerator where the process group is for accelerators alone; a
-    DTensor's is on the device of its mesh.
+    It is on the CPU, or on the accelerator if the process group supports only accelerators; for a
+    DTensor, on the device of its mesh.
     """
     if isinstance(tensor, DTensor):
         device = torch.device(tensor.device_mesh.device_type)
-        return _like_dtensor(tensor, torch.empty_like(tensor.to_local(), device=device))
+        return distributed_like(tensor, torch.empty_like(tensor.to_local(), device=device))
     return torch.empty_like(tensor, device=_device())
 
 
 def without_memory(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor on the meta device, laid out as `tensor` is over the ranks."""
+    """Return a tensor on the meta device, distributed over the ranks as `tensor` is."""
     if isinstance(tensor, DTensor):
         local = torch.empty_like(tensor.to_local(), dtype=dtype, device="meta", requires_grad=False)
-        return _like_dtensor(tensor, local)
+        return distributed_like(tensor, local)
     return torch.empty(tensor.shape, dtype=dtype, device="meta")
 
 
-def _like_dtensor(tensor: DTensor, local: torch.Tensor) -> DTensor:
-    return DTensor.from_local(
-        local,
-        tensor.device_mesh,
-        tensor.placements,
-        run_check=False,
-        shape=tensor.size(),
-        stride=tensor.stride(),
-    )
-
-
 def _device() -> torch.device:
-    """Return the device of a new plain tensor: the one that torch chooses too."""
+    """Return the device of a new plain tensor: the same that torch's DCP chooses."""
     if not dist.is_initialized() or "cpu:" in dist.get_backend_config():
         return torch.device("cpu")
     return torch.accelerator.current_accelerator() or torch.device("cpu")

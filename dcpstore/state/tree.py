@@ -1,9 +1,9 @@
-"""A nested state as flat items and back: the walk that every save and load shares, and its inverse.
+"""A nested state as flat items and back: flattening for every save and load, and its inverse.
 
-FQNs and paths are those of torch's DCP wherever that keeps an item. In addition the walk keeps
-empty containers as values of their own, opens tuples and dataclasses that hold tensors, and records
-what torch forgets: types of keys, tuples, OrderedDicts, the order of keys. Invariant: items that
-were walked come back equal from `nested_state`, or the walk refused them by name.
+FQNs and paths are those of torch's DCP for every item that DCP keeps. In addition, flattening keeps
+empty containers as items, opens tuples and dataclasses that hold tensors, and records what torch
+does not: types of keys, tuples, OrderedDicts, the order of keys. Invariant: `nested_state` returns
+items that were flattened in an equal state, or flattening has refused them by name.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dcpstore.state.walk import (
     DEEPEST,
     PLAIN,
     SCALARS,
+    fqn_of,
     is_container,
     is_data,
     items_in,
@@ -45,14 +46,14 @@ __all__ = [
     "recorded_paths",
 ]
 
-# What a part of a path is. A key is text, or a literal of Python such as 3, None or (1, 'a').
-_TEXT, _LITERAL = ".", "v"  # in a dict; "." is a place in a list too
+# The kind of a part of a path. A key is a text, or a Python literal such as 3, None or (1, 'a').
+_TEXT, _LITERAL = ".", "v"  # in a dict; "." is an index in a list too
 _ORDERED_TEXT, _ORDERED_LITERAL = "S", "V"  # in an OrderedDict
 _IN_TUPLE = "t"
-_MARK = re.compile(r"([.vSVt])(\d{0,9})")  # with the key's number in its dict, where that matters
+_MARK = re.compile(r"([.vSVt])(\d{0,9})")  # with the key's position in its dict, where recorded
 _NUMBER = re.compile(r"\d")
-_FLOATS = {text: float(text) for text in ("nan", "inf", "-inf")}  # which are no literals
-_MOST_HOLES = 10_000  # places of a list that hold nothing; more is no list that anybody saved
+_FLOATS = {text: float(text) for text in ("nan", "inf", "-inf")}  # these are not literals
+_MOST_HOLES = 10_000  # empty positions in a list; more is damage or an attack, not a saved list
 
 # Values are of any type: hence `Any` in this module.
 
@@ -61,8 +62,8 @@ class FlatPaths(dict[str, ObjectPath]):
     """The paths of one rank's items by FQN, in torch's form, in the order of the state.
 
     Attributes:
-        marks: of the children of each container that is not a dict of text keys or a list: one for
-            all, or by part.
+        marks: the kinds of the children of each container that is not a list or a dict of text
+            keys: one mark for all, or one for each part.
     """
 
     def __init__(self, paths: Mapping[str, ObjectPath] | Iterable[tuple[str, ObjectPath]] = ()):
@@ -70,7 +71,7 @@ class FlatPaths(dict[str, ObjectPath]):
         self.marks: dict[ObjectPath, str | dict[str | int, str]] = {}
 
     def recorded(self, fqn: str) -> StatePath:
-        """Return the path of an FQN, with what it leads through."""
+        """Return the path of an FQN, with the kinds of its parts."""
         path = self[fqn]
         marks = ""
         for i, part in enumerate(path) if self.marks else ():
@@ -80,7 +81,7 @@ class FlatPaths(dict[str, ObjectPath]):
 
 
 class Place:
-    """Where an item stands in the state that was walked: its container, and its own key there."""
+    """The position of an item in the caller's state: its container, and its own key there."""
 
     __slots__ = ("container", "key")
 
@@ -107,7 +108,7 @@ class Place:
 
 
 class _Opened:
-    """A tuple or dataclass that was walked; a new one takes its place as an item is replaced."""
+    """A tuple or dataclass that was opened; a new one replaces it whenever an item is replaced."""
 
     def __init__(self, value: Any, place: Place | None) -> None:
         self.value = value
@@ -115,14 +116,14 @@ class _Opened:
 
     @property
     def is_open(self) -> bool:
-        """Whether its class makes a new one of other items, and that can take its place."""
+        """Whether a new object of its class can be made, and can replace it in its container."""
         assert self._place is not None, "a state is a mapping"
         if not self._place.is_open:
             return False
         key, item = next(iter(items_in(self.value)))
         try:
             return type(_with_item(self.value, key, item)) is type(self.value)
-        except Exception:  # whatever the constructor of a class of the caller's raises
+        except Exception:  # the constructor of a caller's class may raise anything
             return False
 
     def __setitem__(self, key: Any, item: object) -> None:
@@ -138,7 +139,7 @@ class FlatState:
     Attributes:
         items: by FQN, in the order of the state.
         paths: of the items.
-        places: of the items in the state.
+        places: of the items, in the caller's state.
     """
 
     items: dict[str, Any] = field(default_factory=dict)
@@ -151,29 +152,36 @@ def flattened(
 ) -> FlatState:
     """Return the items of a nested state by FQN.
 
-    Mappings, and lists that hold tensors or mappings, are opened, as torch does; tuples, named
-    tuples and dataclasses where they hold tensors. An empty container is an item.
+    Mappings, and lists that hold tensors or mappings, are opened, as torch does; so are tuples,
+    named tuples and dataclasses that hold tensors. An empty container is an item.
 
     Args:
         state: the state.
-        is_leaf: of an FQN, whether a tuple or dataclass there is an item as a whole nevertheless.
+        is_leaf: takes the FQN of a tuple or dataclass; whether that is an item as a whole although
+            it holds tensors.
 
     Raises:
-        InvalidInputError: two items have the same FQN, or it is nested without end.
+        InvalidInputError: two items have the same FQN, the state is nested too deep, or it contains
+            itself.
     """
-    walk = _Walk(is_leaf)
+    flat = FlatState()
     with nesting_checked():
-        walk.open(state, (), "", None)
-    return walk.flat
+        _flatten(flat, state, (), "", None, is_leaf=is_leaf)
+    return flat
 
 
 def is_empty_container(value: object) -> bool:
-    """Tell whether a value is a mapping or list that holds nothing."""
+    """Tell whether a value is an empty mapping or list."""
     return isinstance(value, Mapping | list) and not value
 
 
 def joined_path(above: ObjectPath, found: StatePath) -> ObjectPath:
-    """Return the path of what has the path `found` in a state of one item that is at `above`."""
+    """Return the path of an item inside another item.
+
+    Args:
+        above: the path of the outer item.
+        found: the path of the inner item in a state that holds the outer item alone.
+    """
     if len(found) == 1:
         return above
     marks = above.marks if isinstance(above, StatePath) else ""
@@ -182,7 +190,7 @@ def joined_path(above: ObjectPath, found: StatePath) -> ObjectPath:
 
 
 def path_below(path: ObjectPath, depth: int) -> ObjectPath:
-    """Return what is left of a path below its first `depth` parts, with what it leads through."""
+    """Return the rest of a path after its first `depth` parts, with the kinds of the parts."""
     if not isinstance(path, StatePath):
         return path[depth:]
     marks = "".join(mark + number for mark, number in _MARK.findall(path.marks)[depth:])
@@ -190,61 +198,59 @@ def path_below(path: ObjectPath, depth: int) -> ObjectPath:
 
 
 def path_above(path: ObjectPath, depth: int) -> ObjectPath:
-    """Return the first `depth` parts of a path, with what they lead through."""
+    """Return the first `depth` parts of a path, with their kinds."""
     if not isinstance(path, StatePath):
         return path[:depth]
     marks = "".join(mark + number for mark, number in _MARK.findall(path.marks)[:depth])
     return StatePath(path[:depth], marks)
 
 
-class _Walk:
-    """One walk through a state."""
-
-    def __init__(self, is_leaf: Callable[[str], bool] | None) -> None:
-        self.flat = FlatState()
-        self._is_leaf = is_leaf
-
-    def open(self, value: Any, path: ObjectPath, fqn: str, place: Place | None) -> None:
-        """Add all items of a container."""
-        flat, prefix = self.flat, f"{fqn}." if path else ""
-        container = value
-        if isinstance(value, Mapping):
-            _mark_keys(value, path, fqn, flat.paths)
-        elif not isinstance(value, list):
-            container = _Opened(value, place)
-            if isinstance(value, tuple):
-                flat.paths.marks[path] = _IN_TUPLE
-        has_places = isinstance(value, list | tuple)
-        for key, item in items_in(value):
-            part = key if has_places else str(key)
-            name, below, here = f"{prefix}{part}", (*path, part), Place(container, key)
-            if self._opens(item, name):
-                self.open(item, below, name, here)
-                continue
-            if name in flat.items:
-                raise InvalidInputError(
-                    f"two items of the state have the same FQN {name!r}: one at "
-                    f"{list(flat.paths[name])}, one at {list(below)}; rename one of the keys."
-                )
-            flat.items[name] = _plain_empty(item) if isinstance(item, Mapping) else item
-            flat.paths[name] = below
-            flat.places[name] = here
-
-    def _opens(self, item: object, name: str) -> bool:
-        if type(item) in PLAIN or not _is_open(item):
-            return False
-        if self._is_leaf is None or isinstance(item, Mapping | list):
-            return True
-        return not self._is_leaf(name)
+def _flatten(
+    flat: FlatState,
+    value: Any,
+    path: ObjectPath,
+    fqn: str,
+    place: Place | None,
+    *,
+    is_leaf: Callable[[str], bool] | None,
+) -> None:
+    """Add all items of a container to `flat`."""
+    prefix = f"{fqn}." if path else ""
+    container = value
+    if isinstance(value, Mapping):
+        _mark_keys(value, path, fqn, flat.paths)
+    elif not isinstance(value, list):
+        container = _Opened(value, place)
+        if isinstance(value, tuple):
+            flat.paths.marks[path] = _IN_TUPLE
+    has_indices = isinstance(value, list | tuple)
+    for key, item in items_in(value):
+        part = key if has_indices else str(key)
+        name, below, here = f"{prefix}{part}", (*path, part), Place(container, key)
+        if (
+            type(item) not in PLAIN
+            and _is_open(item)
+            and (is_leaf is None or isinstance(item, Mapping | list) or not is_leaf(name))
+        ):
+            _flatten(flat, item, below, name, here, is_leaf=is_leaf)
+            continue
+        if name in flat.items:
+            raise InvalidInputError(
+                f"two items of the state have the same FQN {name!r}: one at "
+                f"{list(flat.paths[name])}, one at {list(below)}; rename one of the keys."
+            )
+        flat.items[name] = _plain_empty(item) if isinstance(item, Mapping) else item
+        flat.paths[name] = below
+        flat.places[name] = here
 
 
 def _plain_empty(item: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """Return an empty mapping as it is stored, whatever its class."""
+    """Return an empty mapping in the form in which it is stored: a dict or an OrderedDict."""
     return OrderedDict() if isinstance(item, OrderedDict) else {}
 
 
 def _mark_keys(value: Mapping[Any, Any], path: ObjectPath, fqn: str, paths: FlatPaths) -> None:
-    """Record what a mapping is, and of which types its keys are."""
+    """Record the class of a mapping and the types of its keys."""
     text, literal = (
         (_ORDERED_TEXT, _ORDERED_LITERAL) if isinstance(value, OrderedDict) else (_TEXT, _LITERAL)
     )
@@ -258,7 +264,7 @@ def _mark_keys(value: Mapping[Any, Any], path: ObjectPath, fqn: str, paths: Flat
         part = str(key)
         if part in own:
             raise InvalidInputError(
-                f"the keys {own[part]!r} and {key!r} of {fqn or 'the state'!r} make the same FQN "
+                f"the keys {own[part]!r} and {key!r} of {fqn or 'the state'!r} give the same FQN "
                 f"{f'{fqn}.{part}' if path else part!r}; rename one of them."
             )
         own[part] = key
@@ -268,7 +274,7 @@ def _mark_keys(value: Mapping[Any, Any], path: ObjectPath, fqn: str, paths: Flat
 
 
 def _is_literal(key: Any, text: str) -> bool:
-    """Tell whether a key that is no text can be read from its text again."""
+    """Tell whether a key is not a text, but can be restored from its text."""
     if type(key) is int:
         return True
     if isinstance(key, str):
@@ -300,7 +306,7 @@ def _literal(text: str) -> Any:
 
 
 def _is_open(value: Any) -> bool:
-    """Tell whether what lies in a value is walked, instead of the value as a whole."""
+    """Tell whether the contents of a value become items, instead of the value as a whole."""
     if isinstance(value, Mapping):
         return bool(value)
     if isinstance(value, list):
@@ -316,7 +322,7 @@ def _is_list(value: object) -> bool:
 
 
 def _holds_tensor(value: Any) -> bool:
-    """Tell whether a tensor lies in a container or dataclass."""
+    """Tell whether a container or dataclass holds a tensor, at any depth."""
     return _is_searched(value) and any(
         isinstance(item, torch.Tensor)
         for _, item in walk(value, enters=_is_searched, skips=SCALARS)
@@ -331,27 +337,27 @@ def _with_item(value: Any, key: Any, item: object) -> Any:
     """Return a tuple or dataclass of the same class with one item replaced."""
     if not isinstance(value, tuple):
         new = copy.copy(value)
-        object.__setattr__(new, key, item)  # which a frozen one allows too
+        object.__setattr__(new, key, item)  # works for frozen dataclasses too
         return new
     items = [*value[:key], item, *value[key + 1 :]]
-    make = getattr(value, "_make", type(value))  # a named tuple takes its items one by one
+    make = getattr(value, "_make", type(value))  # a named tuple's constructor takes no list
     return make(items)
 
 
 def recorded_paths(plans: Iterable[Any]) -> dict[str, ObjectPath]:
-    """Return the path of each FQN, from what each rank's planner gave.
+    """Return the path of each FQN, from the planner data of each rank.
 
-    Those of `FlatPaths` say all that they lead through, and the order of keys.
+    Planner data of class `FlatPaths` adds the kinds of the parts and the order of keys.
 
     Raises:
-        InvalidInputError: ranks have the same FQN in different places.
+        InvalidInputError: ranks have the same FQN at different paths.
     """
     found: dict[str, ObjectPath] = {}
-    for given in plans:
-        for fqn, path in (given or {}).items():
+    for paths in plans:
+        for fqn, path in (paths or {}).items():
             known = found.get(fqn)
             if known is None:
-                found[fqn] = given.recorded(fqn) if isinstance(given, FlatPaths) else path
+                found[fqn] = paths.recorded(fqn) if isinstance(paths, FlatPaths) else path
             elif known != path:
                 raise InvalidInputError(
                     f"the ranks have {fqn!r} in different places: {list(known)} and {list(path)}; "
@@ -361,7 +367,10 @@ def recorded_paths(plans: Iterable[Any]) -> dict[str, ObjectPath]:
 
 
 def _with_order(paths: dict[str, ObjectPath]) -> dict[str, ObjectPath]:
-    """Number the keys of each container whose order is not that of its FQNs."""
+    """Number the keys of each dict whose order is not the order of its FQNs.
+
+    The catalog returns entries sorted by FQN, so the order of all others needs no record.
+    """
     kept, by_name = _orders(paths), _orders({fqn: paths[fqn] for fqn in sorted(paths)})
     odd = {
         above: {part: i for i, part in enumerate(parts)}
@@ -372,7 +381,7 @@ def _with_order(paths: dict[str, ObjectPath]) -> dict[str, ObjectPath]:
         return paths
     found = {}
     for fqn, path in paths.items():
-        if not isinstance(path, StatePath) or _NUMBER.search(path.marks):  # of an import
+        if not isinstance(path, StatePath) or _NUMBER.search(path.marks):  # numbered at import
             found[fqn] = path
             continue
         marks = path.marks or _TEXT * len(path)
@@ -383,7 +392,7 @@ def _with_order(paths: dict[str, ObjectPath]) -> dict[str, ObjectPath]:
 
 
 def _orders(paths: Mapping[str, ObjectPath]) -> dict[ObjectPath, dict[str | int, None]]:
-    """Return the keys of each mapping in the order in which the paths come to them."""
+    """Return the keys of each mapping in the order in which they appear in the paths."""
     found: dict[ObjectPath, dict[str | int, None]] = {}
     for path in paths.values():
         for i, part in enumerate(path):
@@ -393,7 +402,7 @@ def _orders(paths: Mapping[str, ObjectPath]) -> dict[ObjectPath, dict[str | int,
 
 
 class _Node:
-    """A container that is being put together: what lies in it, and the marks of its parts."""
+    """A container under construction: its contents, and the marks of its parts."""
 
     __slots__ = ("built", "inside", "is_recorded", "marks", "path")
 
@@ -406,14 +415,15 @@ class _Node:
 
 
 def nested_state(items: Mapping[str, Any], paths: Mapping[str, ObjectPath]) -> Any:
-    """Return the state whose flat items and paths these are: containers, keys and order as saved.
+    """Return the state with these flat items and paths: containers, keys and order as saved.
 
-    Paths that older code or torch recorded say neither types of keys nor tuples: then every key is
-    text, but those of an optimizer's state, and what has numbered places is a list. What a list
-    lacks is None. An empty container at a path where others hold items is one with theirs.
+    Paths recorded by older code or by torch have neither the types of keys nor tuples: then every
+    key is a text, except in an optimizer's state, and a container with integer parts is a list. A
+    missing item of a list is None. Ranks may contribute to one container, so one that is empty at
+    some rank is joined with the items of the others.
 
     Raises:
-        CorruptionError: two paths contradict each other, or no state can have one.
+        CorruptionError: two paths contradict each other, or a path is impossible.
     """
     root = _Node(())
     nodes = [root]
@@ -435,11 +445,11 @@ def nested_state(items: Mapping[str, Any], paths: Mapping[str, ObjectPath]) -> A
                 nodes.append(inner)
             elif is_last or not isinstance(inner, _Node):
                 raise CorruptionError(
-                    f"{fqn!r} at {list(path[:20])} lies inside another item, or is its container; "
-                    "read the version flat, or export it as safetensors or zarr, which are flat."
+                    f"{fqn!r} at {list(path[:20])} is inside another item, or contains it; read "
+                    "the version flat, or export it as safetensors or zarr, which are flat."
                 )
             node = inner
-    for node in reversed(nodes):  # what lies deeper was made later
+    for node in reversed(nodes):  # children were added after their parents, so build them first
         node.built = _built(node)
     return root.built
 
@@ -451,8 +461,8 @@ def _marks(fqn: str, path: ObjectPath) -> list[tuple[str, int]]:
     """Return the mark of each part of a path, and the part's number among its siblings."""
     if not 0 < len(path) <= DEEPEST:
         raise CorruptionError(
-            f"{fqn[:200]!r} lies {len(path)} containers deep, and a state has 1 to {DEEPEST}; "
-            "read the version flat."
+            f"{fqn[:200]!r} is nested in {len(path)} containers, and a state allows 1 to "
+            f"{DEEPEST}; read the version flat."
         )
     text = path.marks if isinstance(path, StatePath) else ""
     if not text:
@@ -466,7 +476,7 @@ def _marks(fqn: str, path: ObjectPath) -> list[tuple[str, int]]:
     return found
 
 
-_LAST = 10**9  # of a part without a number: after those that have one, in the order they come
+_LAST = 10**9  # sorts a part without a number after those that have one, in their own order
 
 
 def _built(node: _Node) -> Any:
@@ -474,16 +484,16 @@ def _built(node: _Node) -> Any:
     inside = {
         part: item.built if isinstance(item, _Node) else item for part, item in node.inside.items()
     }
-    places = [part for part in inside if isinstance(part, int)]
-    if places and len(places) == len(inside):
-        if min(places) < 0 or max(places) > len(places) + _MOST_HOLES:
+    indices = [part for part in inside if isinstance(part, int)]
+    if indices and len(indices) == len(inside):
+        if min(indices) < 0 or max(indices) > len(indices) + _MOST_HOLES:
             raise CorruptionError(
-                f"the list at {_shown(node)} would have a place {max(places, key=abs)} and holds "
-                f"{len(places)} items; read the version flat, or export it as safetensors or zarr, "
-                "which are flat."
+                f"the list at {_shown(node)} would have the index {max(indices, key=abs)} and has "
+                f"{len(indices)} items; read the version flat, or export it as safetensors or "
+                "zarr, which are flat."
             )
-        items = [inside.get(i) for i in range(max(places) + 1)]
-        return tuple(items) if node.marks[places[0]][0] == _IN_TUPLE else items
+        items = [inside.get(i) for i in range(max(indices) + 1)]
+        return tuple(items) if node.marks[indices[0]][0] == _IN_TUPLE else items
     parts = sorted(inside, key=lambda part: node.marks[part][1])
     try:
         pairs = [(_key(part, node.marks[part][0]), inside[part]) for part in parts]
@@ -505,7 +515,7 @@ def _key(part: str | int, mark: str) -> Any:
 
 
 def _with_numbers(node: dict[Any, Any]) -> dict[Any, Any]:
-    """Return a dict; an optimizer's with its parameters' numbers as keys, as torch wants them."""
+    """Return a dict; if it is an optimizer's state, with parameter numbers as integer keys."""
     groups = node.get("param_groups")
     if not isinstance(groups, list) or not all(
         isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
@@ -519,4 +529,4 @@ def _with_numbers(node: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _shown(node: _Node) -> str:
-    return repr(".".join(map(str, node.path)))[:200] if node.path else "the top"
+    return repr(fqn_of(node.path))[:200] if node.path else "the top"

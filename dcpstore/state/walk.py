@@ -1,8 +1,8 @@
 """The walk through a nested state: what a container is, the leaves with their paths, and a copy.
 
-A container is a mapping, a list or a tuple, of any class but torch.Size. A dataclass is one only
-where `enters` says so: `map_leaves` makes no new ones. Invariant: a state that contains itself is
-an error, wherever it is walked.
+A container is a mapping, a list or a tuple of any class, except torch.Size. A dataclass counts only
+where `enters` accepts it, since `map_leaves` cannot make a new one. Invariant: a state that
+contains itself is an error in every walk.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ __all__ = [
     "DEEPEST",
     "PLAIN",
     "SCALARS",
+    "fqn_of",
     "is_container",
     "is_data",
     "items_in",
@@ -31,11 +32,16 @@ __all__ = [
 
 # Values are of any type: hence `Any` in this module.
 
-DEEPEST = 900  # containers one in another: what Python's own recursion can reach
+DEEPEST = 900  # nested containers: below Python's recursion limit of 1,000 calls
 SCALARS: frozenset[type] = frozenset([int, float, str, bytes, bool, complex, type(None)])
 PLAIN = SCALARS | {torch.Tensor, torch.nn.Parameter}
-_TOO_DEEP = "the state is nested too deep, or contains itself; flatten it, or break the loop."
+_TOO_DEEP = "the state is nested too deep, or contains itself; flatten it, or remove the cycle."
 _NOTHING: frozenset[type] = frozenset()
+
+
+def fqn_of(path: Iterable[object]) -> str:
+    """Return the FQN of a path."""
+    return ".".join(map(str, path))
 
 
 def is_container(value: object) -> bool:
@@ -51,7 +57,7 @@ def is_data(value: object) -> bool:
 
 
 def items_in(container: Any) -> Iterable[tuple[Any, Any]]:
-    """Return the items of a container or dataclass, by key, place or field."""
+    """Return the items of a container or dataclass, by key, index or field name."""
     if isinstance(container, Mapping):
         return container.items()
     if isinstance(container, list | tuple):
@@ -68,17 +74,18 @@ def walk(
 ) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Yield the path and value of each leaf of a state, in the order of the state.
 
-    Paths have the containers' own keys. An empty container has no leaf; a state that is a leaf
-    itself has the path ().
+    Paths consist of the containers' own keys. An empty container has no leaf; a state that is a
+    leaf itself has the path ().
 
     Args:
         state: a container, or a leaf.
-        enters: of a value, whether what it holds is walked instead of the value.
-        skips: exact types of leaves that are left out, which is quick.
+        enters: whether the contents of a value are walked instead of the value itself.
+        skips: exact types of leaves that are left out; a quick test.
 
     Raises:
-        InvalidInputError: it is nested without end.
+        InvalidInputError: it is nested too deep, or contains itself.
     """
+    # A stack instead of recursive generators: those pass each leaf through every level above it.
     above: list[tuple[tuple[Any, ...], Iterator[tuple[Any, Any]]]] = []
     path: tuple[Any, ...] = ()
     if not enters(state):
@@ -114,21 +121,21 @@ def map_leaves(
     tuples: type[list[Any]] | type[tuple[Any, ...]] = tuple,
     path: tuple[Any, ...] = (),
 ) -> Any:
-    """Return a state with what `change` makes of each leaf, given its path and value.
+    """Return a state in which each leaf is replaced by what `change` returns for it.
 
-    A container in which nothing changes is the state's own. Another is a dict or an OrderedDict, a
-    list or a tuple of the same items.
+    A container in which nothing changes stays the same object. Any other becomes a new dict or
+    OrderedDict, list or tuple with the same keys.
 
     Args:
         state: a container, or a leaf.
-        change: returns what takes a leaf's place; the leaf itself where it stays.
-        enters: of a value, whether it is a container here.
-        skips: exact types of leaves that stay as they are, which is quick.
-        tuples: what a tuple becomes in which something changes.
-        path: of the state, in a larger one.
+        change: takes the path and value of a leaf; returns the new value, or the leaf itself.
+        enters: whether a value counts as a container.
+        skips: exact types of leaves that stay as they are; a quick test.
+        tuples: the type that replaces a tuple in which something changes.
+        path: of this state, where it is part of a larger one.
 
     Raises:
-        InvalidInputError: it is nested without end.
+        InvalidInputError: it is nested too deep, or contains itself.
     """
 
     def mapped(value: Any, path: tuple[Any, ...]) -> Any:
@@ -159,7 +166,7 @@ def _with_items(container: Any, changed: Mapping[Any, Any], tuples: Callable[[An
 
 @contextmanager
 def nesting_checked() -> Iterator[None]:
-    """Raise InvalidInputError where the block does not come to an end of a nested state."""
+    """Turn a RecursionError of the block into InvalidInputError: the state is nested too deep."""
     try:
         yield
     except RecursionError as error:

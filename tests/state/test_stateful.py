@@ -65,7 +65,7 @@ def test_its_keys_are_text() -> None:
 
 def test_a_state_to_load_into_can_be_changed() -> None:
     assert check_fillable(UserDict(a=1)) == ("a",)
-    with pytest.raises(InvalidInputError, match="no value can be replaced"):
+    with pytest.raises(InvalidInputError, match="is immutable; pass a dict"):
         check_fillable(MappingProxyType({"a": 1}))
 
 
