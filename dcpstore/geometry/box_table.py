@@ -1,8 +1,8 @@
 """Boxes in columns: those of a thousand ranks and a thousand tensors as a few arrays.
 
-A question to all of them (which are equal, which overlap, where do they cut) is a sort or two, not
-a Python object a box. Invariant: padding past a tensor's own dimensions is offset 0 and size 1,
-which changes no volume and no answer.
+Which boxes are equal, which overlap, where their boundaries are: each question is answered by one
+or two sorts, without a Python object for each box. Invariant: columns past a tensor's own
+dimensions have offset 0 and size 1, which changes no volume and no answer.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class BoxTable:
 
     @classmethod
     def of(cls, tensors: Sequence[int], boxes: Sequence[Box]) -> BoxTable:
-        """Return the boxes in columns, as wide as the one of most dimensions."""
+        """Return boxes in columns, with as many dimensions as the box that has most."""
         dims = max((len(box.sizes) for box in boxes), default=0)
         return cls(
             np.array(tensors, np.int64),
@@ -58,7 +58,7 @@ class BoxTable:
 
     @property
     def dims(self) -> int:
-        """The width of the columns."""
+        """The number of dimensions of each row."""
         return int(self.offsets.shape[1])
 
     @property
@@ -89,19 +89,20 @@ def padded(tuples: Sequence[Sequence[int]], dims: int, fill: int) -> Ints:
 
 
 def first_equal(table: BoxTable) -> Ints:
-    """Return for each row the first row that is the same box of the same tensor."""
+    """Return for each row the number of the first row with the same box of the same tensor."""
     order = np.lexsort((*table.sizes.T, *table.offsets.T, table.tensor))
     is_new = _differs(order, table.tensor, *table.offsets.T, *table.sizes.T)
     first = np.empty(len(table), np.int64)
-    first[order] = order[is_new][np.cumsum(is_new) - 1]  # the sort is stable: the first leads
+    # The sort is stable: the first of several equal rows comes first in `order` too.
+    first[order] = order[is_new][np.cumsum(is_new) - 1]
     return first
 
 
 def find_crowded(table: BoxTable, shapes: Ints) -> Ints:
-    """Return the tensors of which boxes may overlap; those of all others certainly do not.
+    """Return the tensors whose boxes may overlap; the boxes of all others certainly do not.
 
-    Boxes that differ cannot overlap where, in every dimension, they are either the same interval or
-    apart: then they are cells of one grid. Rare tensors cut otherwise are for `find_overlap`.
+    Two different boxes cannot overlap if their intervals are equal or disjoint in each dimension:
+    then they are cells of one grid. The few tensors with other boxes are for `find_overlap`.
 
     Args:
         table: boxes that hold elements, inside their shapes.
@@ -110,6 +111,7 @@ def find_crowded(table: BoxTable, shapes: Ints) -> Ints:
     crowded = np.zeros(len(shapes), bool)
     rows = np.bincount(table.tensor, minlength=len(shapes))
     for dim in range(table.dims):
+        # Boxes that span the whole dimension have equal intervals, but overlap all others.
         is_whole = table.sizes[:, dim] == shapes[table.tensor, dim]
         wholes = np.bincount(table.tensor[is_whole], minlength=len(shapes))
         crowded |= (wholes > 0) & (wholes < rows)
@@ -122,15 +124,17 @@ def find_crowded(table: BoxTable, shapes: Ints) -> Ints:
         order = np.lexsort((size, start, tensor))
         order = order[_differs(order, tensor, start, size)]
         tensor, start, stop = tensor[order], start[order], (start + size)[order]
-        meets = (tensor[1:] == tensor[:-1]) & (stop[:-1] > start[1:])
-        crowded[tensor[1:][meets]] = True
+        overlaps = (tensor[1:] == tensor[:-1]) & (stop[:-1] > start[1:])
+        crowded[tensor[1:][overlaps]] = True
     equal = first_equal(table) != np.arange(len(table))
     crowded[table.tensor[equal]] = True
     return np.flatnonzero(crowded)
 
 
 def steps_of(table: BoxTable, shapes: Ints) -> Ints:
-    """Return [tensors, dims]: the largest step that meets every boundary inside; 0 where none is.
+    """Return [tensors, dims]: the largest step such that all inner boundaries are multiples of it.
+
+    It is 0 in a dimension without an inner boundary.
 
     Args:
         table: boxes that hold elements, inside their shapes.
@@ -142,7 +146,8 @@ def steps_of(table: BoxTable, shapes: Ints) -> Ints:
     order = np.argsort(table.tensor, kind="stable")
     tensor, offsets = table.tensor[order], table.offsets[order]
     stops = offsets + table.sizes[order]
-    inner = np.where(stops == shapes[tensor], 0, stops)  # gcd(x, 0) = x: an end cuts nothing
+    # The end of the tensor is not an inner boundary; 0 leaves it out, since gcd(x, 0) = x.
+    inner = np.where(stops == shapes[tensor], 0, stops)
     starts = np.flatnonzero(np.diff(tensor, prepend=-1))
     steps[tensor[starts]] = np.gcd.reduceat(np.gcd(offsets, inner), starts, axis=0)
     return steps
@@ -153,7 +158,7 @@ class GridTable:
     """Grids in columns, one row a grid; all in elements.
 
     Attributes:
-        offsets, counts, chunk: [grids, dims], the part's place, its number of cells in each
+        offsets, counts, chunk: [grids, dims], where the part begins, its number of cells in each
             dimension, and the shape of a cell.
     """
 
@@ -175,7 +180,7 @@ class GridTable:
         return sizes
 
     def cells(self, table: BoxTable) -> tuple[Ints, Ints]:
-        """Return (row, ordinal) of each cell that a box meets, row by row, ordinals ascending.
+        """Return (row, ordinal) of each cell that a box intersects, by row, ordinals ascending.
 
         Args:
             table: boxes that hold elements, each inside the grid whose number is its tensor.
@@ -186,6 +191,7 @@ class GridTable:
         extent = (begin + table.sizes - 1) // chunk - first + 1
         number = extent.prod(axis=1)
         row = np.repeat(np.arange(len(table)), number)
+        # For each pair its position within its row, then row-major decoding, all rows at once.
         rest = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)
         ordinal = np.zeros_like(rest)
         weight = np.ones_like(rest)
@@ -197,7 +203,7 @@ class GridTable:
 
 
 def _differs(order: Ints, *columns: Ints) -> npt.NDArray[np.bool_]:
-    """Tell for each row, in this order, whether it differs from the one before; the first does."""
+    """Tell for each row, in this order, whether it differs from the row before (the first does)."""
     is_new = np.zeros(len(order), bool)
     is_new[:1] = True
     for column in columns:

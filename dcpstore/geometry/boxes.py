@@ -1,4 +1,4 @@
-"""Boxes: n-d rectangles of a global tensor, and the question whether some of them tile it."""
+"""Boxes: n-dimensional rectangles of a global tensor, and whether some of them overlap."""
 
 from __future__ import annotations
 
@@ -37,14 +37,13 @@ class Box:
     def slices(self) -> tuple[slice | EllipsisType, ...]:
         """The box as an index into the global tensor.
 
-        What it picks is an array even where there are no dimensions: there `()` would pick a number
-        out of numpy's, which is none.
+        Without dimensions it is `...`, because numpy returns a scalar for `()`, not a view.
         """
         return tuple(map(slice, self.offsets, self.stops)) or (...,)
 
     def intersect(self, other: Box) -> Box | None:
-        """Return the box that both share, or None where they share no element."""
-        if self.sizes == other.sizes and self.offsets == other.offsets:  # mostly, and quick
+        """Return the box that both share, or None if they share no element."""
+        if self.sizes == other.sizes and self.offsets == other.offsets:  # the common case, faster
             return self if self.volume else None
         starts = tuple(map(max, self.offsets, other.offsets))
         sizes = tuple(
@@ -54,22 +53,22 @@ class Box:
         return Box(starts, sizes) if all(size > 0 for size in sizes) else None
 
     def relative_to(self, origin: Box) -> Box:
-        """Return this box in coordinates that begin where `origin` does."""
+        """Return this box in coordinates whose zero is the first element of `origin`."""
         return Box(tuple(map(sub, self.offsets, origin.offsets)), self.sizes)
 
 
 def find_overlap(boxes: Sequence[Box]) -> tuple[int, int] | None:
-    """Return the indices of two boxes that share an element, or None where no two do.
+    """Return the indices of two boxes that share an element, or None if no two do.
 
-    Sweeps along the dimension with the most distinct offsets, so that a grid of n boxes costs
-    about n log n and not n squared.
+    It sweeps along the dimension with the most distinct offsets, so that a grid of n boxes takes
+    about n log n steps and not n squared.
     """
     live = [i for i, box in enumerate(boxes) if box.volume]
     if len(live) < 2:
         return None
     dims = range(len(boxes[live[0]].offsets))
     sweep = max(dims, key=lambda d: len({boxes[i].offsets[d] for i in live}), default=None)
-    if sweep is None:  # two zero-dimensional boxes are the same element
+    if sweep is None:  # two boxes without dimensions are the same element
         return live[0], live[1]
     active: list[int] = []
     for i in sorted(live, key=lambda i: boxes[i].offsets[sweep]):

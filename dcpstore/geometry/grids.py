@@ -1,7 +1,7 @@
-"""Chunk grids: how a tensor is cut, such that every shard boundary lies on a grid line.
+"""Chunk grids: how a tensor is cut into chunks, with a grid line at every shard boundary.
 
-Ranks then never share a chunk. Because a grid is regular, the box of a chunk follows from its
-ordinal (row-major, as Zarr counts), and a box becomes a few ranges of ordinals.
+So no two ranks write the same chunk. Because a grid is regular, the box of a chunk follows from its
+ordinal (row-major, as in Zarr), and a box becomes a few ranges of ordinals.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from dcpstore.geometry.boxes import Box
 
 __all__ = ["Grid", "cover", "lay_grids", "lay_parts", "lay_regular"]
 
-_TILE = 256 << 10  # bytes down to which what several ranks write is cut along every dimension
+_TILE = 256 << 10  # bytes; larger chunks of sharded tensors are cut along every dimension
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
     """A regular chunk grid over a part of a tensor; all in elements.
 
-    The part begins at `offsets` of the tensor and has `shape`; each cell has `chunk_shape`, the
-    last one of a dimension too, which may reach past the part (padded, as in Zarr).
+    The part begins at `offsets` of the tensor and has `shape`. All cells have `chunk_shape`; the
+    last one of a dimension may reach past the part (padded, as in Zarr).
     """
 
     offsets: tuple[int, ...]
@@ -48,7 +48,7 @@ class Grid:
 
     @property
     def is_one_cell(self) -> bool:
-        """Whether the part is one cell, without padding: so are most tensors, and it is quick."""
+        """Whether the part is one cell without padding, as for most tensors: a quick test."""
         return self.shape == self.chunk_shape
 
     def cell(self, ordinal: int) -> Box:
@@ -68,7 +68,7 @@ class Grid:
         )
 
     def index(self, ordinal: int) -> tuple[int, ...]:
-        """Return the cell's place in each dimension, as Zarr names chunks."""
+        """Return the cell's index in each dimension, as in Zarr's chunk keys."""
         return tuple(
             (o - origin) // c
             for o, origin, c in zip(
@@ -77,9 +77,9 @@ class Grid:
         )
 
     def ranges(self, box: Box) -> Iterator[tuple[int, int]]:
-        """Yield the (first, last) ordinals, both included, of the cells that meet `box`.
+        """Yield the (first, last) ordinals, both included, of the cells that intersect `box`.
 
-        Dimensions that `box` spans whole are folded into longer ranges.
+        Inner dimensions that `box` spans completely make the ranges longer, not more.
         """
         shared = self.box.intersect(box)
         if shared is None:
@@ -93,7 +93,7 @@ class Grid:
             (s - 1 - p) // c
             for s, p, c in zip(shared.stops, self.offsets, self.chunk_shape, strict=True)
         ]
-        split = len(counts)  # dimensions from `split` on are spanned whole
+        split = len(counts)  # dimensions from `split` on are spanned completely
         while split and lasts[split - 1] - firsts[split - 1] + 1 == counts[split - 1]:
             split -= 1
         inner = math.prod(counts[split:])
@@ -112,13 +112,13 @@ class Grid:
             yield first, last
 
     def meets(self, shape: Sequence[int], steps: Sequence[int]) -> bool:
-        """Tell whether the grid covers a tensor of `shape` and has a line wherever steps cut."""
+        """Tell whether the grid covers a tensor of `shape`, with a line at every step."""
         return self.shape == tuple(shape) and all(
             step % c == 0 for step, c in zip(steps, self.chunk_shape, strict=True)
         )
 
     def holds_whole_cells(self, box: Box) -> bool:
-        """Tell whether `box`, where it meets the part, begins and ends on grid lines."""
+        """Tell whether the intersection of `box` and the part begins and ends on grid lines."""
         shared = self.box.intersect(box)
         if shared is None:
             return True
@@ -134,9 +134,9 @@ class Grid:
 def cover(grids: Sequence[Grid], shape: tuple[int, ...]) -> bool:
     """Tell whether grids, which do not overlap, cover every element of a tensor of `shape`.
 
-    Those of a rank that saved for itself hold its own boxes only.
+    They do not if one rank saved for itself: then they hold only that rank's boxes.
     """
-    if len(grids) == 1 and grids[0].shape == shape:  # mostly, and quick
+    if len(grids) == 1 and grids[0].shape == shape:  # the common case, faster
         return True
     return sum(math.prod(grid.shape) for grid in grids) == math.prod(shape)
 
@@ -151,14 +151,15 @@ def lay_grids(
 ) -> tuple[Grid, ...]:
     """Return the grids of a tensor of `shape` that is written as `boxes`, which tile it.
 
-    The parent version's grids are kept where they fit, so unchanged chunks are found again. Else
-    one grid at the origin serves wherever the boundaries are regular; else each box is a part.
+    The grids of the parent version are kept if they fit, so that unchanged chunks are reused.
+    Otherwise the tensor gets one grid at the origin if the boundaries are regular; if not, each box
+    is a part with its own grid.
 
     Args:
         shape: of the tensor, in elements.
         itemsize: bytes of one element.
         boxes: what the ranks write, without overlap.
-        target: raw bytes of a chunk, aimed at and not passed but where a dimension does not divide.
+        target: raw bytes of a chunk; exceeded only where a dimension cannot be divided.
         parent: the grids of the same FQN, shape and dtype in the parent version.
     """
     covers = parent and cover(parent, tuple(shape))
@@ -174,14 +175,15 @@ def lay_grids(
 def lay_regular(
     shape: tuple[int, ...], itemsize: int, steps: tuple[int, ...], *, pieces: int, target: int
 ) -> Grid | None:
-    """Return one grid at the origin, or None where the boundaries are too irregular for it.
+    """Return one grid at the origin, or None if the boundaries are too irregular for one.
 
-    It is remembered: thousands of tensors ask for few grids.
+    Results are cached: thousands of tensors have only a few different grids.
 
     Args:
         shape: of the tensor, in elements.
         itemsize: bytes of one element.
-        steps: by dimension, the largest step that meets every boundary inside; 0 without any.
+        steps: by dimension, the largest step such that all inner boundaries are multiples of it; 0
+            without an inner boundary.
         pieces: how many boxes with elements are written.
         target: raw bytes of a chunk, as for `lay_grids`.
     """
@@ -189,14 +191,14 @@ def lay_regular(
     if not pieces:
         return Grid(origin, shape, tuple(max(n, 1) for n in shape))
     cells = math.prod(-(-n // (step or n)) for n, step in zip(shape, steps, strict=True))
-    if cells > 2 * pieces:
+    if cells > 2 * pieces:  # boundaries at unrelated offsets: the grid would be far too fine
         return None
     cuts = _tile(shape, steps, itemsize) if pieces > 1 else steps
     return Grid(origin, shape, _chunk_shape(shape, cuts, itemsize, target))
 
 
 def lay_parts(itemsize: int, boxes: Sequence[Box], *, target: int) -> tuple[Grid, ...]:
-    """Return a grid of its own for each box that holds an element, in their order."""
+    """Return one grid for each box that holds an element, sorted by box."""
     return tuple(
         Grid(
             box.offsets,
@@ -209,16 +211,16 @@ def lay_parts(itemsize: int, boxes: Sequence[Box], *, target: int) -> tuple[Grid
 
 
 def _step(n: int, dim: int, boxes: Iterable[Box]) -> int:
-    """Return the largest step that meets every boundary inside a dimension; 0 if it has none."""
+    """Return the largest step that divides all inner boundaries of a dimension; 0 without any."""
     cuts = {cut for box in boxes for cut in (box.offsets[dim], box.offsets[dim] + box.sizes[dim])}
     return math.gcd(*(cuts - {0, n}))
 
 
 def _tile(shape: Sequence[int], steps: Sequence[int], itemsize: int) -> list[int]:
-    """Return smaller steps: a shard cut in up to four along each dimension, the longest first.
+    """Return smaller steps: a shard cut into up to four along each dimension, the longest first.
 
-    A load on twice or four times the ranks, or by columns what was saved by rows, then
-    reads few bytes beside its own. Tiles stay near `_TILE` bytes: more of them cost more than they
+    A load on two or four times as many ranks, or by columns after a save by rows, then reads few
+    bytes that it does not need. Tiles stay near `_TILE` bytes: smaller ones cost more than they
     save.
     """
     extents = [step or n for n, step in zip(shape, steps, strict=True)]
@@ -234,9 +236,9 @@ def _tile(shape: Sequence[int], steps: Sequence[int], itemsize: int) -> list[int
 def _chunk_shape(
     shape: Sequence[int], steps: Sequence[int], itemsize: int, target: int
 ) -> tuple[int, ...]:
-    """Return the cell: the steps, halved from the first dimension on until it meets `target` bytes.
+    """Return the cell: the steps, cut from the first dimension on until it has `target` bytes.
 
-    Leading dimensions go first, so that a cell of a row-major tensor stays one run of memory.
+    Leading dimensions are cut first, so that a cell of a row-major tensor stays contiguous.
     """
     extents = [step or n for n, step in zip(shape, steps, strict=True)]
     for dim, step in enumerate(steps):
@@ -254,10 +256,11 @@ def _chunk_shape(
 
 
 def _divisor(step: int, most: int) -> int:
-    """Return the divisor of `step` to cut by: the largest power-of-two fraction up to `most`.
+    """Return the divisor of `step` to cut by: the largest `step / 2**n` that is at most `most`.
 
-    Where halving ends too early (an odd step), the largest divisor up to `most`; where even that is
-    under an eighth of it, the whole step: chunks too large serve better than very many small ones.
+    If halving ends too early, at an odd number, it is the largest divisor up to `most`. If that is
+    less than an eighth of `most`, it is the whole step: a few chunks that are too large are better
+    than very many small ones.
     """
     halved = step
     while halved > most and halved % 2 == 0:

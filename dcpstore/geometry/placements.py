@@ -1,9 +1,9 @@
-"""Which boxes of a tensor one rank holds, from the ways it was split.
+"""Placements of a tensor on ranks: the boxes that one rank holds, from the splits of the tensor.
 
-A dimension is split by mesh dimensions one after another, left to right. A split is plain (`Shard`:
-n runs of ceil(size / n)) or strided (`_StridedShard`, FSDP over TP: first into `factor` runs, then
-each of them into n, of which the rank holds one of each). The arithmetic is that of
-`torch.distributed.tensor.placement_types`; a test holds it against torch's own.
+Mesh dimensions split a tensor dimension one after another, left to right. A split is plain
+(`Shard`: n runs of ceil(size / n) elements) or strided (`_StridedShard`, FSDP over TP: first into
+`factor` pieces, then each piece into n runs; the rank holds one run of each piece). The formulas
+are those of `torch.distributed.tensor.placement_types`; a test compares the results with torch's.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from dcpstore.geometry.boxes import Box
 
 __all__ = ["Split", "local_boxes"]
 
-Run = tuple[int, int]  # start and stop of consecutive elements
+Run = tuple[int, int]  # start and stop of consecutive elements; stop is excluded
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """One mesh dimension's split: of tensor dimension `dim` into `count`, of which ours is `index`.
+    """The split of tensor dimension `dim` by one mesh dimension of `count` ranks.
 
-    `factor` is the split factor of a strided shard, 1 for a plain one.
+    This rank is number `index` of them. `factor` is the split factor of a strided shard, 1 for a
+    plain one.
     """
 
     dim: int
@@ -33,9 +34,9 @@ class Split:
 
 
 def local_boxes(shape: Sequence[int], splits: Sequence[Split]) -> list[tuple[Box, Box]]:
-    """Return (global box, box inside the local shard) for each box that one rank holds.
+    """Return (global box, box inside the local tensor) for each box that one rank holds.
 
-    A contiguous shard is one pair, an empty shard none.
+    A contiguous shard gives one pair, an empty shard none.
     """
     runs: list[list[Run]] = [[(0, n)] for n in shape]
     for split in splits:
@@ -82,6 +83,6 @@ def _join(runs: Sequence[Run]) -> list[Run]:
 
 
 def _placed(runs: Sequence[Run]) -> list[tuple[Run, int]]:
-    """Pair each run with where it begins inside the local shard."""
+    """Pair each run with its first position inside the local tensor."""
     starts = itertools.accumulate((stop - start for start, stop in runs), initial=0)
     return list(zip(runs, starts, strict=False))

@@ -30,7 +30,7 @@ __all__ = [
     "share_out",
 ]
 
-_SHOWN = 8  # problems in one message; more would bury the first
+_SHOWN = 8  # problems in one message; more would hide the first
 
 
 def plan_globally(
@@ -89,12 +89,12 @@ def share_out(table: GlobalTable, *, to_lowest_rank: bool = False) -> GlobalTabl
 
 
 def check_names(table: GlobalTable) -> None:
-    """Check that a catalog can keep the FQN and the shape of all that is planned.
+    """Check that the catalog can store the FQN and the shape of all that is planned.
 
-    The catalog checks it again when it commits; by then chunks and a manifest are written.
+    The catalog checks this again at commit, but by then chunks and a manifest have been written.
 
     Raises:
-        InvalidInputError: naming the FQN.
+        InvalidInputError: it cannot; the error names the FQN.
     """
     for name in table.names:
         check_key(name.fqn, what="FQN")
@@ -109,13 +109,13 @@ def check_agreement(table: GlobalTable) -> None:
     """Check that an FQN has the same kind, dtype and shape on all ranks that hold it.
 
     Raises:
-        InvalidInputError: naming each such FQN, what it is, and on which ranks.
+        InvalidInputError: some have not; it names each FQN, what it is, and on which ranks.
     """
-    meanings: dict[str, list[int]] = {}
+    numbers_of: dict[str, list[int]] = {}
     for number, name in enumerate(table.names):
-        meanings.setdefault(name.fqn, []).append(number)
+        numbers_of.setdefault(name.fqn, []).append(number)
     problems = []
-    for fqn, numbers in sorted(meanings.items()):
+    for fqn, numbers in sorted(numbers_of.items()):
         if len(numbers) > 1:
             kinds = ", ".join(
                 f"{_described(table.names[number])} on {_ranks(table.rank[table.rows_of(number)])}"
@@ -126,12 +126,12 @@ def check_agreement(table: GlobalTable) -> None:
 
 
 def check_tiling(table: GlobalTable) -> None:
-    """Check that the boxes of each tensor lie inside it, do not overlap and fill it.
+    """Check that the boxes of each tensor are inside its shape, do not overlap, and fill it.
 
-    A value must be written once.
+    A value must be written by one rank only.
 
     Raises:
-        InvalidInputError: naming each breach with its FQN and ranks.
+        InvalidInputError: naming each problem with its FQN and ranks.
     """
     problems = (_problem(table, number) for number in _suspects(table))
     _raise_if(
@@ -146,7 +146,7 @@ def check_results(
     """Check that every item of the plan was written, and nothing else (design, invariant 4).
 
     Raises:
-        InvalidInputError: naming the rank, or what nobody wrote.
+        InvalidInputError: naming the rank, or what no rank wrote.
     """
     for rank, given in enumerate(results):
         planned = sorted(table.names[number].fqn for number in table.numbers_of(rank))
@@ -159,8 +159,8 @@ def check_results(
     missing = sorted(metadata.state_dict_metadata.keys() - written)
     if missing:
         raise InvalidInputError(
-            f"nobody wrote {missing[:8]} ({len(missing)} in all), which the plan names; every "
-            "planned item must be written by one rank."
+            f"no rank wrote {missing[:_SHOWN]} ({len(missing)} in all), which the plan contains; "
+            "every planned item must be written by one rank."
         )
 
 
@@ -173,7 +173,10 @@ def _without_empty(table: GlobalTable) -> GlobalTable:
 
 
 def _suspects(table: GlobalTable) -> list[int]:
-    """Return the names whose items may not do; those of all others certainly do."""
+    """Return the numbers of the names whose items may be wrong; all others are certainly right.
+
+    The whole table is checked at once; only suspects are then checked box by box.
+    """
     rows, count = table.rows, len(table.names)
     written = np.bincount(rows.tensor, minlength=count)
     shapes = table.shapes[rows.tensor]
@@ -201,7 +204,7 @@ def _problem(table: GlobalTable, number: int) -> str | None:
             o < 0 or s < 0 or o + s > n
             for o, s, n in zip(box.offsets, box.sizes, shape, strict=True)
         ):
-            return f"{name.fqn!r} of shape {shape}: {_box(box)} of rank {rank} reaches outside"
+            return f"{name.fqn!r} of shape {shape}: {_box(box)} of rank {rank} is partly outside"
     overlap = find_overlap(boxes)
     if overlap is not None:
         a, b = overlap

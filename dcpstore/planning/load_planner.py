@@ -1,8 +1,8 @@
-"""Our load planner: what each rank wants of a version becomes read items.
+"""The load planner: what each rank asks for from a version becomes read items.
 
-A subclass of torch's default planner, so that the hooks that torch documents (`lookup_tensor`,
-`transform_tensor`, `load_bytes`) work alike. Invariant: either the whole state fits, or one error
-names everything that does not.
+It is a subclass of torch's default planner, so that the hooks that torch documents
+(`lookup_tensor`, `transform_tensor`, `load_bytes`) work in the same way. Invariant: either the
+whole state fits, or one error names everything that does not.
 """
 
 from __future__ import annotations
@@ -35,21 +35,16 @@ from dcpstore.state.walk import nesting_checked
 __all__ = ["DefaultLoadPlanner", "ValueFile"]
 
 _NO_OFFSET = torch.Size((0,))
-# What torch's wrappers put into the names of a module's state: compile, DDP, activation
+# What torch's wrappers add to the names in a module's state: compile, DDP, activation
 # checkpointing, FSDP1.
-_WRAPPERS = (
-    "_orig_mod.",
-    "module.",
-    "_checkpoint_wrapped_module.",
-    "_fsdp_wrapped_module.",
-)
+_WRAPPERS = ("_orig_mod.", "module.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 class ValueFile(io.BytesIO):
-    """Torch's bytes of a value, at their beginning, for planners that read values from bytes.
+    """A file with torch's bytes of a value, for planners that read values from bytes.
 
     Attributes:
-        value: the value itself; not every plain one can be read from torch's bytes without pickle.
+        value: the value itself, as not every plain value can be read back without pickle.
     """
 
     def __init__(self, value: object) -> None:
@@ -62,16 +57,17 @@ class ValueFile(io.BytesIO):
 class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
     """Plans a load into DTensor, ShardedTensor, plain tensors and values, nested or flat.
 
-    Where it differs from torch's: everything that does not fit is named at once, a dtype that
-    differs is an error, strided shards are several boxes, and no pickle is run. The first arguments
-    are torch's; `allow_partial_load` lets FQNs be missing, as `LoadOptions(strict=False)` does.
+    It differs from torch's planner: one error names everything that does not fit, another dtype is
+    an error, strided shards are several boxes, and no pickle is run. The first arguments are
+    torch's; `allow_partial_load` accepts missing FQNs, as `LoadOptions(strict=False)` does.
 
     Attributes:
         missing: FQNs of the state that the version lacks, after `create_local_plan`.
         cast: FQNs whose values are converted to the dtype of the state.
         stored: FQNs of the version that the state asks for.
-        optional: FQNs below these may be missing too; `load` sets it, for optimizers and `PerRank`.
-        compositions: what the composed tensors of the version are, by FQN; `load` sets it too.
+        optional: FQNs at or below which the version may lack entries; `load` sets it, for
+            optimizers and `PerRank`.
+        compositions: the marks of the composed tensors in the version, by FQN; `load` sets it.
     """
 
     def __init__(
@@ -101,10 +97,11 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        """Take the state to fill, and torch's description of what is stored.
+        """Set the state to fill, and torch's description of what is stored.
 
         Raises:
-            InvalidInputError: two items have the same FQN, or it is nested without end.
+            InvalidInputError: two items have the same FQN, the state is nested too deep, or it
+                contains itself.
         """
         self.original_state_dict = state_dict
         self.metadata = metadata
@@ -116,7 +113,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         if self.flatten_state_dict:
             flat = flattened(self._composed.state, is_leaf=self._is_stored)
             state_dict, self.mappings, self._places = flat.items, flat.paths, flat.places
-            if self._composed:  # whose state has containers that are not the caller's
+            if self._composed:  # its containers are copies: find the places in the caller's state
                 own = flattened(self.original_state_dict, is_leaf=self._is_stored)
                 self._places = own.places
         elif self._composed:
@@ -138,10 +135,10 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         """Return the read items of this rank.
 
         Raises:
-            MismatchError: every FQN that is missing, differs in kind, shape or dtype, is stored in
-                part only, or has no memory of its own to be filled.
-            InvalidInputError: a value lies where none can be replaced; a tensor on the meta device
-                is of a class for which no one can make room.
+            MismatchError: it names every FQN that is missing, differs in kind, shape or dtype, is
+                stored only in part, or cannot be filled element by element.
+            InvalidInputError: a value is inside an immutable container; a tensor on the meta device
+                is of a class for which memory cannot be allocated.
         """
         assert self.metadata is not None
         stored = self.metadata.state_dict_metadata
@@ -157,14 +154,13 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
                 self._check_composed(self._composed.outer[fqn], differences)
             kept = stored.get(name)
             if kept is None and fqn in self._composed.outer:
-                continue  # its mark tells
+                continue  # the difference is reported with its mark
             if kept is None and f"{name}.{MARK}" in stored:
                 differences.append(self._is_composed(fqn, name, wanted))
                 continue
-            if is_empty_container(wanted) and self._is_left(wanted, name, kept, stored):
-                continue
             if kept is None:
-                absent.append((fqn, name))
+                if not is_empty_container(wanted) or not self._stays_empty(wanted, name, stored):
+                    absent.append((fqn, name))
                 continue
             difference = self._difference(fqn, wanted, kept)
             if difference is not None:
@@ -179,16 +175,12 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
             raise MismatchError.listing(differences)
         return LoadPlan(items)
 
-    def _is_left(
-        self, wanted: object, name: str, kept: object, stored: Mapping[str, object]
-    ) -> bool:
-        """Tell whether an empty container of the state stays as it is.
+    def _stays_empty(self, wanted: object, name: str, stored: Collection[str]) -> bool:
+        """Tell whether an empty container that the version lacks stays as it is.
 
-        The version may hold items in its place, which the state does not ask for; and it does not
-        know of an empty dict where torch or an older dcpstore wrote it.
+        The version may hold items in it, which the state does not ask for; and torch or an older
+        dcpstore does not store an empty dict.
         """
-        if kept is not None:
-            return False
         if isinstance(wanted, Mapping):
             return True
         if self._names is None:
@@ -201,16 +193,16 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         return self._composed.stored_name(fqn)
 
     def targets(self) -> Iterator[tuple[str, tuple[int, ...], torch.Tensor]]:
-        """Yield the FQN, the offsets and the local view of each box that the load is to fill."""
+        """Yield the FQN, the offsets and the local view of each box that the load will fill."""
         missing = set(self.missing)
         for (fqn, offsets), view in self._views.items():
             if fqn not in missing:
                 yield fqn, offsets, view
 
     def _missing(self, absent: Sequence[tuple[str, str]], stored: Collection[str]) -> list[str]:
-        """Note what the version lacks, and return the differences that follow.
+        """Record what the version lacks, and return the differences that follow from it.
 
-        A tensor that is another one of the state, by the same memory, is filled with that one.
+        A tensor with the same memory as another one of the state is filled with that one.
         """
         if not absent:
             return []
@@ -227,7 +219,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         return [*(_absent(fqn, name, stored) for fqn, name in lacked), *_renames(lacked, stored)]
 
     def _check_composed(self, fqn: str, differences: list[str]) -> None:
-        """Note that a composed tensor is missing, or how it differs from the stored one."""
+        """Record that a composed tensor is missing, or how it differs from the stored one."""
         if not self._composed.is_stored(fqn):
             self.missing.append(fqn)
             if self._may_lack(fqn):
@@ -250,7 +242,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         return self.options.asks_for(self._composed.outer.get(fqn, fqn))
 
     def _difference(self, fqn: str, wanted: object, kept: object) -> str | None:
-        """Return how what the state holds differs from what is stored, or None where it fits."""
+        """Return how an item of the state differs from the stored one; None if it fits."""
         difference = _kind_difference(fqn, wanted, kept)
         if difference is not None or not isinstance(kept, TensorStorageMetadata):
             return difference
@@ -274,13 +266,13 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         kept: TensorStorageMetadata,
         differences: list[str],
     ) -> Iterator[ReadItem]:
-        """Yield the items of a tensor, and add to `differences` what keeps it from being filled."""
+        """Yield the items of a tensor, and add to `differences` why it cannot be filled."""
         is_meta = is_on_meta(wanted)
         if is_meta:
             check_room(fqn, wanted)
             self._check_place(fqn)
         stored = [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in kept.chunks]
-        for shard in self._seen(fqn, wanted):
+        for shard in self._views_of(fqn, wanted):
             fault = None if is_meta else target_fault(shard.data)
             if fault is not None:
                 differences.append(f"{fqn!r} {fault}")
@@ -299,21 +291,20 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
                     )
             if lacking > 0:
                 differences.append(
-                    f"the version holds only part of {fqn!r}, and lacks {lacking} elements of the "
-                    f"box at {shard.box.offsets} of sizes {shard.box.sizes}, as that of one rank "
-                    "that saved for itself does; load it with the mesh of the save, each rank its "
-                    "own version"
+                    f"the version holds only a part of {fqn!r}, and lacks {lacking} elements of "
+                    f"the box at {shard.box.offsets} of sizes {shard.box.sizes}; each rank saved "
+                    "for itself: load on the same mesh, each rank its own version"
                 )
 
-    def _seen(self, fqn: str, tensor: torch.Tensor) -> list[LocalShard]:
-        """Return the local shards of a tensor; `lookup_tensor` finds them again."""
+    def _views_of(self, fqn: str, tensor: torch.Tensor) -> list[LocalShard]:
+        """Return the local shards of a tensor, and record them for `lookup_tensor`."""
         shards = local_shards(fqn, tensor)
         for shard in shards:
             self._views[fqn, shard.box.offsets] = shard.data
         return shards
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        """Return the plan, and make room for what is to be filled and is on the meta device."""
+        """Return the plan, and allocate memory for tensors on the meta device that it fills."""
         missing = set(self.missing)
         self.give_room(
             fqn
@@ -327,19 +318,19 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         return super().finish_plan(central_plan)
 
     def give_room(self, fqns: Iterable[str]) -> None:
-        """Put uninitialised tensors in the place of those of the state that are on the meta device.
+        """Replace tensors of the state that are on the meta device by uninitialised ones.
 
-        One tensor by several FQNs stays one.
+        One tensor with several FQNs stays one tensor.
         """
         for fqn in fqns:
-            tensor = self.state_dict.get(fqn)  # a composed one has only its parts there
+            tensor = self.state_dict.get(fqn)  # None for a composed tensor: only its parts are here
             if isinstance(tensor, torch.Tensor) and is_on_meta(tensor):
-                # with the tensor itself, or another might get its id
+                # The tensor is kept too: if it were freed, another one might get its id.
                 if id(tensor) not in self._rooms:
                     self._rooms[id(tensor)] = (tensor, make_room(tensor))
                 _, room = self._rooms[id(tensor)]
                 self._set_item(fqn, room)
-                self._seen(fqn, room)
+                self._views_of(fqn, room)
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         """Return the local view of the box that `index` names."""
@@ -347,7 +338,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         return super().lookup_tensor(index) if view is None else view
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Hear that a tensor is filled; a composed one is put together with its last part."""
+        """Record that a tensor is filled; a composed tensor is put together after its last part."""
         self._arrived(read_item.dest_index.fqn)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
@@ -363,17 +354,17 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
             loaded = torch.load(value, weights_only=True)
         except pickle.UnpicklingError as error:
             raise UnsafeDataError(
-                f"value {read_item.dest_index.fqn!r} is a pickle that could run code, or in a form "
-                "that only its planner reads; save plain values, or load it with a planner that "
-                "knows it, if you trust it."
+                f"value {read_item.dest_index.fqn!r} is a pickle that could run code, or is in the "
+                "form of another planner; save plain values, or, if you trust it, load it with a "
+                "planner that reads it."
             ) from error
         self.load_value(read_item, imported_value(read_item.storage_index.fqn, loaded))
 
     def load_value(self, read_item: ReadItem, value: object) -> None:
         """Set a value in the caller's state, under the caller's own keys.
 
-        A list of other parameters than the rank's own optimizer has, which another stage of a
-        pipeline saved, is not set: the rank's group would lose what else was saved of it.
+        One exception: in a pipeline, the stored list of a group's parameters may be that of another
+        stage. It is not set, because this rank's group would lose its own parameters.
         """
         fqn = read_item.dest_index.fqn
         own = self.state_dict.get(fqn)
@@ -390,23 +381,23 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         return found if isinstance(found, torch.Tensor) else None
 
     def _arrived(self, fqn: str) -> None:
-        whole = self._composed.count_read(fqn)
-        if whole is not None and whole[1] is not self._composed.tensor(whole[0]):
-            self._set_item(*whole)
+        complete = self._composed.count_read(fqn)
+        if complete is not None and complete[1] is not self._composed.tensor(complete[0]):
+            self._set_item(*complete)
 
     def _set_item(self, fqn: str, value: object) -> None:
-        own = self.state_dict.get(fqn)  # a composed tensor has only its parts there
+        own = self.state_dict.get(fqn)  # None for a composed tensor: only its parts are here
         if is_empty_container(value) and is_empty_container(own) and type(value) is type(own):
-            return  # the caller's own container is what was saved already
-        self.state_dict[fqn] = value  # which may be a copy, or flat
+            return  # the caller's own container already equals the stored one
+        self.state_dict[fqn] = value  # `state_dict` is a copy if the state was flattened
         place = self._place(fqn)
         if place is not None:
             place.put(value)
 
     def _place(self, fqn: str) -> Place | None:
-        """Return where an item stands in the caller's state.
+        """Return the place of an item in the caller's state.
 
-        It is None where a planner has renamed the items of `state_dict`.
+        It is None if a subclass has renamed the items of `state_dict`.
         """
         if fqn in self._composed.outer:
             return Place(*self._composed.place(fqn))
@@ -419,8 +410,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         place = self._place(fqn)
         if place is not None and not place.is_open:
             raise InvalidInputError(
-                f"{fqn!r} lies in a {place.kind}, in which nothing can be replaced; have a dict "
-                "there."
+                f"{fqn!r} is inside a {place.kind}, which is immutable; use a dict or a list there."
             )
 
     def _may_lack(self, fqn: str) -> bool:
@@ -457,7 +447,7 @@ def _kind_difference(fqn: str, wanted: object, kept: object) -> str | None:
 
 
 def _renames(absent: Sequence[tuple[str, str]], stored: Collection[str]) -> list[str]:
-    """Return the `rename` that finds what the version lacks only for the names of wrappers."""
+    """Return a hint with the `rename` to use, if all names differ only by those of wrappers."""
     if not absent:
         return []
     known = set(stored)
@@ -476,7 +466,7 @@ def _renames(absent: Sequence[tuple[str, str]], stored: Collection[str]) -> list
         return []
     fqn, found = pairs[0]
     return [
-        f"the names differ by those of wrappers ({', '.join(_WRAPPERS)}) only; pass rename= a dict "
+        f"the names differ only by those of wrappers ({', '.join(_WRAPPERS)}); pass rename= a dict "
         f"or a function, such as {{{fqn!r}: {found!r}, ...}}"
     ]
 

@@ -1,7 +1,7 @@
-"""Save plans in columns: what a rank tells of its local plan, and what all of them make together.
+"""Save plans in columns: the local plan of one rank, and the plans of all ranks joined.
 
-A table travels and is joined as a few arrays, and ranks that hold the same tensors tell of them in
-the same bytes, which are opened once. Invariant: row i is item i of the rank's plan.
+A table is sent and joined as a few arrays. Ranks that hold the same tensors send equal bytes for
+their names, which are unpickled once. Invariant: row i is item i of the rank's plan.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def item_nbytes(item: WriteItem) -> int:
 
 
 class Named(NamedTuple):
-    """What an FQN is: the dtype (torch's name) and shape of a tensor, or a value (dtype None)."""
+    """An FQN with the dtype (torch's name) and shape of its tensor; a value has dtype None."""
 
     fqn: str
     dtype: str | None = None
@@ -49,12 +49,12 @@ class Named(NamedTuple):
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element; 0 for a value, which weighs nothing in a plan."""
+        """Bytes of one element; 0 for a value, whose bytes a plan does not count."""
         return 0 if self.dtype is None else torch_dtype(self.dtype).itemsize
 
     @classmethod
     def by(cls, item: WriteItem) -> Named:
-        """Return what an item says of its FQN."""
+        """Return the FQN, dtype and shape of an item."""
         data = item.tensor_data
         if data is None:
             return cls(item.index.fqn)
@@ -66,11 +66,11 @@ class PlanTable:
     """The local plan of one rank.
 
     Attributes:
-        names: the pickled list of what its items name, each once, by first appearance: the fields
-            of `Named` as a plain tuple, which is quicker.
+        names: the pickled list of `Named`, each once, in the order of the items; the fields as
+            plain tuples, which are faster to pickle.
         paths: the pickled planner data of the plan.
-        rows: a box an item, of the tensors in `names`; a value's has no dimensions.
-        is_buffer: [rows], whether each is a module's buffer, which ranks may differ in.
+        rows: one box for each item, of the tensors in `names`; that of a value has no dimensions.
+        is_buffer: [rows], whether each is a module's buffer, in which ranks may differ.
     """
 
     names: bytes
@@ -80,7 +80,7 @@ class PlanTable:
 
     @classmethod
     def of(cls, plan: SavePlan, buffers: Collection[str] = ()) -> PlanTable:
-        """Return a plan in columns; `buffers` are the FQNs of those that modules named."""
+        """Return a plan in columns; `buffers` are the FQNs of the buffers of modules."""
         names: dict[Named, int] = {}
         numbers, offsets, sizes, are_buffers = [], [], [], []
         for item in plan.items:
@@ -100,26 +100,27 @@ class PlanTable:
 
     @property
     def digest(self) -> bytes:
-        """What two plans share exactly when they are the same."""
+        """A digest that is equal for two plans exactly if they are the same."""
         digest = hasher()
-        for part in (self.names, self.paths, *_columns(self.rows), self.is_buffer.tobytes()):
-            digest.update(len(part).to_bytes(8, "little"))
+        columns = (self.rows.tensor, self.rows.offsets, self.rows.sizes, self.is_buffer)
+        for part in (self.names, self.paths, *(_bytes(column) for column in columns)):
+            digest.update(len(part).to_bytes(8, "little"))  # or parts could shift into each other
             digest.update(part)
         return digest.digest()
 
 
 @dataclass(eq=False)
 class GlobalTable:
-    """What all ranks write together.
+    """The plans of all ranks joined.
 
     Attributes:
-        ranks: how many there are.
-        names: what the items name, each FQN once unless the ranks disagree about it.
-        rows: a box an item, by rank, of the tensors in `names`.
-        rank: [rows], whose item it is.
-        position: [rows], where it stands in the plan of that rank.
-        is_buffer: [rows], whether that rank calls it a module's buffer.
-        planner_data: of each rank that has one of its own, as its planner gave it.
+        ranks: the number of ranks.
+        names: of all items, each FQN once unless the ranks disagree about its dtype or shape.
+        rows: one box for each item, by rank, of the tensors in `names`.
+        rank: [rows], the rank of the item.
+        position: [rows], the position of the item in the plan of its rank.
+        is_buffer: [rows], whether its rank reports it as a module's buffer.
+        planner_data: the different planner data of the ranks, as their planners made them.
     """
 
     ranks: int
@@ -134,16 +135,16 @@ class GlobalTable:
     def of(cls, tables: Sequence[PlanTable]) -> GlobalTable:
         """Join the local plans of all ranks, by rank."""
         numbers: dict[Named, int] = {}
-        opened: dict[bytes, Ints] = {}
+        known: dict[bytes, Ints] = {}  # the numbers of a rank's names, by the pickled list
         for table in tables:
-            if table.names not in opened:
+            if table.names not in known:
                 names = map(Named._make, pickle.loads(table.names))
-                opened[table.names] = np.array(
+                known[table.names] = np.array(
                     [numbers.setdefault(name, len(numbers)) for name in names], np.int64
                 )
         counts = [len(table.rows) for table in tables]
         own = BoxTable.joined([table.rows for table in tables])
-        tensor = np.concatenate([opened[table.names][table.rows.tensor] for table in tables])
+        tensor = np.concatenate([known[table.names][table.rows.tensor] for table in tables])
         return cls(
             ranks=len(tables),
             names=list(numbers),
@@ -156,7 +157,7 @@ class GlobalTable:
 
     @cached_property
     def shapes(self) -> Ints:
-        """[names, dims]: the shapes, past their own dimensions 1."""
+        """[names, dims]: the shapes, padded with 1 past their own dimensions."""
         return padded([name.shape for name in self.names], self.rows.dims, 1)
 
     @cached_property
@@ -172,19 +173,19 @@ class GlobalTable:
 
     @cached_property
     def starts(self) -> Ints:
-        """[ranks + 1]: where the rows of each rank begin; the last is where they end."""
+        """[ranks + 1]: the first row of each rank, and the number of all rows."""
         return np.searchsorted(self.rank, np.arange(self.ranks + 1))
 
     @cached_property
     def paths(self) -> Mapping[str, ObjectPath]:
-        """The object path of each FQN, as our planner's plans carry them."""
+        """The path of each FQN, where the ranks' planner data have it."""
         return recorded_paths(self.planner_data)
 
     @cached_property
     def record(self) -> PlanRecord:
-        """The shard index: who writes which box, whatever the order of each rank's items.
+        """The shard index: which rank writes which box, independent of the order of its items.
 
-        Its digest is BLAKE3 of the number of ranks and the FQNs, then of the columns of the index.
+        Its digest is that of the number of ranks and the FQNs, then of the columns of the index.
         """
         names = sorted((name.fqn, i) for i, name in enumerate(self.names) if name.dtype is not None)
         number = np.full(len(self.names), -1)
@@ -196,7 +197,7 @@ class GlobalTable:
         digest = hasher(repr((self.ranks, [fqn for fqn, _ in names])).encode())
         columns = (tensor[order], self.rank[order], rows.offsets, rows.sizes)
         for column in columns:
-            digest.update(np.ascontiguousarray(column).tobytes())
+            digest.update(_bytes(column))
         every = [(fqn, len(self.names[i].shape)) for fqn, i in names]
         shards = []
         for number, rank, offsets, sizes in zip(*(c.tolist() for c in columns), strict=True):
@@ -215,11 +216,11 @@ class GlobalTable:
         )
 
     def kept(self, rank: int) -> Ints:
-        """Return where the items of `rank` stand in its plan."""
+        """Return the positions of the items of `rank` in its local plan."""
         return self.position[self.starts[rank] : self.starts[rank + 1]]
 
     def numbers_of(self, rank: int) -> Ints:
-        """Return the numbers of what the items of `rank` name, in order."""
+        """Return the numbers of the names of the items of `rank`, in order."""
         return self.rows.tensor[self.starts[rank] : self.starts[rank + 1]]
 
     def boxes(self, rows: Ints) -> list[Box]:
@@ -234,10 +235,10 @@ class GlobalTable:
 
     @cached_property
     def _by_name(self) -> tuple[Ints, Ints]:
-        """The rows sorted by name, and where those of each name begin; the last is the end."""
+        """The rows sorted by name, and the first of each name; the last number is the end."""
         order = np.argsort(self.rows.tensor, kind="stable")
         return order, np.searchsorted(self.rows.tensor[order], np.arange(len(self.names) + 1))
 
 
-def _columns(rows: BoxTable) -> list[bytes]:
-    return [np.ascontiguousarray(c).tobytes() for c in (rows.tensor, rows.offsets, rows.sizes)]
+def _bytes(column: npt.NDArray[np.generic]) -> bytes:
+    return np.ascontiguousarray(column).tobytes()

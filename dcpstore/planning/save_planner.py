@@ -1,9 +1,9 @@
-"""Our save planner: what each rank holds becomes write items, and the coordinator assigns them.
+"""The save planner: what each rank holds becomes write items, and the coordinator assigns them.
 
-A subclass of torch's default planner, so that the hooks that torch documents (`lookup_object`,
-`transform_object`, plans changed by a subclass) work in the same way. A planner whose tensors are
-not in memory is asked for one box at a time, and for each box more than once; each result is freed
-before the next, so a state may be larger than the memory of the process that saves it.
+It is a subclass of torch's default planner, so that the hooks that torch documents
+(`lookup_object`, `transform_object`, plans changed by a subclass) work in the same way. A planner
+whose tensors are not in memory is asked for one box at a time, and for each box more than once.
+Each result is freed before the next, so the state may be larger than the memory of the process.
 """
 
 from __future__ import annotations
@@ -48,24 +48,24 @@ __all__ = ["BoxResolver", "DefaultSavePlanner", "planner_of", "recorded_by"]
 
 @runtime_checkable
 class BoxResolver(Protocol):
-    """A save planner that resolves boxes; threads ask it at once."""
+    """A save planner that resolves boxes; several threads call it at the same time."""
 
     def resolve_box(self, write_item: WriteItem, box: Box) -> torch.Tensor:
-        """Return a CPU tensor of the elements of `box`, which lies inside the item's own box."""
+        """Return a CPU tensor with the elements of `box`, which is inside the item's own box."""
 
 
 class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
     """Plans a save of DTensor, ShardedTensor, plain tensors and values, nested or flat.
 
-    Where it differs from torch's: replicas are spread by the bytes that each rank really writes,
-    strided shards become one item a box, and a plan that does not tile its tensors is refused with
-    the FQN and the ranks. The arguments are torch's.
+    It differs from torch's planner: replicas are assigned by the bytes that each rank really
+    writes, strided shards become one item for each box, and if the boxes of a plan do not tile a
+    tensor, the error names the FQN and the ranks. The arguments are torch's.
 
     Attributes:
-        recorded_paths: of all ranks, once the global plan is made: those of torch's description,
-            with what they lead through, which torch's own form cannot say.
-        is_whole: whether the plans of a global plan are those of all ranks; where each rank saves
-            for itself, the boxes need not fill their tensors.
+        recorded_paths: the paths of all ranks, once the global plan is made, with the kinds of
+            their parts, which torch's own form cannot express.
+        is_whole: whether a global plan contains the plans of all ranks; if each rank saves for
+            itself, the boxes need not fill their tensors.
     """
 
     recorded_paths: Mapping[str, ObjectPath] = MappingProxyType({})
@@ -77,10 +77,11 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
         storage_meta: StorageMeta | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        """Take the state to save.
+        """Set the state to save.
 
         Raises:
-            InvalidInputError: two items have the same FQN, or it is nested without end.
+            InvalidInputError: two items have the same FQN, the state is nested too deep, or it
+                contains itself.
         """
         with nesting_checked():
             state_dict = take_apart(state_dict)
@@ -99,7 +100,8 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         """Return one item for each box that this rank holds, and one for each value.
 
-        A tensor of which it holds nothing is an empty box, so that one which nobody holds is found.
+        A tensor of which it holds nothing gives an empty box: so a tensor that no rank holds is
+        found.
         """
         items: list[WriteItem] = []
         for fqn, value in self.state_dict.items():
@@ -130,7 +132,7 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
         return items
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Return the plans by rank, replicas shared out, with torch's description of the whole.
+        """Return the plan of each rank, with replicas assigned, and torch's description of all.
 
         Raises:
             InvalidInputError: ranks disagree about an FQN, or its boxes do not tile its shape.
@@ -153,7 +155,7 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
         return plans, described
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """Keep the plan that this rank carries out."""
+        """Set the plan that this rank carries out."""
         self.plan = new_plan
         return new_plan
 
@@ -165,7 +167,7 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
         """Return torch's bytes of a value, and a tensor as it is.
 
-        The mark of a composed tensor is a text there, for storages that know no such tensors.
+        The mark of a composed tensor becomes a text, for storages that do not know such tensors.
         """
         if isinstance(object, Composition):
             object = object.to_text()
@@ -181,12 +183,12 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
 
 
 def recorded_by(planner: SavePlanner) -> Mapping[str, ObjectPath]:
-    """Return the paths of all ranks that a planner has recorded; another's has none."""
+    """Return the paths of all ranks that a planner has recorded; a foreign planner has none."""
     return planner.recorded_paths if isinstance(planner, DefaultSavePlanner) else {}
 
 
 def planner_of(planner: SavePlanner | None, *, is_whole: bool) -> SavePlanner:
-    """Return a caller's planner, or else ours; `is_whole` as `DefaultSavePlanner.is_whole`."""
+    """Return the caller's planner, or ours; `is_whole` as in `DefaultSavePlanner.is_whole`."""
     planner = planner or DefaultSavePlanner()
     if isinstance(planner, DefaultSavePlanner):
         planner.is_whole = is_whole

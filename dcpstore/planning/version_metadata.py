@@ -1,7 +1,7 @@
-"""A version in torch's words, for planners: the `Metadata` that a DCP storage reader gives.
+"""A version as torch's `Metadata`, which a DCP storage reader returns and planners read.
 
 Each tensor is described as one stored box, whatever its chunks: a planner asks for boxes of the
-tensor, and which chunks hold them is a question for the catalog.
+tensor, and the catalog knows which chunks hold them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["describe_entries"]
 def describe_entries(entries: Iterable[EntryRecord], storage_meta: StorageMeta) -> Metadata:
     """Return torch's description of a version's entries; blobs count as values.
 
-    Its `planner_data` is what our save planner makes: the path of each FQN in the state.
+    Its `planner_data` has the form that our save planner makes: the path of each FQN in the state.
     """
     described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     paths = {}
@@ -52,14 +52,14 @@ def describe_entries(entries: Iterable[EntryRecord], storage_meta: StorageMeta) 
         Metadata(
             described,
             planner_data=paths,
-            storage_data={},  # which chunks hold what is for the catalog to say
+            storage_data={},  # the catalog knows which chunks hold what
             storage_meta=storage_meta,
         )
     )
 
 
 def _stored_boxes(tensor: TensorRecord) -> list[Box]:
-    """Return one box for a whole tensor; the boxes of its parts where one rank saved for itself."""
+    """Return one box for a whole tensor, or those of its parts if one rank saved for itself."""
     whole = Box.whole(tensor.shape)
     parts = [part.box for part in tensor.parts]
     return parts if sum(box.volume for box in parts) < whole.volume else [whole]

@@ -1,1 +1,1 @@
-"""Stored tensors and values, read and verified, for everyone who needs their bytes."""
+"""Stored tensors and values: read, verified, and compared."""

@@ -1,12 +1,12 @@
-"""Boxes of stored tensors: which chunks they meet, read into memory or compared with it.
+"""Boxes of stored tensors: their chunks are found, and read into memory or compared with it.
 
-Comparing serves a save whose ranks cut a tensor differently from the stored one (the world size
-changed): digests cannot show that it is unchanged, so its bytes do.
+A save compares if its ranks cut a tensor into other chunks than the stored ones (the world size
+changed): then digests cannot show that the tensor is unchanged, so bytes are compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -38,6 +38,8 @@ __all__ = [
     "read_boxes",
 ]
 
+Array = npt.NDArray[np.generic]
+
 
 @dataclass(frozen=True, slots=True)
 class BoxRequest:
@@ -49,9 +51,9 @@ class BoxRequest:
 
 
 class Filling:
-    """What one request has to do for each chunk, found out once.
+    """Copies chunks into the target of one request; what is the same for all chunks is set up once.
 
-    Where stored and target dtype differ the values are converted, as `Tensor.copy_` does.
+    If the stored and the target dtype differ, values are converted as `Tensor.copy_` does.
     """
 
     def __init__(self, request: BoxRequest) -> None:
@@ -63,17 +65,17 @@ class Filling:
         is_plain = (
             self._target.device.type == "cpu"
             and self._target.dtype == self._dtype
-            and not (self._target.is_conj() or self._target.is_neg())  # their bytes are others
+            and not (self._target.is_conj() or self._target.is_neg())  # lazy: not its own bytes
         )
         self._memory = as_bytes(self._target) if is_plain else None
         parts = self._tensor.parts
-        # most tensors are small: one chunk, wanted whole
+        # The fast case: most tensors are small, so they have one chunk, which is read whole.
         self._is_one_cell = (
             len(parts) == 1 and parts[0].is_one_cell and parts[0].shape == self._box.sizes
         )
 
-    def take(self, array: npt.NDArray[np.generic], part: int, ordinal: int) -> None:
-        """Copy what a chunk holds of the box; `array` is its cell, padding included."""
+    def take(self, array: Array, part: int, ordinal: int) -> None:
+        """Copy the elements of a chunk that are in the box; `array` is its cell with padding."""
         if self._is_one_cell and self._memory is not None:
             self._memory[...] = array
             return
@@ -88,13 +90,14 @@ class Filling:
             return
         source = torch.from_numpy(piece.copy())
         same = source.dtype == self._dtype
-        with torch.inference_mode(self._target.is_inference()):  # where alone those are written
+        # Inference tensors can be written only in inference mode.
+        with torch.inference_mode(self._target.is_inference()):
             self._target[where].copy_(source if same else source.view(self._dtype))
 
 
 @dataclass(frozen=True, slots=True)
 class ReadCounts:
-    """What a read took: chunks, and their encoded bytes."""
+    """The number of chunks that were read, and of their encoded bytes."""
 
     chunks: int
     nbytes: int
@@ -103,11 +106,11 @@ class ReadCounts:
 def find_chunks(
     boxes: Iterable[tuple[EntryRecord, Box]], catalog: Catalog, *, version: int
 ) -> list[StoredChunk]:
-    """Return the chunks that boxes of stored tensors meet, each once, as they lie in the packs.
+    """Return the chunks that intersect boxes of stored tensors, each once, in pack order.
 
     Raises:
-        NotFoundError: the version expired meanwhile.
-        CorruptionError: the catalog lacks some of them, or no part holds what a box wants.
+        NotFoundError: the version has expired in the meantime.
+        CorruptionError: the catalog lacks some of them, or the parts do not cover a box.
     """
     ranges: list[ChunkRange] = []
     for entry, box in boxes:
@@ -115,16 +118,18 @@ def find_chunks(
         is_whole = box.sizes == entry.tensor.shape
         held = (grid.box.intersect(box) for grid in entry.tensor.parts)
         if sum(shared.volume for shared in held if shared is not None) != box.volume:
-            raise CorruptionError(  # or memory that nobody filled would be handed out
-                f"v{version}: {entry.fqn!r}: the parts that the catalog knows do not hold offsets "
-                f"{box.offsets}, sizes {box.sizes}; read what they hold, or restore the catalog."
+            # Without this check a part of the target would stay uninitialised.
+            raise CorruptionError(
+                f"v{version}: {entry.fqn!r}: the parts in the catalog do not cover the box at "
+                f"offsets {box.offsets}, sizes {box.sizes}; read a part that they cover, or "
+                "restore the catalog."
             )
         for part, grid in enumerate(entry.tensor.parts):
             ends = ((0, grid.size - 1),) if is_whole and grid.size else grid.ranges(box)
             ranges += [ChunkRange(entry.tensor.id, part, first, last) for first, last in ends]
     stored = load_chunks(catalog, ranges)
     if len(stored) != sum(last - first + 1 for _, _, first, last in ranges):
-        resolve(catalog, version)  # says so if it expired while it was being read
+        resolve(catalog, version)  # raises NotFoundError if it expired during the read
         _check_complete(ranges, stored, version)
     return stored
 
@@ -141,12 +146,19 @@ def read_boxes(
 ) -> ReadCounts:
     """Fill the targets of `requests`; each chunk is read and checked once.
 
-    Where stored and target dtype differ the values are converted, as `Tensor.copy_` does. `advance`
-    hears of encoded bytes read. A task of a thread takes on chunks of `batch_nbytes`.
+    Args:
+        requests: what to read; values are converted as in `Filling`.
+        catalog: where the chunks are found.
+        packs: where they are read.
+        version: of the entries.
+        verify: whether digests are checked.
+        advance: called with the encoded bytes of each batch that was read.
+        batch_nbytes: encoded bytes that one task of the thread pool reads.
 
     Raises:
         CorruptionError: naming version, FQN, chunk, pack and offset.
     """
+    # Several requests may read one stored tensor: entries with equal contents share it.
     wanted: dict[int, list[Filling]] = {}
     for request in requests:
         assert request.entry.tensor is not None
@@ -176,7 +188,12 @@ def read_boxes(
 def _check_complete(
     ranges: Sequence[ChunkRange], stored: Sequence[StoredChunk], version: int
 ) -> None:
-    missing = set(_ordinals(ranges)) - {(c.tensor_id, c.part, c.ordinal) for c in stored}
+    asked = {
+        (tensor_id, part, ordinal)
+        for tensor_id, part, first, last in ranges
+        for ordinal in range(first, last + 1)
+    }
+    missing = asked - {(chunk.tensor_id, chunk.part, chunk.ordinal) for chunk in stored}
     if missing:
         tensor_id, part, ordinal = min(missing)
         raise CorruptionError(
@@ -185,18 +202,9 @@ def _check_complete(
         )
 
 
-def _ordinals(ranges: Sequence[ChunkRange]) -> Iterator[tuple[int, int, int]]:
-    for tensor_id, part, first, last in ranges:
-        for ordinal in range(first, last + 1):
-            yield tensor_id, part, ordinal
-
-
-Array = npt.NDArray[np.generic]
-
-
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A box of a stored tensor; `data` gives what this process holds in any box inside it."""
+    """A box of a stored tensor; `data` returns this process's elements of any box inside it."""
 
     entry: EntryRecord
     box: Box
@@ -206,9 +214,9 @@ class Held:
 def find_changed(
     held: Sequence[Held], catalog: Catalog, storage: Storage, *, version: int, pool: Executor
 ) -> set[str]:
-    """Return the FQNs of which some element held here differs, in its bits, from what is stored.
+    """Return the FQNs of which some element held here differs, in its bits, from the stored one.
 
-    A tensor that differs is read only as far as the first chunk that shows it.
+    A tensor is read only up to the first chunk that differs.
     """
     stored = find_chunks(((one.entry, one.box) for one in held), catalog, version=version)
     by_tensor: dict[int, list[StoredChunk]] = {}

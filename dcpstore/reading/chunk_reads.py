@@ -1,14 +1,14 @@
-"""Chunks read from their packs, and checked against their digests.
+"""Chunks: read from their packs, decoded, and checked against their digests.
 
 Invariant: no byte is returned before the digest of its chunk has been checked, unless the caller
-asked for none (design, invariant 6).
+turned that off (design, invariant 6).
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from dcpstore.storage.packs import PackReader
 
 __all__ = ["ChunkReader", "Wanted", "check_chunk"]
 
-Wanted = tuple[EntryRecord, StoredChunk]  # a chunk, and an entry whose tensor it is part of
+Wanted = tuple[EntryRecord, StoredChunk]  # a chunk, and an entry whose tensor it belongs to
 
 
 class ChunkReader:
@@ -37,9 +37,9 @@ class ChunkReader:
         self._scratch = threading.local()
 
     def read(self, entry: EntryRecord, chunk: StoredChunk) -> npt.NDArray[np.generic]:
-        """Return a chunk of the entry's tensor as an array of its grid's cell, padding included.
+        """Return a chunk of the entry's tensor as an array of its grid's cell, with padding.
 
-        It is good until this thread reads the next one.
+        The array is valid until this thread reads the next chunk.
 
         Raises:
             CorruptionError: naming version, FQN, chunk, pack and offset.
@@ -47,9 +47,9 @@ class ChunkReader:
         return self._checked((entry, chunk), self._found((entry, chunk)))
 
     def read_all(self, wanted: Sequence[Wanted]) -> Iterator[npt.NDArray[np.generic]]:
-        """Yield each chunk as `read` returns it, all fetched at once; they lie in one pack.
+        """Yield each chunk as `read` returns it; all are in one pack, and are fetched at once.
 
-        When all were taken, the memory of their stored bytes is given back.
+        After the last one, the memory of their stored bytes is released.
 
         Raises:
             CorruptionError: as `read`.
@@ -59,7 +59,7 @@ class ChunkReader:
         try:
             found = self._packs.read_many(pack, ranges)
         except CorruptionError:
-            # one by one, so that the error names the chunk
+            # Read one by one, so that the error names the damaged chunk.
             found = [self._found(one) for one in wanted]
         for one, encoded in zip(wanted, found, strict=True):
             yield self._checked(one, encoded)
@@ -94,14 +94,9 @@ class ChunkReader:
     ) -> npt.NDArray[np.generic]:
         shape = tensor.parts[chunk.part].chunk_shape
         dtype = numpy_dtype(tensor.dtype)
-        nbytes = dtype.itemsize * math.prod(shape)
-        raw = unencoded(tensor.codec, encoded, nbytes)
-        if raw is None:
-            check_held(tensor.codec, encoded, nbytes)  # before there is room for it
-            raw = self._buffer(nbytes)
-            decode(tensor.codec, encoded, raw)
-        if self._verify and chunk_digest(raw, algorithm=tensor.algorithm) != chunk.digest:
-            raise CorruptionError("its bytes are not what its digest says")
+        raw = _decoded(tensor.codec, encoded, dtype.itemsize * math.prod(shape), self._buffer)
+        if self._verify:
+            _check_digest(raw, chunk.digest, tensor.algorithm)
         return np.frombuffer(raw, dtype).reshape(shape)
 
     def _buffer(self, nbytes: int) -> memoryview:
@@ -113,17 +108,28 @@ class ChunkReader:
 
 
 def check_chunk(chunk: PackedChunk, encoded: Buffer) -> None:
-    """Raise CorruptionError unless `encoded` holds what the digest of the chunk says."""
+    """Check that `encoded` has the digest of the chunk.
+
+    Raises:
+        CorruptionError: it has not, or cannot be decoded.
+    """
     nbytes = numpy_dtype(chunk.dtype).itemsize * math.prod(chunk.chunk_shape)
-    raw: Buffer = encoded
-    if chunk.codec == "none":
-        if memoryview(encoded).nbytes != nbytes:
-            raise CorruptionError(
-                f"{memoryview(encoded).nbytes} bytes are stored and {nbytes} are needed"
-            )
-    else:
-        check_held(chunk.codec, encoded, nbytes)
-        raw = bytearray(nbytes)
-        decode(chunk.codec, encoded, raw)
-    if chunk_digest(raw, algorithm=chunk.algorithm) != chunk.digest:
-        raise CorruptionError("its bytes are not what its digest says")
+    raw = _decoded(chunk.codec, memoryview(encoded).cast("B"), nbytes, bytearray)
+    _check_digest(raw, chunk.digest, chunk.algorithm)
+
+
+def _decoded(
+    codec: str, encoded: memoryview, nbytes: int, make_buffer: Callable[[int], Buffer]
+) -> memoryview:
+    """Return the raw bytes of a chunk, without a copy if they are stored as they are."""
+    raw = unencoded(codec, encoded, nbytes)
+    if raw is None:
+        check_held(codec, encoded, nbytes)  # a damaged size must not allocate memory
+        raw = memoryview(make_buffer(nbytes))
+        decode(codec, encoded, raw)
+    return raw
+
+
+def _check_digest(raw: Buffer, digest: bytes, algorithm: str) -> None:
+    if chunk_digest(raw, algorithm=algorithm) != digest:
+        raise CorruptionError("its bytes do not match its digest")

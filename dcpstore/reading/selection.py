@@ -40,12 +40,12 @@ def read_values(
 ) -> list[object]:
     """Return the values of entries that are values or blobs, in their order.
 
-    `templates` are values in whose classes they are to come back, one for each entry.
+    `templates` are values whose classes the results get, one for each entry.
 
     Raises:
-        MismatchError: a value is not of the class that its template holds.
-        UnsafeDataError: one is a pickle, and `allow_pickle` is not given.
-        CorruptionError: a text or its bytes are damaged.
+        MismatchError: a stored value does not fit the class of its template.
+        UnsafeDataError: one is a pickle, and `allow_pickle` is False.
+        CorruptionError: the text or the bytes of one are damaged.
     """
     blobs = {
         entry.fqn: torch.empty(entry.tensor.shape, dtype=torch.uint8, device="cpu")
@@ -90,14 +90,15 @@ def read_entries(
     verify: bool,
     allow_pickle: bool,
 ) -> dict[str, Any]:
-    """Return each entry's tensor, on the CPU, or value; `indices` picks from some tensors.
+    """Return the tensor of each entry, on the CPU, or its value; `indices` select from tensors.
 
-    Only chunks that an index meets are read. The entries of a composed tensor, where they are all
-    there, come as that tensor.
+    Only chunks that an index selects from are read. If `entries` has the mark and all parts of a
+    composed tensor, they are returned as that tensor.
 
     Raises:
-        InvalidInputError: an index that a tensor of this shape does not have.
-        CorruptionError, UnsafeDataError: as the reads find the stored bytes.
+        InvalidInputError: an index does not fit the shape of its tensor.
+        CorruptionError: stored bytes are damaged.
+        UnsafeDataError: a value is a pickle, and `allow_pickle` is False.
         DcpstoreError: the class of a composed tensor is not installed.
     """
     found: dict[str, Any] = {}
@@ -137,18 +138,18 @@ def _together(one: ComposedEntry, found: Mapping[str, Any], version: int) -> tor
 
 
 def _room(fqn: str, box: Box, dtype: torch.dtype) -> torch.Tensor:
-    """Return memory for a box, whose sizes are what the catalog says."""
+    """Return uninitialised memory for a box of a stored tensor."""
     try:
         return torch.empty(box.sizes, dtype=dtype, device="cpu")
     except RuntimeError as error:
         raise DcpstoreError(
-            f"there is no room for {fqn!r}: {box.volume} elements of {dtype} are more than this "
-            "machine has; read slices of it, or run 'dcpstore verify' if it cannot be so large."
+            f"not enough memory for {fqn!r}: {box.volume} elements of {dtype}; read slices of it, "
+            "or run 'dcpstore verify' if the tensor should not be so large."
         ) from error
 
 
 def _boxed(fqn: str, shape: tuple[int, ...], index: Index) -> tuple[Box, tuple[int | slice, ...]]:
-    """Return the smallest box that holds what `index` picks, and what picks it from the box."""
+    """Return the smallest box that holds what `index` selects, and the index into that box."""
     given = index if isinstance(index, tuple) else (index,)
     dims = sum(part is not ... for part in given)
     if dims > len(shape) or dims < len(given) - 1:
@@ -178,9 +179,9 @@ def _boxed(fqn: str, shape: tuple[int, ...], index: Index) -> tuple[Box, tuple[i
 
 
 def _bounds(part: slice, n: int) -> tuple[int, int, int] | None:
-    """Return start, stop and step inside `n`, or None where a slice is not of use here."""
+    """Return start, stop and step inside `n`; None for a slice that is not supported."""
     try:
         start, stop, step = part.indices(n)
-    except (TypeError, ValueError):  # no integers, or a step of zero
+    except (TypeError, ValueError):  # not integers, or a step of zero
         return None
     return (start, stop, step) if step > 0 else None

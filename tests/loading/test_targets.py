@@ -139,7 +139,7 @@ def test_a_state_in_which_nothing_can_be_replaced_is_refused(tmp_path: Path) -> 
     dcpstore.save({"w": torch.ones(2), "c": {"lr": 0.1, "t": torch.ones(2)}}, tmp_path)
     frozen: Any = types.MappingProxyType({"lr": 0.0, "t": torch.zeros(2)})
     state = {"w": torch.zeros(2), "c": frozen}
-    with pytest.raises(InvalidInputError, match=r"'c.lr' lies in a mappingproxy"):
+    with pytest.raises(InvalidInputError, match=r"'c.lr' is inside a mappingproxy"):
         dcpstore.load(state, tmp_path)
     assert torch.equal(state["w"], torch.zeros(2))
     dcpstore.load(state, tmp_path, exclude=["c.lr"])

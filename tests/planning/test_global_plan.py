@@ -63,10 +63,10 @@ def test_a_tensor_on_one_rank_and_a_value_on_others_is_named() -> None:
 @pytest.mark.parametrize(
     ("boxes", "problem"),
     [
-        ([Box((0, 0), (4, 4)), Box((4, 0), (1, 4))], r"at \(4, 0\).*rank 1 reaches outside"),
+        ([Box((0, 0), (4, 4)), Box((4, 0), (1, 4))], r"at \(4, 0\).*rank 1 is partly outside"),
         ([Box((0, 0), (2, 4)), Box((1, 0), (3, 4))], r"of rank 0 overlaps .* of rank 1"),
         ([Box((0, 0), (2, 4)), Box((3, 0), (1, 4))], r"ranks 0, 1 hold 12 of 16 elements"),
-        ([Box((0, 0), (3, 4)), Box((-1, 0), (1, 4))], r"at \(-1, 0\).*rank 1 reaches outside"),
+        ([Box((0, 0), (3, 4)), Box((-1, 0), (1, 4))], r"at \(-1, 0\).*rank 1 is partly outside"),
         # as many elements as the tensor has, and yet not a tiling
         ([Box((0, 0), (3, 4)), Box((2, 0), (1, 4))], r"of rank 0 overlaps .* of rank 1"),
     ],
@@ -110,7 +110,7 @@ def test_what_was_written_must_be_what_was_planned() -> None:
     with pytest.raises(InvalidInputError, match="rank 0 returned 2 results for 2 planned"):
         check_results(described, [results("a", "a"), results("c")], table)
     more = Metadata({fqn: BytesStorageMetadata() for fqn in "abcd"})
-    with pytest.raises(InvalidInputError, match=r"nobody wrote \['d'\] \(1 in all\)"):
+    with pytest.raises(InvalidInputError, match=r"no rank wrote \['d'\] \(1 in all\)"):
         check_results(more, [results("a", "b"), results("c")], table)
 
 

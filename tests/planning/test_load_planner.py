@@ -136,7 +136,7 @@ def test_a_value_in_a_tuple_that_cannot_be_made_again_is_refused() -> None:
             return super().__new__(cls, (first, second))
 
     stored = version(tensor("a.0"), value("a.1"))
-    with pytest.raises(InvalidInputError, match=r"'a\.1' lies in a Odd"):
+    with pytest.raises(InvalidInputError, match=r"'a\.1' is inside a Odd"):
         set_up({"a": Odd(torch.zeros(4, 3), 2)}, stored)
 
 
