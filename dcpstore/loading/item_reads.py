@@ -1,4 +1,4 @@
-"""The read items of one rank's plan, carried out: boxes into its tensors, values into its state."""
+"""The read items of one rank's plan: boxes are read into its tensors, values into its state."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def check_values(
     version: int,
     allow_pickle: bool,
 ) -> None:
-    """Check that each value that a plan asks for can be given to the state.
+    """Check that each value that a plan asks for fits the state.
 
-    Values whose bytes lie in packs are checked for pickles only; their classes show when they are
+    Values whose bytes are in packs are checked only for pickles; their classes are known after the
     read.
 
     Raises:
-        UnsafeDataError: one is a pickle, and `allow_pickle` is false.
-        MismatchError: some are not of the class that the state holds in their place.
+        UnsafeDataError: one is a pickle, and `allow_pickle` is False.
+        MismatchError: some do not fit the class of the value in the state.
         CorruptionError: one is damaged.
     """
     differences: list[str] = []
@@ -79,7 +79,7 @@ class ItemReads:
             if entry is None:
                 raise InvalidInputError(
                     f"the planner asks for {item.storage_index.fqn!r}, which the version lacks; "
-                    "its plan must name FQNs of the version."
+                    "its plan must contain only FQNs of the version."
                 )
             if item.type == LoadItemType.BYTE_IO:
                 self._values.append((item, entry))
@@ -87,8 +87,9 @@ class ItemReads:
             target = planner.resolve_tensor(item).detach()
             if target.size() != item.lengths:
                 raise InvalidInputError(
-                    f"the planner gives a tensor of {tuple(target.size())} for a box of "
-                    f"{tuple(item.lengths)} of {item.storage_index.fqn!r}; make them agree."
+                    f"the planner returns a tensor of shape {tuple(target.size())} for a box of "
+                    f"sizes {tuple(item.lengths)} of {item.storage_index.fqn!r}; the two must be "
+                    "equal."
                 )
             start = item.storage_index.offset or (0,) * len(item.lengths)
             offsets = tuple(a + b for a, b in zip(start, item.storage_offsets, strict=True))
@@ -96,7 +97,7 @@ class ItemReads:
             self._requests.append(BoxRequest(entry, Box(offsets, tuple(item.lengths)), target))
 
     def measure(self, catalog: Catalog, *, version: int) -> tuple[int, int]:
-        """Return the chunks and encoded bytes that `run` would read."""
+        """Return the numbers of chunks and of encoded bytes that `run` would read."""
         boxes = ((request.entry, request.box) for request in self._requests)
         chunks = find_chunks(boxes, catalog, version=version)
         return len(chunks), sum(chunk.length for chunk in chunks)
@@ -111,15 +112,15 @@ class ItemReads:
         verify: bool,
         allow_pickle: bool,
     ) -> tuple[int, int]:
-        """Read everything; return the chunks and encoded bytes that it took.
+        """Read everything; return the numbers of chunks and of encoded bytes that were read.
 
-        Values are read first, so that one which cannot be leaves the tensors as they are.
+        Values are read first, so that an error in a value leaves the tensors unchanged.
         """
         for item, target in self._tensors:
             if target.is_meta:
                 raise InvalidInputError(
-                    f"the planner gives a tensor on the meta device for {item.dest_index.fqn!r}, "
-                    "which has no memory to fill; have it make room in finish_plan."
+                    f"the planner returns a tensor on the meta device for {item.dest_index.fqn!r}, "
+                    "which has no memory to fill; let it allocate memory in finish_plan."
                 )
         values = read_values(
             [entry for _, entry in self._values],
@@ -146,13 +147,13 @@ class ItemReads:
 
 
 def _template(planner: LoadPlanner, item: ReadItem) -> object:
-    """Return what the state has where an item's value belongs; None where it does not say."""
+    """Return the item of the state that a value replaces; None if the planner does not tell."""
     held = getattr(planner, "state_dict", None)
     return held.get(item.dest_index.fqn) if isinstance(held, Mapping) else None
 
 
 def _takes_values(planner: LoadPlanner) -> TypeGuard[DefaultLoadPlanner]:
-    """Tell whether a planner takes values themselves: a subclass may want torch's bytes of them."""
+    """Tell whether a planner takes values as they are; a subclass may want torch's bytes."""
     return (
         isinstance(planner, DefaultLoadPlanner)
         and type(planner).load_bytes is DefaultLoadPlanner.load_bytes
@@ -167,6 +168,6 @@ def _as_file(item: ReadItem, value: object) -> io.BytesIO:
     except (TypeError, pickle.PicklingError) as error:
         raise InvalidInputError(
             f"{item.dest_index.fqn!r}: the planner reads values from torch's bytes, and torch "
-            f"cannot make bytes of a {type(value).__qualname__} ({error}); load with "
+            f"cannot serialize a {type(value).__qualname__} ({error}); load with "
             "dcpstore.DefaultLoadPlanner."
         ) from error

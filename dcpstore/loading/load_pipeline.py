@@ -1,9 +1,9 @@
-"""A load from end to end, as all ranks run it together.
+"""A load from start to end, as all ranks run it together.
 
-The coordinator resolves the ref and reads the entries; each rank takes the state of its objects and
-plans against the entries; all agree that everything fits before any rank touches a tensor; then
-each rank asks the catalog for just its chunks and reads them; when all have, each hands its objects
-their state, and looks whether they hold it.
+The coordinator resolves the ref and reads the entries. Each rank takes the state of its objects and
+plans the load against the entries. Only if everything fits on all ranks does any rank change a
+tensor: then each rank finds its chunks in the catalog and reads them. When all have finished, each
+rank gives its objects their state, and checks that they hold it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ __all__ = [
 class LoadSource:
     """The parts of a repository that a load reads from.
 
-    `location` is what torch's planners are given as `checkpoint_id`.
+    `location` is what torch's planners get as `checkpoint_id`.
     """
 
     catalog: Catalog
@@ -89,22 +89,33 @@ def load_version(
     dry_run: bool = False,
     init_missing: Callable[[str, torch.Tensor], object] | None = None,
 ) -> LoadReport:
-    """Fill `state_dict`, of which this rank holds its part, from the version that `ref` names.
+    """Fill `state_dict`, this rank's part of the state, from the version that `ref` names.
 
-    Every rank of `ranks` calls it with its own state, and gets the same report. `open_source`
-    and `make_planner` are called inside the first exchange, so that all ranks raise their errors.
+    Every rank of `ranks` calls it with its own state, and gets the same report.
+
+    Args:
+        state_dict: what to fill.
+        open_source: opens the repository; called inside the first exchange, so that its errors are
+            raised on all ranks.
+        ref: of the version.
+        ranks: the ranks that load together.
+        make_planner: makes the load planner; called like `open_source`.
+        verify: whether digests are checked.
+        allow_pickle: whether pickles among the values may be read.
+        dry_run: whether only to report what a load would do.
+        init_missing: initialises a tensor that the version lacks, given its FQN.
 
     Raises:
-        MismatchError: everything that is missing or differs, on any rank; nothing was touched. Or,
-            with a message that says so, what the owners of the state do not hold after the load.
-        NotFoundError: no such version.
+        MismatchError: it names all that is missing or differs, on any rank, and no tensor was
+            changed; or what owners do not hold after the load, which its message states.
+        NotFoundError: there is no such version.
         CorruptionError: stored bytes are damaged.
-        UnsafeDataError: a value is a pickle, and pickle is not allowed; no tensor was touched.
+        UnsafeDataError: a value is a pickle, and `allow_pickle` is False; no tensor was changed.
         RankFailure: some ranks failed.
     """
     load = _Load(
-        state_dict,
-        ref,
+        state_dict=state_dict,
+        ref=ref,
         ranks=ranks,
         verify=verify,
         allow_pickle=allow_pickle,
@@ -114,20 +125,19 @@ def load_version(
     load.opened = in_step(ranks, "open", lambda: load.open(open_source, make_planner), load.resolve)
     load.growth = in_step(ranks, "state_dict", load.take_state, common_growth)
     if dry_run:
-        return in_step(ranks, "plan", load.foretell, load.report)
+        return in_step(ranks, "plan", load.predict, load.report)
     plan = in_turn(ranks, "plan", load.plan, load.planner.create_global_plan)
     report = in_step(ranks, "read", lambda: load.read(plan), load.report)
-    in_step(ranks, "load_state_dict", load.give, lambda _: None)
-    held = in_step(
-        ranks, "state_dict", load.look, OwnerFaults.joined
-    )  # which may be a collective call
-    lost = held.lost
-    if lost:  # what differs from one look to the next, as a clock does, was not lost
-        again = in_step(ranks, "state_dict", load.look, OwnerFaults.joined).lost
+    in_step(ranks, "load_state_dict", load.give_state, lambda _: None)
+    # A step of its own, because `state_dict()` may be a collective call.
+    faults = in_step(ranks, "state_dict", load.check_owners, OwnerFaults.joined)
+    lost = faults.lost
+    if lost:  # checked twice: an item that changes by itself, such as a clock, was not lost
+        again = in_step(ranks, "state_dict", load.check_owners, OwnerFaults.joined).lost
         lost = {fqn: text for fqn, text in lost.items() if again.get(fqn) == text}
     if lost and load.options.strict:
         raise MismatchError.after_load(lost.values())
-    return replace(report, differences=tuple(lost.values()), unfilled=held.unfilled)
+    return replace(report, differences=tuple(lost.values()), unfilled=faults.unfilled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +154,8 @@ class LoadRequest:
 class VersionToLoad:
     """What all ranks load: a version, its entries, and the sorted keys of all ranks' states.
 
-    `planner_data` is what the save planner kept with the version, as typed JSON, where the load
-    planner may ask for it.
+    `planner_data` is what the save planner stored with the version, as typed JSON; None if there is
+    none, or if the load planner is ours, which does not use it.
     """
 
     version: Version
@@ -169,144 +179,137 @@ class RankLoad:
 
 @dataclass(frozen=True, slots=True)
 class OwnerFaults:
-    """What owners do not hold after a load, by FQN, and which tensors are still on meta."""
+    """What owners do not hold after a load, by FQN, and FQNs that are still on the meta device."""
 
     lost: Mapping[str, str]
     unfilled: tuple[str, ...]
 
     @classmethod
     def joined(cls, ranks: Sequence[OwnerFaults]) -> OwnerFaults:
-        """Return what all ranks found; the lowest rank speaks for an FQN."""
+        """Return what all ranks found; the text for an FQN is that of the lowest rank."""
         lost = {fqn: one.lost[fqn] for one in reversed(ranks) for fqn in one.lost}
         return cls({fqn: lost[fqn] for fqn in sorted(lost)}, _joined(one.unfilled for one in ranks))
 
 
+@dataclass(kw_only=True)
 class _Load:
     """One rank's part of a load, in the order of its methods; each runs inside an exchange."""
 
-    source: LoadSource
-    planner: LoadPlanner
-    options: LoadOptions
-    opened: VersionToLoad
-    growth: Mapping[str, frozenset[str]]  # FQNs that no owner names yet, by the owner's FQN
-
-    def __init__(
-        self,
-        state_dict: MutableMapping[str, Any],
-        ref: str | int | None,
-        *,
-        ranks: Collectives,
-        verify: bool,
-        allow_pickle: bool,
-        dry_run: bool,
-        init_missing: Callable[[str, torch.Tensor], object] | None,
-    ) -> None:
-        self._state_dict = state_dict
-        self._ref = ref
-        self._ranks = ranks
-        self._verify = verify
-        self._allow_pickle = allow_pickle
-        self._dry_run = dry_run
-        self._init_missing = init_missing
-        self._began = time.perf_counter()
-        self._expected: list[Expected] = []
+    state_dict: MutableMapping[str, Any]
+    ref: str | int | None
+    ranks: Collectives
+    verify: bool
+    allow_pickle: bool
+    dry_run: bool
+    init_missing: Callable[[str, torch.Tensor], object] | None
+    began: float = field(default_factory=time.perf_counter)
+    # The methods set these, in this order.
+    source: LoadSource = field(init=False)
+    planner: LoadPlanner = field(init=False)
+    options: LoadOptions = field(init=False)
+    allocates: bool = field(init=False)  # whether targets get memory
+    opened: VersionToLoad = field(init=False)
+    by_fqn: Mapping[str, EntryRecord] = field(init=False)  # the entries of `opened`
+    template: Template = field(init=False)
+    growth: Mapping[str, frozenset[str]] = field(init=False)  # FQNs that no owner names, by owner
+    expected: list[Expected] = field(init=False)
 
     def open(
         self, open_source: Callable[[], LoadSource], make_planner: Callable[[], LoadPlanner]
     ) -> LoadRequest:
         """Open the repository and make the planner; return what the ranks must agree on."""
         self.source = open_source()
-        keys = check_fillable(self._state_dict)
+        keys = check_fillable(self.state_dict)
         self.planner = make_planner()
-        # torch's own planners have no options, and cannot do without memory
-        self._is_ours = isinstance(self.planner, DefaultLoadPlanner)
-        self.options = (
-            self.planner.options if isinstance(self.planner, DefaultLoadPlanner) else LoadOptions()
-        )
-        return LoadRequest(self.source.catalog.repository.uid, self._ref, self._dry_run, keys)
+        ours = self.planner if isinstance(self.planner, DefaultLoadPlanner) else None
+        self.options = ours.options if ours else LoadOptions()
+        # In a dry run targets have no memory; torch's own planner cannot plan for such tensors.
+        self.allocates = not (self.dry_run and ours)
+        return LoadRequest(self.source.catalog.repository.uid, self.ref, self.dry_run, keys)
 
     def resolve(self, requests: Sequence[LoadRequest]) -> VersionToLoad:
-        """On the coordinator: read which entries the version has."""
+        """On the coordinator: resolve the ref, and read the entries of the version."""
         _check_agreement(requests)
         keys = sorted({key for one in requests for key in one.keys})
         catalog = self.source.catalog
         with catalog.keep_connection():
-            version = resolve(catalog, self._ref)
-            asks = type(self.planner) is not DefaultLoadPlanner  # which uses no planner data
-            data = load_planner_data(catalog, version.number) if asks else None
+            version = resolve(catalog, self.ref)
+            # Ours does not use planner data, but a subclass may.
+            is_ours = type(self.planner) is DefaultLoadPlanner
+            data = None if is_ours else load_planner_data(catalog, version.number)
             return VersionToLoad(version, load_entries(catalog, version.number), keys, data)
 
     def take_state(self) -> Mapping[str, frozenset[str]]:
         """Take the plain state; return the FQNs below each owner that it does not name."""
-        self._by_fqn = {entry.fqn: entry for entry in self.opened.entries}
+        self.by_fqn = {entry.fqn: entry for entry in self.opened.entries}
         with nesting_checked():
-            self._template = take_template(
-                self._state_dict,
+            self.template = take_template(
+                self.state_dict,
                 self.opened.keys,
                 self.opened.entries,
                 self.options,
-                rank=self._ranks.rank,
-                dry_run=self._dry_run and self._is_ours,
+                rank=self.ranks.rank,
+                dry_run=not self.allocates,
             )
-        return self._template.growth()
+        return self.template.growth()
 
     def plan(self) -> LoadPlan:
-        """Return the read items of this rank, if everything fits."""
-        self._template.take_growth(self.growth, dry_run=self._dry_run and self._is_ours)
+        """Return the read items of this rank; raise MismatchError if something does not fit."""
+        self.template.take_growth(self.growth, dry_run=not self.allocates)
         with nesting_checked():
-            plan = self._fitting_plan(self._template)
+            plan = self._fitting_plan()
         number = self.opened.version.number
         if isinstance(self.planner, DefaultLoadPlanner):
             catalog, storage = self.source.catalog, self.source.storage
-            check_memory(self.planner, self._by_fqn, catalog, storage, version=number)
+            check_memory(self.planner, self.by_fqn, catalog, storage, version=number)
         check_values(
-            plan, self.planner, self._by_fqn, version=number, allow_pickle=self._allow_pickle
+            plan, self.planner, self.by_fqn, version=number, allow_pickle=self.allow_pickle
         )
         return plan
 
-    def foretell(self) -> RankLoad:
-        """Return what a load would do; what keeps it from that is among the differences."""
+    def predict(self) -> RankLoad:
+        """Return what a load would do; `differences` are the reasons why it would fail."""
         try:
             plan = self.plan()
         except MismatchError as error:
             return RankLoad(asked=self._asked(None), differences=error.differences)
         except UnsafeDataError as error:
             return RankLoad(asked=self._asked(None), differences=(str(error),))
-        reads = ItemReads(plan, self.planner, self._by_fqn)
+        reads = ItemReads(plan, self.planner, self.by_fqn)
         counts = reads.measure(self.source.catalog, version=self.opened.version.number)
         return self._reported(plan, *counts)
 
     def read(self, mine: LoadPlan) -> RankLoad:
-        """Read what this rank's part of the global plan asks for into its tensors."""
+        """Read this rank's part of the global plan into its tensors."""
         plan = self.planner.finish_plan(mine)
         planned = time.perf_counter()
         with (
-            ProgressBar("load", shown=self._ranks.leads) as bar,
+            ProgressBar("load", shown=self.ranks.leads) as bar,
             closing(PackReader(self.source.storage)) as packs,
         ):
-            counts = ItemReads(plan, self.planner, self._by_fqn).run(
+            counts = ItemReads(plan, self.planner, self.by_fqn).run(
                 self.source.catalog,
                 packs,
                 bar,
                 version=self.opened.version.number,
-                verify=self._verify,
-                allow_pickle=self._allow_pickle,
+                verify=self.verify,
+                allow_pickle=self.allow_pickle,
             )
-        if self._init_missing is not None:
-            _initialise(self.planner, self._init_missing)
-        seconds = {"plan": planned - self._began, "read": time.perf_counter() - planned}
+        if self.init_missing is not None:
+            _initialise(self.planner, self.init_missing)
+        seconds = {"plan": planned - self.began, "read": time.perf_counter() - planned}
         return replace(self._reported(plan, *counts), seconds=seconds)
 
-    def give(self) -> None:
-        """Hand the owners their state."""
-        self._expected = expect(self._template)
-        give_state(self._state_dict, self._template, rank=self._ranks.rank)
-        restore_optimizers(self._expected)
+    def give_state(self) -> None:
+        """Give the owners their state."""
+        self.expected = expect(self.template)
+        give_state(self.state_dict, self.template, rank=self.ranks.rank)
+        restore_optimizers(self.expected)
 
-    def look(self) -> OwnerFaults:
+    def check_owners(self) -> OwnerFaults:
         """Return what the owners do not hold as it was stored."""
-        lost = compare_owners(self._expected, rank=self._ranks.rank)
-        return OwnerFaults(lost, tuple(left_on_meta(self._template)))
+        lost = compare_owners(self.expected, rank=self.ranks.rank)
+        return OwnerFaults(lost, tuple(left_on_meta(self.template)))
 
     def report(self, ranks: Sequence[RankLoad]) -> LoadReport:
         """On the coordinator: join the reports of all ranks."""
@@ -322,21 +325,22 @@ class _Load:
             differences=_joined(one.differences for one in ranks),
         )
 
-    def _fitting_plan(self, template: Template) -> LoadPlan:
-        """Return this rank's plan, if neither the planner nor the template found a difference."""
-        opened = self.opened
+    def _fitting_plan(self) -> LoadPlan:
+        """Return this rank's plan; raise all differences that the planner or the template found."""
+        opened, template = self.opened, self.template
         meta = StorageMeta(self.source.location, opened.version.uid, new_uid())
         described = describe_entries(opened.entries, meta)
         if opened.planner_data is not None:
-            data = decode_value(opened.planner_data, allow_pickle=self._allow_pickle)
-            described.planner_data = data
+            described.planner_data = decode_value(
+                opened.planner_data, allow_pickle=self.allow_pickle
+            )
         if isinstance(self.planner, DefaultLoadPlanner):
             self.planner.optional = template.optional
             self.planner.compositions = compositions(opened.entries)
         else:
             check_none_composed(template.state)
         differences = [*template.differences]
-        self.planner.set_up_planner(template.state, described, self._ranks.leads)
+        self.planner.set_up_planner(template.state, described, self.ranks.leads)
         try:
             plan = self.planner.create_local_plan()
         except MismatchError as error:
@@ -355,7 +359,7 @@ class _Load:
         )
 
     def _asked(self, plan: LoadPlan | None) -> frozenset[str]:
-        """Return the FQNs of the version that this rank asked for, those without elements too."""
+        """Return the FQNs of the version that this rank asked for, also those without elements."""
         asked = frozenset(item.storage_index.fqn for item in plan.items) if plan else frozenset()
         if isinstance(self.planner, DefaultLoadPlanner):
             return asked | self.planner.stored

@@ -1,8 +1,8 @@
-"""Whether owners hold what they were handed: the last look of a load.
+"""The check of owners after a load: whether they hold what was loaded.
 
-An owner may cast, rename or drop what `load_state_dict` gives it. Invariant: after a load each FQN
-that was asked for is where it belongs with the stored bits, dtype, shape and Python type, or an
-error names it. Tensors that still lie in the memory that was filled cost no comparison.
+An owner may cast, rename or drop what its `load_state_dict` gets. Invariant: after a load its owner
+holds each FQN that was asked for with the stored bits, dtype, shape and Python type, or an error
+names it. Tensors that are still in the memory that was filled are not compared.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,17 +27,17 @@ from dcpstore.state.walk import fqn_of, walk
 
 __all__ = ["Expected", "compare_owners", "expect", "left_on_meta", "restore_optimizers"]
 
-_EXACT = frozenset([int, str, bool, type(None)])  # which equal themselves alone
+_EXACT = frozenset([int, str, bool, type(None)])  # equal exactly if they are the same value
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What an owner is to hold after it was handed its state.
+    """What an owner should hold after it was given its state.
 
     Attributes:
         owner: the owner.
-        leaves: the tensors and values that it is handed, by their path below it.
-        ties: which of a module's names are one tensor, where some were on the meta device.
+        leaves: the tensors and values that it is given, by their path below it.
+        ties: which of a module's names are one tensor; known only if some were on the meta device.
     """
 
     owner: Owner
@@ -45,7 +46,7 @@ class Expected:
 
 
 def expect(template: Template) -> list[Expected]:
-    """Return what each owner is to hold; taken before the owners may change what they get."""
+    """Return what each owner should hold; call it before the owners can change what they get."""
     return [
         Expected(owner, dict(walk(template.plain(owner), enters=_is_compared_inside)), _ties(owner))
         for owner in template.owners
@@ -53,10 +54,10 @@ def expect(template: Template) -> list[Expected]:
 
 
 def restore_optimizers(expected: Sequence[Expected]) -> None:
-    """Put the tensors and values that torch's optimizers have cast back as they were stored.
+    """Restore the stored tensors and values where torch's optimizers have converted them.
 
-    `Optimizer.load_state_dict` gives all state but `step` the dtype of its parameter, and makes a
-    generator's text of a string.
+    `Optimizer.load_state_dict` casts all state except `step` to the dtype of its parameter, and
+    treats a string as an iterable: it becomes a generator object.
     """
     for one in expected:
         optimizer = one.owner.owner
@@ -66,17 +67,16 @@ def restore_optimizers(expected: Sequence[Expected]) -> None:
         for path, leaf in one.leaves.items():
             if len(path) < 3 or path[0] != "state" or not isinstance(path[1], int):
                 continue
-            if path[1] >= len(parameters):
-                continue
-            _restore(optimizer.state.get(parameters[path[1]]), path[2:], leaf)
+            if path[1] < len(parameters):
+                _restore(optimizer.state.get(parameters[path[1]]), path[2:], leaf)
 
 
 def compare_owners(expected: Sequence[Expected], *, rank: int) -> dict[str, str]:
-    """Return what owners do not hold as it was stored, by FQN; calls each one's `state_dict()`."""
+    """Return what owners do not hold as it was stored, by FQN; it calls their `state_dict()`."""
     differences: dict[str, str] = {}
     for one in expected:
         prefix, kind = one.owner.path, type(one.owner.owner).__name__
-        if _has_hooks(one.owner.owner):  # they change what is loaded, as their author wants it
+        if _has_hooks(one.owner.owner):  # hooks change what is loaded on purpose
             continue
         found = dict(walk(with_own(one.owner.owner.state_dict(), rank), enters=_is_compared_inside))
         for path, leaf in one.leaves.items():
@@ -86,7 +86,8 @@ def compare_owners(expected: Sequence[Expected], *, rank: int) -> dict[str, str]
             elif (reason := _difference(leaf, found[path])) is not None:
                 differences[fqn] = f"{fqn!r} {reason} ({kind})"
         for names in one.ties:
-            if len({id(tensor) for tensor in _named(one.owner.owner, names)}) > 1:
+            held = {id(t) for name, t in _named_tensors(one.owner.owner) if name in names}
+            if len(held) > 1:
                 fqn = fqn_of((*prefix, min(names)))
                 shown = ", ".join(sorted(names))
                 differences[fqn] = f"{fqn!r} is no longer tied: {shown} were one tensor ({kind})"
@@ -94,21 +95,18 @@ def compare_owners(expected: Sequence[Expected], *, rank: int) -> dict[str, str]
 
 
 def left_on_meta(template: Template) -> Iterator[str]:
-    """Yield the FQNs of modules' tensors that no load asked for and that have no memory.
+    """Yield the FQNs of modules' tensors that the load did not fill and that have no memory.
 
-    They are buffers that are not persistent, and what the options left out.
+    They are buffers that are not persistent, and tensors that the options exclude.
     """
     for one in template.owners:
         if one.variables:
-            module = one.owner
-            for tensors in (module.named_parameters(), module.named_buffers()):
-                for name, tensor in tensors:
-                    if tensor.is_meta:
-                        yield fqn_of((*one.path, name))
+            named = chain(one.owner.named_parameters(), one.owner.named_buffers())
+            yield from (fqn_of((*one.path, name)) for name, tensor in named if tensor.is_meta)
 
 
 def _is_compared_inside(value: object) -> bool:
-    """Tell whether the items of a value are compared one by one, so that an error names one."""
+    """Tell whether the items of a value are compared one by one, so that the error names one."""
     if isinstance(value, list):
         return any(isinstance(item, torch.Tensor | Mapping) for item in value)
     return isinstance(value, Mapping)
@@ -121,7 +119,7 @@ def _has_hooks(owner: Any) -> bool:
 
 
 def _restore(state: Any, path: ObjectPath, leaf: Any) -> None:
-    """Put a leaf back where an optimizer holds another one in its place."""
+    """Put a stored leaf back if the optimizer holds a converted one."""
     for part in path[:-1]:
         if not _has(state, part):
             return
@@ -142,25 +140,24 @@ def _has(container: Any, part: Any) -> bool:
     return isinstance(container, dict) and part in container
 
 
-def _named(module: torch.nn.Module, names: frozenset[str]) -> Iterator[torch.Tensor]:
-    for tensors in (module.named_parameters, module.named_buffers):
-        for name, tensor in tensors(remove_duplicate=False):
-            if name in names:
-                yield tensor
+def _named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a module's parameters and buffers, a tied one by each of its names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
 
 
 def _ties(owner: Owner) -> list[frozenset[str]]:
+    """Return the names that are one tensor, for each tied tensor of a module."""
     if not owner.variables:
         return []
     names: dict[int, set[str]] = {}
-    for tensors in (owner.owner.named_parameters, owner.owner.named_buffers):
-        for name, tensor in tensors(remove_duplicate=False):
-            names.setdefault(id(tensor), set()).add(name)
+    for name, tensor in _named_tensors(owner.owner):
+        names.setdefault(id(tensor), set()).add(name)
     return [frozenset(several) for several in names.values() if len(several) > 1]
 
 
 def _difference(stored: Any, found: Any) -> str | None:
-    """Return how what an owner holds differs from what it was handed, or None where it is that."""
+    """Return how what an owner holds differs from what it was given; None if it is the same."""
     if found is stored or _is_number_as_tensor(stored, found):
         return None
     if isinstance(stored, torch.Tensor):
@@ -174,7 +171,7 @@ def _difference(stored: Any, found: Any) -> str | None:
 
 
 def _is_number_as_tensor(stored: Any, found: Any) -> bool:
-    """Tell whether an owner made a tensor of a number, as torch's optimizers do of older states."""
+    """Tell whether an owner turned a number into a tensor, as torch's optimizers do with `step`."""
     if type(stored) not in (int, float) or not isinstance(found, torch.Tensor):
         return False
     return found.numel() == 1 and bool(found.item() == stored)
@@ -185,14 +182,15 @@ def _tensor_difference(stored: torch.Tensor, found: Any) -> str | None:
         return f"was stored as a tensor, and is a {type(found).__name__} now"
     if (
         _is_plain(stored) and _is_plain(found) and memory_of(stored) == memory_of(found)
-    ):  # nearly always
+    ):  # the usual case
         return None
     kinds = [f"{tensor.dtype} of shape {tuple(tensor.size())}" for tensor in (stored, found)]
     if kinds[0] != kinds[1]:
         return f"was stored as {kinds[0]}, and is {kinds[1]} now"
-    if any(_is_lost(a, b) for a, b in zip(_local(stored), _local(found), strict=False)):
+    pairs = [*zip(_local(stored), _local(found), strict=False)]
+    if any(b.is_meta and not a.is_meta for a, b in pairs):
         return "is still on the meta device"
-    if any(_bits_differ(a, b) for a, b in zip(_local(stored), _local(found), strict=False)):
+    if any(_bits_differ(a, b) for a, b in pairs):
         return "was stored with other values than it has now"
     return None
 
@@ -200,10 +198,6 @@ def _tensor_difference(stored: torch.Tensor, found: Any) -> str | None:
 def _is_plain(tensor: torch.Tensor) -> bool:
     is_dense = type(tensor) is torch.Tensor and tensor.layout is torch.strided
     return is_dense and not tensor.is_meta
-
-
-def _is_lost(stored: torch.Tensor, found: torch.Tensor) -> bool:
-    return found.is_meta and not stored.is_meta
 
 
 def _local(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -223,7 +217,7 @@ def _local(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def _bits_differ(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Tell whether two dense tensors differ; of others nobody here can tell."""
+    """Tell whether two dense tensors differ; others are not compared."""
     is_dense = one.layout is torch.strided and other.layout is torch.strided
     if (
         not is_dense
@@ -242,7 +236,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_equal(one: Any, other: Any) -> bool:
-    """Tell whether two values of one type are the same; a NaN is the same as another."""
+    """Tell whether two values of one type are the same; NaN is the same as NaN."""
     if dataclasses.is_dataclass(one):
         one, other = _fields(one), _fields(other)
     if isinstance(one, Mapping):
@@ -254,14 +248,15 @@ def _is_equal(one: Any, other: Any) -> bool:
             (type(a) is type(b) and type(a) in _EXACT and a == b) or _difference(a, b) is None
             for a, b in zip(one, other, strict=True)
         )
-    if "__eq__" not in {name for kind in type(one).__mro__[:-1] for name in vars(kind)}:
-        return True  # two objects that nothing tells apart
+    kind: Any = type(one)
+    if kind.__eq__ is object.__eq__:
+        return True  # its class compares by identity: nothing tells two such objects apart
     if type(one) in (float, complex):
         return repr(one) == repr(other)
     try:
         equal = one == other
         return bool(equal.all() if hasattr(equal, "all") else equal)
-    except Exception:  # a class that cannot compare its objects says nothing about them
+    except Exception:  # a class whose comparison fails says nothing about its objects
         return True
 
 
