@@ -1,4 +1,4 @@
-"""Boxes in columns: every answer is what the boxes one by one would give."""
+"""Boxes in columns: every answer is the same as for single boxes."""
 
 import math
 
@@ -37,7 +37,7 @@ def tensors(draw: st.DrawFn) -> tuple[list[tuple[int, ...]], list[int], list[Box
 
 @given(tensors())
 @settings(deadline=None)
-def test_columns_answer_as_boxes_do(
+def test_columns_give_the_same_answers_as_boxes(
     given: tuple[list[tuple[int, ...]], list[int], list[Box]],
 ) -> None:
     shapes, numbers, boxes = given
@@ -61,7 +61,7 @@ def test_columns_answer_as_boxes_do(
 
 @given(tensors(), st.data())
 @settings(deadline=None)
-def test_cells_are_those_that_the_grid_says(
+def test_the_cells_of_boxes_are_those_of_the_grid(
     given: tuple[list[tuple[int, ...]], list[int], list[Box]], data: st.DataObject
 ) -> None:
     shapes, numbers, boxes = given

@@ -1,4 +1,4 @@
-"""Chunk grids: they tile, follow every shard boundary, and ranges are exactly the cells met."""
+"""Chunk grids: they tile the tensor, follow shard boundaries, and ranges are exact."""
 
 import math
 
@@ -36,7 +36,7 @@ def test_grids_tile_the_tensor_and_no_two_boxes_share_a_cell(
         )
     )
 )
-def test_ranges_are_exactly_the_cells_that_a_box_meets(
+def test_ranges_are_exactly_the_cells_that_a_box_intersects(
     drawn: tuple[tuple[int, ...], ...],
 ) -> None:
     shape, chunk_shape, offsets, sizes = drawn
@@ -56,7 +56,7 @@ def test_whole_box_is_one_range() -> None:
     assert list(grid.ranges(Box((5, 0), (3, 10)))) == [(5, 7)]
 
 
-def test_chunks_aim_at_the_target_and_stay_contiguous() -> None:
+def test_chunks_have_the_target_size_and_stay_contiguous() -> None:
     (grid,) = lay_grids((4096, 4096), 4, [Box.whole((4096, 4096))], target=8 << 20)
     assert grid.chunk_shape == (512, 4096)
     halves = [Box((0, 0), (2048, 4096)), Box((2048, 0), (2048, 4096))]

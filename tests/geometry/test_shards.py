@@ -22,10 +22,10 @@ size_and_offset = getattr(Shard, "local_shard_size_and_offset", None) or getattr
     splits=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3)), min_size=1, max_size=2),
     data=st.data(),
 )
-def test_runs_are_those_that_torch_computes(
+def test_runs_are_the_same_as_those_of_torch(
     size: int, splits: list[tuple[int, int]], data: st.DataObject
 ) -> None:
-    """Names the private `_StridedShard`: if torch moves it or changes the split, this says so."""
+    """It uses the private `_StridedShard`: if torch moves it or changes the split, this fails."""
     held = torch.arange(size)
     chosen = []
     for count, factor in splits:
@@ -49,7 +49,7 @@ def test_runs_are_those_that_torch_computes(
     assert gathered.tolist() == held.tolist()
 
 
-def test_every_rank_of_a_mesh_together_holds_each_element_once() -> None:
+def test_all_ranks_of_a_mesh_hold_each_element_once() -> None:
     shape = (7, 10)
     seen = np.zeros(shape, int)
     for dp in range(2):
@@ -61,7 +61,7 @@ def test_every_rank_of_a_mesh_together_holds_each_element_once() -> None:
     assert math.prod(shape) == seen.sum()
 
 
-def test_contiguous_shard_is_one_box_and_an_empty_one_none() -> None:
+def test_a_contiguous_shard_is_one_box_and_an_empty_one_none() -> None:
     assert len(local_boxes((10, 4), [Split(0, 4, 3)])) == 1
     assert local_boxes((3, 4), [Split(0, 4, 3)]) == []
     assert len(local_boxes((), [])) == 1

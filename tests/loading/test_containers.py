@@ -1,4 +1,4 @@
-"""Containers of a template: empty ones stay the caller's own, tuples come back in their class."""
+"""Containers of a state to load into: the caller's own stay, and tuples keep their class."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_empty_containers_stay_the_callers_own(tmp_path: Path) -> None:
     assert state["d"][0] is held[1]
 
 
-def test_an_empty_template_leaves_what_it_does_not_ask_for(tmp_path: Path) -> None:
+def test_an_empty_template_ignores_what_it_does_not_ask_for(tmp_path: Path) -> None:
     dcpstore.save({"a": {"x": 1}, "b": [torch.ones(1)], "c": 5}, tmp_path)
     state: dict[str, Any] = {"a": {}, "b": [], "c": {}, "none": {}}
     report = dcpstore.load(state, tmp_path)
@@ -53,7 +53,7 @@ def test_items_of_a_container_that_was_empty_are_missing(tmp_path: Path) -> None
     ]
 
 
-def test_tuples_and_dataclasses_come_back_in_their_class(tmp_path: Path) -> None:
+def test_tuples_and_dataclasses_keep_their_class(tmp_path: Path) -> None:
     saved = {
         "t": (torch.ones(2), 1, {3: (torch.full((), 2.0), "a")}),
         "p": Pair(torch.ones(2), [1]),

@@ -49,7 +49,7 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, 
 
 
 def exact(value: Any) -> Any:
-    """Return what tells two leaves apart, bit by bit."""
+    """Return what differs between two different leaves, bit by bit."""
     if isinstance(value, torch.Tensor):
         bits = value.contiguous().reshape(-1).view(torch.uint8).tolist()
         return value.dtype, tuple(value.shape), bits
@@ -61,7 +61,7 @@ def held(optimizer: torch.optim.Optimizer) -> dict[tuple[Any, ...], Any]:
 
 
 @pytest.mark.parametrize(("kind", "options"), OF_TORCH)
-def test_state_comes_back_bit_by_bit(tmp_path: Path, kind: Any, options: dict[str, Any]) -> None:
+def test_state_is_restored_bit_by_bit(tmp_path: Path, kind: Any, options: dict[str, Any]) -> None:
     names = [f"{name}-{suffix}" for name in DTYPES for suffix in ("plain", "scheduled")]
     # some optimizers change state for one dtype only, and cannot step in it
     usable = [name for name in names if can_step(kind, DTYPES[name.partition("-")[0]], options)]
@@ -161,7 +161,7 @@ def test_lists_in_the_state_get_the_stored_length(tmp_path: Path, had: int) -> N
     assert [t.tolist() for t in state["window"]] == [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]
 
 
-def test_state_that_the_optimizer_has_no_place_for_is_named(tmp_path: Path) -> None:
+def test_state_that_the_optimizer_cannot_hold_is_an_error(tmp_path: Path) -> None:
     two = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9)
     two.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "lr": 0.5})
     for group in two.param_groups:
@@ -180,7 +180,7 @@ def test_state_that_the_optimizer_has_no_place_for_is_named(tmp_path: Path) -> N
     assert one.state_dict()["state"][0]["momentum_buffer"].tolist() == [1.0, 1.0]
 
 
-def test_what_a_version_calls_none_replaces_a_tensor_and_the_other_way_round(
+def test_a_stored_none_replaces_a_tensor_and_a_tensor_replaces_none(
     tmp_path: Path,
 ) -> None:
     def new(buffer: torch.Tensor | None) -> torch.optim.Optimizer:

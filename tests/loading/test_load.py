@@ -27,7 +27,7 @@ def flip(path: Path, bit: int) -> None:
 
 
 @pytest.mark.parametrize("codec", ["none", "blosc", "zstd"])
-def test_a_flipped_bit_at_any_place_is_found_and_named(tmp_path: Path, codec: str) -> None:
+def test_a_flipped_bit_anywhere_is_found_and_named(tmp_path: Path, codec: str) -> None:
     repo = dcpstore.open(tmp_path / "r", chunk=ChunkDefaults(nbytes=512, codec=codec))
     state = {"w": torch.arange(512.0).reshape(64, 8), "n": torch.arange(9)}
     dcpstore.save(state, repo)
@@ -72,7 +72,7 @@ def test_a_pack_that_is_not_whole_is_named(repo: Repository, wrong: str) -> None
     pack.write_bytes(whole)
 
 
-def test_without_verification_damage_is_the_callers_risk(repo: Repository) -> None:
+def test_without_verification_damaged_bytes_are_loaded(repo: Repository) -> None:
     dcpstore.save({"w": torch.ones(4)}, repo)
     (pack,) = (Path(repo.storage.url) / "packs").rglob("*.pack")
     flip(pack, 3)
@@ -117,7 +117,7 @@ def test_int_keys_and_lists_are_the_callers_own(repo: Repository) -> None:
     assert torch.equal(state["l"][1], torch.ones(3))
 
 
-def test_an_empty_dict_in_a_list_is_no_item(repo: Repository) -> None:
+def test_an_empty_dict_in_a_list_is_not_an_item(repo: Repository) -> None:
     dcpstore.save({"l": [{}, torch.ones(1)]}, repo)
     state = {"l": [{}, torch.zeros(1)]}
     dcpstore.load(state, repo)
@@ -125,7 +125,7 @@ def test_an_empty_dict_in_a_list_is_no_item(repo: Repository) -> None:
     assert float(state["l"][1]) == 1
 
 
-def test_two_items_of_one_name_are_refused(repo: Repository) -> None:
+def test_two_items_with_one_name_are_refused(repo: Repository) -> None:
     dcpstore.save({"a": {"1": 7}}, repo)
     state = {"a": {1: 0, "1": 0}}
     with pytest.raises(InvalidInputError, match="same FQN"):
@@ -133,7 +133,7 @@ def test_two_items_of_one_name_are_refused(repo: Repository) -> None:
     assert state == {"a": {1: 0, "1": 0}}
 
 
-def test_a_state_that_holds_itself_is_refused(repo: Repository) -> None:
+def test_a_state_to_load_into_that_contains_itself_is_refused(repo: Repository) -> None:
     dcpstore.save({"a": 1}, repo)
     state: dict[str, Any] = {}
     state["a"] = state
@@ -141,7 +141,7 @@ def test_a_state_that_holds_itself_is_refused(repo: Repository) -> None:
         dcpstore.load(state, repo)
 
 
-def test_keys_that_are_no_text_are_the_callers_own(repo: Repository) -> None:
+def test_keys_that_are_not_text_stay_the_callers_own(repo: Repository) -> None:
     keys: list[Any] = [None, True, 1.5, (1, 2), b"x"]
     dcpstore.save({"d": {key: i for i, key in enumerate(keys)}, "t": {None: torch.ones(2)}}, repo)
     with torch.device("meta"):
@@ -157,7 +157,7 @@ def test_keys_that_are_no_text_are_the_callers_own(repo: Repository) -> None:
     assert nested == {"d": {None: {"deep": {None: 3}}}}
 
 
-def test_slices_read_only_the_chunks_they_meet(tmp_path: Path) -> None:
+def test_slices_read_only_the_chunks_they_intersect(tmp_path: Path) -> None:
     repo = dcpstore.open(tmp_path / "r", chunk=ChunkDefaults(nbytes=256))
     w = torch.randn(32, 8)
     dcpstore.save({"w": w}, repo)
@@ -182,7 +182,7 @@ def one_rank_is_short(rank: int, place: Place) -> str:
     return "loaded"
 
 
-def test_no_rank_touches_a_tensor_unless_all_fit(place: Place, two_ranks: RankPool) -> None:
+def test_no_rank_changes_a_tensor_unless_all_ranks_fit(place: Place, two_ranks: RankPool) -> None:
     with place.open() as repo:
         dcpstore.save({"w": torch.ones(3)}, repo)
     first, second = two_ranks.run(one_rank_is_short, place)

@@ -36,7 +36,7 @@ def step(job: Job) -> Job:
 
 
 def assert_same(one: Job, other: Job) -> None:
-    """Check that both go on alike."""
+    """Check that both train in the same way from here on."""
     for (_, a), (_, b) in zip(
         step(one)[0].named_parameters(), step(other)[0].named_parameters(), strict=True
     ):
@@ -86,7 +86,7 @@ def test_rename_finds_the_state_of_a_new_optimizer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("has_stepped", [False, True])
-def test_state_by_name_is_refused_with_the_way_out(tmp_path: Path, has_stepped: bool) -> None:
+def test_state_by_name_is_refused_with_the_next_step(tmp_path: Path, has_stepped: bool) -> None:
     model, optimizer = step(fresh(torch.optim.AdamW))
     dcpstore.save({"optim": get_optimizer_state_dict(model, optimizer)}, tmp_path)
     _, other = step(fresh(torch.optim.AdamW)) if has_stepped else fresh(torch.optim.AdamW)
@@ -95,7 +95,7 @@ def test_state_by_name_is_refused_with_the_way_out(tmp_path: Path, has_stepped: 
     dcpstore.load({"optim": other}, tmp_path, exclude=["optim.*"])
 
 
-def test_groups_of_other_sizes_are_refused_before_anything_is_touched(tmp_path: Path) -> None:
+def test_groups_of_other_sizes_are_refused_before_anything_changes(tmp_path: Path) -> None:
     parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
     dcpstore.save({"optim": torch.optim.SGD(parameters), "w": torch.ones(2)}, tmp_path)
     state = {"optim": torch.optim.SGD(parameters[:2]), "w": torch.zeros(2)}
@@ -104,7 +104,7 @@ def test_groups_of_other_sizes_are_refused_before_anything_is_touched(tmp_path: 
     assert torch.equal(state["w"], torch.zeros(2))  # type: ignore[arg-type]
 
 
-def test_a_part_of_the_state_is_refused_and_none_is_none(tmp_path: Path) -> None:
+def test_a_part_of_the_state_is_refused_and_no_state_stays_no_state(tmp_path: Path) -> None:
     _, optimizer = step(fresh(torch.optim.AdamW))
     dcpstore.save({"optim": optimizer}, tmp_path)
     _, new = fresh(torch.optim.AdamW)
@@ -128,7 +128,7 @@ def test_a_dry_run_allocates_no_state(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not new.state_dict()["state"]
 
 
-# Each of torch's optimizers, with the options that give it all the state that it may have.
+# Each of torch's optimizers, with the options with which it has all its possible state.
 KINDS: dict[type[torch.optim.Optimizer], list[dict[str, Any]]] = {
     torch.optim.ASGD: [{}],
     torch.optim.Adadelta: [{}],
@@ -179,7 +179,7 @@ def test_every_optimizer_of_torch_is_known() -> None:
 
 
 @pytest.mark.parametrize(("kind", "options"), OF_TORCH)
-def test_state_of_any_shape_that_torch_makes_is_taken(
+def test_state_of_any_shape_that_torch_makes_is_accepted(
     tmp_path: Path, kind: Any, options: dict[str, Any]
 ) -> None:
     shapes: list[tuple[int, ...]] = [(3, 4), (5,), (1,), (2, 3, 4), ()]
@@ -210,9 +210,9 @@ def test_moments_of_another_shape_than_the_parameter_are_refused(
     shape = (3,) if is_flat else (3, 4)
     new, w = of_shapes(kind, shape, **options), torch.zeros(2)
     before = str(new.state_dict())  # Adagrad's has a state already
-    told = dcpstore.load({"optim": new, "w": w}, tmp_path, dry_run=True).differences
-    assert {line.split("'")[1].rsplit(".", 1)[1] for line in told} == moments
-    assert all(f"{shape} in the state" in line for line in told)
+    differences = dcpstore.load({"optim": new, "w": w}, tmp_path, dry_run=True).differences
+    assert {line.split("'")[1].rsplit(".", 1)[1] for line in differences} == moments
+    assert all(f"{shape} in the state" in line for line in differences)
     if moments:
         with pytest.raises(MismatchError, match=r"'optim\.state\.0\.\w+' has shape"):
             dcpstore.load({"optim": new, "w": w}, tmp_path)
@@ -226,7 +226,7 @@ class Pooled(torch.optim.AdamW):
     """Somebody else's, which keeps what it likes under a name of torch's."""
 
 
-def test_shapes_that_nobody_can_judge_are_taken(tmp_path: Path) -> None:
+def test_shapes_that_cannot_be_checked_are_accepted(tmp_path: Path) -> None:
     dcpstore.save({"optim": stepped(of_shapes(torch.optim.AdamW, (1, 4)))}, tmp_path)
     pooled = of_shapes(Pooled, (3, 4))
     dcpstore.load({"optim": pooled}, tmp_path)

@@ -30,7 +30,7 @@ def zeros() -> dict[str, Any]:
     }
 
 
-def test_include_and_exclude_choose_by_glob(kept: Repository) -> None:
+def test_include_and_exclude_select_by_glob(kept: Repository) -> None:
     state = zeros()
     report = dcpstore.load(state, kept, include=["model.*", "optim.lr"], exclude=["*.head"])
     assert torch.equal(state["model"]["embed"], torch.ones(4, 2))
@@ -56,7 +56,7 @@ def test_rename_finds_other_names(kept: Repository, rename: Any) -> None:
     assert torch.equal(state["net"]["b"], torch.full((2,), 2.0))
 
 
-def test_without_strict_what_is_missing_is_left_and_reported(kept: Repository) -> None:
+def test_without_strict_missing_items_stay_unchanged_and_are_reported(kept: Repository) -> None:
     state = {"model": {"embed": torch.zeros(4, 2), "hed": torch.full((1,), 9.0)}, "new": 5}
     report = dcpstore.load(state, kept, strict=False)
     assert report.missing == ("model.hed", "new")
@@ -66,7 +66,7 @@ def test_without_strict_what_is_missing_is_left_and_reported(kept: Repository) -
         dcpstore.load(state, kept)
 
 
-def test_a_dtype_is_converted_only_when_asked(kept: Repository) -> None:
+def test_a_dtype_is_converted_only_on_request(kept: Repository) -> None:
     state = {"model": {"head": torch.zeros(2, dtype=torch.bfloat16)}}
     with pytest.raises(MismatchError, match="dtype"):
         dcpstore.load(state, kept)
@@ -89,7 +89,7 @@ def test_new_parameters_are_initialised(kept: Repository) -> None:
     assert torch.equal(state["model"]["head"], torch.full((2,), 2.0))
 
 
-def test_a_dry_run_tells_everything_and_touches_nothing(kept: Repository) -> None:
+def test_a_dry_run_reports_everything_and_changes_nothing(kept: Repository) -> None:
     state = zeros()
     report = dcpstore.load(state, kept, dry_run=True)
     assert (report.differences, report.missing, report.unexpected) == ((), (), ())
@@ -109,7 +109,7 @@ MEANINGLESS: list[dict[str, Any]] = [
     {"rename": lambda fqn: 3},
     {"strict": False, "planner": dcpstore.DefaultLoadPlanner()},
 ]
-# Each with what is said of it.
+# Each with a part of its message.
 WRONG_TYPES: list[tuple[dict[str, Any], str]] = [
     ({"rename": 5}, "rename=5 is neither .*; pass a dict"),
     ({"rename": "model.*"}, r"rename='model\.\*' is neither"),
@@ -130,25 +130,25 @@ WRONG_TYPES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def test_options_that_cannot_be_meant(kept: Repository, subtests: pytest.Subtests) -> None:
+def test_invalid_options_are_refused(kept: Repository, subtests: pytest.Subtests) -> None:
     for options in MEANINGLESS:
         with subtests.test(options=[*options]), pytest.raises(InvalidInputError):
             dcpstore.load(zeros(), kept, **options)
 
 
-def test_options_of_another_type_are_named(kept: Repository, subtests: pytest.Subtests) -> None:
-    for options, said in WRONG_TYPES:
-        with subtests.test(said=said):
-            with pytest.raises(InvalidInputError, match=said):
+def test_options_of_another_type_are_refused(kept: Repository, subtests: pytest.Subtests) -> None:
+    for options, message in WRONG_TYPES:
+        with subtests.test(message=message):
+            with pytest.raises(InvalidInputError, match=message):
                 dcpstore.LoadOptions(**options)
             state = zeros()
-            with pytest.raises(InvalidInputError, match=said):
+            with pytest.raises(InvalidInputError, match=message):
                 dcpstore.load(state, kept, **options)
             assert torch.equal(state["model"]["embed"], torch.zeros(4, 2))
 
 
 @pytest.mark.parametrize("globs", [["model.*"], ("model.*",), {"model.*"}, {"model.*": 1}])
-def test_globs_may_lie_in_any_collection(globs: Any) -> None:
+def test_globs_may_be_in_any_collection(globs: Any) -> None:
     options = dcpstore.LoadOptions(include=globs, exclude=globs)
     assert not options.asks_for("model.w")
     assert dcpstore.LoadOptions(include=globs).asks_for("model.w")
@@ -187,7 +187,7 @@ def test_state_that_a_setting_of_the_version_needs_is_restored(repo: Repository)
     jobs[1].step()
 
 
-def test_optimizer_state_is_restored_by_presence(repo: Repository) -> None:
+def test_optimizer_state_is_restored_if_the_version_has_it(repo: Repository) -> None:
     model, optimizer = stepped(["a", "b"], frozen="b")
     dcpstore.save({"model": model, "optim": optimizer}, repo)
     thawed, fresh = stepped(["a", "b"])
@@ -217,7 +217,7 @@ def keep_own(rank: int, place: Place, ranks: int, call: str) -> Any:
     return own.value["seed"], own.value["t"].tolist(), report.missing, report.unexpected
 
 
-def test_each_rank_gets_its_own_again(place: Place, four_ranks: RankPool) -> None:
+def test_each_rank_gets_its_own_value_back(place: Place, four_ranks: RankPool) -> None:
     place.open().close()
     four_ranks.run(keep_own, place, 2, "save")
     same = four_ranks.run(keep_own, place, 2, "load")
@@ -249,7 +249,7 @@ def test_ranks_must_agree_on_a_dry_run(place: Place, two_ranks: RankPool) -> Non
     assert "dry_run" in first
 
 
-def test_options_can_be_given_to_a_planner_of_ones_own(kept: Repository) -> None:
+def test_options_can_be_passed_to_the_callers_own_planner(kept: Repository) -> None:
     class Mine(dcpstore.DefaultLoadPlanner):
         """Counts what it commits."""
 

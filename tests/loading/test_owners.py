@@ -1,4 +1,4 @@
-"""What is handed back to whoever owns a state: modules, `Stateful` objects, containers."""
+"""What the owners of a state get back: modules, `Stateful` objects, containers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.ranks import RankPool
 
 
 class Holder:
-    """Gives a state, and keeps what it gets."""
+    """An object with a state, which keeps what it gets."""
 
     def __init__(self, state: dict[str, Any], *, refuses: bool = False) -> None:
         self.state = state
@@ -89,7 +89,7 @@ def own_in_a_holder(rank: int, folder: Path) -> Any:
     return found
 
 
-def test_per_rank_values_of_a_stateful_come_back_as_they_were_given(
+def test_per_rank_values_of_a_stateful_are_restored_in_the_same_objects(
     tmp_path: Path, two_ranks: RankPool
 ) -> None:
     first, second = two_ranks.run(own_in_a_holder, tmp_path)
@@ -98,7 +98,7 @@ def test_per_rank_values_of_a_stateful_come_back_as_they_were_given(
     assert second == [([1, 1], 1, ()), ([-1, -1], 1, missing)]
 
 
-def test_containers_beside_a_per_rank_value_are_the_callers_own(tmp_path: Path) -> None:
+def test_containers_next_to_a_per_rank_value_stay_the_callers_own(tmp_path: Path) -> None:
     def fill(rng: int, epoch: int) -> dict[str, Any]:
         inner = OrderedDict(rng=PerRank(rng), epoch=epoch, more=[{"own": PerRank(rng)}, epoch])
         return {"t": inner}
@@ -149,7 +149,7 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def test_an_owner_is_handed_what_was_saved_under_it(
+def test_an_owner_gets_all_that_was_saved_below_it(
     tmp_path: Path, subtests: pytest.Subtests
 ) -> None:
     saved = {f"k{i}": after for i, (_, after) in enumerate(GROWN.values())}
@@ -163,7 +163,7 @@ def test_an_owner_is_handed_what_was_saved_under_it(
             assert same(target.state[f"k{i}"], saved[f"k{i}"]), target.state[f"k{i}"]
 
 
-def test_what_is_left_out_is_not_handed(tmp_path: Path) -> None:
+def test_an_owner_does_not_get_what_is_excluded(tmp_path: Path) -> None:
     dcpstore.save({"h": Holder({"a": {"x": 1, "y": 2}, "b": [torch.ones(1)] * 2})}, tmp_path)
     target = Holder({"a": {}, "b": []})
     report = dcpstore.load({"h": target}, tmp_path, exclude=["h.a.y", "h.b.1"])
@@ -179,7 +179,7 @@ def test_what_is_left_out_is_not_handed(tmp_path: Path) -> None:
 
 
 class Extra(torch.nn.Linear):
-    """A layer with a state that torch leaves to it."""
+    """A layer with an extra state of its own."""
 
     def __init__(self, extra: Any) -> None:
         super().__init__(2, 2)
@@ -203,7 +203,7 @@ EXTRA: list[tuple[Any, Any]] = [
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_extra_state_of_any_form_is_handed(tmp_path: Path, device: str) -> None:
+def test_a_module_gets_extra_state_of_any_form(tmp_path: Path, device: str) -> None:
     saved = torch.nn.Sequential(*(Extra(after) for _, after in EXTRA), torch.nn.BatchNorm1d(2))
     dcpstore.save({"model": saved}, tmp_path)
     with torch.device(device):
@@ -217,7 +217,7 @@ def test_extra_state_of_any_form_is_handed(tmp_path: Path, device: str) -> None:
 
 
 class Casting(Holder):
-    """Keeps something else than it is handed."""
+    """An object that keeps something else than it gets."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.state = {
@@ -232,7 +232,7 @@ class Casting(Holder):
         }
 
 
-def test_what_an_owner_does_not_keep_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_an_error_names_what_an_owner_does_not_keep(tmp_path: Path) -> None:
     def new() -> dict[str, Any]:
         tensors = {name: torch.ones(4) for name in ("half", "scaled", "shape", "kept", "copied")}
         return {**tensors, "kind": 3, "rounded": 1.25, "gone": 1, "nan": float("nan")}
@@ -249,20 +249,20 @@ def test_what_an_owner_does_not_keep_is_an_error_that_names_it(tmp_path: Path) -
 
 
 class Clock(Holder):
-    """Gives another value each time that it is asked."""
+    """An object whose state is different at each call."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"n": self.state["n"], "now": time.perf_counter_ns()}
 
 
-def test_what_changes_by_itself_is_not_lost(tmp_path: Path) -> None:
+def test_an_item_that_changes_by_itself_is_not_lost(tmp_path: Path) -> None:
     dcpstore.save({"t": Clock({"n": 1})}, tmp_path)
     target = Clock({"n": 0})
     assert dcpstore.load({"t": target}, tmp_path).differences == ()
     assert target.state["n"] == 1
 
 
-def test_objects_stand_anywhere_in_lists_and_dicts(tmp_path: Path) -> None:
+def test_objects_may_be_anywhere_in_lists_and_dicts(tmp_path: Path) -> None:
     def new(value: float) -> dict[str, Any]:
         model = torch.nn.Linear(2, 2)
         optimizer = torch.optim.SGD(model.parameters(), lr=value, momentum=0.9)
@@ -290,7 +290,7 @@ def test_objects_stand_anywhere_in_lists_and_dicts(tmp_path: Path) -> None:
     assert holder.state["rng"].value.tolist() == [1.0, 1.0]
 
 
-def test_a_mapping_that_watches_its_items_sees_each_that_was_loaded(tmp_path: Path) -> None:
+def test_a_mapping_with_its_own_setter_gets_each_loaded_item(tmp_path: Path) -> None:
     class Watched(dict[str, Any]):
         def __setitem__(self, key: str, value: Any) -> None:
             seen.append(key)
@@ -309,7 +309,7 @@ def test_a_mapping_that_watches_its_items_sees_each_that_was_loaded(tmp_path: Pa
     assert (own.state, inner["n"], state["n"]) == ({"n": 1}, 1, 1)
 
 
-def test_a_mismatch_names_what_leads_past_it(tmp_path: Path) -> None:
+def test_a_mismatch_names_the_next_steps(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     wrapped = torch.nn.ModuleDict({"module": torch.nn.ModuleDict({"_orig_mod": model})})
     dcpstore.save({"model": wrapped}, tmp_path / "wrapped")
@@ -330,7 +330,7 @@ def test_a_mismatch_names_what_leads_past_it(tmp_path: Path) -> None:
     assert "strict=False leaves what is missing" in str(caught.value)
 
 
-def test_a_flat_optimizer_state_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_a_flat_optimizer_state_is_refused_with_the_next_step(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     options = StateDictOptions(flatten_optimizer_state_dict=True)

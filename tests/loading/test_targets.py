@@ -30,9 +30,7 @@ def test_conjugated_and_negated_views_are_filled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["expanded", "strided", "sparse"])
-def test_a_tensor_whose_elements_have_no_place_of_their_own_is_refused(
-    tmp_path: Path, kind: str
-) -> None:
+def test_a_tensor_whose_elements_share_memory_is_refused(tmp_path: Path, kind: str) -> None:
     dcpstore.save({"a": torch.ones(2), "w": torch.arange(9.0).reshape(3, 3)}, tmp_path)
     targets = {
         "expanded": torch.zeros(1, 3).expand(3, 3),
@@ -53,7 +51,7 @@ def test_an_inference_tensor_is_filled_with_another_dtype(tmp_path: Path) -> Non
     assert torch.equal(target, torch.ones(3, dtype=torch.float64))
 
 
-def test_a_cast_that_torch_cannot_do_touches_nothing(tmp_path: Path) -> None:
+def test_a_cast_that_torch_cannot_do_changes_nothing(tmp_path: Path) -> None:
     dcpstore.save({"a": torch.ones(3), "b": torch.ones(4)}, tmp_path)
     packed = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     state = {"a": torch.zeros(3), "b": packed}
@@ -62,14 +60,14 @@ def test_a_cast_that_torch_cannot_do_touches_nothing(tmp_path: Path) -> None:
     assert torch.equal(state["a"], torch.zeros(3))
 
 
-def test_a_pickle_without_leave_touches_nothing(tmp_path: Path) -> None:
+def test_a_pickle_that_is_not_allowed_changes_nothing(tmp_path: Path) -> None:
     dcpstore.save({"w": torch.ones(3), "o": {"kind": object}}, tmp_path, allow_pickle=True)
     state: dict[str, Any] = {"w": torch.zeros(3), "o": {"kind": None}}
     with pytest.raises(UnsafeDataError, match=r"v1: 'o.kind': a value is a pickle"):
         dcpstore.load(state, tmp_path)
     assert torch.equal(state["w"], torch.zeros(3))
-    (told,) = dcpstore.load(state, tmp_path, dry_run=True).differences
-    assert "'o.kind': a value is a pickle" in told
+    (difference,) = dcpstore.load(state, tmp_path, dry_run=True).differences
+    assert "'o.kind': a value is a pickle" in difference
     dcpstore.load(state, tmp_path, allow_pickle=True)
     assert state["o"]["kind"] is object
 
@@ -87,9 +85,7 @@ def load_apart(rank: int, folder: Path) -> None:
 
 
 @since_2_9
-def test_a_part_of_a_tensor_does_not_stand_for_the_whole(
-    tmp_path: Path, two_ranks: RankPool
-) -> None:
+def test_a_part_of_a_tensor_is_not_loaded_as_the_whole(tmp_path: Path, two_ranks: RankPool) -> None:
     two_ranks.run(save_apart, tmp_path)
     two_ranks.run(load_apart, tmp_path)
     whole = torch.zeros(8)
@@ -127,7 +123,7 @@ def test_what_is_missing_on_the_meta_device_is_initialised_in_memory(tmp_path: P
     assert state["new"].is_meta
 
 
-def test_one_tensor_by_two_names_stays_one(tmp_path: Path) -> None:
+def test_one_tensor_with_two_names_stays_one(tmp_path: Path) -> None:
     dcpstore.save({"a": torch.ones(3), "b": torch.ones(3)}, tmp_path)
     one = torch.empty(3, device="meta")
     state = {"a": one, "b": one}
@@ -135,7 +131,7 @@ def test_one_tensor_by_two_names_stays_one(tmp_path: Path) -> None:
     assert state["a"] is state["b"]
 
 
-def test_a_state_in_which_nothing_can_be_replaced_is_refused(tmp_path: Path) -> None:
+def test_an_immutable_state_is_refused(tmp_path: Path) -> None:
     dcpstore.save({"w": torch.ones(2), "c": {"lr": 0.1, "t": torch.ones(2)}}, tmp_path)
     frozen: Any = types.MappingProxyType({"lr": 0.0, "t": torch.zeros(2)})
     state = {"w": torch.zeros(2), "c": frozen}

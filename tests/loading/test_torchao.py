@@ -42,13 +42,13 @@ def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
-def test_the_list_is_what_is_tried_here(makers: dict[str, Make]) -> None:
+def test_all_listed_kinds_are_tested_here(makers: dict[str, Make]) -> None:
     own = {JAGGED.name, *(kind.name for kind in SPARSE.values())}
     assert set(makers) == KINDS.keys() - own
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_kind_comes_back_exactly(
+def test_each_kind_is_restored_exactly(
     repo: Repository, makers: dict[str, Make], dtype: torch.dtype, subtests: pytest.Subtests
 ) -> None:
     made = {name: make(dtype) for name, make in makers.items()}
@@ -73,19 +73,19 @@ def test_each_kind_comes_back_exactly(
         pytest.param("AdamWFp8", marks=pytest.mark.slow),
     ],
 )
-def test_an_optimizer_of_two_ranks_comes_back_to_one_and_two(
+def test_an_optimizer_of_two_ranks_is_restored_on_one_and_two(
     two_ranks: RankPool, tmp_path: Path, name: str
 ) -> None:
     expected = f"torchao {name.replace('AdamW', 'OptimState').replace('FP', 'Fp')}"
     assert two_ranks.run(round_trip_optimizer, str(tmp_path), name) == [[expected]] * 2
 
 
-def test_float8_weights_of_two_ranks_come_back(two_ranks: RankPool, tmp_path: Path) -> None:
+def test_float8_weights_of_two_ranks_are_restored(two_ranks: RankPool, tmp_path: Path) -> None:
     names = ["Float8Tensor", "WeightWithDynamicFloat8CastTensor"]
     assert two_ranks.run(round_trip_weights, str(tmp_path)) == [names] * 2
 
 
-def test_the_state_of_a_fresh_optimizer_is_made(tmp_path: Path) -> None:
+def test_a_new_optimizer_gets_its_state(tmp_path: Path) -> None:
     from torchao import optim as ao  # noqa: PLC0415 (takes seconds to load)
 
     def trained(kind: Any, steps: int) -> torch.optim.Optimizer:
@@ -110,7 +110,7 @@ def test_the_state_of_a_fresh_optimizer_is_made(tmp_path: Path) -> None:
             assert alike(ours["exp_avg_sq"], theirs["exp_avg_sq"])
 
 
-def test_weights_come_to_the_meta_device_and_differences_are_named(
+def test_weights_are_loaded_into_meta_tensors_and_differences_are_named(
     makers: dict[str, Make], tmp_path: Path
 ) -> None:
     def module(dtype: torch.dtype = torch.float32) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""Values of every kind on every way in and out: what comes back is what was saved."""
+"""Values of every kind, on each path in and out: the result equals what was saved."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def places() -> dict[str, Any]:
 
 
 def plain() -> dict[str, Any]:
-    """Return what comes back of each kind without a template, by FQN."""
+    """Return what each kind is read as without a template, by FQN."""
     by_name = {"IntEnum": 2, "dataclass": None, "named tuple": (1, 2), "subclass": 7}
     found = {}
     for i, kind in enumerate(KEPT):
@@ -57,7 +57,7 @@ def plain() -> dict[str, Any]:
 
 
 def check(filled: dict[str, Any]) -> None:
-    """Check that a state holds what `everything` gives."""
+    """Check that a state holds what `everything` returns."""
     saved = everything()
     for name in filled["v"]:
         value = saved["v"][name]
@@ -67,7 +67,7 @@ def check(filled: dict[str, Any]) -> None:
     assert torch.equal(filled["w"], torch.ones(2))
 
 
-def test_every_kind_comes_back_into_its_class_and_plainly(repo: Repository) -> None:
+def test_every_kind_is_restored_with_its_class_and_as_plain_values(repo: Repository) -> None:
     dcpstore.save(everything(), repo, step=1)
     dcpstore.load(filled := places(), repo)
     check(filled)
@@ -106,7 +106,7 @@ def test_every_kind_is_staged(repo: Repository) -> None:
     assert tensors[0] == 1
 
 
-def test_a_lazy_tensor_inside_an_object_is_not_staged_wrongly(repo: Repository) -> None:
+def test_a_lazy_tensor_inside_an_object_is_refused_by_staging(repo: Repository) -> None:
     pairs = torch.tensor([1 + 2j])
     dcpstore.async_save({"t": (pairs.conj(),)}, repo).result()
     assert torch.equal(repo.read()["t.0"], pairs.conj().resolve_conj())
@@ -127,7 +127,7 @@ class Watching(dcpstore.DefaultLoadPlanner):
 
 
 class Logging(dcpstore.DefaultSavePlanner):
-    """Gives torch's bytes of each value itself."""
+    """A save planner that returns torch's bytes of each value."""
 
     def resolve_data(self, write_item: Any) -> Any:
         return super().resolve_data(write_item)
@@ -152,7 +152,7 @@ def test_every_kind_goes_through_torchs_own_calls(tmp_path: Path, saver: Any, lo
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_what_torch_cannot_make_bytes_of_is_named(tmp_path: Path) -> None:
+def test_what_torch_cannot_serialize_is_refused_by_its_fqn(tmp_path: Path) -> None:
     state = {"format": torch.channels_last}
     with pytest.raises(InvalidInputError, match=r"'format': the planner cannot make bytes"):
         dcpstore.save(state, tmp_path, planner=Logging())
@@ -204,7 +204,7 @@ class Other:
     size: int
 
 
-def test_all_that_does_not_fit_is_named_before_a_tensor_is_touched(repo: Repository) -> None:
+def test_all_that_does_not_fit_is_named_before_a_tensor_is_changed(repo: Repository) -> None:
     state = {"a": Config(0.1), "b": [Level.HIGH], "w": torch.ones(2), "x": {"s": Span(1, 2)}}
     dcpstore.save(state, repo)
     into = {"a": Other(1), "b": [Mode.TRAIN], "w": torch.zeros(2), "x": {"s": Span(0, 0)}}
@@ -227,7 +227,7 @@ def test_all_that_does_not_fit_is_named_before_a_tensor_is_touched(repo: Reposit
     assert into["x"]["s"] == Span(1, 2)
 
 
-def test_a_long_value_fits_or_is_named_too(repo: Repository) -> None:
+def test_a_long_value_fits_or_is_named(repo: Repository) -> None:
     dcpstore.save({"many": [Box((i,)) for i in range(10_000)]}, repo)
     into: dict[str, Any] = {"many": [Box(())]}
     dcpstore.load(into, repo)

@@ -1,4 +1,4 @@
-"""Whatever wraps a module, it comes back filled, tied as it was, and with memory."""
+"""Modules in every wrapper: filled, tied as before, and with memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Net(nn.Module):
 
 
 def inner_checkpoints(net: Net) -> nn.Module:
-    """Wrap the layers one by one: the tie goes out of a wrapper."""
+    """Wrap the layers one by one, so that tied parameters are in different wrappers."""
     net.emb, net.block[0] = checkpoint_wrapper(net.emb), checkpoint_wrapper(net.block[0])
     return net
 
@@ -124,7 +124,7 @@ def test_names_of_one_tensor_whose_stored_contents_differ_are_refused(tmp_path: 
         assert net.scale.is_meta == (device == "meta")
 
 
-def test_a_name_that_a_version_lacks_is_filled_with_its_twin(tmp_path: Path) -> None:
+def test_a_name_that_a_version_lacks_is_filled_from_its_tied_tensor(tmp_path: Path) -> None:
     saved = Net(1.0)
     state = {name: tensor for name, tensor in saved.state_dict().items() if name != "head.weight"}
     dcpstore.save({"model": state}, tmp_path)
@@ -136,7 +136,7 @@ def test_a_name_that_a_version_lacks_is_filled_with_its_twin(tmp_path: Path) -> 
         assert state_of(net) == state_of(saved)
 
 
-def test_parameters_that_have_memory_stay_who_they_are(tmp_path: Path) -> None:
+def test_parameters_that_have_memory_stay_the_same_objects(tmp_path: Path) -> None:
     """An optimizer may hold them, though the rest of the module is on the meta device."""
     dcpstore.save({"model": Net(1.0)}, tmp_path)
     with torch.device("meta"):
@@ -179,7 +179,7 @@ def test_what_is_still_on_the_meta_device_is_an_error(tmp_path: Path) -> None:
 
 
 def sharded(net: nn.Module, tied: bool) -> nn.Module:
-    """Lay a net out by FSDP2; a tie must lie in one group."""
+    """Shard a net by FSDP2; tied parameters must be in one group."""
     if not tied:
         fully_shard(net.block[0], mesh=named_mesh(("dp", 2)))  # type: ignore[index]
     return fully_shard(net, mesh=named_mesh(("dp", 2)))
@@ -262,14 +262,14 @@ def stage_optimizers(rank: int, folder: Path) -> Any:
     return other.param_groups[0]["lr"], buffers
 
 
-def test_the_optimizers_of_a_pipelines_stages_keep_their_own_parameters(
+def test_the_optimizers_of_pipeline_stages_keep_their_own_parameters(
     tmp_path: Path, two_ranks: RankPool
 ) -> None:
     assert two_ranks.run(stage_optimizers, tmp_path) == [(0.5, [0.5, 0.5])] * 2
 
 
 class Holder:
-    """Gives a state, and keeps what it gets."""
+    """An object with a state, which keeps what it gets."""
 
     def __init__(self, state: dict[str, Any]) -> None:
         self.state = state
@@ -281,7 +281,7 @@ class Holder:
         self.state = state_dict
 
 
-def test_an_owner_on_several_ranks_gets_what_none_of_them_names(
+def test_an_owner_on_several_ranks_gets_only_what_no_rank_names(
     tmp_path: Path, two_ranks: RankPool
 ) -> None:
     for rank, (layer, state, unexpected) in enumerate(two_ranks.run(stages, tmp_path)):

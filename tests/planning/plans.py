@@ -1,4 +1,4 @@
-"""Plans that the tests of this room share, made by hand."""
+"""Plans made by hand, for all tests of planning."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def only(plan: LoadPlan) -> ReadItem:
     return item
 
 
-def test_a_plan_asks_for_tensors_and_values_and_for_nothing_else() -> None:
+def test_a_plan_contains_the_tensors_and_values_of_the_state_only() -> None:
     state = {"m": {"w": torch.zeros(4, 3)}, "step": 0}
     planner, plan = set_up(state, version(tensor("m.w"), tensor("other"), value("step")))
     asked = {item.dest_index.fqn: (item.type, tuple(item.lengths)) for item in plan.items}
@@ -87,7 +87,7 @@ def test_bytes_that_would_run_code_are_refused() -> None:
         planner.load_bytes(only(plan), odd)
 
 
-def test_all_that_does_not_fit_is_named_at_once() -> None:
+def test_one_error_names_all_that_does_not_fit() -> None:
     state = {
         "shape": torch.zeros(5),
         "dtype": torch.zeros(4, 3, dtype=torch.float16),
@@ -98,12 +98,12 @@ def test_all_that_does_not_fit_is_named_at_once() -> None:
     names = ("shape", "dtype", "kind", "weight", "stacked")
     with pytest.raises(MismatchError) as caught:
         set_up(state, version(*map(tensor, names)))
-    said = str(caught.value)
-    assert all(f"'{name}'" in said for name in state)
-    assert "on_dtype='cast'" in said
+    message = str(caught.value)
+    assert all(f"'{name}'" in message for name in state)
+    assert "on_dtype='cast'" in message
 
 
-def test_what_options_leave_out_is_not_asked_for() -> None:
+def test_what_the_options_exclude_is_not_planned() -> None:
     state = {"m": {"w": torch.zeros(4, 3), "new": torch.zeros(2)}, "step": 0}
     stored = version(tensor("m.w"), value("step"))
     planner, plan = set_up(state, stored, include=["m.*"], exclude=["*.new"])
@@ -115,20 +115,20 @@ def test_what_options_leave_out_is_not_asked_for() -> None:
     assert (only(plan).dest_index.fqn, only(plan).storage_index.fqn) == ("old", "m.w")
 
 
-def test_values_of_another_dtype_are_converted_where_that_is_asked_for() -> None:
+def test_values_of_another_dtype_are_converted_only_on_request() -> None:
     state = {"w": torch.zeros(4, 3, dtype=torch.float64)}
     planner, plan = set_up(state, version(tensor("w")), on_dtype="cast")
     assert planner.cast == ["w"]
     assert only(plan).type is LoadItemType.TENSOR
 
 
-def test_a_tensor_that_is_stored_in_part_is_refused() -> None:
+def test_a_tensor_that_is_stored_only_in_part_is_refused() -> None:
     half = version(tensor("w", Grid((2, 0), (2, 3), (2, 3))))
     with pytest.raises(MismatchError, match="only part of 'w', and lacks 6 elements"):
         set_up({"w": torch.zeros(4, 3)}, half)
 
 
-def test_a_value_in_a_tuple_that_cannot_be_made_again_is_refused() -> None:
+def test_a_value_in_a_tuple_that_cannot_be_rebuilt_is_refused() -> None:
     class Odd(tuple[Any, ...]):
         __slots__ = ()
 
@@ -140,7 +140,7 @@ def test_a_value_in_a_tuple_that_cannot_be_made_again_is_refused() -> None:
         set_up({"a": Odd(torch.zeros(4, 3), 2)}, stored)
 
 
-def test_a_tensor_on_the_meta_device_is_given_room() -> None:
+def test_a_tensor_on_the_meta_device_gets_memory() -> None:
     weight = torch.empty(4, 3, device="meta")
     state: dict[str, Any] = {"a": weight, "b": weight}
     planner, plan = set_up(state, version(tensor("a"), tensor("b")))

@@ -1,4 +1,4 @@
-"""Plans in columns say what the plans say, and tell two of them apart."""
+"""Plans in columns: they hold the same as the plans, and their digests differ if they differ."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from dcpstore.planning.plan_table import Named, PlanTable, item_box, item_nbytes
 from .plans import item, joined, rows_of, value
 
 
-def test_an_item_weighs_what_its_own_box_holds() -> None:
+def test_the_bytes_of_an_item_are_those_of_its_own_box() -> None:
     assert item_nbytes(item("w", Box((2, 0), (3, 5)), (9, 5), torch.bfloat16)) == 30
     assert item_nbytes(item("w", Box((0,), (0,)), (9,))) == 0
     assert item_nbytes(value("step")) == 0
 
 
-def test_what_an_fqn_is_comes_from_its_item() -> None:
+def test_dtype_and_shape_of_an_fqn_are_those_of_its_item() -> None:
     named = Named.by(item("w", Box((0,), (2,)), (4,), torch.bfloat16))
     assert (named, named.itemsize) == (("w", "bfloat16", (4,)), 2)
     assert (Named.by(value("lr")), Named.by(value("lr")).itemsize) == (("lr", None, ()), 0)
 
 
-def test_items_of_any_dimensions_lie_in_one_table() -> None:
+def test_items_of_all_dimensions_are_in_one_table() -> None:
     plan = SavePlan(
         [
             item("scalar", Box((), ()), ()),
@@ -44,7 +44,7 @@ def test_items_of_any_dimensions_lie_in_one_table() -> None:
     assert table.boxes(table.rows_of(0)) == [Box((), ())]
 
 
-def test_the_rows_of_each_rank_are_found_again() -> None:
+def test_the_rows_of_each_rank_are_found_by_rank() -> None:
     plans = [rows_of(0, 3), SavePlan([]), rows_of(2, 3, tensors=1)]
     table = joined(*plans)
     assert table.starts.tolist() == [0, 4, 4, 6]
@@ -66,7 +66,7 @@ def test_the_rows_of_each_rank_are_found_again() -> None:
         SavePlan([]),
     ],
 )
-def test_a_digest_tells_plans_apart(other: SavePlan) -> None:
+def test_two_plans_have_one_digest_only_if_they_are_equal(other: SavePlan) -> None:
     plan = SavePlan([item("w", Box((0,), (2,)), (4,))])
     again = SavePlan([item("w", Box((0,), (2,)), (4,))])
     assert PlanTable.of(plan).digest == PlanTable.of(again).digest
@@ -87,7 +87,7 @@ def test_paths_are_those_of_all_ranks() -> None:
     assert joined(first, second).paths == {"a.b": ("a", "b"), "c": ("c",)}
 
 
-def test_the_shard_index_names_each_box_once() -> None:
+def test_the_shard_index_has_each_box_once() -> None:
     plans = [rows_of(rank, 2) for rank in range(2)]
     record = share_out(joined(*plans)).record
     assert record.ranks == 2

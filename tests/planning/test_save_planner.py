@@ -66,7 +66,7 @@ def test_a_value_is_resolved_to_torchs_bytes() -> None:
     assert planner.lookup_object(MetadataIndex("v")) == {"x": [1, None]}
 
 
-def test_the_plans_of_all_ranks_are_described_in_torchs_words() -> None:
+def test_the_plans_of_all_ranks_are_described_as_torchs_metadata() -> None:
     planner, _ = planned({})
     plans, described = planner.create_global_plan([rows_of(rank, 2) for rank in range(2)])
     assert [[i.index.fqn for i in plan.items] for plan in plans] == [
@@ -79,7 +79,7 @@ def test_the_plans_of_all_ranks_are_described_in_torchs_words() -> None:
     assert described.state_dict_metadata["step"] == BytesStorageMetadata()
 
 
-def test_replicas_go_to_the_lowest_rank_where_the_caller_wants_it() -> None:
+def test_replicas_go_to_the_lowest_rank_on_request() -> None:
     plan = SavePlan([item(f"r{i}", Box((0,), (3,)), (3,)) for i in range(4)])
     spread, _ = planned({})
     lowest, _ = planned({}, dedup_save_to_lowest_rank=True)
@@ -87,7 +87,7 @@ def test_replicas_go_to_the_lowest_rank_where_the_caller_wants_it() -> None:
     assert [len(p.items) for p in lowest.create_global_plan([plan, plan])[0]] == [4, 0]
 
 
-def test_an_empty_box_counts_only_where_nobody_holds_elements() -> None:
+def test_an_empty_box_is_kept_only_if_no_rank_holds_elements() -> None:
     empty, whole = item("w", Box((0,), (0,)), (4,)), item("w", Box((0,), (4,)), (4,))
     table = plan_globally(joined(SavePlan([empty]), SavePlan([whole])), to_lowest_rank=False)
     assert [table.kept(rank).tolist() for rank in range(2)] == [[], [0]]
@@ -105,7 +105,7 @@ def test_the_plan_of_one_rank_alone_need_not_fill_its_tensors() -> None:
     planner.create_global_plan([SavePlan([item("w", Box((2,), (2,)), (4,)), value("v")])])
 
 
-def test_a_callers_planner_is_taken_as_it_is() -> None:
+def test_the_planner_of_the_caller_is_used_unchanged() -> None:
     ours, theirs = DefaultSavePlanner(), TorchPlanner()
     assert planner_of(ours, is_whole=False) is ours
     assert not ours.is_whole

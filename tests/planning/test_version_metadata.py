@@ -1,4 +1,4 @@
-"""A version in torch's words: what planners are given to plan a load from."""
+"""A version as torch's `Metadata`, from which planners plan a load."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_tensor_is_one_box_whatever_its_parts() -> None:
     assert (kept.properties.dtype, tuple(kept.size)) == (torch.bfloat16, (4, 6))
 
 
-def test_of_a_tensor_that_is_stored_in_part_the_parts_are_told() -> None:
+def test_a_tensor_that_is_stored_only_in_part_is_described_by_its_parts() -> None:
     described = describe_entries([entry("w", (4, 6), Grid((2, 0), (2, 6), (2, 2)))], StorageMeta())
     assert boxes(described.state_dict_metadata["w"]) == [((2, 0), (2, 6))]
 
@@ -45,7 +45,7 @@ def test_a_scalar_and_an_empty_tensor_are_whole() -> None:
     assert boxes(described["empty"]) == [((0, 0), (0, 3))]
 
 
-def test_values_and_blobs_are_bytes_and_every_path_is_told() -> None:
+def test_values_and_blobs_are_bytes_and_every_path_is_described() -> None:
     meta = StorageMeta(checkpoint_id="here")
     blob = entry("b", (9,), Grid((0,), (9,), (9,)), kind="blob")
     described = describe_entries([blob, EntryRecord("opt.lr", ("opt", "lr"), "value")], meta)

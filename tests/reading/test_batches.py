@@ -1,4 +1,4 @@
-"""Chunks read in batches: each in its place, each checked, the one that is damaged told by name."""
+"""Chunks read in batches: each in its place, each checked, and a damaged one named."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def pack_of(repo: Repository) -> Path:
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 40)), max_size=30))
-def test_batches_hold_each_chunk_once_and_of_one_pack(wanted: list[tuple[str, int]]) -> None:
+def test_each_chunk_is_in_one_batch_and_each_batch_in_one_pack(
+    wanted: list[tuple[str, int]],
+) -> None:
     stored = [StoredChunk(1, 0, i, b"", pack, 0, n) for i, (pack, n) in enumerate(wanted)]
     runs = list(in_batches(stored, attrgetter("length"), place=attrgetter("pack"), limit=50))
     assert [chunk for run in runs for chunk in run] == stored
@@ -38,7 +40,7 @@ def test_batches_hold_each_chunk_once_and_of_one_pack(wanted: list[tuple[str, in
         assert sum(chunk.length for chunk in run[:-1]) < 50
 
 
-def test_few_run_ahead_of_who_asks_and_all_come_in_order() -> None:
+def test_few_tasks_run_ahead_of_the_caller_and_results_are_in_order() -> None:
     begun: list[int] = []
 
     def twice(n: int) -> int:
@@ -53,7 +55,7 @@ def test_few_run_ahead_of_who_asks_and_all_come_in_order() -> None:
     assert sorted(begun) == list(range(40))
 
 
-def test_what_a_task_raises_is_raised_to_who_asks() -> None:
+def test_an_error_of_a_task_is_raised_to_the_caller() -> None:
     with ThreadPoolExecutor(2) as pool:
         results = run_ahead(pool, lambda n: 1 // n, [1, 0, 1])
         assert next(results) == (1, 1)
@@ -63,7 +65,7 @@ def test_what_a_task_raises_is_raised_to_who_asks() -> None:
 
 @pytest.mark.parametrize("codec", ["none", "blosc", "zstd"])
 @pytest.mark.parametrize("batch", [1, 700, 1 << 20])
-def test_boxes_that_share_chunks_are_filled_alike(tmp_path: Path, codec: str, batch: int) -> None:
+def test_boxes_that_share_chunks_are_all_filled(tmp_path: Path, codec: str, batch: int) -> None:
     whole = torch.arange(600.0).reshape(30, 20)
     with dcpstore.open(tmp_path / "r", chunk=ChunkDefaults(nbytes=256, codec=codec)) as repo:
         dcpstore.save({"w": whole, "one": whole[:2].clone()}, repo)
@@ -97,7 +99,7 @@ def _every_chunk(repo: Repository) -> list[ChunkRange]:
     ]
 
 
-def test_the_damaged_one_of_many_small_chunks_is_told_and_not_handed_out(repo: Repository) -> None:
+def test_the_damaged_one_of_many_small_chunks_is_named_and_not_returned(repo: Repository) -> None:
     state = {f"t{i:02}": torch.full((16,), float(i + 1)) for i in range(40)}
     dcpstore.save(state, repo)
     pack = pack_of(repo)
@@ -112,7 +114,7 @@ def test_the_damaged_one_of_many_small_chunks_is_told_and_not_handed_out(repo: R
     pack.write_bytes(whole)
 
 
-def test_the_first_chunk_past_the_end_of_a_short_pack_is_told(repo: Repository) -> None:
+def test_the_first_chunk_past_the_end_of_a_short_pack_is_named(repo: Repository) -> None:
     state = {f"t{i}": torch.full((16,), float(i + 1)) for i in range(9)}
     dcpstore.save(state, repo)
     pack = pack_of(repo)

@@ -14,7 +14,7 @@ from tests.tensors import DTYPES, raw, same
 
 SHAPES = [(), (1,), (0, 3), (3, 5), (1, 1), (2, 1, 3)]
 COMPLEX = [torch.complex32, torch.complex64, torch.complex128]
-# of which torch can make numbers of another dtype
+# dtypes that torch can convert to others
 CAST = [dtype for dtype in DTYPES if not dtype.is_complex and dtype is not torch.float8_e8m0fnu]
 
 
@@ -60,7 +60,7 @@ MEMORY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("kind", MEMORY)
-def test_every_memory_is_filled(kind: str, stored: Stored) -> None:
+def test_every_memory_layout_is_filled(kind: str, stored: Stored) -> None:
     folder, state = stored
     target = {fqn: MEMORY[kind](tensor) for fqn, tensor in state.items()}
     given = dict(target)
@@ -99,7 +99,7 @@ def test_values_are_converted(kind: str, dtype: torch.dtype, stored: Stored) -> 
 
 
 def same_numbers(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Tell whether two tensors are the same in every bit but those of a NaN.
+    """Tell whether two tensors are the same in every bit, except those of NaNs.
 
     Which NaN torch makes of one depends on whether it converts many elements at once.
     """

@@ -48,7 +48,7 @@ def exact(found: Any, saved: Any) -> None:
             exact(one, other)
 
 
-def test_a_state_comes_back_as_it_was(repo: Repository) -> None:
+def test_a_nested_state_is_restored_as_it_was(repo: Repository) -> None:
     saved = tricky()
     dcpstore.save(saved, repo)
     dcpstore.save(saved, repo)  # which finds its plan in memory
@@ -58,7 +58,9 @@ def test_a_state_comes_back_as_it_was(repo: Repository) -> None:
     assert repo.read(nested=True) == {}
 
 
-def test_copies_and_rebuilt_catalogs_keep_it(repo: Repository, tmp_path: Path) -> None:
+def test_copies_and_rebuilt_catalogs_keep_the_nested_state(
+    repo: Repository, tmp_path: Path
+) -> None:
     saved = tricky()
     dcpstore.save(saved, repo)
     with dcpstore.open(tmp_path / "copy") as other:
@@ -82,7 +84,7 @@ def trained() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
-def test_what_is_read_is_what_load_state_dict_takes(
+def test_a_nested_read_fits_load_state_dict(
     make: Callable[..., torch.optim.Optimizer], tmp_path: Path
 ) -> None:
     state = trained()
@@ -127,17 +129,21 @@ def test_a_text_is_a_name_a_subtree_or_a_glob(repo: Repository) -> None:
     sliced = repo.read(None, {"model.a.weight": 0}, nested=True)
     assert equal(sliced, {"model": {"a": {"weight": torch.tensor(1.0)}}})
     for pattern in ("mode", "model.c*", "Model.*", "model.", ""):
-        with pytest.raises(NotFoundError, match=f"matches '{pattern}'".replace("*", r"\*")) as told:
+        with pytest.raises(
+            NotFoundError, match=f"matches '{pattern}'".replace("*", r"\*")
+        ) as caught:
             repo.read(None, pattern)
-        assert not pattern or "'model" in str(told.value)
+        assert not pattern or "'model" in str(caught.value)
 
 
-def test_what_is_left_out_of_a_list_is_none(repo: Repository) -> None:
+def test_a_missing_item_of_a_list_is_none(repo: Repository) -> None:
     dcpstore.save({"l": [{"a": 1}, {"b": 2}, {"c": 3}]}, repo)
     assert repo.read(None, "l.1", nested=True) == {"l": [None, {"b": 2}]}
 
 
-def test_own_values_are_dicts_by_rank(repo: Repository, two_ranks: RankPool, place: Place) -> None:
+def test_per_rank_values_are_dicts_by_rank(
+    repo: Repository, two_ranks: RankPool, place: Place
+) -> None:
     two_ranks.run(save_own, place)
     assert repo.read(None, "rng", nested=True) == {"rng": {"rank-0": [0], "rank-1": [1]}}
     assert repo.read(nested=True)["each"] == {
@@ -158,7 +164,7 @@ def save_own(rank: int, place: Place) -> None:
         dcpstore.save({"rng": dcpstore.PerRank([rank]), "each": each}, repo)
 
 
-def test_composed_tensors_stand_in_their_places(repo: Repository) -> None:
+def test_composed_tensors_are_put_together_in_their_places(repo: Repository) -> None:
     sparse = torch.tensor([0.0, 1.0, 2.0]).to_sparse()
     dcpstore.save({"a": {1: [sparse, {"b": (sparse, 5)}]}}, repo)
     found = repo.read(nested=True)
@@ -168,7 +174,7 @@ def test_composed_tensors_stand_in_their_places(repo: Repository) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_versions_of_dcp_are_read_too(tmp_path: Path) -> None:
+def test_versions_saved_by_torch_are_read_too(tmp_path: Path) -> None:
     state = {"o": {"param_groups": [{"params": [0]}], "state": {0: {"m": torch.ones(1)}}}}
     with dcpstore.open(tmp_path) as repo:
         for planner in (TorchPlanner(), dcpstore.DefaultSavePlanner()):
@@ -184,7 +190,7 @@ def test_versions_of_dcp_are_read_too(tmp_path: Path) -> None:
         assert equal(repo.read(nested=True), {"a": (torch.ones(1), {}), "b": {1: {}}})
 
 
-def test_hostile_paths_are_damage(tmp_path: Path) -> None:
+def test_hostile_paths_are_corruption(tmp_path: Path) -> None:
     paths = ['["x",1000000000000]', '[["x"],"vv"]', '[["x"],5]', "[[1.5]]", '[["x"],"v"]']
     dcpstore.save({"x": torch.ones(2), "z": 1}, tmp_path)
     for path in paths:

@@ -1,4 +1,4 @@
-"""Indices of `Repository.read`: what is no index is an error of ours."""
+"""Indices of `Repository.read`: an invalid index raises an error of dcpstore."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ODD: list[Any] = [
 ]
 
 
-def test_what_is_no_index_is_refused(tmp_path: Path, subtests: pytest.Subtests) -> None:
+def test_an_invalid_index_is_refused(tmp_path: Path, subtests: pytest.Subtests) -> None:
     dcpstore.save({"w": torch.arange(12.0).reshape(3, 4)}, tmp_path)
     with dcpstore.open(tmp_path) as repo:
         for index in ODD:

@@ -19,7 +19,7 @@ def taken(state: Any) -> Any:
     return [taken(value) for value in state] if isinstance(state, list) else state
 
 
-def test_buffers_are_found_wherever_a_module_lies() -> None:
+def test_buffers_of_modules_are_found_at_any_depth() -> None:
     state = {"a": torch.nn.BatchNorm1d(2), "b": [1, {"c": torch.nn.BatchNorm1d(2)}]}
     assert buffer_names(state, taken(state)) == {
         *(f"a.{name}" for name in STATISTICS),
@@ -44,7 +44,7 @@ def test_a_buffer_that_a_hook_renamed_is_known_by_its_memory() -> None:
     assert names == {f"m.core.0.{name}" for name in STATISTICS}
 
 
-def test_a_buffer_that_is_not_persistent_is_in_no_state() -> None:
+def test_a_buffer_that_is_not_persistent_is_not_in_the_state() -> None:
     module = torch.nn.Module()
     module.register_buffer("kept", torch.ones(1))
     module.register_buffer("cache", torch.ones(1), persistent=False)

@@ -1,4 +1,4 @@
-"""What counts as a container: each kind of them, with each thing that a state may hold in one.
+"""What counts as a container: each kind of container, with each kind of item of a state.
 
 A container is a mapping, a list or a tuple, of any class. A dataclass is one for plain tensors
 alone.
@@ -51,7 +51,7 @@ class Frozen:
 
 
 class Owner:
-    """An object whose state is what it was made of."""
+    """An object whose state is its constructor's argument."""
 
     def __init__(self, state: Any) -> None:
         self.state: Any = state
@@ -147,7 +147,9 @@ def test_a_tensor_is_an_entry(repo: Repository) -> None:
 
 
 @each_of_all
-def test_a_tensor_without_bytes_is_named(make: Any, part: str, repo: Repository) -> None:
+def test_a_tensor_without_bytes_is_refused_by_its_fqn(
+    make: Any, part: str, repo: Repository
+) -> None:
     state = {"a": [make(torch.ones(1, device="meta"))]}
     refused(state, repo, rf"^'a\.0\.{part}': a tensor on the meta device", InvalidInputError)
 
@@ -180,7 +182,7 @@ def test_an_object_with_a_state_is_an_owner(repo: Repository) -> None:
     assert all(owner.given.tolist() == [1] for owner in owners.values())
 
 
-def test_what_each_rank_keeps_is_an_entry_of_its_own(repo: Repository) -> None:
+def test_a_per_rank_value_is_one_entry_a_rank(repo: Repository) -> None:
     found = saved(one_of_each(CONTAINERS, lambda: PerRank(5)), repo)
     assert {*names(CONTAINERS, ".rank-0")} < {*found}
     state = one_of_each(CONTAINERS, lambda: PerRank(0))
@@ -190,7 +192,7 @@ def test_what_each_rank_keeps_is_an_entry_of_its_own(repo: Repository) -> None:
     assert {key: item_of(state[key]).value for key in state} == dict.fromkeys(state, 5)
 
 
-def test_what_each_rank_keeps_may_lie_in_what_an_owner_gives(repo: Repository) -> None:
+def test_a_per_rank_value_may_be_in_the_state_of_an_owner(repo: Repository) -> None:
     state = {key: Owner(made) for key, made in one_of_each(CONTAINERS, lambda: PerRank(5)).items()}
     assert {name.replace(".", ".s.", 1) for name in names(CONTAINERS, ".rank-0")} < {
         *saved(state, repo)
@@ -213,14 +215,16 @@ def test_a_conjugated_tensor_is_stored_with_its_values(repo: Repository) -> None
 
 @each_dataclass
 @pytest.mark.parametrize("item", [PerRank(5), Owner(5)])
-def test_a_dataclass_is_not_looked_into_for_objects(
+def test_objects_with_state_inside_a_dataclass_are_not_found(
     item: Any, make: Any, part: str, repo: Repository
 ) -> None:
     refused({"a": make(item)}, repo, "^'a': a value of type", UnsafeDataError)
 
 
 @each_container
-def test_a_value_that_cannot_be_copied_is_named(make: Any, part: str, repo: Repository) -> None:
+def test_a_value_that_cannot_be_copied_is_refused_by_its_fqn(
+    make: Any, part: str, repo: Repository
+) -> None:
     state = {"a": make([threading.Lock()])}
     with pytest.raises(InvalidInputError, match=rf"^'a\.{part}\.0': a lock cannot be copied"):
         dcpstore.async_save(state, repo, allow_pickle=True).result()
@@ -243,7 +247,7 @@ def test_an_empty_container_is_a_value(repo: Repository) -> None:
     assert repo.read(nested=True) == {**state, "pair": ({}, 1), "data": {"k": {}}}
 
 
-def test_one_object_at_two_places_is_two_entries(repo: Repository) -> None:
+def test_one_object_in_two_places_is_two_entries(repo: Repository) -> None:
     shared = {"w": torch.ones(1), "own": PerRank(1), "s": [sparse(), 2]}
     found = saved({"a": shared, "b": [shared], "c": (shared, {"again": shared})}, repo)
     below = ("w", "own.rank-0", "s.0", "s.1")

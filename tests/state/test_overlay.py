@@ -1,4 +1,4 @@
-"""What a version holds, laid over what an owner gives: places for all of it, memory kept."""
+"""The overlay of a version on an owner's state: targets for all items, and memory that is kept."""
 
 import dataclasses
 from collections import OrderedDict
@@ -25,17 +25,17 @@ def make(entry: Entry) -> torch.Tensor:
     return new_target(entry, dry_run=False)
 
 
-def test_the_owner_s_tensor_keeps_its_memory() -> None:
+def test_the_tensor_of_the_owner_keeps_its_memory() -> None:
     own = {"w": torch.ones(2)}
     assert lay_over(own, {"w": tensor(2)}, make) is own
 
 
-def test_what_the_owner_lacks_gets_a_place_of_the_stored_kind() -> None:
+def test_what_the_owner_lacks_gets_a_target_of_the_stored_kind() -> None:
     laid = lay_over({}, {"w": tensor(2, 3, dtype="bfloat16"), "n": value()}, make)
     assert (laid["w"].shape, laid["w"].dtype, laid["n"]) == ((2, 3), torch.bfloat16, None)
 
 
-def test_what_the_version_lacks_stays() -> None:
+def test_what_the_version_lacks_stays_unchanged() -> None:
     own = {"kept": torch.ones(1), "w": torch.ones(2)}
     laid = lay_over(own, {"w": tensor(2), "new": tensor(1)}, make)
     assert list(laid) == ["kept", "w", "new"]
@@ -44,7 +44,7 @@ def test_what_the_version_lacks_stays() -> None:
 
 
 @pytest.mark.parametrize("replaces", [False, True])
-def test_another_shape_makes_room_only_where_that_is_asked(*, replaces: bool) -> None:
+def test_a_tensor_of_another_shape_is_replaced_only_on_request(*, replaces: bool) -> None:
     own = {"w": torch.ones(2)}
     laid = lay_over(own, {"w": tensor(3)}, make, replaces=replaces)
     assert laid["w"].shape == ((3,) if replaces else (2,))
@@ -57,7 +57,7 @@ def test_a_list_is_as_long_as_the_stored_one() -> None:
     assert lay_over((1, 2), [value(), value()], make) == (1, 2)
 
 
-def test_a_list_of_which_only_some_items_are_there_is_refused() -> None:
+def test_a_list_with_only_some_of_its_items_is_refused() -> None:
     with pytest.raises(GapError, match="some items"):
         lay_over([], None, make)
     with pytest.raises(GapError, match="some items"):
@@ -65,7 +65,7 @@ def test_a_list_of_which_only_some_items_are_there_is_refused() -> None:
     assert lay_over(ABSENT, [value(), value(is_asked=False)], make) == [None]
 
 
-def test_what_is_not_asked_for_is_left() -> None:
+def test_what_is_not_asked_for_stays_unchanged() -> None:
     assert lay_over(ABSENT, {"n": value(is_asked=False)}, make) is ABSENT
     assert lay_over({"n": 5}, {"n": value(is_asked=False)}, make) == {"n": 5}
 
@@ -93,7 +93,7 @@ def test_a_dataclass_is_copied_where_a_field_changes() -> None:
     assert (laid.lr, laid.buffer.shape, own.buffer) == (0.1, (2,), None)
 
 
-def test_the_places_of_a_dry_run_have_no_memory() -> None:
+def test_the_targets_of_a_dry_run_have_no_memory() -> None:
     assert new_target(tensor(2).entry, dry_run=True).is_meta
 
 

@@ -1,4 +1,4 @@
-"""`PerRank` values: as entries of one rank, and given back without replacing a container."""
+"""`PerRank` values: as entries of one rank, and restored without replacing a container."""
 
 from collections import namedtuple
 from typing import Any
@@ -14,12 +14,12 @@ def state(value: Any = 1) -> dict[str, Any]:
     return {"rng": PerRank(value), "deep": [{"x": 2}, {"rng": PerRank(value)}], "plain": 3}
 
 
-def test_the_names_are_those_of_one_rank() -> None:
+def test_the_names_of_per_rank_values_are_those_of_one_rank() -> None:
     assert own_names(state(), rank=3) == ["rng.rank-3", "deep.1.rng.rank-3"]
     assert own_names({"plain": [1, {"x": torch.ones(2)}]}, rank=0) == []
 
 
-def test_each_is_a_dict_of_one_rank_and_the_rest_stays() -> None:
+def test_each_per_rank_value_becomes_a_dict_and_the_rest_stays() -> None:
     given = state()
     plain = with_own(given, 2)
     assert plain == {
@@ -31,13 +31,13 @@ def test_each_is_a_dict_of_one_rank_and_the_rest_stays() -> None:
     assert isinstance(given["rng"], PerRank)
 
 
-def test_a_tuple_that_holds_one_is_a_list_in_which_it_can_be_replaced() -> None:
+def test_a_tuple_with_a_per_rank_value_becomes_a_list() -> None:
     assert with_own({"a": (PerRank(1), 2)}, 0) == {"a": [{"rank-0": 1}, 2]}
     untouched = (1, 2)
     assert with_own({"a": untouched}, 0)["a"] is untouched
 
 
-def test_what_was_filled_goes_into_the_objects_of_the_owner() -> None:
+def test_loaded_values_are_set_in_the_objects_of_the_owner() -> None:
     owner = state()
     first, inner, deep = owner["rng"], owner["deep"][1]["rng"], owner["deep"]
     filled = {"rng": {"rank-1": 8}, "deep": [{"x": 9}, {"rng": {"rank-1": 7}}], "plain": 4}
@@ -47,7 +47,7 @@ def test_what_was_filled_goes_into_the_objects_of_the_owner() -> None:
     assert owner["deep"][0] == {"x": 9}
 
 
-def test_a_tuple_is_made_again_only_where_an_item_changed() -> None:
+def test_a_new_tuple_is_made_only_if_an_item_changed() -> None:
     mine = PerRank(1)
     same = (mine, 2)
     assert give_own(same, [{"rank-0": 5}, 2], 0) is same

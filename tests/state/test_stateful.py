@@ -1,4 +1,4 @@
-"""Owners of a state: asked in one order on every rank, wherever they stand, and given back to."""
+"""Owners of a state: called in the same order on every rank, at any depth."""
 
 from collections import UserDict
 from types import MappingProxyType
@@ -13,7 +13,7 @@ from dcpstore.state.stateful import check_fillable, check_keys, common_growth, t
 
 
 class Counter:
-    """Counts in a list of its own who was asked, and when."""
+    """An owner that adds its name to a list whenever its `state_dict()` is called."""
 
     def __init__(self, name: str, asked: list[str]) -> None:
         self.name, self.asked = name, asked
@@ -26,7 +26,7 @@ class Counter:
         raise AssertionError("nothing is loaded here")
 
 
-def test_owners_are_asked_in_the_order_of_their_paths_not_of_the_dict() -> None:
+def test_owners_are_called_in_the_order_of_their_paths_not_of_the_dict() -> None:
     asked: list[str] = []
     state = {
         "z": Counter("z", asked),
@@ -37,16 +37,16 @@ def test_owners_are_asked_in_the_order_of_their_paths_not_of_the_dict() -> None:
     assert taken["a"]["b"][1] == {"name": "a.b.1", "rng": {"rank-0": 1}}
 
 
-def test_keys_of_other_ranks_that_this_one_lacks_are_passed_over() -> None:
+def test_keys_that_only_other_ranks_have_are_skipped() -> None:
     assert take_state({"mine": 1}, ["mine", "theirs"], rank=0) == {"mine": 1}
 
 
-def test_what_holds_no_owner_is_the_caller_s_own() -> None:
+def test_a_container_without_an_owner_is_not_copied() -> None:
     inner = {"x": [torch.ones(2)]}
     assert take_state({"inner": inner}, ["inner"], rank=0)["inner"] is inner
 
 
-def test_a_class_with_a_state_dict_is_no_owner() -> None:
+def test_a_class_with_a_state_dict_is_not_an_owner() -> None:
     state = {"kind": Counter}
     assert take_state(state, ["kind"], rank=0) == state
 
@@ -57,7 +57,7 @@ def test_a_state_is_a_mapping(state: Any) -> None:
         check_keys(state)
 
 
-def test_its_keys_are_text() -> None:
+def test_the_keys_of_a_state_are_text() -> None:
     assert check_keys({"b": 1, "a": 2}) == ("a", "b")
     with pytest.raises(InvalidInputError, match="3 is not; rename it"):
         check_keys({"a": 1, 3: 2})
@@ -69,7 +69,7 @@ def test_a_state_to_load_into_can_be_changed() -> None:
         check_fillable(MappingProxyType({"a": 1}))
 
 
-def test_what_one_rank_names_is_new_to_none() -> None:
+def test_what_one_rank_names_is_not_added_on_any_rank() -> None:
     ranks = [
         {"optim": frozenset({"optim.a", "optim.b"}), "other": frozenset({"other.x"})},
         {"optim": frozenset({"optim.b", "optim.c"})},

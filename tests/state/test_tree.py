@@ -1,4 +1,4 @@
-"""A nested state as flat items and back: the walk, what it records, and its inverse."""
+"""A nested state as flat items and back: flattening, what it records, and its inverse."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Moments:
 
 
 def back(state: Mapping[Any, Any]) -> Any:
-    """Return a state once it was flat, its entries in the order of a catalog."""
+    """Return a state after flattening and back, with its entries in the order of a catalog."""
     flat = flattened(state)
     paths = recorded_paths([pickle.loads(pickle.dumps(flat.paths))])
     return nested_state({fqn: flat.items[fqn] for fqn in sorted(flat.items)}, paths)
 
 
 def shape(value: Any) -> Any:
-    """Return what tells two states apart: exact types, the order of keys, tensors by identity."""
+    """Return what differs between different states: exact types, order of keys, tensor identity."""
     if isinstance(value, torch.Tensor):
         return id(value)
     if isinstance(value, Mapping):
@@ -86,7 +86,7 @@ plain = st.recursive(
 
 @settings(deadline=None)
 @given(st.dictionaries(texts, states, max_size=4))
-def test_a_state_comes_back(state: dict[str, Any]) -> None:
+def test_a_state_is_restored_from_its_flat_items(state: dict[str, Any]) -> None:
     try:
         found = back(state)
     except InvalidInputError:  # two keys make one FQN
@@ -96,7 +96,7 @@ def test_a_state_comes_back(state: dict[str, Any]) -> None:
 
 @settings(deadline=None)
 @given(st.dictionaries(texts, plain, max_size=4))
-def test_what_torch_keeps_has_the_names_and_paths_that_torch_gives_it(
+def test_what_torch_keeps_has_torchs_names_and_paths(
     state: dict[str, Any],
 ) -> None:
     try:
@@ -119,7 +119,7 @@ def test_an_empty_container_is_an_item() -> None:
     assert type(flattened({"a": defaultdict(int)}).items["a"]) is dict
 
 
-def test_a_tuple_is_opened_where_it_holds_a_tensor() -> None:
+def test_a_tuple_that_holds_a_tensor_is_opened() -> None:
     tensor = torch.ones(2)
     flat = flattened(
         {
@@ -157,7 +157,7 @@ def test_a_tuple_that_is_an_entry_stays_one() -> None:
     assert flattened({"a": held}, is_leaf={"a"}.__contains__).items == {"a": held}
 
 
-def test_items_are_replaced_where_they_stand() -> None:
+def test_items_are_replaced_in_their_own_containers() -> None:
     state: dict[str, Any] = {
         "a": (torch.ones(1), [1, (2, torch.ones(1))]),
         "b": Pair(torch.ones(1), {3: 4}),
@@ -184,7 +184,7 @@ class Odd(tuple[Any, ...]):
         return super().__new__(cls, (first, second))
 
 
-def test_a_container_that_cannot_be_made_again_is_closed() -> None:
+def test_a_container_that_cannot_be_rebuilt_is_not_open() -> None:
     places = flattened({"a": Odd(torch.ones(1), 2), "b": MappingProxyType({"c": 1})}).places
     assert (places["a.1"].is_open, places["a.1"].kind) == (False, "Odd")
     assert (places["b.c"].is_open, places["b.c"].kind) == (False, "mappingproxy")
@@ -201,25 +201,25 @@ def test_a_container_that_cannot_be_made_again_is_closed() -> None:
         ({"a.b": {}, "a": {"b": 2}}, ["['a.b']", "['a', 'b']"]),
     ],
 )
-def test_two_items_of_one_name_are_refused(state: dict[Any, Any], named: list[str]) -> None:
+def test_two_items_with_one_name_are_refused(state: dict[Any, Any], named: list[str]) -> None:
     with pytest.raises(InvalidInputError) as caught:
         flattened(state)
     assert all(name in str(caught.value) for name in named)
 
 
-def test_a_state_without_end_is_refused() -> None:
+def test_a_state_that_contains_itself_is_refused_by_flattening() -> None:
     state: dict[str, Any] = {}
     state["again"] = [state]
     with pytest.raises(InvalidInputError, match="nested too deep"):
         flattened(state)
 
 
-def test_keys_that_are_no_literals_come_back_as_text() -> None:
+def test_keys_that_are_not_literals_are_restored_as_text() -> None:
     found = back({"a": {torch.float32: 1, frozenset([1]): 2, np.int64(3): 4, math.inf: 5}})
     assert found == {"a": {"torch.float32": 1, "frozenset({1})": 2, 3: 4, math.inf: 5}}
 
 
-def test_torch_sees_its_own_form() -> None:
+def test_torch_gets_paths_in_its_own_form() -> None:
     planner = DefaultSavePlanner()
     planner.set_up_planner({"a": {1: 2}}, is_coordinator=True)
     _, described = planner.create_global_plan([planner.create_local_plan()])
@@ -233,7 +233,7 @@ def of_ranks(*states: dict[Any, Any]) -> tuple[dict[str, Any], dict[str, ObjectP
     return {fqn: items[fqn] for fqn in sorted(items)}, recorded_paths([f.paths for f in flat])
 
 
-def test_ranks_make_one_state_together() -> None:
+def test_the_items_of_all_ranks_make_one_state() -> None:
     first = {"a": {}, "b": {0: 1, "x": 2}, "c": [], "d": {2: 1}}
     second = {"a": {"y": [{}]}, "b": {5: 1}, "c": [{}, {"z": 1}], "d": {"text": 1}}
     assert nested_state(*of_ranks(first, second)) == {
@@ -244,19 +244,19 @@ def test_ranks_make_one_state_together() -> None:
     }
 
 
-def test_ranks_that_have_one_name_in_two_places_are_refused() -> None:
+def test_one_name_at_two_paths_on_two_ranks_is_refused() -> None:
     with pytest.raises(InvalidInputError, match=r"'a.b' in different places"):
         of_ranks({"a": {"b": 1}}, {"a.b": 1})
 
 
-def test_a_path_below_another_keeps_what_both_say() -> None:
+def test_a_joined_path_keeps_the_marks_of_both() -> None:
     found = flattened({"x": {1: OrderedDict(b=1, a=2)}})
     path = joined_path(StatePath(("o", "x"), "S1v"), found.paths.recorded("x.1.b"))
     assert (path, path.marks) == (("o", "x", "1", "b"), "S1vvS")
     assert joined_path(("x",), StatePath(("x",))) == ("x",)
 
 
-def test_an_optimizer_has_its_numbers_again() -> None:
+def test_the_parameter_numbers_of_an_optimizer_are_restored() -> None:
     """Of a version that recorded no types of keys."""
     state: dict[str, Any] = {
         "optim": {
@@ -269,21 +269,21 @@ def test_an_optimizer_has_its_numbers_again() -> None:
     assert found["optim"]["param_groups"] == state["optim"]["param_groups"]
 
 
-def test_an_optimizer_of_names_keeps_them() -> None:
+def test_the_parameter_names_of_an_optimizer_stay_text() -> None:
     state = {"state": {"0": {"m": 1}}, "param_groups": [{"params": ["0"]}]}
     assert nested_state(*flatten_state_dict(state)) == state
     state = {"state": {"0": {"m": 1}}, "param_groups": [{"params": [0]}]}
     assert back(state) == state
 
 
-def test_an_optimizer_without_state_has_an_empty_one() -> None:
+def test_the_missing_state_of_an_optimizer_is_an_empty_dict() -> None:
     """So that load_state_dict takes it: torch forgets what is empty."""
     state: dict[str, Any] = {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     assert nested_state(*flatten_state_dict(state)) == state
     assert back({"param_groups": state["param_groups"]}) == {"param_groups": state["param_groups"]}
 
 
-def test_holes_are_none() -> None:
+def test_missing_items_of_a_list_are_none() -> None:
     assert nested_state({"a.2": 5}, {"a.2": ("a", 2)}) == {"a": [None, None, 5]}
 
 
@@ -303,7 +303,9 @@ def test_a_hostile_list_is_refused(place: int) -> None:
         {"y": ("a",) * 5000, "x": ("b",)},
     ],
 )
-def test_contradictions_are_refused(paths: dict[str, tuple[str | int, ...]]) -> None:
+def test_paths_that_contradict_each_other_are_refused(
+    paths: dict[str, tuple[str | int, ...]],
+) -> None:
     with pytest.raises(CorruptionError, match=r"'[xy]'"):
         nested_state({"x": 1, "y": 2}, paths)
 

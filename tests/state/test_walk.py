@@ -13,7 +13,7 @@ from dcpstore.state.walk import PLAIN, SCALARS, is_container, is_data, map_leave
 from tests.state.test_containers import ALL, DATACLASSES, Data, Pair
 
 
-def test_leaves_come_in_the_order_of_the_state_with_the_containers_own_keys() -> None:
+def test_leaves_have_the_order_and_the_keys_of_the_state() -> None:
     state = {"b": [1, {}, (2, {3: "x"})], "a": Pair(None), None: torch.Size([1])}
     assert list(walk(state)) == [
         (("b", 0), 1),
@@ -27,7 +27,7 @@ def test_leaves_come_in_the_order_of_the_state_with_the_containers_own_keys() ->
     assert list(walk(5)) == [((), 5)]
 
 
-def test_a_kind_of_leaf_is_left_out_by_its_exact_type() -> None:
+def test_leaves_of_skipped_types_are_left_out_by_exact_type() -> None:
     tensor, parameter, text = (
         torch.ones(1),
         torch.nn.Parameter(torch.ones(1)),
@@ -40,7 +40,7 @@ def test_a_kind_of_leaf_is_left_out_by_its_exact_type() -> None:
 
 
 @pytest.mark.parametrize(("kind", "make"), [(kind, make) for kind, (make, _) in ALL.items()])
-def test_a_dataclass_is_entered_only_when_asked(kind: str, make: Any) -> None:
+def test_a_dataclass_is_entered_only_on_request(kind: str, make: Any) -> None:
     leaf = object()
     made = make(leaf)
     assert is_container(made) == (kind not in DATACLASSES)
@@ -49,7 +49,7 @@ def test_a_dataclass_is_entered_only_when_asked(kind: str, make: Any) -> None:
     assert not is_data(type(made))
 
 
-def test_a_copy_has_new_containers_only_where_a_leaf_changed() -> None:
+def test_containers_are_copied_only_if_a_leaf_changed() -> None:
     state: dict[str, Any] = {
         "same": {"x": [1.5]},
         "list": [1, [2.5]],
@@ -70,7 +70,7 @@ def test_a_copy_has_new_containers_only_where_a_leaf_changed() -> None:
     assert map_leaves((1,), lambda path, value: 2, tuples=list) == [2]
 
 
-def test_a_change_is_asked_for_each_leaf_by_its_path() -> None:
+def test_the_change_is_called_with_each_leaf_and_its_path() -> None:
     asked: list[Any] = []
 
     def change(path: tuple[Any, ...], value: Any) -> Any:
@@ -82,7 +82,7 @@ def test_a_change_is_asked_for_each_leaf_by_its_path() -> None:
     assert asked == [(("top", "a", 1), "b"), (("top", "c", 0), data)]
 
 
-def test_what_contains_itself_has_no_end() -> None:
+def test_a_state_that_contains_itself_is_refused_by_every_walk() -> None:
     state: dict[str, Any] = {"a": [1]}
     state["a"] += [state, state]
     with pytest.raises(InvalidInputError, match="contains itself"):
