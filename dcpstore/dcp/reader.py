@@ -16,9 +16,8 @@ from dcpstore.catalog.read.entries import load_entries, load_planner_data
 from dcpstore.core.progress import ProgressBar
 from dcpstore.core.syntax import rank_name
 from dcpstore.core.uids import new_uid
-from dcpstore.encoding.values import decode_value
 from dcpstore.loading.item_reads import ItemReads
-from dcpstore.planning.version_metadata import describe_entries
+from dcpstore.planning.torch_metadata import describe_version
 from dcpstore.records import EntryRecord, Version
 from dcpstore.repository import Repository, opened
 from dcpstore.storage.packs import PackReader
@@ -91,10 +90,7 @@ class RepositoryReader(StorageReader):
             planner_data = load_planner_data(repo.catalog, version.number)
         self._read = version, entries
         meta = StorageMeta(self.checkpoint_id, version.uid, self.load_id)
-        described = describe_entries(entries, meta)
-        if planner_data is not None:
-            described.planner_data = decode_value(planner_data, allow_pickle=self._allow_pickle)
-        return described
+        return describe_version(entries, meta, planner_data, allow_pickle=self._allow_pickle)
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any

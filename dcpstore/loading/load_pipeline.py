@@ -26,30 +26,17 @@ from dcpstore.collectives import Collectives, in_step, in_turn
 from dcpstore.core.gc_pause import gc_paused
 from dcpstore.core.progress import ProgressBar
 from dcpstore.core.uids import new_uid
-from dcpstore.encoding.values import decode_value
 from dcpstore.errors import InvalidInputError, MismatchError, UnsafeDataError
 from dcpstore.formats.composition import compositions, outer_fqns
 from dcpstore.loading.item_reads import ItemReads, check_values
-from dcpstore.loading.owner_check import (
-    Expected,
-    compare_owners,
-    expect,
-    left_on_meta,
-    restore_optimizers,
-)
+from dcpstore.loading.owner_check import OwnerCheck
 from dcpstore.loading.shared_memory import check_memory
 from dcpstore.planning.load_planner import DefaultLoadPlanner
-from dcpstore.planning.version_metadata import describe_entries
+from dcpstore.planning.torch_metadata import describe_version
 from dcpstore.records import EntryRecord, LoadReport, Version
 from dcpstore.state.composed import check_none_composed
 from dcpstore.state.load_options import LoadOptions
-from dcpstore.state.stateful import (
-    Template,
-    check_fillable,
-    common_growth,
-    give_state,
-    take_template,
-)
+from dcpstore.state.stateful import Template, check_fillable, common_growth, take_template
 from dcpstore.state.walk import nesting_checked
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackReader
@@ -212,7 +199,7 @@ class _Load:
     by_fqn: Mapping[str, EntryRecord] = field(init=False)  # the entries of `opened`
     template: Template = field(init=False)
     growth: Mapping[str, frozenset[str]] = field(init=False)  # FQNs that no owner names, by owner
-    expected: list[Expected] = field(init=False)
+    owner_check: OwnerCheck = field(init=False)
 
     def open(
         self, open_source: Callable[[], LoadSource], make_planner: Callable[[], LoadPlanner]
@@ -302,14 +289,14 @@ class _Load:
 
     def give_state(self) -> None:
         """Give the owners their state."""
-        self.expected = expect(self.template)
-        give_state(self.state_dict, self.template, rank=self.ranks.rank)
-        restore_optimizers(self.expected)
+        self.owner_check = OwnerCheck(self.template)
+        self.template.give_back(self.state_dict, rank=self.ranks.rank)
+        self.owner_check.restore_optimizers()
 
     def check_owners(self) -> OwnerFaults:
         """Return what the owners do not hold as it was stored."""
-        lost = compare_owners(self.expected, rank=self.ranks.rank)
-        return OwnerFaults(lost, tuple(left_on_meta(self.template)))
+        lost = self.owner_check.differences(rank=self.ranks.rank)
+        return OwnerFaults(lost, tuple(self.owner_check.left_on_meta()))
 
     def report(self, ranks: Sequence[RankLoad]) -> LoadReport:
         """On the coordinator: join the reports of all ranks."""
@@ -329,11 +316,9 @@ class _Load:
         """Return this rank's plan; raise all differences that the planner or the template found."""
         opened, template = self.opened, self.template
         meta = StorageMeta(self.source.location, opened.version.uid, new_uid())
-        described = describe_entries(opened.entries, meta)
-        if opened.planner_data is not None:
-            described.planner_data = decode_value(
-                opened.planner_data, allow_pickle=self.allow_pickle
-            )
+        described = describe_version(
+            opened.entries, meta, opened.planner_data, allow_pickle=self.allow_pickle
+        )
         if isinstance(self.planner, DefaultLoadPlanner):
             self.planner.optional = template.optional
             self.planner.compositions = compositions(opened.entries)

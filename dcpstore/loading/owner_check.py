@@ -25,13 +25,13 @@ from dcpstore.state.stateful import Owner, Template
 from dcpstore.state.targets import memory_of
 from dcpstore.state.walk import fqn_of, walk
 
-__all__ = ["Expected", "compare_owners", "expect", "left_on_meta", "restore_optimizers"]
+__all__ = ["OwnerCheck"]
 
 _EXACT = frozenset([int, str, bool, type(None)])  # equal exactly if they are the same value
 
 
 @dataclass(frozen=True, slots=True)
-class Expected:
+class _Expected:
     """What an owner should hold after it was given its state.
 
     Attributes:
@@ -45,64 +45,65 @@ class Expected:
     ties: Sequence[frozenset[str]]
 
 
-def expect(template: Template) -> list[Expected]:
-    """Return what each owner should hold; call it before the owners can change what they get."""
-    return [
-        Expected(owner, dict(walk(template.plain(owner), enters=_is_compared_inside)), _ties(owner))
-        for owner in template.owners
-    ]
+class OwnerCheck:
+    """The owners of a template and what each should hold.
 
-
-def restore_optimizers(expected: Sequence[Expected]) -> None:
-    """Restore the stored tensors and values where torch's optimizers have converted them.
-
-    `Optimizer.load_state_dict` casts all state except `step` to the dtype of its parameter, and
-    treats a string as an iterable: it becomes a generator object.
+    It is made before the owners get their state, since they may change what they get.
     """
-    for one in expected:
-        optimizer = one.owner.owner
-        if not is_by_number(optimizer, one.owner.own) or _has_hooks(optimizer):
-            continue
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for path, leaf in one.leaves.items():
-            if len(path) < 3 or path[0] != "state" or not isinstance(path[1], int):
+
+    def __init__(self, template: Template) -> None:
+        self._expected = [
+            _Expected(one, dict(walk(template.plain(one), enters=_is_compared_inside)), _ties(one))
+            for one in template.owners
+        ]
+
+    def restore_optimizers(self) -> None:
+        """Restore the stored tensors and values where torch's optimizers have converted them.
+
+        `Optimizer.load_state_dict` casts all state except `step` to the dtype of its parameter, and
+        treats a string as an iterable: it becomes a generator object.
+        """
+        for one in self._expected:
+            optimizer = one.owner.owner
+            if not is_by_number(optimizer, one.owner.own) or _has_hooks(optimizer):
                 continue
-            if path[1] < len(parameters):
-                _restore(optimizer.state.get(parameters[path[1]]), path[2:], leaf)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for path, leaf in one.leaves.items():
+                if len(path) < 3 or path[0] != "state" or not isinstance(path[1], int):
+                    continue
+                if path[1] < len(parameters):
+                    _restore(optimizer.state.get(parameters[path[1]]), path[2:], leaf)
 
+    def differences(self, *, rank: int) -> dict[str, str]:
+        """Return what owners do not hold as it was stored, by FQN; calls their `state_dict()`."""
+        differences: dict[str, str] = {}
+        for one in self._expected:
+            prefix, owner = one.owner.path, one.owner.owner
+            kind = type(owner).__name__
+            if _has_hooks(owner):  # hooks change what is loaded on purpose
+                continue
+            found = dict(walk(with_own(owner.state_dict(), rank), enters=_is_compared_inside))
+            for path, leaf in one.leaves.items():
+                fqn = fqn_of((*prefix, *path))
+                if path not in found:
+                    differences[fqn] = f"{fqn!r} is not in what {kind}.state_dict() returns now"
+                elif (reason := _difference(leaf, found[path])) is not None:
+                    differences[fqn] = f"{fqn!r} {reason} ({kind})"
+            for names in one.ties:
+                if len({id(tensor) for name, tensor in _named_tensors(owner) if name in names}) > 1:
+                    fqn, tied = fqn_of((*prefix, min(names))), ", ".join(sorted(names))
+                    differences[fqn] = f"{fqn!r} is no longer tied: {tied} were one tensor ({kind})"
+        return differences
 
-def compare_owners(expected: Sequence[Expected], *, rank: int) -> dict[str, str]:
-    """Return what owners do not hold as it was stored, by FQN; it calls their `state_dict()`."""
-    differences: dict[str, str] = {}
-    for one in expected:
-        prefix, kind = one.owner.path, type(one.owner.owner).__name__
-        if _has_hooks(one.owner.owner):  # hooks change what is loaded on purpose
-            continue
-        found = dict(walk(with_own(one.owner.owner.state_dict(), rank), enters=_is_compared_inside))
-        for path, leaf in one.leaves.items():
-            fqn = fqn_of((*prefix, *map(str, path)))
-            if path not in found:
-                differences[fqn] = f"{fqn!r} is not in what {kind}.state_dict() gives now"
-            elif (reason := _difference(leaf, found[path])) is not None:
-                differences[fqn] = f"{fqn!r} {reason} ({kind})"
-        for names in one.ties:
-            held = {id(t) for name, t in _named_tensors(one.owner.owner) if name in names}
-            if len(held) > 1:
-                fqn = fqn_of((*prefix, min(names)))
-                shown = ", ".join(sorted(names))
-                differences[fqn] = f"{fqn!r} is no longer tied: {shown} were one tensor ({kind})"
-    return differences
+    def left_on_meta(self) -> Iterator[str]:
+        """Yield the FQNs of modules' tensors that the load did not fill and that have no memory.
 
-
-def left_on_meta(template: Template) -> Iterator[str]:
-    """Yield the FQNs of modules' tensors that the load did not fill and that have no memory.
-
-    They are buffers that are not persistent, and tensors that the options exclude.
-    """
-    for one in template.owners:
-        if one.variables:
-            named = chain(one.owner.named_parameters(), one.owner.named_buffers())
-            yield from (fqn_of((*one.path, name)) for name, tensor in named if tensor.is_meta)
+        They are buffers that are not persistent, and tensors that the options exclude.
+        """
+        for one in (expected.owner for expected in self._expected):
+            if one.variables:
+                named = chain(one.owner.named_parameters(), one.owner.named_buffers())
+                yield from (fqn_of((*one.path, name)) for name, tensor in named if tensor.is_meta)
 
 
 def _is_compared_inside(value: object) -> bool:

@@ -17,13 +17,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.distributed.checkpoint import default_planner as torch_planner
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     StorageMeta,
     TensorProperties,
-    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
     SavePlan,
@@ -37,6 +35,7 @@ from dcpstore.formats.composition import Composition
 from dcpstore.geometry.boxes import Box
 from dcpstore.planning.global_plan import plan_globally
 from dcpstore.planning.plan_table import GlobalTable, PlanTable
+from dcpstore.planning.torch_metadata import describe_plans
 from dcpstore.records import ObjectPath
 from dcpstore.state.composed import flatten_parts, take_apart
 from dcpstore.state.shards import flat_shards, is_sharded, local_shards, no_shard
@@ -146,7 +145,7 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
             dataclasses.replace(plan, items=[plan.items[i] for i in table.kept(rank)])
             for rank, plan in enumerate(all_plans)
         ]
-        described = Metadata(_describe(plans))
+        described = Metadata(describe_plans(plans))
         if self.flatten_state_dict:
             self.recorded_paths = recorded_paths(plan.planner_data for plan in plans)
             plain = {fqn: tuple(path) for fqn, path in self.recorded_paths.items()}
@@ -193,19 +192,3 @@ def planner_of(planner: SavePlanner | None, *, is_whole: bool) -> SavePlanner:
     if isinstance(planner, DefaultSavePlanner):
         planner.is_whole = is_whole
     return planner
-
-
-def _describe(plans: list[SavePlan]) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:
-    described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    for plan in plans:
-        for item in plan.items:
-            data = item.tensor_data
-            if data is None:
-                described[item.index.fqn] = BytesStorageMetadata()
-                continue
-            tensor = described.setdefault(
-                item.index.fqn, TensorStorageMetadata(data.properties, data.size, [])
-            )
-            assert isinstance(tensor, TensorStorageMetadata)
-            tensor.chunks.append(data.chunk)
-    return described

@@ -40,7 +40,6 @@ __all__ = [
     "check_fillable",
     "check_keys",
     "common_growth",
-    "give_state",
     "take_state",
     "take_template",
 ]
@@ -162,6 +161,21 @@ class Template:
             laid._metadata = own._metadata
         container[key] = laid
 
+    def give_back(self, state_dict: MutableMapping[str, Any], *, rank: int) -> None:
+        """Give the filled plain state back to the objects of `state_dict` that it came from."""
+        tied: dict[int, torch.Tensor] = {}
+        for one in self.owners:
+            given = with_objects(one.own, self.plain(one), rank)
+            if one.variables:
+                _tie(one.variables, given, tied)
+                one.owner.load_state_dict(given, assign=True)  # meta tensors cannot be copied into
+            else:
+                one.owner.load_state_dict(given)
+        for key, value in self.state.items():
+            # Items that were filled in place are set too, as torch's load does.
+            if not _is_stateful(state_dict[key]):
+                state_dict[key] = give_own(state_dict[key], value, rank, is_owner=_is_stateful)
+
 
 def common_growth(ranks: Sequence[Mapping[str, frozenset[str]]]) -> dict[str, frozenset[str]]:
     """Return the FQNs that no rank's owner names, by the owner's FQN.
@@ -233,21 +247,6 @@ def take_template(
             one.below = _below(one.path, stored, options)
             one.grown = frozenset(one.below.keys() - named)
     return Template(owners, state, tuple(optional), template.differences)
-
-
-def give_state(state_dict: MutableMapping[str, Any], filled: Template, *, rank: int) -> None:
-    """Give the `filled` plain state back to the objects that it came from."""
-    tied: dict[int, torch.Tensor] = {}
-    for one in filled.owners:
-        given = with_objects(one.own, filled.plain(one), rank)
-        if one.variables:
-            _tie(one.variables, given, tied)
-            one.owner.load_state_dict(given, assign=True)  # meta tensors cannot be copied into
-        else:
-            one.owner.load_state_dict(given)
-    for key, value in filled.state.items():
-        if not _is_stateful(state_dict[key]):  # also what was filled in place: torch's load does so
-            state_dict[key] = give_own(state_dict[key], value, rank, is_owner=_is_stateful)
 
 
 def _taken(

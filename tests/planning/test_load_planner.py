@@ -15,12 +15,12 @@ from dcpstore import LoadOptions
 from dcpstore.errors import InvalidInputError, MismatchError, UnsafeDataError
 from dcpstore.geometry.grids import Grid
 from dcpstore.planning.load_planner import DefaultLoadPlanner, ValueFile
-from dcpstore.planning.version_metadata import describe_entries
+from dcpstore.planning.torch_metadata import describe_version
 from dcpstore.records import EntryRecord, TensorRecord
 
 
 def version(*entries: EntryRecord) -> Metadata:
-    return describe_entries(entries, StorageMeta())
+    return describe_version(entries, StorageMeta())
 
 
 def tensor(fqn: str, *parts: Grid, shape: tuple[int, ...] = (4, 3)) -> EntryRecord:

@@ -40,6 +40,10 @@ def sparse(layout: torch.layout, dense: torch.Tensor = DENSE) -> torch.Tensor:
         return dense.to_sparse(layout=layout, blocksize=blocks)
 
 
+def coo(indices: Any, values: Any, size: tuple[int, ...]) -> torch.Tensor:
+    return torch.sparse_coo_tensor(indices, values, size, check_invariants=True)
+
+
 def jagged(*lengths: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     rows = [torch.arange(2.0 * n, dtype=dtype).reshape(n, 2) + n for n in lengths]
     return torch.nested.nested_tensor(rows, layout=torch.jagged)
@@ -84,19 +88,18 @@ def pairs() -> dict[str, Pair]:
                 lambda layout=layout: sparse(layout, BATCH),
                 lambda layout=layout: sparse(layout, torch.ones(2, 4, 6)),
             )
-    scalar = torch.sparse_coo_tensor(torch.zeros(0, 1, dtype=torch.int64), [5.0], ())
+    none = torch.zeros(0, 0, dtype=torch.int64)
     found["coo without dimensions"] = (
-        scalar.clone,
-        lambda: torch.sparse_coo_tensor(torch.zeros(0, 0, dtype=torch.int64), [], ()),
+        lambda: coo(torch.zeros(0, 1, dtype=torch.int64), [5.0], ()),
+        lambda: coo(none, [], ()),
     )
-    twice = torch.tensor([[0, 0], [1, 1]])
     found["coo with an index twice"] = (
-        lambda: torch.sparse_coo_tensor(twice, torch.tensor([1.0, 2.0]), (2, 3)),
-        lambda: torch.sparse_coo_tensor(twice[:, :1], torch.tensor([7.0]), (2, 3)),
+        lambda: coo([[0, 0], [1, 1]], [1.0, 2.0], (2, 3)),
+        lambda: coo([[0], [1]], [7.0], (2, 3)),
     )
     found["hybrid coo"] = (
-        lambda: torch.sparse_coo_tensor([[0, 2]], torch.arange(8.0).reshape(2, 2, 2), (3, 2, 2)),
-        lambda: torch.sparse_coo_tensor([[1]], torch.ones(1, 2, 2), (3, 2, 2)),
+        lambda: coo([[0, 2]], torch.arange(8.0).reshape(2, 2, 2), (3, 2, 2)),
+        lambda: coo([[1]], torch.ones(1, 2, 2), (3, 2, 2)),
     )
     found["jagged"] = (lambda: jagged(3, 1, 2), lambda: jagged(2, 2, 2))
     found["jagged bfloat16"] = (

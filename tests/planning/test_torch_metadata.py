@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from dcpstore.geometry.grids import Grid
-from dcpstore.planning.version_metadata import describe_entries
+from dcpstore.planning.torch_metadata import describe_version
 from dcpstore.records import EntryRecord, TensorRecord
 
 
@@ -26,7 +26,7 @@ def boxes(described: object) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
 
 def test_a_tensor_is_one_box_whatever_its_parts() -> None:
     halves = Grid((0, 0), (2, 6), (1, 3)), Grid((2, 0), (2, 6), (2, 2))
-    described = describe_entries([entry("m.w", (4, 6), *halves)], StorageMeta())
+    described = describe_version([entry("m.w", (4, 6), *halves)], StorageMeta())
     kept = described.state_dict_metadata["m.w"]
     assert boxes(kept) == [((0, 0), (4, 6))]
     assert isinstance(kept, TensorStorageMetadata)
@@ -34,13 +34,13 @@ def test_a_tensor_is_one_box_whatever_its_parts() -> None:
 
 
 def test_a_tensor_that_is_stored_only_in_part_is_described_by_its_parts() -> None:
-    described = describe_entries([entry("w", (4, 6), Grid((2, 0), (2, 6), (2, 2)))], StorageMeta())
+    described = describe_version([entry("w", (4, 6), Grid((2, 0), (2, 6), (2, 2)))], StorageMeta())
     assert boxes(described.state_dict_metadata["w"]) == [((2, 0), (2, 6))]
 
 
 def test_a_scalar_and_an_empty_tensor_are_whole() -> None:
     entries = [entry("scalar", (), Grid((), (), ())), entry("empty", (0, 3))]
-    described = describe_entries(entries, StorageMeta()).state_dict_metadata
+    described = describe_version(entries, StorageMeta()).state_dict_metadata
     assert boxes(described["scalar"]) == [((), ())]
     assert boxes(described["empty"]) == [((0, 0), (0, 3))]
 
@@ -48,7 +48,7 @@ def test_a_scalar_and_an_empty_tensor_are_whole() -> None:
 def test_values_and_blobs_are_bytes_and_every_path_is_described() -> None:
     meta = StorageMeta(checkpoint_id="here")
     blob = entry("b", (9,), Grid((0,), (9,), (9,)), kind="blob")
-    described = describe_entries([blob, EntryRecord("opt.lr", ("opt", "lr"), "value")], meta)
+    described = describe_version([blob, EntryRecord("opt.lr", ("opt", "lr"), "value")], meta)
     assert described.state_dict_metadata == {
         "b": BytesStorageMetadata(),
         "opt.lr": BytesStorageMetadata(),
