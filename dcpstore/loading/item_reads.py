@@ -14,11 +14,11 @@ from dcpstore.catalog.catalog import Catalog
 from dcpstore.core.gc_pause import gc_allowed
 from dcpstore.core.progress import ProgressBar
 from dcpstore.encoding.values import PlannerBytes, check_safe, decode_value, depends_on_template
-from dcpstore.errors import CorruptionError, InvalidInputError, MismatchError, UnsafeDataError
+from dcpstore.errors import InvalidInputError, MismatchError
 from dcpstore.geometry.boxes import Box
 from dcpstore.planning.load_planner import DefaultLoadPlanner, ValueFile
 from dcpstore.reading.box_reads import BoxRequest, find_chunks, read_boxes
-from dcpstore.reading.selection import read_values
+from dcpstore.reading.selection import errors_named, read_values
 from dcpstore.records import EntryRecord
 from dcpstore.storage.packs import PackReader
 
@@ -49,14 +49,13 @@ def check_values(
         if entry is None or entry.value is None:
             continue
         try:
-            if not allow_pickle:
-                check_safe(entry.value)
-            if entry.kind == "value" and depends_on_template(entry.value):
-                decode_value(entry.value, allow_pickle=False, template=_template(planner, item))
+            with errors_named(entry.fqn, version=version):
+                if not allow_pickle:
+                    check_safe(entry.value)
+                if entry.kind == "value" and depends_on_template(entry.value):
+                    decode_value(entry.value, allow_pickle=False, template=_template(planner, item))
         except MismatchError as error:
-            differences += (f"{entry.fqn!r} {difference}" for difference in error.differences)
-        except (UnsafeDataError, CorruptionError) as error:
-            raise type(error)(f"v{version}: {entry.fqn!r}: {error}") from error
+            differences += error.differences
     if differences:
         raise MismatchError.listing(differences)
 

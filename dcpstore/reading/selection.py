@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from types import EllipsisType
 from typing import Any
@@ -13,20 +14,14 @@ from dcpstore.catalog.catalog import Catalog
 from dcpstore.encoding.composed_tensors import put_together
 from dcpstore.encoding.dtypes import torch_dtype
 from dcpstore.encoding.values import decode_value
-from dcpstore.errors import (
-    CorruptionError,
-    DcpstoreError,
-    InvalidInputError,
-    MismatchError,
-    UnsafeDataError,
-)
+from dcpstore.errors import DcpstoreError, InvalidInputError, MismatchError
 from dcpstore.formats.composition import ComposedEntry, fold_entries
 from dcpstore.geometry.boxes import Box
 from dcpstore.reading.box_reads import BoxRequest, read_boxes
 from dcpstore.records import EntryRecord
 from dcpstore.storage.packs import PackReader
 
-__all__ = ["Index", "read_entries", "read_values"]
+__all__ = ["Index", "errors_named", "read_entries", "read_values"]
 
 
 def read_values(
@@ -64,17 +59,22 @@ def read_values(
         assert entry.value is not None
         blob = blobs.get(entry.fqn)
         data = None if blob is None else blob.numpy().tobytes()
-        try:
+        with errors_named(entry.fqn, version=version):
             values.append(
                 decode_value(entry.value, data, allow_pickle=allow_pickle, template=template)
             )
-        except MismatchError as error:
-            raise MismatchError.listing(
-                f"{entry.fqn!r} {difference}" for difference in error.differences
-            ) from error
-        except (UnsafeDataError, CorruptionError) as error:
-            raise type(error)(f"v{version}: {entry.fqn!r}: {error}") from error
     return values
+
+
+@contextmanager
+def errors_named(fqn: str, *, version: int) -> Iterator[None]:
+    """Add the FQN, and the version if it is to blame, to errors of dcpstore in the block."""
+    try:
+        yield
+    except MismatchError as error:
+        raise MismatchError.listing(f"{fqn!r} {line}" for line in error.differences) from error
+    except DcpstoreError as error:
+        raise type(error)(f"v{version}: {fqn!r}: {error}") from error
 
 
 Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
@@ -131,10 +131,8 @@ def read_entries(
 
 def _together(one: ComposedEntry, found: Mapping[str, Any], version: int) -> torch.Tensor:
     parts = {one.part_name(part): found[part.fqn] for part in one.parts}
-    try:
+    with errors_named(one.fqn, version=version):
         return put_together(one.composition, parts)
-    except DcpstoreError as error:
-        raise type(error)(f"v{version}: {one.fqn!r}: {error}") from error
 
 
 def _room(fqn: str, box: Box, dtype: torch.dtype) -> torch.Tensor:
