@@ -127,7 +127,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"exclude": ["modle"]}, NotFoundError, "'modle'.*dcpstore ls v1"),
     ({"include": "model"}, InvalidInputError, r"pass a list: \['model'\]"),
     ({"rename": 3}, InvalidInputError, "neither a mapping nor a function"),
-    ({"rename": lambda fqn: 3}, InvalidInputError, "not an FQN"),
+    ({"rename": lambda fqn: 3}, InvalidInputError, "must return an FQN"),
     ({"rename": lambda fqn: "x"}, InvalidInputError, "both be exported as 'x'"),
     ({"strip_prefix": None}, InvalidInputError, "pass text"),
     ({"includes": []}, TypeError, "includes"),
