@@ -70,7 +70,7 @@ def find_overlap(boxes: Sequence[Box]) -> tuple[int, int] | None:
     sweep = max(dims, key=lambda d: len({boxes[i].offsets[d] for i in live}), default=None)
     if sweep is None:  # two boxes without dimensions are the same element
         return live[0], live[1]
-    active: list[int] = []
+    active: list[int] = []  # boxes that reach past the current start
     for i in sorted(live, key=lambda i: boxes[i].offsets[sweep]):
         start = boxes[i].offsets[sweep]
         active = [j for j in active if boxes[j].stops[sweep] > start]

@@ -56,7 +56,7 @@ class Grid:
         if self.is_one_cell:
             return self.box
         index = []
-        for count in reversed(self.counts):
+        for count in reversed(self.counts):  # row-major: the last dimension changes fastest
             ordinal, i = divmod(ordinal, count)
             index.append(i)
         starts = tuple(i * c for i, c in zip(reversed(index), self.chunk_shape, strict=True))
@@ -97,6 +97,7 @@ class Grid:
         while split and lasts[split - 1] - firsts[split - 1] + 1 == counts[split - 1]:
             split -= 1
         inner = math.prod(counts[split:])
+        # The dimension before `split` makes one range; each index of those before it another one.
         lead = max(split - 1, 0)
         for prefix in itertools.product(
             *(range(f, last + 1) for f, last in zip(firsts[:lead], lasts[:lead], strict=True))
@@ -165,7 +166,7 @@ def lay_grids(
     covers = parent and cover(parent, tuple(shape))
     if covers and all(grid.holds_whole_cells(box) for box in boxes for grid in parent):
         return tuple(parent)
-    live = {box for box in boxes if box.volume}
+    live = {box for box in boxes if box.volume}  # empty boxes have no boundary
     steps = tuple(_step(n, dim, live) for dim, n in enumerate(shape))
     grid = lay_regular(tuple(shape), itemsize, steps, pieces=len(live), target=target)
     return lay_parts(itemsize, list(live), target=target) if grid is None else (grid,)
@@ -225,7 +226,7 @@ def _tile(shape: Sequence[int], steps: Sequence[int], itemsize: int) -> list[int
     """
     extents = [step or n for n, step in zip(shape, steps, strict=True)]
     cut = list(steps)
-    for _ in range(2):
+    for _ in range(2):  # at most two halvings a dimension: a quarter of a shard
         for dim in sorted(range(len(extents)), key=lambda dim: -extents[dim]):
             if itemsize * math.prod(extents) > _TILE and extents[dim] % 2 == 0:
                 extents[dim] //= 2
@@ -248,6 +249,7 @@ def _chunk_shape(
         most = max(target // rest, 1)
         if not step:
             n = shape[dim]
+            # No boundary to keep, so any size will do: halve and let the last cell be padded.
             halvings = (-(-n // most) - 1).bit_length()
             extents[dim] = -(-n // 2**halvings)
         else:

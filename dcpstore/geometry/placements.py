@@ -39,7 +39,7 @@ def local_boxes(shape: Sequence[int], splits: Sequence[Split]) -> list[tuple[Box
     A contiguous shard gives one pair, an empty shard none.
     """
     runs: list[list[Run]] = [[(0, n)] for n in shape]
-    for split in splits:
+    for split in splits:  # each cuts what the splits before it have left to this rank
         pieces = _cut(runs[split.dim], split.factor)
         ours = [_cut(piece, split.count)[split.index] for piece in pieces]
         runs[split.dim] = _join([run for piece in ours for run in piece])
@@ -48,6 +48,7 @@ def local_boxes(shape: Sequence[int], splits: Sequence[Split]) -> list[tuple[Box
         sizes = tuple(stop - start for (start, stop), _ in chosen)
         if all(sizes):
             offsets = tuple(start for (start, _), _ in chosen)
+            # The local tensor holds the runs of a dimension one after another.
             pairs.append((Box(offsets, sizes), Box(tuple(at for _, at in chosen), sizes)))
     return pairs
 

@@ -83,6 +83,7 @@ class ItemReads:
             if item.type == LoadItemType.BYTE_IO:
                 self._values.append((item, entry))
                 continue
+            # A leaf that requires a gradient cannot be written in place.
             target = planner.resolve_tensor(item).detach()
             if target.size() != item.lengths:
                 raise InvalidInputError(
@@ -90,6 +91,7 @@ class ItemReads:
                     f"sizes {tuple(item.lengths)} of {item.storage_index.fqn!r}; the two must be "
                     "equal."
                 )
+            # Torch counts offsets from the stored box, the catalog from the tensor.
             start = item.storage_index.offset or (0,) * len(item.lengths)
             offsets = tuple(a + b for a, b in zip(start, item.storage_offsets, strict=True))
             self._tensors.append((item, target))
@@ -138,6 +140,7 @@ class ItemReads:
         for item, target in self._tensors:
             self._planner.commit_tensor(item, target)
         for (item, _), value in zip(self._values, values, strict=True):
+            # Our own `load_bytes` would read back what `ValueFile` writes: both are left out.
             if _takes_values(self._planner) and not isinstance(value, PlannerBytes):
                 self._planner.load_value(item, value)
             else:

@@ -188,6 +188,7 @@ def _tensor_difference(stored: torch.Tensor, found: Any) -> str | None:
     kinds = [f"{tensor.dtype} of shape {tuple(tensor.size())}" for tensor in (stored, found)]
     if kinds[0] != kinds[1]:
         return f"was stored as {kinds[0]}, and is {kinds[1]} now"
+    # The two may be of different classes, and then have different numbers of local tensors.
     pairs = [*zip(_local(stored), _local(found), strict=False)]
     if any(b.is_meta and not a.is_meta for a, b in pairs):
         return "is still on the meta device"

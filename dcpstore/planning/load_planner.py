@@ -85,11 +85,12 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         self.stored: set[str] = set()
         self.optional: Sequence[str] = ()
         self.compositions: Mapping[str, Composition] = {}
-        self._places: Mapping[str, Place] = {}
-        self._names: list[str] | None = None
+        self._places: Mapping[str, Place] = {}  # of the items, in the caller's state
+        self._names: list[str] | None = None  # of the version, sorted when first needed
         self._composed = Assemblies({}, {}, self.options.stored_name)
+        # By the id of a meta tensor: the tensor itself, and the one with memory that replaces it.
         self._rooms: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._views: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}  # by FQN and offsets
 
     def set_up_planner(
         self,
@@ -210,6 +211,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         lacked = []
         for fqn, name in absent:
             wanted = self.state_dict[fqn]
+            # A sharded tensor has no address as a whole, and is never another one's twin.
             is_twin = isinstance(wanted, torch.Tensor) and not is_sharded(wanted)
             if is_twin and wanted.numel() and memory_of(wanted) in filled:
                 continue
@@ -276,6 +278,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
             fault = None if is_meta else target_fault(shard.data)
             if fault is not None:
                 differences.append(f"{fqn!r} {fault}")
+            # The stored boxes do not overlap, so volumes show whether they cover the shard.
             lacking = shard.box.volume
             for i, box in enumerate(stored):
                 shared = box.intersect(shard.box)
@@ -451,6 +454,7 @@ def _renames(absent: Sequence[tuple[str, str]], stored: Collection[str]) -> list
     if not absent:
         return []
     known = set(stored)
+    # First the simple cases: one wrapper is in all names of the state, or in all of the version.
     for wrapper in _WRAPPERS:
         if all(wrapper in name and name.replace(wrapper, "") in known for _, name in absent):
             return [f"the version's names lack {wrapper!r}; pass {_call(wrapper, '')}"]
@@ -458,6 +462,7 @@ def _renames(absent: Sequence[tuple[str, str]], stored: Collection[str]) -> list
             old, new = f"{key}.", f"{key}.{wrapper}"
             if all(name.replace(old, new, 1) in known for _, name in absent):
                 return [f"the version's names have {wrapper!r}; pass {_call(old, new)}"]
+    # Otherwise several wrappers differ: compare the names without any of them.
     plain: dict[str, str] = {}
     for name in known:
         plain.setdefault(_unwrapped(name), name)

@@ -91,6 +91,7 @@ class PlanTable:
             fqn = item.index.fqn
             are_buffers.append(chunk is not None and (fqn in buffers or is_statistic(fqn)))
         dims = max(map(len, sizes), default=0)
+        # Pickled here and not with the table: ranks with equal names then send equal bytes.
         rows = BoxTable(
             np.array(numbers, np.int64), padded(offsets, dims, 0), padded(sizes, dims, 1)
         )
@@ -142,6 +143,7 @@ class GlobalTable:
                 known[table.names] = np.array(
                     [numbers.setdefault(name, len(numbers)) for name in names], np.int64
                 )
+        # All below is done in columns: a loop over the items of all ranks would take seconds.
         counts = [len(table.rows) for table in tables]
         own = BoxTable.joined([table.rows for table in tables])
         tensor = np.concatenate([known[table.names][table.rows.tensor] for table in tables])
@@ -152,6 +154,7 @@ class GlobalTable:
             rank=np.repeat(np.arange(len(tables)), counts),
             position=np.concatenate([np.arange(count) for count in counts]),
             is_buffer=np.concatenate([table.is_buffer for table in tables]),
+            # Equal planner data is unpickled once, in the order of the ranks.
             planner_data=[pickle.loads(data) for data in {table.paths: None for table in tables}],
         )
 
@@ -191,8 +194,9 @@ class GlobalTable:
         number = np.full(len(self.names), -1)
         number[[i for _, i in names]] = np.arange(len(names))
         tensor = number[self.rows.tensor]
+        # `lexsort` sorts by its last key first: by tensor, then rank, then box.
         order = np.lexsort((*self.rows.sizes.T, *self.rows.offsets.T, self.rank, tensor))
-        order = order[tensor[order] >= 0]
+        order = order[tensor[order] >= 0]  # values have no box
         rows = self.rows.take(order)
         digest = hasher(repr((self.ranks, [fqn for fqn, _ in names])).encode())
         columns = (tensor[order], self.rank[order], rows.offsets, rows.sizes)

@@ -67,7 +67,9 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
             itself, the boxes need not fill their tensors.
     """
 
-    recorded_paths: Mapping[str, ObjectPath] = MappingProxyType({})
+    recorded_paths: Mapping[str, ObjectPath] = MappingProxyType(
+        {}
+    )  # read-only: one for all planners
     is_whole = True
 
     def set_up_planner(
@@ -148,6 +150,7 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
         described = Metadata(describe_plans(plans))
         if self.flatten_state_dict:
             self.recorded_paths = recorded_paths(plan.planner_data for plan in plans)
+            # Torch's description has plain tuples; the marks of the paths are in `recorded_paths`.
             plain = {fqn: tuple(path) for fqn, path in self.recorded_paths.items()}
             described = dataclasses.replace(described, planner_data=plain)
         self.global_plan, self.metadata = plans, described
@@ -160,6 +163,7 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         """Return the value, or the local view of the box, that `index` names."""
+        # Only boxes of tensors have views; values are looked up in the state.
         view = self._views.get((index.fqn, tuple(index.offset or ())))
         return self.state_dict[index.fqn] if view is None else view
 
@@ -175,6 +179,7 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         """Return an item's data: a local view without gradient, or torch's bytes of a value."""
         found = self.transform_object(write_item, self.lookup_object(write_item.index))
+        # numpy, which reads the bytes, refuses tensors that require a gradient.
         data: torch.Tensor | io.BytesIO = (
             found.detach() if isinstance(found, torch.Tensor) else found
         )

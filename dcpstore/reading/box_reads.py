@@ -174,6 +174,7 @@ def read_boxes(
                 filling.take(array, chunk.part, chunk.ordinal)
         return sum(chunk.length for chunk in batch)
 
+    # Reads, decoders and digests release the GIL, so threads use all cores.
     with ThreadPoolExecutor(torch.get_num_threads(), "dcpstore-read") as pool:
         nbytes = 0
         batches = in_batches(

@@ -42,6 +42,7 @@ def read_values(
         UnsafeDataError: one is a pickle, and `allow_pickle` is False.
         CorruptionError: the text or the bytes of one are damaged.
     """
+    # All blobs are read in one call, so that they take one query.
     blobs = {
         entry.fqn: torch.empty(entry.tensor.shape, dtype=torch.uint8, device="cpu")
         for entry in entries
@@ -113,7 +114,7 @@ def read_entries(
         box, rest[entry.fqn] = _boxed(entry.fqn, entry.tensor.shape, indices.get(entry.fqn, ...))
         target = _room(entry.fqn, box, torch_dtype(entry.tensor.dtype))
         found[entry.fqn] = target
-        if box.volume:
+        if box.volume:  # a box without elements needs no chunk
             requests.append(BoxRequest(entry, box, target))
     read_boxes(requests, catalog, packs, version=version, verify=verify)
     for fqn, index in rest.items():
@@ -139,7 +140,7 @@ def _room(fqn: str, box: Box, dtype: torch.dtype) -> torch.Tensor:
     """Return uninitialised memory for a box of a stored tensor."""
     try:
         return torch.empty(box.sizes, dtype=dtype, device="cpu")
-    except RuntimeError as error:
+    except RuntimeError as error:  # torch does not raise MemoryError
         raise DcpstoreError(
             f"not enough memory for {fqn!r}: {box.volume} elements of {dtype}; read slices of it, "
             "or run 'dcpstore verify' if the tensor should not be so large."
@@ -167,7 +168,7 @@ def _boxed(fqn: str, shape: tuple[int, ...], index: Index) -> tuple[Box, tuple[i
         elif isinstance(part, int) and not isinstance(part, bool) and -n <= part < n:
             offsets.append(part % n)
             sizes.append(1)
-            rest.append(0)
+            rest.append(0)  # drops the dimension, as an integer index does
         else:
             raise InvalidInputError(
                 f"index {part!r} does not fit {fqn!r} of shape {shape}; use integers inside it, "

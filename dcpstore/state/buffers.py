@@ -70,4 +70,5 @@ def _address(tensor: torch.Tensor) -> tuple[str, int] | None:
         address = local.data_ptr()
     except RuntimeError:  # a tensor without storage
         return None
+    # A tensor without elements has the address 0, which is not its own.
     return (str(local.device), address) if address else None

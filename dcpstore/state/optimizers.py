@@ -151,8 +151,9 @@ def prepare_optimizer(
                 own.get(i, ABSENT), _tree(some), partial(_like, parameters[i], dry_run=dry_run)
             )
             for i, some in _by_index(of_parameters).items()
-            if not _has_all(own.get(i), some)
+            if not _has_all(own.get(i), some)  # which saves the work of an overlay
         }
+        # The list of parameters is the optimizer's own: its length has been compared above.
         options_of = _by_index(one for one in of_groups if one.path[0] != "params")
         groups = [
             lay_over(group, _tree(options_of.get(i, [])), partial(new_target, dry_run=dry_run))

@@ -91,7 +91,7 @@ def lay_over(own: Any, stored: Node, make: MakeTarget, *, replaces: bool = False
     is_same = all(key in mine and mine[key] is value for key, value in laid.items())
     if is_same and isinstance(own, Mapping) and isinstance(own, OrderedDict) == is_ordered:
         return own
-    merged = {**mine, **laid}
+    merged = {**mine, **laid}  # the owner's own order first
     return OrderedDict(merged) if is_ordered else merged
 
 

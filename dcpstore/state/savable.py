@@ -70,7 +70,7 @@ def storage_nbytes(state: Mapping[str, Any]) -> int:
     storages: dict[int, int] = {}
     for _, tensor in _local_tensors(state):
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        storages[storage.data_ptr()] = storage.nbytes()  # views of one storage count once
     return sum(storages.values())
 
 

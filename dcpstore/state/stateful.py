@@ -233,6 +233,7 @@ def take_template(
                 prepare_optimizer(one.owner, one.path, mine, stored, options, dry_run=dry_run)
             )
         elif one.is_module:
+            # A module names its tensors, but cannot know the form of its stored extra state.
             _join_tied(one, mine, first)
             below = _below(one.path, stored, options)
             extra = [

@@ -74,6 +74,7 @@ class FlatPaths(dict[str, ObjectPath]):
         """Return the path of an FQN, with the kinds of its parts."""
         path = self[fqn]
         marks = ""
+        # Nearly all states have only dicts of text keys and lists, and so no marks.
         for i, part in enumerate(path) if self.marks else ():
             mark = self.marks.get(path[:i], _TEXT)
             marks += mark if isinstance(mark, str) else mark.get(part, _TEXT)
@@ -120,6 +121,7 @@ class _Opened:
         assert self._place is not None, "a state is a mapping"
         if not self._place.is_open:
             return False
+        # Try it with an item of its own: there is no other way to know.
         key, item = next(iter(items_in(self.value)))
         try:
             return type(_with_item(self.value, key, item)) is type(self.value)
@@ -300,7 +302,7 @@ def _literal(text: str) -> Any:
         hash(key)
     except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError(f"{text[:80]!r} is not the text of a key") from error
-    if repr(key) != text:
+    if repr(key) != text:  # such as "1_0" or "0x1": literals too, but not the text of a key
         raise ValueError(f"{text[:80]!r} is not the text of a key")
     return key
 
@@ -436,6 +438,7 @@ def nested_state(items: Mapping[str, Any], paths: Mapping[str, ObjectPath]) -> A
             node.marks.setdefault(part, marks[i])
             inner = node.inside.get(part, _NOTHING)
             is_last = i == len(path) - 1
+            # Inner containers become nodes, also in the place of one that is empty on some rank.
             if inner is _NOTHING and is_last:
                 node.inside[part] = item
             elif is_last and isinstance(inner, _Node) and is_empty_container(item):
@@ -521,6 +524,7 @@ def _with_numbers(node: dict[Any, Any]) -> dict[Any, Any]:
         isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
     ):
         return node
+    # Such paths have text keys; the numbers of the parameters tell which of them were integers.
     names = {str(n): n for group in groups for n in group["params"] if type(n) is int}
     state = node.get("state", {})
     if not isinstance(state, dict):
