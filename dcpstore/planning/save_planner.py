@@ -67,9 +67,8 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
             itself, the boxes need not fill their tensors.
     """
 
-    recorded_paths: Mapping[str, ObjectPath] = MappingProxyType(
-        {}
-    )  # read-only: one for all planners
+    # Read-only, because all planners share this default.
+    recorded_paths: Mapping[str, ObjectPath] = MappingProxyType({})
     is_whole = True
 
     def set_up_planner(
