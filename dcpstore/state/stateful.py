@@ -23,14 +23,7 @@ from dcpstore.state.composed import take_apart
 from dcpstore.state.load_options import LoadOptions
 from dcpstore.state.optimizers import is_by_number, optional_names, prepare_optimizer
 from dcpstore.state.overlay import GapError, Leaf, lay_over, new_target, tree_of
-from dcpstore.state.per_rank import (
-    PerRank,
-    give_own,
-    own_name,
-    own_names,
-    with_objects,
-    with_own,
-)
+from dcpstore.state.per_rank import PerRank, give_own, own_names, with_objects, with_own
 from dcpstore.state.tree import flattened, path_below
 from dcpstore.state.walk import PLAIN, fqn_of, is_container, map_leaves, walk
 
@@ -268,7 +261,7 @@ def _taken(
     for path in sorted(found, key=lambda path: [*map(str, path)]):  # the same order on all ranks
         value = found[path]
         if isinstance(value, PerRank):
-            plain[path] = {own_name(rank): value.value}
+            plain[path] = with_own(value, rank)
         else:
             own = value.state_dict()
             owners.append(Owner(_parts(state, path), value, own, _variables(value)))
