@@ -112,7 +112,7 @@ class Grid:
                 first, last = 0, inner - 1
             yield first, last
 
-    def meets(self, shape: Sequence[int], steps: Sequence[int]) -> bool:
+    def fits(self, shape: Sequence[int], steps: Sequence[int]) -> bool:
         """Tell whether the grid covers a tensor of `shape`, with a line at every step."""
         return self.shape == tuple(shape) and all(
             step % c == 0 for step, c in zip(steps, self.chunk_shape, strict=True)

@@ -30,8 +30,7 @@ from dcpstore.storage.packs import PackReader
 
 __all__ = [
     "BoxRequest",
-    "Filling",
-    "Held",
+    "LocalBox",
     "ReadCounts",
     "find_changed",
     "find_chunks",
@@ -50,7 +49,7 @@ class BoxRequest:
     target: torch.Tensor
 
 
-class Filling:
+class _BoxFiller:
     """Copies chunks into the target of one request; what is the same for all chunks is set up once.
 
     If the stored and the target dtype differ, values are converted as `Tensor.copy_` does.
@@ -74,7 +73,7 @@ class Filling:
             len(parts) == 1 and parts[0].is_one_cell and parts[0].shape == self._box.sizes
         )
 
-    def take(self, array: Array, part: int, ordinal: int) -> None:
+    def copy_from(self, array: Array, part: int, ordinal: int) -> None:
         """Copy the elements of a chunk that are in the box; `array` is its cell with padding."""
         if self._is_one_cell and self._memory is not None:
             self._memory[...] = array
@@ -147,7 +146,7 @@ def read_boxes(
     """Fill the targets of `requests`; each chunk is read and checked once.
 
     Args:
-        requests: what to read; values are converted as in `Filling`.
+        requests: what to read; values are converted as `Tensor.copy_` does if the dtypes differ.
         catalog: where the chunks are found.
         packs: where they are read.
         version: of the entries.
@@ -159,19 +158,19 @@ def read_boxes(
         CorruptionError: naming version, FQN, chunk, pack and offset.
     """
     # Several requests may read one stored tensor: entries with equal contents share it.
-    wanted: dict[int, list[Filling]] = {}
+    wanted: dict[int, list[_BoxFiller]] = {}
     for request in requests:
         assert request.entry.tensor is not None
-        wanted.setdefault(request.entry.tensor.id, []).append(Filling(request))
+        wanted.setdefault(request.entry.tensor.id, []).append(_BoxFiller(request))
     stored = find_chunks(((r.entry, r.box) for r in requests), catalog, version=version)
     reader = ChunkReader(packs, version=version, verify=verify)
 
     def fill(batch: Sequence[StoredChunk]) -> int:
         waiting = [wanted[chunk.tensor_id] for chunk in batch]
-        pairs = [(fillings[0].entry, c) for fillings, c in zip(waiting, batch, strict=True)]
-        for chunk, fillings, array in zip(batch, waiting, reader.read_all(pairs), strict=True):
-            for filling in fillings:
-                filling.take(array, chunk.part, chunk.ordinal)
+        pairs = [(fillers[0].entry, c) for fillers, c in zip(waiting, batch, strict=True)]
+        for chunk, fillers, array in zip(batch, waiting, reader.read_all(pairs), strict=True):
+            for filler in fillers:
+                filler.copy_from(array, chunk.part, chunk.ordinal)
         return sum(chunk.length for chunk in batch)
 
     # Reads, decoders and digests release the GIL, so threads use all cores.
@@ -204,7 +203,7 @@ def _check_complete(
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class LocalBox:
     """A box of a stored tensor; `data` returns this process's elements of any box inside it."""
 
     entry: EntryRecord
@@ -213,7 +212,7 @@ class Held:
 
 
 def find_changed(
-    held: Sequence[Held], catalog: Catalog, storage: Storage, *, version: int, pool: Executor
+    held: Sequence[LocalBox], catalog: Catalog, storage: Storage, *, version: int, pool: Executor
 ) -> set[str]:
     """Return the FQNs of which some element held here differs, in its bits, from the stored one.
 
@@ -226,7 +225,7 @@ def find_changed(
     with closing(PackReader(storage)) as packs:
         reader = ChunkReader(packs, version=version, verify=True)
 
-        def changed(one: Held) -> bool:
+        def changed(one: LocalBox) -> bool:
             assert one.entry.tensor is not None
             return any(_differs(one, reader, chunk) for chunk in by_tensor[one.entry.tensor.id])
 
@@ -237,7 +236,7 @@ def find_changed(
         }
 
 
-def _differs(one: Held, reader: ChunkReader, chunk: StoredChunk) -> bool:
+def _differs(one: LocalBox, reader: ChunkReader, chunk: StoredChunk) -> bool:
     assert one.entry.tensor is not None
     cell = one.entry.tensor.parts[chunk.part].cell(chunk.ordinal)
     shared = cell.intersect(one.box)

@@ -145,7 +145,7 @@ def _lay_by_steps(
     """
     itemsize = torch_dtype(dtype).itemsize
     grid = None
-    if len(kept) == 1 and kept[0].meets(shape, steps):
+    if len(kept) == 1 and kept[0].fits(shape, steps):
         grid = kept[0]
     elif len(kept) < 2:  # whether several kept grids fit, only the boxes show
         grid = lay_regular(shape, itemsize, steps, pieces=pieces, target=chunk.nbytes)

@@ -26,7 +26,7 @@ from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.boxes import Box
 from dcpstore.planning.plan_table import item_box
 from dcpstore.planning.save_planner import BoxResolver
-from dcpstore.reading.box_reads import Held
+from dcpstore.reading.box_reads import LocalBox
 from dcpstore.records import ChunkDefaults, ChunkKey, EntryRecord
 from dcpstore.saving.item_data import checked_tensor, encoded_item, error_of
 from dcpstore.saving.layout import Layout, blob_layout, planned_chunks
@@ -150,10 +150,10 @@ class RankData:
             for chunk, digest in zip(self.chunks, self._digests, strict=False)
         ]
 
-    def held(self, entries: Sequence[EntryRecord]) -> list[Held]:
+    def held(self, entries: Sequence[EntryRecord]) -> list[LocalBox]:
         """Return what this rank holds of stored tensors, to be compared with them."""
         return [
-            Held(entry, box, self._source(item, box) if array is None else _source_of(array, box))
+            LocalBox(entry, box, self._source(item, box) if array is None else _source_of(array, box))
             for entry in entries
             for box, item, array in self._boxes.get(entry.fqn, ())
         ]
