@@ -153,7 +153,9 @@ class RankData:
     def held(self, entries: Sequence[EntryRecord]) -> list[LocalBox]:
         """Return what this rank holds of stored tensors, to be compared with them."""
         return [
-            LocalBox(entry, box, self._source(item, box) if array is None else _source_of(array, box))
+            LocalBox(
+                entry, box, self._source(item, box) if array is None else _source_of(array, box)
+            )
             for entry in entries
             for box, item, array in self._boxes.get(entry.fqn, ())
         ]
