@@ -5,9 +5,9 @@ uses torch's own FileSystemWriter, box by box, so any number of ranks load the r
 holds the tensors of one file until the file is written (torch 2.13 collects them for another
 format), so it is given many small files, each with some boxes of tensors; that bounds its memory.
 
-The `.metadata` of a folder is a pickle, of which only torch's plain description is read. Invariant:
-only the classes named here are built from it, and what it says about the files is checked against
-them before a byte is used.
+The `.metadata` of a folder is a pickle, and only torch's plain description in it is read.
+Invariant: only the classes named here are built from it, and what it says about the files is
+checked against them before a byte is used.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def _problem(described: object) -> str | None:
                 return f"{str(fqn)[:200]!r} is not an item"
         for index, info in described.storage_data.items():
             if not _is_place(index, info):
-                return "its places are not places"
+                return "it does not say where its items are stored"
     except (AttributeError, TypeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
     return None

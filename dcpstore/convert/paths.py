@@ -1,6 +1,6 @@
 """The paths of a bridge: those it may read, and targets that appear whole or not at all.
 
-A checkpoint may come from anywhere, with symbolic links in it. A link out of its folder would bring
+A checkpoint may be from anyone, and contain symbolic links. A link out of its folder would copy
 other files of this machine into a version. So only files that are inside the folder, links
 followed, are read; a file that the caller names is trusted.
 

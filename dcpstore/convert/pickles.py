@@ -276,7 +276,7 @@ def _items(kind: Callable[..., Any]) -> Callable[..., Any]:
 
     def make(*given: Any) -> Any:
         if any(not isinstance(one, list | tuple | dict | None) for one in given):
-            raise TypeError(f"{kind.__name__} of something else than items")
+            raise TypeError(f"{kind.__name__} whose items are not a list or dict")
         return kind(*given)
 
     return make
@@ -284,7 +284,7 @@ def _items(kind: Callable[..., Any]) -> Callable[..., Any]:
 
 def _deque(items: Any = (), most: int | None = None) -> collections.deque[Any]:
     if not isinstance(items, list | tuple) or not isinstance(most, int | None):
-        raise TypeError("a deque of something else than items")
+        raise TypeError("a deque whose items are not a list")
     return collections.deque(items, most)
 
 
@@ -310,16 +310,16 @@ def _check_dtype_state(state: Any) -> None:
     """Check that a state holds only a byte order, and a unit of time."""
     version, order, *inside = state[:5]
     if version not in (3, 4) or order not in ("<", ">", "|", "=") or inside != [None] * 3:
-        raise ValueError("a dtype with a state of its own")
+        raise ValueError("a dtype whose state is not plain")
     if state[5:8] not in ((-1, -1, 0), (8, 8, 0)):
-        raise ValueError("a dtype of a size of its own")
+        raise ValueError("a dtype with another size")
     if len(state) == 9:
         empty, (unit, count, *more) = state[8]
         is_plain = type(unit) is bytes and re.fullmatch(rb"[A-Za-z]{1,10}", unit)
         if empty not in ({}, None) or not is_plain or type(count) is not int or count < 1:
-            raise ValueError("a dtype of a unit of its own")
+            raise ValueError("a dtype with an invalid unit")
         if any(type(one) is not int for one in more):
-            raise ValueError("a dtype of a unit of its own")
+            raise ValueError("a dtype with an invalid unit")
     elif len(state) != 8:
         raise ValueError("a dtype with a longer state")
 
@@ -347,7 +347,7 @@ def _buffered(data: Any, dtype: Any, shape: Any, order: Any) -> Any:
 
 def _check_extent(shape: Any, dtype: Any, data: Any) -> None:
     if not isinstance(dtype, np.dtype) or type(data) is not bytes or type(shape) is not tuple:
-        raise ValueError("an array whose parts are not its own")
+        raise ValueError("an array of invalid parts")
     if len(shape) > _MOST_DIMS or any(type(n) is not int or n < 0 for n in shape):
         raise ValueError("an array without a valid shape")
     count = 1

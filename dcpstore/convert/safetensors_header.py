@@ -2,7 +2,7 @@
 
 The format (https://github.com/huggingface/safetensors#format): 8 bytes of length, that much JSON,
 then the tensors, row-major and without gaps. The library safetensors checks a header against its
-file; the checks here are for what it lets pass. Invariant: what `read_header` returns is inside the
+file; the checks here are for what it misses. Invariant: what `read_header` returns is inside the
 file, with each byte of the data in exactly one tensor.
 
 A file holds only tensors; the values of a version are in its string metadata as typed JSON, so that
@@ -114,7 +114,7 @@ def _damaged(path: Path, problem: str) -> CorruptionError:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> None:
-    """Raise `ValueError` if an object has a name twice, of which safetensors keeps the last."""
+    """Raise `ValueError` if an object has a name twice, where safetensors keeps the last one."""
     names: set[str] = set()
     for name, _ in pairs:
         if name in names:

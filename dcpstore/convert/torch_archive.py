@@ -2,11 +2,11 @@
 
 Where an archive claims torch's own layout (`.format_version`), torch computes where a storage is
 instead of looking. Archives that were packed again keep the claim but not the layout, as did the
-exports of older dcpstore, and then other bytes are read without an error. So the places are taken
+exports of older dcpstore, and then other bytes are read without an error. So the places are read
 from the records' own headers, and torch gets an outline made here: the records that it reads, and
-the storages by name alone. Invariants: a record is stored uncompressed inside the archive and
+storages without their bytes. Invariants: a record is stored uncompressed inside the archive and
 overlaps no other; no code of an archive runs unless pickle is allowed; and what torch cannot read
-raises an error of ours.
+raises an error of dcpstore.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ class Loaded:
             )
         if storage.nbytes() > record.size:
             raise CorruptionError(
-                f"{fqn!r} has a storage of {storage.nbytes()} bytes, of which {str(path)!r} holds "
+                f"{fqn!r} has a storage of {storage.nbytes()} bytes, and {str(path)!r} holds only "
                 f"{record.size}; it is truncated or damaged: copy it again from its source."
             )
         offset = start + record.offset
@@ -316,7 +316,7 @@ def load_archive(file: IO[bytes], name: str, *, device: str, allow_pickle: bool)
                 "tensor.dequantize() gives, or int_repr() and the scales."
             ) from error
         raise damaged(name, _first_line(error)) from error
-    except Exception as error:  # whatever the code that an allowed pickle names raises
+    except Exception as error:  # the code that an allowed pickle names can raise anything
         if not allow_pickle:
             raise damaged(name, _first_line(error)) from error
         raise DcpstoreError(

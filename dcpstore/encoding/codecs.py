@@ -1,10 +1,10 @@
-"""Codecs: raw bytes of a chunk to stored bytes and back, as a Zarr v3 codec chain says.
+"""Codecs: raw bytes of a chunk to stored bytes and back, as a Zarr v3 codec chain describes.
 
-The hot path calls numcodecs directly, and `zarr_codecs` tells Zarr the same chain, so what one
-writes the other reads. A chunk that does not shrink is stored as it is, inside the frame of its
-codec, so the chain stays true; a sample tells before time is spent on it. Decoding fills a buffer
-of the caller and never allocates by what a header claims. Called from worker threads, Blosc and
-Zstandard run outside the interpreter lock, each call with a context of its own; numcodecs lets
+The hot path calls numcodecs directly, and `zarr_codecs` describes the same chain to Zarr, so each
+reads what the other writes. A chunk that does not shrink is stored as it is, inside the frame of
+its codec, so the chain stays valid; a sample decides that before time is spent. Decoding fills a
+buffer of the caller and never allocates by what a header claims. Called from worker threads, Blosc
+and Zstandard run outside the interpreter lock, each call with a context of its own; numcodecs lets
 Blosc start threads only for the main thread.
 """
 
@@ -117,7 +117,7 @@ def check_held(codec: str, encoded: Buffer, nbytes: int) -> None:
     if held != nbytes or nbytes > _MOST_SWELL * data.nbytes:
         raise CorruptionError(
             f"a chunk of codec {codec!r} holds {held} raw bytes in {data.nbytes} stored ones, but "
-            f"{nbytes} are expected; run 'dcpstore verify' to see which versions are hurt."
+            f"{nbytes} are expected; run 'dcpstore verify' to see which versions are damaged."
         )
 
 
@@ -139,7 +139,7 @@ def decode(codec: str, encoded: Buffer, out: Buffer) -> None:
     except (RuntimeError, ValueError) as error:  # all that numcodecs raises for broken bytes
         raise CorruptionError(
             f"a chunk of {data.nbytes} bytes does not decode with codec {codec!r}: {error}; run "
-            "'dcpstore verify' to see which versions are hurt."
+            "'dcpstore verify' to see which versions are damaged."
         ) from error
 
 
@@ -184,7 +184,7 @@ def _blosc(data: _Bytes, level: int, itemsize: int) -> bytes:
 
 
 def _shrinks(data: _Bytes, itemsize: int) -> bool:
-    """Tell from a few pieces of a chunk whether encoding it pays; of a small one it is not asked.
+    """Tell from a few pieces of a chunk whether encoding it pays; a small one is just encoded.
 
     All pieces must fail to shrink: a chunk that is half zeros is worth its time.
     """
@@ -198,7 +198,7 @@ def _shrinks(data: _Bytes, itemsize: int) -> bool:
 
 
 def _blosc_held(data: _Bytes) -> int | None:
-    """Return the raw size that a Blosc header claims; None where it belies its own length.
+    """Return the raw size that a Blosc header claims; None where it contradicts the real length.
 
     Blosc trusts the header's sizes, so they are compared with the buffers before it runs.
     """

@@ -156,7 +156,7 @@ _BY_CLASS = {kind.attr: kind for kind in (JAGGED, *_CLASSES)}
 KINDS = {kind.name: kind for kind in (*SPARSE.values(), JAGGED, *_CLASSES)}
 
 
-# Classes of what stands in contexts, by their names there. Dataclasses, named tuples and enums.
+# Classes that occur in contexts, by their names there: dataclasses, named tuples and enums.
 CONTEXT = {
     **dict.fromkeys(
         ("PerAxis", "PerBlock", "PerGroup", "PerRow", "PerTensor", "PerToken"),
@@ -242,7 +242,7 @@ def parts_of(kind: Kind, tensor: torch.Tensor) -> tuple[Parts, Any]:
 def describe(
     kind: Kind, tensor: torch.Tensor, parts: Iterable[str], context: object
 ) -> Composition:
-    """Return what the mark of a tensor says; `tensor` is the whole, though ranks may hold it.
+    """Return the composition of a tensor; `tensor` is the whole one, which ranks may share.
 
     Raises:
         InvalidInputError: its context or dtype cannot be stored.
@@ -297,7 +297,7 @@ def put_together(
     whole = torch.Size(n or 0 for n in composition.shape) if size is None else size
     context = _decoded(composition)
     try:
-        with warnings.catch_warnings():  # torch tells once that sparse layouts are in beta
+        with warnings.catch_warnings():  # torch warns once that sparse layouts are in beta
             warnings.simplefilter("ignore")
             made: torch.Tensor = _made(kind, context, parts, whole)
     except DcpstoreError:
@@ -312,7 +312,7 @@ def put_together(
     )
     if not is_right:
         raise CorruptionError(
-            f"a {kind.name} of {composition.dtype} {tuple(whole)} comes together as {made.dtype} "
+            f"a {kind.name} of {composition.dtype} {tuple(whole)} was put together as {made.dtype} "
             f"{tuple(made.shape)}; run 'dcpstore verify'."
         )
     return made
@@ -370,7 +370,7 @@ def _jagged(
 
 
 def _plain(context: Any) -> Any:
-    """Return a context with what is of known classes as plain dicts."""
+    """Return a context with objects of the known classes as plain dicts."""
     cls = type(context)
     if cls.__name__ in CONTEXT and is_class(cls, CONTEXT[cls.__name__], cls.__name__):
         if isinstance(context, enum.Enum):
@@ -387,7 +387,7 @@ def _plain(context: Any) -> Any:
 
 
 def _rich(context: Any) -> Any:
-    """Return what `_plain` was made of."""
+    """Return the context that `_plain` was given."""
     if isinstance(context, dict) and context.keys() in ({"class", "fields"}, {"class", "member"}):
         name = context["class"]
         cls = named_class(CONTEXT[name], name, what=f"a {name}")
@@ -404,8 +404,7 @@ def _decoded(composition: Composition) -> Any:
         return _rich(decode_value(composition.context, allow_pickle=False))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CorruptionError(
-            f"what belongs to a {composition.kind} does not decode ({error}); run 'dcpstore "
-            "verify'."
+            f"the context of a {composition.kind} does not decode ({error}); run 'dcpstore verify'."
         ) from error
 
 

@@ -1,7 +1,7 @@
 """Torch dtypes: one table of all that each format needs to know, and tensors as plain bytes.
 
 A dtype that Zarr lacks (bfloat16, the float8 kinds, complex32) is stored as the unsigned integer of
-its width, with torch's name beside it; no bit changes on the way. Codecs, arrays, bridges and the
+its width, with torch's name beside it; no bit changes. Codecs, arrays, bridges and the
 page of dtypes follow from `DTYPES`: a new dtype is one row.
 """
 
@@ -91,7 +91,7 @@ _DTYPES = {row.name: row.torch for row in DTYPES}
 PACKED = frozenset(row.torch for row in DTYPES if row.is_packed)
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _NUMPY: dict[str, np.dtype[np.generic]] = {row.name: np.dtype(row.stored) for row in DTYPES}
-_STAND_INS = {row.torch: _DTYPES[row.stored] for row in DTYPES if row.stored != row.name}
+_SAME_WIDTH = {row.torch: _DTYPES[row.stored] for row in DTYPES if row.stored != row.name}
 _CASTS = {name: row.torch for row in DTYPES for name in row.casts}
 
 
@@ -158,7 +158,7 @@ def check_plain(tensor: torch.Tensor) -> None:
             tensor; one without data, for it is on the meta device or its storage was freed.
     """
     kind = type(tensor)
-    is_tensor = kind is torch.Tensor or kind is torch.nn.Parameter  # mostly, and quick
+    is_tensor = kind is torch.Tensor or kind is torch.nn.Parameter  # the usual case, checked fast
     if not is_tensor and is_lazy(tensor):
         raise InvalidInputError(
             f"a {kind.__name__} has neither shape nor bytes yet; run its module once, or leave it "
@@ -222,7 +222,7 @@ def as_bytes(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
     """
     check_plain(tensor)
     tensor = tensor.detach().resolve_conj().resolve_neg()
-    stand_in = _STAND_INS.get(tensor.dtype)
+    stand_in = _SAME_WIDTH.get(tensor.dtype)
     if stand_in is not None:
         tensor = tensor.view(stand_in)
     array: npt.NDArray[np.generic] = tensor.numpy()

@@ -88,7 +88,7 @@ def class_name(kind: Any) -> str:
 
 
 class TemplateClasses:
-    """The classes of which a template holds objects, and the device on which its tensors are.
+    """The classes of the objects in a template, and the device of its tensors.
 
     Args:
         template: the value that the state has where the stored one belongs, of any type.
@@ -192,11 +192,11 @@ def _check_found(member: enum.Enum, name: str) -> None:
 
 
 def _check_whole(obj: object, name: str, fields: Iterable[str], make: Callable[[], object]) -> None:
-    """Check that an object is its fields and nothing more, and that one like it can be made."""
+    """Check that an object holds only its fields, and that `make` can build such an object."""
     others = sorted(_attributes(obj) - set(fields))
     if others:
         raise NotPlainError(
-            f"{name} with attributes that are no fields ({', '.join(others)[:200]})",
+            f"{name} with attributes that are not fields ({', '.join(others)[:200]})",
             "make them fields, or remove them",
         )
     try:
@@ -216,7 +216,7 @@ def _attributes(obj: object) -> set[str]:
 
 
 def objects_in(value: object) -> Iterator[Any]:
-    """Yield a value and all that lies in it, at any depth, each object once."""
+    """Yield a value and everything in it, at any depth, each object once."""
     pending: list[object] = [value]
     seen: dict[int, object] = {}  # the objects too, so that no other gets the id of one
     while pending:

@@ -2,9 +2,9 @@
 
 Numbers, text and bytes are plain JSON where JSON keeps the value exactly; everything else is an
 object with one tag. Numpy's scalars, arrays and dtypes, and tensors inside a value, are stored with
-all of their bytes if those mean the same on every machine; a large tensor belongs into the state as
-an entry of its own. Decoders take any JSON and raise the errors of the constructors that they call;
-none of them runs code or allocates more than the size of the payload calls for.
+all of their bytes if those mean the same on every machine; a large tensor should be an entry of its
+own in the state. Decoders take any JSON and raise the errors of the constructors that they call;
+none of them runs code or allocates more than the payload's size.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def _plain_dtype(dtype: np.dtype[Any]) -> str:
 
 def _numpy_dtype(text: str) -> np.dtype[Any]:
     if not _PLAIN_DTYPE.fullmatch(text):
-        raise ValueError(f"no plain dtype {text!r}")
+        raise ValueError(f"{text!r} is not a plain dtype")
     return np.dtype(text)
 
 
@@ -232,8 +232,8 @@ def _decode_numpy(payload: Any) -> np.generic:
         bits: np.generic = np.frombuffer(value, dtype, count=1)[0]
         return bits
     if not isinstance(value, bool | int | float | complex):
-        raise TypeError(f"no number {value!r}")
-    with np.errstate(over="raise"):  # no number that was encoded is past its own dtype
+        raise TypeError(f"{value!r} is not a number")
+    with np.errstate(over="raise"):  # an encoded number always fits its own dtype
         number: np.generic = dtype.type(value)
     return number
 
@@ -309,7 +309,7 @@ ARRAYS: dict[str, Codec] = {
 # A value of any type on one side, JSON of any shape on the other: hence `Any` in this module.
 
 _PATHS: dict[str, tuple[type[PurePath], type[PurePath]]] = {
-    # the class, and what stands for it where the platform has no such files
+    # the class, and its substitute where the platform has no such files
     "PosixPath": (PosixPath, PurePosixPath),
     "WindowsPath": (WindowsPath, PureWindowsPath),
     "PurePosixPath": (PurePosixPath, PurePosixPath),

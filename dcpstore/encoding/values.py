@@ -212,11 +212,11 @@ def decode_value(
     try:
         source = _present(data).decode() if text == JSON_BLOB else text
         return _Decoder(template).decode(json.loads(source, parse_constant=_refuse), 0)
-    # What broken text, wrong payloads and hostile nesting lead to, in json and in constructors.
+    # What json and constructors raise for broken text, wrong payloads and hostile nesting.
     except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
         raise CorruptionError(
             f"a value does not decode ({type(error).__name__}: {error}): {text[:80]!r}; run "
-            "'dcpstore verify' to see which versions are hurt."
+            "'dcpstore verify' to see which versions are damaged."
         ) from error
 
 
@@ -284,7 +284,11 @@ def _encode_other(obj: Any, around: tuple[int, ...]) -> object:
 
 
 def _entered(obj: object, around: tuple[int, ...]) -> tuple[int, ...]:
-    """Return what is around the items of a container."""
+    """Return the ids of the containers around the items of this one.
+
+    Raises:
+        InvalidInputError: it contains itself, or is nested too deep.
+    """
     if id(obj) in around:
         raise InvalidInputError(
             f"a {type(obj).__name__} contains itself and cannot be stored; break the loop."
@@ -297,7 +301,7 @@ def _entered(obj: object, around: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _check_apart(obj: object, nodes: list[Any]) -> None:
-    """Check that keys, or members of a set, stay different ones where no template has a class."""
+    """Check that keys, or members of a set, still differ when they come back as plain values."""
     if not any(depends_on_template(_dump(node)) for node in nodes):
         return
     try:
@@ -311,7 +315,7 @@ def _check_apart(obj: object, nodes: list[Any]) -> None:
 
 
 class _Decoder:
-    """Makes values of JSON; objects in the classes that a template holds, if there is one."""
+    """Builds values from JSON; objects get the classes of the template, if there is one."""
 
     def __init__(self, template: object) -> None:
         self._template = template
@@ -350,7 +354,7 @@ class _Decoder:
         )
 
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor on the device on which the template has all of its tensors."""
+        """Return a tensor on the device of the template's tensors, if that is one device."""
         device = self._classes.device
         if device is None or device == tensor.device:
             return tensor
@@ -375,9 +379,9 @@ def _not_plain(error: NotPlainError) -> str:
     advice = error.advice or "convert it to tensors, numbers, text, lists or dicts"
     if isinstance(error, _HeldTensorError):
         return (
-            f"a {error} lies inside a value, as in a set or deque, and would need pickle; have it "
-            "in lists, tuples and dicts only, of which each tensor is saved by itself, or save "
-            "with allow_pickle=True."
+            f"a {error} is inside a value, such as a set or deque, and would need pickle; keep "
+            "tensors in lists, tuples and dicts only, where each is saved by itself, or save with "
+            "allow_pickle=True."
         )
     return (
         f"a value of type {error} is not plain data and would need pickle; {advice}, or save with "

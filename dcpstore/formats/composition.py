@@ -1,8 +1,8 @@
 """Tensors that are made of tensors, as a version keeps them: a mark, and an entry for each part.
 
 A composed tensor `f` is the value `f.$composed`, which says what it is, and its parts beside it:
-`f.indices`, `f.values`. Here such entries are recognised and seen as the one that they
-stand for; nothing here needs torch.
+`f.indices`, `f.values`. Here such entries are recognised, and shown
+as the one tensor that they stand for. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -74,19 +74,19 @@ class Composition:
         """Return what `to_json` was made of.
 
         Raises:
-            LookupError, TypeError, ValueError: it is not one.
+            LookupError, TypeError, ValueError: it is not what `to_json` gives.
         """
         shape, parts = payload["shape"], payload["parts"]
         texts = (payload["kind"], payload["dtype"], *parts)
         sizes_are_right = all(n is None or (type(n) is int and 0 <= n < 2**63) for n in shape)
         if not (all(isinstance(text, str) for text in texts) and sizes_are_right):
-            raise TypeError(f"{payload!r} describes no composed tensor")
+            raise TypeError(f"{payload!r} does not describe a composed tensor")
         context = json.dumps(payload["context"], ensure_ascii=False, separators=(",", ":"))
         return cls(payload["kind"], tuple(shape), payload["dtype"], tuple(parts), context)
 
 
 def imported_value(fqn: str, value: object) -> object:
-    """Return a value of another format; the text that an export made of a mark as that mark."""
+    """Return an imported value; where it is the text that an export made of a mark, the mark."""
     if not (isinstance(value, str) and fqn.endswith(_SUFFIX)):
         return value
     try:
@@ -134,7 +134,7 @@ Entry = EntryRecord | ComposedEntry
 def fold_entries(entries: Sequence[EntryRecord]) -> list[Entry]:
     """Return entries in their order, those of a composed tensor as one, in the place of its first.
 
-    A mark of which a part is not among them is left as it is, and so are the other parts.
+    Where a part is missing, the mark and the other parts stay as they are.
     """
     marks = {entry.fqn.removesuffix(_SUFFIX): entry for entry in entries if is_mark(entry)}
     if not marks:
@@ -205,10 +205,10 @@ def is_mark(entry: EntryRecord) -> bool:
 
 
 def composition_of(mark: EntryRecord) -> Composition:
-    """Return what a mark says.
+    """Return the composition that a mark describes.
 
     Raises:
-        CorruptionError: it says nothing that makes sense.
+        CorruptionError: it does not decode.
     """
     try:
         return Composition.of_json(json.loads(mark.value or "")[MARK])
@@ -220,7 +220,7 @@ def composition_of(mark: EntryRecord) -> Composition:
 
 
 def compositions(entries: Iterable[EntryRecord]) -> Mapping[str, Composition]:
-    """Return what the composed tensors of a version are, by their FQN."""
+    """Return the composition of each composed tensor of a version, by FQN."""
     return {e.fqn.removesuffix(_SUFFIX): composition_of(e) for e in entries if is_mark(e)}
 
 

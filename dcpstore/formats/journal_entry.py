@@ -1,7 +1,7 @@
 """The journal in the data folder: one object for each operation, "operations/<number>.json".
 
-A digest over the rest comes first, as in a manifest, so that a rebuild believes nothing damaged.
-What an operation means is the catalog's affair; here each of its fields is of the right kind.
+A digest over the rest comes first, as in a manifest, so that a rebuild uses nothing damaged.
+The catalog knows what an operation means; here each of its fields is checked for its type.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["decode_operation", "encode_operation", "kind_of", "operation_key", "
 _FORMAT = 1
 _KEY_PATTERN = re.compile(r"operations/([0-9]{12,18})\.json")
 
-# JSON: of any kind until it is checked, hence `Any`.
+# JSON: of any type until it is checked, hence `Any`.
 Json = dict[str, Any]
 
 
@@ -66,7 +66,7 @@ _KINDS = {
 
 
 class _Named(msgspec.Struct):
-    """A version as operations name it."""
+    """How an operation names a version."""
 
     uid: Uid
     version: Natural
@@ -89,7 +89,7 @@ class _Removed(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Detail(msgspec.Struct):
-    """What else an operation says; which of it must be there follows from its kind."""
+    """Further members of an operation; which are required depends on its kind."""
 
     versions: list[Uid] = []
     refs: list[_Ref] = []
@@ -110,7 +110,7 @@ class _Repository(msgspec.Struct):
 
 
 class _Made(msgspec.Struct):
-    """What the journal says of a version beside its facts."""
+    """What the journal has of a version besides its facts."""
 
     number: Natural
     parent: Uid | None
@@ -132,7 +132,7 @@ class _Operation(msgspec.Struct):
 
 
 def kind_of(name: str) -> Kind:
-    """Return what operations of a kind do; one that is not known changes nothing that we know."""
+    """Return what operations of a kind have in common; an unknown kind has the defaults."""
     return _KINDS.get(name, Kind())
 
 
@@ -147,16 +147,16 @@ def operation_number(key: str) -> int | None:
     return None if match is None else int(match[1])
 
 
-def encode_operation(said: Mapping[str, Any]) -> bytes:
+def encode_operation(operation: Mapping[str, Any]) -> bytes:
     """Return an operation as it is stored."""
-    return seal("format", _FORMAT, [encode(dict(said))[1:].encode()])
+    return seal("format", _FORMAT, [encode(dict(operation))[1:].encode()])
 
 
 def decode_operation(data: bytes) -> Json:
-    """Return what a stored operation says: each member that a rebuild uses is of the right kind.
+    """Return the members of a stored operation; those that a rebuild uses have the right types.
 
     Raises:
-        CorruptionError: it is damaged or is no operation.
+        CorruptionError: it is damaged or is not an operation.
         SchemaError: a newer dcpstore wrote it.
     """
     version = check_seal(data, "format", what="operation")
@@ -167,19 +167,19 @@ def decode_operation(data: bytes) -> Json:
             f"an operation has format {version}, newer than {_FORMAT}; update dcpstore."
         )
     try:
-        said: Json = msgspec.json.decode(data)
-        _check(msgspec.convert(said, _Operation), said["detail"] or {})
+        operation: Json = msgspec.json.decode(data)
+        _check(msgspec.convert(operation, _Operation), operation["detail"] or {})
     except (LookupError, TypeError, ValueError, RecursionError) as error:
         raise CorruptionError(
-            f"it does not say what an operation must ({type(error).__name__}: {error})"
+            f"it lacks a member or has an invalid one ({type(error).__name__}: {error})"
         ) from error
-    del said["format"], said["digest"]
-    said.pop("algorithm", None)
-    return said
+    del operation["format"], operation["digest"]
+    operation.pop("algorithm", None)
+    return operation
 
 
 def _check(operation: _Operation, detail: Json) -> None:
-    """Check what follows from the kind of an operation, and the names in it."""
+    """Check the names in an operation, and what its kind requires."""
     kind, target = operation.kind, operation.target
     known = kind_of(kind)
     if lacking := [name for name in known.detail if name not in detail]:

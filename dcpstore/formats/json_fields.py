@@ -62,15 +62,15 @@ PackKey = Annotated[str, Meta(pattern=rf"\A{_PACK}\Z")]  # and of nothing else i
 PackKeyOrNone = Annotated[str, Meta(pattern=rf"\A(?:{_PACK})?\Z")]
 
 
-def read(said: msgspec.Raw | Mapping[str, Any], kind: type[T]) -> T:
-    """Return JSON as what it must be.
+def read(document: msgspec.Raw | Mapping[str, Any], kind: type[T]) -> T:
+    """Return JSON as the type that it must have.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it does not fit the type.
     """
-    if isinstance(said, msgspec.Raw):
-        return msgspec.json.decode(said, type=kind)
-    return msgspec.convert(said, kind)
+    if isinstance(document, msgspec.Raw):
+        return msgspec.json.decode(document, type=kind)
+    return msgspec.convert(document, kind)
 
 
 def number_of(value: float) -> float | str:
@@ -86,7 +86,7 @@ def float_of(number: Number) -> float:
 def box(offsets: Sequence[int], sizes: Sequence[int]) -> Box:
     """Return a box, as many offsets as sizes."""
     if len(offsets) != len(sizes):
-        raise ValueError(f"{offsets!r:.60} and {sizes!r:.60} are no box")
+        raise ValueError(f"{offsets!r:.60} and {sizes!r:.60} are not a box")
     return Box(tuple(offsets), tuple(sizes))
 
 
@@ -98,15 +98,15 @@ def grid(cut: tuple[Sequence[int], ...], shape: Sequence[int]) -> Grid:
         or 0 in cell
         or any(o + n > whole for o, n, whole in zip(offsets, sizes, shape, strict=True))
     ):
-        raise ValueError(f"{cut!r:.200} is no part of a tensor of shape {list(shape)}")
+        raise ValueError(f"{cut!r:.200} is not a part of a tensor of shape {list(shape)}")
     return Grid(offsets, sizes, cell)
 
 
 def value_tree(fqn: str, typed: str) -> Any:
-    """Return the typed JSON of a value as the tree that it is, nothing of it built.
+    """Return the typed JSON of a value as parsed JSON, without building the value.
 
     Raises:
-        CorruptionError: it is no JSON, or nested deeper than any value.
+        CorruptionError: it is not JSON, or nested deeper than any value.
     """
     try:
         tree = json.loads(typed)
@@ -123,8 +123,8 @@ def value_tree(fqn: str, typed: str) -> Any:
                 raise ValueError(f"nested deeper than {_DEEPEST}")
     except (ValueError, RecursionError) as error:
         raise CorruptionError(
-            f"the value of {fqn!r} is no typed JSON ({error}); run 'dcpstore verify' to see which "
-            "versions are hurt."
+            f"the value of {fqn!r} is not typed JSON ({error}); run 'dcpstore verify' to see which "
+            "versions are damaged."
         ) from error
     return tree
 

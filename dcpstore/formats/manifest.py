@@ -3,7 +3,7 @@
 A manifest is a kerchunk reference file, version 1: Zarr documents inline and every chunk as a range
 of a pack, so plain Zarr with fsspec reads the version. Its "dcpstore" member holds what `rebuild`
 needs to restore the catalog: every chunk of every tensor, those of earlier versions too. A digest
-over the rest comes first, so that damage is known before anything is believed.
+over the rest comes first, so that damage is found before anything is used.
 Format: https://fsspec.github.io/kerchunk/spec.html
 """
 
@@ -99,7 +99,7 @@ class _File(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One version as its manifest tells it; each tensor of `content` has all its chunks."""
+    """One version as its manifest describes it; each tensor of `content` has all its chunks."""
 
     draft: VersionDraft
     content: VersionContent
@@ -143,26 +143,26 @@ def encode_manifest(
 
 
 def decode_manifest(data: bytes) -> Manifest:
-    """Return what a manifest says.
+    """Return what a manifest describes.
 
     Raises:
-        CorruptionError: it is damaged or is no manifest.
+        CorruptionError: it is damaged or is not a manifest.
         SchemaError: a newer dcpstore wrote it.
     """
     if (found := check_seal(data, "version", what="manifest")) != _KERCHUNK:
         raise CorruptionError(f"the manifest is damaged: its kerchunk version is {found}")
     try:
-        data_url, said = _opened(data)
-        found = json_fields.read(said, _Format).format
+        data_url, version = _opened(data)
+        found = json_fields.read(version, _Format).format
         if found > _FORMAT:
             raise SchemaError(
                 f"a manifest has format {found}, newer than {_FORMAT}; update dcpstore."
             )
-        return Manifest(*_decode_version(said), data_url)
+        return Manifest(*_decode_version(version), data_url)
     except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise CorruptionError(
-            f"a manifest does not hold what it must ({type(error).__name__}: {error}); restore it "
-            "from a copy, or take the version from the catalog."
+            f"a manifest lacks a member or has an invalid one ({type(error).__name__}: {error}); "
+            "restore it from a copy, or take the version from the catalog."
         ) from error
 
 
@@ -230,7 +230,7 @@ def _ordinals(parts: Sequence[Grid]) -> list[tuple[int, int]]:
 
 
 def _opened(data: bytes) -> tuple[str, msgspec.Raw | Json]:
-    """Return the URL of the data, and what is said of the version."""
+    """Return the URL of the data, and the "dcpstore" member."""
     try:
         file = msgspec.json.decode(data, type=_File)
     except msgspec.ValidationError:
@@ -241,9 +241,9 @@ def _opened(data: bytes) -> tuple[str, msgspec.Raw | Json]:
     return file.templates.data, file.dcpstore
 
 
-def _decode_version(said: msgspec.Raw | Json) -> tuple[VersionDraft, VersionContent]:
-    info, stats = decode_info(said), decode_stats(said)
-    held = json_fields.read(said, _Contents)
+def _decode_version(version: msgspec.Raw | Json) -> tuple[VersionDraft, VersionContent]:
+    info, stats = decode_info(version), decode_stats(version)
+    held = json_fields.read(version, _Contents)
     content = VersionContent(
         **{fact.name: getattr(stats, fact.name) for fact in fields(VersionStats)},
         entries=[_decode_entry(*entry) for entry in held.entries],
@@ -267,14 +267,14 @@ def _decode_version(said: msgspec.Raw | Json) -> tuple[VersionDraft, VersionCont
 
 
 def _check_names(content: VersionContent) -> None:
-    """Check that FQNs and tensors are there once, and every tensor that is named."""
+    """Check that FQNs and tensors are unique, and that every tensor that is named is described."""
     fqns = {entry.fqn for entry in content.entries}
     digests = {tensor.digest for tensor in content.tensors}
     if len(fqns) < len(content.entries) or len(digests) < len(content.tensors):
-        raise ValueError("an FQN or a tensor is there twice")
+        raise ValueError("an FQN or a tensor is listed twice")
     named = {e.tensor_digest for e in content.entries if e.tensor_digest is not None}
     if lacking := (named | set(content.aliases.values())) - digests:
-        raise ValueError(f"no tensor {min(lacking)} is described")
+        raise ValueError(f"tensor {min(lacking)} is not described")
 
 
 def _decode_entry(
@@ -285,24 +285,24 @@ def _decode_entry(
     return NewEntry(fqn, StatePath.parsed(path), kind, digest, value)
 
 
-def _decode_tensor(said: _Tensor, packs: Sequence[str]) -> NewTensor:
-    parts = tuple(json_fields.grid(part, said.shape) for part in said.parts)
+def _decode_tensor(stored: _Tensor, packs: Sequence[str]) -> NewTensor:
+    parts = tuple(json_fields.grid(part, stored.shape) for part in stored.parts)
     count = sum(part.size for part in parts)
-    if count != len(said.chunks):
-        raise ValueError(f"{len(said.chunks)} chunks for {count} cells of {said.digest}")
+    if count != len(stored.chunks):
+        raise ValueError(f"{len(stored.chunks)} chunks for {count} cells of {stored.digest}")
     chunks = [
         NewChunk(part, ordinal, bytes.fromhex(digest), packs[pack], offset, length)
         for (part, ordinal), (digest, pack, offset, length) in zip(
-            _ordinals(parts), said.chunks, strict=True
+            _ordinals(parts), stored.chunks, strict=True
         )
     ]
     return NewTensor(
-        said.digest,
-        said.dtype,
-        said.shape,
-        said.codec,
-        said.nbytes,
+        stored.digest,
+        stored.dtype,
+        stored.shape,
+        stored.codec,
+        stored.nbytes,
         parts,
         chunks,
-        said.algorithm,
+        stored.algorithm,
     )

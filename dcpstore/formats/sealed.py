@@ -1,4 +1,4 @@
-"""JSON objects behind their digest, so that damage is known before anything is believed.
+"""JSON objects behind their digest, so that damage is found before anything is used.
 
 A sealed object begins with `{"<kind>": <version>, "digest": "<hex>", "algorithm": "<name>", `. The
 digest covers everything after it, with a brace in front; `algorithm` was left out while it could
@@ -23,7 +23,7 @@ _HEAD = re.compile(
 
 
 def seal(kind: str, version: int, members: Sequence[bytes]) -> bytes:
-    """Return an object; `members` is the rest of it in pieces, up to and with its last brace."""
+    """Return a sealed object; `members` is what follows the head, in pieces, to its last brace."""
     named = f'"algorithm": "{ALGORITHM}", '.encode()
     head = f'{{"{kind}": {version}, "digest": "{_digest(ALGORITHM, named, *members)}", '.encode()
     return b"".join([head, named, *members])
@@ -33,12 +33,12 @@ def check_seal(data: bytes, kind: str, *, what: str) -> int:
     """Return the version of an object whose digest is right.
 
     Raises:
-        CorruptionError: it is damaged or is no such object.
+        CorruptionError: it is damaged or is not such an object.
         SchemaError: its digest is by an algorithm that this dcpstore does not know.
     """
     head = _HEAD.match(data)
     if head is None or head[1] != kind.encode():
-        raise CorruptionError(f"no {what}: it begins with {bytes(data[:40])!r}")
+        raise CorruptionError(f"not a {what}: it begins with {bytes(data[:40])!r}")
     named = FIRST_ALGORITHM if head[4] is None else head[4].decode("latin-1")
     rest = memoryview(data)[head.end() :]
     if named not in ALGORITHMS:

@@ -1,6 +1,6 @@
 """The facts of a version as JSON: in its manifest, and in the operations of the journal.
 
-Their names and types come from `VersionInfo` and `VersionStats`; here is what each type must be.
+Their names and types come from `VersionInfo` and `VersionStats`; here is how each type is checked.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _AT_REST: dict[Any, Any] = {
 
 
 def _struct(kind: type[VersionInfo | VersionStats]) -> type[msgspec.Struct]:
-    """Return what the facts of a kind must be.
+    """Return the msgspec struct that checks the facts of a kind.
 
     One with a default may be missing: tags are operations in the journal, and what was written
     before a fact was there does not have it.
@@ -77,32 +77,32 @@ def _encode(fact: Any) -> Any:
     return fact
 
 
-def _read(said: Json | msgspec.Raw, kind: type[msgspec.Struct]) -> dict[str, Any]:
+def _read(document: Json | msgspec.Raw, kind: type[msgspec.Struct]) -> dict[str, Any]:
     """Return the facts of a kind; "nan" is a float again."""
-    found = msgspec.structs.asdict(read(said, kind))
+    found = msgspec.structs.asdict(read(document, kind))
     for name in ("metrics", "seconds"):
         if name in found:
             found[name] = {key: float_of(number) for key, number in found[name].items()}
     return found
 
 
-def decode_info(said: Json | msgspec.Raw) -> VersionInfo:
-    """Return what is said of a version's beginning.
+def decode_info(document: Json | msgspec.Raw) -> VersionInfo:
+    """Return the facts that are known when a save begins.
 
     Raises:
         ValueError: a fact is missing, or of the wrong kind.
     """
-    found = _read(said, _INFO)
+    found = _read(document, _INFO)
     check_name(found["branch"], kind="branch")
     for tag in found["tags"]:
         check_name(tag, kind="tag")
     return VersionInfo(**found)
 
 
-def decode_stats(said: Json | msgspec.Raw) -> VersionStats:
-    """Return what is said of a version's end.
+def decode_stats(document: Json | msgspec.Raw) -> VersionStats:
+    """Return the facts that are known when a save commits.
 
     Raises:
         ValueError: a fact is missing, or of the wrong kind.
     """
-    return VersionStats(**_read(said, _STATS))
+    return VersionStats(**_read(document, _STATS))

@@ -1,1 +1,1 @@
-"""What may go, what is damaged, and how a lost catalog comes back."""
+"""Upkeep of a repository: collect garbage, find damage, restore a lost catalog, copy versions."""

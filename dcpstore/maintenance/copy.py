@@ -55,10 +55,10 @@ Place = tuple[Catalog, Storage]
 
 @dataclass(frozen=True, slots=True)
 class CopyReport:
-    """What a copy did: versions by their number here and there.
+    """What a copy did: versions by their number in the source and in the target.
 
-    `present` were there before, `refused` are versions that the target has expired. `refs` were
-    made or moved, `left` are refs that mean something else in the target, and stayed.
+    `present` were in the target before, `refused` are versions that the target has expired. `refs`
+    were made or moved, `left` are refs that name something else in the target, and did not change.
     """
 
     copied: tuple[tuple[int, int], ...]
@@ -74,8 +74,8 @@ def copy_versions(
 ) -> CopyReport:
     """Copy the versions that `refs` name, each alone, or with None all versions and refs.
 
-    Tags and branches among `refs` are made in the target; a branch that is there moves on, if the
-    copied version lies below its tip.
+    Tags and branches among `refs` are made in the target; a branch that exists there moves forward,
+    if the copied version is a descendant of its tip.
 
     Raises:
         NotFoundError: a ref names nothing.
@@ -117,7 +117,7 @@ def _copy(version: Version, source: Place, target: Place) -> tuple[int, int]:
     ancestors = lineage(source[0], version.number)
     known = known_uids(catalog, ancestors)
     parent = next((uid for uid in ancestors if uid in known), None)
-    # Under a uid of its own until it is committed: packs of a copy that died are then no one's.
+    # Under another uid until it commits, so that gc clears the packs of a copy that was killed.
     pending = replace(draft, uid=new_uid(), parent=None, tags=(), expect_tip=None)
     begin_copy(catalog, pending)
     writer = PackWriter(storage, pending.uid, 0)
@@ -155,7 +155,9 @@ def _commit(
             return commit_copy(catalog, uid, draft, held, parent=parent)
         except ConflictError:
             there = known_uids(catalog, [draft.uid]).get(draft.uid)
-            if there is not None:  # someone else's copy; its manifest was written over
+            if (
+                there is not None
+            ):  # another copy was faster, and its manifest was overwritten: write it again
                 mark_version_stale(catalog, there[0])
                 renew_manifests(catalog, storage)
                 raise
@@ -182,7 +184,7 @@ def _write_missing(
             except CorruptionError as error:
                 raise CorruptionError(
                     f"pack {pack} at offset {offset}, length {chunk.length}: {error}. 'dcpstore "
-                    "verify --deep' tells what it touches; copy other versions by their refs."
+                    "verify --deep' shows what it touches; copy other versions by their refs."
                 ) from error
             places[tensor.codec, chunk.digest] = writer.append(encoded)
     return places, writer.finish()
@@ -194,7 +196,7 @@ def _held(
     places: Mapping[ChunkKey, ChunkPlace],
     packs: Sequence[PackRecord],
 ) -> VersionContent:
-    """Return the content as the target holds it: known tensors as they lie there."""
+    """Return the content as the target holds it: known tensors as they are stored there."""
     known = find_tensors(catalog, {tensor.digest for tensor in content.tensors})
     stored = {record.digest: record for record in known.values()}
     tensors = load_whole_tensors(catalog, list(stored.values()))
@@ -236,7 +238,7 @@ def _described(tensor: NewTensor, chunk: NewChunk) -> PackedChunk:
 def _copy_refs(
     refs: Iterable[RefRecord], numbers: Mapping[int, int], catalog: Catalog, *, author: str
 ) -> tuple[list[str], list[str]]:
-    """Make or move refs; return those that are as in the source now, and those that stayed."""
+    """Make or move refs; return those that are now as in the source, and the unchanged ones."""
     there = {ref.name: ref for ref in list_refs(catalog)}
     made, left = [], []
     for ref in refs:
@@ -247,7 +249,7 @@ def _copy_refs(
             try:
                 make_ref(catalog, ref.name, ref.kind, version=number, author=author)
                 made.append(ref.name)
-            except (AlreadyExistsError, NotFoundError):  # someone was faster
+            except (AlreadyExistsError, NotFoundError):  # another process was faster
                 left.append(ref.name)
         elif known == RefRecord(ref.name, ref.kind, number):
             continue

@@ -1,10 +1,10 @@
 """Garbage collection: bytes that nothing reaches are condemned, and deleted after a grace time.
 
-Everything is decided in catalog transactions, which wait for those of saves; a file is deleted only
-after its row was condemned for the grace time, so running saves, loads and other collections on any
-host are safe, and a collection that is killed is finished by the next (design, invariant 5). Ages
-are judged by one clock that does not jump while a collection runs, and a save counts as crashed by
-what the first transaction found: a collection may take hours.
+Everything is decided in catalog transactions, which wait for the transactions of saves; a file is
+deleted only after its row was condemned for the grace time, so running saves, loads and other
+collections on any host are safe, and a collection that is killed is finished by the next (design,
+invariant 5). Ages are measured by one clock that does not jump while a collection runs. Which saves
+have crashed is decided in the first transaction, for a collection may take hours.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dcpstore.storage.interface import Storage
 
 __all__ = ["GcReport", "collect"]
 
-_LIVE_SHARE = 0.5  # a pack of which less is reached is worth copying
+_LIVE_SHARE = 0.5  # a pack is copied if less of it is reached
 _TEMPORARY = ".tmp"
 
 
@@ -36,9 +36,9 @@ class GcReport:
     """What a collection did, or would do with `dry_run`.
 
     `condemned` packs, which nothing reaches, wait for their grace time; so do those of `repacked`,
-    each with the pack that took over its live chunks. `deleted` packs are gone. `cleared` are the
-    keys of other objects that were deleted: of crashed saves and of expired versions. `unknown`
-    keys are of no version that the catalog knows, and were left alone. `nbytes_freed` counts
+    each with the pack that took over its live chunks. `deleted` packs are deleted. `cleared` are
+    the keys of other objects that were deleted: of crashed saves and of expired versions. `unknown`
+    keys belong to no version that the catalog knows, and were not touched. `nbytes_freed` counts
     `deleted` and `cleared`.
     """
 
@@ -66,13 +66,13 @@ def collect(
     author: str,
     dry_run: bool,
 ) -> GcReport:
-    """Condemn, repack and delete; with `dry_run`, tell what would be.
+    """Condemn, repack and delete; with `dry_run`, only report what would be done.
 
     Args:
         catalog: of the repository.
         storage: of the repository.
         grace: how long what is condemned stays readable.
-        lease: how long a save may be silent before it counts as crashed.
+        lease: how long a save may go without a heartbeat before it counts as crashed.
         author: of the operations that are recorded.
         dry_run: change nothing.
 
@@ -133,7 +133,7 @@ def collect(
 
 
 def _steady_clock() -> Callable[[], datetime]:
-    """Return what tells the time from now on, whatever becomes of the machine's clock."""
+    """Return a clock that does not jump when the clock of the machine is changed."""
     wall, steady = datetime.now(UTC), time.monotonic()
     return lambda: wall + timedelta(seconds=time.monotonic() - steady)
 
@@ -145,7 +145,7 @@ def _delete_packs(
     if doomed and not dry_run:
         for pack in doomed:
             storage.delete(pack.key)
-        # Only now: a crash in between leaves rows by which the next collection tries again.
+        # Rows last: after a crash in between, the next collection finds them and tries again.
         forget_packs(catalog, [p.key for p in doomed], now=datetime.now(UTC), author=author)
         write_journal(catalog, storage)
     return doomed
@@ -165,7 +165,7 @@ def _clear_leftovers(
 
     `old` is older than every save that ran when this collection began.
     """
-    # Listed before the catalog is asked: what appears later may belong to a save that it misses.
+    # Listed before the catalog is asked: a save that begins later is not in its answer.
     keys = [(key, key.split("/")[1].split(".")[0]) for key in _listed(storage)]
     leftovers, strange = find_leftovers(
         catalog, keys, crashed=crashed, dropped=dropped, expired_before=expired_before
@@ -173,9 +173,9 @@ def _clear_leftovers(
     leftovers += _half_written(storage, old)
     uids = dict(keys)
     described = {uid for key, uid in keys if key.startswith("manifests/")}
-    # Of a save that died before it began, or a repacking that did: without a manifest, and old.
+    # Of a save or repacking that was killed before it was recorded: old, and without a manifest.
     strays = {k for k in strange if uids[k] not in described and _is_older(uids[k], old)}
-    if strays:  # a copy's packs lie under another uid than its manifest, and repacked ones too
+    if strays:  # packs of a copy, and repacked ones, have another uid than their manifest
         named = _named_packs(storage, [key for key in strange if key.startswith("manifests/")])
         strays = set() if named is None else strays - named
     leftovers += sorted(strays)
@@ -185,7 +185,7 @@ def _clear_leftovers(
         try:
             nbytes += storage.size(key)
         except NotFoundError:
-            continue  # another collection was faster
+            continue  # another collection deleted it first
         if not dry_run:
             storage.delete(key)
     return leftovers, unknown, nbytes
@@ -216,7 +216,7 @@ def _listed(storage: Storage) -> list[str]:
 
 
 def _half_written(storage: Storage, before: datetime) -> list[str]:
-    """Return what was left of small objects that someone began to write before a time, and died."""
+    """Return small objects that a killed process began to write before a time."""
     return [
         key
         for folder in ("manifests", "operations")

@@ -1,10 +1,11 @@
-"""A lost catalog comes back from the data folder alone: its journal and its manifests.
+"""Rebuilds a lost catalog from the data folder alone: from its journal and its manifests.
 
-Rebuilt and original answer alike, as of the last operation that was finished. What is damaged or
-missing is reported, and its versions left out; in the data folder only the journal is mended. Each
-lost operation becomes one of kind "lost", which undo passes over, so that numbers have no gaps; the
-first, which says whose data it is, one of kind "init". A version whose own operation is lost gets
-one of them, by the uid that other operations name it by and by its manifest.
+The rebuilt catalog answers like the original one, as of the last operation that was finished.
+Damaged or missing objects are reported, and their versions left out; in the data folder only the
+journal is repaired. Each lost operation gets a placeholder of kind "lost", which undo skips, so
+that numbers have no gaps; the first, which names the repository, gets one of kind "init". A version
+whose own operation is lost is described by a placeholder, with the uid that other operations give
+and with its manifest.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ from dcpstore.storage.urls import open_storage
 __all__ = [
     "RebuildReport",
     "find_lost",
+    "placeholders",
     "rebuild",
-    "stand_ins",
 ]
 
 # JSON whose fields `decode_operation` has checked; they are of every kind, hence `Any`.
@@ -51,11 +52,11 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class RebuildReport:
-    """What came back, and what did not.
+    """What was restored, and what was not.
 
     `versions` are those that load again, `lost` those that do not, by number; `moved_refs` are tags
-    that are gone and branches that went back, for they named one of the lost. `problems` say what
-    is damaged or missing, object by object, and why each version is lost. `unfinished` are the uids
+    that were dropped and branches that moved back, since they named a lost version. `problems` name
+    each object that is damaged or missing, and why each version is lost. `unfinished` are the uids
     of manifests that no operation names: of saves that never committed, or did so just before the
     catalog was lost.
     """
@@ -77,7 +78,7 @@ def rebuild(data: str | os.PathLike[str], into: str | os.PathLike[str]) -> Rebui
 
     Raises:
         NotFoundError: there is no data folder, or it has no journal.
-        AlreadyExistsError: the catalog is there already, or the database is not empty.
+        AlreadyExistsError: the catalog exists already, or the database is not empty.
     """
     url, folder = locate(into)
     data_url = absolute_data(check_path(data, what="the data folder"))
@@ -92,8 +93,8 @@ def rebuild(data: str | os.PathLike[str], into: str | os.PathLike[str]) -> Rebui
     if folder is not None and Path(os.path.realpath(folder)) == Path(storage.url):
         data_url = "."  # as `open` makes it, so that the folder can move as a whole
     found = _DataScan(storage, problems)
-    made, found.unnamed = stand_ins(operations, lost, found.manifest)
-    whole = sorted([*operations, *made], key=lambda said: int(said["operation"]))
+    made, found.unnamed = placeholders(operations, lost, found.manifest)
+    whole = sorted([*operations, *made], key=lambda one: int(one["operation"]))
     if folder is not None:
         LocalFolder(folder, create=True)  # for the catalog itself
     done = restore_repository(
@@ -105,7 +106,7 @@ def rebuild(data: str | os.PathLike[str], into: str | os.PathLike[str]) -> Rebui
         if lost:
             journal_again(catalog, lost[0])
         write_journal(catalog, storage)
-    known = {said["version"]["uid"] for said in whole if "version" in said}
+    known = {one["version"]["uid"] for one in whole if "version" in one}
     return RebuildReport(
         versions=tuple(done.versions),
         lost=tuple(done.lost),
@@ -117,10 +118,10 @@ def rebuild(data: str | os.PathLike[str], into: str | os.PathLike[str]) -> Rebui
 
 
 class _DataScan:
-    """Reads what the data folder holds beside the journal; what is missing is reported once.
+    """Reads manifests and sizes of packs from the data folder; each problem is reported once.
 
     Attributes:
-        unnamed: versions that no operation describes, by the uids that were made up for them.
+        unnamed: versions that no operation describes, by the uids that were made for them.
     """
 
     def __init__(self, storage: Storage, problems: list[str]) -> None:
@@ -146,9 +147,9 @@ class _DataScan:
         return None
 
     def content(self, uid: str) -> VersionContent | None:
-        """Return what a version holds, or None where no sound manifest says."""
+        """Return what a version holds, or None without a sound manifest."""
         if uid in self.unnamed:
-            self._problems.append(f"v{self.unnamed[uid]}: no operation that is left names it")
+            self._problems.append(f"v{self.unnamed[uid]}: no remaining operation names it")
             return None
         manifest = self.manifest(uid)
         return None if manifest is None else manifest.content
@@ -157,11 +158,11 @@ class _DataScan:
         """Return the length of a pack, or None where there is none."""
         try:
             return self._storage.size(key)
-        except (NotFoundError, InvalidInputError, CorruptionError):  # or its link leads out
+        except (NotFoundError, InvalidInputError, CorruptionError):  # or a link leaves the folder
             return None
 
     def lose(self, uid: str, reason: str) -> None:
-        """Tell why a version is lost whose manifest is sound."""
+        """Report why a version is lost."""
         self._problems.append(f"{manifest_key(uid)}: {reason}")
 
 
@@ -172,7 +173,7 @@ def _read_journal(storage: Storage, problems: list[str]) -> tuple[list[Json], li
     before = 0
     for number in sorted(numbers):
         key = operation_key(number)
-        # Reported as one: the name of a single file can claim that any number of them is missing.
+        # Reported as one: a single file with a large number would mean any number of missing ones.
         if number == before + 2:
             problems.append(f"{operation_key(before + 1)}: it is missing")
         elif number > before + 2:
@@ -180,23 +181,23 @@ def _read_journal(storage: Storage, problems: list[str]) -> tuple[list[Json], li
             problems.append(f"{first} to {last}: they are missing")
         before = number
         try:
-            said = decode_operation(storage.get(key))
+            operation = decode_operation(storage.get(key))
         except NotFoundError:
             problems.append(f"{key}: it is missing")
             continue
         except CorruptionError as error:
             problems.append(f"{key}: {error}")
             continue
-        if said.get("operation") != number:
-            problems.append(f"{key}: it holds operation {said.get('operation')}")
+        if operation.get("operation") != number:
+            problems.append(f"{key}: it holds operation {operation.get('operation')}")
             continue
-        found.append(said)
+        found.append(operation)
     _check_numbers(found)
-    return found, find_lost(numbers, {said["operation"] for said in found})
+    return found, find_lost(numbers, {one["operation"] for one in found})
 
 
 def _check_numbers(operations: list[Json]) -> None:
-    """Refuse a journal that gives two versions one number, or one version two."""
+    """Refuse a journal that gives two versions one number, or one version two numbers."""
     pairs = {(s["version"]["uid"], s["version"]["number"]) for s in operations if "version" in s}
     uids, numbers = {uid for uid, _ in pairs}, {number for _, number in pairs}
     if len(uids) < len(pairs) or len(numbers) < len(pairs) or 0 in numbers:
@@ -207,17 +208,17 @@ def _check_numbers(operations: list[Json]) -> None:
 
 
 def _repository(operations: list[Json], data_url: str) -> RepositoryRecord:
-    """Return what the first operation says of the repository; without it, a new one's."""
-    said = operations[0].get("repository")
-    if said is None:
+    """Return the record of the repository in the first operation; if that is lost, a new one."""
+    record = operations[0].get("repository")
+    if record is None:
         now = datetime.now(UTC)
         return RepositoryRecord(uuid.uuid4().hex, FORMAT_VERSION, data_url, ChunkDefaults(), now)
     return RepositoryRecord(
-        uid=said["uid"],
-        format_version=said["format_version"],
+        uid=record["uid"],
+        format_version=record["format_version"],
         data_url=data_url,
-        chunk=ChunkDefaults(said["chunk_nbytes"], said["chunk_codec"]),
-        created_at=datetime.fromisoformat(said["created_at"]),
+        chunk=ChunkDefaults(record["chunk_nbytes"], record["chunk_codec"]),
+        created_at=datetime.fromisoformat(record["created_at"]),
     )
 
 
@@ -226,7 +227,7 @@ def _described(storage: Storage) -> list[str]:
     return [Path(key).stem for key in keys if key.endswith(".json")]
 
 
-_MOST = 100_000  # in one gap: the name of a single file can claim that any number of them is lost
+_MOST = 100_000  # in one gap: a single file with a large number would mean any number of lost ones
 
 
 def find_lost(listed: Iterable[int], sound: Collection[int]) -> list[int]:
@@ -245,10 +246,10 @@ def find_lost(listed: Iterable[int], sound: Collection[int]) -> list[int]:
     return lost
 
 
-def stand_ins(
+def placeholders(
     operations: Sequence[Json], lost: Sequence[int], manifest: Callable[[str], Manifest | None]
 ) -> tuple[list[Json], dict[str, int]]:
-    """Return an operation for each of `lost`, and the versions that nothing tells of, by uid.
+    """Return an operation for each of `lost`, and the versions that nothing describes, by uid.
 
     Args:
         operations: all that are sound, in order; there is one.
@@ -272,7 +273,7 @@ def stand_ins(
             at = following["created_at"]
             tips.update((change.name, change.new) for change in changed_refs(following))
             following = next(earlier)
-        said = {
+        placeholder = {
             "operation": number,
             "kind": "init" if number == 1 else "lost",
             "target": "",
@@ -290,13 +291,13 @@ def stand_ins(
                 found = None
             else:
                 found = None if uid in expired else manifest(uid)
-            said["new"] = {"uid": uid, "version": version}
-            said["version"] = _version_as_json(uid, version, found, at) | _parent(
+            placeholder["new"] = {"uid": uid, "version": version}
+            placeholder["version"] = _version_as_json(uid, version, found, at) | _parent(
                 version, found, uids, tips
             )
             if found is not None:
-                tips[found.draft.branch] = said["new"]
-        made.append(said)
+                tips[found.draft.branch] = placeholder["new"]
+        made.append(placeholder)
     return made, unnamed
 
 
@@ -305,9 +306,9 @@ def _named(operations: Iterable[Json]) -> dict[int, str]:
     operations = list(operations)
     uids = {o["version"]["number"]: o["version"]["uid"] for o in operations if "version" in o}
     known = set(uids.values())
-    for said in operations:
-        changed = (end for change in changed_refs(said) for end in (change.old, change.new))
-        for end in (said["old"], said["new"], *changed):
+    for operation in operations:
+        changed = (end for change in changed_refs(operation) for end in (change.old, change.new))
+        for end in (operation["old"], operation["new"], *changed):
             if end is not None and end["version"] and end["uid"] not in known:
                 known.add(end["uid"])
                 uids.setdefault(end["version"], end["uid"])
@@ -319,12 +320,12 @@ def _makers(
 ) -> Iterator[tuple[int, int]]:
     """Yield each lost operation that made a version, with the number of that version."""
     described: dict[int, int] = {}
-    for said in operations:
-        if "version" in said:
-            described.setdefault(said["version"]["number"], said["operation"])
+    for operation in operations:
+        if "version" in operation:
+            described.setdefault(operation["version"]["number"], operation["operation"])
     last = max(uids, default=0)
     if last - len(described) > len(lost):
-        return  # no repository has such versions: the numbers of this journal are made up
+        return  # the numbers of this journal are invalid: no repository has so many versions
     free = (number for number in lost if number > 1)
     before = 0  # versions are made in the order of their numbers
     for version in range(1, last + 1):
@@ -339,7 +340,7 @@ def _makers(
 
 
 def _version_as_json(uid: str, number: int, manifest: Manifest | None, at: str) -> Json:
-    """Return what is known of a version, as its own operation would have said it."""
+    """Return what is known of a version, as its own operation would describe it."""
     if manifest is None:
         began = datetime.fromisoformat(at)
         stats = VersionStats(
@@ -353,7 +354,7 @@ def _version_as_json(uid: str, number: int, manifest: Manifest | None, at: str) 
         "number": number,
         "tags": (),
         "started_at": facts["created_at"],
-        "packs": [],  # those that a manifest names are found all the same
+        "packs": [],  # the manifest names them, too
     }
 
 

@@ -1,11 +1,11 @@
 """Packs and manifests that are replaced while their versions stay readable.
 
-The live chunks of a pack that is mostly dead are copied to a new pack, and the old one is
-condemned: the new pack is durable before one transaction moves the chunks to it, and a reader with
-the old places finds the old pack until its grace time ends. Then the manifests of those versions
-are written again from the catalog. Invariant: a pack is not deleted while a manifest names it, and
-no manifest names a pack that the journal does not have, so plain Zarr and a rebuild find every
-committed version at any time.
+The live chunks of a pack that is mostly garbage are copied to a new pack, and the old one is
+condemned: the new pack is durable before one transaction moves the chunks to it, and a reader that
+has the old places finds the old pack until its grace time ends. Then the manifests of those
+versions are written again from the catalog. Invariant: a pack is not deleted while a manifest names
+it, and no manifest names a pack that the journal does not have, so plain Zarr and a rebuild find
+every committed version at any time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _WHOLE = 1 << 62  # bytes: what comes from one pack goes into one
 def renew_manifests(catalog: Catalog, storage: Storage) -> int:
     """Write again the manifests that name old places of chunks; return how many.
 
-    None while the journal cannot be written: they stay marked, for the next collection.
+    Where the journal cannot be written they stay marked, and the next collection writes them.
     """
     renewed = 0
     tried: set[tuple[int, str]] = set()
@@ -50,7 +50,7 @@ def renew_manifests(catalog: Catalog, storage: Storage) -> int:
             if not write_journal(catalog, storage):  # of what moved until the content was read
                 return renewed
             write_manifest(storage, draft, content, content.records())
-            # Where chunks moved again since, the mark is another, and the loop comes back to it.
+            # If chunks moved again since, the mark has changed, and the loop finds it again.
             renewed += clear_stale(catalog, number, mark)
     return renewed
 
@@ -79,7 +79,7 @@ def repack(
         except BaseException:
             writer.discard()
             raise
-        if not made:  # another collection left no live chunk in it meanwhile
+        if not made:  # meanwhile another collection moved its last live chunk
             unplan_pack(catalog, key)
             continue
         (new,) = made

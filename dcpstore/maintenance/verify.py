@@ -1,10 +1,10 @@
-"""Is a repository intact: which damage the catalog and the data folder show, and what it touches.
+"""Checks whether a repository is intact: finds damage, and the versions that it touches.
 
 A quick check reads no chunks: the catalog's own rules, that packs exist with the right size, and
 that manifests are sound. A deep check reads the journal and every chunk that a version reaches, on
 all cores, and compares digests; the result of each pack is kept in the catalog at once, so an
 interrupted check can be resumed. Damage is marked: no save reuses a damaged chunk, so saving the
-content again heals it; gc writes a damaged manifest again, and the next change writes a damaged
+content again repairs it; gc writes a damaged manifest again, and the next change writes a damaged
 operation again.
 """
 
@@ -56,7 +56,10 @@ __all__ = [
     "verify",
 ]
 
-QUICK = ("missing: ", "size: ")  # how damage begins that a look without reading finds
+QUICK = (
+    "missing: ",
+    "size: ",
+)  # how the text of damage begins that is found without reading chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +112,7 @@ class VerifyReport:
 
 
 def found_by_quick_check(damage: str | None) -> bool:
-    """Tell whether damage is of a pack as a whole: no digest that is right makes up for it."""
+    """Tell whether damage is of a whole pack, so that correct digests do not clear it."""
     return damage is not None and damage.startswith(QUICK)
 
 
@@ -121,13 +124,13 @@ def verify(
     resume: bool,
     limit: float | None,
 ) -> VerifyReport:
-    """Look at everything; with `deep`, read every chunk.
+    """Check everything; with `deep`, read every chunk.
 
     Args:
         catalog: of the repository.
         storage: of the repository.
         deep: check the digest of every chunk that a version reaches.
-        resume: go on with a deep look that did not come to its end.
+        resume: continue a deep check that was interrupted.
         limit: most bytes a second to read.
     """
     look = _Look(catalog, storage)
@@ -154,29 +157,29 @@ def verify(
 
 
 class _Look:
-    """Collects what is found; one entry for each thing that is damaged."""
+    """Collects damage: one record for each object that is damaged."""
 
     def __init__(self, catalog: Catalog, storage: Storage) -> None:
         self._catalog, self._storage = catalog, storage
         self._found: dict[tuple[str, str], Damage] = {}
 
     def damage(self) -> tuple[Damage, ...]:
-        """Return all that was found."""
+        """Return all damage that was found."""
         return tuple(self._found.values())
 
     def at_catalog(self) -> None:
-        """Look at the catalog's own rules."""
+        """Check the catalog's own rules."""
         for i, fault in enumerate(find_faults(self._catalog)):
             held = [] if fault.tensor is None else reached_by_tensor(self._catalog, fault.tensor)
             self._enter("catalog", str(i), fault.text, held)
 
     def at_packs(self) -> list[PackState]:
-        """Look whether every pack is there whole; return them with the damage found so far."""
+        """Check that every pack exists with its size; return the packs with their damage so far."""
         packs = []
         for pack in list_packs(self._catalog):
             damage = self._quick_look(pack)
             if damage is None and not found_by_quick_check(pack.damage):
-                damage = pack.damage  # for a deep look to find mended
+                damage = pack.damage  # only a deep check can find it repaired
             if damage is not None:
                 self._enter_pack(pack, damage)
             if damage != pack.damage:
@@ -185,7 +188,7 @@ class _Look:
         return packs
 
     def at_manifests(self) -> int:
-        """Look whether the manifest of every version is sound; return how many there are."""
+        """Check the manifest of every version; return how many there are."""
         versions = list_log(self._catalog)
         for version in versions:
             key = manifest_key(version.uid)
@@ -202,12 +205,12 @@ class _Look:
         return len(versions)
 
     def at_journal(self) -> None:
-        """Look whether every operation that was written is sound; the next change mends others."""
+        """Check every operation in the journal; the next change writes damaged ones again."""
         for number in range(1, last_journaled(self._catalog) + 1):
             key = operation_key(number)
             try:
-                said = decode_operation(self._storage.get(key)).get("operation")
-                reason = None if said == number else f"it is of operation {said}"
+                stored = decode_operation(self._storage.get(key)).get("operation")
+                reason = None if stored == number else f"it is of operation {stored}"
             except NotFoundError:
                 reason = "it is missing"
             except (InvalidInputError, CorruptionError) as error:
@@ -218,14 +221,14 @@ class _Look:
                     journal_again(self._catalog, number)
 
     def found_in_pack(self, pack: PackState, bad: Sequence[ChunkDamage]) -> None:
-        """Take what a deep look found in one pack; nothing, where all is well."""
-        if found_by_quick_check(pack.damage):  # reported already, as a whole
+        """Record the damaged chunks that a deep check found in one pack, if any."""
+        if found_by_quick_check(pack.damage):  # the whole pack is reported already
             return
         if not bad:
             self._found.pop(("pack", pack.key), None)
             return
         held = find_reached(self._catalog, pack.key, [chunk.offset for chunk in bad])
-        if not held and not self._is_live(pack.key):  # collected while it was looked at
+        if not held and not self._is_live(pack.key):  # collected while it was checked
             return
         count = f"{len(bad)} chunk{'s' if len(bad) > 1 else ''}"
         self._enter("pack", pack.key, f"{count} damaged: {bad[0].reason}", held, bad)
@@ -237,7 +240,10 @@ class _Look:
             return (
                 f"{QUICK[0]}the data folder does not hold it" if self._is_live(pack.key) else None
             )
-        except (InvalidInputError, CorruptionError) as error:  # its key, or a link, leads out
+        except (
+            InvalidInputError,
+            CorruptionError,
+        ) as error:  # its key is invalid, or a link leaves the folder
             return f"{QUICK[0]}{error}"
         if size != pack.nbytes and self._is_live(pack.key):
             return f"{QUICK[1]}{size} bytes instead of {pack.nbytes}"
@@ -265,7 +271,7 @@ class _Look:
         )
 
     def _is_own(self) -> bool:
-        """Tell whether the first operation, which says whose data it is, is the catalog's."""
+        """Tell whether the first operation, which names the repository, belongs to this catalog."""
         try:
             check_owner(self._catalog, self._storage)
         except DcpstoreError:
@@ -273,11 +279,11 @@ class _Look:
         return True
 
     def _is_live(self, key: str) -> bool:
-        """Tell whether a pack is one still: a collection may have been faster."""
+        """Tell whether a pack still exists: a collection may have removed it meanwhile."""
         return any(pack.key == key for pack in list_packs(self._catalog))
 
     def _is_there(self, version: Version) -> bool:
-        """Tell whether a version is one still: it may have expired."""
+        """Tell whether a version still exists: it may have expired meanwhile."""
         try:
             return resolve(self._catalog, version.number).uid == version.uid
         except NotFoundError:
@@ -316,14 +322,14 @@ def check_packs(
 ) -> tuple[int, int]:
     """Check every chunk in `packs`; return how many there were, and their encoded bytes.
 
-    `found` hears of each pack when it was looked at. With `resume`, packs that the look which is
-    gone on with has passed already are left out.
+    `found` is called with each pack when it was checked. With `resume`, packs that the interrupted
+    check has passed already are left out.
     """
     from dcpstore.reading.chunk_reads import check_chunk  # noqa: PLC0415 (loads torch)
 
     now = datetime.now(UTC)
     began = begin_verify(catalog, resume=resume, now=now)
-    # what was looked at in the future, by a clock that was wrong then, is looked at again
+    # a time in the future, from a clock that was wrong, does not count
     waiting = [p for p in packs if p.verified_at is None or not began <= p.verified_at < now]
     throttle = _Throttle(limit)
     count = nbytes = 0
@@ -340,7 +346,7 @@ def check_packs(
                 throttle.take(chunk.length)
                 try:
                     check_chunk(chunk, reader.read(key, chunk.offset, chunk.length))
-                except (CorruptionError, InvalidInputError) as error:  # its key may be none
+                except (CorruptionError, InvalidInputError) as error:  # its key may be invalid
                     return str(error)
                 return None
 
@@ -374,7 +380,7 @@ def _damage(catalog: Catalog, pack: str, chunk: PackedChunk, reason: str) -> Chu
 
 
 class _Throttle:
-    """Holds threads back so that together they read no more than `limit` bytes a second."""
+    """Delays threads so that together they read at most `limit` bytes a second."""
 
     def __init__(self, limit: float | None) -> None:
         self._limit = limit
@@ -382,7 +388,7 @@ class _Throttle:
         self._free_at = time.monotonic()
 
     def take(self, nbytes: int) -> None:
-        """Wait for the turn of `nbytes`."""
+        """Wait until `nbytes` more may be read."""
         if self._limit is None:
             return
         with self._lock:

@@ -1,11 +1,11 @@
-"""A file written from its beginning to its end, past the page cache where the filesystem takes it.
+"""A file written from its beginning to its end, past the page cache where the filesystem allows it.
 
 Bytes are gathered in aligned blocks, and threads write full ones while the next fills, so that
 hashing, encoding and the disk work at once, in bounded memory. Full blocks go straight to the disk
 (O_DIRECT: about twice as fast as through the page cache); what fills none, and all of it where the
-filesystem refuses, goes through the page cache, so a small file costs neither thread nor detour.
+filesystem refuses, goes through the page cache, so a small file needs no thread and no extra copy.
 
-Invariant: after `sync` the file holds what was written, durable; whatever a thread met on the way
+Invariant: after `sync` the file holds what was written, durable; an error of a thread
 is raised by a later `write` or by `sync`.
 """
 
@@ -32,7 +32,7 @@ _DIRECT = getattr(os, "O_DIRECT", 0)  # not every system has it
 
 
 class StreamedFile:
-    """A new file that is written by one thread, and durable once it says so.
+    """A new file that is written by one caller, and durable when `sync` returns.
 
     Args:
         path: of a file that does not exist.
@@ -74,7 +74,7 @@ class StreamedFile:
         os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Let the file and the threads go; writes that are under way end first."""
+        """Close the file and end the threads; writes that have begun end first."""
         if self._threads is not None:
             self._threads.shutdown()
             self._threads = None
@@ -121,7 +121,7 @@ class StreamedFile:
             flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
             fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | _DIRECT)
             self._is_direct = bool(_DIRECT)
-        except OSError:  # this filesystem has none: tmpfs, some overlays and network mounts
+        except OSError:  # not supported by tmpfs, some overlays and network mounts
             self._is_direct = False
 
     def _leave_direct(self) -> None:

@@ -1,7 +1,7 @@
-"""What dcpstore asks of the place where its bytes lie, and the grammar of keys.
+"""The interface of the place where bytes are stored, and the grammar of keys.
 
 A key names an object below the data folder, as in "packs/<uid>/0-0.pack". Objects are written
-once, read in ranges and never changed, so a mapped file and fetched ranges serve alike.
+once, read in ranges and never changed, so a mapped file and fetched ranges work alike.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class Source(Protocol):
         """
 
     def release(self, offset: int, length: int) -> None:
-        """Give back the memory of what was read there; views of it stay good."""
+        """Give back the memory of what was read there; views of it stay valid."""
 
 
 class Storage(Protocol):
     """A folder or bucket that holds the packs and manifests of one repository.
 
     Every method raises `InvalidInputError` for what is not a key, and `DcpstoreError` where the
-    place itself fails.
+    storage itself fails.
     """
 
     @property
@@ -97,12 +97,12 @@ class Storage(Protocol):
     def list(self, prefix: str = "") -> Iterator[str]:
         """Yield the sorted keys below the folder `prefix`, or all.
 
-        What a killed writer left behind is among them, under a key that ends in a uid, which tells
+        What a killed writer left behind is among them, under a key that ends in a uid, which shows
         its age, and ".tmp".
         """
 
     def delete(self, key: str) -> None:
-        """Delete an object; one that is not there is no error."""
+        """Delete an object; one that does not exist is not an error."""
 
 
 def check_key(key: str) -> str:

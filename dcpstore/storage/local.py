@@ -1,6 +1,6 @@
-"""A local or shared folder as storage; what it says is durable has been fsynced, folders too.
+"""A local or shared folder as storage; what it reports as durable is fsynced, folders too.
 
-Objects are written under an unguessable temporary name beside their key, which tells its age, and
+Objects are written under an unguessable temporary name beside their key, which shows its age, and
 renamed when complete, so that a reader meets whole objects only. Reads are views of the mapped
 file: nothing is copied.
 """
@@ -39,7 +39,7 @@ class LocalFolder:
 
     Raises:
         NotFoundError: it is missing.
-        DcpstoreError: it is no folder, or cannot be made.
+        DcpstoreError: it is not a folder, or cannot be made.
     """
 
     def __init__(self, path: Path, *, create: bool = False, block: int = BLOCK) -> None:
@@ -47,7 +47,7 @@ class LocalFolder:
         self._root = Path(os.path.realpath(path))
         if create:
             with _explained(_MAKE, self._root):
-                # Every folder on the way that is new must stay: one lost takes all below along.
+                # Sync every new folder on the way: a crash that loses one loses all below it.
                 above = [folder for folder in self._root.parents if not folder.exists()]
                 self._root.mkdir(parents=True, exist_ok=True)
                 for folder in (self._root, *above):
@@ -112,14 +112,14 @@ class LocalFolder:
         with _explained("delete", path):
             path.unlink(missing_ok=True)
         if self._root not in (path.parent, path.parent.parent):
-            with contextlib.suppress(OSError):  # it still holds others: that is no failure
+            with contextlib.suppress(OSError):  # it is not empty: that is not a failure
                 path.parent.rmdir()
 
     def _locate(self, key: str) -> Path:
         path = self._root / check_key(key)
         if not Path(os.path.realpath(path)).is_relative_to(self._root):
             raise CorruptionError(
-                f"{key!r} leads out of the data folder {str(self._root)!r} by a link; replace the "
+                f"{key!r} is a link that leaves the data folder {str(self._root)!r}; replace the "
                 "link with what it points to."
             )
         return path
@@ -156,7 +156,7 @@ class FileSink:
 
     def discard(self) -> None:
         """Drop what was written; does nothing after `commit`."""
-        with contextlib.suppress(OSError):  # nobody wants this file any more
+        with contextlib.suppress(OSError):  # the file is not needed any more
             self._file.close()
         with _explained("delete", self._temporary):
             self._temporary.unlink(missing_ok=True)
@@ -182,7 +182,7 @@ class MappedFile:
             if offset < 0 or length < 0 or offset + length > self.size:
                 raise CorruptionError(
                     f"{str(self._path)!r} has {self.size} bytes, too few for {length} at {offset}; "
-                    "run 'dcpstore verify' to see which versions are hurt."
+                    "run 'dcpstore verify' to see which versions are damaged."
                 )
         return [self._view[offset : offset + length] for offset, length in ranges]
 
@@ -194,12 +194,12 @@ class MappedFile:
 
 
 def _open_file(path: Path) -> BinaryIO:
-    """Open a file to read; a pipe or a device is none, and could keep us waiting for ever."""
+    """Open a file to read; refuse a pipe or a device, which could block for ever."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise CorruptionError(
-            f"{str(path)!r} is no regular file; remove it, and restore the file from a copy."
+            f"{str(path)!r} is not a regular file; remove it, and restore the file from a copy."
         )
     return os.fdopen(descriptor, "rb")
 
@@ -220,7 +220,7 @@ def _explain(action: str, path: Path, error: OSError) -> DcpstoreError:
             "it from a copy."
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        step = "give this user leave to write there, or choose another folder"
+        step = "let this user write there, or choose another folder"
     elif error.errno in (errno.ENOSPC, errno.EDQUOT):
         step = "free space, with 'dcpstore expire' and 'dcpstore gc' for example, and save again"
     elif error.errno in (errno.EMFILE, errno.ENFILE):
@@ -230,7 +230,7 @@ def _explain(action: str, path: Path, error: OSError) -> DcpstoreError:
     ):
         step = "no folder can be made there: choose another path"
     else:
-        step = "mend the filesystem, then try again"
+        step = "repair the filesystem, then try again"
     return DcpstoreError(f"cannot {action} {str(path)!r}: {error.strerror}; {step}.")
 
 
@@ -243,8 +243,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _refuse(error: OSError) -> None:
-    """Keep a listing from passing over folders that cannot be read; one without objects is none."""
+    """Raise for a folder that cannot be listed; one that does not exist has no objects."""
     if not isinstance(error, FileNotFoundError):
         raise DcpstoreError(
-            f"cannot list {error.filename!r}: {error.strerror}; give this user leave to read it."
+            f"cannot list {error.filename!r}: {error.strerror}; let this user read it."
         ) from error

@@ -1,8 +1,8 @@
 """An object store as storage: S3, Google Cloud Storage or Azure, through obstore (extra "s3").
 
 An object appears when its upload completes, which is as durable as the provider says; an upload
-that is given up never appears. Ranges near one another are fetched as one request, several at once.
-Credentials and endpoints are those that obstore finds, such as AWS_* in the environment.
+that is abandoned never appears. Ranges near one another are fetched as one request, several at
+once. Credentials and endpoints are those that obstore finds, such as AWS_* in the environment.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def open_object_store(url: str) -> ObjectStore:
         return ObjectStore(url.rstrip("/"), from_url(url))
     except (BaseError, ValueError) as error:
         raise InvalidInputError(
-            f"{url!r} names no object store ({_first_line(error)}); write it as s3://bucket/prefix."
+            f"{url!r} is not the URL of an object store ({_first_line(error)}); write it as s3://bucket/prefix."
         ) from error
 
 
@@ -163,7 +163,7 @@ class UploadSink:
         self._file = None
 
     def discard(self) -> None:
-        """Give the upload up; parts that were sent go by the bucket's rule for such uploads."""
+        """Abandon the upload; the bucket's rule for incomplete ones removes parts that were sent."""
         self._file = None
 
 
@@ -188,14 +188,16 @@ class FetchedObject:
             if offset < 0 or length < 0 or offset + length > self.size:
                 raise CorruptionError(
                     f"'{self._store.url}/{self._key}' has {self.size} bytes, too few for {length} "
-                    f"at {offset}; run 'dcpstore verify' to see which versions are hurt."
+                    f"at {offset}; run 'dcpstore verify' to see which versions are damaged."
                 )
-        asked = [(offset, length) for offset, length in ranges if length]  # none may be empty
+        asked = [
+            (offset, length) for offset, length in ranges if length
+        ]  # the store refuses empty ones
         fetched = iter(self._store.fetch(self._key, asked) if asked else ())
         return [memoryview(next(fetched) if length else b"") for _, length in ranges]
 
     def release(self, offset: int, length: int) -> None:
-        """Do nothing: what was fetched goes with its last view."""
+        """Do nothing: what was fetched is freed with its last view."""
 
 
 def _plain(data: Buffer) -> memoryview:

@@ -54,7 +54,7 @@ class PackWriter:
         return place
 
     def finish(self) -> list[PackRecord]:
-        """Make every pack durable and return them; there is none where nothing was appended."""
+        """Make every pack durable and return them; none if nothing was appended."""
         if self._sink is not None:
             self._complete(self._sink)
         return list(self._done)
@@ -77,8 +77,8 @@ class PackReader:
     """Reads chunks out of packs; safe to share between threads.
 
     Args:
-        storage: where the packs lie.
-        most_open: packs kept open; the least recently used one is let go.
+        storage: where the packs are.
+        most_open: packs kept open; the least recently used one is closed.
     """
 
     def __init__(self, storage: Storage, *, most_open: int = 64) -> None:
@@ -108,7 +108,7 @@ class PackReader:
             raise CorruptionError(
                 f"pack {pack!r} is missing in {self._storage.url!r} (wanted {length} bytes at "
                 f"offset {offset}); restore it from a copy, or run 'dcpstore verify' to see what "
-                "is hurt."
+                "is damaged."
             ) from error
         except CorruptionError as error:
             offset, length = max(ranges, key=sum)
@@ -123,7 +123,7 @@ class PackReader:
             source.release(offset, length)
 
     def close(self) -> None:
-        """Let every pack go; bytes that were handed out stay valid."""
+        """Close every pack; bytes that were handed out stay valid."""
         self._open.clear()
 
     def _source(self, pack: str) -> Source:

@@ -1,7 +1,7 @@
-"""A storage that reports each request that was carried out; used only while somebody traces.
+"""A storage that reports each request that was carried out; used only inside a trace.
 
-One request is one call of the storage's interface: what a folder or bucket makes of it is its own
-affair (an object store may send an upload in parts, and fetch near ranges together).
+One request is one call of the storage's interface: the folder or bucket may do more (an
+object store may send an upload in parts, and fetch near ranges together).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which storage a data URL means."""
+"""Opens the storage that a data URL names."""
 
 from __future__ import annotations
 
@@ -29,16 +29,18 @@ def open_storage(url: str, *, base: Path | None = None, create: bool = False) ->
     check_data_url(url)
     if "://" not in url:
         if not url or "\0" in url:
-            raise InvalidInputError(f"{url!r} is no path; give the data folder, or its URL.")
+            raise InvalidInputError(f"{url!r} is not a path; give the data folder, or its URL.")
         return LocalFolder((base or Path()) / url, create=create)
     parts = urlsplit(url)
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost") or not parts.path.strip("/"):
-            raise InvalidInputError(f"{url!r} names no local folder; write file:///absolute/path.")
+            raise InvalidInputError(
+                f"{url!r} does not name a local folder; write file:///absolute/path."
+            )
         return LocalFolder(Path(unquote(parts.path)), create=create)
     if parts.scheme in OBJECT_STORES:
         try:
-            # Here, for most repositories lie in folders, and obstore is an extra.
+            # Imported late: most repositories are in folders, and obstore is an extra.
             from dcpstore.storage.object_store import open_object_store  # noqa: PLC0415
         except ModuleNotFoundError as error:
             raise DcpstoreError(
@@ -46,7 +48,7 @@ def open_storage(url: str, *, base: Path | None = None, create: bool = False) ->
             ) from error
         return open_object_store(url)
     raise InvalidInputError(
-        f"no storage for {parts.scheme + '://'!r} in {url!r}; give a path, or a URL of "
+        f"there is no storage for {parts.scheme + '://'!r} in {url!r}; give a path, or a URL of "
         f"{', '.join(scheme + '://' for scheme in ('file', *OBJECT_STORES))}."
     )
 

@@ -30,7 +30,7 @@ __all__ = [
     "zarr_documents",
 ]
 
-# What Zarr nodes, URLs, globs and templates may take for something else, and lone surrogates.
+# What has another meaning in Zarr nodes, URLs, globs or templates; and lone surrogates.
 _UNSAFE = re.compile(r'[\x00-\x20\x7f-\x9f"#%&*/:<>?\[\\\]{|}\ud800-\udfff]')
 
 

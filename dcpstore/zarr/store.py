@@ -1,7 +1,7 @@
 """A read-only Zarr store over one version: documents made here, chunks read out of packs.
 
 Chunk places are asked for once an array, when its first chunk is read. Every chunk is checked
-against its digest, and a chunk that cannot be found is an error: Zarr would take it for zeros.
+against its digest, and a chunk that cannot be found is an error: Zarr would read it as zeros.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class VersionStore(Store):
             if found != chunk.digest:
                 raise CorruptionError(
                     f"{where} is damaged: its digest is {found.hex()}, not "
-                    f"{chunk.digest.hex()}; run 'dcpstore verify' to see what else is hurt."
+                    f"{chunk.digest.hex()}; run 'dcpstore verify' to see what else is damaged."
                 )
         return encoded
 
