@@ -163,7 +163,7 @@ class UploadSink:
         self._file = None
 
     def discard(self) -> None:
-        """Abandon the upload; the bucket's rule for incomplete ones removes parts that were sent."""
+        """Abandon the upload; parts that were sent go by the bucket's rule for such uploads."""
         self._file = None
 
 

@@ -260,7 +260,7 @@ def test_what_is_refused_is_refused_wherever_it_lies(kind: kinds.Refused) -> Non
 )
 def test_a_tensor_without_bytes_inside_a_value_is_refused(value: object) -> None:
     said = (
-        r"a torch\..* lies inside a value, as in a set or deque, .* in lists, tuples and dicts only"
+        r"a torch\..* is inside a value, such as a set or deque, .* in lists, tuples and dicts only"
     )
     with pytest.raises(UnsafeDataError, match=said) as caught:
         encode_value(value, allow_pickle=False)

@@ -147,7 +147,7 @@ def unsigned() -> dict:
 def test_a_whole_file_with_wrong_content_is_corruption(member: str, value: object) -> None:
     body = unsigned()
     body["dcpstore"][member] = value
-    with pytest.raises(CorruptionError, match="does not hold what it must"):
+    with pytest.raises(CorruptionError, match="lacks a member or has an invalid one"):
         decode_manifest(signed(body))
 
 

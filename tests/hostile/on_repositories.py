@@ -77,9 +77,9 @@ def pipes_in_the_place_of_files(folder: Path) -> None:
         path.unlink()
         os.mkfifo(path)  # opening one to read waits for a writer
     with dcpstore.open(repo) as opened:
-        with pytest.raises(CorruptionError, match="no regular file"):
+        with pytest.raises(CorruptionError, match="not a regular file"):
             opened.read(None, ["w"])
-        with pytest.raises(CorruptionError, match="no regular file"):
+        with pytest.raises(CorruptionError, match="not a regular file"):
             dcpstore.load({"w": torch.ones(6)}, opened)
         assert opened.verify(deep=True).damaged
     with pytest.raises(DcpstoreError):

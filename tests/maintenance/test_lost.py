@@ -181,7 +181,7 @@ def test_a_version_that_no_operation_names_keeps_its_number_and_bytes(
     (folder / operation_key(3)).unlink()
     with rebuilt(folder, database_url) as (report, repo):
         assert (report.versions, report.lost, report.unfinished) == ((1, 3), (2,), (copy.uid,))
-        assert "v2: no operation that is left names it" in report.problems
+        assert "v2: no remaining operation names it" in report.problems
         assert repo.log()[0] == ours
         stored = set(repo.storage.list("packs"))
         cleared = repo.gc(grace=NOW, lease=NOW)

@@ -117,8 +117,8 @@ def test_a_missing_folder_is_not_made_by_chance(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "step"),
     [
-        (errno.EROFS, "give this user leave to write"),
-        (errno.EACCES, "give this user leave to write"),
+        (errno.EROFS, "let this user write"),
+        (errno.EACCES, "let this user write"),
         (errno.EMFILE, "raise the limit of open files"),
     ],
 )
@@ -157,9 +157,9 @@ def test_what_is_no_file_keeps_nobody_waiting(
     path = Path(folder.url, KEY)
     path.unlink()
     make(path)
-    with pytest.raises(CorruptionError, match="no regular file"):
+    with pytest.raises(CorruptionError, match="not a regular file"):
         folder.get(KEY)
-    with pytest.raises(CorruptionError, match="no regular file"):
+    with pytest.raises(CorruptionError, match="not a regular file"):
         folder.open(KEY)
 
 
