@@ -97,6 +97,8 @@ class ExportedTensor:
         """
         if not math.prod(self.shape):
             return []
+        # Elements of a box follow one another in a row-major file only if the tensor is cut along
+        # its first dimension that is longer than one.
         dim = next((i for i, n in enumerate(self.shape) if n > 1), None)
         if dim is None:
             return [Box.whole(self.shape)]
@@ -104,7 +106,7 @@ class ExportedTensor:
         row = math.prod(self.shape[dim + 1 :]) * torch_dtype(self.stored.dtype).itemsize
         cells = {min(part.chunk_shape[dim], part.shape[dim]) for part in self.stored.parts}
         step = math.lcm(*cells)
-        if step * row > most:
+        if step * row > most:  # then some chunks of the other parts are read twice
             step = max(cells)
         rows = max(most // row // step, 1) * step
         return [

@@ -67,6 +67,7 @@ class FileBox:
         skipped = sum(o * s for o, s in zip(inside.offsets, self.strides, strict=True))
         first = self.offset + skipped * stored.itemsize
         length = self._span(box.sizes) * stored.itemsize
+        # A map begins at the start of a page; only pages that the box touches are read.
         begin = first - first % mmap.ALLOCATIONGRANULARITY
         with self.path.open("rb") as file:
             try:
@@ -80,11 +81,11 @@ class FileBox:
                 ) from error
         with mapped:
             strides = tuple(s * stored.itemsize for s in self.strides)
-            lying: np.ndarray[tuple[int, ...], np.dtype[np.generic]] = np.ndarray(
+            view: np.ndarray[tuple[int, ...], np.dtype[np.generic]] = np.ndarray(
                 box.sizes, stored, mapped, first - begin, strides
             )
-            copied = lying.copy(order="C")
-            del lying  # the map cannot be closed under it
+            copied = view.copy(order="C")
+            del view  # a map cannot be closed while a view of it exists
         tensor = torch.from_numpy(copied).view(dtype)
         if self.is_conj:
             tensor = tensor.conj().resolve_conj()
@@ -264,6 +265,7 @@ class ImportPlanner(DefaultSavePlanner):
     ) -> None:
         """Take the foreign checkpoint as the state, its tensors without their data."""
         super().set_up_planner(state_dict, storage_meta, is_coordinator)
+        # On the meta device: a plan needs shapes and dtypes, and no memory is taken.
         empty = {
             fqn: torch.empty(
                 tensor.shape, dtype=cast_dtype(tensor.dtype, self._wanted), device="meta"

@@ -47,7 +47,7 @@ def inside(folder: Path, name: str) -> Path:
     path = folder / name
     try:
         is_outside = not path.resolve().is_relative_to(folder.resolve())
-        path.is_file()
+        path.is_file()  # raises for a name that no file can have
     except (OSError, ValueError, RuntimeError) as error:  # too long, with a NUL, a loop of links
         raise CorruptionError(
             f"{str(folder)!r} names the file {name[:200]!r}, which is not a valid name ({error}); "
@@ -76,7 +76,7 @@ def new_file(target: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            _name_file(temporary, target)
+            _name_file(temporary, target)  # before the lock ends, or another could remove it
         _sync(target.parent)
     except OSError as error:
         raise _refused(target, error) from error

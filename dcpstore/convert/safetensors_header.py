@@ -80,6 +80,7 @@ def read_header(path: Path) -> Header:
     try:
         with safe_open(path, "np") as file, path.open("rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
+            # The library keeps the last of two equal names, so the JSON is parsed here, too.
             json.loads(raw.read(length), object_pairs_hook=_once)
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
             described = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}

@@ -299,7 +299,7 @@ def load_archive(file: IO[bytes], name: str, *, device: str, allow_pickle: bool)
             map_location=device,
             weights_only=False,
             pickle_module=unpickling,
-            mmap=False,
+            mmap=False,  # whatever torch is configured to do: it can map only a path
         )
         return Loaded(held, places)
     except UnsafeDataError as error:

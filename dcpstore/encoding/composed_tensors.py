@@ -214,6 +214,7 @@ Parts = dict[str, torch.Tensor]
 def parts_of(kind: Kind, tensor: torch.Tensor) -> tuple[Parts, Any]:
     """Return the parts of a tensor, which share its memory, and its context."""
     if kind.layout is torch.sparse_coo:
+        # Not `indices()`: that refuses a tensor that is not coalesced.
         plain = tensor.detach()
         context: Any = {"coalesced": tensor.is_coalesced()}
         return {"indices": plain._indices(), "values": plain._values()}, context

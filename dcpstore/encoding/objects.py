@@ -60,7 +60,7 @@ def take_apart(obj: Any) -> Apart | None:
     """
     kind = type(obj)
     name = class_name(kind)
-    if isinstance(obj, enum.Enum):
+    if isinstance(obj, enum.Enum):  # first: a member may be an int or a str as well
         _check_found(obj, name)
         return Apart(_ENUM, name, obj.value)
     if _is_named_tuple(kind):

@@ -103,7 +103,7 @@ def _close_counter(payload: Any, classes: TemplateClasses) -> object:
     return Counter(payload)
 
 
-# Factories of defaultdicts that may be found by name: none of them runs code of a program.
+# Factories that a defaultdict may get back by name: none of them runs code of a program.
 _FACTORIES: dict[str, Callable[[], object]] = {
     kind.__name__: kind
     for kind in (bool, bytes, complex, dict, float, int, list, set, str, tuple, deque, Counter)

@@ -167,6 +167,7 @@ def decode_manifest(data: bytes) -> Manifest:
 
 
 def _encode_version(draft: VersionDraft, content: VersionContent) -> str:
+    # Chunks name packs by number: a key would be repeated for each of thousands of chunks.
     packs = list(dict.fromkeys(chunk.pack for t in content.tensors for chunk in t.chunks))
     number = {pack: i for i, pack in enumerate(packs)}
     plan = content.plan

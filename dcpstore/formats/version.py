@@ -71,6 +71,7 @@ def _encode(fact: Any) -> Any:
         return fact.isoformat()
     if isinstance(fact, Mapping):
         return {
+            # JSON has no NaN and no infinity
             name: number_of(value) if isinstance(value, float) else value
             for name, value in fact.items()
         }

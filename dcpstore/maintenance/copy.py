@@ -175,6 +175,7 @@ def _write_missing(
     places = find_encoded(target[0], {(t.codec, c.digest) for t in new for c in t.chunks})
     missing = [(c.pack, c.offset, c, t) for t in new for c in t.chunks]
     with closing(PackReader(source[1])) as packs:
+        # In the order of the packs, so that each is read from its beginning to its end.
         for pack, offset, chunk, tensor in sorted(missing, key=lambda one: one[:2]):
             if (tensor.codec, chunk.digest) in places:
                 continue

@@ -109,7 +109,7 @@ def collect(
     deleted = _delete_packs(
         catalog, storage, before=clock() - grace, author=author, dry_run=dry_run
     )
-    if dry_run and not grace:
+    if dry_run and not grace:  # a real collection would delete at once what it condemns
         deleted += found.condemned + found.sparse
     cleared, unknown, nbytes = _clear_leftovers(
         catalog,

@@ -68,6 +68,7 @@ def repack(
         key = pack_key(uid, rank, 0)
         if not plan_pack(catalog, old.key, key, now=datetime.now(UTC)):
             continue
+        # One old pack becomes one new pack, so that one transaction can replace it.
         writer = PackWriter(storage, uid, rank, limit=_WHOLE)
         try:
             moves = _copy(catalog, storage, old, writer)

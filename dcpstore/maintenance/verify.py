@@ -133,21 +133,21 @@ def verify(
         resume: continue a deep check that was interrupted.
         limit: most bytes a second to read.
     """
-    look = _Look(catalog, storage)
-    look.at_catalog()
-    packs = look.at_packs()
-    manifests = look.at_manifests()
+    inspection = _Inspection(catalog, storage)
+    inspection.check_catalog()
+    packs = inspection.check_all_packs()
+    manifests = inspection.check_manifests()
     chunks = nbytes = 0
     if deep:
-        look.at_journal()
+        inspection.check_journal()
         chunks, nbytes = check_packs(
-            catalog, storage, packs, resume=resume, limit=limit, found=look.found_in_pack
+            catalog, storage, packs, resume=resume, limit=limit, found=inspection.found_in_pack
         )
-    damaged = look.damage()
-    hurt = {n for one in damaged if one.kind != "manifest" for n in one.versions}
+    damaged = inspection.damage()
+    damaged_numbers = {n for one in damaged if one.kind != "manifest" for n in one.versions}
     return VerifyReport(
         damaged=damaged,
-        versions=_with_nearest(list_log(catalog), hurt),
+        versions=_with_nearest(list_log(catalog), damaged_numbers),
         packs=len(packs),
         manifests=manifests,
         chunks=chunks,
@@ -156,7 +156,7 @@ def verify(
     )
 
 
-class _Look:
+class _Inspection:
     """Collects damage: one record for each object that is damaged."""
 
     def __init__(self, catalog: Catalog, storage: Storage) -> None:
@@ -167,27 +167,28 @@ class _Look:
         """Return all damage that was found."""
         return tuple(self._found.values())
 
-    def at_catalog(self) -> None:
+    def check_catalog(self) -> None:
         """Check the catalog's own rules."""
         for i, fault in enumerate(find_faults(self._catalog)):
             held = [] if fault.tensor is None else reached_by_tensor(self._catalog, fault.tensor)
-            self._enter("catalog", str(i), fault.text, held)
+            self._record("catalog", str(i), fault.text, held)
 
-    def at_packs(self) -> list[PackState]:
+    def check_all_packs(self) -> list[PackState]:
         """Check that every pack exists with its size; return the packs with their damage so far."""
         packs = []
         for pack in list_packs(self._catalog):
-            damage = self._quick_look(pack)
+            damage = self._quick_check(pack)
             if damage is None and not found_by_quick_check(pack.damage):
                 damage = pack.damage  # only a deep check can find it repaired
             if damage is not None:
-                self._enter_pack(pack, damage)
+                self._record_pack(pack, damage)
             if damage != pack.damage:
+                # Marked at once: no save reuses a chunk of a damaged pack.
                 mark_pack(self._catalog, pack.key, damage=damage, verified_at=None)
             packs.append(pack._replace(damage=damage))
         return packs
 
-    def at_manifests(self) -> int:
+    def check_manifests(self) -> int:
         """Check the manifest of every version; return how many there are."""
         versions = list_log(self._catalog)
         for version in versions:
@@ -204,7 +205,7 @@ class _Look:
                 mark_version_stale(self._catalog, version.number)
         return len(versions)
 
-    def at_journal(self) -> None:
+    def check_journal(self) -> None:
         """Check every operation in the journal; the next change writes damaged ones again."""
         for number in range(1, last_journaled(self._catalog) + 1):
             key = operation_key(number)
@@ -231,9 +232,9 @@ class _Look:
         if not held and not self._is_live(pack.key):  # collected while it was checked
             return
         count = f"{len(bad)} chunk{'s' if len(bad) > 1 else ''}"
-        self._enter("pack", pack.key, f"{count} damaged: {bad[0].reason}", held, bad)
+        self._record("pack", pack.key, f"{count} damaged: {bad[0].reason}", held, bad)
 
-    def _quick_look(self, pack: PackState) -> str | None:
+    def _quick_check(self, pack: PackState) -> str | None:
         try:
             size = self._storage.size(pack.key)
         except NotFoundError:
@@ -249,10 +250,10 @@ class _Look:
             return f"{QUICK[1]}{size} bytes instead of {pack.nbytes}"
         return None
 
-    def _enter_pack(self, pack: PackState, reason: str) -> None:
-        self._enter("pack", pack.key, reason, find_reached(self._catalog, pack.key, None))
+    def _record_pack(self, pack: PackState, reason: str) -> None:
+        self._record("pack", pack.key, reason, find_reached(self._catalog, pack.key, None))
 
-    def _enter(
+    def _record(
         self,
         kind: str,
         key: str,
@@ -290,11 +291,13 @@ class _Look:
             return False
 
 
-def _with_nearest(versions: Sequence[Version], hurt: set[int]) -> tuple[DamagedVersion, ...]:
+def _with_nearest(
+    versions: Sequence[Version], damaged_numbers: set[int]
+) -> tuple[DamagedVersion, ...]:
     parents = {version.number: version.parent for version in versions}
-    intact = sorted(parents.keys() - hurt)
+    intact = sorted(parents.keys() - damaged_numbers)
     found = []
-    for number in sorted(hurt & parents.keys()):
+    for number in sorted(damaged_numbers & parents.keys()):
         nearest = parents[number]
         while nearest is not None and nearest not in intact:
             nearest = parents.get(nearest)

@@ -119,7 +119,7 @@ class LocalFolder:
         path = self._root / check_key(key)
         if not Path(os.path.realpath(path)).is_relative_to(self._root):
             raise CorruptionError(
-                f"{key!r} is a link that leaves the data folder {str(self._root)!r}; replace the "
+                f"{key!r} leads out of the data folder {str(self._root)!r} by a link; replace the "
                 "link with what it points to."
             )
         return path

@@ -43,6 +43,7 @@ class PackWriter:
     def append(self, encoded: Buffer) -> ChunkPlace:
         """Append the encoded bytes of a chunk; their place may be named once `finish` returns."""
         length = memoryview(encoded).nbytes
+        # A chunk is never split: one that is larger than the limit has a pack to itself.
         if self._sink is not None and self._size + length > self._limit:
             self._complete(self._sink)
         if self._sink is None:

@@ -186,7 +186,7 @@ class VersionStore(Store):
         return encoded
 
     def _chunks(self, tensor: int, part: int, count: int) -> dict[int, StoredChunk]:
-        with self._lock:
+        with self._lock:  # threads that read one array ask the catalog once
             known = self._places.get((tensor, part))
             if known is None:
                 found = self._find([ChunkRange(tensor, part, 0, count - 1)])

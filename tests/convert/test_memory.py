@@ -73,7 +73,7 @@ def peaks_of(folder: Path, *calls: tuple[str, ...]) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a repository of 384 MiB; gone after these tests, for it is large."""
+    """A folder with a repository of 384 MiB; removed after these tests, for it is large."""
     folder = tmp_path_factory.mktemp("large")
     torch.save(large_state(), folder / "in.pt")
     import_torch(folder / "in.pt", folder / "repo")

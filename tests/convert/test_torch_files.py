@@ -1,4 +1,4 @@
-"""Files that torch.save wrote come in, and files that torch.load reads go out; bit by bit."""
+"""Files of torch.save are imported, and exports are read by torch.load, bit by bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Storages are read where they lie, whoever packed the archive and whatever it claims of itself."""
+"""Storages are read where they are, whatever packed the archive and whatever it claims."""
 
 from __future__ import annotations
 
@@ -272,8 +272,8 @@ def test_compressed_archives_and_programs_are_refused(repo: Repository, tmp_path
             archive.writestr(name.replace("version", "constants.pkl"), b"")
 
     torch.save({"w": torch.ones(3)}, tmp_path / "in.pt")
-    for write, told in ((compressed, "compressed records"), (program, r"torch\.jit\.load")):
+    for write, message in ((compressed, "compressed records"), (program, r"torch\.jit\.load")):
         repacked(tmp_path / "in.pt", tmp_path / "other.pt", write)
-        with pytest.raises(InvalidInputError, match=told):
+        with pytest.raises(InvalidInputError, match=message):
             import_torch(tmp_path / "other.pt", repo)
     assert repo.log() == []

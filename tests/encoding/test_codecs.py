@@ -39,7 +39,7 @@ def test_none_copies_nothing() -> None:
 def test_broken_bytes_fail_or_fill_but_never_pass_the_buffer(
     codec: str, edits: list[tuple[int, int]], cut: int
 ) -> None:
-    """A digest tells damage; the codec must only stay inside the buffer, and name a wrong size."""
+    """A digest shows damage; the codec must only stay inside the buffer, and name a wrong size."""
     raw = np.arange(300, dtype=np.uint16) // 7
     encoded = bytearray(memoryview(encode(codec, raw, 2)).cast("B"))
     for at, value in edits:

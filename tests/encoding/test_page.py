@@ -99,9 +99,9 @@ def _row(kind: Kind) -> str:
 def _refusal(kind: Refused) -> str:
     with pytest.raises(UnsafeDataError) as caught:
         encode_value(kind.make(), allow_pickle=False)
-    said = str(caught.value).replace("\\", "").replace("|", "\\|")
-    said = re.sub(r"tests\.encoding\.kinds\.|array\(.*\)", "", said)
-    return f"| {kind.name} | {said} |"
+    message = str(caught.value).replace("\\", "").replace("|", "\\|")
+    message = re.sub(r"tests\.encoding\.kinds\.|array\(.*\)", "", message)
+    return f"| {kind.name} | {message} |"
 
 
 def test_the_page_is_what_values_do() -> None:

@@ -259,10 +259,10 @@ def test_what_is_refused_is_refused_wherever_it_lies(kind: kinds.Refused) -> Non
     ids=lambda value: type(value).__name__,
 )
 def test_a_tensor_without_bytes_inside_a_value_is_refused(value: object) -> None:
-    said = (
+    message = (
         r"a torch\..* is inside a value, such as a set or deque, .* in lists, tuples and dicts only"
     )
-    with pytest.raises(UnsafeDataError, match=said) as caught:
+    with pytest.raises(UnsafeDataError, match=message) as caught:
         encode_value(value, allow_pickle=False)
     assert "convert it to tensors" not in str(caught.value)
 
@@ -330,7 +330,7 @@ def test_a_class_that_moved_is_found_by_its_name_or_fields() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "template", "said"),
+    ("text", "template", "message"),
     [
         ('{"$enum":["a.Level",9]}', Level.LOW, "Level of value 9"),
         ('{"$enum":["a.Other",1]}', Level.LOW, "a.Other of value 1"),
@@ -343,9 +343,9 @@ def test_a_class_that_moved_is_found_by_its_name_or_fields() -> None:
     ],
 )
 def test_objects_of_another_class_than_the_template_are_a_mismatch(
-    text: str, template: object, said: str
+    text: str, template: object, message: str
 ) -> None:
-    with pytest.raises(MismatchError, match=said) as caught:
+    with pytest.raises(MismatchError, match=message) as caught:
         decode_value(text, allow_pickle=False, template=template)
     assert len(caught.value.differences) == 1
     decode_value(text, allow_pickle=False)  # by itself it is plain

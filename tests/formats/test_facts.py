@@ -38,16 +38,16 @@ STATS = VersionStats(
 )
 
 
-def said() -> dict[str, Any]:
+def stored_facts() -> dict[str, Any]:
     """Return the facts as they come back from JSON."""
     facts: dict[str, Any] = json.loads(json.dumps(encode_facts(INFO, STATS), allow_nan=False))
     return facts
 
 
 def test_every_fact_comes_back() -> None:
-    assert set(said()) == {fact.name for kind in (INFO, STATS) for fact in fields(kind)}
-    assert decode_info(said()) == INFO
-    assert decode_stats(said()) == STATS
+    assert set(stored_facts()) == {fact.name for kind in (INFO, STATS) for fact in fields(kind)}
+    assert decode_info(stored_facts()) == INFO
+    assert decode_stats(stored_facts()) == STATS
 
 
 def test_a_fact_with_a_default_may_be_missing() -> None:
@@ -71,7 +71,7 @@ def test_a_fact_with_a_default_may_be_missing() -> None:
 )
 def test_what_no_catalog_keeps_is_refused(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=r"."):
-        decode_info(said() | {name: value})
+        decode_info(stored_facts() | {name: value})
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_what_no_catalog_keeps_is_refused(name: str, value: object) -> None:
 )
 def test_so_are_sizes_and_times_of_the_wrong_kind(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=r"."):
-        decode_stats(said() | {name: value})
+        decode_stats(stored_facts() | {name: value})
 
 
 def test_a_seal_names_its_algorithm_and_an_older_one_need_not() -> None:

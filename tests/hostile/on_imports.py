@@ -47,8 +47,10 @@ def moved(**place: Any) -> Callable[[Metadata], None]:
 
     def edit(described: Metadata) -> None:
         for index, info in described.storage_data.items():
-            said = {"relative_path": info.relative_path, "offset": info.offset}
-            described.storage_data[index] = _StorageInfo(**{**said, "length": info.length, **place})
+            place_in_file = {"relative_path": info.relative_path, "offset": info.offset}
+            described.storage_data[index] = _StorageInfo(
+                **{**place_in_file, "length": info.length, **place}
+            )
 
     return edit
 

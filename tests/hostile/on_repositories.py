@@ -178,9 +178,9 @@ def journal(repo: str) -> list[dict[str, Any]]:
 
 def rejournaled(repo: str, operations: list[dict[str, Any]]) -> None:
     """Let the journal say something else, with digests that are right."""
-    for said in operations:
-        body = json.dumps(said).encode()
-        Path(repo, f"operations/{said['operation']:012}.json").write_bytes(sign_operation(body))
+    for entries in operations:
+        body = json.dumps(entries).encode()
+        Path(repo, f"operations/{entries['operation']:012}.json").write_bytes(sign_operation(body))
 
 
 @attack
@@ -196,10 +196,10 @@ def a_journal_that_counts_without_end(folder: Path) -> None:
 def a_journal_whose_parents_go_in_a_circle(folder: Path) -> None:
     repo = saved(folder)
     dcpstore.save({"w": torch.ones(2)}, repo)
-    said = journal(repo)
-    facts = [one["version"] for one in said if one["kind"] == "save"]
+    entries = journal(repo)
+    facts = [one["version"] for one in entries if one["kind"] == "save"]
     facts[0]["parent"], facts[1]["parent"] = facts[1]["uid"], facts[0]["uid"]
-    rejournaled(repo, said)
+    rejournaled(repo, entries)
     shutil.rmtree(Path(repo, "manifests"))
     Path(repo, "manifests").mkdir()
     report = rebuild(repo, folder / "new")
@@ -211,10 +211,10 @@ def a_journal_whose_parents_go_in_a_circle(folder: Path) -> None:
 def a_journal_that_names_what_is_no_pack(folder: Path) -> None:
     for number, key in enumerate(("catalog.db", "../x", "manifests/ab.json")):
         repo = saved(folder / str(number))
-        said = journal(repo)
-        for one in said[1:]:
+        entries = journal(repo)
+        for one in entries[1:]:
             one["version"]["packs"] = [[key, 1]]
-        rejournaled(repo, said)
+        rejournaled(repo, entries)
         report = rebuild(repo, folder / f"new{number}")
         assert report.versions == ()
         assert report.problems
@@ -224,10 +224,10 @@ def a_journal_that_names_what_is_no_pack(folder: Path) -> None:
 def a_journal_of_two_repositories(folder: Path) -> None:
     repo = saved(folder)
     dcpstore.save({"w": torch.ones(2)}, repo)
-    said = journal(repo)
-    for one in said:
+    entries = journal(repo)
+    for one in entries:
         if "version" in one:
             one["version"]["number"] = 1
-    rejournaled(repo, said)
+    rejournaled(repo, entries)
     with pytest.raises(CorruptionError, match="not of one repository"):
         rebuild(repo, folder / "new")

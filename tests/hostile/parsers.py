@@ -1,6 +1,6 @@
 """The parsers that meet what strangers wrote: bytes in, an object or an error of ours out.
 
-A digest tells damage, not malice, so the parsers of signed objects are given a body and sign it.
+A digest shows damage, not malice, so the parsers of signed objects get a body and sign it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every attack comes to nothing; see `tests.hostile.attacks`."""
+"""Every attack fails; see `tests.hostile.attacks`."""
 
 from __future__ import annotations
 

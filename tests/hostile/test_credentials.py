@@ -37,7 +37,7 @@ DATA = [
 ]
 
 
-def told(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
     """Return all that a traceback prints of an error, with those that caused it."""
     return "".join(traceback.format_exception(error))
 
@@ -97,7 +97,7 @@ def test_a_data_url_with_credentials_is_refused_before_it_is_kept(
     ):
         with pytest.raises(InvalidInputError, match="environment") as caught:
             call()
-        assert_hidden(told(caught.value))
+        assert_hidden(message_of(caught.value))
     done = CliRunner().invoke(commands, ["init", str(tmp_path / "repo"), "--data", data, "--json"])
     assert done.exit_code == 2
     assert_hidden(done.stdout + done.stderr)
@@ -122,10 +122,10 @@ def test_a_password_stays_out_of_all_that_a_repository_keeps_and_says(
             for wrong in ("SELECT nothing", "DELETE FROM version", "SELECT * FROM histroy"):
                 with pytest.raises(DcpstoreError) as caught:
                     repo.sql(wrong)
-                assert_hidden(told(caught.value))
+                assert_hidden(message_of(caught.value))
             with pytest.raises(DcpstoreError) as caught:
                 repo.tag("t")
-            assert_hidden(told(caught.value))
+            assert_hidden(message_of(caught.value))
             tables = repo.sql("SELECT tablename AS name FROM pg_tables WHERE schemaname = 'public'")
             for table in tables:
                 assert_hidden(repr(repo.sql(f'SELECT * FROM "{table.name}"')))

@@ -41,10 +41,10 @@ def save(repo: Repository) -> Save:
 def saver(repo: Repository) -> Save:
     count = itertools.count(1)
 
-    def save(state: dict[str, Any] | None = None, **said: Any) -> Version:
+    def save(state: dict[str, Any] | None = None, **options: Any) -> Version:
         new = torch.full((100,), float(next(count)))
         kept = torch.arange(50)
-        return dcpstore.save(state or {"new": new, "kept": kept, "lr": 0.1}, repo, **said)
+        return dcpstore.save(state or {"new": new, "kept": kept, "lr": 0.1}, repo, **options)
 
     return save
 
@@ -56,9 +56,9 @@ def other(tmp_path: Path) -> Iterator[Repository]:
         yield opened
 
 
-def begin(repo: Repository, **said: Any) -> VersionDraft:
+def begin(repo: Repository, **options: Any) -> VersionDraft:
     """Begin a save that goes no further."""
-    draft = VersionDraft(uid=new_uid(), branch="main", author="ada", host="node1", **said)
+    draft = VersionDraft(uid=new_uid(), branch="main", author="ada", host="node1", **options)
     begin_save(repo.catalog, draft)
     return draft
 

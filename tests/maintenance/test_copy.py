@@ -173,7 +173,7 @@ def test_a_copy_that_was_killed_is_done_by_the_next(
 ) -> None:
     save()
 
-    def killed(*args: object, **said: object) -> None:
+    def killed(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken:
@@ -193,11 +193,11 @@ def test_two_copies_of_one_version_at_once(
     save()
     commit = copying.commit_copy
 
-    def commit_second(*args: object, **said: object) -> object:
+    def commit_second(*args: object, **options: object) -> object:
         monkeypatch.setattr(copying, "commit_copy", commit)
         with ThreadPoolExecutor(1) as pool:  # a thread that copies may not do so inside itself
             pool.submit(repo.copy_to, other).result()
-        return commit(*args, **said)  # type: ignore[arg-type]
+        return commit(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(copying, "commit_copy", commit_second)
     with pytest.raises(ConflictError, match="meanwhile"):

@@ -20,7 +20,7 @@ GRACE = "10s"  # far longer than a load of so little takes
 
 
 def state(number: int) -> dict[str, Any]:
-    """Return a state of which a part is new, a part comes back, and a part never changes."""
+    """Return a state: one part is new, one returns to old values, one never changes."""
     return {
         "new": torch.full((20_000,), float(number)),
         "again": torch.full((3000,), float(number % 5)),
@@ -98,12 +98,12 @@ def test_every_committed_version_stays_loadable_in_a_crowd(place: Place) -> None
     ]
     for worker in workers:
         worker.start()
-    told = [results.get(timeout=SECONDS + 300) for _ in workers]
+    outcomes = [results.get(timeout=SECONDS + 300) for _ in workers]
     for worker in workers:
         worker.join()
-    assert [error for _, error, _ in told if error] == []
+    assert [error for _, error, _ in outcomes if error] == []
     count: Counter[str] = Counter()
-    for _, _, one in told:
+    for _, _, one in outcomes:
         count.update(one)
     assert min(count["saved"], count["expired"], count["deleted"], count["loaded"]) > 5, count
     with place.open() as repo:

@@ -173,7 +173,7 @@ def test_retention_that_fails_leaves_the_save(
 def test_a_mistake_of_ours_in_retention_leaves_the_save(
     repo: Repository, save: Save, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*args: object, **said: object) -> None:
+    def fail(*args: object, **options: object) -> None:
         raise OverflowError("date value out of range")
 
     monkeypatch.setattr("dcpstore.catalog.maintenance.retention.expire", fail)

@@ -27,7 +27,7 @@ from tests.soundness import Place
 
 
 def seen(repo: Repository) -> tuple[Any, ...]:
-    """Return all that tells of a repository, but for what was done to it."""
+    """Return all facts of a repository, except its operations."""
     refs = {ref.name: ref.version for ref in (*repo.tags(), *repo.branches())}
     return (
         refs,

@@ -32,10 +32,10 @@ def test_condemned_first_deleted_after_the_grace_time(repo: Repository, save: Sa
     versions = [save() for _ in range(3)]
     repo.expire(keep_last=1)
     stored = packs_of(repo)
-    told = repo.gc(dry_run=True)
+    preview = repo.gc(dry_run=True)
     report = repo.gc()
     lost = versions[1].nbytes_written
-    assert told.condemned == report.condemned
+    assert preview.condemned == report.condemned
     assert [pack.key for pack in report.condemned] == [f"packs/{versions[1].uid}/0-0.pack"]
     assert len(report.repacked) == 1  # v1's holds the kept tensor too
     assert report.nbytes_condemned == lost + versions[0].nbytes_written
@@ -118,7 +118,7 @@ def test_a_save_does_not_reuse_what_is_condemned(repo: Repository) -> None:
 
 
 def by_another(change: Callable[[], Any]) -> Any:
-    """Return what another thread's change comes to: a thread that changes a repository may not."""
+    """Return the result of a change in another thread, since no thread may nest changes."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(change).result()
 
@@ -175,10 +175,10 @@ def test_no_manifest_names_what_goes_of_two_saves_that_wrote_the_same(
     same = torch.randn(100)
     commit = committing.commit_save
 
-    def commit_second(*said: Any) -> Any:
+    def commit_second(*args: Any) -> Any:
         monkeypatch.setattr(committing, "commit_save", commit)
         by_another(lambda: dcpstore.save({"same": same}, repo, branch="rival"))
-        return commit(*said)
+        return commit(*args)
 
     monkeypatch.setattr(committing, "commit_save", commit_second)
     version = dcpstore.save({"same": same}, repo)
@@ -244,7 +244,7 @@ def test_two_collections_at_once_do_no_harm(place: Place, repo: Repository, save
             with place.open() as mine:
                 for _ in range(3):
                     mine.gc(grace=NOW)
-        except BaseException as error:  # told by the test
+        except BaseException as error:  # raised again by the test
             failures.append(error)
 
     threads = [threading.Thread(target=collect) for _ in range(3)]
@@ -275,13 +275,13 @@ def test_a_pack_that_cannot_be_repacked_is_passed_over(
             rival.expire(keep_last=1)
             rival.gc(grace="1h")
 
-    def plan_and_spoil(self: Any, old: str, new: str, **said: Any) -> bool:
+    def plan_and_spoil(self: Any, old: str, new: str, **options: Any) -> bool:
         monkeypatch.setattr(rewriting, "plan_pack", plan)
         if how == "damaged":
             path = Path(place.data) / old
             spoilt.append((path, path.read_bytes()))
             path.write_bytes(b"")
-        done = plan(self, old, new, **said)
+        done = plan(self, old, new, **options)
         if how == "emptied":  # by another collection
             by_another(collect)
         return done
@@ -320,7 +320,7 @@ def test_a_collection_that_is_killed_is_finished_by_the_next(
     assert sum(repo.storage.size(key) for key in packs_of(repo)) == small.nbytes
 
 
-def _killed(*args: object, **said: object) -> None:
+def _killed(*args: object, **options: object) -> None:
     raise KeyboardInterrupt
 
 

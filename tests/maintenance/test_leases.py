@@ -41,7 +41,7 @@ def test_what_crashed_saves_left_is_cleared_after_their_lease(repo: Repository, 
 def test_a_save_that_lapses_while_gc_runs_keeps_what_it_wrote(
     repo: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing has told its commit that it was given up, so it may still succeed."""
+    """Its commit does not know that it was abandoned, so it may still succeed."""
     draft = begin(repo)
     writer = PackWriter(repo.storage, draft.uid, 0)
     writer.append(b"x" * 1000)
@@ -49,7 +49,7 @@ def test_a_save_that_lapses_while_gc_runs_keeps_what_it_wrote(
     listed = repo.storage.list
 
     def lapse_and_list(prefix: str = "") -> Any:
-        if prefix != "packs":  # which is listed once crashed saves were told
+        if prefix != "packs":  # which is listed after crashed saves were found
             return listed(prefix)
         with repo.catalog.database.write() as connection:
             silent = datetime.now(UTC) - timedelta(hours=2)
@@ -60,11 +60,11 @@ def test_a_save_that_lapses_while_gc_runs_keeps_what_it_wrote(
     report = repo.gc()
     monkeypatch.undo()
     assert (report.crashed, report.cleared) == ((), ())
-    told = repo.gc(dry_run=True)
-    assert told.crashed == (draft.uid,)
-    assert told.cleared == (f"packs/{draft.uid}/0-0.pack",)
+    preview = repo.gc(dry_run=True)
+    assert preview.crashed == (draft.uid,)
+    assert preview.cleared == (f"packs/{draft.uid}/0-0.pack",)
     report = repo.gc()  # gives it up first
-    assert (report.crashed, report.cleared) == (told.crashed, told.cleared)
+    assert (report.crashed, report.cleared) == (preview.crashed, preview.cleared)
 
 
 def test_a_grace_shorter_than_a_running_save_is_refused(repo: Repository, save: Save) -> None:

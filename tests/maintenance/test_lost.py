@@ -44,14 +44,14 @@ def rebuilt(folder: Path, url: str) -> Iterator[tuple[RebuildReport, Repository]
         assert_sound(repo)
 
 
-def save(repo: Repository, count: int, **said: Any) -> None:
+def save(repo: Repository, count: int, **options: Any) -> None:
     """Save versions that share a tensor; `w` is what number of them it is."""
     for i in range(1, count + 1):
-        dcpstore.save({"w": torch.full((4,), float(i)), "kept": torch.arange(100)}, repo, **said)
+        dcpstore.save({"w": torch.full((4,), float(i)), "kept": torch.arange(100)}, repo, **options)
 
 
 def repacked(folder: Path, collect: Callable[[Repository], object]) -> None:
-    """Make two versions whose common tensor lies in a pack that is mostly dead; collect it."""
+    """Make two versions whose common tensor is in a pack that is mostly garbage; collect it."""
     with open_repository(folder) as repo:
         dcpstore.save({"kept": torch.arange(100), "big": torch.randn(10_000)}, repo)
         save(repo, 2)
@@ -88,12 +88,14 @@ def test_no_manifest_names_a_pack_of_which_the_journal_has_not_heard(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def collect(repo: Repository) -> None:
-        told = {key: repo.storage.get(key) for key in repo.storage.list("manifests")}
+        manifests = {key: repo.storage.get(key) for key in repo.storage.list("manifests")}
         with no_room_for_operations(repo, monkeypatch):
             assert repo.gc(grace=NOW).repacked
             left = {manifest_key(v.uid) for v in repo.log()}
-            assert {key: repo.storage.get(key) for key in left} == {key: told[key] for key in left}
-        assert repo.gc(grace=NOW).deleted  # once the manifests are written anew
+            assert {key: repo.storage.get(key) for key in left} == {
+                key: manifests[key] for key in left
+            }
+        assert repo.gc(grace=NOW).deleted  # after the manifests are written again
         assert_sound(repo)
 
     repacked(folder, collect)
@@ -112,10 +114,10 @@ def test_a_pack_that_only_a_manifest_names_is_taken(folder: Path, database_url: 
 def forget_repacking(folder: Path) -> tuple[int, str, int]:
     """Remove the operation that a repacking was; return its number, the new pack and its size."""
     for path in folder.glob("operations/*.json"):
-        said = json.loads(path.read_bytes())
-        if added := (said["detail"] or {}).get("added"):
+        operation = json.loads(path.read_bytes())
+        if added := (operation["detail"] or {}).get("added"):
             path.unlink()
-            return said["operation"], added[0][0], added[0][1]
+            return operation["operation"], added[0][0], added[0][1]
     raise AssertionError("nothing was repacked")
 
 
@@ -145,22 +147,22 @@ def test_every_version_comes_back_though_the_operation_of_one_is_lost(
         save(repo, 1, branch="side")
         repo.tag("best", 1)
         save(repo, 1)
-        told = known(repo)
-    for number in (2, 3):  # the saves of v1, in whose pack what they share lies, and of v2
+        before = known(repo)
+    for number in (2, 3):  # the saves of v1, whose pack holds what they share, and of v2
         path = folder / operation_key(number)
         path.unlink() if how == "missing" else path.write_bytes(path.read_bytes()[:-1])
     with rebuilt(folder, database_url) as (report, repo):
         assert (report.versions, report.lost) == ((1, 2, 3, 4), ())
         assert len(report.problems) == (1 if how == "missing" else 2)
-        assert known(repo) == told
+        assert known(repo) == before
         assert {tag.name: tag.version for tag in repo.tags()} == {"best": 1}
         assert repo.show("main~1").number == 2
         assert [o.kind for o in repo.operations()][-3:] == ["lost", "lost", "init"]
-        for version in told:
+        for version in before:
             assert torch.equal(repo.read(version.number)["kept"], torch.arange(100))
         repo.gc(grace=NOW, lease=NOW)
     with rebuilt(folder, f"sqlite:///{folder}-again.db") as (report, repo):
-        assert (report.problems, known(repo)) == ((), told)
+        assert (report.problems, known(repo)) == ((), before)
 
 
 def known(repo: Repository) -> list[dcpstore.Version]:
@@ -198,7 +200,7 @@ def test_what_an_unknown_copy_needs_outlives_a_collection(
         dcpstore.save({"x": torch.ones(3)}, repo)
         other.copy_to(repo, ["v1"])
     last = folder / operation_key(3)
-    told = last.read_bytes()
+    data = last.read_bytes()
     last.unlink()  # as if the crash came between the commit and its journal
     with rebuilt(folder, database_url) as (report, repo):
         assert (report.versions, len(report.unfinished)) == ((1,), 1)
@@ -209,7 +211,7 @@ def test_what_an_unknown_copy_needs_outlives_a_collection(
         damage(folder / manifest_key(report.unfinished[0]))  # then anything may be its own
         assert len(repo.gc(grace=NOW, lease=NOW).unknown) == 2
         damage(folder / manifest_key(report.unfinished[0]))
-    last.write_bytes(told)  # it turned up
+    last.write_bytes(data)  # it was found again
     with rebuilt(folder, f"sqlite:///{folder}-again.db") as (report, repo):
         assert report.versions == (1, 2)
         assert torch.equal(repo.read(2)["kept"], torch.arange(100))

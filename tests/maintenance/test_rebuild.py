@@ -1,4 +1,4 @@
-"""A lost catalog comes back from the data folder alone, and answers as the old one did."""
+"""A lost catalog is rebuilt from the data folder alone, and answers like the old one."""
 
 import json
 import os
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow_on_postgres
 
 @pytest.fixture
 def repo(place: Place) -> Iterator[Repository]:
-    """A repository whose data folder another catalog comes to describe too."""
+    """A repository whose data folder gets a second catalog."""
     with place.open() as opened:
         yield opened
 
@@ -219,8 +219,8 @@ def test_a_crash_before_the_journal_is_made_good_by_the_next_change(
         repo.tag("unwritten")
     assert operation_key(3) not in set(repo.storage.list("operations"))
     repo.tag("written")
-    said = repo.storage.get(operation_key(3))
-    assert json.loads(said)["version"]["number"] == 2
+    stored = repo.storage.get(operation_key(3))
+    assert json.loads(stored)["version"]["number"] == 2
     rebuild(place.data, tmp_path / "new")
     with open_repository(tmp_path / "new", create=False) as rebuilt:
         assert _told(views(rebuilt)["history"]) == _told(views(repo)["history"])

@@ -27,7 +27,7 @@ def repo(place: Place) -> Any:
 
 
 def saved(repo: Repository) -> list[Version]:
-    """Save three versions; `kept` lies in the pack of the first."""
+    """Save three versions; `kept` is in the pack of the first."""
     kept = torch.randn(50)
     return [
         dcpstore.save({"new": torch.randn(100) + i, "kept": kept}, repo, step=i) for i in range(3)
