@@ -45,12 +45,13 @@ dist: .venv/installed  ## The same, and leave both packages in dist/.
 
 # The releases that constraints.txt pins are kept, but for torch and what goes with one of torch.
 compat: COMPAT = build/compat-$(TORCH)
-compat:  ## Run the tests, not the slow ones, on another release of torch: make compat TORCH=2.8.0
+compat: TESTS ?= tests
+compat:  ## Run every test but the slow ones on another release of torch: make compat TORCH=2.8.0
 	@test -n "$(TORCH)" || { echo "name the release: make compat TORCH=2.8.0" >&2; exit 2; }
 	test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
 	grep -vE '^(torch|torchao)==' constraints.txt > $(COMPAT)/constraints.txt
 	$(COMPAT)/bin/pip install --quiet --disable-pip-version-check -c $(COMPAT)/constraints.txt torch==$(TORCH) -e '.[tests]'
-	$(COMPAT)/bin/pytest -q -n 3 --dist worksteal -m 'not slow'
+	$(COMPAT)/bin/pytest -q -n 3 --dist worksteal -m 'not slow' $(TESTS)
 
 clean:
 	rm -rf .venv build dist
