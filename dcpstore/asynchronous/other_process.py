@@ -114,6 +114,11 @@ def save_in_process(
         described = response.result()
     except CheckpointException as error:
         raise _own_error(error, ranks.size) from error
+    except (BrokenPipeError, EOFError) as error:  # torch 2.8 begins no other one after a failure
+        raise DcpstoreError(
+            "torch's background process has ended, perhaps because an earlier save failed; "
+            f"{_INSTEAD}, or start the program again."
+        ) from error
     with opened(where, create=False) as repo:
         return repo.show(described.storage_meta.save_id)
 

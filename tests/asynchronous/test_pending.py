@@ -312,6 +312,7 @@ def save_in_processes(rank: int, place: Place) -> dict[str, Any]:
     return results
 
 
+@since_2_9  # in 2.8 a save that fails ends torch's process, and no other one is begun
 @pytest.mark.slow_on_postgres
 def test_process_saves_as_thread_does(place: Place, two_ranks: RankPool) -> None:
     place.open().close()
