@@ -45,7 +45,7 @@ RUN_ELSEWHERE = {"docs/cli.md": "tests/cli/test_docs.py"}
 NOT_RUN_BLOCKS: dict[str, int] = {}
 # What a block may be: python and console are run, the others are no programs of Python or the
 # shell. `sql` blocks are run by tests/history/test_sql_page.py.
-LANGUAGES = {"python", "console", "sql", "text", "json", "mermaid", "yaml", "toml", "bash"}
+LANGUAGES = {"python", "console", "sql", "text", "json", "mermaid", "yaml", "toml"}
 COMPOSE_URL = "postgresql://dcpstore:dcpstore@localhost:5432/dcpstore"
 S3_URL = "http://localhost:9000"
 PATIENCE = 240  # seconds for a page, on a busy machine

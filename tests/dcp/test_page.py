@@ -35,11 +35,12 @@ PACKAGE = "torch.distributed.checkpoint"
 HEAD = f"""# torch.distributed.checkpoint, name by name
 
 Every public name of `{PACKAGE}` 2.13 and its modules, and every argument of those that dcpstore
-offers too: "same", "wider" (torch's and more), or "refused", because of what is said there. This
-page is written by `tests/dcp/test_page.py` from both modules as they are. It fails where dcpstore
-lacks something without a reason, and calls what each row says (`tests/dcp/rows.py`).
+offers too: "same", "wider" (torch's and more), or "refused", with the reason.
+[Migrating from DCP](migrating-from-dcp.md) says how to move a program. This page is written by
+`tests/dcp/test_page.py` from both modules as they are. It fails where dcpstore lacks something
+without a reason, and calls what each row says (`tests/dcp/rows.py`).
 
-A program changes its import and goes on:
+A program only needs another import:
 
 ```text
 import dcpstore as dcp
@@ -58,7 +59,7 @@ from dcpstore.state_dict import get_state_dict, set_state_dict
   missing key. No tensor is touched before all ranks agree that all fits.
 - **Every byte is checked** against its digest before it reaches a tensor; `verify=False` does not.
 - **Errors are exceptions** (`dcpstore.DcpstoreError`): one that all ranks share is raised as it
-  is, others as `RankFailure`. Torch raises `CheckpointException`, which is a `BaseException`.
+  is; different ones as `RankFailure`. Torch raises `CheckpointException`, a `BaseException`.
 - **A new optimizer is filled.** Torch asks it what to load, and before its first step it has no
   state to name.
 - **Models on the meta device are filled**, and no process group is needed for it.

@@ -30,10 +30,10 @@ A state saved under one parallelism loads under another. This page is written by
 `tests/parallel/test_page.py` from the cases that `tests/parallel/test_matrix.py` runs on real gloo
 ranks, with models whose sizes the ranks do not divide (some ranks hold nothing of a tensor).
 
-In each case one job trains two steps and saves; another job, of other parameters and another
+In each case one job trains two steps and saves. Another job, with other parameters and another
 learning rate, loads. Then the full parameters, buffers and optimizer state of the second are those
-of the first, bit by bit, and so are the losses of the next two steps, but for the rounding of sums
-that another layout adds in another order (1e-6). The same state goes through torch's
+of the first, bit by bit. The losses of the next two steps are the same too, except that another
+layout may add up sums in another order (1e-6). The same state goes through torch's
 `FileSystemWriter` and `FileSystemReader`, through ours under `torch.distributed.checkpoint`, and
 through `dcpstore.save` and `dcpstore.load`: each rank is given the same bits by all three.
 
@@ -55,7 +55,7 @@ NOTES = """
 
 - Where ranks hold other modules (pipelines, experts), pass
   `StateDictOptions(flatten_optimizer_state_dict=True)` on both sides. Without it every rank's
-  `param_groups` have the same names and other contents, and one rank's would be saved for all.
+  `param_groups` have the same names but different contents, and one rank's would be saved for all.
 - Torch's Adafactor takes no step on DTensors (FSDP2, HSDP, TP): it squares a pending norm in place.
   Its cases are those without DTensors.
 - Torch's `load` leaves an optimizer that has taken no step yet empty when it is passed as it is;
