@@ -1,1 +1,1 @@
-"""The catalog: every SQL statement of dcpstore, on SQLite and Postgres; records out, never rows."""
+"""The catalog: every SQL statement of dcpstore, on SQLite and Postgres; never returns rows."""

@@ -1,7 +1,7 @@
 """`Catalog`: an open catalog, as every function with SQL takes it.
 
-The functions themselves are in `read`, `write` and `maintenance`; each says beside its SQL how it
-runs as a transaction (see `db.transactions`).
+The functions are in `read`, `write` and `maintenance`; each has a decorator that says how it runs
+as a transaction (see `db.transactions`).
 """
 
 from __future__ import annotations
@@ -12,14 +12,8 @@ from pathlib import Path
 from types import TracebackType
 
 from dcpstore.catalog.db.database import Database
-from dcpstore.catalog.schema.lifecycle import (
-    create_repository,
-    open_repository,
-)
-from dcpstore.records import (
-    ChunkDefaults,
-    RepositoryRecord,
-)
+from dcpstore.catalog.schema.lifecycle import create_repository, open_repository
+from dcpstore.records import ChunkDefaults, RepositoryRecord
 
 __all__ = ["Catalog"]
 
@@ -28,8 +22,8 @@ class Catalog:
     """The catalog of one repository; threads may share it.
 
     Attributes:
-        database: the way to it.
-        repository: the one row about the repository, as it was when the catalog was opened.
+        database: its connections.
+        repository: the row about the repository, as it was when the catalog was opened.
     """
 
     def __init__(self, database: Database, repository: RepositoryRecord) -> None:
@@ -38,13 +32,13 @@ class Catalog:
 
     @property
     def folder(self) -> Path | None:
-        """The folder of its file, from which relative places of data count; None on a server."""
+        """The folder of its file, to which a relative data path refers; None on a server."""
         file = self.database.file
         return None if file is None else file.parent
 
     @property
     def shown(self) -> str:
-        """The database URL for people to read: no password, and no option that may hold one."""
+        """The database URL for people to read, without password."""
         return self.database.shown
 
     @classmethod
@@ -53,12 +47,13 @@ class Catalog:
 
         Args:
             url: `sqlite:///path` (see `sqlite_url`) or `postgresql://user@host/database`.
-            data_url: where its packs and manifests must lie.
+            data_url: where its packs and manifests must be.
 
         Raises:
-            NotFoundError: there is no catalog, or no way to it.
-            InvalidInputError: the URL is invalid, or its data lie elsewhere.
-            SchemaError: the database is not ours, older or newer; the message names the cure.
+            NotFoundError: there is no catalog, or the database cannot be reached.
+            InvalidInputError: the URL is invalid, or its data are elsewhere.
+            SchemaError: the database is not a catalog, or older or newer than this dcpstore; the
+                message says what to do.
         """
         return cls._opened(url, lambda found: open_repository(found, data_url=data_url))
 
@@ -71,18 +66,18 @@ class Catalog:
         chunk: ChunkDefaults | None = None,
         make_data: Callable[[], object] = lambda: None,
     ) -> Catalog:
-        """Make a catalog in the empty database at a URL.
+        """Create a catalog in the empty database at a URL.
 
         Args:
             url: as for `open`.
-            data_url: where packs and manifests are to lie.
-            chunk: how the repository cuts and encodes.
-            make_data: makes the place of the data; called just before the catalog is made.
+            data_url: where packs and manifests will be.
+            chunk: how the repository cuts and encodes tensors.
+            make_data: creates the place of the data; called just before the catalog is created.
 
         Raises:
             AlreadyExistsError: there is a catalog.
             InvalidInputError: the URL is invalid, or `data_url` is missing.
-            NotFoundError: there is no way to the database.
+            NotFoundError: the database cannot be reached.
             SchemaError: the database is not empty.
         """
         return cls._opened(
@@ -106,7 +101,7 @@ class Catalog:
         self.database.close()
 
     def keep_connection(self) -> AbstractContextManager[None]:
-        """Keep a connection to a server for the transactions in the block; outside none is."""
+        """Keep a connection to a server open for the transactions inside the block."""
         return self.database.keep_connection()
 
     def __enter__(self) -> Catalog:

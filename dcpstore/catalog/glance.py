@@ -1,10 +1,10 @@
-"""A glance at the log of a repository on SQLite, for people who wait at a prompt.
+"""A fast path for the log of a repository on SQLite, without SQLAlchemy.
 
-SQLAlchemy takes longer to load than all the rest of `dcpstore log` takes. The query here is that of
-the view `history`, on the tables themselves. Invariant: a glance raises nothing, and returns what
-`Catalog` would; or None where what it looks at is not as it should be, and then the caller turns
-to `Catalog`, which finds out what is wrong, and says so. What a log does not show, labels for
-example, may be damaged all the same: `dcpstore verify` looks at everything.
+SQLAlchemy takes longer to import than all other work of `dcpstore log`. The query is that of the
+view `history`. Invariant: this path raises nothing, and returns what `Catalog` would return, or
+None if anything that it reads is unusual. Then the caller uses `Catalog`, which finds what is wrong
+and reports it. Rows that a log does not show, such as labels, are not checked; `dcpstore verify`
+checks everything.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from dcpstore.catalog.schema.views import query_of
 
 __all__ = ["LogLine", "glance_at_log"]
 
-_URL = re.compile(r"sqlite:///([^?#%]+)")  # in which no character stands for another
+_URL = re.compile(r"sqlite:///([^?#%]+)")  # without escaped characters and options
 _TABLES = ("alembic_version", "repository", "version", "entry", "ref", "metric")
 _KINDS = (int, int | None, str, int | None, str, str, str, int)
 _BUSY_SECONDS = 1.0
 
 
 class LogLine(NamedTuple):
-    """What a log shows of a version; the fields are those of `Version`."""
+    """The fields of a `Version` that a log shows."""
 
     number: int
     parent: int | None
@@ -47,11 +47,11 @@ class LogLine(NamedTuple):
 
 
 def glance_at_log(target: str, *, limit: int | None) -> list[LogLine] | None:
-    """Return the log of a repository, newest first, or None where only `Catalog` can tell.
+    """Return the log of a repository, newest first, or None if `Catalog` must be used.
 
     Args:
         target: as `dcpstore.open` takes it.
-        limit: return so many at most.
+        limit: return at most so many.
     """
     file = _file_of(target)
     if file is None:
@@ -64,7 +64,7 @@ def glance_at_log(target: str, *, limit: int | None) -> list[LogLine] | None:
 
 
 def _file_of(target: str) -> Path | None:
-    """Return the catalog's file where the target plainly names one."""
+    """Return the file of the catalog, if the target is a folder or a simple URL."""
     if "://" not in target:
         return Path(target, CATALOG_FILE).absolute() if target else None
     url = _URL.fullmatch(target)
@@ -72,14 +72,14 @@ def _file_of(target: str) -> Path | None:
 
 
 def _lines(connection: sqlite3.Connection, folder: Path, limit: int) -> list[LogLine] | None:
-    """Return the lines, or None where tables or the data folder are not as they should be."""
+    """Return the lines, or None if the tables or the data folder are not as expected."""
     connection.execute("PRAGMA query_only = ON")
     connection.execute("BEGIN")
     tables = f"SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name IN {_TABLES}"
     if connection.execute(tables).fetchone() != (len(_TABLES),):
         return None
-    at = connection.execute("SELECT version_num FROM alembic_version").fetchall()
-    if at != [(revisions.HEAD,)]:
+    revision = connection.execute("SELECT version_num FROM alembic_version").fetchall()
+    if revision != [(revisions.HEAD,)]:
         return None
     ((data,),) = connection.execute("SELECT data_url FROM repository")
     if not data or "://" in data or not (folder / data).is_dir():
@@ -104,7 +104,7 @@ def _lines(connection: sqlite3.Connection, folder: Path, limit: int) -> list[Log
 
 
 def _line(row: tuple[Any, ...]) -> LogLine:
-    """Return the line of a row, without metrics; TypeError or ValueError where it is damaged."""
+    """Return the line of a row, without metrics; raise TypeError or ValueError if it is damaged."""
     if not all(map(isinstance, row, _KINDS)):
         raise TypeError
     number, parent, branch, step, tags, message, text, nbytes = row

@@ -1,4 +1,4 @@
-"""Where a repository is: what people name, and the database and folder that this means."""
+"""Where a repository is: from the path or URL that a user gives to its database and folder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["absolute_data", "absolute_target", "check_path", "locate"]
 
 
 def locate(target: str | os.PathLike[str]) -> tuple[str, Path | None]:
-    """Return the database URL, and the folder of a repository that is named by its folder.
+    """Return the database URL, and the folder if the repository is named by its folder.
 
-    The URL of a file of SQLite is made absolute: the process may change its folder.
+    The path of an SQLite file is made absolute, for the process may change its working folder.
 
     Raises:
         InvalidInputError: the target is not a path, is a file, or is an invalid URL.
@@ -28,7 +28,7 @@ def locate(target: str | os.PathLike[str]) -> tuple[str, Path | None]:
         is_file = url.get_backend_name() == "sqlite"
         return (sqlite_url(Path(url.database or "").absolute()) if is_file else target), None
     folder = Path(target).absolute()
-    if os.path.isfile(folder):  # if even this may not be asked, opening the catalog says so
+    if os.path.isfile(folder):  # if that may not be read, opening the catalog reports it
         raise InvalidInputError(
             f"{target!r} is a file; pass its folder, or 'sqlite:///{target}' if it is a catalog."
         )
@@ -36,7 +36,7 @@ def locate(target: str | os.PathLike[str]) -> tuple[str, Path | None]:
 
 
 def absolute_target(target: str | os.PathLike[str]) -> str:
-    """Return what names a repository so that it does when the process has changed its folder.
+    """Return a name of a repository that stays valid if the process changes its working folder.
 
     Raises:
         InvalidInputError: as `locate`.
@@ -49,7 +49,7 @@ def check_path(path: object, *, what: str) -> str:
     """Return a path or URL as text.
 
     Raises:
-        InvalidInputError: it is neither.
+        InvalidInputError: it is neither a path nor a URL that a catalog can store.
     """
     if not isinstance(path, str | os.PathLike) or not isinstance(named := os.fspath(path), str):
         raise InvalidInputError(f"{what} is {path!r}; pass a path or a URL, as text.")
@@ -57,15 +57,16 @@ def check_path(path: object, *, what: str) -> str:
         raise InvalidInputError(f"{what}: the path is empty; name a folder or a URL.")
     if not can_be_kept(named):
         raise InvalidInputError(
-            f"{what} is {named!r}, which no catalog can keep; give a path in UTF-8, without NUL."
+            f"{what} is {named!r}, which contains NUL or invalid UTF-8; give a path in UTF-8, "
+            "without NUL."
         )
     return named
 
 
 def absolute_data(data: str) -> str:
-    """Return a place of data as a catalog keeps it: a URL, or a path from the root.
+    """Return the place of data as a catalog stores it: a URL, or an absolute path.
 
     Raises:
-        InvalidInputError: the URL holds credentials, which a catalog never keeps.
+        InvalidInputError: the URL holds credentials, which a catalog never stores.
     """
     return check_data_url(data) if "://" in data else str(Path(data).absolute())

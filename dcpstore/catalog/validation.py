@@ -1,6 +1,7 @@
-"""What a catalog keeps: the names, numbers and texts that both databases take, checked before any.
+"""Validation of names, numbers and texts before they reach a database.
 
-Without it each database would refuse other things, and at another time (invariant 9).
+Only what both databases can store passes. Otherwise each of them would refuse other values, and at
+another time (invariant 9).
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ __all__ = [
 
 T = TypeVar("T")
 
-_MAX_KEY = 2000  # bytes: a row of Postgres' indexes has 2,704, and other columns beside the text
-_MAX_CHUNK = 1 << 30  # bytes; Blosc holds two GiB at most
-_MAX_NUMBER = 2**63 - 1  # a larger one fits no column, and no database takes it to compare
+_MAX_KEY = 2000  # bytes; an index row of Postgres has at most 2,704, with other columns too
+_MAX_CHUNK = 1 << 30  # bytes; Blosc takes at most 2 GiB
+_MAX_NUMBER = 2**63 - 1  # the largest integer of both databases, in a column or a comparison
 
 
 def check_chunk(chunk: ChunkDefaults) -> None:
-    """Raise InvalidInputError for a size or a codec with which no chunk can be made."""
+    """Raise InvalidInputError for an invalid chunk size or codec."""
     if not isinstance(chunk, ChunkDefaults):
         raise InvalidInputError(f"chunk is {chunk!r}; give dcpstore.ChunkDefaults(nbytes=...).")
     if type(chunk.nbytes) is not int or not 1 <= chunk.nbytes <= _MAX_CHUNK:
@@ -44,16 +45,16 @@ def check_chunk(chunk: ChunkDefaults) -> None:
         )
     if chunk.codec not in get_args(CodecSetting):
         known = ", ".join(map(repr, get_args(CodecSetting)))
-        raise InvalidInputError(f"no codec {chunk.codec!r} for chunks; there are {known}.")
+        raise InvalidInputError(f"unknown codec {chunk.codec!r} for chunks; use one of {known}.")
 
 
 def check_draft(draft: VersionDraft) -> None:
-    """Raise InvalidInputError for what cannot be kept, the same on both databases."""
+    """Raise InvalidInputError if a database cannot store a fact of the version."""
     check_name(draft.branch, kind="branch")
     for tag in draft.tags:
         check_name(tag, kind="tag")
     if len(set(draft.tags)) < len(draft.tags):
-        raise InvalidInputError(f"the tags {list(draft.tags)} name one twice; name each once.")
+        raise InvalidInputError(f"duplicate tags in {list(draft.tags)}; name each tag once.")
     if draft.branch in draft.tags:
         raise AlreadyExistsError(
             f"{draft.branch!r} cannot be both the branch and a tag; choose another tag."
@@ -77,7 +78,7 @@ def check_limit(limit: int | None) -> None:
 
 
 def check_steps(steps: tuple[int | None, int | None]) -> None:
-    """Raise InvalidInputError for a first or last step that no step can be compared with."""
+    """Raise InvalidInputError for an invalid range of steps."""
     if not isinstance(steps, tuple | list) or len(steps) != 2:
         raise InvalidInputError(f"steps are {steps!r}; give two, the first and the last one.")
     for step in steps:
@@ -92,7 +93,7 @@ def as_metrics(metrics: Mapping[str, SupportsFloat] | None) -> dict[str, float]:
     """Return metrics as floats: of numbers of any library, and of tensors of one element.
 
     Raises:
-        InvalidInputError: they are no mapping, or a value is no number that is a float.
+        InvalidInputError: they are not a mapping, or a value is not a number that fits a float.
     """
     return {name: _as_float(name, value) for name, value in _as_dict("metrics", metrics).items()}
 
@@ -101,7 +102,7 @@ def as_labels(labels: Mapping[str, object] | None) -> dict[str, str]:
     """Return labels as texts.
 
     Raises:
-        InvalidInputError: they are no mapping.
+        InvalidInputError: they are not a mapping.
     """
     return {name: str(value) for name, value in _as_dict("labels", labels).items()}
 
@@ -109,7 +110,7 @@ def as_labels(labels: Mapping[str, object] | None) -> dict[str, str]:
 def _as_dict(name: str, given: Mapping[str, T] | None) -> Mapping[str, T]:
     if given is not None and not isinstance(given, Mapping):
         raise InvalidInputError(
-            f"{name}={given!r} is no mapping; pass a dict of names and values, or None."
+            f"{name}={given!r} is not a mapping; pass a dict of names and values, or None."
         )
     return given or {}
 
@@ -117,30 +118,34 @@ def _as_dict(name: str, given: Mapping[str, T] | None) -> Mapping[str, T]:
 def _as_float(name: str, value: SupportsFloat) -> float:
     try:
         return float(value)
-    except OverflowError as error:  # an integer, whose digits nobody wants to read
-        raise InvalidInputError(f"metric {name!r} is past what a float holds.") from error
+    except OverflowError as error:  # a very long integer, which is not shown
+        raise InvalidInputError(
+            f"metric {name!r} is too large for a float; give a smaller number."
+        ) from error
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInputError(f"metric {name!r} is {value!r}; give a number.") from error
 
 
 def check_metrics(metrics: Mapping[str, float]) -> None:
-    """Raise InvalidInputError for a metric whose name or value cannot be kept."""
+    """Raise InvalidInputError for a metric whose name or value a database cannot store."""
     for name, value in metrics.items():
         check_key(name, what="metric name")
         fits = isinstance(value, float) or (type(value) is int and abs(value) <= sys.float_info.max)
         if not fits:
-            raise InvalidInputError(f"metric {name!r} is {value!r}; give a number that is a float.")
+            raise InvalidInputError(
+                f"metric {name!r} is {value!r}; give a number that fits a float."
+            )
 
 
 def check_labels(labels: Mapping[str, str]) -> None:
-    """Raise InvalidInputError for a label whose name or text cannot be kept."""
+    """Raise InvalidInputError for a label whose name or text a database cannot store."""
     for name, text in labels.items():
         check_key(name, what="label name")
         check_text(text, what=f"label {name!r}")
 
 
 def check_key(text: str, *, what: str) -> None:
-    """Raise InvalidInputError for text by which no row can be found: as `check_text`, or too long.
+    """Raise InvalidInputError for text that cannot be an indexed key: too long, or as `check_text`.
 
     Names of branches and tags are shorter by their grammar.
     """
@@ -148,22 +153,22 @@ def check_key(text: str, *, what: str) -> None:
     nbytes = len(text.encode())
     if nbytes > _MAX_KEY:
         raise InvalidInputError(
-            f"the {what} {text[:40]!r}… has {nbytes} bytes, and {_MAX_KEY} are the most that a "
-            "database finds again; shorten it."
+            f"the {what} {text[:40]!r}… has {nbytes} bytes, and a database can index at "
+            f"most {_MAX_KEY}; shorten it."
         )
 
 
 def check_text(text: str, *, what: str) -> None:
-    """Raise InvalidInputError for text that a database cannot keep."""
+    """Raise InvalidInputError for text that a database cannot store."""
     if not isinstance(text, str) or not can_be_kept(text):
         raise InvalidInputError(
-            f"the {what} {text!r} is not text that a database keeps: it must be a string without "
-            "NUL characters and lone surrogates."
+            f"the {what} {text!r} is not text that a database can store: it must be a string "
+            "without NUL characters and lone surrogates."
         )
 
 
 def can_be_kept(text: str) -> bool:
-    """Tell whether both databases can keep a text, and so whether they may hold it."""
+    """Tell whether both databases can store a text, and so may contain it."""
     try:
         text.encode()
     except UnicodeEncodeError:

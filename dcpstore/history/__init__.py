@@ -1,7 +1,7 @@
 """What changed between versions: by digest from the catalog, and in numbers from chunks.
 
-The diff itself needs neither torch nor numpy; `measure` does, and `plots` matplotlib: they are
-imported by who asks for them.
+The diff itself needs neither torch nor NumPy. `measure` does, and `plots` needs matplotlib, so each
+is imported only when it is used.
 """
 
 from __future__ import annotations

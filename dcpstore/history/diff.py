@@ -1,8 +1,8 @@
-"""Two versions compared by digest: what came, went, changed, and how much they share.
+"""Two versions compared by digest: what was added, removed and changed, and how much they share.
 
-Reads the catalog alone: a tensor that is the same is the same row there, however it was cut. How
-the elements of a tensor changed (`TensorStats`, filled by `measure`) is kept as sums, so that parts
-of tensors add up to modules.
+Only the catalog is read: equal tensors are one row there, whatever their chunk grids were. How the
+elements of a tensor changed (`TensorStats`, computed by `measure`) is stored as sums, so that the
+numbers of tensors add up to those of modules.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ __all__ = [
 class TensorStats:
     """How the elements of a tensor changed, over the chunks that differ.
 
-    Chunks that are the same are not read: they add nothing to a difference, and are left out of
-    what it is held against (`relative`, `cosine`, the NaN and Inf counts). Norms are over elements
-    that are finite in both versions; `changed` counts elements whose bits differ.
+    Equal chunks are not read: they add nothing to a difference, and do not count in `relative`,
+    `cosine`, and the NaN and Inf counts. Norms are over elements that are finite in both versions.
+    `changed` counts elements whose bits differ.
     """
 
     elements: int = 0
@@ -66,7 +66,7 @@ class TensorStats:
 
     @property
     def relative(self) -> float:
-        """The L2 norm of the difference over that of the old values."""
+        """The L2 norm of the difference, divided by that of the old values."""
         if not self.squared_difference:
             return 0.0
         return math.inf if not self.squared_old else self.l2 / math.sqrt(self.squared_old)
@@ -109,11 +109,11 @@ Change = Literal["added", "removed", "changed", "retyped", "reshaped", "unchange
 
 @dataclass(frozen=True, slots=True)
 class EntryDiff:
-    """One FQN in two versions; `old` or `new` is None where that version lacks it.
+    """One FQN in two versions; `old` or `new` is None if that version lacks it.
 
-    `nbytes_shared` are the raw bytes of the new tensor that the old one holds too. `stats`, where
-    they were asked for, are those of tensors of one shape whose content or dtype changed. Of a
-    tensor that is made of tensors `old` and `new` are its mark, and `parts` its parts, by name.
+    `nbytes_shared` are the raw bytes of the new tensor that the old one holds too. `stats`, if
+    requested, describe tensors of one shape whose content or dtype changed. For a tensor that is
+    made of tensors, `old` and `new` are its mark, and `parts` are its parts, by name.
     """
 
     fqn: str
@@ -126,7 +126,7 @@ class EntryDiff:
 
     @property
     def nbytes(self) -> int:
-        """Raw bytes of the new tensor, or of the old one where that went."""
+        """Raw bytes of the new tensor, or of the old one if it was removed."""
         if self.parts:
             return sum(part.nbytes for part in self.parts)
         entry = self.new or self.old
@@ -135,7 +135,7 @@ class EntryDiff:
 
 @dataclass(frozen=True, slots=True)
 class ModuleDiff:
-    """The entries below one module, counted by how they changed; `stats` are of all together."""
+    """The entries below one module, by how they changed; `stats` are those of all of them."""
 
     name: str
     added: int
@@ -153,8 +153,8 @@ class ModuleDiff:
 class Diff:
     """What changed from version `old` to version `new`; entries sorted by FQN.
 
-    `nbytes` are the raw bytes of the tensors of `new`, `nbytes_shared` those of them that `old`
-    holds too, each tensor counted once. A diff is true where anything differs.
+    `nbytes` are the raw bytes of the tensors of `new`, and `nbytes_shared` the bytes of these that
+    `old` holds too; each tensor counts once. A diff is true if anything differs.
     """
 
     old: Version
@@ -175,7 +175,7 @@ class Diff:
 
     @property
     def changed(self) -> tuple[EntryDiff, ...]:
-        """Entries of other content; tensors of the same dtype and shape."""
+        """Entries whose content differs, among them tensors of equal dtype and shape."""
         return self._all("changed")
 
     @property
@@ -190,7 +190,7 @@ class Diff:
 
     @property
     def unchanged(self) -> tuple[EntryDiff, ...]:
-        """Entries that are the same."""
+        """Entries that are equal."""
         return self._all("unchanged")
 
     def by_module(self, depth: int) -> tuple[ModuleDiff, ...]:
@@ -236,7 +236,7 @@ class Diff:
 
 
 def diff_versions(catalog: Catalog, old: Version, new: Version) -> Diff:
-    """Return what changed between two versions; the number of queries does not depend on them."""
+    """Return what changed between two versions; the number of queries is constant."""
     before, after = load_both(catalog, old.number, new.number)
     pairs = list(_paired(before, after))
     shared = _shared_bytes(catalog, pairs)
@@ -276,7 +276,7 @@ def fold_diff(diff: Diff) -> Diff:
         whole = wholes.get(entry.fqn)
         if whole is None:
             kept.append(entry)
-        else:  # a plain tensor or a value in the other version
+        else:  # in the other version this is a plain tensor or a value
             old, new = entry.old or whole.old, entry.new or whole.new
             wholes[entry.fqn] = dataclasses.replace(whole, change="retyped", old=old, new=new)
     merged = sorted([*kept, *wholes.values()], key=lambda entry: entry.fqn)
@@ -308,7 +308,7 @@ def _whole(fqn: str, entries: list[EntryDiff]) -> EntryDiff:
 
 
 def same_grids(old: TensorRecord, new: TensorRecord) -> bool:
-    """Tell whether two tensors are cut alike, so that their chunks compare one by one."""
+    """Tell whether two tensors have equal grids, so that their chunks compare one by one."""
     return (old.dtype, old.shape, old.parts) == (new.dtype, new.shape, new.parts)
 
 
@@ -347,7 +347,7 @@ def _tensor_change(old: TensorRecord, new: TensorRecord) -> Change:
 
 
 def _shared_bytes(catalog: Catalog, pairs: list[Pairing]) -> dict[tuple[int, int], int]:
-    """Return the raw bytes that changed tensors have in common with the old ones, by their ids."""
+    """Return the raw bytes that changed tensors share with their old ones, by both ids."""
     tensors: dict[tuple[int, int], TensorRecord] = {}
     for _, old, new in pairs:
         if old is None or new is None or old.tensor is None or new.tensor is None:

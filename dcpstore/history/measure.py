@@ -1,10 +1,11 @@
-"""Numbers about changed tensors, computed from the chunks that differ and from no others.
+"""Statistics of changed tensors, computed only from the chunks that differ.
 
-Where old and new have the same grid, chunks are compared one by one, and those of equal digest are
-never read; else each new chunk is compared with the old ones below it. Memory stays bounded: each
-thread holds one decoded chunk of either version, and a few more old ones if the grids differ.
-Elements become float64 (or complex128) block by block, so nothing large is copied whole. They count
-as changed by their bits if the dtypes are equal, as digests see them; else by their value.
+If old and new have the same grid, chunks are compared one by one, and those of equal digest are
+not read. Otherwise each new chunk is compared with the old chunks that overlap it. Memory is
+bounded: each thread holds one decoded chunk of each version, and a few more old ones if the grids
+differ. Elements are converted to float64 (or complex128) block by block, so nothing large is copied
+at once. An element counts as changed by its bits if the dtypes are equal, as for digests, and
+otherwise by its value.
 """
 
 from __future__ import annotations
@@ -34,25 +35,25 @@ from dcpstore.storage.packs import PackReader
 __all__ = ["compare", "with_stats"]
 
 Place = tuple[int, int]  # part and ordinal of a chunk
-_KEPT = 4  # old chunks that one thread keeps at hand where the grids differ
+_KEPT = 4  # old chunks that one thread caches if the grids differ
 
 Array = npt.NDArray[np.generic]
 Numbers = npt.NDArray[np.inexact]
-_BLOCK = 1 << 18  # elements that are numbers at the same time
-_WIDE = ("int64", "uint64")  # whose values need more bits than float64 has
-# The eight magnitudes of a float4_e2m1fn, by its lower three bits; the fourth is the sign.
+_BLOCK = 1 << 18  # elements that are converted at a time
+_WIDE = ("int64", "uint64")  # float64 cannot hold all their values
+# The eight magnitudes of a float4_e2m1fn, by its lower three bits; the fourth bit is the sign.
 _FLOAT4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
 def compare(old: Array, new: Array, *, old_dtype: str, new_dtype: str) -> TensorStats:
-    """Return the numbers about arrays of one shape, in the dtypes under which they are stored.
+    """Return the statistics of two arrays of one shape, in the dtypes under which they are stored.
 
-    `elements` is left 0: what is compared here is a piece of the tensor.
+    `elements` stays 0, for the arrays may be only a part of the tensor.
     """
     flat_old = np.ascontiguousarray(old).reshape(-1)
     flat_new = np.ascontiguousarray(new).reshape(-1)
     total = TensorStats()
-    # What is not finite is counted, and an overflow shows as infinite: neither is to be warned of.
+    # No warnings: elements that are not finite are counted, and an overflow shows as infinity.
     with np.errstate(invalid="ignore", over="ignore"):
         for at in range(0, flat_new.size, _BLOCK):
             piece = slice(at, at + _BLOCK)
@@ -88,7 +89,7 @@ def _compare_block(old: Array, new: Array, old_dtype: str, new_dtype: str) -> Te
 
 
 def _numbers(raw: Array, dtype: str) -> Numbers:
-    """Return stored elements as numbers; two for each element of float4_e2m1fn_x2."""
+    """Return stored elements as numbers; an element of float4_e2m1fn_x2 gives two."""
     if dtype == "bfloat16":
         return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     if dtype == "complex32":
@@ -105,14 +106,14 @@ def _numbers(raw: Array, dtype: str) -> Numbers:
 
 
 def _wide_difference(old: Array, new: Array) -> Numbers:
-    """Return new - old of 64-bit integers, rounded once, where float64 would round both first."""
+    """Return new - old of 64-bit integers, rounded once; float64 would round both of them first."""
     (old_high, old_low), (new_high, new_low) = _halves(old), _halves(new)
     difference: Numbers = (new_high - old_high) * 2.0**32 + (new_low - old_low)
     return difference
 
 
 def _halves(raw: Array) -> tuple[Numbers, Numbers]:
-    """Return 64-bit integers as two numbers each: upper half, signed as they are, and lower."""
+    """Return the upper halves of 64-bit integers, with their sign, and the lower halves."""
     halves = raw.view(np.uint32).reshape(-1, 2)
     high = halves[:, 1].view(np.int32) if raw.dtype.kind == "i" else halves[:, 1]
     return high.astype(np.float64), halves[:, 0].astype(np.float64)
@@ -137,7 +138,7 @@ def _dot(one: Numbers, other: Numbers) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A tensor in both versions, with new chunks to measure, and the old ones below them."""
+    """A tensor in both versions, with new chunks to measure, and the old chunks to compare with."""
 
     fqn: str
     old: EntryRecord
@@ -147,10 +148,10 @@ class _Task:
 
 
 def with_stats(diff: Diff, catalog: Catalog, storage: Storage) -> Diff:
-    """Return the diff with numbers for each tensor of one shape whose content or dtype changed.
+    """Return the diff with statistics of each tensor of one shape whose content or dtype changed.
 
     Raises:
-        CorruptionError: stored bytes are damaged, naming version, FQN, chunk, pack and offset.
+        CorruptionError: stored bytes are damaged; names version, FQN, chunk, pack and offset.
     """
     wanted = [entry for entry in diff.entries if _is_measured(entry)]
     found = {e.fqn: TensorStats(elements=math.prod(_tensor(e.new).shape)) for e in wanted}
@@ -185,7 +186,7 @@ def _tensor(entry: EntryRecord | None) -> TensorRecord:
 
 
 def _tasks(diff: Diff, wanted: Iterable[EntryDiff], catalog: Catalog) -> Iterator[_Task]:
-    """Yield the work: chunk by chunk where the grids are equal, else tensor by tensor."""
+    """Yield the work: chunk by chunk if the grids are equal, otherwise tensor by tensor."""
     pairs = [(e.old, e.new) for e in wanted if e.old is not None and e.new is not None]
     olds = _chunks([old for old, _ in pairs], catalog, version=diff.old.number)
     news = _chunks([new for _, new in pairs], catalog, version=diff.new.number)
@@ -202,7 +203,7 @@ def _tasks(diff: Diff, wanted: Iterable[EntryDiff], catalog: Catalog) -> Iterato
 def _chunks(
     entries: Sequence[EntryRecord], catalog: Catalog, *, version: int
 ) -> dict[int, dict[Place, StoredChunk]]:
-    """Return all chunks of tensors by the tensor's id and their place in it."""
+    """Return all chunks of tensors, by the id of the tensor and the place of the chunk in it."""
     boxes = ((entry, Box.whole(_tensor(entry).shape)) for entry in entries)
     found: dict[int, dict[Place, StoredChunk]] = {_tensor(entry).id: {} for entry in entries}
     for chunk in find_chunks(boxes, catalog, version=version):

@@ -1,7 +1,7 @@
-"""Drawings of how much layers changed: bars for two versions, a heat map for many.
+"""Plots of how much layers changed: bars for two versions, a heat map for many.
 
-Needs matplotlib, which only who draws has to install. Draws on a figure of its own, so nothing of a
-caller's own plots is touched.
+They need matplotlib, which is an extra. Each plot has a figure of its own, so the global state of
+`pyplot`, and with it a caller's own plots, is not touched.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["check_plot", "plot_along", "plot_diff"]
 
 _SUFFIXES = (".png", ".svg")
 _LABEL_INCHES, _ROW_INCHES, _COLUMN_INCHES = 4.0, 0.22, 0.4
-_MOST_INCHES = 200.0  # past it an image has more pixels than a viewer opens
+_MOST_INCHES = 200.0  # a larger image has more pixels than viewers open
 
 
 def plot_diff(diff: Diff, path: str | os.PathLike[str], *, depth: int | None) -> None:
@@ -58,7 +58,7 @@ def plot_along(diffs: Sequence[Diff], path: str | os.PathLike[str], *, depth: in
         raise InvalidInputError("nothing to draw: no tensor changed between these versions.")
     figure = _figure(_COLUMN_INCHES * len(diffs) + 2, len(names))
     axes = figure.add_subplot()
-    # An empty cell is a layer that did not change at all, which a logarithm has no colour for.
+    # A layer that did not change is an empty cell, for a logarithmic scale has no colour for 0.
     cells = [[change.get(name) or math.nan for change in changes] for name in names]
     shades = axes.imshow(cells, aspect="auto", interpolation="nearest", norm=_norm(cells))
     axes.set_yticks(range(len(names)), [_plain(name) for name in names])
@@ -68,7 +68,7 @@ def plot_along(diffs: Sequence[Diff], path: str | os.PathLike[str], *, depth: in
 
 
 def check_plot(path: str | os.PathLike[str]) -> Path:
-    """Return where to draw, before what is to be drawn is measured.
+    """Return the file to draw into; called before the measurement, which may take long.
 
     Raises:
         InvalidInputError: no .png or .svg, or its folder is missing.
@@ -82,7 +82,7 @@ def check_plot(path: str | os.PathLike[str]) -> Path:
 
 
 def _relative(diff: Diff, depth: int | None) -> dict[str, float]:
-    """Return the finite relative changes of what was measured, by layer."""
+    """Return the relative changes of the measured layers, by name; infinite ones are left out."""
     found = (
         [(entry.fqn, entry.stats) for entry in diff.entries]
         if depth is None
@@ -95,7 +95,7 @@ def _relative(diff: Diff, depth: int | None) -> dict[str, float]:
     }
 
 
-# matplotlib is an extra, and mypy knows it only where it is installed: hence `Any`.
+# `Any`, for matplotlib is an extra and may be missing when mypy runs.
 def _figure(width: float, rows: int) -> Any:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
@@ -118,5 +118,5 @@ def _norm(cells: Sequence[Sequence[float]]) -> Any:
 
 
 def _plain(name: str) -> str:
-    """Return a name that matplotlib does not take for mathematics."""
+    """Return a name in which matplotlib does not see a formula."""
     return name.replace("$", r"\$")

@@ -71,7 +71,7 @@ def test_no_password_where_a_catalog_is_shown() -> None:
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:///", "nonsense", ""])
-def test_urls_that_name_no_database(url: str) -> None:
+def test_invalid_urls_are_refused(url: str) -> None:
     with pytest.raises(InvalidInputError, match=r"sqlite:///folder/catalog\.db"):
         Catalog.make(url, data_url="d")
 
@@ -152,10 +152,10 @@ def test_a_forked_process_connects_for_itself(catalog: Catalog, save: Save) -> N
             child = context.Process(target=ask)
             child.start()
         assert ours.poll(60)
-        told, both = ours.recv()
+        received, both = ours.recv()
         child.join()
         assert child.exitcode == 0
-        assert told == list_log(catalog) == expected
+        assert received == list_log(catalog) == expected
         assert set(connections(catalog, 1)) < set(both)
 
 
@@ -181,7 +181,7 @@ def test_locked_database_is_a_conflict(sqlite_catalog: Catalog, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("create", [True, False])
-def test_a_file_that_cannot_even_be_looked_for(tmp_path: Path, create: bool) -> None:
+def test_a_file_whose_folder_cannot_be_read(tmp_path: Path, create: bool) -> None:
     with pytest.raises(DcpstoreError, match=r"cannot look for the catalog .*too long"):
         dcpstore.open(tmp_path / ("x" * 300), create=create)
 
@@ -196,7 +196,7 @@ def test_damaged_file_is_corruption(sqlite_catalog: Catalog, tmp_path: Path) -> 
         Catalog.open(sqlite_url(path))
 
 
-def test_no_query_walks_a_whole_table(sqlite_catalog: Catalog) -> None:
+def test_no_query_scans_a_whole_table(sqlite_catalog: Catalog) -> None:
     """Reads SQLite's plan of each statement; few rows here, but its plans do not depend on them."""
     catalog = sqlite_catalog
     begin_save(catalog, make_draft("u", step=1, tags=("t",), metrics={"m": 1.0}))

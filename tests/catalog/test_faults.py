@@ -1,4 +1,4 @@
-"""A database that fails: tried again where that is safe, told in our words where it is not."""
+"""A database that fails: retried if that is safe, otherwise reported by an error of ours."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_save_whose_commit_was_lost_is_committed_once(
     assert [o.kind for o in list_operations(behind)] == ["tag", "save", "save", "init"]
 
 
-def test_what_may_be_done_twice_is(behind: Catalog, proxy: Proxy, what: What) -> None:
+def test_an_idempotent_change_is_retried(behind: Catalog, proxy: Proxy, what: What) -> None:
     begin_save(behind, make_draft("u"))
     lose_next(proxy, what)
     touch_save(behind, "u")
@@ -97,19 +97,17 @@ def test_what_may_be_done_twice_is(behind: Catalog, proxy: Proxy, what: What) ->
     mark_journaled(behind, 1)
     rows = query_rows(behind, "SELECT status, error FROM version WHERE uid = 'u'", {})
     assert rows == [("aborted", "given up")]
-    assert [said["operation"] for said in unjournaled(behind)] == [2]
+    assert [entry["operation"] for entry in unjournaled(behind)] == [2]
 
 
-def test_where_nothing_tells_whether_it_was_done_people_are_told(
-    behind: Catalog, proxy: Proxy, what: What
-) -> None:
+def test_an_unknown_outcome_is_reported(behind: Catalog, proxy: Proxy, what: What) -> None:
     lose_next(proxy, what)
     with pytest.raises(UnknownOutcomeError, match=r"not known: look with 'dcpstore ops'"):
         make_ref(behind, "best", "tag", version=1, author="ada")
     assert [ref.name for ref in list_refs(behind, "tag")] == (["best"] if what == "answer" else [])
 
 
-def test_a_copy_whose_commit_was_lost_is_there_once(
+def test_a_copy_whose_commit_was_lost_is_committed_once(
     behind: Catalog, proxy: Proxy, what: What
 ) -> None:
     begin_save(behind, make_draft("temporary"))
@@ -151,7 +149,7 @@ def test_a_server_that_ends_all_sessions(behind: Catalog, postgres_url: str) -> 
     assert len(attempts) == 2
 
 
-def test_a_deadlock_is_tried_again(behind: Catalog) -> None:
+def test_a_deadlock_is_retried(behind: Catalog) -> None:
     both = threading.Barrier(2)
     attempts = []
 
@@ -201,7 +199,7 @@ def test_a_lock_that_is_not_released(behind: Catalog, postgres_url: str, proxy: 
     assert make_ref(behind, "best", "tag", version=1, author="ada").version == 1
 
 
-def test_a_server_that_goes_away_is_no_password(behind: Catalog, proxy: Proxy) -> None:
+def test_a_server_that_goes_away_shows_no_password(behind: Catalog, proxy: Proxy) -> None:
     with Catalog(Database(proxy.url, retry_seconds=0.3), behind.repository) as impatient:
         assert len(list_log(impatient)) == 1
         proxy.close()

@@ -77,7 +77,7 @@ def test_an_empty_repository_has_no_lines(tmp_path: Path) -> None:
     ["", "\0", "missing", "ckpts/catalog.db", "postgresql://u@h/d", "sqlite://", "file:///ckpts"]
     + [f"sqlite:///{name}" for name in ("", "ckpts", ":memory:", "ckpts/catalog%2Edb", "x?y=z")],
 )
-def test_what_names_no_catalog_plainly_is_left_to_who_can_tell(
+def test_unusual_targets_are_left_to_the_catalog(
     folder: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
     monkeypatch.chdir(folder.parent)
@@ -107,7 +107,7 @@ def test_what_names_no_catalog_plainly_is_left_to_who_can_tell(
         "UPDATE version SET created_at = created_at || '+02:00' WHERE number = 1",
     ],
 )
-def test_what_is_not_as_it_should_be_is_left_to_the_catalog(folder: Path, sql: str) -> None:
+def test_unexpected_contents_are_left_to_the_catalog(folder: Path, sql: str) -> None:
     change(folder, sql)
     assert glance_at_log(str(folder), limit=None) is None
 
@@ -119,7 +119,7 @@ def test_a_view_in_the_place_of_a_table_is_not_asked(folder: Path) -> None:
     assert glance_at_log(str(folder), limit=None) is None
 
 
-def test_a_file_that_is_no_database_is_left_to_the_catalog(folder: Path) -> None:
+def test_a_file_that_is_not_a_database_is_left_to_the_catalog(folder: Path) -> None:
     (folder / "catalog.db").write_bytes(b"notes" * 1000)
     assert glance_at_log(str(folder), limit=None) is None
 

@@ -129,7 +129,7 @@ def test_other_peoples_tables_are_refused(database_url: str) -> None:
         upgrade_schema(database_url)
 
 
-def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "catalog.db"
     path.write_bytes(b"this is a text, and long enough to be looked at" * 100)
     for find in (Catalog.open, Catalog.make):
@@ -148,7 +148,7 @@ def set_revision(url: str, revision: str) -> None:
         )
 
 
-def test_older_and_newer_schemas_name_the_cure(database_url: str) -> None:
+def test_older_and_newer_schemas_say_what_to_do(database_url: str) -> None:
     Catalog.make(database_url, data_url="d").close()
     set_revision(database_url, "0000")
     with pytest.raises(SchemaError, match=r"older dcpstore.*'dcpstore db-upgrade --repo "):

@@ -1,4 +1,4 @@
-"""Races: whoever comes second waits, sees what the first did, or is told."""
+"""Races: the second process waits, sees what the first one did, or gets an error."""
 
 import multiprocessing
 import threading
@@ -59,7 +59,7 @@ def test_many_threads_create_one_repository(database_url: str) -> None:
     assert sum(is_maker for is_maker, _ in found) == 1
 
 
-def test_commits_on_one_branch_line_up(catalog: Catalog) -> None:
+def test_commits_on_one_branch_are_serialized(catalog: Catalog) -> None:
     def work(i: int) -> int:
         begin_save(catalog, make_draft(f"u{i}", tags=(f"t{i}",)))
         return commit_save(
@@ -75,7 +75,7 @@ def test_commits_on_one_branch_line_up(catalog: Catalog) -> None:
     assert query_rows(catalog, "SELECT count(*) AS n FROM tensor", {})[0].n == MANY + 1
 
 
-def test_compare_and_swap_lets_one_through(catalog: Catalog, save: Save) -> None:
+def test_compare_and_swap_lets_only_one_pass(catalog: Catalog, save: Save) -> None:
     save()
 
     def work(i: int) -> int:

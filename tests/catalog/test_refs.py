@@ -56,7 +56,7 @@ def test_documented_refs(catalog: Catalog) -> None:
 
 
 @pytest.mark.usefixtures("history")
-def test_unknown_refs_say_what_is_near(catalog: Catalog) -> None:
+def test_unknown_refs_list_the_nearest_names(catalog: Catalog) -> None:
     refs: dict[str | int, str] = {
         "bets": "no branch or tag 'bets'. Did you mean 'best'?",
         "v7": "no version v7; the newest is v6",
@@ -72,7 +72,7 @@ def test_unknown_refs_say_what_is_near(catalog: Catalog) -> None:
             resolve(catalog, ref)
 
 
-def test_versions_without_a_name_are_told_from_no_versions(catalog: Catalog, save: Save) -> None:
+def test_versions_without_a_name_differ_from_no_versions(catalog: Catalog, save: Save) -> None:
     with pytest.raises(NotFoundError, match="'main': the repository is empty"):
         resolve(catalog, None)
     save()
@@ -82,7 +82,7 @@ def test_versions_without_a_name_are_told_from_no_versions(catalog: Catalog, sav
     assert resolve(catalog, 1).number == 1
 
 
-def test_what_is_no_ref_is_refused(catalog: Catalog) -> None:
+def test_invalid_refs_are_refused(catalog: Catalog) -> None:
     with pytest.raises(InvalidInputError, match="is not a ref"):
         resolve(catalog, "best; DROP TABLE ref")
 

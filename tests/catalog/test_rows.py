@@ -1,4 +1,4 @@
-"""Very many rows at once: what goes in comes out, and an error is what any statement's would be."""
+"""Bulk insert: all rows are stored as given, and errors are those of any statement."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -62,13 +62,13 @@ def test_hard_values_come_back(database: Database, save: Save) -> None:
     database.transact(work, writes=True)
 
 
-def test_no_row_is_no_error(database: Database) -> None:
+def test_inserting_no_rows_is_allowed(database: Database) -> None:
     database.transact(
         lambda connection: insert_rows(connection, schema.tensor, NAMES, []), writes=True
     )
 
 
-def test_a_row_that_is_there_is_a_conflict_and_nothing_changes(database: Database) -> None:
+def test_an_existing_row_is_a_conflict_and_nothing_changes(database: Database) -> None:
     with pytest.raises(ConflictError, match="refused a row"):
         database.transact(
             lambda connection: insert_rows(

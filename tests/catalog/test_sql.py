@@ -23,7 +23,7 @@ from .conftest import Save
 on_postgres = pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
 
 
-def test_questions_are_answered(catalog: Catalog, save: Save) -> None:
+def test_queries_return_rows(catalog: Catalog, save: Save) -> None:
     save()
     for sql in (
         "SELECT version FROM history",
@@ -75,7 +75,7 @@ def test_numbers_of_numpy_are_numbers(catalog: Catalog) -> None:
 
 
 @on_postgres
-def test_numbers_without_end_are_floats(catalog: Catalog) -> None:
+def test_infinite_numbers_are_floats(catalog: Catalog) -> None:
     for text in ("Infinity", "-Infinity", "NaN"):
         (row,) = query_rows(catalog, f"SELECT '{text}'::numeric AS x", {})
         assert repr(row.x) == repr(float(text))
@@ -114,7 +114,7 @@ CHANGES = [
 ]
 
 
-def test_nothing_can_be_changed(catalog: Catalog, save: Save) -> None:
+def test_queries_cannot_change_the_catalog(catalog: Catalog, save: Save) -> None:
     save()
     before = list_log(catalog)
     for sql in CHANGES:
@@ -127,7 +127,7 @@ def test_nothing_can_be_changed(catalog: Catalog, save: Save) -> None:
 
 WRONG: list[tuple[str, dict[str, object], str]] = [
     ("SELECT nothing FROM history", {}, "nothing"),
-    ("SELECT * FROM histroy", {}, "histroy(?s:.*)The views to ask are history, entries"),
+    ("SELECT * FROM histroy", {}, "histroy(?s:.*)The views are history, entries"),
     ("SELECT :a AS x", {}, "a"),
     ("SELECT :a AS x", {"a": object()}, "refused"),
     ("SELEC 1", {}, "is not a query; begin with SELECT"),
@@ -141,14 +141,14 @@ WRONG: list[tuple[str, dict[str, object], str]] = [
 ]
 
 
-def test_errors_are_the_databases_own_words(catalog: Catalog, subtests: pytest.Subtests) -> None:
+def test_errors_quote_the_database(catalog: Catalog, subtests: pytest.Subtests) -> None:
     for sql, params, match in WRONG:
         with subtests.test(sql=sql), pytest.raises(InvalidInputError, match=match):
             query_rows(catalog, sql, params)
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_damage_is_no_mistake_of_who_asks(catalog: Catalog, save: Save, tmp_path: Path) -> None:
+def test_damage_is_not_invalid_input(catalog: Catalog, save: Save, tmp_path: Path) -> None:
     save()
     with closing(sqlite3.connect(tmp_path / "catalog.db")) as own:
         own.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -164,7 +164,7 @@ def test_damage_is_no_mistake_of_who_asks(catalog: Catalog, save: Save, tmp_path
 
 
 @on_postgres
-def test_a_session_that_ends_is_no_mistake_either(
+def test_a_session_that_ends_is_not_invalid_input(
     catalog: Catalog, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(NotFoundError, match="cannot connect to the catalog"):

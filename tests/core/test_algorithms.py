@@ -1,4 +1,4 @@
-"""Another digest algorithm: what a dcpstore of tomorrow that has one writes beside the old ones."""
+"""A second digest algorithm: what a later dcpstore that has one writes, beside older data."""
 
 import json
 import shutil

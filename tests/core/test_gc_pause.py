@@ -32,7 +32,7 @@ def test_it_is_off_while_held_and_on_while_many_bytes_move() -> None:
         assert not gc.isenabled()
 
 
-def test_whoever_does_not_hold_it_off_does_not_let_it_go() -> None:
+def test_a_thread_that_does_not_pause_it_does_not_resume_it() -> None:
     held, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -56,7 +56,7 @@ def test_an_error_leaves_it_on() -> None:
         raise KeyError
 
 
-def test_who_had_turned_it_off_finds_it_off() -> None:
+def test_it_stays_off_if_it_was_off_before() -> None:
     gc.disable()
     try:
         with gc_paused(), gc_allowed():

@@ -59,7 +59,7 @@ def test_documented_forms(text: str | int, ref: Ref) -> None:
         *("a@step=5@step=6", "a b", "../x", "ä", "best;drop", "=a", "@a", "+a", True, "9" * 30),
     ],
 )
-def test_everything_else_is_refused(text: str) -> None:
+def test_all_other_forms_are_refused(text: str) -> None:
     with pytest.raises(InvalidInputError):
         parse_ref(text)
 

@@ -59,7 +59,7 @@ def test_every_kind_of_change(small: Repository) -> None:
     assert [e.stats for e in diff.entries] == [None] * len(diff.entries)
 
 
-def test_the_same_is_no_difference(small: Repository) -> None:
+def test_equal_versions_have_no_difference(small: Repository) -> None:
     dcpstore.save(state(), small)
     dcpstore.save(state(), small)
     diff = small.diff("v1")  # against the tip of main
@@ -144,9 +144,9 @@ def test_along_a_branch_each_version_is_compared_with_the_next_that_is_left(
         command = ["diff", "--along", "main", *args]
         return CliRunner(env={"DCPSTORE_REPO": place.url}).invoke(commands, command)
 
-    told = run("--json")
-    assert told.exit_code == 1
-    assert [(one["old"], one["new"]) for one in json.loads(told.stdout)] == [(3, 6), (6, 7)]
+    shown = run("--json")
+    assert shown.exit_code == 1
+    assert [(one["old"], one["new"]) for one in json.loads(shown.stdout)] == [(3, 6), (6, 7)]
     assert run("v3", "v6").exit_code == 1
     assert run("v6", "v7").exit_code == 0
     alone = run("v6", "v6")
@@ -170,8 +170,8 @@ def test_the_command(small: Repository, place: Place, tmp_path: Path) -> None:
     assert shown.exit_code == 1
     assert [line.split()[1] for line in shown.stdout.splitlines()[1:3]] == ["model.a", "lr"]
     assert " 0.5 " in shown.stdout
-    told = json.loads(run("v1", "v2", "--stats", "--json").stdout)
-    (entry,) = [e for e in told["entries"] if e["fqn"] == "model.a"]
+    shown = json.loads(run("v1", "v2", "--stats", "--json").stdout)
+    (entry,) = [e for e in shown["entries"] if e["fqn"] == "model.a"]
     assert entry["stats"]["relative"] == pytest.approx(0.5)
     assert entry["old"]["dtype"] == "float32"
     rolled = json.loads(run("v1", "v2", "--depth", "1", "--json").stdout)

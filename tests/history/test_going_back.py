@@ -73,7 +73,7 @@ def test_a_rollback_moves_the_branch_and_the_next_save_goes_on_from_there(
     assert repo.operations() == before
 
 
-def test_rollback_is_refused_but_with_force(repo: Repository) -> None:
+def test_a_rollback_to_a_non_ancestor_needs_force(repo: Repository) -> None:
     save(repo, 1)
     save(repo, 2)
     save(repo, 3, branch="try", parent="v1")
@@ -172,7 +172,7 @@ def test_the_undo_of_a_save_takes_its_tags_and_keeps_its_version(repo: Repositor
     assert refs(repo) == {"main": 2}
 
 
-def test_undo_goes_past_what_is_undone(repo: Repository) -> None:
+def test_undo_skips_what_is_undone(repo: Repository) -> None:
     for i in range(4):
         save(repo, i)
     repo.rollback("v2")
@@ -203,7 +203,7 @@ def test_undo_past_an_expired_version_changes_nothing(repo: Repository) -> None:
     assert (refs(repo), repo.operations()) == before
 
 
-def test_a_ref_that_moved_otherwise_is_not_undone(repo: Repository) -> None:
+def test_a_ref_that_another_operation_moved_is_not_undone(repo: Repository) -> None:
     save(repo, 1)
     repo.tag("t", "v1")
     # As an older program would: without an operation.
@@ -269,14 +269,14 @@ def test_a_rebuilt_catalog_has_undone_what_was_undone(repo: Repository, place: P
     repo.delete_tag("a")
     repo.undo()
     repo.rollback("v1")
-    told = refs(repo), repo.log(), repo.operations()
+    before = refs(repo), repo.log(), repo.operations()
     with rebuilt(place) as again:
-        assert (refs(again), again.log(), again.operations()) == told
+        assert (refs(again), again.log(), again.operations()) == before
         undo_last(again.catalog, expect=None, author="")  # past the journal, which both share
         assert refs(again)["main"] == 2
 
 
-def test_who_has_no_name_may_change_all_that_there_is(
+def test_a_user_without_a_name_may_change_everything(
     repo: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
@@ -301,7 +301,7 @@ def test_who_has_no_name_may_change_all_that_there_is(
         assert len(repo.copy_to(other).copied) == len(repo.log())
 
 
-def test_what_names_nothing_is_refused(repo: Repository) -> None:
+def test_names_of_nothing_are_refused(repo: Repository) -> None:
     save(repo, 1)
     before = everything(repo)
     for call in (

@@ -25,7 +25,7 @@ from tests.soundness import Place
 
 
 @pytest.fixture
-def told(place: Place) -> Iterator[Repository]:
+def logged(place: Place) -> Iterator[Repository]:
     """A repository without bytes: v1 and v2 on main, v3 on try from v1, v4 on main."""
     with place.open() as repo, repo.catalog.keep_connection():
         catalog = repo.catalog
@@ -78,80 +78,80 @@ MEANINGLESS: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-def test_only_what_is_there_can_be_meant(told: Repository) -> None:
-    """A save that came to nothing, or a version that expired, has no branch and no metric."""
+def test_branches_and_metrics_that_no_visible_version_has_are_unknown(logged: Repository) -> None:
+    """The branch and metrics of an aborted save, or of an expired version, are not found."""
     typo = VersionDraft(uid="typo", branch="mian", metrics={"lss": 1.0})
-    begin_save(told.catalog, typo)
-    abort_save(told.catalog, "typo", "")
-    save_version(told.catalog, 5, branch="mani", metrics={"loos": 1.0})
-    told.undo()
-    save_version(told.catalog, 6)
-    told.expire(keep_best=("loss", 9))
-    assert [v.number for v in told.log()] == [6, 4, 3, 2, 1]
+    begin_save(logged.catalog, typo)
+    abort_save(logged.catalog, "typo", "")
+    save_version(logged.catalog, 5, branch="mani", metrics={"loos": 1.0})
+    logged.undo()
+    save_version(logged.catalog, 6)
+    logged.expire(keep_best=("loss", 9))
+    assert [v.number for v in logged.log()] == [6, 4, 3, 2, 1]
     for wanted in ({"branch": "mian"}, {"branch": "mani"}, {"where": "lss<9"}, {"where": "loos<9"}):
         with pytest.raises(NotFoundError, match=r"Did you mean '(main|loss)'"):
-            told.log(**wanted)  # type: ignore[arg-type]
+            logged.log(**wanted)  # type: ignore[arg-type]
 
 
-def test_filters(told: Repository, subtests: pytest.Subtests) -> None:
+def test_filters(logged: Repository, subtests: pytest.Subtests) -> None:
     for wanted, numbers in FILTERS:
         with subtests.test(wanted=wanted):
-            assert [v.number for v in told.log(**wanted)] == numbers
+            assert [v.number for v in logged.log(**wanted)] == numbers
 
 
-def test_what_cannot_be_meant(told: Repository, subtests: pytest.Subtests) -> None:
+def test_invalid_filters_are_refused(logged: Repository, subtests: pytest.Subtests) -> None:
     for wanted, error, message in MEANINGLESS:
         with subtests.test(wanted=wanted), pytest.raises(error, match=message):
-            told.log(**wanted)
+            logged.log(**wanted)
 
 
-def test_the_best(told: Repository) -> None:
-    assert told.best("loss").number == 2  # the earliest of equals, and NaN is none
-    assert told.best("loss", mode="max").number == 1
-    assert told.best("acc", mode="max", branch="main").number == 2
+def test_the_best(logged: Repository) -> None:
+    assert logged.best("loss").number == 2  # the earliest of equals, and NaN is none
+    assert logged.best("loss", mode="max").number == 1
+    assert logged.best("acc", mode="max", branch="main").number == 2
     for call, message in (
-        (lambda: told.best("los"), r"no metric 'los'\. Did you mean 'loss'"),
-        (lambda: told.best("loss", branch="try"), "no version on branch 'try' has a number"),
-        (lambda: told.best("loss", branch="tri"), "no branch 'tri'"),
+        (lambda: logged.best("los"), r"no metric 'los'\. Did you mean 'loss'"),
+        (lambda: logged.best("loss", branch="try"), "no version on branch 'try' has a number"),
+        (lambda: logged.best("loss", branch="tri"), "no branch 'tri'"),
     ):
         with pytest.raises(NotFoundError, match=message):
             call()
     with pytest.raises(InvalidInputError, match="neither 'min' nor 'max'"):
-        told.best("loss", mode="median")  # type: ignore[arg-type]
+        logged.best("loss", mode="median")  # type: ignore[arg-type]
 
 
-def test_the_first_digits_of_a_uid(told: Repository) -> None:
-    uids = {v.number: v.uid for v in told.log()}
-    assert told.show(uids[2][:6]).number == 2
-    assert told.show(uids[3]).number == 3
-    assert told.show(f"{uids[4][:10].upper()}~1").number == 2
+def test_the_first_digits_of_a_uid(logged: Repository) -> None:
+    uids = {v.number: v.uid for v in logged.log()}
+    assert logged.show(uids[2][:6]).number == 2
+    assert logged.show(uids[3]).number == 3
+    assert logged.show(f"{uids[4][:10].upper()}~1").number == 2
     with pytest.raises((NotFoundError, InvalidInputError)):
-        told.show(uids[1][:5])
+        logged.show(uids[1][:5])
     with pytest.raises(NotFoundError, match="no version has a uid that begins with '1a1a1a'"):
-        told.show("1a1a1a")
+        logged.show("1a1a1a")
     with pytest.raises(NotFoundError, match="no branch or tag 'abcdef'"):
-        told.show("abcdef")
-    make_ref(told.catalog, "abcdef", "tag", version=1, author="")
-    assert told.show("abcdef").number == 1  # a name wins
+        logged.show("abcdef")
+    make_ref(logged.catalog, "abcdef", "tag", version=1, author="")
+    assert logged.show("abcdef").number == 1  # a name wins
 
 
-def test_uids_that_begin_alike_and_those_that_read_as_numbers(told: Repository) -> None:
-    with told.catalog.database.write() as connection:
+def test_uids_that_begin_alike_and_those_that_read_as_numbers(logged: Repository) -> None:
+    with logged.catalog.database.write() as connection:
         for number, uid in {1: "abcdef01", 2: "abcdef02", 3: "00000412", 4: "000004ff"}.items():
             connection.exec_driver_sql(
                 f"UPDATE version SET uid = '{uid:0<32}' WHERE number = {number}"
             )
     with pytest.raises(InvalidInputError, match=r"'abcdef': abcdef010*\ \(v1\), abcdef020* \(v2\)"):
-        told.show("abcdef")
-    assert told.show("abcdef02").number == 2
-    assert told.show("00000412").number == 3  # there is no v412
-    assert told.show("000004").number == 4  # but there is a v4
-    make_ref(told.catalog, "abcdef", "tag", version=4, author="")
-    assert told.show("abcdef").number == 4
+        logged.show("abcdef")
+    assert logged.show("abcdef02").number == 2
+    assert logged.show("00000412").number == 3  # there is no v412
+    assert logged.show("000004").number == 4  # but there is a v4
+    make_ref(logged.catalog, "abcdef", "tag", version=4, author="")
+    assert logged.show("abcdef").number == 4
 
 
 def test_the_command_filters_and_draws(
-    told: Repository, place: Place, monkeypatch: pytest.MonkeyPatch
+    logged: Repository, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(*args: str) -> Any:
         return CliRunner(env={"DCPSTORE_REPO": place.url}).invoke(commands, ["log", *args])
@@ -216,7 +216,7 @@ def test_each_version_has_one_star(drawn: list[int]) -> None:
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_any_ancestor_is_found_by_its_depth(place: Place) -> None:
+def test_every_ancestor_is_found_by_its_depth(place: Place) -> None:
     with place.open() as repo:
         parents: dict[int, int | None] = {}
         for i in range(1, 61):

@@ -132,7 +132,7 @@ def test_another_dtype_is_compared_by_value() -> None:
     touched=st.integers(0, 40),
     seed=st.integers(0, 99),
 )
-def test_whatever_the_chunks_the_whole_tensor_is_told(
+def test_statistics_are_of_the_whole_tensor_whatever_the_chunks(
     *,
     tmp_path_factory: pytest.TempPathFactory,
     shape: list[int],
@@ -167,7 +167,7 @@ def save_cut(rank: int, place: Place, value: float) -> None:
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_tensors_that_are_cut_otherwise(place: Place, two_ranks: RankPool) -> None:
+def test_tensors_with_different_grids(place: Place, two_ranks: RankPool) -> None:
     place = Place(place.url, place.data, chunk_nbytes=48)
     whole = torch.arange(30.0).reshape(5, 6)
     with place.open() as repo:

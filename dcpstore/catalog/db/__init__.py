@@ -1,1 +1,1 @@
-"""The way to the database: URL, engine, transactions, errors, and many rows at once."""
+"""The database: URL, engine, transactions, errors, and many rows or keys at once."""

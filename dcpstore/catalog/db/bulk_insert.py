@@ -1,8 +1,8 @@
-"""Very many new rows at once: past SQLAlchemy's work for each, by COPY where there is a server.
+"""Bulk insert: very many new rows, without SQLAlchemy's work on each; by COPY on Postgres.
 
-A save of thousands of tensors writes tens of thousands of rows, and what is spent on each is most
-of its transaction. Invariant: values are bound by the types of their columns, as in any statement,
-and an error is what any statement would raise.
+A save of thousands of tensors writes tens of thousands of rows, and the time spent on each row is
+most of its transaction. Invariant: values are converted by the types of their columns, as in any
+statement, and errors are those that any statement raises.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from sqlalchemy.exc import DBAPIError
 
 __all__ = ["insert_rows"]
 
-_ROWS = 20_000  # bound at once: bounds the memory, not the meaning
-_AT_ONCE = 50  # rows of one statement of SQLite, which then spends a third less on each
+_ROWS = 20_000  # converted at a time, which bounds the memory
+_AT_ONCE = 50  # rows of one statement; on SQLite a row then costs a third less
 
 Row = Sequence[Any]
 
@@ -27,7 +27,7 @@ def insert_rows(
 ) -> None:
     """Insert rows into a table; each has the values of the columns of these names, in their order.
 
-    Nothing is returned, for to have ids returned costs more than all the rest.
+    Returns no ids, for they cost more than all the rest.
     """
     quote = connection.dialect.identifier_preparer.quote
     target = f"{quote(table.name)} ({', '.join(map(quote, names))})"
@@ -42,7 +42,7 @@ def insert_rows(
 def _bound(
     connection: Connection, table: Table, names: Sequence[str], rows: Iterable[Row]
 ) -> Iterator[Iterable[tuple[Any, ...]]]:
-    """Yield batches of the rows as the driver takes them, bound column by column."""
+    """Yield batches of the rows as the driver takes them, converted column by column."""
     dialect = connection.dialect
     types = [table.c[name].type.dialect_impl(dialect) for name in names]
     processors = [kind.bind_processor(dialect) for kind in types]
@@ -55,7 +55,7 @@ def _bound(
 
 
 def _insert(connection: Connection, statement: str, rows: Sequence[Row]) -> None:
-    """Send rows many to a statement, and those that are left one by one."""
+    """Insert rows with many to a statement, and the last few one by one."""
     row = f"({', '.join('?' * len(rows[0]))})"
     left = len(rows) - len(rows) % _AT_ONCE
     for count, some in ((_AT_ONCE, rows[:left]), (1, rows[left:])):
@@ -67,7 +67,7 @@ def _insert(connection: Connection, statement: str, rows: Sequence[Row]) -> None
 
 
 def _copy(connection: Connection, statement: str, rows: Iterable[Row]) -> None:
-    """Send rows down one COPY, of which SQLAlchemy knows nothing."""
+    """Send rows by one COPY, which SQLAlchemy does not support: so its errors are made here."""
     dialect = connection.dialect
     driver: Any = connection.connection.driver_connection
     assert dialect.loaded_dbapi is not None, "there is a connection"

@@ -1,9 +1,9 @@
-"""Many keys as one bound parameter: what a query looks them up by.
+"""Binds many lookup keys of a query as one parameter.
 
-A list of keys as so many parameters would meet the databases' limits (32,766 and 65,535) and cost a
-new statement for each length. Here the statement stays the same: SQLite unpacks a JSON array,
-Postgres arrays. Names and ids are for IN: SQLite then looks each up in an index, where a join would
-let it walk the keys again for each row.
+A list of keys with a parameter for each would exceed the limits of the databases (32,766 and
+65,535) and need a new statement for each length. Here the statement stays the same: SQLite unpacks
+a JSON array, Postgres arrays. Names and ids are used with IN: then SQLite looks each up in an
+index, while with a join it may scan the keys again for each row.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
 
 
 def wanted_names(connection: Connection, names: Collection[str]) -> Select[Any]:
-    """Return a query of these names, less those that no database can hold, nor even take."""
+    """Return a query of these names, without those that no database can contain or accept."""
     names = [name for name in names if can_be_kept(name)]
     if connection.dialect.name == "sqlite":
         return select(_json_rows(names).c.value)
@@ -72,7 +72,7 @@ def wanted_ranges(connection: Connection, ranges: Sequence[ChunkRange]) -> CTE:
 
 
 def wanted_pairs(connection: Connection, pairs: Sequence[tuple[int, int]]) -> CTE:
-    """Return a table of the columns `old` and `new`, of ids; `pairs` holds one at least."""
+    """Return a table of the columns `old` and `new`, of ids; `pairs` is not empty."""
     return _wanted_rows(connection, ("old", "new"), pairs)
 
 
@@ -98,7 +98,7 @@ def _wanted_rows(
 def look_up_each(connection: Connection) -> None:
     """Make this transaction look each wanted key up in an index.
 
-    Postgres, before it has statistics of what a save has just written, would rather walk whole
+    Until Postgres has statistics of the rows that a save has just written, it would scan whole
     tables, and compare each wanted range with each chunk of its tensor.
     """
     if connection.dialect.name == "postgresql":

@@ -1,4 +1,7 @@
-"""The file of a catalog on SQLite: where it lies, and how it is opened; without SQLAlchemy."""
+"""The file of a catalog on SQLite: its name, and how it is opened.
+
+Apart from `database`, so that the fast log need not import SQLAlchemy.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,8 @@ def open_file(
 
     Args:
         file: the catalog's file.
-        mode: read it, or write too, or make it where it is missing.
-        timeout: seconds to wait for others who lock it.
+        mode: "ro" to read, "rw" to write too, "rwc" to create it if it is missing.
+        timeout: seconds to wait for a lock of another process.
     """
     # Immutable: read the file without locks and without files beside it.
     how = "ro&immutable=1" if mode != "rwc" and is_at_rest(file) else mode
@@ -39,6 +42,6 @@ def open_file(
         f"file:{quote(os.fsencode(str(file)))}?mode={how}",
         uri=True,
         timeout=timeout,
-        isolation_level=None,  # we say BEGIN ourselves, and which
-        check_same_thread=False,  # a pool lends a connection to one thread at a time
+        isolation_level=None,  # `Database` sends BEGIN itself, for sqlite3 would send it late
+        check_same_thread=False,  # a pool gives a connection to one thread at a time
     )

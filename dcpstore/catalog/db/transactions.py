@@ -1,9 +1,9 @@
 """How a function with SQL runs: in the caller's transaction, or in one of its own.
 
-A function that is decorated here takes a `Connection` first, and then runs in that transaction; or
-an open catalog, and then runs in a transaction of its own, which is retried where that is safe.
-What "safe" means stands beside the SQL: `@reads`, `@writes()`, `@writes(idempotent=True)` or
-`@writes(find=...)`. A retry uses the arguments again, so none of them may be an iterator.
+If the first argument of a decorated function is a `Connection`, it runs in the transaction of that.
+If it is an open catalog, it runs in a transaction of its own, which is retried if that is safe.
+The decorator beside the SQL says when it is safe: `@reads`, `@writes()`, `@writes(idempotent=True)`
+or `@writes(find=...)`. A retry uses the arguments again, so none of them may be an iterator.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _OnCatalog = Callable[Concatenate[Connection | OpenCatalog, P], T]
 def reads(function: _Statements[P, T]) -> _OnCatalog[P, T]:
     """Make a function one read transaction: it sees the database as of one moment.
 
-    It is retried where the connection is lost or the database is busy.
+    It is retried if the connection is lost or the database is busy.
     """
 
     @wraps(function)
@@ -64,14 +64,14 @@ def writes(
 def writes(*, idempotent: bool = False, find: Callable[..., Any] | None = None) -> Any:
     """Make a function one write transaction, which commits whole or leaves nothing.
 
-    It is retried where the database is known to have rolled it back, so the function must do
-    nothing but change the database. If the answer to its commit is lost, then:
+    It is retried if the database is known to have rolled it back, so the function must change
+    nothing but the database. If the answer to its commit is lost, then:
 
     - by default the call raises `UnknownOutcomeError`;
-    - `idempotent` says that a second run changes nothing more: it is run again;
-    - `find`, with the same arguments, looks for the result in a transaction of its own. It must
-      wait for the lost transaction, by a row that this one had locked, and return None if that was
-      rolled back: then the function is run again.
+    - with `idempotent`, which says that a second run changes nothing more, it is run again;
+    - with `find`, that function is called with the same arguments in a transaction of its own. It
+      must wait for the lost transaction, by a row that the latter had locked. It returns the
+      result, or None if the transaction was rolled back: then the function is run again.
     """
 
     def decorate(function: _Statements[P, T]) -> _OnCatalog[P, T]:

@@ -19,7 +19,7 @@ __all__ = [
     "sqlite_url",
 ]
 
-# So that a server which is gone is noticed, where the URL says nothing else.
+# Notice within about a minute that a server is gone, unless the URL has its own options.
 _CONNECT = {
     "connect_timeout": "10",
     "keepalives_idle": "30",
@@ -30,12 +30,12 @@ _CONNECT = {
 
 
 def sqlite_url(path: str | os.PathLike[str]) -> str:
-    """Return the URL of the SQLite database in file `path`, whatever characters that has."""
+    """Return the URL of the SQLite database in file `path`, with special characters escaped."""
     return URL.create("sqlite", database=os.fspath(path)).render_as_string()
 
 
 def parse_url(url: str) -> URL:
-    """Return a catalog's URL, with the driver that we use.
+    """Parse the URL of a catalog; the result names the driver that dcpstore uses.
 
     Raises:
         InvalidInputError: it names neither an SQLite file nor a Postgres database.
@@ -43,7 +43,7 @@ def parse_url(url: str) -> URL:
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
-        # Not the text itself: what does not parse may still hold a password.
+        # The message does not show the URL: one that cannot be parsed may hold a password.
         raise InvalidInputError(
             "the catalog's URL cannot be read; write 'sqlite:///folder/catalog.db' or "
             "'postgresql://user@host/database'."
@@ -51,19 +51,20 @@ def parse_url(url: str) -> URL:
     if parsed.drivername in ("sqlite", "sqlite+pysqlite"):
         if parsed.database in (None, "", ":memory:") or parsed.host or parsed.query:
             raise InvalidInputError(
-                f"{parsed.set(query={})} names no SQLite file; write 'sqlite:///folder/catalog.db'."
+                f"{parsed.set(query={})} does not name an SQLite file; write "
+                "'sqlite:///folder/catalog.db'."
             )
         return parsed
     if parsed.drivername in ("postgres", "postgresql", "postgresql+psycopg"):
         return parsed.set(drivername="postgresql+psycopg")
     raise InvalidInputError(
-        f"a catalog cannot be kept in {parsed.drivername!r}; use a folder, 'sqlite:///…' or "
+        f"{parsed.drivername!r} cannot hold a catalog; use a folder, 'sqlite:///…' or "
         "'postgresql://…', and dcpstore.open(that, data='s3://bucket/prefix') for the data alone."
     )
 
 
 def server_engine(url: URL, **options: Any) -> Engine:
-    """Return an engine for a Postgres database; SQLAlchemy's options say with what pool.
+    """Return an engine for a Postgres database; `options` are those of SQLAlchemy, for its pool.
 
     Raises:
         InvalidInputError: psycopg is missing.
@@ -82,20 +83,20 @@ def server_engine(url: URL, **options: Any) -> Engine:
 
 
 def keep_to_process(engine: Engine) -> None:
-    """Let a process that is forked connect for itself, where its parent keeps connections."""
-    event.listen(engine, "connect", _sign)
-    event.listen(engine, "checkout", _leave_to_parent)
+    """Make a forked process open its own connections, and leave those of its parent alone."""
+    event.listen(engine, "connect", _record_process)
+    event.listen(engine, "checkout", _refuse_other_process)
 
 
-def _sign(driver: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+def _record_process(driver: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
     entry.info["process"] = os.getpid()
 
 
-def _leave_to_parent(
+def _refuse_other_process(
     driver: DBAPIConnection, entry: ConnectionPoolEntry, lent: PoolProxiedConnection
 ) -> None:
-    """Refuse, in a process that was forked, a connection that its parent speaks on."""
+    """Refuse a connection that another process opened: the parent of this one still uses it."""
     if entry.info["process"] != os.getpid():
         # as SQLAlchemy's guide on pools and os.fork() has it; the stubs call it read-only
         entry.dbapi_connection = lent.dbapi_connection = None  # type: ignore[misc]
-        raise DisconnectionError("this connection is another process's")
+        raise DisconnectionError("another process opened this connection")

@@ -1,1 +1,1 @@
-"""Retention, garbage, checks, restoring and the journal: what keeps a catalog in order."""
+"""Retention, garbage, checks, rebuild and the journal: what keeps a catalog in order."""

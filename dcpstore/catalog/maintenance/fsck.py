@@ -1,7 +1,7 @@
-"""Damage that the catalog itself shows, and what a check of the packs needs from it.
+"""Checks of the catalog: broken rules in its rows, and the data that a check of packs needs.
 
-Reads only, but for the marks that a look at a pack leaves: a damaged pack is never reused by a
-save, so that saving a content again heals it.
+It only reads, except for the results of checks of packs, which it stores. A save never reuses a
+chunk of a damaged pack, so saving a content again repairs it.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _SHOWN = 20  # faults of one kind that are reported
 
 
 class Fault(NamedTuple):
-    """A rule of the catalog that is broken; `tensor` is the id of what it concerns, if it does."""
+    """A broken rule of the catalog; `tensor` is the id of the tensor that it concerns, if any."""
 
     text: str
     tensor: int | None = None
 
 
 class PackState(NamedTuple):
-    """A live pack, and what the last looks at it found."""
+    """A live pack, and the results of its last checks."""
 
     key: str
     nbytes: int
@@ -53,7 +53,7 @@ class PackState(NamedTuple):
 
 
 class PackedChunk(NamedTuple):
-    """One place in a pack, with all that checking its bytes takes; `dtype` is torch's name."""
+    """A chunk in a pack, with all that a check of its bytes needs; `dtype` is torch's name."""
 
     offset: int
     length: int
@@ -68,7 +68,7 @@ class PackedChunk(NamedTuple):
 
 
 class Reached(NamedTuple):
-    """An entry of a committed version that some stored bytes belong to."""
+    """An entry of a committed version to which some stored bytes belong."""
 
     version: int
     fqn: str
@@ -77,7 +77,7 @@ class Reached(NamedTuple):
 
 @reads
 def find_faults(connection: Connection) -> list[Fault]:
-    """Return what breaks the rules of the catalog; nothing in a sound one."""
+    """Return the broken rules of the catalog; an intact catalog has none."""
     return [
         *_database_faults(connection),
         *_ref_faults(connection),
@@ -100,7 +100,7 @@ def list_packs(connection: Connection) -> list[PackState]:
 
 @reads
 def packed_chunks(connection: Connection, key: str) -> list[PackedChunk]:
-    """Return the chunks that lie in a pack, by offset; a place that many share comes once."""
+    """Return the chunks in a pack, by offset; one that several tensors share is listed once."""
     tensor, part = tables.tensor, tables.part
     rows = connection.execute(
         select(
@@ -152,14 +152,14 @@ def reached_by_tensor(connection: Connection, tensor: int) -> list[Reached]:
 def mark_pack(
     connection: Connection, key: str, *, damage: str | None, verified_at: datetime | None
 ) -> None:
-    """Note what was found of a pack; without `verified_at` the time of the last deep look stays."""
+    """Store the result of a check of a pack; None for `verified_at` keeps the time of the last."""
     seen = {} if verified_at is None else {"verified_at": verified_at}
     connection.execute(update(_pack).where(_pack.c.key == key).values(damage=damage, **seen))
 
 
 @writes(idempotent=True)
 def begin_verify(connection: Connection, *, resume: bool, now: datetime) -> datetime:
-    """Return when the deep verify began that `resume` goes on with; else begin one now."""
+    """Return when the unfinished deep verify began, with `resume`; otherwise begin one now."""
     began: datetime | None = connection.scalar(select(tables.repository.c.verify_began_at))
     if resume and began is not None:
         return began
@@ -169,11 +169,12 @@ def begin_verify(connection: Connection, *, resume: bool, now: datetime) -> date
 
 @writes(idempotent=True)
 def end_verify(connection: Connection) -> None:
-    """Note that every pack was looked at."""
+    """Note that every pack was checked."""
     connection.execute(update(tables.repository).values(verify_began_at=None))
 
 
 def _holders(connection: Connection, tensors: Select[tuple[int]]) -> list[Reached]:
+    """Return the entries of committed versions that have any of the tensors."""
     entry = tables.entry
     rows = connection.execute(
         select(_version.c.number, entry.c.fqn, entry.c.tensor)
@@ -185,14 +186,14 @@ def _holders(connection: Connection, tensors: Select[tuple[int]]) -> list[Reache
 
 
 def _database_faults(connection: Connection) -> Iterator[Fault]:
-    """Yield what SQLite finds wrong with its file; Postgres keeps its own constraints."""
+    """Yield what SQLite finds wrong with its file; Postgres always enforces its constraints."""
     if connection.dialect.name != "sqlite":
         return
     for (text,) in connection.exec_driver_sql(f"PRAGMA quick_check({_SHOWN})"):
         if text != "ok":
             yield Fault(f"the database file is damaged: {text}")
     for row in list(connection.exec_driver_sql("PRAGMA foreign_key_check"))[:_SHOWN]:
-        yield Fault(f"a row of {row[0]} names one of {row[2]} that is not there")
+        yield Fault(f"a row of {row[0]} refers to a row of {row[2]} that is missing")
 
 
 def _ref_faults(connection: Connection) -> Iterator[Fault]:
@@ -233,11 +234,11 @@ def _pack_faults(connection: Connection) -> Iterator[Fault]:
         .limit(_SHOWN)
     )
     for row in rows:
-        yield Fault(f"{row.chunks} chunks lie outside of, or in no live, pack {row.key!r}")
+        yield Fault(f"{row.chunks} chunks are outside of pack {row.key!r}, or it is not live")
 
 
 def _tensor_faults(connection: Connection) -> Iterator[Fault]:
-    """Yield the tensors whose chunks are not as many as their grids have cells."""
+    """Yield the parts of tensors that have more or fewer chunks than their grid has cells."""
     part = tables.part
     counted = (
         select(_chunk.c.tensor, _chunk.c.part, func.count().label("chunks"))

@@ -1,6 +1,6 @@
-"""Which versions are kept: a union of rules, and what is kept whatever the rules say.
+"""Retention: which versions are kept, by a union of rules.
 
-Invariant: a branch tip, a tagged version and the newest version never expire.
+Invariant: whatever the rules, a branch tip, a tagged version and the newest version never expire.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ Best = tuple[str, int] | tuple[str, int, str]
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """Rules by which versions are kept: one that any rule keeps stays.
+    """Rules by which versions are kept: a version stays if any rule keeps it.
 
     Args:
-        keep_last: so many newest versions of each branch that versions were saved to.
-        keep_every: versions whose step is a multiple of this.
+        keep_last: keeps so many of the newest versions of each branch.
+        keep_every: keeps versions whose step is a multiple of this.
         keep_best: `("val_loss", 3)` keeps the three versions with the smallest val_loss, and
             `("accuracy", 3, "max")` those with the largest.
-        keep_tagged: tagged versions. They stay by any rules; this says that no other rule is meant.
-        keep_since: versions made since a time, or within a span such as `"7d"`.
+        keep_tagged: keeps tagged versions. Every set of rules does; this is for a set without
+            another rule.
+        keep_since: keeps versions created since a time, or within a duration such as `"7d"`.
 
     Raises:
         InvalidInputError: there is no rule, or an invalid one.
@@ -74,7 +75,7 @@ class Retention:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What becomes of one version: `kept_by` names every reason to keep it; none means it goes."""
+    """Whether one version is kept: `kept_by` has every reason; without any, it expires."""
 
     version: Version
     kept_by: tuple[str, ...]
@@ -82,19 +83,19 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class ExpireReport:
-    """What expired, or would with `dry_run`: a verdict on each version, oldest first."""
+    """The versions that expired, or would without `dry_run`: a verdict on each, oldest first."""
 
     verdicts: tuple[Verdict, ...]
     dry_run: bool
 
     @property
     def expired(self) -> tuple[int, ...]:
-        """The numbers of the versions that went."""
+        """The numbers of the versions that expired."""
         return tuple(v.version.number for v in self.verdicts if not v.kept_by)
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """The numbers of the versions that stayed."""
+        """The numbers of the versions that are kept."""
         return tuple(v.version.number for v in self.verdicts if v.kept_by)
 
 
@@ -106,7 +107,7 @@ def expire(
     branch: str | None = None,
     dry_run: bool = False,
 ) -> ExpireReport:
-    """Expire the versions that no rule keeps; with `branch`, only among those saved to it.
+    """Expire the versions that no rule keeps; with `branch`, only those saved to it.
 
     Raises:
         NotFoundError: no version has the metric of `keep_best`, or was saved to `branch`.
@@ -123,12 +124,12 @@ def expire(
 
 
 def retain(catalog: Catalog, rules: Retention, *, branch: str, author: str) -> None:
-    """Expire after a save to `branch`; a failure is logged, for the save itself is done."""
+    """Expire after a save to `branch`; a failure is logged, for the save itself succeeded."""
     try:
         expire(catalog, rules, author=author, branch=branch)
     except DcpstoreError as error:
         _log.warning("nothing expired after the save to %r: %s", branch, error)
-    except Exception:  # a mistake of ours: no reason to let a save that is done seem to have failed
+    except Exception:  # a bug here must not make a finished save look like a failed one
         _log.warning("nothing expired after the save to %r", branch, exc_info=True)
 
 
@@ -162,7 +163,7 @@ def _judge(
 
 
 def _kept(rules: Retention, versions: Sequence[Version]) -> Iterator[tuple[int, str]]:
-    """Yield each version that a rule keeps, with the rule; `versions` come newest first."""
+    """Yield each version that a rule keeps, with the rule; `versions` are sorted newest first."""
     if rules.keep_last is not None:
         seen: dict[str, int] = {}
         for version in versions:
@@ -185,7 +186,7 @@ def _kept(rules: Retention, versions: Sequence[Version]) -> Iterator[tuple[int, 
 
 
 def _best(rule: Best, versions: Sequence[Version]) -> list[int]:
-    """Return the numbers of the versions with a metric, the best first; the newer of equals."""
+    """Return the numbers of the versions with a metric, the best first; of equals the newer."""
     name, sign = rule[0], -1.0 if "max" in rule[2:] else 1.0
     known = {metric for version in versions for metric in version.metrics}
     if versions and name not in known:
@@ -210,7 +211,7 @@ def _since(given: datetime | timedelta | str) -> datetime:
 
 def _rules_as_json(rules: Retention) -> dict[str, object]:
     """Return the rules as JSON, for the operation."""
-    said = {name: value for name, value in asdict(rules).items() if value}
+    given = {name: value for name, value in asdict(rules).items() if value}
     if rules.keep_since is not None:
-        said["keep_since"] = _since(rules.keep_since).isoformat()
-    return said
+        given["keep_since"] = _since(rules.keep_since).isoformat()
+    return given

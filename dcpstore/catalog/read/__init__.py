@@ -1,1 +1,1 @@
-"""Questions to the catalog; nothing here writes."""
+"""Queries of the catalog; nothing here writes."""

@@ -1,10 +1,10 @@
-"""Questions in SQL by people, on a connection on which the database itself refuses to write.
+"""SQL queries of users, on a connection on which the database itself refuses to write.
 
-Three walls, each enough for the usual accident: only words that begin a query are let through; one
-statement at a time; and the connection is read-only (SQLite also asks an authorizer, so that ATTACH
-and PRAGMA are out; Postgres a read-only transaction).
+There are three barriers, each enough for the usual accident: a query must begin with a word such as
+SELECT; it is one statement; and the connection is read-only (on SQLite an authorizer also refuses
+ATTACH and PRAGMA; on Postgres the transaction is read-only).
 
-What the question is to blame for is the asker's error; a database that fails is the database's.
+A mistake in the query is an `InvalidInputError`; a failure of the database is an error of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _COMMENT = r"--[^\n]*(?:\n|\Z)|/\*.*?\*/"
 _QUERY = re.compile(
     rf"(?:\s|{_COMMENT}|\()*(?:select|with|values|explain|table)\b", re.IGNORECASE | re.DOTALL
 )
-# What may hide a colon in Postgres's SQL, then a parameter, then the driver's own sign.
+# Strings, names and comments of Postgres, whose colons are not parameters; casts; parameters.
 _PARAMETER = re.compile(
     rf"""(?<![\w$])[eE]'(?:[^'\\]|\\.|'')*'|'(?:[^']|'')*'|"(?:[^"]|"")*"|{_COMMENT}"""
     r"|\$(?P<tag>\w*)\$.*?\$(?P=tag)\$|::|:(?P<name>[A-Za-z_]\w*)",
@@ -47,8 +47,8 @@ _READS = {
     sqlite3.SQLITE_FUNCTION,
     sqlite3.SQLITE_RECURSIVE,
 }
-# How a database tells that it failed, and not the question: SQLite by a code; Postgres by one of
-# connections, conflicts, resources, a lock, operators, the system or its own mistakes.
+# Codes of failures of the database, where the query is not to blame. The Postgres classes are:
+# connection, rollback, resources, a lock, operator intervention, system error, internal error.
 _FAILURES_SQLITE = {
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_CANTOPEN,
@@ -64,7 +64,7 @@ _FAILURES_POSTGRES = ("08", "40", "53", "55P03", "57", "58", "XX")
 
 
 def query_table(catalog: OpenCatalog, sql: str, params: Mapping[str, object]) -> Table:
-    """Return the columns and rows of one query; `:name` in it stands for a parameter.
+    """Return the columns and rows of one query, in which `:name` is a parameter.
 
     Both databases give the same values: numbers as int or float, times as text in UTC.
 
@@ -79,62 +79,62 @@ def query_table(catalog: OpenCatalog, sql: str, params: Mapping[str, object]) ->
             "The catalog changes only through dcpstore's own commands."
         )
     database = catalog.database
-    ask = _ask_sqlite if database.is_sqlite else _ask_postgres
+    run = _run_sqlite if database.is_sqlite else _run_postgres
     with database.read_only() as connection:
         database.report(sql)
         driver = connection.dialect.loaded_dbapi
         try:
             values = {name: _parameter(name, value) for name, value in params.items()}
-            columns, rows = ask(connection.connection.driver_connection, sql, values)
+            columns, rows = run(connection.connection.driver_connection, sql, values)
             return columns, [Row(columns, [_value(value) for value in row]) for row in rows]
         except (driver.Error, driver.Warning, OverflowError) as error:
             if _is_failure(error, driver):
-                connection.invalidate()  # or its pool would put it in order, and complain
+                connection.invalidate()  # else the pool would try to roll it back, and warn
                 raise DBAPIError.instance(
                     None, None, error, driver.Error, dialect=connection.dialect
                 ) from error
             raise InvalidInputError(
                 f"the database refused {_short(sql)!r}: {database.shown_error(error)}. "
-                f"The views to ask are {', '.join(VIEWS)}."
+                f"The views are {', '.join(VIEWS)}."
             ) from error
 
 
 def query_rows(catalog: OpenCatalog, sql: str, params: Mapping[str, object]) -> list[Row]:
-    """Return the rows alone, each of which knows its columns; else as `query_table`."""
+    """Return only the rows of `query_table`; each knows the names of its columns."""
     return query_table(catalog, sql, params)[1]
 
 
-# The drivers' connections are Any: mypy knows psycopg only where it is installed.
-def _ask_sqlite(connection: Any, sql: str, params: dict[str, object]) -> _Answer:
+# The drivers' connections are `Any`: psycopg, an extra, may be missing when mypy runs.
+def _run_sqlite(connection: Any, sql: str, params: dict[str, object]) -> _Answer:
     connection.set_authorizer(_authorize)
 
-    def answer() -> _Answer:
+    def execute() -> _Answer:
         cursor = connection.execute(sql, params)
         return [column[0] for column in cursor.description or ()], cursor.fetchall()
 
-    return _interruptible(answer, connection.interrupt)
+    return _interruptible(execute, connection.interrupt)
 
 
 def _interruptible(call: Callable[[], T], interrupt: Callable[[], None]) -> T:
-    """Return what `call` returns; a signal that raises here, such as Ctrl-C, interrupts it.
+    """Return the result of `call`; a signal that raises here, such as Ctrl-C, interrupts it.
 
-    It runs in a thread, for Python handles signals in the main one alone, and not while SQLite has
-    that. (SQLite's progress handler would let them through as well, but loses what they raise, and
-    waits for other threads of Python each time.)
+    `call` runs in another thread, for Python handles signals only in the main thread, and not while
+    that is inside SQLite. (A progress handler of SQLite would let Python handle them, but it loses
+    the exceptions that they raise, and waits for other threads each time.)
     """
     with ThreadPoolExecutor(1) as thread:
         called = thread.submit(call)
         try:
             return called.result()
         except BaseException:
-            while not called.done():  # what has not begun yet takes no notice
+            while not called.done():  # an interrupt before the query begins has no effect
                 interrupt()
                 wait([called], 0.01)
             raise
 
 
-def _ask_postgres(connection: Any, sql: str, params: dict[str, object]) -> _Answer:
-    # Preparing it takes the extended protocol, which has room for one statement only.
+def _run_postgres(connection: Any, sql: str, params: dict[str, object]) -> _Answer:
+    # A prepared statement uses the extended protocol, which accepts only one statement.
     cursor = connection.execute(_in_psycopg_style(sql), params, prepare=True)
     return [column.name for column in cursor.description or ()], cursor.fetchall()
 
@@ -161,18 +161,20 @@ def _in_psycopg_style(sql: str) -> str:
 
 
 def _is_failure(error: BaseException, driver: Any) -> bool:
-    """Tell whether the database failed, where it is not the question that is wrong."""
+    """Tell whether the database failed, and not the query."""
     if isinstance(error, sqlite3.Error):
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)  # none: Python's own words
+        code = getattr(
+            error, "sqlite_errorcode", sqlite3.SQLITE_ERROR
+        )  # `sqlite3` raises some errors without a code
         return code & 0xFF in _FAILURES_SQLITE
     state: str | None = getattr(error, "sqlstate", None)
-    if state is None:  # the driver's own words: of what it was given, or of the connection
+    if state is None:  # raised by the driver: for its arguments, or for the connection
         return isinstance(error, driver.OperationalError | driver.InterfaceError)
     return state.startswith(_FAILURES_POSTGRES)
 
 
 def _parameter(name: str, value: object) -> object:
-    """Return a time as the views show it, and a number of numpy's as Python's; else as it is."""
+    """Return a parameter for the driver: times as in the views, NumPy's numbers as Python's."""
     if isinstance(value, str):
         check_text(value, what=f"parameter {name!r}")
     elif not isinstance(value, bytes | bytearray | memoryview):
@@ -181,7 +183,7 @@ def _parameter(name: str, value: object) -> object:
 
 
 def _own_number(name: str, value: Any) -> object:
-    """Return the number in an object that lends its bytes, which SQLite would take for a BLOB."""
+    """Return the number in an object with a buffer, which SQLite would store as a BLOB."""
     try:
         memoryview(value)
     except TypeError:
@@ -197,7 +199,7 @@ def _own_number(name: str, value: Any) -> object:
 
 
 def _value(value: object) -> object:
-    """Return a value of Postgres as SQLite would give it."""
+    """Return a value of Postgres as SQLite returns it."""
     if isinstance(value, Decimal):
         is_whole = value.is_finite() and value == value.to_integral_value()
         return int(value) if is_whole else float(value)

@@ -1,1 +1,1 @@
-"""Tables, column types, views, and the life of a schema: created, checked, upgraded."""
+"""The schema: tables, column types and views; how it is created, checked and upgraded."""

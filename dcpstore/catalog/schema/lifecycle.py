@@ -1,7 +1,7 @@
-"""The life of a catalog: created once, refused when its tables are not of today, upgraded.
+"""The life of a catalog's schema: created once, checked on each open, upgraded.
 
-However many processes open a new database at once, one creates the catalog and all find it whole:
-the look and the creation are one transaction that holds the database's write lock.
+Invariant: if many processes create the catalog of one database at once, one of them creates it and
+the others find it complete. The check and the creation are one transaction with the write lock.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ __all__ = [
 T = TypeVar("T")
 
 FORMAT_VERSION = 1
-_CREATION_LOCK = 0x6463_7073  # any number that is ours: Postgres's key of the advisory lock
+_CREATION_LOCK = 0x6463_7073  # the key of an advisory lock of Postgres; any fixed number will do
 _WAL_SECONDS = 30.0
 
 
 class _SchemaState(NamedTuple):
-    """What lies in a database: nothing, or a catalog at a revision."""
+    """The contents of a database: nothing, or a catalog at a revision."""
 
     empty: bool
     revision: str
@@ -49,9 +49,9 @@ def open_repository(database: Database, *, data_url: str | None) -> RepositoryRe
     """Return the repository's record.
 
     Raises:
-        NotFoundError: there is no catalog, or no way to it.
+        NotFoundError: there is no catalog, or the database cannot be reached.
         InvalidInputError: it has another `data_url`.
-        SchemaError: the database is not ours, or its tables are not of today.
+        SchemaError: the database is not a catalog, or its schema is not the one of this dcpstore.
     """
     record = (
         None
@@ -69,14 +69,14 @@ def open_repository(database: Database, *, data_url: str | None) -> RepositoryRe
     if data_url is not None and not _is_same_place(data_url, kept):
         raise InvalidInputError(
             f"the repository at {database.shown} keeps its data in {kept!r}, not in {data_url!r}; "
-            "leave data= out. If they were moved there, move them back, or make a catalog for "
-            "where they are now with 'dcpstore rebuild'."
+            "leave data= out. If they were moved there, move them back, or make a new catalog "
+            "from them with 'dcpstore rebuild'."
         )
     return record
 
 
 def _is_same_place(one: str, other: str) -> bool:
-    """Tell whether two URLs or paths are one, however they are written."""
+    """Tell whether two URLs or paths mean the same place."""
     return one == other or (
         "://" not in one + other and os.path.realpath(one) == os.path.realpath(other)
     )
@@ -91,13 +91,13 @@ def create_repository(
 ) -> RepositoryRecord:
     """Create the catalog in an empty database, and return the repository's record.
 
-    `make_data` makes the place of its data. It is called once the database is seen to be there and
-    empty, and before the catalog is: whatever fails leaves no catalog.
+    `make_data` creates the place of its data. It is called after the database was found empty, and
+    before the catalog is created, so that no failure leaves a catalog behind.
 
     Raises:
-        AlreadyExistsError: there is a catalog, perhaps of a process that was faster.
+        AlreadyExistsError: there is a catalog; another process may have created it just now.
         InvalidInputError: `data_url` is missing.
-        SchemaError: the database is not empty, and not ours.
+        SchemaError: the database has other tables.
     """
     if data_url is None:
         raise InvalidInputError(
@@ -108,8 +108,8 @@ def create_repository(
         existing = _find_record(connection, database)
         if existing is not None:
             raise AlreadyExistsError(
-                f"{database.shown} is already a repository ({existing.uid}). Use it as it is, or "
-                "give another place."
+                f"{database.shown} is already a repository ({existing.uid}). Use it, or give "
+                "another place."
             )
         make_data()
         _migrate(connection)
@@ -141,8 +141,8 @@ def restore_repository(url: str, record: RepositoryRecord, fill: Callable[[Conne
     with closing(Database(url)) as database, _creating(database) as connection:
         if inspect(connection).get_table_names():
             raise AlreadyExistsError(
-                f"the database {database.shown} is not empty, and a rebuild never changes what is "
-                "there. Give it an empty database, or move this one away first."
+                f"the database {database.shown} is not empty, and a rebuild never changes an "
+                "existing one. Give it an empty database, or move this one away first."
             )
         _migrate(connection)
         _insert_record(connection, record)
@@ -154,7 +154,7 @@ def upgrade_schema(url: str) -> tuple[str, str]:
 
     Raises:
         NotFoundError: there is no catalog.
-        SchemaError: the database is not ours, or newer than this dcpstore.
+        SchemaError: the database is not a catalog, or newer than this dcpstore.
     """
     with closing(Database(url)) as database:
         if database.is_missing:
@@ -175,7 +175,7 @@ def _upgraded(database: Database, connection: Connection) -> tuple[str, str]:
 
 @contextmanager
 def _creating(database: Database) -> Iterator[Connection]:
-    """Yield a connection in a transaction that may create the catalog: one process at a time."""
+    """Yield a connection in a transaction that may create the catalog; one process at a time."""
     database.may_create_file = True
     if database.is_sqlite:
         with database.outside() as driver:
@@ -203,7 +203,10 @@ def _insert_record(connection: Connection, record: RepositoryRecord) -> None:
 
 
 def _enter_wal(driver: sqlite3.Connection) -> None:
-    """Put the file in WAL mode, which it keeps; SQLite does not wait for others here, so we do."""
+    """Put the file in WAL mode, for good.
+
+    SQLite does not wait for a lock in this statement, so this function retries it.
+    """
     deadline = time.monotonic() + _WAL_SECONDS
     while True:
         try:
@@ -216,7 +219,7 @@ def _enter_wal(driver: sqlite3.Connection) -> None:
 
 
 def _lock(database: Database, connection: Connection) -> None:
-    """Wait for everyone who creates or upgrades; on SQLite the transaction has the lock already."""
+    """Wait until no other process creates or upgrades; on SQLite the write lock does this."""
     if not database.is_sqlite:
         connection.execute(select(func.pg_advisory_xact_lock(_CREATION_LOCK)))
 
@@ -224,7 +227,7 @@ def _lock(database: Database, connection: Connection) -> None:
 def _look(
     database: Database, connection: Connection, *, older_is_fine: bool = False
 ) -> _SchemaState:
-    """Return what lies in the database, or raise SchemaError where we may not use it."""
+    """Return the state of the database; raise SchemaError if this dcpstore cannot use it."""
     names = set(inspect(connection).get_table_names())
     if not names:
         return _SchemaState(True, "")
@@ -266,5 +269,5 @@ def _read_record(connection: Connection) -> RepositoryRecord:
 
 
 def _migrate(connection: Connection) -> None:
-    """Run the migrations, loading them and Alembic only now: opening needs neither."""
+    """Run the migrations; Alembic is imported here, for opening a catalog does not need it."""
     import_module("dcpstore.catalog.schema.migrate").migrate(connection)

@@ -1,11 +1,11 @@
 """Runs the migrations, wherever dcpstore is installed, inside the caller's transaction.
 
-Alembic's commands hand the connection to a migration through modules that are one a process
-(`alembic.context`, `alembic.op`), so two threads that migrate at once would take each other's.
-Here each run loads the migrations for itself, and gives them its own `op`, bound to the run's
-connection: nothing is shared, so there is no lock, and a forked process never waits for one.
+Alembic's commands pass the connection to a migration through modules that a process has once
+(`alembic.context`, `alembic.op`), so two threads that migrate at once would get each other's.
+Here each run loads the migrations for itself, and gives them an `op` bound to its own connection.
+Nothing is shared, so no lock is needed, which a forked process might wait for without end.
 
-Imported only by who creates or upgrades a catalog, for Alembic takes long to load.
+This module is imported only to create or upgrade a catalog, for Alembic takes long to import.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def migrate(connection: Connection) -> None:
     """Bring the tables and views to the newest migration.
 
     Raises:
-        SchemaError: there is no way to it from the revision that the database says.
+        SchemaError: no migrations lead to it from the revision of the database.
     """
 
     def steps(revision: str, context: MigrationContext) -> Iterable[RevisionStep]:
-        # As `alembic.command.upgrade` asks for them; Alembic has no public name for it.
+        # `alembic.command.upgrade` calls this private method too; there is no public one.
         return _with_own_op(scripts._upgrade_revs("head", revision), Operations(context))
 
     try:
@@ -52,9 +52,10 @@ def migrate(connection: Connection) -> None:
 
 
 def _with_own_op(steps: Iterable[RevisionStep], op: Operations) -> Iterator[RevisionStep]:
-    """Yield the steps, each with `op` in place of the process-wide module of that name.
+    """Yield the steps, each with `op` instead of the process-wide module of that name.
 
-    Their modules are of this run: a `ScriptDirectory` loads each file again, outside `sys.modules`.
+    Their modules belong to this run: a `ScriptDirectory` loads each file again, outside
+    `sys.modules`.
     """
     for step in steps:
         vars(step.revision.module)["op"] = op

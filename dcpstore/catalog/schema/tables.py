@@ -1,13 +1,12 @@
 """The tables of the catalog, as the newest migration leaves them, and the types of their columns.
 
-A test holds tables and migrations together. Every foreign key has an index that begins with it, so
-that deletes stay cheap. Rows that a version has very many of (entries, parts, chunks, shards) are
+A test compares tables and migrations. Every foreign key has an index that begins with it, so that
+deletes stay cheap. Tables with very many rows a version (entries, parts, chunks, shards) are
 clustered by their key on SQLite.
 
-Column types make both databases keep and return the same values. Text compares byte by byte on both
-(collation "C"), so that names are sorted in one way; times come back aware and in UTC; a metric
-that is not a number is NULL, for SQLite cannot keep a NaN; and what a damaged row holds is an error
-that says so.
+Column types make both databases store and return the same values. Text compares byte by byte on
+both (collation "C"), so names are sorted in one way. Times are returned aware and in UTC. A NaN is
+stored as NULL, for SQLite has no NaN. A damaged value raises an error that says so.
 """
 
 from __future__ import annotations
@@ -81,16 +80,16 @@ Bytes = LargeBinary()
 
 
 class _Checked(TypeDecorator[T]):
-    """A type whose damaged values are an error of ours, and never reach who asks."""
+    """A type whose damaged values raise CorruptionError instead of being returned."""
 
-    impl: Any = Words  # other types have another
+    impl: Any = Words  # replaced by the types that are not text
     cache_ok = True
-    belongs = ""  # what a value is, for people
+    expected = ""  # what a value is, for messages
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], T | None]:
-        """Return what turns a value of the database into one of Python."""
+        """Return a function that turns a value of the database into one of Python."""
         process = super().result_processor(dialect, coltype)
-        assert process is not None, "each of these types turns its values"
+        assert process is not None, "each of these types converts its values"
 
         def checked(value: Any) -> T | None:
             try:
@@ -98,9 +97,9 @@ class _Checked(TypeDecorator[T]):
                 return found
             except (ValueError, TypeError, AttributeError, RecursionError) as error:
                 raise CorruptionError(
-                    f"a row of the catalog is damaged: {str(value)[:80]!r} stands where "
-                    f"{self.belongs} belongs ({error}). Restore the catalog from a backup, or make "
-                    "it again from the data with 'dcpstore rebuild'."
+                    f"a row of the catalog is damaged: it has {str(value)[:80]!r} instead of "
+                    f"{self.expected} ({error}). Restore the catalog from a backup, or make a new "
+                    "one from the data with 'dcpstore rebuild'."
                 ) from error
 
         return checked
@@ -110,7 +109,7 @@ class IntTuple(_Checked[tuple[int, ...]]):
     """A tuple of integers as JSON text: offsets, sizes, shapes."""
 
     cache_ok = True
-    belongs = "a list of integers"
+    expected = "a list of integers"
 
     def process_bind_param(self, value: tuple[int, ...] | None, dialect: Dialect) -> str | None:
         """Return `[1,2]`."""
@@ -122,27 +121,27 @@ class IntTuple(_Checked[tuple[int, ...]]):
 
 
 class JsonText(_Checked[Any]):
-    """A mapping or sequence as JSON text; pure ASCII, for Postgres text refuses NUL."""
+    """A mapping or sequence as JSON text; ASCII with escapes, for text of Postgres refuses NUL."""
 
     cache_ok = True
-    belongs = "JSON"
+    expected = "JSON"
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
         """Return the JSON text."""
         return None if value is None else json.dumps(_plain(value))
 
     def process_result_value(self, value: Any, dialect: Dialect) -> Any:
-        """Return plain Python values; most versions have no labels."""
-        if value == "{}":
+        """Return plain Python values."""
+        if value == "{}":  # labels of most versions; saves the parser
             return {}
         return None if value is None else json.loads(value)
 
 
 class PathText(_Checked[ObjectPath]):
-    """The keys and indices that lead to an object, as JSON text."""
+    """The keys and indices that lead to an object in a state, as JSON text."""
 
     cache_ok = True
-    belongs = "a path of names and numbers"
+    expected = "a path of names and numbers"
 
     def process_bind_param(self, value: ObjectPath | None, dialect: Dialect) -> str | None:
         """Return the JSON text; pure ASCII, as `JsonText`."""
@@ -160,7 +159,7 @@ class UtcTime(_Checked[datetime]):
 
     impl = DateTime(timezone=True)
     cache_ok = True
-    belongs = "a time"
+    expected = "a time"
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         """Return the time in UTC, naive for SQLite, whose text has no zone."""
@@ -179,10 +178,10 @@ class UtcTime(_Checked[datetime]):
 
 
 class Name(_Checked[str]):
-    """A text that people give a version; SQLite would keep bytes in its place."""
+    """A name given by a user; checked when read, for a damaged SQLite file may return bytes."""
 
     cache_ok = True
-    belongs = "a name"
+    expected = "a name"
 
     def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
         """Return the text."""
@@ -196,7 +195,7 @@ class Metric(_Checked[float]):
 
     impl = Float(53)
     cache_ok = True
-    belongs = "a number"
+    expected = "a number"
 
     def process_bind_param(self, value: float | None, dialect: Dialect) -> float | None:
         """Return None for a NaN."""
@@ -209,7 +208,7 @@ class Metric(_Checked[float]):
 
 @lru_cache(4096)
 def _integers(text: str) -> tuple[int, ...]:
-    """Return the tuple of a text; thousands of rows hold the same few."""
+    """Return the tuple of a text; cached, for thousands of rows hold the same few."""
     numbers = json.loads(text)
     if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError("not a list of integers from 0 on")
@@ -217,7 +216,7 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 def _plain(value: Any) -> Any:
-    """Return `value` as json takes it: any mapping as a dict."""
+    """Return `value` with any mapping as a dict, which `json` needs."""
     return dict(value) if isinstance(value, Mapping) else value
 
 
@@ -236,7 +235,7 @@ def _words(name: str, *, unique: bool = False, null: bool = False) -> Column[Any
     return Column(name, Words, nullable=null, unique=unique or None)
 
 
-_TYPES: dict[Any, Any] = {  # of a column, by the type of a fact
+_TYPES: dict[Any, Any] = {  # the column type of each type of a fact
     int: Number,
     int | None: Number,
     str: Words,
@@ -247,7 +246,7 @@ _TYPES: dict[Any, Any] = {  # of a column, by the type of a fact
 
 
 def _facts(kind: type[VersionInfo | VersionStats], *, null: bool = False) -> list[Column[Any]]:
-    """Return a column for each fact of a version, but for those that have a table: of its name."""
+    """Return a column for each fact of a version, under its name, unless it has its own table."""
     hints = get_type_hints(kind)
     return [
         Column(
@@ -261,12 +260,12 @@ def _facts(kind: type[VersionInfo | VersionStats], *, null: bool = False) -> lis
 
 
 def columns_of(kind: type[VersionInfo | VersionStats]) -> tuple[str, ...]:
-    """Return the facts of a version that are columns; tags and metrics are rows of their own."""
+    """Return the facts of a version that are columns; tags and metrics have their own tables."""
     return tuple(fact.name for fact in fields(kind) if fact.name not in {"tags", "metrics"})
 
 
 def _algorithm() -> Column[Any]:
-    """What the digest beside it is made by."""
+    """Return the column for the algorithm of the digest beside it."""
     return Column("algorithm", Words, nullable=False, server_default=FIRST_ALGORITHM)
 
 
@@ -284,12 +283,12 @@ repository = Table(
     _number("chunk_nbytes"),
     _words("chunk_codec"),
     Column("created_at", UtcTime, nullable=False),
-    # Counters: a transaction that raises one holds the row until it ends, so that every
-    # mutation waits for the one before it and numbers have no gaps.
+    # Counters: a transaction that raises one locks the row until it ends, so every mutation
+    # waits for the one before it, and numbers have no gaps.
     _number("last_version"),
     _number("last_operation"),
-    _number("last_journaled"),  # operations up to here are durable in the data folder too
-    Column("verify_began_at", UtcTime),  # of a deep verify that is not finished
+    _number("last_journaled"),  # operations up to this one are durable in the data folder too
+    Column("verify_began_at", UtcTime),  # of a deep verify that has not finished
     CheckConstraint("id = 1", name="one_row"),
 )
 
@@ -310,12 +309,13 @@ version = Table(
     *_facts(VersionStats, null=True),  # NULL until it is committed
     Column("number", Number, unique=True),  # NULL until it is committed
     _words("status"),
-    # While pending, the parent that the save asked for; afterwards the true one.
+    # While pending, the parent that the save asked for; afterwards the parent at its commit.
     Column("parent", Key, ForeignKey("version.id"), index=True),
-    # How many ancestors it has, and one of them further up (`lineage`); NULL until it is committed.
+    # The number of ancestors, and one of them further up (see `read.versions`); NULL until it is
+    # committed.
     _number("depth", null=True),
     Column("jump", Key, ForeignKey("version.id"), index=True),
-    # An expired version that has one was forgotten, and has its entries too until gc (`retention`).
+    # An expired version with a plan was forgotten, and keeps its entries until gc (see `expire`).
     Column("plan", Key, ForeignKey("plan.id"), index=True),
     _words("planner_data", null=True),
     Column("wanted_tags", JsonText, nullable=False),
@@ -323,7 +323,7 @@ version = Table(
     Column("started_at", UtcTime, nullable=False),
     Column("touched_at", UtcTime, nullable=False),
     Column("expired_at", UtcTime),
-    # Set, to another text each time, when chunks of the version moved: its manifest must follow.
+    # A new random mark each time that chunks of the version move: its manifest must be rewritten.
     _words("stale", null=True),
     _words("error", null=True),
     CheckConstraint("status IN ('pending', 'committed', 'aborted', 'expired')", name="status"),
@@ -333,7 +333,7 @@ version = Table(
     Index(None, "status", "touched_at"),
 )
 
-progress = Table(  # of a save that runs, as its coordinator heard last; gone when it ends
+progress = Table(  # of a running save, as its ranks reported it; deleted when the save ends
     "progress",
     tables,
     Column("version", Key, ForeignKey("version.id"), primary_key=True),
@@ -375,7 +375,7 @@ operation = Table(
     Column("new", Key, ForeignKey("version.id"), index=True),
     _words("author"),
     Column("created_at", UtcTime, nullable=False),
-    Column("detail", JsonText),  # what else a rebuild must know of it
+    Column("detail", JsonText),  # what else a rebuild needs to know
 )
 
 tensor = Table(
@@ -388,11 +388,11 @@ tensor = Table(
     Column("shape", IntTuple, nullable=False),
     _words("codec"),
     _number("nbytes"),
-    # gc removes rows, and an id that came back would give a running load another tensor's chunks.
+    # gc deletes rows. If an id were used again, a running load could read another tensor's chunks.
     sqlite_autoincrement=True,
 )
 
-alias = Table(  # the same content as a tensor's, by its digest when it was cut otherwise
+alias = Table(  # another digest of a tensor's content: the one that it has with another grid
     "alias",
     tables,
     Column("digest", Words, primary_key=True),
@@ -435,8 +435,8 @@ pack = Table(
     _words("status"),
     Column("planned_at", UtcTime),
     Column("condemned_at", UtcTime),
-    Column("verified_at", UtcTime),  # every digest was right then
-    _words("damage", null=True),  # what verify found; no save reuses what lies here
+    Column("verified_at", UtcTime),  # when every digest was last found right
+    _words("damage", null=True),  # what verify found; saves do not reuse chunks of this pack
     CheckConstraint("status IN ('planned', 'live', 'condemned')", name="status"),
     Index(None, "status"),
 )

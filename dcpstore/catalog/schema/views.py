@@ -1,7 +1,7 @@
-"""The read-only views that people query: stable columns, the same on both databases.
+"""The read-only views that users query: stable columns, the same on both databases.
 
-Views hold no data, so they are no part of a migration: each run drops them before the tables change
-and creates them again afterwards.
+Views hold no data, so migrations do not contain them: each run of the migrations drops them before
+the tables change and creates them again afterwards.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["VIEWS", "create_views", "drop_views", "query_of"]
 
-# Tags sorted by name. SQLite 3.44 first took ORDER BY inside the aggregate; before it, and after,
-# group_concat keeps the order of the subquery that it reads.
+# Tags sorted by name. SQLite accepts ORDER BY inside the aggregate only from 3.44 on; in every
+# release group_concat keeps the order of the subquery that it reads.
 _TAGS = {
     "sqlite": (
         "SELECT group_concat(name, ',') FROM"
@@ -25,7 +25,7 @@ _TAGS = {
     ),
 }
 
-# Labels are one JSON object a version.
+# The labels of a version are one JSON object.
 _LABELS = {
     "sqlite": "json_each(v.labels)",
     "postgresql": "json_each_text(CAST(v.labels AS json))",
@@ -95,7 +95,8 @@ VIEWS = {
         WHERE v.number IS NOT NULL AND v.expired_at IS NULL""",
 }
 
-# The first and the last version that has each tensor; forgotten ones have entries until gc.
+# The first and the last version that has each tensor. Forgotten versions, which still have entries
+# until gc, do not count.
 _HOLDERS = (
     "SELECT e.tensor AS tensor, MIN(e.version) AS version, MAX(e.version) AS last"
     " FROM entry e JOIN version w ON w.id = e.version"
@@ -104,7 +105,7 @@ _HOLDERS = (
 
 
 def query_of(view: str, dialect: str) -> str:
-    """Return the query that a view stands for on a database."""
+    """Return the query of a view, in the SQL of a database."""
     return VIEWS[view].format(tags=_TAGS[dialect], labels=_LABELS[dialect], holders=_HOLDERS)
 
 
@@ -116,6 +117,6 @@ def create_views(connection: Connection) -> None:
 
 
 def drop_views(connection: Connection) -> None:
-    """Drop the views that there are, so that the tables below them can change."""
+    """Drop the existing views, so that the tables below them can change."""
     for name in VIEWS:
         connection.exec_driver_sql(f"DROP VIEW IF EXISTS {name}")
