@@ -92,7 +92,7 @@ class Catalog:
         database = Database(url)
         try:
             return cls(database, find(database))
-        except BaseException:
+        except BaseException:  # an interrupt, too, must leave no connection open
             database.close()
             raise
 

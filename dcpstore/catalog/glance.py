@@ -58,6 +58,7 @@ def glance_at_log(target: str, *, limit: int | None) -> list[LogLine] | None:
         return None
     try:
         with closing(open_file(file, mode="rw", timeout=_BUSY_SECONDS)) as connection:
+            # For SQLite a limit of -1 means all rows.
             return _lines(connection, file.parent, -1 if limit is None else limit)
     except (sqlite3.Error, OSError, ValueError, TypeError):
         return None

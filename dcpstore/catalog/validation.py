@@ -60,6 +60,7 @@ def check_draft(draft: VersionDraft) -> None:
             f"{draft.branch!r} cannot be both the branch and a tag; choose another tag."
         )
     step = draft.step
+    # The type itself is compared, for True is an instance of int.
     if step is not None and (type(step) is not int or not 0 <= step <= _MAX_NUMBER):
         raise InvalidInputError(f"step {step!r} is not a whole number from 0 to {_MAX_NUMBER}.")
     check_metrics(draft.metrics)

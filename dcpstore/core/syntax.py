@@ -117,6 +117,7 @@ def parse_ref(text: str | int) -> Ref:
     """
     if isinstance(text, int) and abs(text) > _MAX_NUMBER:  # Python refuses to print very long ones
         raise InvalidInputError(f"version numbers end at {_MAX_NUMBER}; give a smaller one.")
+    # A bool is an int, and its text would be a valid name.
     match = None if isinstance(text, bool) else _REF.fullmatch(str(text))
     if match is None:
         raise InvalidInputError(

@@ -243,7 +243,7 @@ def diff_versions(catalog: Catalog, old: Version, new: Version) -> Diff:
     entries = tuple(EntryDiff(fqn, _change(a, b), a, b, _kept(a, b, shared)) for fqn, a, b in pairs)
     held = {entry.tensor.id for entry in before if entry.tensor is not None}
     total = common = 0
-    counted: set[int] = set()
+    counted: set[int] = set()  # several entries may share a tensor
     for entry in entries:
         tensor = None if entry.new is None else entry.new.tensor
         if tensor is not None and tensor.id not in counted:

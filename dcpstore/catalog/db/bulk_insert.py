@@ -79,7 +79,7 @@ def _copy(connection: Connection, statement: str, rows: Iterable[Row]) -> None:
     except kind as error:
         is_lost = dialect.is_disconnect(error, driver, None)
         if is_lost:
-            connection.invalidate(error)
+            connection.invalidate(error)  # so that the pool does not lend it again
         raise DBAPIError.instance(
             statement, None, error, kind, connection_invalidated=is_lost, dialect=dialect
         ) from error

@@ -61,6 +61,7 @@ def wanted_ids(connection: Connection, ids: Collection[int]) -> Select[Any]:
 def wanted_digests(connection: Connection, digests: Collection[bytes]) -> CTE:
     """Return a table of one column `digest`, of raw bytes."""
     if connection.dialect.name == "sqlite":
+        # JSON has no bytes. `Database` adds the function `from_hex` to each connection.
         rows = _json_rows([digest.hex() for digest in digests])
         return select(func.from_hex(rows.c.value, type_=LargeBinary).label("digest")).cte("wanted")
     return select(_unnested({"digest": (LargeBinary(), list(digests))})).cte("wanted")

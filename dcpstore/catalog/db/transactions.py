@@ -81,6 +81,7 @@ def writes(*, idempotent: bool = False, find: Callable[..., Any] | None = None) 
                 return function(on, *args, **kwargs)
             database = on.database
 
+            # Called only after the answer to the commit was lost.
             def outcome() -> tuple[T] | None:
                 if find is None and not idempotent:
                     raise UnknownOutcomeError

@@ -77,6 +77,7 @@ def condemn(
     Raises:
         InvalidInputError: a save is running that is older than `grace`.
     """
+    # A savepoint, so that a dry run does the same work and then rolls it back.
     with connection.begin_nested() as step:
         lock_repository(connection)
         crashed = _abort_crashed(connection, now=now, lease=lease)

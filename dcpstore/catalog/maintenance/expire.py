@@ -89,6 +89,7 @@ def forget_versions(
     going = _named(connection, refs)
     if not going:
         return ForgetReport((), (), (), dry_run)
+    # A savepoint, so that a dry run does the same work and then rolls it back.
     with connection.begin_nested() as step:
         now = datetime.now(UTC)
         ids = _expire(connection, going, at=now)

@@ -192,6 +192,7 @@ def _database_faults(connection: Connection) -> Iterator[Fault]:
     for (text,) in connection.exec_driver_sql(f"PRAGMA quick_check({_SHOWN})"):
         if text != "ok":
             yield Fault(f"the database file is damaged: {text}")
+    # This check takes no limit, unlike the one above.
     for row in list(connection.exec_driver_sql("PRAGMA foreign_key_check"))[:_SHOWN]:
         yield Fault(f"a row of {row[0]} refers to a row of {row[2]} that is missing")
 

@@ -268,6 +268,7 @@ def write_journal(catalog: Catalog, storage: Storage) -> bool:
     """
     try:
         while operations := unjournaled(catalog):
+            # Only a new catalog can meet the journal of another repository.
             if operations[0]["kind"] == "init":
                 check_owner(catalog, storage)
             for entry in operations:

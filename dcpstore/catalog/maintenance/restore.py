@@ -162,6 +162,7 @@ def _write_versions(connection: Connection, state: _State) -> dict[str, int]:
     ids: dict[str, int] = {}
     for fact in facts:
         info, stats = decode_info(fact), decode_stats(fact)
+        # One insert a version, for each needs the id and the lineage of its parent.
         parent = ids.get(fact["parent"])
         ids[info.uid] = connection.execute(
             insert(_version)
@@ -234,6 +235,7 @@ def _fill(
         needed[chunk.pack] = max(needed.get(chunk.pack, 0), chunk.offset + chunk.length)
     moved = needed.keys() & state.condemned.keys()
     try:
+        # A savepoint, so that a version that cannot be restored leaves no rows.
         with connection.begin_nested():
             if moved:  # a crash came after the chunks moved, and before the manifest was written
                 connection.execute(

@@ -115,6 +115,7 @@ def expire(
     verdicts: tuple[Verdict, ...] = ()
 
     def choose(versions: Sequence[Version], refs: Sequence[RefRecord]) -> Collection[int]:
+        # Assigned, never added to: a retry of the transaction calls this again.
         nonlocal verdicts
         verdicts = _judge(rules, versions, refs, branch=branch)
         return [v.version.number for v in verdicts if not v.kept_by and not dry_run]

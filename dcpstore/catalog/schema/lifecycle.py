@@ -178,6 +178,7 @@ def _creating(database: Database) -> Iterator[Connection]:
     """Yield a connection in a transaction that may create the catalog; one process at a time."""
     database.may_create_file = True
     if database.is_sqlite:
+        # SQLite cannot change the journal mode inside a transaction.
         with database.outside() as driver:
             _enter_wal(driver)
     with database.write() as connection:

@@ -37,6 +37,7 @@ def add_metrics(
         AlreadyExistsError: the version has a metric already, with another value.
     """
     check_metrics(metrics)
+    # Before the version is read, so that no other process adds the same name meanwhile.
     lock_repository(connection)
     version = resolve(connection, ref)
     new = _new(version, "metric", version.metrics, {k: float(v) for k, v in metrics.items()})

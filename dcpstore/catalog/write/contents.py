@@ -53,6 +53,7 @@ def write_plan(connection: Connection, plan: PlanRecord) -> int:
         .values(digest=plan.digest, algorithm=plan.algorithm, ranks=plan.ranks)
         .returning(table.c.id)
     ).scalar_one()
+    # A rank may hold several boxes of one tensor; the ordinal keeps their order.
     seen: dict[tuple[str, int], int] = {}
     rows = []
     for shard in plan.shards:

@@ -55,6 +55,7 @@ def record(
         author: of all of them.
         at: when they were made; now by default.
     """
+    # One update takes all numbers, so they are consecutive.
     first = _raise_counter(connection, "last_operation", len(changes)) - len(changes) + 1
     common = {"author": author, "created_at": at or datetime.now(UTC)}
     connection.execute(

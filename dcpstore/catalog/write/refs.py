@@ -46,6 +46,7 @@ def make_ref(
     """
     check_name(name, kind=kind)
     check_text(author, what="author")
+    # Before the first read, so that the ref is still the same when it is written.
     lock_repository(connection)
     target = id_of_number(connection, version)
     before = find_refs(connection, [name]).get(name)
