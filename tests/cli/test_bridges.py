@@ -124,10 +124,10 @@ FAILURES: list[tuple[tuple[str, ...], int, str]] = [
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_failures(filled: str, run: Run, subtests: pytest.Subtests) -> None:
-    for args, code, told in FAILURES:
+    for args, code, message in FAILURES:
         with subtests.test(args=args):
             done = run(*args, repo=filled)
-            assert (done.exit_code, told in done.output) == (code, True), done.output
+            assert (done.exit_code, message in done.output) == (code, True), done.output
             assert len(json.loads(run("log", "--json", repo=filled).output)) == 1
 
 

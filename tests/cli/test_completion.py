@@ -12,7 +12,7 @@ from tests.cli.conftest import Run, process_environment
 
 
 def completed(*words: str, repo: str | None, shell: str, folder: Path) -> list[str]:
-    """Return what a shell's script is told by `dcpstore` for a line; the last word is begun."""
+    """Return what a shell's script gets from `dcpstore` for a line; the last word is begun."""
     environment = process_environment(repo) | {
         "_DCPSTORE_COMPLETE": f"{shell}_complete",
         "COMP_WORDS": " ".join(["dcpstore", *words]),

@@ -146,5 +146,5 @@ def test_an_empty_filter_is_no_filter(run: Run, target: str, option: str) -> Non
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "x", "99999999999999999999"])
-def test_a_limit_that_cannot_be_meant(run: Run, empty: str, limit: str) -> None:
+def test_an_invalid_limit(run: Run, empty: str, limit: str) -> None:
     assert run("log", "-n", limit, repo=empty).exit_code == 2

@@ -29,8 +29,8 @@ def test_globs_choose(run: Run, target: str, subtests: pytest.Subtests) -> None:
     for args, expected in CHOSEN:
         with subtests.test(args=args):
             assert names(run("ls", *args, repo=target).stdout) == expected
-            told = json.loads(run("ls", "--json", *args, repo=target).stdout)
-            assert [e["fqn"] for e in told] == expected
+            printed = json.loads(run("ls", "--json", *args, repo=target).stdout)
+            assert [e["fqn"] for e in printed] == expected
 
 
 def test_a_glob_that_matches_nothing_names_what_is_near(run: Run, target: str) -> None:

@@ -33,8 +33,8 @@ def test_tells_all(run: Run, target: str) -> None:
 
 
 def test_no_digit_of_a_metric_is_lost(run: Run, catalog: Catalog, target: str) -> None:
-    told = {"tokens": 123456789, "loss": 1.23456789, "big": 1e22, "none": 0, "odd": float("nan")}
-    save_version(catalog, 4, metrics=told)
+    metrics = {"tokens": 123456789, "loss": 1.23456789, "big": 1e22, "none": 0, "odd": float("nan")}
+    save_version(catalog, 4, metrics=metrics)
     shown = run("show", repo=target).stdout
     for line in ("tokens 123456789", "loss 1.23456789", "big 1e+22", "none 0", "odd nan"):
         assert f"  {line}\n" in shown

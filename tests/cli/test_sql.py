@@ -29,7 +29,7 @@ def test_reads_the_query_from_standard_input(run: Run, target: str) -> None:
     assert run("sql", "-", repo=target, stdin="").exit_code == 2
 
 
-def test_numbers_and_texts_are_told_apart(run: Run, target: str) -> None:
+def test_numbers_and_texts_are_distinguished(run: Run, target: str) -> None:
     """A count compared with a text is silently wrong on SQLite, and an error on Postgres."""
     query = "SELECT branch FROM history GROUP BY branch HAVING count(*) >= :n"
     assert run("sql", query, "-p", "n=3", "--csv", repo=target).stdout == "branch\nmain\n"

@@ -62,7 +62,7 @@ def test_a_silent_save_has_lost_its_lease(run: Run, target: str, catalog: Catalo
     assert "alive" in run("status", "--lease", "100w", repo=target).stdout
 
 
-def test_what_was_told_goes_with_the_save(target: str, catalog: Catalog) -> None:
+def test_progress_is_deleted_with_the_save(target: str, catalog: Catalog) -> None:
     for uid in ("aborted", "crashed"):
         begin_save(catalog, make_draft(uid))
         touch_save(catalog, uid, [RankProgress(0, "write", 1, 2, NOW)])

@@ -19,8 +19,13 @@ def test_back_and_forth(run: Run, target: str) -> None:
     assert run("tag", "-d", "best", repo=target).stdout == "deleted the tag best; it was v2\n"
     assert ask_database(target, REFS) == [("main", 2)]
     assert run("undo", repo=target).stdout == "best is v2 again\n"
-    told = json.loads(run("undo", "--json", repo=target).stdout)
-    assert (told["kind"], told["target"], told["old"], told["new"]) == ("undo", "main", 2, 3)
+    undone = json.loads(run("undo", "--json", repo=target).stdout)
+    assert (undone["kind"], undone["target"], undone["old"], undone["new"]) == (
+        "undo",
+        "main",
+        2,
+        3,
+    )
     assert run("undo", repo=target).stdout == "main is v2 again\n"  # the save of v3
     assert run("undo", repo=target).stdout == "main is v1 again\n"
     assert run("undo", repo=target).stdout == "main is gone; it was v1\n"
@@ -39,9 +44,9 @@ def test_operations_tell_who_did_what(run: Run, catalog: Catalog, target: str) -
     lines = run("ops", "-n", "2", repo=target).stdout.splitlines()
     assert lines[0].split() == ["OP", "WHEN", "WHO", "WHAT", "OF", "FROM", "TO"]
     assert lines[1].split()[3:] == ["ada", "delete_tag", "best", "v2", "-"]
-    told = json.loads(run("ops", "--json", repo=target).stdout)
-    assert [o["number"] for o in told] == list(range(len(told), 0, -1))
-    assert told[-1]["kind"] == "init"
+    undone = json.loads(run("ops", "--json", repo=target).stdout)
+    assert [o["number"] for o in undone] == list(range(len(undone), 0, -1))
+    assert undone[-1]["kind"] == "init"
 
 
 def test_what_is_refused_changes_nothing(run: Run, catalog: Catalog, target: str) -> None:

@@ -27,9 +27,9 @@ def folder(tmp_path: Path) -> str:
 
 def test_expire_explains_and_then_forgets(run: Run, folder: str) -> None:
     args = ("expire", "--keep-best", "loss:1", "--keep-every", "2")
-    told = run(*args, "--dry-run", "--explain", repo=folder)
-    assert told.exit_code == 0
-    assert [line.split()[0] for line in told.output.splitlines()] == [
+    printed = run(*args, "--dry-run", "--explain", repo=folder)
+    assert printed.exit_code == 0
+    assert [line.split()[0] for line in printed.output.splitlines()] == [
         "VERSION",
         "v1",
         "v2",
@@ -37,8 +37,8 @@ def test_expire_explains_and_then_forgets(run: Run, folder: str) -> None:
         "v4",
         "1",
     ]
-    assert "best 1 by loss" in told.output
-    assert "1 version would expire" in told.output
+    assert "best 1 by loss" in printed.output
+    assert "1 version would expire" in printed.output
     said = json.loads(run(*args, "--json", repo=folder).output)
     assert [one["version"] for one in said if one["expired"]] == [2]
     shown = run("show", "v2", repo=folder)
@@ -83,9 +83,7 @@ def test_forget_and_its_undo(run: Run, folder: str) -> None:
     ],
     ids=str,
 )
-def test_rules_that_cannot_be_meant_are_usage_errors(
-    run: Run, folder: str, args: tuple[str, ...]
-) -> None:
+def test_invalid_rules_are_usage_errors(run: Run, folder: str, args: tuple[str, ...]) -> None:
     result = run("expire", *args, repo=folder)
     assert (result.exit_code, result.exception is None) != (0, True)
     assert result.exit_code == 2
