@@ -97,7 +97,6 @@ def test_no_server_at_an_address(run: Run) -> None:
     assert (check, "the server is running" in text, "s3cret" in text) == ("database", True, False)
 
 
-@pytest.mark.slow  # connecting is tried again for a minute, for the server may be starting
 def test_a_server_that_is_stopped(run: Run) -> None:
     with own_server() as server:
         url = server.get_uri().replace("postgres:@", "postgres:s3cret@")
