@@ -23,8 +23,8 @@ from dcpstore import errors
 from tests.ranks import ROOT
 
 # Every module whose `__all__` is public.
-PUBLIC = ["dcpstore", "dcpstore.convert", "dcpstore.state_dict"]
-API_PAGES = ["save-and-load", "repository", "records", "errors", "dcp", "convert"]
+PUBLIC = ["dcpstore", "dcpstore.convert", "dcpstore.state_dict", "dcpstore.testing"]
+API_PAGES = ["save-and-load", "repository", "records", "errors", "dcp", "convert", "testing"]
 DIRECTIVE = re.compile(r"^::: ([\w.]+)$", re.MULTILINE)
 TORCHS_OWN = re.compile(r"^\| `([\w.]+)` \| `([\w.]+)` \|$", re.MULTILINE)
 
