@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dcpstore
+from dcpstore.catalog.db.sqlite_file import is_at_rest
 
 # Run in a mount namespace of its own, where the folder is mounted again, without writes.
 MOUNT = """
@@ -91,3 +92,8 @@ def test_a_log_that_cannot_be_read_names_the_way_out(folder: Path) -> None:
     assert "read a copy of the folder" in done.stderr
     with sqlite3.connect(folder / "catalog.db") as connection:
         assert connection.execute("SELECT count(*) FROM ref WHERE name = 'second'").fetchone()
+
+
+@pytest.mark.parametrize("name", ["missing/catalog.db", "catalog.db", "x" * 300, "x\0y"])
+def test_a_missing_catalog_is_not_at_rest(tmp_path: Path, name: str) -> None:
+    assert not is_at_rest(tmp_path / name)

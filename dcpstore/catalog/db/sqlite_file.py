@@ -22,8 +22,12 @@ def is_at_rest(file: Path) -> bool:
     In WAL mode SQLite keeps two files beside the catalog, even for a reader. On a read-only mount
     it cannot make them; but where there is no log of changes, the catalog itself is all there is.
     """
-    log = Path(f"{file}-wal")
-    return not os.access(file.parent, os.W_OK) and not (log.exists() and log.stat().st_size)
+    if not os.path.isfile(file) or os.access(file.parent, os.W_OK):
+        return False
+    try:
+        return not os.path.getsize(f"{file}-wal")
+    except OSError:  # there is none
+        return True
 
 
 def open_file(
