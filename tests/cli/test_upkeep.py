@@ -155,3 +155,14 @@ def test_copy_moves_versions(run: Run, folder: str, empty: str) -> None:
     assert json.loads(run("copy", folder, empty, "--json").output)["copied"] == [[1, 3], [3, 4]]
     assert run("copy", folder, folder + "-nowhere").exit_code == 10
     assert run("copy", folder, empty, "v99").exit_code == 1
+
+
+def test_copy_into_another_main_names_the_next_step(run: Run, folder: str, empty: str) -> None:
+    with dcpstore.open(empty) as other:
+        dcpstore.save({"w": torch.zeros(2)}, other)
+    result = run("copy", folder, empty, "main")
+    assert result.exit_code == 0
+    assert "not changed: main; to name the copies" in result.output
+    assert "'dcpstore branch NEW --at vN --repo DST'" in result.output
+    copied = result.output.split(" is ")[1].split()[0]
+    assert run("branch", "theirs", "--at", copied, repo=empty).exit_code == 0

@@ -95,7 +95,7 @@ def test_a_seal_names_its_algorithm_and_an_older_one_need_not() -> None:
         check_seal(sealed, "version", what="thing")
     with pytest.raises(CorruptionError, match="names the algorithm 'blake4'"):
         check_seal(sealed.replace(b"blake3", b"blake4"), "format", what="thing")
-    with pytest.raises(SchemaError, match="update dcpstore"):
+    with pytest.raises(SchemaError, match="Update dcpstore"):
         check_seal(sealed.replace(b'blake3", "a":1', b'blake4", "a":2'), "format", what="thing")
 
 
