@@ -118,7 +118,8 @@ def _as_dict(name: str, given: Mapping[str, T] | None) -> Mapping[str, T]:
 
 def _as_float(name: str, value: SupportsFloat) -> float:
     try:
-        return float(value)
+        # By `item`, for float() of a tensor that requires grad, as a loss does, warns.
+        return float(value.item() if hasattr(value, "item") else value)
     except OverflowError as error:  # a very long integer, which is not shown
         raise InvalidInputError(
             f"metric {name!r} is too large for a float; give a smaller number."
