@@ -78,6 +78,7 @@ __all__ = ["Repository", "advise", "make", "open", "opened"]
 
 
 _NEWEST = 10  # versions that a notebook lists
+_GLOB_CHARACTERS = frozenset("*?[")
 
 
 class Repository:
@@ -391,9 +392,9 @@ class Repository:
         Args:
             ref: the version.
             fqns: which entries. A text is the name of an entry or of all below it ("model"), or a
-                glob of FQNs ("*.bias"). A list names entries; a mapping also gives each tensor an
-                index (integers, slices, `...`), and only the chunks that it meets are read. None is
-                everything.
+                glob of FQNs ("*.bias"). A list holds names of entries and globs. A mapping also
+                gives each tensor an index (integers, slices, `...`), and only the chunks that it
+                meets are read. None is everything.
             nested: return the nested state as it was saved instead, from its top on: its
                 containers, empty ones too, with their own keys; `["optim"]` of it is what
                 `optim.load_state_dict` takes. Named tuples come as tuples, dataclasses as dicts,
@@ -412,9 +413,14 @@ class Repository:
 
         version = self.show(ref)
         if isinstance(fqns, str):
-            entries = self._matching(version, fqns)
+            entries = self._matching(version, [fqns])
         else:
-            entries = self._entries(version.number, _as_list(fqns))
+            wanted = _as_list(fqns)
+            has_glob = any(not _GLOB_CHARACTERS.isdisjoint(text) for text in wanted or ())
+            if has_glob and not isinstance(fqns, Mapping):
+                entries = self._matching(version, wanted or [])
+            else:
+                entries = self._entries(version.number, wanted)
         with closing(PackReader(self.storage)) as packs:
             found = read_entries(
                 entries,
@@ -436,13 +442,15 @@ class Repository:
         state: dict[str, Any] = nested_state(found, paths)
         return state
 
-    def _matching(self, version: Version, pattern: str) -> list[EntryRecord]:
-        """Return the entries that a text stands for."""
+    def _matching(self, version: Version, patterns: list[str]) -> list[EntryRecord]:
+        """Return the entries that texts stand for, each once."""
         entries = fold_entries(load_entries(self.catalog, version.number))
-        chosen: list[EntryRecord] = []
-        for one in matching_entries(entries, pattern, where=str(version)):
-            chosen += [one.mark, *one.parts] if isinstance(one, ComposedEntry) else [one]
-        return chosen
+        chosen: dict[str, EntryRecord] = {}
+        for pattern in patterns:
+            for one in matching_entries(entries, pattern, where=str(version)):
+                parts = [one.mark, *one.parts] if isinstance(one, ComposedEntry) else [one]
+                chosen |= {part.fqn: part for part in parts}
+        return list(chosen.values())
 
     def zarr(self, ref: str | int | None = None, *, verify: bool = True) -> VersionStore:
         """Return a version as a read-only Zarr v3 store, for `zarr.open_group`.

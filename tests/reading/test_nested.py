@@ -126,6 +126,10 @@ def test_a_text_is_a_name_a_subtree_or_a_glob(repo: Repository) -> None:
     nested = repo.read(None, "model.a", nested=True)
     assert equal(nested, {"model": {"a": state["model"]["a"]}})  # type: ignore[index]
     assert repo.read(None, ["models", "step"], nested=True) == {"models": 5, "step": 3}
+    assert list(repo.read(None, ["*.weight", "step"])) == ["model.a.weight", "step"]
+    assert list(repo.read(None, ["model.a?", "model.ab", "model.b[0]"])) == below[2:]
+    with pytest.raises(NotFoundError, match="matches 'nothing'"):
+        repo.read(None, ["*.weight", "nothing"])
     sliced = repo.read(None, {"model.a.weight": 0}, nested=True)
     assert equal(sliced, {"model": {"a": {"weight": torch.tensor(1.0)}}})
     for pattern in ("mode", "model.c*", "Model.*", "model.", ""):

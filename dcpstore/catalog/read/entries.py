@@ -17,6 +17,7 @@ from dcpstore.catalog.db.key_lists import look_up_each, wanted_names, wanted_pai
 from dcpstore.catalog.db.transactions import reads
 from dcpstore.catalog.read.versions import id_of_number
 from dcpstore.catalog.schema import tables
+from dcpstore.core.display import counted
 from dcpstore.errors import ConflictError, CorruptionError, NotFoundError
 from dcpstore.geometry.boxes import Box
 from dcpstore.records import (
@@ -231,7 +232,7 @@ def _missing_error(
         lines.append(f"  {fqn!r}{hint}")
     more = f"\n  and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
     return NotFoundError(
-        f"v{version} has no entry for {len(missing)} FQNs:\n"
+        f"v{version} has no entry for {counted(len(missing), 'FQN')}:\n"
         + "\n".join(lines)
         + more
         + f"\nSee 'dcpstore ls v{version}' for all of them."
