@@ -24,7 +24,7 @@ from tests.soundness import Place, assert_sound
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if metadata.version("torch").startswith("2.8."):  # which warns of what it does itself
+    if metadata.version("torch").startswith(("2.8.", "2.9.")):  # they warn of what they do
         for message in ("TypedStorage is deprecated", "Converting a tensor with requires_grad"):
             config.addinivalue_line("filterwarnings", f"ignore:{message}:UserWarning")
 
