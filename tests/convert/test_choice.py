@@ -134,7 +134,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize("bad", BAD, ids=lambda bad: str(bad[0]))
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad[2])
 @pytest.mark.parametrize("export", EXPORTS)
 def test_invalid_choices_leave_nothing(
     export: Callable[..., Any],
