@@ -375,7 +375,9 @@ def test_column_shards_of_torchs_wrapper(two_ranks: RankPool, tmp_path: Path) ->
 
 
 def test_a_key_of_the_mark_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match=r"'a\.\$composed': the key '\$composed' is reserved"):
+    with pytest.raises(
+        InvalidInputError, match=r"'a\.\$composed': the key '\$composed' is reserved"
+    ):
         dcpstore.save({"a": {"$composed": 1}}, tmp_path)
     with pytest.raises(InvalidInputError, match="have the same FQN"):
         dcpstore.save({"w": coo(), "w.values": torch.ones(2)}, tmp_path)
