@@ -2,8 +2,8 @@
 
 An import reads each piece of a tensor where it is, whatever number of ranks wrote it. An export
 uses torch's own FileSystemWriter, box by box, so any number of ranks load the result. That writer
-holds the tensors of one file until the file is written (torch 2.13 collects them for another
-format), so it is given many small files, each with some boxes of tensors; that bounds its memory.
+keeps a file's tensors in memory until it is written (torch 2.13 collects them for another format),
+so it gets many small files.
 
 The `.metadata` of a folder is a pickle, and only torch's plain description in it is read.
 Invariant: only the classes named here are built from it, and what it says about the files is
@@ -77,9 +77,8 @@ __all__ = [
 
 DESCRIPTION = ".metadata"
 
-_ALLOWED: dict[
-    tuple[str, str], Any
-] = {  # classes and one function: their kinds differ, hence `Any`
+# Classes and functions, which have no type in common but `Any`.
+_ALLOWED: dict[tuple[str, str], Any] = {
     **{
         (torch_metadata.__name__, name): getattr(torch_metadata, name)
         for name in (
@@ -100,7 +99,7 @@ _ALLOWED: dict[
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): layout_from_name,
     ("collections", "OrderedDict"): collections.OrderedDict,
-    # where the folder was when it was saved; only the text matters, on any system
+    # The path where the folder was saved: only its text matters, on any system.
     **{
         (module, name): pathlib.PurePosixPath if "Posix" in name else pathlib.PureWindowsPath
         for module in ("pathlib", "pathlib._local")
@@ -128,7 +127,7 @@ class _Unpickler(Unpickler):
         )
 
     def may_build(self, inst: Any) -> bool:
-        """Return whether the pickle may set the state of this object; never of a class."""
+        """Return whether the pickle may set the state of this object; never if it is a class."""
         return type(inst) in _ALLOWED.values()
 
 
@@ -152,9 +151,8 @@ def read_description(folder: Path) -> Metadata:
                 else "give the folder that torch.distributed.checkpoint.save wrote."
             )
         )
-    described = _unpickled(
-        io.BytesIO(path.read_bytes()), path
-    )  # the pickle cannot read past the file
+    # The whole file is in memory: the pickle cannot read past it.
+    described = _unpickled(io.BytesIO(path.read_bytes()), path)
     problem = _problem(described)
     if problem:
         raise CorruptionError(
@@ -282,7 +280,7 @@ class ExportPlanner(DefaultSavePlanner):
         storage_meta: StorageMeta | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        """Take the paths of the version, under which torch's loads nest it again."""
+        """Take the paths of the version, by which torch's loads nest its state again."""
         super().set_up_planner(state_dict, storage_meta, is_coordinator)
         named = self._tensors.keys() | self._values.keys()
         self.mappings = {
@@ -298,14 +296,14 @@ class ExportPlanner(DefaultSavePlanner):
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """Return a value, or the box of a tensor, read and verified now."""
+        """Return a value."""
         return self._values[index.fqn]
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         """Return the box of a tensor, read and verified now, or torch's bytes of a value."""
         if write_item.tensor_data is None:
             value = self._values[write_item.index.fqn]
-            if isinstance(value, PlannerBytes):  # what a planner of its own made of a value
+            if isinstance(value, PlannerBytes):  # bytes that a custom planner made of a value
                 return io.BytesIO(value)
             return super().resolve_data(write_item)
         return self._version.read(self._tensors[write_item.index.fqn], item_box(write_item))
@@ -316,12 +314,12 @@ def write_folder(folder: Path, planner: ExportPlanner, *, file: int = 128 << 20)
 
     A file holds about `file` bytes of tensors.
 
-    These are the steps of `torch.distributed.checkpoint.save` on one rank, without its exception
-    that is not an Exception and without a process group. The caller syncs the folder.
+    These are the steps of `torch.distributed.checkpoint.save` on one rank, without a process group,
+    and without wrapping errors in CheckpointException, which is a BaseException. The caller syncs
+    the folder.
     """
-    writer = FileSystemWriter(
-        folder, sync_files=False
-    )  # the whole folder is synced before its name
+    # No sync for each file: the whole folder is synced before it gets its name.
+    writer = FileSystemWriter(folder, sync_files=False)
     planner.set_up_planner({}, writer.storage_meta(), is_coordinator=True)
     writer.set_up_storage_writer(True)
     (plan,), described = planner.create_global_plan(
@@ -337,7 +335,7 @@ def write_folder(folder: Path, planner: ExportPlanner, *, file: int = 128 << 20)
 
 
 def _parts(plan: SavePlan, most: int) -> Iterator[SavePlan]:
-    """Yield plans of some items each, every one with a prefix of its own for its file."""
+    """Yield plans of some items each, each with its own file prefix."""
     parts: list[list[WriteItem]] = [[]]
     nbytes = 0
     for item in plan.items:
@@ -381,14 +379,14 @@ def import_dcp(
         path: the folder that holds `.metadata`.
         repo: a `Repository`, or what `dcpstore.open` takes.
         dtype: what floating tensors are converted to, such as "bf16".
-        tensors_only: leave the values out, those too that only code could build.
+        tensors_only: leave all values out, also those that only code could build.
         allow_pickle: let values run the code that they name, and be stored as pickles.
         options: how the version is described, as for `dcpstore.save`.
 
     Raises:
         NotFoundError: it is not a DCP folder.
         CorruptionError: it is damaged or incomplete.
-        UnsafeDataError: it would run code, and for which FQNs; and as for `dcpstore.save`.
+        UnsafeDataError: it would run code; names the FQNs. Others as for `dcpstore.save`.
     """
     foreign = _described(Path(path), tensors_only=tensors_only, allow_pickle=allow_pickle)
     return save_foreign(foreign, repo, dtype=dtype, allow_pickle=allow_pickle, **options)
@@ -416,7 +414,7 @@ def export_dcp(
         AlreadyExistsError: the folder exists.
         NotFoundError: no such version, or no folder to put it in.
         UnsafeDataError: a value is a pickle, and that is not allowed.
-        CorruptionError: stored bytes are damaged; nothing is there then.
+        CorruptionError: stored bytes are damaged; the folder is not made then.
     """
     target = Path(path)
     with opened(repo, create=False) as repository:
@@ -508,7 +506,7 @@ def _paths(described: Metadata) -> dict[str, ObjectPath]:
         fqn: path
         for fqn, path in given.items()
         if isinstance(path, tuple)
-        and 0 < len(path) <= DEEPEST  # what is deeper no export nests again
+        and 0 < len(path) <= DEEPEST  # no export can nest deeper paths
         and isinstance(path[0], str)
         and all(isinstance(part, str | int) for part in path)
     }

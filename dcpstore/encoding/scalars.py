@@ -1,10 +1,10 @@
 """Typed JSON of values that hold no other values: one tag for each type, in both directions.
 
 Numbers, text and bytes are plain JSON where JSON keeps the value exactly; everything else is an
-object with one tag. Numpy's scalars, arrays and dtypes, and tensors inside a value, are stored with
-all of their bytes if those mean the same on every machine; a large tensor should be an entry of its
-own in the state. Decoders take any JSON and raise the errors of the constructors that they call;
-none of them runs code or allocates more than the payload's size.
+object with one tag. Numpy's scalars, arrays and dtypes, and tensors inside a value, are stored bit
+for bit if the bits mean the same on every machine. Make a large tensor an entry of its own.
+Decoders take any JSON and raise the errors of the constructors that they call; none of them runs
+code or allocates more than the payload's size.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ __all__ = [
 
 # A value of any type on one side, JSON of any shape on the other: hence `Any` in this module.
 
-_UNSAFE_TEXT = re.compile(r"[\0\ud800-\udfff]")  # Postgres refuses NUL, UTF-8 lone surrogates
+# Postgres refuses NUL; UTF-8 cannot encode lone surrogates.
+_UNSAFE_TEXT = re.compile(r"[\0\ud800-\udfff]")
 _NAN = struct.pack("<d", math.nan)  # the bits of the NaN that float("nan") gives
 
 
@@ -70,7 +71,7 @@ class NotPlainError(Exception):
 
 
 class PlannerBytes(bytes):
-    """What a planner made of a value in a form of its own; only a planner can read it again."""
+    """Bytes that a custom planner made of a value; only that planner can read them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +103,10 @@ def encode_atom(obj: Any) -> Any:
 
 
 def decode_atom(node: Any) -> Any:
-    """Return the value of what `encode_atom` made.
+    """Return the value that `encode_atom` encoded.
 
     Raises:
-        LookupError, TypeError, ValueError: it is not one.
+        LookupError, TypeError, ValueError: the node is not what `encode_atom` makes.
     """
     if not isinstance(node, dict):
         return node
@@ -114,7 +115,7 @@ def decode_atom(node: Any) -> Any:
 
 
 def text_of(node: Any) -> str:
-    """Return the text that `encode_atom` made a node of."""
+    """Decode a node; raise TypeError if it is not text."""
     found = decode_atom(node)
     if not isinstance(found, str):
         raise TypeError(f"{found!r:.60} is not text")
@@ -122,7 +123,7 @@ def text_of(node: Any) -> str:
 
 
 def integer_of(node: Any) -> int:
-    """Return the integer that `encode_atom` made a node of."""
+    """Decode a node; raise TypeError if it is not an integer."""
     found = decode_atom(node)
     if type(found) is not int:
         raise TypeError(f"{found!r:.60} is not an integer")
@@ -135,12 +136,12 @@ def to_base64(obj: bytes | bytearray | memoryview) -> str:
 
 
 def from_base64(payload: Any) -> bytes:
-    """Return the bytes that `to_base64` made text of."""
+    """Return the bytes that `to_base64` encoded."""
     return b64decode(payload, validate=True)
 
 
 def text_only(function: Callable[[str], Any]) -> Callable[[Any], Any]:
-    """Return a decoder that takes text only: constructors take numbers and more besides."""
+    """Return a decoder that refuses anything but text; the constructors would take numbers too."""
 
     def decode(payload: Any) -> Any:
         if not isinstance(payload, str):
@@ -151,7 +152,7 @@ def text_only(function: Callable[[str], Any]) -> Callable[[Any], Any]:
 
 
 def _is_odd_nan(obj: object) -> bool:
-    """Tell whether a value is a NaN with bits of its own, which its text does not show."""
+    """Tell whether a value is a NaN with unusual bits, which its text does not show."""
     return type(obj) is float and math.isnan(obj) and struct.pack("<d", obj) != _NAN
 
 
@@ -215,7 +216,7 @@ def _encode_numpy(obj: np.generic) -> object:
         return [dtype, encode_atom(_without_class(obj))]
     node = [dtype, encode_atom(obj.item())]
     if np.isnan(obj) and _decode_numpy(node).tobytes() != obj.tobytes():
-        return [dtype, {"$bytes": to_base64(obj.tobytes())}]  # a NaN with bits of its own
+        return [dtype, {"$bytes": to_base64(obj.tobytes())}]  # a NaN with unusual bits
     return node
 
 
@@ -239,7 +240,7 @@ def _decode_numpy(payload: Any) -> np.generic:
 
 
 def _without_class(obj: np.str_ | np.bytes_) -> str | bytes:
-    """Return the text or bytes, with the zeros at the end that numpy leaves out of `item()`."""
+    """Return the text or bytes with trailing zeros, which `item()` drops."""
     return str.__str__(obj) if isinstance(obj, np.str_) else bytes.__add__(obj, b"")
 
 
@@ -306,8 +307,6 @@ ARRAYS: dict[str, Codec] = {
 }
 
 
-# A value of any type on one side, JSON of any shape on the other: hence `Any` in this module.
-
 _PATHS: dict[str, tuple[type[PurePath], type[PurePath]]] = {
     # the class, and its substitute where the platform has no such files
     "PosixPath": (PosixPath, PurePosixPath),
@@ -351,7 +350,8 @@ def decode_scalar(tag: str, payload: object) -> object:
     """Return the value of a tagged payload.
 
     Raises:
-        LookupError, TypeError, ValueError, ArithmeticError, RuntimeError: it is not one.
+        LookupError, TypeError, ValueError, ArithmeticError, RuntimeError: the payload is not what
+            `encode_scalar` makes.
     """
     return _CODECS[tag].decode(payload)
 
@@ -364,7 +364,7 @@ def not_plain(obj: object) -> NotPlainError:
 
 
 def _named(kind: type) -> dict[str, Any]:
-    """Return torch's own objects of a kind, by the names that they show."""
+    """Return torch's own objects of a type, by their text."""
     return {str(value): value for value in vars(torch).values() if isinstance(value, kind)}
 
 
@@ -381,7 +381,7 @@ def _encode_moment(obj: datetime | time) -> object:
 
 
 def _shows_whole(zone: timezone) -> bool:
-    """Tell whether the offset in a text says all of a zone: it has no name, and whole seconds."""
+    """Tell whether the offset as text is the whole zone: without a name, and in whole seconds."""
     offset = zone.utcoffset(None)
     return not offset.microseconds and zone.tzname(None) == timezone(offset).tzname(None)
 
@@ -410,7 +410,7 @@ def _decode_timezone(payload: Any) -> timezone:
 def _encode_path(obj: PurePath) -> object:
     text = str(obj)
     if str(type(obj)(text)) != text or type(obj)(text) != obj:
-        raise NotPlainError(f"{type(obj).__name__} that its own text {text!r} does not name")
+        raise NotPlainError(f"{type(obj).__name__} whose text {text!r} makes another path")
     return [type(obj).__name__, encode_atom(text)]
 
 

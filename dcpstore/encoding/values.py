@@ -1,8 +1,9 @@
 """Plain Python values as typed JSON text, and back with their exact types.
 
-What JSON has is written plainly, so that SQL finds 0.001; anything else is an object of one key
-that begins with "$", such as {"$tuple": [1, 2]}. Decoding builds plain values and runs no code:
-text that this module did not write is `CorruptionError`, a pickle is touched only when allowed.
+What JSON can express is written plainly, so that SQL finds 0.001; anything else is an object of one
+key that begins with "$", such as {"$tuple": [1, 2]}. Decoding builds plain values and runs no code:
+text that this module did not write raises `CorruptionError`, and a pickle is read only if the
+caller allows it.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ __all__ = [
 ]
 
 _LONGEST = 64 * 1024  # bytes of typed JSON that a catalog keeps as text
-_DEEPEST = 100  # containers one in another
+_DEEPEST = 100  # levels of containers
 JSON_BLOB, _PICKLE_BLOB = '{"$blob":"json"}', '{"$blob":"pickle"}'
 
 
 def _size(items: Iterable[Any]) -> torch.Size:
-    """Return a Size; torch itself makes one of any integers, and then cannot show it."""
+    """Return a torch.Size; torch accepts integers over 64 bits, but then cannot read them."""
     found = torch.Size(items)
     if any(not -(2**63) <= n < 2**63 for n in found):
         raise ValueError("a size past 64 bits")
@@ -72,10 +73,10 @@ _ITEM_TAGS: dict[type, str] = {
 
 
 class _Container(NamedTuple):
-    """How one of Python's smaller containers is opened into a list or dict, and closed again.
+    """How a less common container becomes a list or dict (`open`), and is made of it (`close`).
 
-    Closing takes any decoded JSON, and raises TypeError, ValueError or LookupError for what opening
-    never produces. It gets the classes of the template, too.
+    `close` takes any decoded JSON, and raises TypeError, ValueError or LookupError for what `open`
+    never returns. It gets the classes of the template too.
     """
 
     tag: str
@@ -103,7 +104,7 @@ def _close_counter(payload: Any, classes: TemplateClasses) -> object:
     return Counter(payload)
 
 
-# Factories that a defaultdict may get back by name: none of them runs code of a program.
+# The factories of a defaultdict that are found by name: none of them runs a program's code.
 _FACTORIES: dict[str, Callable[[], object]] = {
     kind.__name__: kind
     for kind in (bool, bytes, complex, dict, float, int, list, set, str, tuple, deque, Counter)
@@ -111,7 +112,7 @@ _FACTORIES: dict[str, Callable[[], object]] = {
 
 
 def _open_defaultdict(obj: defaultdict[Any, Any]) -> object:
-    """Return the factory's name, in a list where only a template has it, and the items."""
+    """Return the factory's name and the items; the name is in a list if a template must give it."""
     factory: Any = obj.default_factory
     name = getattr(factory, "__name__", "")
     if factory is not None and _FACTORIES.get(name) is not factory:
@@ -153,7 +154,7 @@ _CONTAINERS_BY_TAG = {container.tag: container for container in _CONTAINERS.valu
 
 
 class _HeldTensorError(NotPlainError):
-    """A tensor inside a value that has no plain bytes of its own there."""
+    """A tensor inside a value, of a kind that is not stored as plain bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,10 +167,10 @@ class EncodedValue:
 
 
 def encode_value(obj: object, *, allow_pickle: bool) -> EncodedValue:
-    """Return a value as typed JSON; as a blob where that is long, or where it must be pickled.
+    """Return a value as typed JSON, or as a blob if that is long or the value needs pickle.
 
-    What is plain is listed in docs/values.md. Types are taken exactly; objects of a program's own
-    classes are plain where their fields, or their plain value, are all that they hold.
+    What is plain is listed in docs/values.md. A subclass does not count as its base class. An
+    object of a program's own class is plain if it holds only its fields, or only a plain value.
 
     Raises:
         UnsafeDataError: the value is not plain, and `allow_pickle` is false.
@@ -190,19 +191,19 @@ def encode_value(obj: object, *, allow_pickle: bool) -> EncodedValue:
 def decode_value(
     text: str, data: bytes | None = None, *, allow_pickle: bool, template: object = None
 ) -> object:
-    """Return the value of what `encode_value` made.
+    """Return the value that `encode_value` encoded.
 
     Args:
-        text: of the value.
+        text: the text of the `EncodedValue`.
         data: the bytes of a blob.
         allow_pickle: unpickle a pickled blob, which runs whatever code it names.
-        template: a value of whose classes objects are made; without one they come back as the
-            plain values that they are made of.
+        template: a value whose classes are used to make objects; without it, an object comes back
+            as the plain values that it holds.
 
     Raises:
         UnsafeDataError: it is a pickle, and `allow_pickle` is false.
         MismatchError: an object is not of the class that the template holds.
-        CorruptionError: it is not what `encode_value` makes.
+        CorruptionError: `encode_value` never returns such a text.
         DcpstoreError: a pickle names what cannot be imported or built here.
     """
     if not allow_pickle:
@@ -221,15 +222,15 @@ def decode_value(
 
 
 def depends_on_template(text: str) -> bool:
-    """Tell whether the text of a value, which is not a blob, holds objects of a program's classes.
+    """Tell whether the text of a value (not of a blob) holds objects of a program's classes.
 
-    It may say so of a text that only looks like it.
+    It searches for the tags only, so it may be True for plain text that contains one.
     """
     return any(tag in text for tag in OWN_TAGS)
 
 
 def check_safe(text: str) -> None:
-    """Check that what `encode_value` made of a value decodes without running code.
+    """Check that the text of a value decodes without running code.
 
     Raises:
         UnsafeDataError: it is a pickle.
@@ -242,7 +243,7 @@ def check_safe(text: str) -> None:
 
 
 def _encode(obj: Any, around: tuple[int, ...]) -> object:
-    """Return JSON for a value; `around` are the ids of the containers that it lies in."""
+    """Return JSON for a value; `around` are the ids of the containers that it is in."""
     kind = type(obj)
     tag = _ITEM_TAGS.get(kind)
     if tag is None and kind not in (list, dict, OrderedDict):
@@ -262,7 +263,7 @@ def _encode(obj: Any, around: tuple[int, ...]) -> object:
 
 
 def _encode_other(obj: Any, around: tuple[int, ...]) -> object:
-    """Return JSON for what is neither a list nor a tuple, a dict or a set."""
+    """Return JSON for a value that is not a list, tuple, dict or set."""
     if is_plain_json(obj):
         return obj
     container = _CONTAINERS.get(type(obj))
@@ -284,7 +285,7 @@ def _encode_other(obj: Any, around: tuple[int, ...]) -> object:
 
 
 def _entered(obj: object, around: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the ids of the containers around the items of this one.
+    """Return `around` and the id of this container: the containers that its items are in.
 
     Raises:
         InvalidInputError: it contains itself, or is nested too deep.
@@ -365,7 +366,7 @@ class _Decoder:
 
     @property
     def _classes(self) -> TemplateClasses:
-        """The classes of the template, which is looked through once, and only if one is wanted."""
+        """The classes of the template, which is searched once, when the first one is needed."""
         if self._found is None:
             self._found = TemplateClasses(self._template)
         return self._found

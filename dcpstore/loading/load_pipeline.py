@@ -93,8 +93,8 @@ def load_version(
         init_missing: initialises a tensor that the version lacks, given its FQN.
 
     Raises:
-        MismatchError: it names all that is missing or differs, on any rank, and no tensor was
-            changed; or what owners do not hold after the load, which its message states.
+        MismatchError: before the load: all that is missing or differs, on any rank, and no tensor
+            was changed. After it (the message says so): what the objects do not hold.
         NotFoundError: there is no such version.
         CorruptionError: stored bytes are damaged.
         UnsafeDataError: a value is a pickle, and `allow_pickle` is False; no tensor was changed.
@@ -119,7 +119,7 @@ def load_version(
     # A step of its own, because `state_dict()` may be a collective call.
     faults = in_step(ranks, "state_dict", load.check_owners, OwnerFaults.joined)
     lost = faults.lost
-    if lost:  # checked twice: an item that changes by itself, such as a clock, was not lost
+    if lost:  # checked twice: an item that changes by itself, such as a clock, is not lost
         again = in_step(ranks, "state_dict", load.check_owners, OwnerFaults.joined).lost
         lost = {fqn: text for fqn, text in lost.items() if again.get(fqn) == text}
     if lost and load.options.strict:
@@ -141,8 +141,8 @@ class LoadRequest:
 class VersionToLoad:
     """What all ranks load: a version, its entries, and the sorted keys of all ranks' states.
 
-    `planner_data` is what the save planner stored with the version, as typed JSON; None if there is
-    none, or if the load planner is ours, which does not use it.
+    `planner_data` is what the save planner stored with the version, as typed JSON. It is None if it
+    stored none, or if the load planner is ours, which does not use it.
     """
 
     version: Version
@@ -166,7 +166,12 @@ class RankLoad:
 
 @dataclass(frozen=True, slots=True)
 class OwnerFaults:
-    """What owners do not hold after a load, by FQN, and FQNs that are still on the meta device."""
+    """What is wrong with the objects of the state after a load.
+
+    Attributes:
+        lost: by FQN, what an object does not hold as it was stored.
+        unfilled: FQNs of tensors that are still on the meta device.
+    """
 
     lost: Mapping[str, str]
     unfilled: tuple[str, ...]
@@ -180,7 +185,7 @@ class OwnerFaults:
 
 @dataclass(kw_only=True)
 class _Load:
-    """One rank's part of a load, in the order of its methods; each runs inside an exchange."""
+    """One rank's work in a load. Each method runs inside an exchange, in this order."""
 
     state_dict: MutableMapping[str, Any]
     ref: str | int | None
@@ -198,7 +203,8 @@ class _Load:
     opened: VersionToLoad = field(init=False)
     by_fqn: Mapping[str, EntryRecord] = field(init=False)  # the entries of `opened`
     template: Template = field(init=False)
-    growth: Mapping[str, frozenset[str]] = field(init=False)  # FQNs that no owner names, by owner
+    # By owner: FQNs in the version below it that its state_dict() does not name on any rank.
+    growth: Mapping[str, frozenset[str]] = field(init=False)
     owner_check: OwnerCheck = field(init=False)
 
     def open(
@@ -210,7 +216,7 @@ class _Load:
         self.planner = make_planner()
         ours = self.planner if isinstance(self.planner, DefaultLoadPlanner) else None
         self.options = ours.options if ours else LoadOptions()
-        # In a dry run targets have no memory; torch's own planner cannot plan for such tensors.
+        # In a dry run targets get no memory, unless the planner is torch's, which needs it.
         self.allocates = not (self.dry_run and ours)
         return LoadRequest(self.source.catalog.repository.uid, self.ref, self.dry_run, keys)
 
@@ -227,7 +233,10 @@ class _Load:
             return VersionToLoad(version, load_entries(catalog, version.number), keys, data)
 
     def take_state(self) -> Mapping[str, frozenset[str]]:
-        """Take the plain state; return the FQNs below each owner that it does not name."""
+        """Take the plain state; return, by owner, the FQNs that its state_dict() does not name.
+
+        They are FQNs in the version, below the owner's own.
+        """
         self.by_fqn = {entry.fqn: entry for entry in self.opened.entries}
         with nesting_checked():
             self.template = take_template(
@@ -313,7 +322,7 @@ class _Load:
         )
 
     def _fitting_plan(self) -> LoadPlan:
-        """Return this rank's plan; raise all differences that the planner or the template found."""
+        """Return this rank's plan, or raise one error with all differences."""
         opened, template = self.opened, self.template
         meta = StorageMeta(self.source.location, opened.version.uid, new_uid())
         described = describe_version(
@@ -344,7 +353,7 @@ class _Load:
         )
 
     def _asked(self, plan: LoadPlan | None) -> frozenset[str]:
-        """Return the FQNs of the version that this rank asked for, also those without elements."""
+        """Return the FQNs of the version that this rank asked for, also those of empty tensors."""
         asked = frozenset(item.storage_index.fqn for item in plan.items) if plan else frozenset()
         if isinstance(self.planner, DefaultLoadPlanner):
             return asked | self.planner.stored

@@ -1,10 +1,10 @@
 """Garbage collection: bytes that nothing reaches are condemned, and deleted after a grace time.
 
-Everything is decided in catalog transactions, which wait for the transactions of saves; a file is
-deleted only after its row was condemned for the grace time, so running saves, loads and other
-collections on any host are safe, and a collection that is killed is finished by the next (design,
+Everything is decided in catalog transactions, which wait for those of saves. A file is deleted only
+after its row was condemned for the grace time, so saves, loads and other collections may run on any
+host at the same time. If a collection is killed, the next one finishes its work (design,
 invariant 5). Ages are measured by one clock that does not jump while a collection runs. Which saves
-have crashed is decided in the first transaction, for a collection may take hours.
+have crashed is decided in the first transaction, because a collection may take hours.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dcpstore.storage.interface import Storage
 
 __all__ = ["GcReport", "collect"]
 
-_LIVE_SHARE = 0.5  # a pack is copied if less of it is reached
+_LIVE_SHARE = 0.5  # a pack is repacked if a smaller share of its bytes is used
 _TEMPORARY = ".tmp"
 
 
@@ -35,11 +35,16 @@ _TEMPORARY = ".tmp"
 class GcReport:
     """What a collection did, or would do with `dry_run`.
 
-    `condemned` packs, which nothing reaches, wait for their grace time; so do those of `repacked`,
-    each with the pack that took over its live chunks. `deleted` packs are deleted. `cleared` are
-    the keys of other objects that were deleted: of crashed saves and of expired versions. `unknown`
-    keys belong to no version that the catalog knows, and were not touched. `nbytes_freed` counts
-    `deleted` and `cleared`.
+    Attributes:
+        condemned: packs that nothing reaches; they are deleted after the grace time.
+        repacked: sparse packs, which are condemned too, each with the new pack of its used chunks:
+            None in a dry run.
+        deleted: packs that were deleted.
+        cleared: keys of other objects that were deleted: of crashed saves and expired versions.
+        unknown: keys that belong to no version in the catalog; they were not touched.
+        crashed: uids of the saves that were aborted as crashed.
+        nbytes_freed: of `deleted` and `cleared`.
+        dry_run: whether nothing was changed.
     """
 
     condemned: tuple[PackRecord, ...]
@@ -53,7 +58,7 @@ class GcReport:
 
     @property
     def nbytes_condemned(self) -> int:
-        """The bytes of the packs that were condemned now, as nothing reaches them or repacked."""
+        """The bytes of the packs that were condemned now: unused ones and repacked ones."""
         return sum(pack.nbytes for pack in (*self.condemned, *(old for old, _ in self.repacked)))
 
 
@@ -101,7 +106,7 @@ def collect(
             from dcpstore.maintenance.rewrite import repack  # noqa: PLC0415 (loads torch)
 
             repacked = list(repack(catalog, storage, found.sparse, author=author))
-        write_journal(catalog, storage)  # before a manifest names what is new
+        write_journal(catalog, storage)  # before any manifest names the new packs
         if stale_versions(catalog):
             from dcpstore.maintenance.rewrite import renew_manifests  # noqa: PLC0415 (loads torch)
 
@@ -161,11 +166,12 @@ def _clear_leftovers(
     old: datetime,
     dry_run: bool,
 ) -> tuple[list[str], list[str], int]:
-    """Delete what crashed saves and expired versions left; return it, the unknown, and bytes.
+    """Delete the objects that crashed saves and expired versions left.
 
+    Returns their keys, the keys of unknown versions, and the bytes of the deleted objects.
     `old` is older than every save that ran when this collection began.
     """
-    # Listed before the catalog is asked: a save that begins later is not in its answer.
+    # Listed before the query: else a save that begins in between would look unknown.
     keys = [(key, key.split("/")[1].split(".")[0]) for key in _listed(storage)]
     leftovers, strange = find_leftovers(
         catalog, keys, crashed=crashed, dropped=dropped, expired_before=expired_before
@@ -173,7 +179,7 @@ def _clear_leftovers(
     leftovers += _half_written(storage, old)
     uids = dict(keys)
     described = {uid for key, uid in keys if key.startswith("manifests/")}
-    # Of a save or repacking that was killed before it was recorded: old, and without a manifest.
+    # Old and without a manifest: a save or repacking was killed before the catalog recorded it.
     strays = {k for k in strange if uids[k] not in described and _is_older(uids[k], old)}
     if strays:  # packs of a copy, and repacked ones, have another uid than their manifest
         named = _named_packs(storage, [key for key in strange if key.startswith("manifests/")])
@@ -192,7 +198,7 @@ def _clear_leftovers(
 
 
 def _named_packs(storage: Storage, manifests: Sequence[str]) -> set[str] | None:
-    """Return the packs that manifests name; None where one of them cannot be read."""
+    """Return the packs that manifests name; None if one of them cannot be read."""
     named: set[str] = set()
     for key in manifests:
         try:
@@ -216,7 +222,7 @@ def _listed(storage: Storage) -> list[str]:
 
 
 def _half_written(storage: Storage, before: datetime) -> list[str]:
-    """Return small objects that a killed process began to write before a time."""
+    """Return the keys of temporary files that a killed process left, older than `before`."""
     return [
         key
         for folder in ("manifests", "operations")

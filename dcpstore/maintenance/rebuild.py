@@ -2,10 +2,10 @@
 
 The rebuilt catalog answers like the original one, as of the last operation that was finished.
 Damaged or missing objects are reported, and their versions left out; in the data folder only the
-journal is repaired. Each lost operation gets a placeholder of kind "lost", which undo skips, so
-that numbers have no gaps; the first, which names the repository, gets one of kind "init". A version
-whose own operation is lost is described by a placeholder, with the uid that other operations give
-and with its manifest.
+journal is repaired. So that numbers have no gaps, each lost operation gets a placeholder, which
+undo skips. Its kind is "lost"; that of operation 1, which describes the repository, is "init". If
+the operation that made a version is lost, its placeholder describes the version: with the uid that
+other operations give, and from its manifest.
 """
 
 from __future__ import annotations
@@ -54,11 +54,14 @@ Json = dict[str, Any]
 class RebuildReport:
     """What was restored, and what was not.
 
-    `versions` are those that load again, `lost` those that do not, by number; `moved_refs` are tags
-    that were dropped and branches that moved back, since they named a lost version. `problems` name
-    each object that is damaged or missing, and why each version is lost. `unfinished` are the uids
-    of manifests that no operation names: of saves that never committed, or did so just before the
-    catalog was lost.
+    Attributes:
+        versions: numbers of the versions that load again.
+        lost: numbers of the versions that do not.
+        moved_refs: tags that were dropped and branches that moved back: they named a lost version.
+        operations: how many operations of the journal were intact.
+        problems: each object that is damaged or missing, and why each version is lost.
+        unfinished: uids of manifests that no operation names. Their saves never committed, or did
+            so just before the catalog was lost.
     """
 
     versions: tuple[int, ...]
@@ -121,7 +124,7 @@ class _DataScan:
     """Reads manifests and sizes of packs from the data folder; each problem is reported once.
 
     Attributes:
-        unnamed: versions that no operation describes, by the uids that were made for them.
+        unnamed: the numbers of versions whose uid is lost, by the new uid that each was given.
     """
 
     def __init__(self, storage: Storage, problems: list[str]) -> None:
@@ -130,7 +133,7 @@ class _DataScan:
         self.unnamed: dict[str, int] = {}
 
     def manifest(self, uid: str) -> Manifest | None:
-        """Return the manifest of a version, or None where it is missing or damaged."""
+        """Return the manifest of a version, or None if it is missing or damaged."""
         if uid in self._unsound:
             return None
         try:
@@ -147,7 +150,7 @@ class _DataScan:
         return None
 
     def content(self, uid: str) -> VersionContent | None:
-        """Return what a version holds, or None without a sound manifest."""
+        """Return what a version holds, or None without an intact manifest."""
         if uid in self.unnamed:
             self._problems.append(f"v{self.unnamed[uid]}: no remaining operation names it")
             return None
@@ -155,10 +158,11 @@ class _DataScan:
         return None if manifest is None else manifest.content
 
     def pack_size(self, key: str) -> int | None:
-        """Return the length of a pack, or None where there is none."""
+        """Return the length of a pack, or None if it is missing."""
         try:
             return self._storage.size(key)
-        except (NotFoundError, InvalidInputError, CorruptionError):  # or a link leaves the folder
+        # CorruptionError: a link leads out of the folder.
+        except (NotFoundError, InvalidInputError, CorruptionError):
             return None
 
     def lose(self, uid: str, reason: str) -> None:
@@ -167,13 +171,13 @@ class _DataScan:
 
 
 def _read_journal(storage: Storage, problems: list[str]) -> tuple[list[Json], list[int]]:
-    """Return every sound operation, in order, and the numbers of those that are lost."""
+    """Return every intact operation, in order, and the numbers of those that are lost."""
     numbers = [n for n in map(operation_number, storage.list("operations")) if n]
     found = []
     before = 0
     for number in sorted(numbers):
         key = operation_key(number)
-        # Reported as one: a single file with a large number would mean any number of missing ones.
+        # One line for the whole gap: a file with a false, huge number must not make millions.
         if number == before + 2:
             problems.append(f"{operation_key(before + 1)}: it is missing")
         elif number > before + 2:
@@ -227,14 +231,15 @@ def _described(storage: Storage) -> list[str]:
     return [Path(key).stem for key in keys if key.endswith(".json")]
 
 
-_MOST = 100_000  # in one gap: a single file with a large number would mean any number of lost ones
+# Operations in one gap. A wider one comes from a file with a false number, and is skipped.
+_MOST = 100_000
 
 
 def find_lost(listed: Iterable[int], sound: Collection[int]) -> list[int]:
-    """Return the numbers of the operations that are lost, up to the last that is there.
+    """Return the numbers of the operations that are lost, up to the last one that has a file.
 
     Args:
-        listed: the numbers that files are named by.
+        listed: the numbers in the names of the files.
         sound: those of them whose file holds an operation.
     """
     lost: list[int] = []
@@ -249,12 +254,14 @@ def find_lost(listed: Iterable[int], sound: Collection[int]) -> list[int]:
 def placeholders(
     operations: Sequence[Json], lost: Sequence[int], manifest: Callable[[str], Manifest | None]
 ) -> tuple[list[Json], dict[str, int]]:
-    """Return an operation for each of `lost`, and the versions that nothing describes, by uid.
+    """Return a placeholder for each lost operation, and the versions whose uid is lost.
+
+    Those versions are given new uids; the second result is their numbers by new uid.
 
     Args:
-        operations: all that are sound, in order; there is one.
-        lost: the numbers of the others, in order.
-        manifest: returns that of a version, or None where there is none or it is damaged.
+        operations: all that are intact, in order; at least one.
+        lost: the numbers of the lost ones, in order.
+        manifest: returns the manifest of a uid, or None if it is missing or damaged.
     """
     uids = _named(operations)
     expired = {u for o in operations if o["kind"] == "expire" for u in o["detail"]["versions"]}
@@ -302,7 +309,7 @@ def placeholders(
 
 
 def _named(operations: Iterable[Json]) -> dict[int, str]:
-    """Return the uids of versions by number: those described, and those only named."""
+    """Return the uids of versions by number: of those that an operation describes or names."""
     operations = list(operations)
     uids = {o["version"]["number"]: o["version"]["uid"] for o in operations if "version" in o}
     known = set(uids.values())
@@ -318,14 +325,14 @@ def _named(operations: Iterable[Json]) -> dict[int, str]:
 def _makers(
     operations: Iterable[Json], lost: Sequence[int], uids: Mapping[int, str]
 ) -> Iterator[tuple[int, int]]:
-    """Yield each lost operation that made a version, with the number of that version."""
+    """Yield the number of each lost operation that made a version, and the version's number."""
     described: dict[int, int] = {}
     for operation in operations:
         if "version" in operation:
             described.setdefault(operation["version"]["number"], operation["operation"])
     last = max(uids, default=0)
     if last - len(described) > len(lost):
-        return  # the numbers of this journal are invalid: no repository has so many versions
+        return  # the numbers are false: more versions than operations are missing
     free = (number for number in lost if number > 1)
     before = 0  # versions are made in the order of their numbers
     for version in range(1, last + 1):
@@ -340,7 +347,7 @@ def _makers(
 
 
 def _version_as_json(uid: str, number: int, manifest: Manifest | None, at: str) -> Json:
-    """Return what is known of a version, as its own operation would describe it."""
+    """Return what is known of a version, in the form of the operation that is lost."""
     if manifest is None:
         began = datetime.fromisoformat(at)
         stats = VersionStats(
@@ -354,7 +361,7 @@ def _version_as_json(uid: str, number: int, manifest: Manifest | None, at: str) 
         "number": number,
         "tags": (),
         "started_at": facts["created_at"],
-        "packs": [],  # the manifest names them, too
+        "packs": [],  # the manifest names them
     }
 
 
@@ -364,7 +371,7 @@ def _parent(
     uids: Mapping[int, str],
     tips: Mapping[str, Mapping[str, Any] | None],
 ) -> Json:
-    """Return the parent by its uid: as the manifest says, else where the branch was before."""
+    """Return the parent's uid: of the manifest's parent, else of the branch's tip at that time."""
     parent = None
     if manifest is not None:
         tip = tips.get(manifest.draft.branch)

@@ -30,13 +30,13 @@ from dcpstore.zarr.documents import write_manifest
 
 __all__ = ["renew_manifests", "repack"]
 
-_WHOLE = 1 << 62  # bytes: what comes from one pack goes into one
+_WHOLE = 1 << 62  # bytes: no limit, so that the chunks of one pack go into one pack
 
 
 def renew_manifests(catalog: Catalog, storage: Storage) -> int:
-    """Write again the manifests that name old places of chunks; return how many.
+    """Rewrite the manifests that name packs which their chunks have left; return how many.
 
-    Where the journal cannot be written they stay marked, and the next collection writes them.
+    If the journal cannot be written, they stay marked, and the next collection writes them.
     """
     renewed = 0
     tried: set[tuple[int, str]] = set()

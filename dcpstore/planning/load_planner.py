@@ -44,7 +44,7 @@ class ValueFile(io.BytesIO):
     """A file with torch's bytes of a value, for planners that read values from bytes.
 
     Attributes:
-        value: the value itself, as not every plain value can be read back without pickle.
+        value: the value; some plain values cannot be read back from the bytes without pickle.
     """
 
     def __init__(self, value: object) -> None:
@@ -65,7 +65,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         missing: FQNs of the state that the version lacks, after `create_local_plan`.
         cast: FQNs whose values are converted to the dtype of the state.
         stored: FQNs of the version that the state asks for.
-        optional: FQNs at or below which the version may lack entries; `load` sets it, for
+        optional: the version may lack these FQNs and those below them; `load` sets it, for
             optimizers and `PerRank`.
         compositions: the marks of the composed tensors in the version, by FQN; `load` sets it.
     """
@@ -85,8 +85,8 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         self.stored: set[str] = set()
         self.optional: Sequence[str] = ()
         self.compositions: Mapping[str, Composition] = {}
-        self._places: Mapping[str, Place] = {}  # of the items, in the caller's state
-        self._names: list[str] | None = None  # of the version, sorted when first needed
+        self._places: Mapping[str, Place] = {}  # where each item is in the caller's state
+        self._names: list[str] | None = None  # the stored FQNs, sorted when first needed
         self._composed = Assemblies({}, {}, self.options.stored_name)
         # By the id of a meta tensor: the tensor itself, and the one with memory that replaces it.
         self._rooms: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -114,7 +114,8 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         if self.flatten_state_dict:
             flat = flattened(self._composed.state, is_leaf=self._is_stored)
             state_dict, self.mappings, self._places = flat.items, flat.paths, flat.places
-            if self._composed:  # its containers are copies: find the places in the caller's state
+            # `_composed.state` is a copy: look up the places in the caller's own state.
+            if self._composed:
                 own = flattened(self.original_state_dict, is_leaf=self._is_stored)
                 self._places = own.places
         elif self._composed:
@@ -155,7 +156,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
                 self._check_composed(self._composed.outer[fqn], differences)
             kept = stored.get(name)
             if kept is None and fqn in self._composed.outer:
-                continue  # the difference is reported with its mark
+                continue  # reported once, for the whole composed tensor
             if kept is None and f"{name}.{MARK}" in stored:
                 differences.append(self._is_composed(fqn, name, wanted))
                 continue
@@ -179,8 +180,8 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
     def _stays_empty(self, wanted: object, name: str, stored: Collection[str]) -> bool:
         """Tell whether an empty container that the version lacks stays as it is.
 
-        The version may hold items in it, which the state does not ask for; and torch or an older
-        dcpstore does not store an empty dict.
+        It stays if the version has items in it that the state does not name, or if it is a dict:
+        torch and older versions of dcpstore store no empty dict.
         """
         if isinstance(wanted, Mapping):
             return True
@@ -203,7 +204,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
     def _missing(self, absent: Sequence[tuple[str, str]], stored: Collection[str]) -> list[str]:
         """Record what the version lacks, and return the differences that follow from it.
 
-        A tensor with the same memory as another one of the state is filled with that one.
+        A tensor that shares memory with a filled one counts as filled.
         """
         if not absent:
             return []
@@ -211,7 +212,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         lacked = []
         for fqn, name in absent:
             wanted = self.state_dict[fqn]
-            # A sharded tensor has no address as a whole, and is never another one's twin.
+            # A sharded tensor has no single address, so its memory is not compared.
             is_twin = isinstance(wanted, torch.Tensor) and not is_sharded(wanted)
             if is_twin and wanted.numel() and memory_of(wanted) in filled:
                 continue
@@ -294,9 +295,9 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
                     )
             if lacking > 0:
                 differences.append(
-                    f"the version holds only a part of {fqn!r}, and lacks {lacking} elements of "
-                    f"the box at {shard.box.offsets} of sizes {shard.box.sizes}; each rank saved "
-                    "for itself: load on the same mesh, each rank its own version"
+                    f"the version holds only a part of {fqn!r}: {lacking} elements of this rank's "
+                    f"box at {shard.box.offsets} of sizes {shard.box.sizes} are missing. Each rank "
+                    "saved for itself; load on the same mesh, each rank its own version"
                 )
 
     def _views_of(self, fqn: str, tensor: torch.Tensor) -> list[LocalShard]:
@@ -357,9 +358,10 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
             loaded = torch.load(value, weights_only=True)
         except pickle.UnpicklingError as error:
             raise UnsafeDataError(
-                f"value {read_item.dest_index.fqn!r} is a pickle that could run code, or is in the "
-                "form of another planner; save plain values, or, if you trust it, load it with a "
-                "planner that reads it."
+                f"value {read_item.dest_index.fqn!r} is a pickle that could run code, or bytes "
+                "that another planner wrote in its own form. For a pickle, save plain values "
+                "instead; for another planner's bytes, or a pickle that you trust, load with a "
+                "planner that reads them."
             ) from error
         self.load_value(read_item, imported_value(read_item.storage_index.fqn, loaded))
 
@@ -450,7 +452,7 @@ def _kind_difference(fqn: str, wanted: object, kept: object) -> str | None:
 
 
 def _renames(absent: Sequence[tuple[str, str]], stored: Collection[str]) -> list[str]:
-    """Return a hint with the `rename` to use, if all names differ only by those of wrappers."""
+    """Return a hint with the `rename` to use, if all names differ only by wrapper prefixes."""
     if not absent:
         return []
     known = set(stored)
@@ -471,7 +473,7 @@ def _renames(absent: Sequence[tuple[str, str]], stored: Collection[str]) -> list
         return []
     fqn, found = pairs[0]
     return [
-        f"the names differ only by those of wrappers ({', '.join(_WRAPPERS)}); pass rename= a dict "
+        f"the names differ only by wrapper prefixes ({', '.join(_WRAPPERS)}); pass rename= a dict "
         f"or a function, such as {{{fqn!r}: {found!r}, ...}}"
     ]
 

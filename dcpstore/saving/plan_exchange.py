@@ -1,9 +1,9 @@
 """How the ranks agree on one plan: they send tables the first time, and digests from then on.
 
-A repository that a process has open caches the local plans that it offered, with the share of them
-that it was assigned, and on the coordinator the global plans. With an unchanged topology a rank
-then sends 64 bytes. Invariant: a cached plan is used only if every rank's local plan and the chunk
-grids of the parent are the same.
+While a process has a repository open, it caches for each local plan the share of it that the rank
+writes; the coordinator caches the global plans too. If a rank's local plan is one of those, the
+rank sends two digests of it: 64 bytes. Invariant: a cached plan is used only if every rank's local
+plan and the chunk grids of the parent are the same.
 """
 
 from __future__ import annotations
@@ -44,15 +44,18 @@ __all__ = [
     "shares_tables",
 ]
 
-_PLANS = 8  # cached plans: of a model, of its optimizer, of other states saved in turn
+_PLANS = 8  # cached plans: a program may save a model, an optimizer and other states in turn
 _VERSIONS = 2  # versions whose entries are cached: the parents of the next saves
 
 
 @dataclass(frozen=True, slots=True)
 class RankShare:
-    """What one rank writes: the places of items in its plan, and how their tensors are cut.
+    """What one rank writes of its local plan.
 
-    `compared` are the places of the items that other ranks hold too.
+    Attributes:
+        kept: the indices in the plan of the items that it writes.
+        layouts: by FQN, how the tensors of these items are cut into chunks.
+        compared: the indices of the items that other ranks hold too.
     """
 
     kept: Ints
@@ -66,10 +69,11 @@ class PlanOffer:
 
     Attributes:
         digest: of its table.
-        held: the key of the share that it was given for this plan last, or nothing.
-        table: the plan; left out if a share is held, until the coordinator asks for it.
-        plan: the plan in torch's form, instead of a table, if the planner makes the global plan.
-        buffers: the FQNs of module buffers, for such a plan; a table marks them.
+        held: the key of the share that the rank has cached for this plan, or b"".
+        table: the plan. It is left out if a share is cached, until the coordinator asks for it.
+        plan: the plan in torch's form, instead of a table, if the caller's planner makes the global
+            plan.
+        buffers: the FQNs of module buffers, for a plan in torch's form; a table marks them.
     """
 
     digest: bytes = b""
@@ -84,12 +88,13 @@ class PlanReply:
     """What the coordinator answers to the plan of one rank.
 
     Attributes:
-        key: of the share that it is given, or holds already.
-        kept: the places in its plan of the items that it writes.
+        key: identifies the rank's share, which is in this reply or cached by the rank.
+        kept: the indices in its plan of the items that it writes.
         layouts: of their tensors by FQN, pickled; ranks with the same layouts share the bytes.
-        compared: the places of the items that other ranks hold too; it sends their fingerprints.
-        plan: its part of the global plan, if the planner made that.
-        writes_early: whether it digests its first chunks, and writes them, before the others.
+        compared: the indices of the items that other ranks hold too; it sends their fingerprints.
+        plan: its part of the global plan, if the caller's planner made that.
+        writes_early: whether it digests its first chunks, and begins to write them, before it
+            digests the others.
     """
 
     key: bytes = b""
@@ -129,7 +134,7 @@ class PlanMemory:
     """What one process caches of its saves to one repository.
 
     Attributes:
-        shares: by the digest of a local plan, the key and the share that it was given last.
+        shares: by the digest of a local plan, the rank's last share of it, with the share's key.
         plans: by the digests of all local plans, the global plan; on the coordinator.
         entries: by version number, the entries by FQN; on the coordinator.
     """
@@ -141,7 +146,7 @@ class PlanMemory:
 
 
 class LocalPlan:
-    """A rank's own plan: what it offers of it, and what it writes of it in the end.
+    """One rank's local plan: what the rank sends of it, and which items it writes.
 
     Attributes:
         compared: the items that other ranks hold too; known after `take`.
@@ -192,9 +197,9 @@ class LocalPlan:
 
 
 def shares_tables(planner: SavePlanner) -> TypeGuard[DefaultSavePlanner]:
-    """Tell whether the global plan is made from tables, which ours is.
+    """Tell whether the global plan is made from tables: it is if the planner's method is ours.
 
-    A planner with a `create_global_plan` of its own needs the plans in torch's form.
+    A planner with its own `create_global_plan` needs the plans in torch's form.
     """
     return (
         isinstance(planner, DefaultSavePlanner)
@@ -221,7 +226,8 @@ def reply_to_offers(
         memory: the coordinator's; a new plan is added.
         chunk: the repository's defaults.
         parent: the entries of the parent version by FQN, whose grids are kept.
-        to_lowest_rank: whether the lowest rank writes each replica; else they are spread.
+        to_lowest_rank: whether the lowest rank that holds a replica writes it; else the writing is
+            spread over the ranks.
         is_whole: whether the offers are those of all ranks; one rank alone may hold parts of
             tensors.
 
@@ -294,8 +300,8 @@ def checked_table(plans: Sequence[SavePlan], *, is_whole: bool) -> GlobalTable:
     `is_whole` says whether the plans are those of all ranks.
 
     Raises:
-        InvalidInputError: no catalog can store an FQN, or ranks disagree about one; or the plans
-            are those of all ranks, and do not tile its shape.
+        InvalidInputError: no catalog can store an FQN, or ranks disagree about one; or, with
+            `is_whole`, the boxes of a tensor do not tile its shape.
     """
     table = GlobalTable.of([PlanTable.of(plan) for plan in plans])
     check_names(table)
@@ -318,7 +324,8 @@ def reply_to_plans(
 
     Args:
         offers: by rank, with its local plan.
-        parts: by rank, the plan that it gets; with torch's plan cache it may be left out.
+        parts: by rank, the plan that is sent to it: with torch's plan cache an empty one, if the
+            plan is not new.
         whole: by rank, the plan that it carries out.
         chunk: the repository's defaults.
         parent: the entries of the parent version by FQN.

@@ -31,9 +31,9 @@ from dcpstore.records import ChunkDefaults, ChunkKey, EntryRecord
 from dcpstore.saving.item_data import checked_tensor, encoded_item, error_of
 from dcpstore.saving.layout import Layout, blob_layout, planned_chunks
 
-__all__ = ["Digested", "RankData", "RawChunk", "first_places", "total_nbytes"]
+__all__ = ["Digested", "RankData", "RawChunk", "first_indices", "total_nbytes"]
 
-# To write a fifth of the bytes takes a disk longer than it takes the cores to digest the others.
+# Writing a fifth of the bytes takes the disk longer than digesting the rest takes the cores.
 _FIRST = 5
 
 Array = npt.NDArray[np.generic]
@@ -42,7 +42,7 @@ Source = Callable[[Box], Array]  # gives the elements of any box inside a planne
 
 
 class RawChunk(NamedTuple):
-    """A chunk before it is encoded; `nbytes` are its raw bytes inside its part, without padding.
+    """A chunk before it is encoded; `nbytes` counts its raw bytes, without padding.
 
     `held` are the raw bytes if they are contiguous in memory, or else a function that makes them.
     """
@@ -53,16 +53,16 @@ class RawChunk(NamedTuple):
     held: Bytes | Callable[[], Bytes]
 
     def raw(self) -> Bytes:
-        """Return the raw bytes; a cell that reaches beyond its part is padded with zeros."""
+        """Return the raw bytes; a chunk at the edge of its grid is padded with zeros."""
         return self.held if isinstance(self.held, np.ndarray) else self.held()
 
 
 @dataclass(frozen=True, slots=True)
 class Digested:
-    """What a rank sends of its data: the digests of its chunks, one after another, and its values.
+    """What a rank sends of its data: the digests of its chunks, joined, and its values.
 
-    `blobs` are the values that are too large or too special for the catalog: the format of each,
-    and its length in bytes.
+    `blobs` are the values that are stored as chunks: too long for the catalog, or pickled. Each has
+    its format and its length in bytes.
     """
 
     digests: bytes
@@ -115,7 +115,7 @@ class RankData:
     def digest_first(
         self, pool: Executor, advance: Callable[[int], None] = lambda nbytes: None
     ) -> list[ChunkKey]:
-        """Return the keys of the first chunks, which are about a fifth of the bytes."""
+        """Return (codec, digest) of the first chunks, which hold about a fifth of the bytes."""
         nbytes = np.cumsum([chunk.nbytes for chunk in self.chunks])
         end = int(np.searchsorted(nbytes, nbytes[-1] / _FIRST)) + 1 if self.chunks else 0
         self._digest_until(end, pool, advance)
@@ -143,7 +143,7 @@ class RankData:
 
     @property
     def keys(self) -> list[ChunkKey]:
-        """The keys of the chunks that are digested so far, in order."""
+        """(codec, digest) of the chunks that are digested so far, in order."""
         return [
             # strict=False: there are fewer digests until all chunks are done
             (chunk.codec, digest)
@@ -151,7 +151,7 @@ class RankData:
         ]
 
     def held(self, entries: Sequence[EntryRecord]) -> list[LocalBox]:
-        """Return what this rank holds of stored tensors, to be compared with them."""
+        """Return this rank's boxes of these stored tensors, to compare their bytes."""
         return [
             LocalBox(
                 entry, box, self._source(item, box) if array is None else _source_of(array, box)
@@ -161,7 +161,7 @@ class RankData:
         ]
 
     def _array(self, item: WriteItem, box: Box) -> Array | None:
-        """Return the elements of an item that lie in host memory; None for those that do not."""
+        """Return the elements of an item, or None if they are not in host memory."""
         if self._resolver is not None:
             return None
         tensor = self._tensor(item, box)
@@ -188,12 +188,12 @@ class RankData:
 
 
 def _source_of(array: Array, box: Box) -> Source:
-    """Return a source of the elements of `box` that looks at an array of all of them."""
+    """Return a Source that slices `array`, which holds all of `box`."""
     return lambda part: array[part.relative_to(box).slices]
 
 
 def _cut_array(layout: Layout, box: Box, array: Array) -> Sequence[RawChunk]:
-    """Return the chunks of a box whose elements lie in host memory: views of it, if they can be."""
+    """Return the chunks of a box that is in host memory, as views of it if possible."""
     # Most tensors are small and one chunk. This is the quick way for them.
     if array.flags.c_contiguous and _is_one_cell(layout, box):
         return (RawChunk(layout.codec, layout.itemsize, array.nbytes, _flat_bytes(array)),)
@@ -203,7 +203,10 @@ def _cut_array(layout: Layout, box: Box, array: Array) -> Sequence[RawChunk]:
 def _cut(
     layout: Layout, box: Box, source: Source, *, are_views: bool = False
 ) -> Iterator[RawChunk]:
-    """Yield the chunks of a box; `are_views` says that its source gives views and costs nothing."""
+    """Yield the chunks of a box.
+
+    `are_views`: the source only makes views, so it may be called at once.
+    """
     codec, itemsize = layout.codec, layout.itemsize
     for part, ordinal in planned_chunks(layout, box):
         grid = layout.grids[part]
@@ -240,12 +243,12 @@ def _digest_all(chunks: Sequence[RawChunk]) -> list[bytes]:
     return [chunk_digest(chunk.raw().data) for chunk in chunks]
 
 
-def first_places(keys: Iterable[ChunkKey]) -> dict[ChunkKey, int]:
-    """Return the place at which each key occurs first."""
-    places: dict[ChunkKey, int] = {}
+def first_indices(keys: Iterable[ChunkKey]) -> dict[ChunkKey, int]:
+    """Return the index at which each key occurs first."""
+    indices: dict[ChunkKey, int] = {}
     for i, key in enumerate(keys):
-        places.setdefault(key, i)
-    return places
+        indices.setdefault(key, i)
+    return indices
 
 
 def total_nbytes(chunks: Sequence[RawChunk]) -> int:

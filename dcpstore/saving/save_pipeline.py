@@ -3,10 +3,9 @@
 First the ranks open the version. Then there are three exchanges: plans (each rank sends what it
 holds, and gets what it writes), digests (it gets the chunks to write), and results (it gets the
 version). A large save has one more, so that the first chunks are written while the others are
-digested. A save whose chunk grids differ from the parent's has another one, in which bytes are
-compared, because digests cannot show what changed. docs/design.md draws each exchange. Packs, then
-the manifest, are durable before one transaction makes the version visible (design, invariants 2 to
-4).
+digested. If the chunk grids differ from the parent's, digests cannot show what changed; one more
+exchange compares bytes. docs/design.md draws each exchange. Packs, then the manifest, are durable
+before one transaction makes the version visible (design, invariants 2 to 4).
 
 Every rank publishes its progress; the coordinator collects it for the catalog. Invariant: whatever
 can fail is done inside an exchange, so that every rank learns of it.
@@ -105,13 +104,13 @@ def save_version(
         ranks: that save together.
         planner: of the caller; None is a new one of ours.
         allow_pickle: whether values that need pickle may be stored.
-        buffers: FQNs of module buffers in a staged state, which has no modules any more.
-        is_whole: whether the ranks hold the whole state together. If not, this rank saves for
-            itself, and may hold parts of tensors.
+        buffers: FQNs of the buffers, for a staged state: it holds no modules to ask.
+        is_whole: whether the ranks hold the whole state together. False if this rank saves alone,
+            perhaps only parts of tensors.
 
     Raises:
-        InvalidInputError: ranks disagree, or hold different contents of one item, or the plan does
-            not tile its tensors.
+        InvalidInputError: ranks disagree, or hold different contents of one item, or the plan's
+            boxes of a tensor overlap, leave a gap or reach outside it.
         UnsafeDataError: an item is neither tensor nor value, and `allow_pickle` is False.
         ConflictError, AlreadyExistsError, NotFoundError: a ref is not as the request needs it.
         ConflictError: this thread is already inside a save to the repository.
@@ -153,7 +152,8 @@ def save_version(
             reply = in_turn(
                 ranks, "plan", lambda: work.plan(state_dict, keys, ranks, uid=uid), coordinator.plan
             )
-            # Some rank or the coordinator has no cached plan: all ranks get the same reply.
+            # If the coordinator has not cached the plan, and some rank sent only its digest, all
+            # ranks get this reply, so all take this branch.
             if reply.wants_table:
                 reply = in_turn(ranks, "plan", work.plan_whole, coordinator.plan)
             work.take(reply, seconds=time.perf_counter() - began)
@@ -168,7 +168,8 @@ def save_version(
                 )
             return in_step(ranks, "write", partial(work.write, assignment), coordinator.commit)
     except BaseException as error:  # an interrupt too: the version must not stay pending
-        coordinator.abort(error)  # does nothing on the other ranks, which have begun none
+        # Only the coordinator has begun a version; elsewhere this does nothing.
+        coordinator.abort(error)
         raise
     finally:
         guards.close()
@@ -176,7 +177,7 @@ def save_version(
 
 @dataclass(eq=False, slots=True)
 class RankWork:
-    """One rank's own part of a save; its methods are called in the order of a save.
+    """One rank's work in a save; the methods are called in the order in which they stand here.
 
     Attributes:
         planner: of this rank.
@@ -184,7 +185,7 @@ class RankWork:
         writer: of this rank's packs; its thread pool is used for digests and comparisons too.
         bar: shows and publishes the progress.
         allow_pickle: whether values that need pickle may be stored.
-        buffers: FQNs of module buffers in a staged state, which has no modules any more.
+        buffers: FQNs of the buffers, for a staged state: it holds no modules to ask.
     """
 
     planner: SavePlanner
@@ -222,21 +223,21 @@ class RankWork:
         return self._plan.offer(whole=True)
 
     def take(self, reply: PlanReply, *, seconds: float) -> None:
-        """Keep the coordinator's reply; `seconds` is the time from the save's begin until then."""
+        """Keep the coordinator's reply; `seconds` is the time since the save began."""
         self._reply = reply
         self._seconds["plan"] = seconds
 
     def digest_first(self) -> FirstDigests:
-        """Return the keys of the first chunks, and the fingerprints of this rank's replicas."""
+        """Return (codec, digest) of the first chunks, and this rank's fingerprints of replicas."""
         with self._timed("digest"):
             data = self._resolved()
             replicas = self._replicas()
             return FirstDigests(data.digest_first(self.writer.pool, self.bar.advance), replicas)
 
-    def begin_writing(self, places: Sequence[int]) -> None:
-        """Begin to write the first chunks that are at these places."""
+    def begin_writing(self, indices: Sequence[int]) -> None:
+        """Begin to write those of the first chunks that have these indices."""
         chunks = self._resolved().chunks
-        self._first = [chunks[i] for i in places]
+        self._first = [chunks[i] for i in indices]
         self.writer.begin(self._first)
 
     def digest(self) -> RankDigests:
@@ -250,7 +251,7 @@ class RankWork:
             return RankDigests(digested, self._seconds, replicas)
 
     def compare(self, assignment: WriteAssignment) -> set[str]:
-        """Return the FQNs of the entries that differ from what this rank holds of them."""
+        """Return the FQNs of the stored entries whose bytes differ from this rank's."""
         with self._timed("compare"), gc_allowed():
             return find_changed(
                 self._resolved().held(assignment.compare),
@@ -261,7 +262,7 @@ class RankWork:
             )
 
     def write(self, assignment: WriteAssignment) -> RankResult:
-        """Write the rest of this rank's chunks; return the places of all, which are durable."""
+        """Write the rest of this rank's chunks; return where all of them are in packs, durable."""
         with self._timed("write"):
             data = self._resolved()
             chunks = [data.chunks[i] for i in assignment.write]
@@ -272,7 +273,7 @@ class RankWork:
                 return RankResult(written, self._seconds)
 
     def _replicas(self) -> bytes:
-        """Return the fingerprints of what other ranks hold too; after `_resolved` only."""
+        """Return the fingerprints of items that other ranks hold too; call `_resolved` first."""
         return fingerprints(
             self._plan.compared, self.planner, self.writer.pool, allow_pickle=self.allow_pickle
         )
@@ -280,7 +281,7 @@ class RankWork:
     def _resolved(self) -> RankData:
         """Return the data that this rank writes.
 
-        They are resolved at the first call, which is inside an exchange: the planner may fail.
+        The first call resolves it. That call is inside an exchange, because the planner may fail.
         """
         if self._data is None:
             plan, layouts = self._plan.take(self._reply)
@@ -305,7 +306,10 @@ class RankWork:
 def _set_up_planner(
     planner: SavePlanner, state: dict[str, Any], meta: StorageMeta, *, is_coordinator: bool
 ) -> None:
-    """Give a planner the state and the StorageMeta; one written for torch before 2.3 takes none."""
+    """Give a planner the state and the StorageMeta.
+
+    A planner written for torch before 2.3 takes no StorageMeta.
+    """
     taken = inspect.signature(planner.set_up_planner).parameters.values()
     if any(arg.name == "storage_meta" or arg.kind is arg.VAR_KEYWORD for arg in taken):
         planner.set_up_planner(state, storage_meta=meta, is_coordinator=is_coordinator)

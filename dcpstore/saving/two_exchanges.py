@@ -19,7 +19,7 @@ from dcpstore.records import ChunkKey, ChunkPlace, ObjectPath, PackRecord, Versi
 from dcpstore.saving.chunk_writer import ChunkWriter
 from dcpstore.saving.commit import BegunVersion, SaveTarget
 from dcpstore.saving.layout import Layout, join_layouts
-from dcpstore.saving.rank_chunks import Digested, RankData, first_places
+from dcpstore.saving.rank_chunks import Digested, RankData, first_indices
 from dcpstore.saving.save_state import SaveState
 
 __all__ = ["RankReport", "commit_reports", "write_plan"]
@@ -81,12 +81,12 @@ def write_plan(
             allow_pickle=allow_pickle,
         )
         # Equal chunks of this rank are looked up and written once.
-        first = first_places(data.digest_first(writer.pool))
+        first = first_indices(data.digest_first(writer.pool))
         places = find_encoded(target.catalog, first)
         early = [key for key in first if key not in places]
         writer.begin([data.chunks[first[key]] for key in early])
         digested = data.digest(writer.pool)
-        rest = {k: i for k, i in first_places(data.keys).items() if k not in first}
+        rest = {k: i for k, i in first_indices(data.keys).items() if k not in first}
         places |= find_encoded(target.catalog, rest)
         late = [key for key in rest if key not in places]
         written = writer.finish([data.chunks[rest[key]] for key in late])

@@ -1,8 +1,8 @@
 """The walk through a nested state: what a container is, the leaves with their paths, and a copy.
 
-A container is a mapping, a list or a tuple of any class, except torch.Size. A dataclass counts only
-where `enters` accepts it, since `map_leaves` cannot make a new one. Invariant: a state that
-contains itself is an error in every walk.
+A container is a mapping, a list or a tuple of any class, except torch.Size. Dataclasses are entered
+only if `enters` says so; `map_leaves` cannot rebuild them. Invariant: a state that contains itself
+is an error in every walk.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 
 # Values are of any type: hence `Any` in this module.
 
-DEEPEST = 900  # nested containers: below Python's recursion limit of 1,000 calls
+DEEPEST = 900  # levels of containers; Python's limit is 1,000 calls
 SCALARS: frozenset[type] = frozenset([int, float, str, bytes, bool, complex, type(None)])
 PLAIN = SCALARS | {torch.Tensor, torch.nn.Parameter}
 _TOO_DEEP = "the state is nested too deep, or contains itself; flatten it, or remove the cycle."

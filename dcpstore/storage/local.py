@@ -1,6 +1,6 @@
 """A local or shared folder as storage; what it reports as durable is fsynced, folders too.
 
-Objects are written under an unguessable temporary name beside their key, which shows its age, and
+Objects are written under a temporary name (the key and a fresh uid, which shows the age) and
 renamed when complete, so that a reader meets whole objects only. Reads are views of the mapped
 file: nothing is copied.
 """
@@ -35,7 +35,7 @@ class LocalFolder:
         path: the folder.
         create: make it, and its parents, if it is missing. Only a new repository does: a missing
             folder of an old one is more likely a filesystem that is not mounted.
-        block: bytes of a new file that are written at once.
+        block: bytes per write to a new file.
 
     Raises:
         NotFoundError: it is missing.

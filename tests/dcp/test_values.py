@@ -65,7 +65,7 @@ def test_bytes_in_another_format_reach_the_load_planner_unchanged(tmp_path: Path
     assert found == {"step": 7, "nest": {"n": 8}}
     with dcpstore.open(tmp_path) as repo:
         assert repo.read()["step"] == b"own 7"
-    with pytest.raises(dcpstore.UnsafeDataError, match="in the form of another planner"):
+    with pytest.raises(dcpstore.UnsafeDataError, match="another planner wrote in its own form"):
         dcpstore.load(found, tmp_path)
 
 

@@ -124,7 +124,7 @@ def test_values_of_another_dtype_are_converted_only_on_request() -> None:
 
 def test_a_tensor_that_is_stored_only_in_part_is_refused() -> None:
     half = version(tensor("w", Grid((2, 0), (2, 3), (2, 3))))
-    with pytest.raises(MismatchError, match="only a part of 'w', and lacks 6 elements"):
+    with pytest.raises(MismatchError, match="only a part of 'w': 6 elements of this rank's box"):
         set_up({"w": torch.zeros(4, 3)}, half)
 
 

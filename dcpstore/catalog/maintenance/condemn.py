@@ -68,7 +68,7 @@ def condemn(
     Args:
         connection: to the catalog.
         now: the time to count from.
-        grace: how long a condemned pack is kept; no running save may be older.
+        grace: how long a condemned pack is kept; a save that has run longer makes this fail.
         lease: how long a save may be silent before it counts as crashed.
         live_share: a pack of which a smaller share of the bytes is used is `sparse`.
         author: of the operation that records it.
@@ -98,7 +98,7 @@ def condemn(
 
 @writes()
 def plan_pack(connection: Connection, old: str, new: str, *, now: datetime) -> bool:
-    """Announce that the used chunks of a pack will be copied to a new one; False if it is not live.
+    """Announce that the used chunks of `old` will be copied to `new`; False if `old` is not live.
 
     The row of the new pack protects it from gc while it is written.
     """
@@ -244,15 +244,16 @@ def find_leftovers(
 ) -> tuple[list[str], list[str]]:
     """Return the keys of objects that may be deleted, and of those whose version is unknown.
 
-    A save whose lease has lapsed since `condemn` keeps its objects, for it may still commit.
+    A save whose lease has lapsed since `condemn` keeps its objects, because it may still commit.
 
     Args:
         connection: to the catalog.
         keys: of objects that belong to a version, each with its uid; they were listed before this
             transaction began.
         crashed: the saves that `condemn` aborted; after a dry run they are still pending.
-        dropped: the forgotten versions that it dropped; others may come back, and stay complete.
-        expired_before: the manifest of a version that expired later may still be in use.
+        dropped: the forgotten versions that it dropped; undo may still restore others, so their
+            objects stay.
+        expired_before: manifests of versions that expired after this may be in use, and stay.
     """
     known = set(
         connection.scalars(
@@ -288,7 +289,10 @@ def find_leftovers(
 
 
 def _abort_crashed(connection: Connection, *, now: datetime, lease: timedelta) -> list[str]:
-    """Abort saves that have been silent for longer than their lease; one that still runs fails."""
+    """Abort saves that were silent for longer than `lease`.
+
+    If one of them runs after all, its commit fails.
+    """
     text = f"it was silent for more than {lease}, so gc treated it as crashed"
     rows = connection.scalars(
         update(_version)
@@ -352,7 +356,7 @@ def _condemn(connection: Connection, *, now: datetime, lease: timedelta) -> list
         .returning(_pack.c.key, _pack.c.nbytes, _pack.c.version)
     ).all()
     # If two saves wrote the same chunk at once, the catalog has the pack of the first, while the
-    # manifest of the second still names its own.
+    # manifest of the second still names its own, so the second's manifest is stale now.
     writers = wanted_ids(connection, {row.version for row in rows})
     mark_stale(connection, _version.c.id.in_(writers), _version.c.status == "committed")
     return sorted((PackRecord(*row[:2]) for row in rows), key=lambda pack: pack.key)

@@ -64,7 +64,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 _FIRST_RENEWAL = 1.0  # seconds; a shorter save costs the database no renewal
-_RENEW_EVERY = 10.0  # seconds; by default gc takes an hour of silence for a crash
+_RENEW_EVERY = 10.0  # seconds; by default gc treats an hour of silence as a crash
 
 _version = tables.version
 _progress = tables.progress
@@ -154,7 +154,7 @@ def kept_lease(
 
 
 def find_begun(connection: Connection, draft: VersionDraft) -> bool | None:
-    """Return True if the save of a draft was begun, else None."""
+    """Return True if the save of a draft was begun, else None, so that `@writes` retries."""
     known = connection.scalar(select(_version.c.id).where(_version.c.uid == draft.uid))
     return None if known is None else True
 
@@ -170,14 +170,14 @@ def begin_save(connection: Connection, draft: VersionDraft) -> bool:
     """Insert a pending version; return True.
 
     Raises:
-        InvalidInputError: a database cannot store a name, step, metric or text.
+        InvalidInputError: not every database can store a name, step, metric or text.
         AlreadyExistsError: a tag is taken, or the branch's name is a tag.
         NotFoundError: there is no version `draft.parent`.
         ConflictError: the branch's tip is not `draft.expect_tip`, or not `draft.parent`.
     """
     check_draft(draft)
     parent = None if draft.parent is None else id_of_number(connection, draft.parent)
-    refs = _free_refs(connection, draft.branch, draft.tags)
+    refs = _check_refs(connection, draft.branch, draft.tags)
     _check_tip(refs, draft.branch, parent=parent, expect_tip=draft.expect_tip)
     insert_pending(connection, draft, parent=parent)
     return True
@@ -209,8 +209,8 @@ def commit_save(connection: Connection, uid: str, content: VersionContent) -> Ve
     Its packs and manifest must be durable already (invariant 2).
 
     Raises:
-        ConflictError: the branch has moved from where the save wants it, the save is not pending
-            any more, or a chunk that it reuses is condemned or deleted.
+        ConflictError: the branch's tip is not the expected one, the save is not pending any more,
+            or a chunk that it reuses is condemned or deleted.
         AlreadyExistsError: a tag was taken meanwhile.
         NotFoundError: no save of this uid was begun.
     """
@@ -219,7 +219,7 @@ def commit_save(connection: Connection, uid: str, content: VersionContent) -> Ve
     if pending.status != "pending":
         raise _ended_error(pending)
     tags: list[str] = pending.wanted_tags
-    refs = _free_refs(connection, pending.branch, tags)
+    refs = _check_refs(connection, pending.branch, tags)
     _check_tip(refs, pending.branch, parent=pending.parent, expect_tip=pending.expect_tip)
     tip = refs.get(pending.branch)
     for entry in content.entries:
@@ -310,7 +310,7 @@ def _name(
     if rows:
         connection.execute(insert(ref), rows)
     change = Change("save", pending.branch, None if tip is None else tip.id, pending.id)
-    # Tags name the operation of their save, so that an undo of the save removes them too.
+    # Each tag's operation carries the number of its save's, so that undo removes it too.
     detail = {"save": lock_repository(connection) + 1}
     tagged = [Change("tag", tag, None, pending.id, detail) for tag in tags]
     record(connection, change, *tagged, author=pending.author, at=at)
@@ -333,10 +333,10 @@ def _ended_error(row: Row[Any]) -> ConflictError:
     return ConflictError(f"the save {row.uid!r} is {what} already{why}. Save again.")
 
 
-def _free_refs(
+def _check_refs(
     connection: Connection, branch: str, tags: list[str] | tuple[str, ...]
 ) -> dict[str, RefRow]:
-    """Return the ref of the branch, by name, if it exists.
+    """Check that the tags are free; return {branch: its ref}, or {} if there is no branch yet.
 
     Raises:
         AlreadyExistsError: a tag is taken, or the name of the branch is a tag.
@@ -353,7 +353,7 @@ def _free_refs(
 def _check_tip(
     refs: dict[str, RefRow], branch: str, *, parent: int | None, expect_tip: int | None
 ) -> None:
-    """Raise ConflictError if the branch is not where the save wants it."""
+    """Raise ConflictError if the tip is not `expect_tip` (a number), or not `parent` (an id)."""
     tip = refs.get(branch)
     now = "has no version yet" if tip is None else f"is at v{tip.number}"
     if expect_tip is not None and (tip is None or tip.number != expect_tip):
@@ -370,7 +370,7 @@ def _check_tip(
 
 @reads
 def known_uids(connection: Connection, uids: Sequence[str]) -> dict[str, tuple[int, str]]:
-    """Return the number and status of the versions of these uids that have a number, by uid."""
+    """Return, by uid, the number and status of each of these versions that has a number."""
     rows = connection.execute(
         select(_version.c.uid, _version.c.number, _version.c.status).where(
             _version.c.uid.in_(wanted_names(connection, uids)), _version.c.number.is_not(None)
@@ -383,11 +383,11 @@ def known_uids(connection: Connection, uids: Sequence[str]) -> dict[str, tuple[i
 def begin_copy(connection: Connection, draft: VersionDraft) -> bool:
     """Insert a pending version that will become a copy; return True.
 
-    Its branch is the one in the repository that it comes from. It may be the name of a tag in this
-    repository, for a copy moves no ref.
+    `draft.branch` is only text from the source repository: a copy moves no ref. A tag here may have
+    that name.
 
     Raises:
-        InvalidInputError: a database cannot store a name, step, metric or text.
+        InvalidInputError: not every database can store a name, step, metric or text.
     """
     check_draft(draft)
     insert_pending(connection, draft, parent=None)
