@@ -149,7 +149,7 @@ class ItemReads:
 
 
 def _template(planner: LoadPlanner, item: ReadItem) -> object:
-    """Return the item of the state that a value replaces; None if the planner does not tell."""
+    """Return the item of the state that a value replaces; None if the planner does not say."""
     held = getattr(planner, "state_dict", None)
     return held.get(item.dest_index.fqn) if isinstance(held, Mapping) else None
 

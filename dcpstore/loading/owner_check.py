@@ -181,9 +181,8 @@ def _is_number_as_tensor(stored: Any, found: Any) -> bool:
 def _tensor_difference(stored: torch.Tensor, found: Any) -> str | None:
     if not isinstance(found, torch.Tensor):
         return f"was stored as a tensor, and is a {type(found).__name__} now"
-    if (
-        _is_plain(stored) and _is_plain(found) and memory_of(stored) == memory_of(found)
-    ):  # the usual case
+    # The usual case: the owner holds the very tensor that was filled.
+    if _is_plain(stored) and _is_plain(found) and memory_of(stored) == memory_of(found):
         return None
     kinds = [f"{tensor.dtype} of shape {tuple(tensor.size())}" for tensor in (stored, found)]
     if kinds[0] != kinds[1]:

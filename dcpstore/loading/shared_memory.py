@@ -64,7 +64,7 @@ def check_memory(
 
 
 def _same_on_meta(views: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
-    """Yield the indices of each two that are the same tensor on the meta device.
+    """Yield the indices of each pair that is one tensor on the meta device.
 
     The load allocates memory for that tensor once, so they will share it.
     """
@@ -93,7 +93,7 @@ def _are_equal(
 
 
 def _sharing_pairs(targets: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
-    """Yield the indices of each two tensors that have an element of memory in common.
+    """Yield the indices of each pair of tensors that share an element in memory.
 
     Tensors without memory or elements have none. A tensor that shares with several is yielded with
     each of its neighbours in memory, so that each sharing tensor is named.

@@ -28,7 +28,7 @@ __all__ = ["ChunkWriter", "Written"]
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """The places of the chunks that a rank was asked to write, in that order, and its packs.
+    """Where the chunks are that a rank was asked to write, in that order, and its packs.
 
     `nbytes` are the raw bytes of the chunks, without padding.
     """

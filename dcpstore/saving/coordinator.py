@@ -66,9 +66,9 @@ class WriteAssignment:
     """What a rank does next: compare entries of the parent with what it holds, or write.
 
     Attributes:
-        write: places among its chunks, without those that it has begun to write.
+        write: indices of its chunks to write, without those that it has begun to write.
         compare: entries, the same for all ranks.
-        version: the number of the version that the entries are of.
+        version: the number of the version that holds these entries.
     """
 
     write: Sequence[int] = ()
@@ -96,7 +96,7 @@ class FirstDigests:
     """What a rank sends before all its data is digested, in a save that writes early.
 
     Attributes:
-        keys: of its first chunks.
+        keys: (codec, digest) of its first chunks.
         replicas: the fingerprints of its replicas.
     """
 
@@ -106,7 +106,7 @@ class FirstDigests:
 
 @dataclass(frozen=True, slots=True)
 class RankResult:
-    """What a rank sends last: the places of its chunks, now durable, and the time per phase."""
+    """What a rank sends last: where its chunks are in packs, now durable; seconds by phase."""
 
     written: Written
     seconds: Seconds
@@ -119,7 +119,7 @@ class Coordinator:
 
     def __init__(self, planner: SavePlanner, size: int, *, is_whole: bool) -> None:
         self._planner = planner
-        self._is_whole = is_whole  # if not, this rank saves its own part, perhaps parts of tensors
+        self._is_whole = is_whole  # False: this rank saves alone, perhaps only parts of tensors
         self._size = size
         self._writes_early = False
         self._begun: BegunVersion | None = None
@@ -192,23 +192,23 @@ class Coordinator:
         return self._with_early_writes(replies)
 
     def choose_first(self, reports: Sequence[FirstDigests]) -> Sequence[Sequence[int]]:
-        """Return which of its first chunks each rank writes now, as places among them.
+        """Return which of its first chunks each rank writes now, by their indices.
 
         Raises:
             InvalidInputError: the ranks hold different contents of one item.
         """
         self._check_replicas([report.replicas for report in reports])
-        writers: dict[ChunkKey, tuple[int, int]] = {}  # the first rank that has it, and the place
+        writers: dict[ChunkKey, tuple[int, int]] = {}  # the first rank that has it, and the index
         for rank, report in enumerate(reports):
-            for place, key in enumerate(report.keys):
-                writers.setdefault(key, (rank, place))
+            for index, key in enumerate(report.keys):
+                writers.setdefault(key, (rank, index))
         # Whatever the codec: a chunk that is not stored at all is certainly part of a new tensor.
         # One that is stored may be part of a tensor that is reused whole, under another codec.
         stored = find_chunks(self.target.catalog, {digest for _, digest in writers})
         chosen: list[list[int]] = [[] for _ in reports]
-        for (_, digest), (rank, place) in writers.items():
+        for (_, digest), (rank, index) in writers.items():
             if digest not in stored:
-                chosen[rank].append(place)
+                chosen[rank].append(index)
         self._first = chosen
         return chosen
 

@@ -193,7 +193,7 @@ def planned_chunks(layout: Layout, box: Box) -> Iterator[tuple[int, int]]:
 
 
 def kept_grids(before: EntryRecord | None, dtype: str, shape: tuple[int, ...]) -> tuple[Grid, ...]:
-    """Return the grids of an entry of the parent, where it is a tensor of this dtype and shape."""
+    """Return the grids of a parent's entry if it is a tensor of this dtype and shape."""
     tensor = None if before is None or before.kind != "tensor" else before.tensor
     if tensor is None or tensor.dtype != dtype or tensor.shape != shape:
         return ()

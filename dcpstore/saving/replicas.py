@@ -180,7 +180,7 @@ def compare_state(
     buffers: Collection[str],
     allow_pickle: bool,
 ) -> list[str]:
-    """Check that the ranks hold the same of a plain state; for a save whose plan torch makes.
+    """Check that the ranks hold the same in a plain state; for a save whose plan torch makes.
 
     Returns:
         The FQNs of the module buffers that differ.
@@ -221,7 +221,7 @@ class Replicas:
 
     Attributes:
         fqns: of the items, by the number in `name`.
-        name, rank, position: [rows], the number of the FQN, the rank, and the place in its plan.
+        name, rank, position: [rows], the number of the FQN, the rank, and the index in its plan.
         group: [rows], a number that the rows of one box of one tensor, or of one value, share.
         is_buffer: [rows], whether its rank says that it is a module buffer.
         starts: [ranks + 1], the first row of each rank, and at last the number of rows.
@@ -257,7 +257,7 @@ class Replicas:
         )
 
     def of_rank(self, rank: int) -> Ints:
-        """Return the places, in the plan of `rank`, of the replicas that it holds."""
+        """Return the indices, in the plan of `rank`, of the replicas that it holds."""
         return self.position[self.starts[rank] : self.starts[rank + 1]]
 
     def differing_buffers(self, by_rank: Sequence[bytes]) -> dict[str, list[int]]:

@@ -29,7 +29,8 @@ __all__ = ["RankReport", "commit_reports", "write_plan"]
 class RankReport:
     """What one rank wrote and found.
 
-    `places` are those of all its chunks, `nbytes` the raw bytes of the chunks that it wrote.
+    `places` says where each of its chunks is stored; `nbytes` counts the raw bytes of the chunks
+    that it wrote.
     """
 
     planned: PlanTable
