@@ -208,7 +208,8 @@ def test_a_save_that_runs_meanwhile_goes_on_from_what_stays(
         other.forget([1, 2, 4, 5])
         other.gc(grace="1h")
 
-    with pytest.raises(ConflictError, match="save or copy again"):  # what it reuses is condemned
+    # What it reuses is condemned.
+    with pytest.raises(ConflictError, match="Save again, or copy again"):
         after(forget_and_free)
     assert save().parent is None
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -221,13 +223,17 @@ def test_a_process_forked_inside_a_save_can_save(repo: Repository) -> None:
             code = 1
             try:
                 code = 0 if dcpstore.save({"x": torch.ones(1)}, repo).number == 1 else 2
+            except BaseException:
+                traceback.print_exc()  # the test shows it if it fails
+                raise
             finally:
+                sys.stderr.flush()
                 os._exit(code)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     calling = Calling(fork)
-    assert dcpstore.save({"s": calling}, repo).number == 2
-    assert calling.ends == [0]
+    number = dcpstore.save({"s": calling}, repo).number
+    assert (number, calling.ends) == (2, [0])
 
 
 def save_inside(rank: int, where: str, call: str) -> tuple[object, object, int | None]:
