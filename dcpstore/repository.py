@@ -312,7 +312,8 @@ class Repository:
 
         Deleted tags and branches are restored, moved branches go back. After a save the branch
         goes back and its tags are deleted; the version stays. Each further call reverts the
-        operation before.
+        operation before. A gc is skipped. An expire, or the copy of a version, cannot be undone: to
+        undo the operation before it, give that as `expect`.
 
         Args:
             expect: the number of the operation that is to be undone.
@@ -323,7 +324,8 @@ class Repository:
         Raises:
             InvalidInputError: nothing is left to undo.
             NotFoundError: a ref would go back to a version that was expired.
-            ConflictError: another operation came in; it is not number `expect`.
+            ConflictError: another operation came in; it is not number `expect`. Or the last
+                operation cannot be undone; the message names the one before it.
         """
         return undo_last(self.catalog, expect=expect, author=this_user())
 

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 )
 
 import dcpstore
-from dcpstore import InvalidInputError, NotFoundError, Repository
+from dcpstore import ConflictError, InvalidInputError, NotFoundError, Repository
 from dcpstore.catalog.schema.views import VIEWS
 from dcpstore.maintenance.rebuild import rebuild
 from tests.soundness import Place, assert_sound
@@ -48,12 +48,13 @@ class Saved:
 class Model:
     """The repository as a plain dict; `before` is what each operation to undo changed.
 
-    That is the refs as they were, and the versions that it forgot.
+    That is the refs as they were, and the versions that it forgot. An expire that cannot be undone
+    is None.
     """
 
     versions: dict[int, Saved] = field(default_factory=dict)
     refs: Refs = field(default_factory=dict)
-    before: list[tuple[Refs, list[int]]] = field(default_factory=list)
+    before: list[tuple[Refs, list[int]] | None] = field(default_factory=list)
 
     @property
     def live(self) -> list[int]:
@@ -167,25 +168,35 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def undo(self) -> None:
-        if not self.model.before:
+        below = [one for one in self.model.before if one is not None]
+        if not below:
             with pytest.raises(InvalidInputError, match="nothing is left"):
                 self.repo.undo()
             return
-        before, forgotten = self.model.before[-1]
+        expect = None
+        if self.model.before[-1] is None:
+            with pytest.raises(
+                ConflictError, match=r"last operation, expire .*be undone"
+            ) as caught:
+                self.repo.undo()
+            expect = int(str(caught.value).rpartition("=")[2].rstrip(")."))
+        before, forgotten = below[-1]
         versions = self.model.versions
         if not all(versions[number].may_come_back for number in forgotten):
             with pytest.raises(NotFoundError, match="gc has dropped"):
-                self.repo.undo()
+                self.repo.undo(expect=expect)
             return
         changed = {
             n for name, (_, n) in before.items() if self.model.refs.get(name, ("", 0))[1] != n
         }
         if any(versions[number].expired for number in changed.difference(forgotten)):
             with pytest.raises(NotFoundError, match="expired"):
-                self.repo.undo()
+                self.repo.undo(expect=expect)
             return
-        self.repo.undo()
-        self.model.refs = self.model.before.pop()[0]
+        self.repo.undo(expect=expect)
+        while self.model.before.pop() is None:  # an expire that was passed over stays so
+            pass
+        self.model.refs = before
         for number in forgotten:
             versions[number].expired = versions[number].may_come_back = False
 
@@ -220,6 +231,8 @@ class Machine(RuleBasedStateMachine):
         assert set(report.kept) == kept
         assert set(report.expired) == set(self.model.live) - kept
         if not dry_run:
+            if report.expired:
+                self.model.before.append(None)
             for number in report.expired:
                 self.model.versions[number].expired = True
 

@@ -17,8 +17,9 @@ from dcpstore.cli.output import (
     note,
     print_json,
     print_table,
+    visible,
 )
-from dcpstore.cli.session import Session, repo_options
+from dcpstore.cli.session import Session, WholeNumber, repo_options
 from dcpstore.core.display import human_bytes
 from dcpstore.errors import InvalidInputError
 from dcpstore.formats.composition import composition_of, describe_entry, is_mark
@@ -43,25 +44,53 @@ _STATS: dict[str, Callable[[TensorStats], float]] = {
     "inf": lambda stats: stats.inf_new,
 }
 _ENTRY = ("change", "fqn", "old", "new", "bytes", "shared")
-_MODULE = ("module", *_COUNTS, "bytes", "shared")
-_SORTS = (*_ENTRY, "module", *_COUNTS, *_STATS)
+_SUMS = (*_COUNTS, "bytes", "shared")
+_MODULE = ("module", *_SUMS)
+_ALONG = ("versions", *_SUMS)
 _COLOURS = {"added": "green", "removed": "red", "changed": "yellow"} | dict.fromkeys(
     ("retyped", "reshaped"), "magenta"
 )
-_TEXTS = ("change", "fqn", "old", "new", "module")
+_TEXTS = ("change", "fqn", "old", "new", "module", "versions")
 
 Cells = dict[str, object]  # a row by column, before it is printed
 
 
-@click.command()
+def _complete_columns(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    columns = _columns(
+        depth=ctx.params.get("depth"),
+        along=ctx.params.get("along"),
+        stats=bool(ctx.params.get("stats") or ctx.params.get("plot")),
+    )
+    return [column for column in columns if column.startswith(incomplete)]
+
+
+@click.command(
+    help=f"""Show what changed from version A to B; B defaults to the tip of main.
+
+    Exits with 1 if anything changed.
+
+    BYTES is the size of a tensor in B (in A, if it was removed), and SHARED how many of these bytes
+    A has too, so that they are stored once.
+
+    --sort takes a column of the table: {", ".join(_ENTRY)}; with --depth {", ".join(_MODULE)}; with
+    --along {_ALONG[0]} in the place of {_MODULE[0]}. --stats adds {", ".join(_STATS)}.
+
+    With --along, A and B are the first and the last version to compare; both are optional.
+    """
+)
 @click.argument("refs", nargs=-1, metavar="[A] [B]", shell_complete=complete_refs)
 @click.option(
     "--stats", is_flag=True, help="Measure how each changed tensor changed (reads chunks)."
 )
 @click.option(
-    "--depth", type=click.IntRange(1, 1000), help="Sum up by module: the first N parts of the FQN."
+    "--depth", type=WholeNumber(1, 1000), help="Sum up by module: the first N parts of the FQN."
 )
-@click.option("--sort", type=click.Choice(_SORTS), metavar="COLUMN", help="Sort by a column.")
+@click.option(
+    "--sort",
+    metavar="COLUMN",
+    shell_complete=_complete_columns,
+    help="Sort by a column of the table, numbers from the largest.",
+)
 @click.option("--all", "show_all", is_flag=True, help="Also list what is unchanged.")
 @click.option(
     "--along",
@@ -82,15 +111,14 @@ def diff(
     along: str | None,
     plot: str | None,
 ) -> None:
-    """Show what changed from version A to B (default: the tip of main).
-
-    Exits with 1 if anything changed.
-
-    With --along, A and B are the first and the last version to compare; both are optional.
-    """
+    """Show what changed between two versions; its help, with the columns, is above."""
     if len(refs) > 2 or (not refs and along is None):
         raise click.UsageError("name the versions A and B to compare, or --along a branch.")
     stats = stats or plot is not None
+    has_depth = along is None or plot is not None or session.json
+    _check_along(along, show_all=show_all, depth=depth, has_depth=has_depth)
+    columns = _columns(depth=depth, along=along, stats=stats)
+    _check_sort(sort, columns)
     if plot is not None:
         from dcpstore.history.plots import check_plot  # noqa: PLC0415 (few draw)
 
@@ -107,13 +135,18 @@ def diff(
             plot_diff(diffs[0], plot, depth=depth)
         else:
             plot_along(diffs, plot, depth=depth)
+        note(f"the plot is in {visible(plot)}")
     if session.json:
         shapes = [_shape(one, depth) for one in diffs]
         print_json(shapes[0] if along is None else shapes)
     elif along is None:
-        _print_diff(diffs[0], depth=depth, sort=sort, stats=stats, show_all=show_all)
+        rows = _rows(diffs[0], depth=depth, sort=sort, stats=stats, show_all=show_all)
+        _print_rows(rows, columns, sort)
+        click.echo(diffs[0].summary())
+    elif rows := _rows_along(diffs, stats=stats):
+        _print_rows(rows, columns, sort)
     else:
-        _print_along(diffs, sort=sort, stats=stats)
+        note("there is only one version, so nothing to compare.")
     sys.stdout.flush()  # here, where a closed pipe still ends the command quietly
     if any(diffs):
         click.get_current_context().exit(DIFFERENT)
@@ -137,63 +170,64 @@ def _diffs_along(repo: Repository, branch: str, refs: Sequence[str], *, stats: b
     return [repo.diff(old, new, stats=stats) for old, new in pairwise(asked)]
 
 
-def _print_diff(
+def _check_along(along: str | None, *, show_all: bool, depth: int | None, has_depth: bool) -> None:
+    """Refuse options that --along does not use; a plot and JSON have a depth, the table has not."""
+    if along is not None and show_all:
+        raise click.UsageError("--all lists entries, and --along sums them up; leave out one.")
+    if depth is not None and not has_depth:
+        raise click.UsageError("with --along, --depth is only for --plot and --json; leave it out.")
+
+
+def _check_sort(sort: str | None, columns: Sequence[str]) -> None:
+    if sort is not None and sort not in columns:
+        raise click.UsageError(
+            f"there is no column {sort!r} here; sort by one of {', '.join(columns)}."
+        )
+
+
+def _columns(*, depth: int | None, along: str | None, stats: bool) -> tuple[str, ...]:
+    """Return the columns that a call prints."""
+    own = _ALONG if along is not None else _ENTRY if depth is None else _MODULE
+    return (*own, *(_STATS if stats else ()))
+
+
+def _rows(
     diff: Diff, *, depth: int | None, sort: str | None, stats: bool, show_all: bool
-) -> None:
+) -> list[Cells]:
     if depth is None:
         entries = [entry for entry in diff.entries if show_all or entry.change != "unchanged"]
-        rows = [
+        return [
             _entry_cells(one) | _stats_cells(one.stats, stats)
             for entry in entries
             for one in (entry, *_changed_parts(entry, sort))
         ]
-        columns: tuple[str, ...] = _ENTRY
-    else:
-        modules = [
-            module
-            for module in diff.by_module(depth)
-            if show_all or any(getattr(module, count) for count in _COUNTS[:-1])
-        ]
-        rows = [_module_cells(module) | _stats_cells(module.stats, stats) for module in modules]
-        columns = _MODULE
-    _print_rows(rows, (*columns, *(_STATS if stats else ())), sort)
-    click.echo(diff.summary())
+    modules = [
+        module
+        for module in diff.by_module(depth)
+        if show_all or any(getattr(module, count) for count in _COUNTS[:-1])
+    ]
+    return [_module_cells(module) | _stats_cells(module.stats, stats) for module in modules]
 
 
-def _print_along(diffs: Sequence[Diff], *, sort: str | None, stats: bool) -> None:
+def _rows_along(diffs: Sequence[Diff], *, stats: bool) -> list[Cells]:
     rows = []
     for diff in diffs:
         (whole,) = diff.by_module(0) or (None,)
         if whole is not None:
             cells = _module_cells(whole) | _stats_cells(whole.stats, stats)
-            rows.append(cells | {"module": f"{diff.old} -> {diff.new}"})
-    if rows:
-        _print_rows(
-            rows, (*_MODULE, *(_STATS if stats else ())), sort, titles={"module": "VERSIONS"}
-        )
-    else:
-        note("there is only one version, so nothing to compare.")
+            rows.append(cells | {"versions": f"{diff.old} -> {diff.new}"})
+    return rows
 
 
-def _print_rows(
-    rows: list[Cells],
-    columns: Sequence[str],
-    sort: str | None,
-    titles: dict[str, str] | None = None,
-) -> None:
+def _print_rows(rows: list[Cells], columns: Sequence[str], sort: str | None) -> None:
     if sort is not None:
-        if sort not in columns:
-            raise click.UsageError(
-                f"there is no column {sort!r} here; sort by one of {', '.join(columns)}."
-            )
         rows = sorted(rows, key=lambda row: _rank(row[sort]))
     if not rows:
         return
-    named = {column: column.upper() for column in columns} | (titles or {})
     print_table(
         [
             Column(
-                named[c],
+                c.upper(),
                 right=c not in _TEXTS,
                 shrinks=c in ("fqn", "module", "old", "new"),
                 colours=_COLOURS if c == "change" else {},

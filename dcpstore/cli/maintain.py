@@ -19,8 +19,9 @@ from dcpstore.cli.output import (
     print_table,
     visible,
 )
-from dcpstore.cli.session import DAMAGE, Session, repo_options
+from dcpstore.cli.session import DAMAGE, Session, WholeNumber, repo_options
 from dcpstore.core.display import counted, human_bytes, some_of
+from dcpstore.core.durations import as_duration
 
 if TYPE_CHECKING:
     from dcpstore.catalog.maintenance.retention import Best, Verdict
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
 __all__ = ["expire", "forget", "gc", "verify"]
 
 _MIB = 1024 * 1024
+_NAMED = 20  # versions that one line names
 _SHOWN = 5  # FQNs and chunks of one damage that are listed
 
+_TITLES = ("freed", "deleted", "condemned", "repacked")
+_DRY_TITLES = ("would free", "would delete", "would condemn", "would repack")
 _COLUMNS = (
     Column("VERSION", colour="yellow"),
     Column("BRANCH", shrinks=True, colour="cyan"),
@@ -44,13 +48,13 @@ _COLUMNS = (
 @click.command()
 @click.option(
     "--keep-last",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     metavar="N",
     help="Keep the N newest versions of each branch.",
 )
 @click.option(
     "--keep-every",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     metavar="N",
     help="Keep versions whose step is a multiple of N.",
 )
@@ -62,7 +66,7 @@ _COLUMNS = (
 @click.option(
     "--keep-tagged",
     is_flag=True,
-    help="Keep only tagged versions, where no other rule is given.",
+    help="The rule to give if tags alone decide; tips and the newest version stay too.",
 )
 @click.option(
     "--keep-since",
@@ -76,7 +80,12 @@ _COLUMNS = (
     help="Apply the rules to versions saved to this branch; all others stay.",
 )
 @click.option("--dry-run", is_flag=True, help="Change nothing; print what would expire.")
-@click.option("--explain", is_flag=True, help="List every version with what keeps it.")
+@click.option(
+    "--explain",
+    is_flag=True,
+    help="Also list every version with what keeps it; versions expire too, unless --dry-run is "
+    "given.",
+)
 @repo_options
 def expire(
     session: Session,
@@ -92,7 +101,8 @@ def expire(
 ) -> None:
     """Forget the versions that no rule keeps; gc then frees their bytes.
 
-    Branch tips, tagged versions and the newest version always stay.
+    Unlike 'forget', this cannot be undone. Branch tips, tagged versions and the newest version
+    always stay.
     """
     with session.open() as repo:
         report = repo.expire(
@@ -109,8 +119,13 @@ def expire(
         return
     if explain and report.verdicts:
         print_table(_COLUMNS, map(_row, report.verdicts))
-    what = counted(len(report.expired), "version")
-    click.echo(f"{what} would expire" if dry_run else f"{what} expired")
+    going = [f"v{number}" for number in report.expired]
+    which = some_of(going, _NAMED) or "0 versions"
+    if dry_run or not going:
+        click.echo(f"{which} would expire" if dry_run else f"{which} expired")
+    else:
+        whose = "its" if len(going) == 1 else "their"
+        click.echo(f"{which} expired; 'dcpstore gc' frees {whose} bytes")
 
 
 @click.command()
@@ -183,13 +198,18 @@ def _shape(verdict: Verdict) -> dict[str, object]:
 
 @click.command()
 @click.option(
-    "--grace", default="24h", show_default=True, help="How long condemned packs stay readable."
+    "--grace",
+    default="24h",
+    show_default=True,
+    help="How long condemned packs stay readable, such as 30m, 24h or 7d. With 0s they are deleted "
+    "at once: a reader that still needs one fails.",
 )
 @click.option(
     "--lease",
     default="1h",
     show_default=True,
-    help="How long a save without a report counts as running.",
+    help="How long a save without a report counts as running, such as 30m, 24h or 7d. With 0s "
+    "every running save is given up, and fails.",
 )
 @click.option("--dry-run", is_flag=True, help="Change nothing; print what would be freed.")
 @repo_options
@@ -200,17 +220,23 @@ def gc(session: Session, grace: str, lease: str, dry_run: bool) -> None:
     if session.json:
         print_json(report)
         return
-    shown = [("would free" if dry_run else "freed", human_bytes(report.nbytes_freed))]
     others = counted(len(report.cleared), "other object")
-    shown.append(("deleted", f"{counted(len(report.deleted), 'pack')}, {others}"))
     condemned = f"{counted(len(report.condemned), 'pack')}, {human_bytes(report.nbytes_condemned)}"
-    shown.append(("condemned", condemned))
-    shown.append(("repacked", counted(len(report.repacked), "pack")))
+    freed, deleted, named, repacked = _DRY_TITLES if dry_run else _TITLES
+    shown = [
+        (freed, human_bytes(report.nbytes_freed)),
+        (deleted, f"{counted(len(report.deleted), 'pack')}, {others}"),
+        (named, condemned),
+        (repacked, counted(len(report.repacked), "pack")),
+    ]
     if report.crashed:
-        shown.append(("crashed", f"{counted(len(report.crashed), 'save')} given up"))
+        saves = counted(len(report.crashed), "save")
+        shown.append(("crashed", f"{saves} would be given up" if dry_run else f"{saves} given up"))
     if report.unknown:
         shown.append(("unknown", f"{counted(len(report.unknown), 'object')} not changed"))
     print_pairs(shown)
+    if as_duration(grace, what="grace"):  # without a grace time they are deleted already
+        click.echo(f"condemned packs are deleted by a gc after their grace time ({grace.strip()})")
 
 
 @click.command()

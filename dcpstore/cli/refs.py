@@ -20,7 +20,13 @@ from dcpstore.cli.output import (
     print_table,
     visible,
 )
-from dcpstore.cli.session import Session, limit_option, pager_option, repo_options
+from dcpstore.cli.session import (
+    Session,
+    WholeNumber,
+    limit_option,
+    pager_option,
+    repo_options,
+)
 from dcpstore.records import Operation, RefRecord
 
 __all__ = ["branch", "ops", "rollback", "tag", "undo"]
@@ -118,13 +124,23 @@ def rollback(session: Session, ref: str, branch: str, force: bool, expect_tip: s
 
 @click.command()
 @click.option(
-    "--expect", type=click.IntRange(1), metavar="OP", help="Undo only if the last operation is OP."
+    "--expect",
+    type=WholeNumber(1),
+    metavar="OP",
+    help="Undo only if OP is the last operation that can be undone.",
 )
 @repo_options
 def undo(session: Session, expect: int | None) -> None:
-    """Revert the last operation that is not undone yet; versions stay."""
+    """Revert the last operation that is not undone yet; versions stay.
+
+    An expire, or the copy of a version, cannot be undone; the message then says how to undo the
+    operation before it. A gc is skipped.
+    """
     with session.open() as repo:
+        (newest,) = repo.operations(limit=1)
         done = repo.undo(expect=expect)
+    if newest.kind == "gc" and expect is None:
+        note("gc cannot be undone and was skipped; the operation before it is undone.")
     if session.json:
         print_json(done)
     elif done.target and done.old is None and done.new is None:

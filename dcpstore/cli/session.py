@@ -35,6 +35,7 @@ __all__ = [
     "DAMAGE",
     "NoRepositoryError",
     "Session",
+    "WholeNumber",
     "color_option",
     "exit_code",
     "json_option",
@@ -50,8 +51,25 @@ DAMAGE = 3
 BROKEN_PIPE = 141  # as a shell shows death by SIGPIPE
 _MOST = 1_000_000_000  # more would not fit the number types of every database
 
+
+class WholeNumber(click.IntRange):
+    """A whole number in a range; click would call what is not one "not a valid integer range"."""
+
+    name = "number"
+
+    def convert(
+        self, value: str | int, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """Return the number, or end the command with its message."""
+        try:
+            number = int(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a whole number.", param, ctx)
+        return int(super().convert(number, param, ctx))
+
+
 limit_option = click.option(
-    "-n", "--limit", type=click.IntRange(1, _MOST), help="Print at most this many."
+    "-n", "--limit", type=WholeNumber(1, _MOST), help="Print at most this many."
 )
 pager_option = click.option("--no-pager", is_flag=True, help="Print a long list without a pager.")
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import click
 
+from dcpstore.catalog.schema.views import VIEWS
 from dcpstore.cli.output import (
     Column,
     note,
@@ -26,7 +27,12 @@ _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
-@click.command()
+@click.command(
+    help=f"""Print the rows of a QUERY in SQL; - reads it from standard input.
+
+    The views to query are {", ".join(list(VIEWS)[:-1])} and {list(VIEWS)[-1]}.
+    """
+)
 @click.argument("query")
 @click.option(
     "-p",
@@ -39,10 +45,7 @@ _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @repo_options
 def sql(session: Session, query: str, params: tuple[str, ...], as_csv: bool) -> None:
-    """Print the rows of a QUERY in SQL; - reads it from standard input.
-
-    The views to query are history, entries, storage, operations and metrics.
-    """
+    """Print the rows of a query; its help, which names the views, is above."""
     if as_csv and session.json:
         raise click.UsageError("--csv and --json exclude each other; choose one.")
     pairs = [_param(text) for text in params]
@@ -50,9 +53,15 @@ def sql(session: Session, query: str, params: tuple[str, ...], as_csv: bool) -> 
     if len(values) < len(pairs):
         raise click.BadParameter("a name is given twice.", param_hint="'-p'")
     with session.open() as repo:
-        from dcpstore.catalog.read.user_sql import query_table  # noqa: PLC0415 (SQLAlchemy)
+        from dcpstore.catalog.read.user_sql import (  # noqa: PLC0415 (SQLAlchemy)
+            query_table,
+            unused_parameters,
+        )
 
         text = _utf8(sys.stdin.read() if query == "-" else query)
+        if unused := unused_parameters(text, values):
+            named = ", ".join(f":{name}" for name in unused)
+            raise click.BadParameter(f"the query has no {named}.", param_hint="'-p'")
         columns, rows = query_table(repo.catalog, text, values)
     if session.json:
         print_json([_object(row) for row in rows])

@@ -7,7 +7,7 @@ name and value in it is escaped: what a repository holds never becomes markup.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from html import escape
 
 __all__ = [
@@ -16,12 +16,14 @@ __all__ = [
     "html_pairs",
     "html_table",
     "human_bytes",
+    "human_duration",
     "human_metrics",
     "human_number",
     "some_of",
 ]
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+_SPANS = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
 _LINE = "border-bottom: 1px solid rgba(128, 128, 128, 0.35)"
 _CELL = f"padding: 0.15em 0.8em 0.15em 0; vertical-align: top; {_LINE}"
 
@@ -36,6 +38,17 @@ def human_bytes(count: int) -> str:
         if size < 1023.95 or unit == _UNITS[-1]:  # what rounds to 1024.0 belongs to the next
             break
     return f"{size:.1f} {unit}"
+
+
+def human_duration(duration: timedelta) -> str:
+    """Return a duration in its two largest units: `34 s`, `2 h 5 min`."""
+    rest = round(duration.total_seconds())
+    parts = []
+    for unit, size in _SPANS:
+        count, rest = divmod(rest, size)
+        if count:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2]) or "0 s"
 
 
 def human_number(value: float) -> str:

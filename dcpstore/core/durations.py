@@ -34,9 +34,10 @@ def as_duration(given: Duration, *, what: str) -> timedelta:
         except OverflowError:
             duration = timedelta.max
     if not isinstance(duration, timedelta) or duration < timedelta(0):
+        other = "" if isinstance(given, str) else ", or give a timedelta"
         raise InvalidInputError(
-            f"{what} {given!r} is not a valid duration; write '90s', '30m', '24h', '7d' or '2w', "
-            "or give a timedelta."
+            f"{what} {given!r} is not a valid duration; write '90s', '30m', '24h', '7d' or "
+            f"'2w'{other}."
         )
     if duration > _MOST:
         raise InvalidInputError(

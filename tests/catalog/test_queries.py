@@ -85,6 +85,12 @@ def test_unknown_fqns_are_all_named(catalog: Catalog, save: Save) -> None:
     assert r"'z\x00z\ud800'" in message
     with pytest.raises(NotFoundError, match=r"for 15 FQNs(?s:.*)and 5 more"):
         load_entries(catalog, 1, [f"unknown {i}" for i in range(15)])
+    with pytest.raises(NotFoundError, match=r"^v1 has no entry 'nope'\. See 'dcpstore ls v1'"):
+        load_entries(catalog, 1, ["nope"])
+    with pytest.raises(
+        NotFoundError, match=r"no entry 'optim\.l' \(did you mean 'optim\.lr'\?\)\. "
+    ):
+        load_entries(catalog, 1, ["optim.l"])
     with pytest.raises(NotFoundError, match="no version v2"):
         load_entries(catalog, 2)
 

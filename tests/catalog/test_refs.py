@@ -61,9 +61,9 @@ def test_unknown_refs_list_the_nearest_names(catalog: Catalog) -> None:
         "bets": "no branch or tag 'bets'. Did you mean 'best'?",
         "v7": "no version v7; the newest is v6",
         "v0": "no version v0",
-        "main~4": "no version 'main~4': the start has 3 ancestors.",
-        "v2~2": "no version 'v2~2': the start has 1 ancestor.",
-        f"main~{2**62}": "the start has 3 ancestors.",
+        "main~4": "no version 'main~4': main has 3 ancestors.",
+        "v2~2": "no version 'v2~2': v2 has 1 ancestor.",
+        f"main~{2**62}": "main has 3 ancestors.",
         "main@step=25": "ancestor has step 25. The nearest steps are 10, 20, 30",
         2**63 - 1: "no version v9223372036854775807",
     }

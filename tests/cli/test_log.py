@@ -147,4 +147,6 @@ def test_an_empty_filter_is_no_filter(run: Run, target: str, option: str) -> Non
 
 @pytest.mark.parametrize("limit", ["0", "-1", "x", "99999999999999999999"])
 def test_an_invalid_limit(run: Run, empty: str, limit: str) -> None:
-    assert run("log", "-n", limit, repo=empty).exit_code == 2
+    result = run("log", "-n", limit, repo=empty)
+    assert result.exit_code == 2
+    assert ("'x' is not a whole number." in result.stderr) == (limit == "x")

@@ -5,8 +5,10 @@ import json
 import pytest
 
 from dcpstore.catalog.catalog import Catalog
+from dcpstore.catalog.schema.views import VIEWS
 from tests.cli.conftest import Run, ask_database
 from tests.cli.history import save_version
+from tests.ranks import ROOT
 
 QUERY = "SELECT version, step, tags, message FROM history WHERE step >= :low ORDER BY version"
 
@@ -48,6 +50,24 @@ def test_no_rows(run: Run, target: str) -> None:
     assert json.loads(run("sql", QUERY, "-p", "low=9999", "--json", repo=target).stdout) == []
     as_csv = run("sql", QUERY, "-p", "low=9999", "--csv", repo=target)
     assert (as_csv.stdout, as_csv.stderr) == ("version,step,tags,message\n", "")
+
+
+def test_parameters_that_are_missing_or_unused_are_named(run: Run, target: str) -> None:
+    refused = run("sql", "SELECT 1 WHERE :v = 1 AND :w = ':x'", "-p", "w=2", repo=target)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("dcpstore: no value for :v; pass -p v=... ")
+    unused = run("sql", "SELECT ':x' AS x", "-p", "x=1", "-p", "y=1", repo=target)
+    assert (unused.exit_code, unused.stdout) == (2, "")
+    assert "the query has no :x, :y." in unused.stderr
+    wrong = run("sql", "SELECT * FROM nothing", repo=target)
+    assert ".." not in wrong.stderr
+
+
+def test_the_help_and_the_page_name_every_view(run: Run) -> None:
+    shown = " ".join(run("sql", "--help").stdout.split())
+    assert f"views to query are {', '.join([*VIEWS][:-1])} and {[*VIEWS][-1]}." in shown
+    section = (ROOT / "docs" / "cli.md").read_text().split("## `dcpstore sql")[1].split("\n## ")[0]
+    assert [view for view in VIEWS if f"`{view}`" not in section] == []
 
 
 REFUSED: list[tuple[str, ...]] = [

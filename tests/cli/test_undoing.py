@@ -39,6 +39,18 @@ def test_what_was_added_is_taken_back(run: Run, catalog: Catalog, target: str) -
     assert "late" not in run("show", "v1", repo=target).stdout
 
 
+def test_an_expire_names_the_operation_before(run: Run, catalog: Catalog, target: str) -> None:
+    run("tag", "precious", "v3", repo=target)
+    assert run("expire", "--keep-last", "1", repo=target).stdout.startswith("v1 expired; ")
+    refused = run("undo", repo=target)
+    assert (refused.exit_code, refused.stdout) == (11, "")
+    assert "expire (operation 7), cannot be undone" in refused.stderr
+    assert "run 'dcpstore undo --expect 6'" in refused.stderr
+    assert ("precious", 3) in ask_database(target, REFS)
+    undone = run("undo", "--expect", "6", repo=target)
+    assert (undone.stdout, undone.stderr) == ("precious is gone; it was v3\n", "")
+
+
 def test_operations_tell_who_did_what(run: Run, catalog: Catalog, target: str) -> None:
     delete_ref(catalog, "best", "tag", expect=None, author="ada")
     lines = run("ops", "-n", "2", repo=target).stdout.splitlines()

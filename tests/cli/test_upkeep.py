@@ -35,14 +35,54 @@ def test_expire_explains_and_then_forgets(run: Run, folder: str) -> None:
         "v2",
         "v3",
         "v4",
-        "1",
+        "v2",
     ]
     assert "best 1 by loss" in printed.output
-    assert "1 version would expire" in printed.output
+    assert printed.output.endswith("\nv2 would expire\n")
     said = json.loads(run(*args, "--json", repo=folder).output)
     assert [one["version"] for one in said if one["expired"]] == [2]
     shown = run("show", "v2", repo=folder)
     assert (shown.exit_code, "expired on" in shown.output) == (1, True)
+
+
+def test_expire_names_what_goes_and_says_that_it_is_final(
+    run: Run, folder: str, tmp_path: Path
+) -> None:
+    args = ("expire", "--keep-last", "1")
+    assert run(*args, "--dry-run", repo=folder).output == "v1, v2, v3 would expire\n"
+    expired = "v1, v2, v3 expired; 'dcpstore gc' frees their bytes\n"
+    assert run(*args, "--explain", repo=folder).output.endswith(expired)
+    assert run(*args, repo=folder).output == "0 versions expired\n"
+    shown = " ".join(run("expire", "--help").output.split())
+    assert "Unlike 'forget', this cannot be undone." in shown
+    assert "versions expire too, unless --dry-run is given" in shown
+    with open_repository(tmp_path / "many") as repo:
+        for step in range(24):
+            dcpstore.save({"w": torch.ones(3)}, repo, step=step)
+    printed = run(*args, "--dry-run", repo=str(tmp_path / "many")).output
+    assert printed.startswith("v1, v2, v3, ")
+    assert printed.endswith(", v20 and 3 more would expire\n")
+
+
+def test_gc_says_when_bytes_are_freed(run: Run, folder: str) -> None:
+    run("expire", "--keep-last", "1", repo=folder)
+    last = "condemned packs are deleted by a gc after their grace time (24h)"
+    dry = run("gc", "--dry-run", repo=folder).output.splitlines()
+    assert [line.split("  ")[0] for line in dry] == [
+        "would free",
+        "would delete",
+        "would condemn",
+        "would repack",
+        last,
+    ]
+    assert dry[2].split(None, 2)[2].startswith("3 packs, ")
+    assert run("gc", repo=folder).output.splitlines()[-1] == last
+    assert "grace time" not in run("gc", "--grace", "0s", repo=folder).output
+    shown = " ".join(run("gc", "--help").output.split())
+    assert shown.count("such as 30m, 24h or 7d. With 0s") == 2
+    wrong = run("gc", "--grace", "soon", repo=folder)
+    assert (wrong.exit_code, "'24h'" in wrong.stderr) == (2, True)
+    assert "timedelta" not in wrong.stderr
 
 
 def test_forget_and_its_undo(run: Run, folder: str) -> None:
@@ -108,6 +148,16 @@ def test_gc_frees_what_expired(run: Run, folder: str) -> None:
     assert len(would["deleted"]) == 3
     for args in (("--grace", "soon"), ("--grace", "99999999d"), ("--lease", "99999999d")):
         assert run("gc", *args, repo=folder).exit_code == 2
+
+
+def test_an_undo_after_gc_says_that_it_skipped_that(run: Run, folder: str) -> None:
+    run("expire", "--keep-last", "1", repo=folder)
+    run("tag", "late", "v4", repo=folder)
+    assert "condemned  3 packs" in run("gc", repo=folder).output
+    undone = run("undo", repo=folder)
+    assert undone.stdout == "late is gone; it was v4\n"
+    assert undone.stderr.startswith("gc cannot be undone and was skipped; ")
+    assert run("undo", repo=folder).exit_code == 11
 
 
 def test_verify_exits_with_3_and_names_the_damage(run: Run, folder: str) -> None:

@@ -191,5 +191,46 @@ def test_the_command(small: Repository, place: Place, tmp_path: Path) -> None:
     assert run("v1", "v2", "--plot", str(tmp_path / "x.gif")).exit_code == 2
     assert run("v1", "v1", "--plot", str(tmp_path / "none.png")).exit_code == 2
     assert run().exit_code == 2
-    assert run("v1", "v2", "--sort", "relative").exit_code == 2
+    for args, columns in {
+        ("v1", "v2"): "change, fqn, old, new, bytes, shared.",
+        ("v1", "v2", "--depth", "1"): "module, added, ",
+        ("--along", "main"): "versions, added, ",
+    }.items():
+        refused = run(*args, "--sort", "relative")
+        assert (refused.exit_code, f"sort by one of {columns}" in refused.stderr) == (2, True)
+    assert run("--along", "main", "--sort", "versions").exit_code == 1
+
+
+def test_options_that_along_does_not_use_are_refused(small: Repository, place: Place) -> None:
+    dcpstore.save(state(), small, step=1)
+    dcpstore.save(state(lr=0.2), small, step=2)
+
+    def run(*args: str) -> Any:
+        arguments = ["diff", "--along", "main", *args]
+        return CliRunner(env={"DCPSTORE_REPO": place.url}).invoke(commands, arguments)
+
+    for args, name in ((("--all",), "--all"), (("--depth", "1"), "--depth")):
+        refused = run(*args)
+        assert (refused.exit_code, refused.stdout, name in refused.stderr) == (2, "", True)
+    assert "modules" in json.loads(run("--depth", "1", "--json").stdout)[0]
+
+
+def test_the_command_says_where_the_plot_is(
+    small: Repository, place: Place, tmp_path: Path
+) -> None:
+    changed = state()
+    changed["model"]["a"] *= 1.5
+    dcpstore.save(state(), small, step=1)
+    dcpstore.save(changed, small, step=2)
+    path = tmp_path / "bars.svg"
+    command = ["diff", "v1", "v2", "--plot", str(path)]
+    shown = CliRunner(env={"DCPSTORE_REPO": place.url}).invoke(commands, command)
+    assert (shown.exit_code, shown.stderr) == (1, f"the plot is in {path}\n")
+    assert path.stat().st_size
+
+
+def test_an_unknown_version_is_an_error(small: Repository, place: Place) -> None:
+    def run(*args: str) -> Any:
+        return CliRunner(env={"DCPSTORE_REPO": place.url}).invoke(commands, ["diff", *args])
+
     assert run("v9").exit_code == 1

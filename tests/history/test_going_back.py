@@ -150,8 +150,9 @@ def test_the_version_that_a_tag_left_may_expire_and_the_tag_does_not_go_back(
     assert repo.expire(keep_last=2).expired == ()
     repo.tag("best", 2, move=True)
     assert repo.expire(keep_last=2).expired == (1,)
+    moved = repo.operations(limit=2)[1].number  # the last but the expire
     with pytest.raises(NotFoundError, match="back to v1, which was expired"):
-        repo.undo()
+        repo.undo(expect=moved)
     assert refs(repo) == {"best": 2, "main": 3}
 
 
@@ -199,8 +200,69 @@ def test_undo_past_an_expired_version_changes_nothing(repo: Repository) -> None:
     repo.expire(keep_last=1)
     before = refs(repo), repo.operations()
     with pytest.raises(NotFoundError, match=r"would go back to v2, which was expired on"):
-        repo.undo()
+        repo.undo(expect=4)
     assert (refs(repo), repo.operations()) == before
+
+
+def test_an_expire_is_not_passed_over_unasked(repo: Repository, place: Place) -> None:
+    for i in range(3):
+        save(repo, i)
+    repo.tag("precious", 3)
+    repo.tag("other", 3)
+    repo.expire(keep_last=1)
+    before = refs(repo), repo.operations()
+    message = (
+        r"the last operation, expire \(operation 7\), cannot be undone\. To undo the one before it "
+        r"\(tag 'other', operation 6\), run 'dcpstore undo --expect 6'"
+    )
+    for expect in (None, 7):
+        with pytest.raises(ConflictError, match=message):
+            repo.undo(expect=expect)
+    with pytest.raises(ConflictError, match="that is not undone is 6 "):
+        repo.undo(expect=5)
+    with rebuilt(place) as again, pytest.raises(ConflictError, match=message):
+        undo_last(again.catalog, expect=None, author="")
+    assert (refs(repo), repo.operations()) == before
+    assert repo.undo(expect=6).target == "other"
+    assert repo.undo().target == "precious"  # past the expire already: the next one before
+    repo.expire(keep_last=1)  # expires nothing, so it is not an operation
+    repo.tag("late", 3)
+    assert repo.undo().target == "late"
+    assert refs(repo) == {"main": 3}
+
+
+def test_an_expire_with_nothing_before_it_leaves_nothing_to_undo(repo: Repository) -> None:
+    save(repo, 0)
+    save(repo, 1)
+    repo.undo()
+    repo.undo()
+    assert repo.expire(keep_last=1).expired == (1,)
+    with pytest.raises(InvalidInputError, match=r"nothing is left to undo: expire \(operation 6\)"):
+        repo.undo()
+
+
+def test_the_copy_of_a_version_is_not_passed_over_unasked(repo: Repository, tmp_path: Path) -> None:
+    save(repo, 0)
+    repo.tag("mine", 1)
+    with dcpstore.open(tmp_path / "other") as other:
+        dcpstore.save({"w": torch.zeros(3)}, other)
+        other.copy_to(repo, ["v1"])
+    with pytest.raises(ConflictError, match=r"copy \(operation 4\), .*\(tag 'mine', operation 3\)"):
+        repo.undo()
+    assert refs(repo) == {"main": 1, "mine": 1}
+    assert repo.undo(expect=3).target == "mine"
+
+
+def test_a_gc_is_passed_over(repo: Repository) -> None:
+    save(repo, 0)
+    save(repo, 1)
+    repo.expire(keep_last=1)
+    repo.tag("late", 2)
+    repo.gc()
+    assert repo.operations(limit=1)[0].kind == "gc"
+    assert repo.undo().target == "late"
+    with pytest.raises(ConflictError, match="expire"):
+        repo.undo()
 
 
 def test_a_ref_that_another_operation_moved_is_not_undone(repo: Repository) -> None:

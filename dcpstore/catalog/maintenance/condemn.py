@@ -19,6 +19,7 @@ from dcpstore.catalog.maintenance.expire import drop_forgotten
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.write.operations import Change, lock_repository, record
 from dcpstore.catalog.write.stale import mark_holders_stale, mark_stale
+from dcpstore.core.display import human_duration
 from dcpstore.errors import InvalidInputError
 from dcpstore.records import PackRecord
 
@@ -293,7 +294,7 @@ def _abort_crashed(connection: Connection, *, now: datetime, lease: timedelta) -
 
     If one of them runs after all, its commit fails.
     """
-    text = f"it was silent for more than {lease}, so gc treated it as crashed"
+    text = f"it was silent for more than {human_duration(lease)}, so gc treated it as crashed"
     rows = connection.scalars(
         update(_version)
         .where(_version.c.status == "pending", _version.c.touched_at <= now - lease)
@@ -318,10 +319,11 @@ def _check_running(connection: Connection, *, now: datetime, grace: timedelta) -
         .limit(1)
     ).one_or_none()
     if oldest is not None and now - oldest.started_at > grace:
-        age = timedelta(seconds=round((now - oldest.started_at).total_seconds()))
+        age = human_duration(now - oldest.started_at)
         raise InvalidInputError(
             f"a save by {oldest.author!r} on {oldest.host!r} has been running for {age}, longer "
-            f"than the grace time of {grace}; wait for it, or give a longer grace time."
+            f"than the grace time of {human_duration(grace)}; wait for it, or give a longer grace "
+            "time; if its process is gone, 'dcpstore gc --lease 1m' gives it up."
         )
 
 

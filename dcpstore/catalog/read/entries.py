@@ -231,6 +231,11 @@ def _missing_error(
         hint = f" (did you mean {', '.join(repr(name) for name in close)}?)" if close else ""
         lines.append(f"  {fqn!r}{hint}")
     more = f"\n  and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+    if len(missing) == 1:
+        return NotFoundError(
+            f"v{version} has no entry {lines[0].lstrip()}. See 'dcpstore ls v{version}' for all of "
+            "them."
+        )
     return NotFoundError(
         f"v{version} has no entry for {counted(len(missing), 'FQN')}:\n"
         + "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Connection, Select, exists, select
@@ -20,6 +21,7 @@ from dcpstore.catalog.read.versions import (
     load_version,
 )
 from dcpstore.catalog.schema import tables
+from dcpstore.core.display import counted
 from dcpstore.core.syntax import Ref, parse_ref
 from dcpstore.errors import InvalidInputError, NotFoundError
 from dcpstore.records import RefRecord, Version
@@ -193,9 +195,9 @@ def _up(connection: Connection, start: int, ref: Ref) -> int:
     """Return the id of the ancestor that `~n` means."""
     depth = depth_of(connection, start)
     if depth < ref.up:
-        noun = "ancestor" if depth == 1 else "ancestors"
+        start_name = str(replace(ref, up=0, step=None))
         raise NotFoundError(
-            f"no version {str(ref)!r}: the start has {depth} {noun}. "
+            f"no version {str(ref)!r}: {start_name} has {counted(depth, 'ancestor')}. "
             "See 'dcpstore log' for the history."
         )
     return ancestor_at(connection, start, depth - ref.up)

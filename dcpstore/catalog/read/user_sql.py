@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -25,7 +25,7 @@ from dcpstore.catalog.validation import check_text
 from dcpstore.errors import InvalidInputError
 from dcpstore.records import Row
 
-__all__ = ["Table", "query_rows", "query_table"]
+__all__ = ["Table", "query_rows", "query_table", "unused_parameters"]
 
 T = TypeVar("T")
 Table = tuple[list[str], list[Row]]
@@ -93,15 +93,37 @@ def query_table(catalog: OpenCatalog, sql: str, params: Mapping[str, object]) ->
                 raise DBAPIError.instance(
                     None, None, error, driver.Error, dialect=connection.dialect
                 ) from error
+            if lacking := [name for name in _parameters(sql) if name not in params]:
+                raise _missing_error(lacking) from error
             raise InvalidInputError(
-                f"the database refused {_short(sql)!r}: {database.shown_error(error)}. "
-                f"The views are {', '.join(VIEWS)}."
+                f"the database refused {_short(sql)!r}: "
+                f"{database.shown_error(error).rstrip('.')}. The views are {', '.join(VIEWS)}."
             ) from error
 
 
 def query_rows(catalog: OpenCatalog, sql: str, params: Mapping[str, object]) -> list[Row]:
     """Return only the rows of `query_table`; each knows the names of its columns."""
     return query_table(catalog, sql, params)[1]
+
+
+def unused_parameters(sql: str, names: Iterable[str]) -> list[str]:
+    """Return which of these names are not parameters of a query."""
+    # SQLite also takes @name and $name.
+    used = {*_parameters(sql), *re.findall(r"[@$](\w+)", sql)}
+    return [name for name in names if name not in used]
+
+
+def _parameters(sql: str) -> list[str]:
+    """Return the names of the parameters, each once, in their order."""
+    found = (match["name"] for match in _PARAMETER.finditer(sql))
+    return list(dict.fromkeys(name for name in found if name))
+
+
+def _missing_error(names: Sequence[str]) -> InvalidInputError:
+    named = ", ".join(f":{name}" for name in names)
+    options = " ".join(f"-p {name}=..." for name in names)
+    keywords = ", ".join(f"{name}=..." for name in names)
+    return InvalidInputError(f"no value for {named}; pass {options} (repo.sql(query, {keywords})).")
 
 
 # The drivers' connections are `Any`: psycopg, an extra, may be missing when mypy runs.

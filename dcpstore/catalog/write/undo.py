@@ -43,14 +43,15 @@ def undo_last(connection: Connection, *, expect: int | None, author: str) -> Ope
     """Revert the last operation that is not undone; return the operation that reverts it.
 
     A save is reverted together with its tags: its version stays, and the branch moves back.
-    Forgotten versions come back with the refs that they had. An expire or gc cannot be reverted,
+    Forgotten versions come back with the refs that they had. A gc changes nothing that people see,
     and is skipped.
 
     Raises:
         InvalidInputError: nothing is left to undo, or `expect` is not a number.
         NotFoundError: a version to which a ref would go back was expired, or gc has dropped
             forgotten versions.
-        ConflictError: the operation is not number `expect`, or a ref is not where it put it.
+        ConflictError: the operation is not number `expect`, or a ref is not where it put it; or a
+            later operation, such as an expire, cannot be undone, and `expect` is not given.
     """
     check_text(author, what="author")
     if expect is not None and type(expect) is not int:
@@ -85,11 +86,16 @@ def undo_last(connection: Connection, *, expect: int | None, author: str) -> Ope
 def _last_not_undone(connection: Connection, expect: int | None) -> Sequence[Row[Any]]:
     """Return the rows of the operation to undo: one row, or a save and then its tags.
 
-    A forget whose versions gc has dropped is skipped only if `expect` names another operation:
-    a caller who wants the versions back must not lose something else instead.
+    What cannot be undone is skipped only if `expect` names another operation: a caller who wants
+    expired or forgotten versions back must not lose something else instead.
+
+    Raises:
+        InvalidInputError: nothing is left to undo.
+        ConflictError: a later operation cannot be undone, and `expect` is None or its number.
     """
     undone: set[int] = set()  # an undo comes after what it undoes, so it is read first
     parts: list[Row[Any]] = []
+    final: Row[Any] | None = None  # the newest operation that cannot be undone
     for row in _newest_first(connection):
         if row.kind == "undo":
             undone.add(row.detail["undoes"])
@@ -98,13 +104,42 @@ def _last_not_undone(connection: Connection, expect: int | None) -> Sequence[Row
         elif row.kind == "tag" and row.detail is not None:  # of a save, whose row comes next
             parts.append(row)
         elif (row.target and _ref_kind(row)) or kind_of(row.kind).adds:
+            _check_passed(final, row, expect)
             own = [part for part in parts if part.detail["save"] == row.number]
             return [row, *reversed(own)]
         elif row.kind == "forget" and (
             expect in {None, row.number} or _can_come_back(connection, row.detail["versions"])
         ):
+            _check_passed(final, row, expect)
             return [row]
-    raise InvalidInputError("nothing is left to undo. See 'dcpstore ops' for what was done.")
+        # Once an operation before it is undone, the caller has agreed to leave this one.
+        elif final is None and _is_final(row) and not any(n < row.number for n in undone):
+            final = row
+    why = f": {final.kind} (operation {final.number}) cannot be undone" if final is not None else ""
+    raise InvalidInputError(f"nothing is left to undo{why}. See 'dcpstore ops' for what was done.")
+
+
+def _is_final(row: Row[Any]) -> bool:
+    """Tell whether an operation changed what people see, and cannot be undone.
+
+    That is an expire, and a copy that made a version. The expire that a rebuild records is not one:
+    it says which versions were lost before.
+    """
+    if row.kind == "expire":
+        return "lost" not in row.detail.get("rules", {})
+    return row.kind == "copy" and not row.target
+
+
+def _check_passed(final: Row[Any] | None, row: Row[Any], expect: int | None) -> None:
+    """Raise ConflictError if the caller has not said that `row` is to be undone and not `final`."""
+    if final is None or expect not in {None, final.number}:
+        return
+    what = f"{row.kind} {row.target!r}" if row.target else row.kind
+    raise ConflictError(
+        f"the last operation, {final.kind} (operation {final.number}), cannot be undone. To undo "
+        f"the one before it ({what}, operation {row.number}), run 'dcpstore undo --expect "
+        f"{row.number}' (repo.undo(expect={row.number}))."
+    )
 
 
 def _ref_kind(row: Row[Any]) -> RefKind | None:
