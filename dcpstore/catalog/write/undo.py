@@ -113,7 +113,7 @@ def _last_not_undone(connection: Connection, expect: int | None) -> Sequence[Row
             _check_passed(final, row, expect)
             return [row]
         # Once an operation before it is undone, the caller has agreed to leave this one.
-        elif final is None and _is_final(row) and not any(n < row.number for n in undone):
+        elif final is None and _is_final(row) and row.number <= min(undone, default=row.number):
             final = row
     why = f": {final.kind} (operation {final.number}) cannot be undone" if final is not None else ""
     raise InvalidInputError(f"nothing is left to undo{why}. See 'dcpstore ops' for what was done.")
@@ -131,7 +131,7 @@ def _is_final(row: Row[Any]) -> bool:
 
 
 def _check_passed(final: Row[Any] | None, row: Row[Any], expect: int | None) -> None:
-    """Raise ConflictError if the caller has not said that `row` is to be undone and not `final`."""
+    """Raise ConflictError if `final` came after `row`, and `expect` does not pass over it."""
     if final is None or expect not in {None, final.number}:
         return
     what = f"{row.kind} {row.target!r}" if row.target else row.kind
