@@ -456,9 +456,7 @@ def _encode_file(obj: io.BytesIO) -> object:
     try:
         return to_base64(obj.getbuffer().tobytes())
     except ValueError as error:
-        raise NotPlainError(
-            "io.BytesIO that is closed", "save it before close(), or leave it out"
-        ) from error
+        raise NotPlainError("io.BytesIO that is closed", "save it before close()") from error
 
 
 _CODECS: dict[str, Codec] = {

@@ -180,7 +180,7 @@ def encode_value(obj: object, *, allow_pickle: bool) -> EncodedValue:
         text = _dump(_encode(obj, ()))
     except NotPlainError as error:
         if not allow_pickle:
-            raise UnsafeDataError(_not_plain(error)) from None
+            raise UnsafeDataError(_not_plain(error, obj)) from None
         return EncodedValue("blob", _PICKLE_BLOB, _pickled(obj))
     data = text.encode()
     if len(data) > _LONGEST:
@@ -376,18 +376,32 @@ def _is_plain_key(key: object) -> bool:
     return type(key) is str and not key.startswith("$") and is_plain_json(key)
 
 
-def _not_plain(error: NotPlainError) -> str:
+def _not_plain(error: NotPlainError, obj: object) -> str:
+    """Return the message for a value `obj` that holds something that is not plain data."""
     advice = error.advice or "convert it to tensors, numbers, text, lists or dicts"
+    what = f"a value of type {error} is not plain data"
     if isinstance(error, _HeldTensorError):
-        return (
-            f"a {error} is inside a value, such as a set or deque, and would need pickle; keep "
-            "tensors in lists, tuples and dicts only, where each is saved by itself, or save with "
-            "allow_pickle=True."
-        )
-    return (
-        f"a value of type {error} is not plain data and would need pickle; {advice}, or save with "
-        "allow_pickle=True."
-    )
+        what = f"a {error} is inside a value, such as a set or deque,"
+        advice = "keep tensors in lists, tuples and dicts only, where each is saved by itself"
+    if _pickles(obj):
+        return f"{what} and would need pickle; {advice}, or save with allow_pickle=True."
+    return f"{what} and cannot be pickled; {advice}, or leave it out of the state."
+
+
+class _Nowhere:
+    """A file that keeps nothing, so that a large value is not in memory a second time."""
+
+    def write(self, data: bytes | memoryview) -> int:
+        return len(data)
+
+
+def _pickles(obj: object) -> bool:
+    """Tell whether a value can be pickled, so that `allow_pickle` would help."""
+    try:
+        pickle.Pickler(_Nowhere(), protocol=4).dump(obj)
+    except Exception:  # whatever the object's own hooks raise
+        return False
+    return True
 
 
 def _dump(node: object) -> str:

@@ -192,6 +192,10 @@ class Refused:
     make: Callable[[], Any]
 
 
+class _Own(list[object]):
+    """A class of which `pickle` finds the name."""
+
+
 @dataclass
 class _Cached:
     lr: float
@@ -233,7 +237,7 @@ REFUSED = [
     ),
     Refused("dataclass with attributes beside its fields", lambda: _Cached(0.1)),
     Refused("subclass of `str` with attributes", _noted),
-    Refused("subclass of `list`, `dict` or `set`", type("Own", (list,), {})),
+    Refused("subclass of `list`, `dict` or `set`", _Own),
     Refused("`UserDict`, `MappingProxyType` inside a value", lambda: (UserDict(a=1),)),
     Refused("other mappings inside a value", lambda: (MappingProxyType({"a": 1}),)),
     Refused("set or keys that only their class tells apart", lambda: {Colour.RED, 1}),
