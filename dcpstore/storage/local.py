@@ -26,6 +26,8 @@ from dcpstore.storage.interface import Range, check_key
 __all__ = ["LocalFolder"]
 
 _MAKE = "make the data folder"
+_LOOK = "look at the data folder"
+_READ = "read"
 
 
 class LocalFolder:
@@ -52,7 +54,7 @@ class LocalFolder:
                 self._root.mkdir(parents=True, exist_ok=True)
                 for folder in (self._root, *above):
                     _sync_folder(folder.parent)
-        with _explained("look at the data folder", self._root):
+        with _explained(_LOOK, self._root):
             is_there, is_folder = self._root.exists(), self._root.is_dir()
         if not is_there:
             raise NotFoundError(
@@ -83,19 +85,19 @@ class LocalFolder:
     def get(self, key: str) -> bytes:
         """Return a whole object."""
         path = self._locate(key)
-        with _explained("read", path), _open_file(path) as file:
+        with _explained(_READ, path), _open_file(path) as file:
             return file.read()
 
     def open(self, key: str) -> MappedFile:
         """Return a mapped object to read ranges of."""
         path = self._locate(key)
-        with _explained("read", path):
+        with _explained(_READ, path):
             return MappedFile(path)
 
     def size(self, key: str) -> int:
         """Return the length of an object in bytes."""
         path = self._locate(key)
-        with _explained("read", path):
+        with _explained(_READ, path):
             return path.stat().st_size
 
     def list(self, prefix: str = "") -> Iterator[str]:
@@ -219,7 +221,9 @@ def _explain(action: str, path: Path, error: OSError) -> DcpstoreError:
             f"cannot {action} {str(path)!r}: it does not exist; run 'dcpstore verify', or restore "
             "it from a copy."
         )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if action in (_LOOK, _READ) and error.errno in (errno.EACCES, errno.EPERM):
+        step = "let this user read it"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         step = "let this user write there, or choose another folder"
     elif error.errno in (errno.ENOSPC, errno.EDQUOT):
         step = "free space, with 'dcpstore expire' and 'dcpstore gc' for example, and save again"

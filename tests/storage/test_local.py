@@ -133,6 +133,20 @@ def test_a_folder_that_takes_no_file_says_what_to_do(
         folder.create(KEY)
 
 
+def test_an_object_that_cannot_be_read_asks_for_the_right_to_read(
+    folder: LocalFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.put(KEY, b"abc")
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "open", refuse)
+    for call in (folder.get, folder.open):
+        with pytest.raises(DcpstoreError, match=r"cannot read .*; let this user read it"):
+            call(KEY)
+
+
 @pytest.mark.parametrize("place", ["packs", "packs/ab12", KEY])
 def test_links_out_of_the_folder_are_not_followed(
     folder: LocalFolder, tmp_path: Path, place: str
