@@ -31,7 +31,7 @@ from dcpstore.errors import DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.loading.load_pipeline import LoadSource, load_version
 from dcpstore.planning import DefaultLoadPlanner
 from dcpstore.planning.save_planner import planner_of
-from dcpstore.records import LoadReport, Version
+from dcpstore.records import LoadReport, RefLike, Version
 from dcpstore.repository import Repository, opened
 from dcpstore.saving.commit import SaveTarget
 from dcpstore.saving.request import (
@@ -68,7 +68,7 @@ _MEANT_FOR: tuple[tuple[type, str], ...] = (
     (SavePlanner, "pass it as planner= to save or async_save"),
     (LoadPlanner, "pass it as planner= to load"),
     (Repository, "pass it as the repository"),
-    (Version, "pass the repository, and for a load str(version) as ref"),
+    (Version, "pass the repository, and for a load the version as ref"),
     (Metadata, "it describes a checkpoint and holds none; pass where the checkpoint is"),
     (dist.ProcessGroup, "pass it as process_group="),
 )
@@ -150,7 +150,7 @@ def check_ref(ref: object) -> None:
     Raises:
         InvalidInputError: it is.
     """
-    if ref is not None:
+    if ref is not None and not isinstance(ref, Version):
         _check_meant("ref", ref)
 
 
@@ -238,7 +238,7 @@ def save(
         repo: a `Repository`, or what `open` takes (a new one is made where there is none).
         branch: moved to this version when it commits; its tip then is the version's parent.
         step: of the training run.
-        tags: immutable names for this version.
+        tags: names for this version, which stay with it until they are moved on purpose.
         message, metrics, labels, author: kept with the version, for `log` and for SQL; a metric is
             a number (a tensor of one element too), a label any value, kept as its text.
         metrics_from: "all" refuses metrics and labels that differ between ranks; with "rank0" those
@@ -324,7 +324,7 @@ def load(
 def load(
     state_dict: dict[str, Any],
     repo: RepositoryLike | None = None,
-    ref: str | int | None = None,
+    ref: RefLike | None = None,
     *,
     planner: LoadPlanner | None = None,
     process_group: dist.ProcessGroup | None = None,
@@ -345,7 +345,7 @@ def load(
 def load(
     state_dict: dict[str, Any],
     repo: RepositoryLike | None = None,
-    ref: str | int | None = None,
+    ref: RefLike | None = None,
     *,
     planner: LoadPlanner | None = None,
     process_group: dist.ProcessGroup | None = None,
@@ -373,11 +373,13 @@ def load(
     Args:
         state_dict: as for `save`; its tensors are filled, its values replaced.
         repo: a `Repository`, or what `open` takes.
-        ref: the version: `12`, `"v12"`, a tag, a branch, `"main~3"`; None is the tip of `main`.
+        ref: the version: `12`, `"v12"`, a tag, a branch, `"main~3"`, or a `Version`, such as
+            `repo.best("loss")`; None is the tip of `main`.
         planner: torch's load planner or ours; None is `DefaultLoadPlanner()`.
         process_group: the ranks that take part; None is all.
         no_dist: load in this process alone, though a process group is there.
-        include, exclude: globs of FQNs of the state ("model.*"); the rest is left as it is.
+        include, exclude: what to load by the FQNs of the state; each text is the name of an item
+            or of all below it ("model"), or a glob ("*.bias"). The rest is left as it is.
         rename: the FQN in the version of an FQN in the state, as a mapping or a function.
         strict: False leaves what the version lacks as it is, and reports it as missing; what an
             owner does not hold after the load is reported in `differences` then. The state
@@ -400,11 +402,14 @@ def load(
             After the load, and saying so: what modules, optimizers and other `Stateful` objects do
             not hold with the stored bits, dtype, shape and Python type, or still on meta.
         InvalidInputError: an argument is invalid, or a place in the state cannot be filled.
-        NotFoundError: no such version or repository.
+        NotFoundError: no such version or repository; or a text of `include`, `exclude` or `rename`
+            that names nothing, neither in the version nor in the state of any rank.
         CorruptionError: stored bytes are damaged; tensors before the damage are filled already.
         UnsafeDataError: a value is a pickle, and pickle is not allowed; no tensor was touched.
         RankFailure: some ranks failed, with each one's error.
     """
+
+    own: str | None = None  # the version that this rank saved for itself
 
     def make_planner() -> LoadPlanner:
         if init_missing is not None and not callable(init_missing):
@@ -421,7 +426,9 @@ def load(
         check_planner(planner, LoadPlanner)
         check_ref(ref)
         if planner is None:
-            return DefaultLoadPlanner(options=options)
+            ours = DefaultLoadPlanner(options=options)
+            ours.checks_names = own is None
+            return ours
         if options != LoadOptions():
             raise InvalidInputError(
                 "include, exclude, rename, strict, on_dtype and init_missing are for our own "
@@ -477,7 +484,7 @@ def load(
 
 def _find_own(
     open_repository: Callable[[], Repository],
-    ref: str | int | None,
+    ref: RefLike | None,
     group: dist.ProcessGroup | None,
     *,
     no_dist: bool,

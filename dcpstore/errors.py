@@ -76,6 +76,7 @@ class MismatchError(DcpstoreError):
     """
 
     kind = "mismatch"
+    MISSING: ClassVar[str] = "is not in the version"  # in the line of an FQN that is missing
 
     def __init__(self, message: str, differences: Sequence[str] = ()) -> None:
         self.differences = tuple(differences)
@@ -86,10 +87,12 @@ class MismatchError(DcpstoreError):
         """Return the one error about all `differences`, each named once."""
         lines = tuple(dict.fromkeys(differences))
         text = "\n  ".join(lines)
+        lacks = any(cls.MISSING in line for line in lines)
+        hint = "; strict=False leaves what is missing, rename= finds other names" if lacks else ""
         return cls(
             f"the state does not fit the version in {_count(lines, 'place')}:\n  {text}\n"
-            "Change the state, or load a version that fits ('dcpstore ls' lists what one holds); "
-            "strict=False leaves what is missing, rename= finds other names.",
+            f"Change the state, or load a version that fits ('dcpstore ls' lists what one holds)"
+            f"{hint}.",
             lines,
         )
 

@@ -218,6 +218,33 @@ class Version(VersionStats, VersionInfo, _Numbered):
 
 
 @dataclass(frozen=True, slots=True)
+class VersionRef:
+    """A `Version` that is given as a ref, reduced to what names it.
+
+    Ranks compare and send this, because their `Version`s may differ in metrics or tags that were
+    added meanwhile.
+    """
+
+    number: int
+    uid: str
+
+    def __str__(self) -> str:
+        return f"v{self.number}"
+
+    def __repr__(self) -> str:
+        return f"v{self.number} (uid {self.uid})"
+
+    @classmethod
+    def reduced(cls, ref: RefLike | None) -> SentRef | None:
+        """Return a ref as the ranks send it: a `Version` as a `VersionRef`, others as they are."""
+        return cls(ref.number, ref.uid) if isinstance(ref, Version) else ref
+
+
+RefLike = str | int | Version  # what every call takes that asks for a ref
+SentRef = str | int | VersionRef
+
+
+@dataclass(frozen=True, slots=True)
 class RefRecord:
     """A branch or a tag, and the number of the version that it names."""
 

@@ -50,6 +50,7 @@ from dcpstore.records import (
     EntryRecord,
     ForgetReport,
     Operation,
+    RefLike,
     RefRecord,
     RepositoryRecord,
     Row,
@@ -140,13 +141,13 @@ class Repository:
         """What was decided when the repository was created."""
         return self.catalog.repository
 
-    def show(self, ref: str | int | None = None) -> Version:
+    def show(self, ref: RefLike | None = None) -> Version:
         """Return the version that `ref` names."""
         return resolve(self.catalog, ref)
 
     def log(
         self,
-        ref: str | int | None = None,
+        ref: RefLike | None = None,
         *,
         limit: int | None = None,
         where: str | Iterable[str] = (),
@@ -203,7 +204,7 @@ class Repository:
         return best_version(self.catalog, metric, mode=mode, branch=branch)
 
     def entries(
-        self, ref: str | int | None = None, fqns: Iterable[str] | None = None
+        self, ref: RefLike | None = None, fqns: Iterable[str] | None = None
     ) -> list[EntryRecord]:
         """Return what a version holds, by FQN: all entries, or those of `fqns`.
 
@@ -227,7 +228,7 @@ class Repository:
         return load_entries(self.catalog, number, listed)
 
     @journaled
-    def tag(self, name: str, ref: str | int | None = None, *, move: bool = False) -> RefRecord:
+    def tag(self, name: str, ref: RefLike | None = None, *, move: bool = False) -> RefRecord:
         """Name a version.
 
         Args:
@@ -244,7 +245,7 @@ class Repository:
         )
 
     @journaled
-    def branch(self, name: str, *, at: str | int | None = None) -> RefRecord:
+    def branch(self, name: str, *, at: RefLike | None = None) -> RefRecord:
         """Create a branch at a version.
 
         Raises:
@@ -255,7 +256,7 @@ class Repository:
         )
 
     @journaled
-    def delete_tag(self, name: str, *, expect: str | int | None = None) -> RefRecord:
+    def delete_tag(self, name: str, *, expect: RefLike | None = None) -> RefRecord:
         """Delete a tag; return what it was. `undo` restores it.
 
         Raises:
@@ -264,7 +265,7 @@ class Repository:
         return self._delete(name, "tag", expect)
 
     @journaled
-    def delete_branch(self, name: str, *, expect: str | int | None = None) -> RefRecord:
+    def delete_branch(self, name: str, *, expect: RefLike | None = None) -> RefRecord:
         """Delete a branch, and none of its versions; return what it was. `undo` restores it.
 
         Raises:
@@ -273,7 +274,7 @@ class Repository:
         return self._delete(name, "branch", expect)
 
     def _delete(
-        self, name: str, kind: Literal["tag", "branch"], expect: str | int | None
+        self, name: str, kind: Literal["tag", "branch"], expect: RefLike | None
     ) -> RefRecord:
         expected = None if expect is None else resolve(self.catalog, expect).number
         return delete_ref(self.catalog, name, kind, expect=expected, author=this_user())
@@ -281,11 +282,11 @@ class Repository:
     @journaled
     def rollback(
         self,
-        ref: str | int,
+        ref: RefLike,
         *,
         branch: str = "main",
         force: bool = False,
-        expect_tip: str | int | None = None,
+        expect_tip: RefLike | None = None,
     ) -> RefRecord:
         """Move a branch to an earlier version, so that the next save continues from there.
 
@@ -334,7 +335,7 @@ class Repository:
         return list_operations(self.catalog, limit=limit)
 
     @journaled
-    def add_metrics(self, ref: str | int | None, metrics: Mapping[str, SupportsFloat]) -> Version:
+    def add_metrics(self, ref: RefLike | None, metrics: Mapping[str, SupportsFloat]) -> Version:
         """Add metrics to a version, such as those of a later evaluation.
 
         Raises:
@@ -344,7 +345,7 @@ class Repository:
         return add_metrics(self.catalog, ref, as_metrics(metrics), author=this_user())
 
     @journaled
-    def add_labels(self, ref: str | int | None, labels: Mapping[str, object]) -> Version:
+    def add_labels(self, ref: RefLike | None, labels: Mapping[str, object]) -> Version:
         """Add labels to a version.
 
         Raises:
@@ -353,7 +354,7 @@ class Repository:
         """
         return add_labels(self.catalog, ref, as_labels(labels), author=this_user())
 
-    def diff(self, old: str | int, new: str | int | None = None, *, stats: bool = False) -> Diff:
+    def diff(self, old: RefLike, new: RefLike | None = None, *, stats: bool = False) -> Diff:
         """Return what changed from one version to another.
 
         Without `stats` it reads the catalog alone: contents are compared by digest. With it, each
@@ -382,7 +383,7 @@ class Repository:
 
     def read(
         self,
-        ref: str | int | None = None,
+        ref: RefLike | None = None,
         fqns: str | Iterable[str] | Mapping[str, Index] | None = None,
         *,
         nested: bool = False,
@@ -454,7 +455,7 @@ class Repository:
                 chosen |= {part.fqn: part for part in parts}
         return list(chosen.values())
 
-    def zarr(self, ref: str | int | None = None, *, verify: bool = True) -> VersionStore:
+    def zarr(self, ref: RefLike | None = None, *, verify: bool = True) -> VersionStore:
         """Return a version as a read-only Zarr v3 store, for `zarr.open_group`.
 
         Each tensor is an array named by its FQN; values are attributes of the group.
@@ -535,7 +536,7 @@ class Repository:
     @journaled
     def forget(
         self,
-        refs: str | int | Iterable[str | int],
+        refs: RefLike | Iterable[RefLike],
         *,
         force: bool = False,
         dry_run: bool = False,
@@ -620,7 +621,7 @@ class Repository:
         with self.catalog.keep_connection():
             return verify(self.catalog, self.storage, deep=deep, resume=resume, limit=limit)
 
-    def copy_to(self, other: Repository, refs: Sequence[str | int] | None = None) -> CopyReport:
+    def copy_to(self, other: Repository, refs: Sequence[RefLike] | None = None) -> CopyReport:
         """Copy versions to another repository, without writing chunks that it holds.
 
         A version keeps its uid and gets a new number; one that is there already is left alone.

@@ -64,13 +64,13 @@ def main() -> None:
         points, label = data(seed=0, size=2_000)  # held out
         for version in reversed(repo.log()):
             # The state has the model alone, so nothing of the optimizer is read.
-            dcpstore.load({"model": model}, repo, version.number)
+            dcpstore.load({"model": model}, repo, version)
             with torch.no_grad():
                 accuracy = (model(points).argmax(dim=1) == label).float().mean().item()
-            repo.add_metrics(version.number, {"accuracy": accuracy})
+            repo.add_metrics(version, {"accuracy": accuracy})
             print(f"{version} of step {version.step}: accuracy {accuracy:.3f}")
         best = repo.best("accuracy", mode="max")
-        repo.tag("best", best.number, move=True)
+        repo.tag("best", best, move=True)
         print(f"tagged {best} as 'best'")
 
         args.out.mkdir(parents=True, exist_ok=True)

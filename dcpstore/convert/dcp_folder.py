@@ -62,7 +62,7 @@ from dcpstore.errors import CorruptionError, NotFoundError, UnsafeDataError
 from dcpstore.geometry.boxes import Box
 from dcpstore.planning import DefaultSavePlanner
 from dcpstore.planning.plan_table import item_box, item_nbytes
-from dcpstore.records import ObjectPath, Version
+from dcpstore.records import ObjectPath, RefLike, Version
 from dcpstore.repository import opened
 from dcpstore.saving.request import VersionOptions, shows_options
 
@@ -395,7 +395,7 @@ def import_dcp(
 @shows_export_options
 def export_dcp(
     repo: RepositoryLike,
-    ref: str | int | None,
+    ref: RefLike | None,
     path: str | os.PathLike[str],
     *,
     allow_pickle: bool = False,

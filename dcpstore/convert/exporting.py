@@ -23,7 +23,7 @@ from dcpstore.formats.composition import matching_fqns, outer_fqns
 from dcpstore.geometry.boxes import Box
 from dcpstore.reading.box_reads import BoxRequest, read_boxes
 from dcpstore.reading.selection import read_values
-from dcpstore.records import EntryRecord, ObjectPath, TensorRecord, Version
+from dcpstore.records import EntryRecord, ObjectPath, RefLike, TensorRecord, Version
 from dcpstore.repository import Repository
 from dcpstore.saving.request import shows_options
 from dcpstore.state.load_options import Rename, check_globs, check_rename, renamed
@@ -156,7 +156,7 @@ class ExportedVersion:
     def __init__(
         self,
         repo: Repository,
-        ref: str | int | None,
+        ref: RefLike | None,
         *,
         dtype: str | torch.dtype | None = None,
         tensors_only: bool = False,

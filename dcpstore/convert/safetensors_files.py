@@ -42,7 +42,7 @@ from dcpstore.errors import (
     UnsafeDataError,
 )
 from dcpstore.geometry.boxes import Box
-from dcpstore.records import Version
+from dcpstore.records import RefLike, Version
 from dcpstore.repository import opened
 from dcpstore.saving.request import VersionOptions, shows_options
 
@@ -97,7 +97,7 @@ def import_safetensors(
 @shows_export_options
 def export_safetensors(
     repo: RepositoryLike,
-    ref: str | int | None,
+    ref: RefLike | None,
     path: str | os.PathLike[str],
     *,
     max_shard_size: int | str = "5GB",

@@ -45,7 +45,7 @@ from dcpstore.encoding.dtypes import DTYPES, as_bytes
 from dcpstore.encoding.values import PlannerBytes, encode_value
 from dcpstore.errors import InvalidInputError, NotFoundError, UnsafeDataError
 from dcpstore.formats.composition import Composition
-from dcpstore.records import Version
+from dcpstore.records import RefLike, Version
 from dcpstore.repository import opened
 from dcpstore.saving.request import VersionOptions, shows_options
 from dcpstore.state.tree import flattened, nested_state
@@ -176,7 +176,7 @@ def import_torch(
 @shows_export_options
 def export_torch(
     repo: RepositoryLike,
-    ref: str | int | None,
+    ref: RefLike | None,
     path: str | os.PathLike[str],
     *,
     allow_pickle: bool = False,

@@ -28,7 +28,7 @@ from dcpstore.encoding.codecs import choose_codec, encode
 from dcpstore.encoding.dtypes import as_bytes, dtype_name
 from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.grids import Grid, lay_grids
-from dcpstore.records import EntryRecord
+from dcpstore.records import EntryRecord, RefLike
 from dcpstore.repository import opened
 from dcpstore.zarr.documents import array_name, chunk_keys, zarr_documents
 
@@ -38,7 +38,7 @@ __all__ = ["export_zarr"]
 @shows_export_options
 def export_zarr(
     repo: RepositoryLike,
-    ref: str | int | None,
+    ref: RefLike | None,
     path: str | os.PathLike[str],
     **options: Unpack[ExportOptions],
 ) -> Exported:

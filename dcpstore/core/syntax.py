@@ -109,8 +109,10 @@ def rank_name(name: str, rank: int) -> str:
     return f"{name}/rank-{rank}"
 
 
-def parse_ref(text: str | int) -> Ref:
+def parse_ref(text: object) -> Ref:
     """Parse a ref: `12`, `v12`, a tag, a branch, `main~3`, `main@step=1000` or part of a uid.
+
+    Of what is neither text nor a number, the text is parsed, which is the number of a `Version`.
 
     Raises:
         InvalidInputError: `text` is not a ref.

@@ -18,7 +18,7 @@ from dcpstore.core.syntax import rank_name
 from dcpstore.core.uids import new_uid
 from dcpstore.loading.item_reads import ItemReads
 from dcpstore.planning.torch_metadata import describe_version
-from dcpstore.records import EntryRecord, Version
+from dcpstore.records import EntryRecord, RefLike, Version
 from dcpstore.repository import Repository, opened
 from dcpstore.storage.packs import PackReader
 
@@ -39,7 +39,7 @@ class RepositoryReader(StorageReader):
     def __init__(
         self,
         repo: Repository | str | os.PathLike[str],
-        ref: str | int | None = None,
+        ref: RefLike | None = None,
         *,
         verify: bool = True,
         allow_pickle: bool = False,
@@ -82,7 +82,7 @@ class RepositoryReader(StorageReader):
         if self._is_used:  # torch calls `reset` only for a load that has a checkpoint_id
             self.reset()
         ref = self._ref if self._checkpoint_id is None else os.fspath(self._checkpoint_id)
-        if "rank" in kwargs:
+        if "rank" in kwargs and not isinstance(ref, Version):  # which is exactly one version
             ref = rank_name(str(ref or "main"), kwargs["rank"])
         with opened(self._repo, create=False) as repo:
             version = repo.show(ref)

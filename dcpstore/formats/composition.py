@@ -31,6 +31,7 @@ __all__ = [
     "matching_fqns",
     "outer_fqns",
     "shape_text",
+    "stands_for",
 ]
 
 MARK = "$composed"  # the key of the mark, and its tag in typed JSON
@@ -162,17 +163,18 @@ def matching_entries(entries: Sequence[Entry], pattern: str, *, where: str) -> l
     return [one for one in entries if one.fqn in found]
 
 
+def stands_for(pattern: str, fqn: str) -> bool:
+    """Tell whether a text stands for an FQN: it is its name, a name above it, or a glob."""
+    return fqn == pattern or fqn.startswith(f"{pattern}.") or fnmatchcase(fqn, pattern)
+
+
 def matching_fqns(fqns: Collection[str], pattern: str, *, where: str) -> set[str]:
     """Return the FQNs that a text stands for: by name, all below it, or by a glob.
 
     Raises:
         NotFoundError: none, with the nearest names; `where` is the version.
     """
-    found = {
-        fqn
-        for fqn in fqns
-        if fqn == pattern or fqn.startswith(f"{pattern}.") or fnmatchcase(fqn, pattern)
-    }
+    found = {fqn for fqn in fqns if stands_for(pattern, fqn)}
     if not found:
         raise NotFoundError.near(
             f"entry of {where} that matches",

@@ -33,9 +33,16 @@ from dcpstore.loading.owner_check import OwnerCheck
 from dcpstore.loading.shared_memory import check_memory
 from dcpstore.planning.load_planner import DefaultLoadPlanner
 from dcpstore.planning.torch_metadata import describe_version
-from dcpstore.records import EntryRecord, LoadReport, Version
+from dcpstore.records import (
+    EntryRecord,
+    LoadReport,
+    RefLike,
+    SentRef,
+    Version,
+    VersionRef,
+)
 from dcpstore.state.composed import check_none_composed
-from dcpstore.state.load_options import LoadOptions
+from dcpstore.state.load_options import LoadOptions, NamesInOptions
 from dcpstore.state.stateful import Template, check_fillable, common_growth, take_template
 from dcpstore.state.walk import nesting_checked
 from dcpstore.storage.interface import Storage
@@ -67,7 +74,7 @@ class LoadSource:
 def load_version(
     state_dict: MutableMapping[str, Any],
     open_source: Callable[[], LoadSource],
-    ref: str | int | None,
+    ref: RefLike | None,
     *,
     ranks: Collectives,
     make_planner: Callable[[], LoadPlanner],
@@ -132,7 +139,7 @@ class LoadRequest:
     """What each rank sends in the first exchange; all but `keys` must be the same on all ranks."""
 
     repository: str
-    ref: str | int | None
+    ref: SentRef | None
     dry_run: bool
     keys: tuple[str, ...]
 
@@ -162,6 +169,7 @@ class RankLoad:
     chunks: int = 0
     nbytes: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
+    names_in_options: NamesInOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +196,7 @@ class _Load:
     """One rank's work in a load. Each method runs inside an exchange, in this order."""
 
     state_dict: MutableMapping[str, Any]
-    ref: str | int | None
+    ref: RefLike | None
     ranks: Collectives
     verify: bool
     allow_pickle: bool
@@ -218,7 +226,8 @@ class _Load:
         self.options = ours.options if ours else LoadOptions()
         # In a dry run targets get no memory, unless the planner is torch's, which needs it.
         self.allocates = not (self.dry_run and ours)
-        return LoadRequest(self.source.catalog.repository.uid, self.ref, self.dry_run, keys)
+        ref = VersionRef.reduced(self.ref)
+        return LoadRequest(self.source.catalog.repository.uid, ref, self.dry_run, keys)
 
     def resolve(self, requests: Sequence[LoadRequest]) -> VersionToLoad:
         """On the coordinator: resolve the ref, and read the entries of the version."""
@@ -268,12 +277,16 @@ class _Load:
         try:
             plan = self.plan()
         except MismatchError as error:
-            return RankLoad(asked=self._asked(None), differences=error.differences)
+            report = RankLoad(asked=self._asked(None), differences=error.differences)
         except UnsafeDataError as error:
-            return RankLoad(asked=self._asked(None), differences=(str(error),))
-        reads = ItemReads(plan, self.planner, self.by_fqn)
-        counts = reads.measure(self.source.catalog, version=self.opened.version.number)
-        return self._reported(plan, *counts)
+            report = RankLoad(asked=self._asked(None), differences=(str(error),))
+        else:
+            reads = ItemReads(plan, self.planner, self.by_fqn)
+            counts = reads.measure(self.source.catalog, version=self.opened.version.number)
+            report = self._reported(plan, *counts)
+        # A load judges them by the plans of all ranks, which a dry run does not send.
+        named = getattr(self.planner, "names_in_options", None)
+        return replace(report, names_in_options=named)
 
     def read(self, mine: LoadPlan) -> RankLoad:
         """Read this rank's part of the global plan into its tensors."""
@@ -310,6 +323,10 @@ class _Load:
     def report(self, ranks: Sequence[RankLoad]) -> LoadReport:
         """On the coordinator: join the reports of all ranks."""
         asked = frozenset().union(*(one.asked for one in ranks))
+        differences = [one.differences for one in ranks]
+        if isinstance(self.planner, DefaultLoadPlanner):
+            named = (one.names_in_options for one in ranks)
+            differences.append(tuple(self.planner.name_faults(named)))
         return LoadReport(
             version=self.opened.version,
             missing=_joined(one.missing for one in ranks),
@@ -318,7 +335,7 @@ class _Load:
             nbytes_read=sum(one.nbytes for one in ranks),
             seconds={phase: max(one.seconds[phase] for one in ranks) for phase in ranks[0].seconds},
             cast=_joined(one.cast for one in ranks),
-            differences=_joined(one.differences for one in ranks),
+            differences=_joined(differences),
         )
 
     def _fitting_plan(self) -> LoadPlan:

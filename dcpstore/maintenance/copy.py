@@ -39,6 +39,7 @@ from dcpstore.records import (
     NewChunk,
     NewTensor,
     PackRecord,
+    RefLike,
     RefRecord,
     Version,
     VersionContent,
@@ -70,7 +71,7 @@ class CopyReport:
 
 
 def copy_versions(
-    source: Place, target: Place, refs: Sequence[str | int] | None, *, author: str
+    source: Place, target: Place, refs: Sequence[RefLike] | None, *, author: str
 ) -> CopyReport:
     """Copy the versions that `refs` name, each alone, or with None all versions and refs.
 

@@ -20,12 +20,12 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from dcpstore.encoding.dtypes import PACKED
-from dcpstore.errors import InvalidInputError, MismatchError, UnsafeDataError
+from dcpstore.errors import InvalidInputError, MismatchError, NotFoundError, UnsafeDataError
 from dcpstore.formats.composition import MARK, Composition, imported_value
 from dcpstore.geometry.boxes import Box
 from dcpstore.state.assemblies import Assemblies
 from dcpstore.state.composed import flatten_parts
-from dcpstore.state.load_options import LoadOptions
+from dcpstore.state.load_options import LoadOptions, NamesInOptions, name_faults
 from dcpstore.state.optimizers import lists_parameters
 from dcpstore.state.shards import LocalShard, flat_shards, is_on_meta, is_sharded, local_shards
 from dcpstore.state.targets import check_room, make_room, memory_of, target_fault
@@ -68,6 +68,9 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         optional: the version may lack these FQNs and those below them; `load` sets it, for
             optimizers and `PerRank`.
         compositions: the marks of the composed tensors in the version, by FQN; `load` sets it.
+        checks_names: whether a name in the options that nothing has is an error; `load` unsets it
+            where each rank loads its own version, for the name may be meant for another rank.
+        names_in_options: what the options name that the version lacks, after `create_local_plan`.
     """
 
     def __init__(
@@ -85,6 +88,8 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         self.stored: set[str] = set()
         self.optional: Sequence[str] = ()
         self.compositions: Mapping[str, Composition] = {}
+        self.checks_names = True
+        self.names_in_options: NamesInOptions | None = None
         self._places: Mapping[str, Place] = {}  # where each item is in the caller's state
         self._names: list[str] | None = None  # the stored FQNs, sorted when first needed
         self._composed = Assemblies({}, {}, self.options.stored_name)
@@ -125,6 +130,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         self.state_dict = state_dict
         self._composed.set_names(state_dict)
         self._rooms, self._views = {}, {}
+        self.names_in_options = None
         self.missing, self.cast, self.stored = [], [], set()
 
     def _is_stored(self, fqn: str) -> bool:
@@ -144,6 +150,8 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         """
         assert self.metadata is not None
         stored = self.metadata.state_dict_metadata
+        if self.checks_names:
+            self.names_in_options = self.options.names(self._own_names(), stored)
         differences: list[str] = []
         items: list[ReadItem] = []
         absent: list[tuple[str, str]] = []
@@ -175,7 +183,32 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         differences += self._missing(absent, stored)
         if differences:
             raise MismatchError.listing(differences)
-        return LoadPlan(items)
+        # No rank alone can judge it; so it travels with the plan, and the coordinator judges.
+        return LoadPlan(items, planner_data=self.names_in_options)
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        """Return the plans of all ranks as they are.
+
+        Raises:
+            NotFoundError: `include`, `exclude` or `rename` names what neither the version nor the
+                state of any rank has; the message has the nearest names.
+        """
+        named = [
+            plan.planner_data if isinstance(plan.planner_data, NamesInOptions) else None
+            for plan in global_plan
+        ]
+        if faults := self.name_faults(named):
+            raise NotFoundError("\n".join(faults))
+        return super().create_global_plan(global_plan)
+
+    def name_faults(self, ranks: Iterable[NamesInOptions | None]) -> list[str]:
+        """Return a line for each name in the options that nothing has on any of these ranks."""
+        assert self.metadata is not None
+        return name_faults(ranks, self._own_names(), self.metadata.state_dict_metadata)
+
+    def _own_names(self) -> Iterator[str]:
+        """Yield the FQNs of the state; that of a composed tensor for each of its parts."""
+        return (self._composed.outer.get(fqn, fqn) for fqn in self.state_dict)
 
     def _stays_empty(self, wanted: object, name: str, stored: Collection[str]) -> bool:
         """Tell whether an empty container that the version lacks stays as it is.
@@ -493,4 +526,4 @@ def _absent(fqn: str, name: str, stored: Collection[str]) -> str:
     near = difflib.get_close_matches(name, stored, n=2, cutoff=0.8)
     hint = f" (near: {', '.join(map(repr, near))})" if near else ""
     renamed = f", renamed {name!r}," if name != fqn else ""
-    return f"{fqn!r}{renamed} is not in the version{hint}"
+    return f"{fqn!r}{renamed} {MismatchError.MISSING}{hint}"

@@ -22,7 +22,7 @@ from dcpstore.core.uids import new_uid
 from dcpstore.core.user import this_user
 from dcpstore.encoding.values import encode_value
 from dcpstore.errors import ConflictError, DcpstoreError, NotFoundError
-from dcpstore.records import EntryRecord, ObjectPath, PackRecord, Version, VersionDraft
+from dcpstore.records import EntryRecord, ObjectPath, PackRecord, SentRef, Version, VersionDraft
 from dcpstore.saving.plan_exchange import PlanMemory
 from dcpstore.saving.request import SaveRequest, draft_of
 from dcpstore.saving.save_state import SaveState
@@ -190,5 +190,5 @@ class BegunVersion:
             error.add_note(f"the catalog could not record that the save failed: {second}")
 
 
-def _number_of(catalog: Catalog, ref: str | int | None) -> int | None:
+def _number_of(catalog: Catalog, ref: SentRef | None) -> int | None:
     return None if ref is None else resolve(catalog, ref).number

@@ -25,7 +25,7 @@ from dcpstore.catalog.maintenance.retention import Retention
 from dcpstore.catalog.validation import as_labels, as_metrics, check_draft
 from dcpstore.core.syntax import rank_name
 from dcpstore.errors import InvalidInputError
-from dcpstore.records import VersionDraft
+from dcpstore.records import RefLike, SentRef, VersionDraft, VersionRef
 
 __all__ = [
     "MetricsFrom",
@@ -53,8 +53,8 @@ class VersionOptions(TypedDict, total=False):
     metrics: Mapping[str, SupportsFloat] | None
     labels: Mapping[str, object] | None
     author: str
-    parent: str | int | None
-    expect_tip: str | int | None
+    parent: RefLike | None
+    expect_tip: RefLike | None
     retention: Retention | None
 
 
@@ -81,8 +81,8 @@ class SaveRequest:
     metrics: Mapping[str, float] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     author: str = ""
-    parent: str | int | None = None
-    expect_tip: str | int | None = None
+    parent: SentRef | None = None
+    expect_tip: SentRef | None = None
     retention: Retention | None = None
 
     @property
@@ -173,6 +173,8 @@ def make_request(*, leads: bool = True, **options: Unpack[SaveOptions]) -> SaveR
     is_read = leads or metrics_from == "all"
     given["step"] = _as_int(given.get("step"))
     given["tags"] = tuple(tags)
+    given["parent"] = VersionRef.reduced(given.get("parent"))
+    given["expect_tip"] = VersionRef.reduced(given.get("expect_tip"))
     given["metrics"] = as_metrics(given.get("metrics") if is_read else None)
     given["labels"] = as_labels(given.get("labels") if is_read else None)
     request = SaveRequest(**given)

@@ -105,7 +105,7 @@ class Assemblies:
         if f"{name}.{MARK}" not in self._stored:
             kept = self._stored.get(name)
             if kept is None:
-                return f"{fqn!r}, a {own.kind} in the state, is not in the version"
+                return f"{fqn!r}, a {own.kind} in the state, {MismatchError.MISSING}"
             what = "a tensor" if isinstance(kept, TensorStorageMetadata) else "a value"
             return (
                 f"{fqn!r} is {what} in the version, and a {own.kind} in the state; load it into a "

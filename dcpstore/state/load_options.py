@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import fnmatch
+import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from dcpstore.errors import InvalidInputError
+from dcpstore.formats.composition import outer_fqns, stands_for
 
-__all__ = ["LoadOptions", "OnDtype", "Rename", "check_globs", "check_rename", "renamed"]
+__all__ = [
+    "LoadOptions",
+    "NamesInOptions",
+    "OnDtype",
+    "Rename",
+    "check_globs",
+    "check_rename",
+    "name_faults",
+    "renamed",
+]
 
 T = TypeVar("T")
 OnDtype = Literal["error", "cast"]
 Rename = Mapping[str, str] | Callable[[str], str]
+_SHOWN = 10  # names that one message lists
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +32,13 @@ class LoadOptions:
     """Options of `DefaultLoadPlanner`; FQNs are those of the state.
 
     Attributes:
-        include, exclude: glob patterns; an FQN is loaded if one of `include` matches it (None
-            matches all) and none of `exclude` does.
-        rename: maps an FQN of the state to the FQN in the version; a mapping or a function.
+        include, exclude: each text is the name of an item or of all below it ("model"), or a glob
+            of FQNs ("*.bias"); an FQN is loaded if one of `include` stands for it (None stands for
+            all) and none of `exclude` does. A text that stands for no FQN of the version, nor of
+            the state on any rank, is an error.
+        rename: maps an FQN of the state to the FQN in the version; a mapping or a function. It is
+            an error if a mapping has an FQN that no rank's state has, and maps it to one that the
+            version lacks.
         strict: whether an FQN that the version lacks is an error, or its item stays as it is.
         on_dtype: whether a different dtype is an error, or the values are converted.
 
@@ -60,6 +75,38 @@ class LoadOptions:
         """
         return fqn if self.rename is None else renamed(fqn, self.rename)
 
+    def names(self, own: Iterable[str], stored: Collection[str]) -> NamesInOptions | None:
+        """Return what the options name that the version lacks; None if they name nothing such.
+
+        Args:
+            own: the FQNs of this rank's state; read only if the options name something.
+            stored: the FQNs of the version.
+        """
+        chosen = [("include", text) for text in self.include or ()]
+        chosen += [("exclude", text) for text in self.exclude]
+        renames = self.rename if isinstance(self.rename, Mapping) else {}
+        if not chosen and not renames:
+            return None
+        mine = set(own)
+        known = _with_outer(stored)
+        found: set[tuple[str, str]] = set()
+        lacking: dict[tuple[str, str], object] = {}
+        for option, text in chosen:
+            if any(stands_for(text, fqn) for fqn in known):
+                continue
+            if any(stands_for(text, fqn) for fqn in mine):
+                found.add((option, text))
+            else:
+                lacking[option, text] = None
+        for fqn, target in renames.items():
+            if isinstance(target, str) and target in known:
+                continue
+            if fqn in mine:
+                found.add(("rename", fqn))
+            else:
+                lacking["rename", fqn] = target
+        return NamesInOptions(frozenset(found), lacking) if found or lacking else None
+
     def find_stored(self, fqn: str, stored: Mapping[str, T]) -> T | None:
         """Return what `stored`, by FQN in the version, has for an FQN that the state may have.
 
@@ -69,6 +116,61 @@ class LoadOptions:
             return stored.get(self.stored_name(fqn))
         except LookupError:
             return None
+
+
+@dataclass(frozen=True, slots=True)
+class NamesInOptions:
+    """What the options of one rank name that the version lacks.
+
+    A rank may hold only a part of the state, such as one stage of a pipeline, so one rank's state
+    does not show that a name is wrong; those of all ranks do.
+
+    Attributes:
+        found: option and text of what this rank's state has.
+        lacking: the same of what it lacks, with the name to which `rename` maps it.
+    """
+
+    found: frozenset[tuple[str, str]] = frozenset()
+    lacking: Mapping[tuple[str, str], object] = field(default_factory=dict)
+
+
+def name_faults(
+    ranks: Iterable[NamesInOptions | None], own: Iterable[str], stored: Collection[str]
+) -> list[str]:
+    """Return a line for each text of the options that names nothing on any rank, with near names.
+
+    Args:
+        ranks: what the options of each rank name that the version lacks.
+        own: the FQNs of this rank's state; read only if there is a fault.
+        stored: the FQNs of the version.
+    """
+    given = [one for one in ranks if one is not None]
+    found = frozenset().union(*(one.found for one in given))
+    faults = {key: to for one in given for key, to in one.lacking.items() if key not in found}
+    if not faults:
+        return []
+    mine = set(own)
+    known = mine | _with_outer(stored)
+    lines = []
+    for (option, text), target in list(faults.items())[:_SHOWN]:  # to find near names is slow
+        if option == "rename":
+            lines.append(
+                f"rename= maps {text!r} to {target!r}: the state has no such FQN, and the version "
+                f"no such entry.{_near(text, mine)} Its keys are FQNs of the state, its values "
+                "those of the version."
+            )
+        else:
+            lines.append(
+                f"{option}= has {text!r}, which stands for no entry of the version and no FQN of "
+                f"the state.{_near(text, known)} See 'dcpstore ls' for the entries."
+            )
+    more = len(faults) - len(lines)
+    return [*lines, f"{more} more name nothing."] if more else lines
+
+
+def _with_outer(stored: Collection[str]) -> set[str]:
+    """Return FQNs of a version with those of its composed tensors."""
+    return {*stored, *outer_fqns(stored).values()}
 
 
 def renamed(fqn: str, rename: Rename) -> str:
@@ -113,5 +215,10 @@ def check_globs(name: str, globs: object) -> None:
         raise InvalidInputError(f"{name} holds {odd[0]!r}, which is not text; pass globs of FQNs.")
 
 
+def _near(name: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    return f" Did you mean {', '.join(map(repr, close))}?" if close else ""
+
+
 def _matches(fqn: str, globs: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(fqn, glob) for glob in globs)
+    return any(stands_for(glob, fqn) for glob in globs)

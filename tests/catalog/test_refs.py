@@ -72,6 +72,16 @@ def test_unknown_refs_list_the_nearest_names(catalog: Catalog) -> None:
             resolve(catalog, ref)
 
 
+@pytest.mark.usefixtures("history")
+def test_names_of_other_tools_for_the_newest_version_lead_to_a_branch(catalog: Catalog) -> None:
+    make_ref(catalog, "later", "tag", version=1, author="ada")
+    for name in ("latest", "HEAD", "last", "newest"):
+        with pytest.raises(NotFoundError, match=rf"{name}.*the newest .* is the .* name: 'main'\."):
+            resolve(catalog, name)
+    with pytest.raises(NotFoundError, match=r"Did you mean 'later'"):
+        resolve(catalog, "latr")
+
+
 def test_versions_without_a_name_differ_from_no_versions(catalog: Catalog, save: Save) -> None:
     with pytest.raises(NotFoundError, match="'main': the repository is empty"):
         resolve(catalog, None)

@@ -12,7 +12,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 import dcpstore
-from dcpstore import InvalidInputError, Repository, RepositoryReader, RepositoryWriter
+from dcpstore import (
+    InvalidInputError,
+    NotFoundError,
+    Repository,
+    RepositoryReader,
+    RepositoryWriter,
+)
 from tests.soundness import assert_sound
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
@@ -103,6 +109,9 @@ def test_load_options_work_for_another_storage(tmp_path: Path) -> None:
     assert [float(tensor.sum()) for tensor in state.values()] == [2, 0, 0]
     dcpstore.load({"c": state["c"]}, storage_reader=reader, rename={"c": "a"})
     assert float(state["c"].sum()) == 2
+    with pytest.raises(CheckpointException) as caught:
+        dcpstore.load(state, storage_reader=reader, strict=False, include=["x.*"])
+    assert isinstance(caught.value.failures[0][0], NotFoundError)
 
 
 def ended(repo: Repository) -> list[tuple[str, str | None]]:

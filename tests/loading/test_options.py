@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import dcpstore
-from dcpstore import InvalidInputError, MismatchError, PerRank, Repository
+from dcpstore import InvalidInputError, MismatchError, NotFoundError, PerRank, Repository
 from tests.ranks import RankPool, first_ranks
 from tests.soundness import Place
 
@@ -39,6 +41,119 @@ def test_include_and_exclude_select_by_glob(kept: Repository) -> None:
     assert torch.equal(state["optim"]["m"], torch.zeros(3))
     assert report.unexpected == ("model.head", "optim.m")
     assert report.missing == ()
+
+
+def test_a_name_stands_for_all_below_it(kept: Repository) -> None:
+    state = zeros()
+    report = dcpstore.load(state, kept, include=["model", "optim.m"], exclude=["model.head"])
+    assert torch.equal(state["model"]["embed"], torch.ones(4, 2))
+    assert torch.equal(state["optim"]["m"], torch.full((3,), 3.0))
+    assert report.unexpected == ("model.head", "optim.lr")
+    with pytest.raises(NotFoundError, match="'mod'"):  # a part of a name is not a name
+        dcpstore.load(state, kept, include=["mod"])
+
+
+MISSPELT: list[tuple[dict[str, Any], str]] = [
+    ({"include": ["modle.*"]}, r"include= has 'modle\.\*'.* Did you mean 'model\.head'"),
+    ({"include": ["model.*", "optm"]}, "include= has 'optm'"),
+    ({"exclude": ["modle.*"]}, r"exclude= has 'modle\.\*'.* Did you mean 'model\.head'"),
+    ({"exclude": ["modle.*"], "strict": False}, "exclude= has"),
+    ({"exclude": ["modle.*"], "init_missing": lambda fqn, tensor: None}, "exclude= has"),
+    (
+        {"rename": {"model.9": "x"}},
+        r"rename= maps 'model\.9' to 'x'.* no such entry\. Did you mean 'model\.",
+    ),
+    ({"rename": {"model.9": ["x"]}}, r"to \['x'\]: the state has no such FQN"),
+    ({"rename": {9: "x"}}, "rename= maps 9 to 'x'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), MISSPELT)
+def test_a_name_that_names_nothing_is_refused(
+    kept: Repository, options: dict[str, Any], message: str
+) -> None:
+    state = zeros()
+    with pytest.raises(NotFoundError, match=message):
+        dcpstore.load(state, kept, **options)
+    assert torch.equal(state["model"]["embed"], torch.zeros(4, 2))
+    (difference,) = dcpstore.load(state, kept, **options, dry_run=True).differences
+    with pytest.raises(NotFoundError, match=re.escape(difference)):
+        dcpstore.load(state, kept, **options)
+
+
+def test_all_names_that_name_nothing_are_in_one_error(kept: Repository) -> None:
+    with pytest.raises(NotFoundError) as caught:
+        dcpstore.load(zeros(), kept, include=["a", "model"], exclude=["b"], rename={"c": "d"})
+    assert [line.split(" ")[:3] for line in str(caught.value).splitlines()] == [
+        ["include=", "has", "'a',"],
+        ["exclude=", "has", "'b',"],
+        ["rename=", "maps", "'c'"],
+    ]
+
+
+def test_names_of_new_layers_and_of_parts_left_out_are_taken(kept: Repository) -> None:
+    state = {"model": {"head": torch.zeros(2), "extra": torch.full((3,), 9.0)}}
+    dcpstore.load(state, kept, exclude=["*.extra", "optim"])
+    assert torch.equal(state["model"]["extra"], torch.full((3,), 9.0))
+    report = dcpstore.load(state, kept, include=["*.extra"], strict=False)
+    assert report.missing == ("model.extra",)
+    # of a larger model's names this state has some, and the version all that they map to
+    rename = {"model.head": "model.head", "model.embedding": "model.embed"}
+    dcpstore.load(state, kept, exclude=["*.extra"], rename=rename)
+    assert torch.equal(state["model"]["head"], torch.full((2,), 2.0))
+
+
+def stages(rank: int, place: Place, options: dict[str, Any]) -> tuple[str, float]:
+    """Load two stages of a pipeline, of which each rank holds one; rank 1 has a new layer, too."""
+    target = {"net": {f"stage{rank}": torch.zeros(2)}}
+    if rank == 1:
+        target["net"]["new"] = torch.zeros(2)
+    with place.open() as repo:
+        try:
+            dcpstore.load({"net": target["net"]}, repo, strict=False, **options)
+        except dcpstore.DcpstoreError as error:
+            return f"{type(error).__name__}: {error}", 0.0
+    return "", float(target["net"][f"stage{rank}"][0])
+
+
+def test_a_rank_may_hold_nothing_of_what_is_named(place: Place, two_ranks: RankPool) -> None:
+    with place.open() as repo:
+        dcpstore.save({"old": {"stage0": torch.ones(2), "stage1": torch.ones(2)}}, repo)
+    rename = {"net.stage0": "old.stage0", "net.stage1": "old.stage1"}
+    accepted: list[dict[str, Any]] = [
+        {"rename": rename},
+        {"rename": rename, "include": ["net.stage0", "net.stage1"]},  # only in the states
+        {"rename": rename, "exclude": ["net.new"]},  # only in that of rank 1
+        {"rename": {**rename, "net.new": "old.new"}},
+    ]
+    for options in accepted:
+        assert two_ranks.run(stages, place, options) == [("", 1.0)] * 2
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"rename": rename, "exclude": ["net.nwe"]}, "NotFoundError: exclude= has 'net.nwe'"),
+        ({"rename": {**rename, "net.nwe": "old.new"}}, "NotFoundError: rename= maps 'net.nwe'"),
+    ]
+    for options, message in refused:
+        first, second = two_ranks.run(stages, place, options)
+        assert first == second
+        assert first[0].startswith(message)
+
+
+def stages_alone(rank: int, place: Place) -> float:
+    """Save and load one stage a rank, each rank by itself, with the names of both stages."""
+    with place.open() as repo:
+        state = {"net": {f"stage{rank}": torch.ones(2)}}
+        dcpstore.save(state, repo, branch="alone", use_collectives=False)
+        target = {"net": {f"stage{rank}": torch.zeros(2)}}
+        dist.barrier()
+        dcpstore.load(target, repo, "alone", include=["net.stage0", "net.stage1"])
+    return float(target["net"][f"stage{rank}"][0])
+
+
+def test_ranks_that_load_their_own_versions_may_share_the_options(
+    place: Place, two_ranks: RankPool
+) -> None:
+    place.open().close()
+    assert two_ranks.run(stages_alone, place) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from dcpstore.catalog.validation import check_text
 from dcpstore.catalog.write.operations import Change, lock_repository, record
 from dcpstore.core.syntax import parse_ref
 from dcpstore.errors import InvalidInputError
-from dcpstore.records import ForgetReport, RefRecord, Version
+from dcpstore.records import ForgetReport, RefLike, RefRecord, Version
 
 __all__ = [
     "Choose",
@@ -68,7 +68,7 @@ def expire_versions(
 @writes()
 def forget_versions(
     connection: Connection,
-    refs: Sequence[str | int],
+    refs: Sequence[RefLike],
     *,
     force: bool,
     dry_run: bool,
@@ -126,7 +126,7 @@ def drop_forgotten(connection: Connection) -> list[str]:
     return [row.uid for row in rows]
 
 
-def _named(connection: Connection, refs: Iterable[str | int]) -> list[Version]:
+def _named(connection: Connection, refs: Iterable[RefLike]) -> list[Version]:
     """Return the versions that refs name, each once, by number; plain numbers in one query."""
     given = list(refs)
     if None in given:  # which elsewhere means the tip of the default branch
@@ -138,7 +138,9 @@ def _named(connection: Connection, refs: Iterable[str | int]) -> list[Version]:
     going: dict[int, Version] = {}
     for text, ref in zip(given, parsed, strict=True):
         is_plain = not ref.up and ref.step is None
-        version = (is_plain and found.get(ref.number or 0)) or resolve(connection, text)
+        version = found.get(ref.number or 0) if is_plain else None
+        if version is None or (isinstance(text, Version) and text.uid != version.uid):
+            version = resolve(connection, text)
         going[version.number] = version
     return [going[number] for number in sorted(going)]
 

@@ -24,7 +24,7 @@ from dcpstore.catalog.schema import tables
 from dcpstore.core.display import counted
 from dcpstore.core.syntax import Ref, parse_ref
 from dcpstore.errors import InvalidInputError, NotFoundError
-from dcpstore.records import RefRecord, Version
+from dcpstore.records import RefLike, RefRecord, SentRef, Version, VersionRef
 
 __all__ = [
     "DEFAULT_BRANCH",
@@ -39,6 +39,7 @@ __all__ = [
 
 DEFAULT_BRANCH = "main"
 _SHOWN = 10  # versions that one message names
+_NEWEST = {"current", "head", "last", "latest", "newest", "tip"}  # what other tools call a tip
 RefKind = Literal["branch", "tag"]
 
 
@@ -52,13 +53,18 @@ class RefRow(NamedTuple):
 
 
 @reads
-def resolve(connection: Connection, ref: str | int | None) -> Version:
+def resolve(connection: Connection, ref: RefLike | SentRef | None) -> Version:
     """Return the version that `ref` means; None is the tip of the default branch.
+
+    A `Version` is found by its uid, because its number is that of another version elsewhere.
 
     Raises:
         InvalidInputError: `ref` breaks the grammar.
-        NotFoundError: there is no such version, name or uid, or it has too few ancestors.
+        NotFoundError: there is no such version, name or uid, or it has too few ancestors; or `ref`
+            is a `Version` of another repository.
     """
+    if isinstance(ref, Version | VersionRef):
+        return load_version(connection, _id_of_version(connection, ref))
     parsed = Ref(name=DEFAULT_BRANCH) if ref is None else parse_ref(ref)
     found = _start(connection, parsed)
     if parsed.up:
@@ -147,6 +153,29 @@ def _find_uid(connection: Connection, prefix: str) -> int | None:
     return rows[0].id if rows else None
 
 
+def _id_of_version(connection: Connection, ref: Version | VersionRef) -> int:
+    """Return the id of the version that a `Version` is.
+
+    Raises:
+        NotFoundError: it is of another repository, or it was expired.
+    """
+    version = tables.version
+    found = connection.execute(
+        select(version.c.id, version.c.number, version.c.expired_at, version.c.plan).where(
+            version.c.uid == ref.uid, version.c.number.is_not(None)
+        )
+    ).one_or_none()
+    if found is None:
+        raise NotFoundError(
+            f"{ref} with the uid {ref.uid} is a version of another repository; this one has none "
+            "with that uid. Pass a version of this repository, or copy that one here with "
+            "'dcpstore copy'."
+        )
+    if found.expired_at is not None:
+        raise expired_error(found.number, found.expired_at, found.plan)
+    return int(found.id)
+
+
 def _rows() -> Select[Any]:
     ref, version = tables.ref, tables.version
     return select(ref.c.name, ref.c.kind, version.c.id, version.c.number).join(
@@ -168,7 +197,8 @@ def _start(connection: Connection, ref: Ref) -> int:
         raise NotFoundError(
             f"no version has a uid that begins with {ref.uid!r}. See 'dcpstore log --json'."
         )
-    known = connection.scalars(select(tables.ref.c.name)).all()
+    refs = connection.execute(select(tables.ref.c.name, tables.ref.c.kind)).all()
+    known = [row.name for row in refs]
     if not known and connection.scalar(select(exists().where(is_visible()))):
         raise NotFoundError(
             f"no branch or tag {ref.name!r}: the repository has versions, but none has a name. See "
@@ -177,6 +207,13 @@ def _start(connection: Connection, ref: Ref) -> int:
     if not known:
         raise NotFoundError(
             f"no branch or tag {ref.name!r}: the repository is empty. Save a version first."
+        )
+    branches = sorted(row.name for row in refs if row.kind == "branch")
+    if ref.name.lower() in _NEWEST and branches:
+        branch = DEFAULT_BRANCH if DEFAULT_BRANCH in branches else branches[0]
+        raise NotFoundError(
+            f"no branch or tag {ref.name!r}: the newest version of a branch is the branch's name: "
+            f"{branch!r}. See 'dcpstore branch' for all branches."
         )
     raise NotFoundError.near(
         "branch or tag", ref.name, known, "See 'dcpstore tag' and 'dcpstore branch' for all names."

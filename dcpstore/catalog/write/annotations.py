@@ -18,7 +18,7 @@ from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import check_labels, check_metrics, check_text
 from dcpstore.catalog.write.operations import Change, lock_repository, record
 from dcpstore.errors import AlreadyExistsError
-from dcpstore.records import Version
+from dcpstore.records import RefLike, Version
 
 __all__ = ["add_labels", "add_metrics", "insert_metrics", "revert_labels", "revert_metrics"]
 
@@ -28,7 +28,7 @@ T = TypeVar("T", float, str)
 
 @writes()
 def add_metrics(
-    connection: Connection, ref: str | int | None, metrics: Mapping[str, float], *, author: str
+    connection: Connection, ref: RefLike | None, metrics: Mapping[str, float], *, author: str
 ) -> Version:
     """Add metrics to a version; return it as it is now.
 
@@ -50,7 +50,7 @@ def add_metrics(
 
 @writes()
 def add_labels(
-    connection: Connection, ref: str | int | None, labels: Mapping[str, str], *, author: str
+    connection: Connection, ref: RefLike | None, labels: Mapping[str, str], *, author: str
 ) -> Version:
     """Add labels to a version; return it as it is now.
 

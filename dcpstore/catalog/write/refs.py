@@ -17,7 +17,7 @@ from dcpstore.catalog.validation import check_text
 from dcpstore.catalog.write.operations import Change, lock_repository, record
 from dcpstore.core.syntax import check_name
 from dcpstore.errors import AlreadyExistsError, ConflictError, InvalidInputError
-from dcpstore.records import RefRecord
+from dcpstore.records import RefLike, RefRecord
 
 __all__ = ["delete_ref", "make_ref", "roll_back", "taken_error"]
 
@@ -99,7 +99,7 @@ def delete_ref(
 def roll_back(
     connection: Connection,
     branch: str,
-    ref: str | int,
+    ref: RefLike,
     *,
     force: bool,
     expect_tip: int | None,
