@@ -207,8 +207,15 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         return name_faults(ranks, self._own_names(), self.metadata.state_dict_metadata)
 
     def _own_names(self) -> Iterator[str]:
-        """Yield the FQNs of the state; that of a composed tensor for each of its parts."""
-        return (self._composed.outer.get(fqn, fqn) for fqn in self.state_dict)
+        """Yield the FQNs of the state; that of a composed tensor for each of its parts.
+
+        After an empty container comes the glob of what it could hold: "optim.state.*" is a good
+        name for the state of an optimizer that has none.
+        """
+        for fqn, item in self.state_dict.items():
+            yield self._composed.outer.get(fqn, fqn)
+            if is_empty_container(item):
+                yield f"{fqn}.*"
 
     def _stays_empty(self, wanted: object, name: str, stored: Collection[str]) -> bool:
         """Tell whether an empty container that the version lacks stays as it is.
