@@ -61,7 +61,7 @@ __all__ = [
 
 RepositoryLike = Repository | str | os.PathLike[str]
 
-# What else a caller may have, and what it is for.
+# Objects that callers pass in the wrong place, and where each belongs.
 _MEANT_FOR: tuple[tuple[type, str], ...] = (
     (StorageWriter, "pass it as storage_writer= to save or async_save"),
     (StorageReader, "pass it as storage_reader= to load"),
@@ -79,13 +79,13 @@ def taken_writer(
 ) -> tuple[RepositoryLike | None, StorageWriter | None]:
     """Return the repository and the writer that a call is given.
 
-    Torch's first releases had a storage second, without its name. As there, this is taken.
+    In torch's first releases the storage was the second argument. We accept that too.
 
     Raises:
-        InvalidInputError: a writer is given twice, or what is given as one is something else.
+        InvalidInputError: two writers are given, or what is given is not a writer.
 
     Warns:
-        UserWarning: it stands in the place of the repository.
+        UserWarning: the writer is given in the place of the repository.
     """
     return _taken(call, repo, writer, "storage_writer", StorageWriter)
 
@@ -104,7 +104,7 @@ def _taken(call: str, repo: Any, storage: Any, name: str, kind: type) -> tuple[A
         warnings.warn(
             f"The argument order of {call} has been changed. Please check the document to avoid "
             f"future breakages: give the storage by its name, {name}=.",
-            stacklevel=4,  # where the caller stands
+            stacklevel=4,  # the line of the caller
         )
         repo, storage = None, repo
     if storage is not None and not isinstance(storage, kind):
@@ -135,7 +135,7 @@ def where_given(
 
 
 def check_planner(planner: object, kind: type[LoadPlanner] | type[SavePlanner]) -> None:
-    """Check that a planner is not one for the other direction, nor something else.
+    """Check that what is given as planner is a planner of this kind, if anything is given.
 
     Raises:
         InvalidInputError: it is.
@@ -169,7 +169,7 @@ def check_unused(storage: str, /, *named: str, **given: bool) -> None:
 
 
 def _check_meant(name: str, given: object, instead: str = "") -> None:
-    """Check that what is given as `name` is none of what other arguments are for."""
+    """Check that what is given as `name` does not belong to another argument."""
     if isinstance(given, type):
         instead = f"pass an object: {given.__name__}(...)"
     instead = next((use for kind, use in _MEANT_FOR if isinstance(given, kind)), instead)
@@ -246,15 +246,15 @@ def save(
         parent: where a branch that does not exist begins (a ref).
         expect_tip: the ref that the branch must still name; else ConflictError.
         retention: rules by which older versions of the branch then expire, as by
-            `Repository.expire`; a failure of that is logged, for the save is done.
+            `Repository.expire`; if that fails, it is only logged, because the save has succeeded.
         planner: torch's save planner or ours; None is `DefaultSavePlanner()`.
         process_group: the ranks that take part; None is all.
-        no_dist: save this process alone, though a process group is there.
+        no_dist: save in this process alone, even if there is a process group.
         allow_pickle: let values that JSON cannot carry be stored as pickles.
         checkpoint_id: another name for `repo`, for code written for torch.
         storage_writer: any storage of torch's instead of `repo`; the save is then torch's own, with
-            our planner, and returns torch's Metadata. In the place of `repo` it is taken too, as by
-            torch, with a warning.
+            our planner, and returns torch's Metadata. In the place of `repo` it is accepted too, as
+            torch does, with a warning.
         use_collectives: False lets each rank save what it holds without the other ranks: as a
             version of its own on the branch `main/rank-3`, with tags such as `best/rank-3`.
             `load` finds it by the plain name.
@@ -365,10 +365,10 @@ def load(
     """Fill a state in place from a version; every rank of the group calls it with its own part.
 
     The number of ranks, the mesh and the placements may differ from those of the save. Optimizers
-    and other `Stateful` objects, anywhere in the state's lists and dicts, are handed all that was
-    saved under them; modules what they name. Other entries of the version are left alone, and named
-    in the report. Where `ref` names nothing but what the ranks saved with `use_collectives=False`,
-    each rank loads its own version, without waiting for the others.
+    and other `Stateful` objects, anywhere in the state's lists and dicts, get all that was saved
+    under them; a module gets what its own state names. Other entries of the version are not loaded;
+    the report names them. If `ref` names only versions that ranks saved alone, with
+    `use_collectives=False`, each rank loads its own version, without waiting for the others.
 
     Args:
         state_dict: as for `save`; its tensors are filled, its values replaced.
@@ -377,14 +377,14 @@ def load(
             `repo.best("loss")`; None is the tip of `main`.
         planner: torch's load planner or ours; None is `DefaultLoadPlanner()`.
         process_group: the ranks that take part; None is all.
-        no_dist: load in this process alone, though a process group is there.
+        no_dist: load in this process alone, even if there is a process group.
         include, exclude: what to load by the FQNs of the state; each text is the name of an item
             or of all below it ("model"), or a glob ("*.bias"). The rest is left as it is.
         rename: the FQN in the version of an FQN in the state, as a mapping or a function.
-        strict: False leaves what the version lacks as it is, and reports it as missing; what an
-            owner does not hold after the load is reported in `differences` then. The state
-            of optimizers is always restored by presence: a parameter that was frozen at the save,
-            or was added since, keeps what it has.
+        strict: False leaves what the version lacks as it is, and reports it as missing;
+            `differences` then lists what a module, optimizer or other `Stateful` object did not
+            take over. Optimizer state is never required: for a parameter that was frozen at the
+            save, or was added since, the optimizer keeps the state that it has.
         on_dtype: "cast" converts values whose dtype differs, "error" refuses them.
         init_missing: called with the FQN and the tensor of each that the version lacks, after all
             others are filled.
@@ -394,13 +394,14 @@ def load(
         allow_pickle: let values that are pickles run their code.
         checkpoint_id: another name for `repo`, for code written for torch.
         storage_reader: any storage of torch's instead of `repo`; the load is then torch's own, with
-            our planner and the options that are its, and returns nothing. In the place of `repo` it
-            is taken too, as by torch, with a warning.
+            our planner and its options, and returns nothing. In the place of `repo` it is accepted
+            too, as torch does, with a warning.
 
     Raises:
         MismatchError: everything that is missing or differs, on any rank; no tensor was touched.
-            After the load, and saying so: what modules, optimizers and other `Stateful` objects do
-            not hold with the stored bits, dtype, shape and Python type, or still on meta.
+            Also raised after the load (the message says so), if a module, optimizer or other
+            `Stateful` object did not keep the stored bits, dtype, shape or Python type, or is still
+            on the meta device.
         InvalidInputError: an argument is invalid, or a place in the state cannot be filled.
         NotFoundError: no such version or repository; or a text of `include`, `exclude` or `rename`
             that names nothing, neither in the version nor in the state of any rank.
@@ -489,9 +490,10 @@ def _find_own(
     *,
     no_dist: bool,
 ) -> str | None:
-    """Return the ref of the version that this rank saved for itself, if `ref` names only such.
+    """Return this rank's own version, if `ref` names only versions that ranks saved alone.
 
-    All ranks read the same catalog, so they come to the same answer without an exchange.
+    The result is its ref, or None. All ranks read the same catalog, so they come to the same answer
+    without an exchange.
 
     Raises:
         NotFoundError: other ranks saved theirs, and this one has none.
@@ -503,7 +505,7 @@ def _find_own(
         rank = alone_in(group, no_dist=no_dist).rank
         own, first = rank_name(asked.name, rank), rank_name(asked.name, 0)
         known = find_refs(open_repository().catalog, [asked.name, own, first])
-    except DcpstoreError:  # which the first exchange finds too, and raises on every rank
+    except DcpstoreError:  # the first exchange meets it too, and raises it on every rank
         return None
     if asked.name in known or not known:
         return None

@@ -398,10 +398,9 @@ class Repository:
                 glob of FQNs ("*.bias"). A list holds names of entries and globs. A mapping also
                 gives each tensor an index (integers, slices, `...`), and only the chunks that it
                 meets are read. None is everything.
-            nested: return the nested state as it was saved instead, from its top on: its
-                containers, empty ones too, with their own keys; `["optim"]` of it is what
-                `optim.load_state_dict` takes. Named tuples come as tuples, dataclasses as dicts,
-                and what is not read of a list as None.
+            nested: return the whole nested state, with empty containers and the original keys;
+                `["optim"]` of it is what `optim.load_state_dict` takes. Named tuples become tuples,
+                dataclasses become dicts, and items of a list that are not read become None.
             verify: check every byte read against its digest.
             allow_pickle: let values that are pickles run their code.
 
@@ -510,7 +509,8 @@ class Repository:
             keep_every: keep versions whose step is a multiple of this.
             keep_best: `("val_loss", 3)` keeps the three with the smallest val_loss;
                 `("accuracy", 3, "max")` those with the largest.
-            keep_tagged: no rule but that tagged versions stay, as they always do.
+            keep_tagged: adds no rule; tagged versions always stay. Use it when you want no other
+                rule.
             keep_since: keep versions made since a time, or within a span such as `"7d"`.
             branch: look only at versions that were saved to this branch.
             dry_run: change nothing, and report what would expire.
@@ -617,7 +617,7 @@ class Repository:
         if limit is not None and not (isinstance(limit, int | float) and limit > 0):
             raise InvalidInputError(f"limit is {limit!r}; give bytes a second, more than 0.")
         if resume and not deep:
-            raise InvalidInputError("only a deep look is resumed; give deep=True (--deep) too.")
+            raise InvalidInputError("resume works only with deep=True; pass that too (--deep).")
         with self.catalog.keep_connection():
             return verify(self.catalog, self.storage, deep=deep, resume=resume, limit=limit)
 
@@ -628,8 +628,8 @@ class Repository:
 
         Args:
             other: the repository to copy to.
-            refs: the versions, each alone; those that are tags or branches are made there too.
-                None is every version, tag and branch.
+            refs: the versions, without their ancestors; tags and branches among them are made
+                there too. None is every version, tag and branch.
 
         Raises:
             NotFoundError: a ref names nothing.
@@ -694,7 +694,7 @@ class Repository:
             with self.catalog.keep_connection():
                 newest = self.log(limit=_NEWEST)
                 refs = [f"{ref.name} (v{ref.version})" for ref in (*self.branches(), *self.tags())]
-        except DcpstoreError as error:  # a notebook shows it all the same
+        except DcpstoreError as error:  # show the error in the notebook instead of raising it
             return html_pairs(title, [("data", self.storage.url), ("problem", str(error))])
         rows = [
             (
@@ -781,14 +781,14 @@ def make(
     data: str | os.PathLike[str] | None,
     chunk: ChunkDefaults | None,
 ) -> Repository:
-    """Make a new repository; no catalog is left where that fails, an empty file at most.
+    """Make a new repository; if it fails, no catalog remains, except perhaps an empty file.
 
     Args:
         target, data, chunk: as for `open`.
 
     Raises:
-        AlreadyExistsError: there is one, perhaps of a process that was faster; or the data folder
-            holds another's data.
+        AlreadyExistsError: there is one, perhaps from a process that was faster; or the data folder
+            holds the data of another repository.
         InvalidInputError: `data` is missing, or `chunk` is invalid.
         NotFoundError: no database server.
         SchemaError: a database that is neither empty nor ours.
@@ -810,7 +810,7 @@ def make(
     )
     made = _with_storage(target, catalog)
     with catalog.keep_connection():
-        write_journal(catalog, made.storage)  # from now on the folder says whose it is
+        write_journal(catalog, made.storage)  # from now on the folder names its repository
     return made
 
 

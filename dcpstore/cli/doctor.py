@@ -40,9 +40,10 @@ if TYPE_CHECKING:
 __all__ = ["Finding", "doctor", "file_system", "is_locked_elsewhere"]
 
 _COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
-_CLOCK_WARNING, _CLOCK_PROBLEM = 10.0, 300.0  # seconds that clocks may differ; a lease is an hour
+# Clock difference in seconds for a warning and for a problem; a lease is 1 h.
+_CLOCK_WARNING, _CLOCK_PROBLEM = 10.0, 300.0
 _FREE_WARNING, _FREE_PROBLEM = 1 << 30, 64 << 20
-_SECONDS = 30  # in which another process must answer
+_SECONDS = 30  # how long to wait for the other process
 _NETWORK = {"9p", "afs", "beegfs", "ceph", "cifs", "fuse.sshfs", "gfs2", "glusterfs", "gpfs"} | {
     *("fuse.glusterfs", "fuse.s3fs", "lustre", "nfs", "nfs4", "ocfs2", "smb3", "smbfs", "wekafs")
 }
@@ -55,7 +56,7 @@ _EXTRAS = {  # module, and what needs it
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found; `advice` is the next step where it is not ok."""
+    """What one check found; `advice` is the next step if it is not ok."""
 
     check: str
     status: Literal["ok", "warning", "problem"]
@@ -182,7 +183,7 @@ def _clock(ahead: float | None) -> Finding:
 
 
 def _locks(folder: Path, file: Path | None) -> Finding:
-    """Check that a process that writes keeps others out, by asking from another process."""
+    """Check that the file lock works between two processes."""
     assert file is not None, "a catalog with a folder has a file"
     kind = file_system(folder, Path("/proc/self/mountinfo"))
     if not is_locked_elsewhere(file):
@@ -221,7 +222,7 @@ def file_system(folder: Path, mounts: Path) -> str:
             continue
         point = before.split()[4].encode().decode("unicode_escape")  # a space is \040 there
         if real.is_relative_to(point) and len(point) >= len(found[0]):
-            found = (point, after.split()[0])  # of two mounts at one place, the later one is seen
+            found = (point, after.split()[0])  # of two mounts at one place, the later is used
     return found[1]
 
 
@@ -236,9 +237,9 @@ except sqlite3.OperationalError as error:
 
 
 def is_locked_elsewhere(file: Path) -> bool:
-    """Return whether another process is kept from writing while this one writes.
+    """Return whether another process cannot write while this one writes.
 
-    Another process, because within one process SQLite does not rely on the file system.
+    It takes a second process: within one process SQLite does not rely on the file system.
     """
     connection = open_file(file, mode="rw", timeout=_SECONDS)
     try:
@@ -256,10 +257,11 @@ def is_locked_elsewhere(file: Path) -> bool:
 
 
 def _data(storage: Storage, newest: Version | None) -> Iterator[Finding]:
-    """Write, read, list and delete one small object, then look at the room that is left."""
+    """Write, read, list and delete one small object, then check the free space."""
     is_folder = "://" not in storage.url
     uid = new_uid()
-    key, content = f"packs/{uid}/doctor-probe", b"dcpstore doctor"  # gc clears what is left there
+    # If we crash here, gc deletes the probe.
+    key, content = f"packs/{uid}/doctor-probe", b"dcpstore doctor"
     done: list[str] = []
     try:
         storage.put(key, content)

@@ -39,7 +39,7 @@ _SHOWN = 8  # ranks in one message; more would hide the rest of it
 class StoreBarrier:
     """The barriers of one rank with the others of a group, one after another.
 
-    All ranks create theirs on a group in the same order, as they call collectives in one order.
+    Every rank must create its `StoreBarrier` objects in the same order, as for collective calls.
     """
 
     def __init__(self, store: Store, *, rank: int, size: int, coordinator: int) -> None:

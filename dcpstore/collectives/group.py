@@ -108,8 +108,8 @@ class Alone:
 class RankGroup:
     """The ranks of a torch process group; `coordinator` is a rank inside the group.
 
-    The deadline is the timeout that `init_process_group` was given. All ranks create theirs on a
-    group in the same order.
+    The deadline is the timeout that `init_process_group` was given. Every rank must create its
+    `RankGroup` objects in the same order.
 
     Raises:
         InvalidInputError: this process is not a member of the group.
@@ -187,15 +187,16 @@ def find_collectives(
 
     Raises:
         InvalidInputError: this process is not a member of the group.
-        ConflictError: this thread is inside a save with other ranks. A second call on this rank
-            alone would take the place of the next exchange of that save.
+        ConflictError: this thread is inside a save with other ranks. A nested call on one rank
+            would be mistaken for that save's next exchange.
     """
     if no_dist or not use_collectives:
         return alone_in(group, no_dist=no_dist)
     if not has_process_group():
         _log.info("no process group is initialised; working in this process alone")
         return Alone()
-    refuse_inside_change(_WITH_OTHERS)  # before StoreBarrier counts one more on this rank
+    # Before StoreBarrier increments its counter on this rank: else the ranks would disagree.
+    refuse_inside_change(_WITH_OTHERS)
     return RankGroup(group)
 
 

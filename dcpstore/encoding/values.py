@@ -311,7 +311,8 @@ def _check_apart(obj: object, nodes: list[Any]) -> None:
         count = 0
     if count < len(nodes):
         raise NotPlainError(
-            f"{type(obj).__name__} whose keys or members only their class keeps different"
+            f"{type(obj).__name__} whose keys or members would not stay distinct and hashable as "
+            "plain values"
         )
 
 

@@ -56,15 +56,13 @@ __all__ = [
     "verify",
 ]
 
-QUICK = (
-    "missing: ",
-    "size: ",
-)  # how the text of damage begins that is found without reading chunks
+# Prefixes of the damage texts that the quick check writes.
+QUICK = ("missing: ", "size: ")
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkDamage:
-    """One chunk that is not what its digest says; `fqns` are of any version that has it."""
+    """One chunk that does not match its digest; `fqns` are its names in all versions."""
 
     pack: str
     offset: int
@@ -100,7 +98,7 @@ class DamagedVersion:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What was looked at, and everything that was found damaged."""
+    """What was checked, and everything that was found damaged."""
 
     damaged: tuple[Damage, ...]
     versions: tuple[DamagedVersion, ...]
@@ -179,7 +177,7 @@ class _Inspection:
         for pack in list_packs(self._catalog):
             damage = self._quick_check(pack)
             if damage is None and not found_by_quick_check(pack.damage):
-                damage = pack.damage  # only a deep check can find it repaired
+                damage = pack.damage  # keep the mark: only a deep check can clear it
             if damage is not None:
                 self._record_pack(pack, damage)
             if damage != pack.damage:
@@ -332,7 +330,7 @@ def check_packs(
 
     now = datetime.now(UTC)
     began = begin_verify(catalog, resume=resume, now=now)
-    # a time in the future, from a clock that was wrong, does not count
+    # Ignore a `verified_at` in the future (a wrong clock): such a pack is checked again.
     waiting = [p for p in packs if p.verified_at is None or not began <= p.verified_at < now]
     throttle = _Throttle(limit)
     count = nbytes = 0

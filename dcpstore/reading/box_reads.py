@@ -42,7 +42,7 @@ Array = npt.NDArray[np.generic]
 
 @dataclass(frozen=True, slots=True)
 class BoxRequest:
-    """A box of a stored tensor, and the tensor of the same sizes that it fills."""
+    """A box of a stored tensor, and the target tensor of the same shape to copy it into."""
 
     entry: EntryRecord
     box: Box
@@ -50,7 +50,7 @@ class BoxRequest:
 
 
 class _BoxFiller:
-    """Copies chunks into the target of one request; what is the same for all chunks is set up once.
+    """Copies chunks into the target of one request; `__init__` does what is common to all of them.
 
     If the stored and the target dtype differ, values are converted as `Tensor.copy_` does.
     """
@@ -64,7 +64,8 @@ class _BoxFiller:
         is_plain = (
             self._target.device.type == "cpu"
             and self._target.dtype == self._dtype
-            and not (self._target.is_conj() or self._target.is_neg())  # lazy: not its own bytes
+            # The memory of a lazy conj or neg view is not its value.
+            and not (self._target.is_conj() or self._target.is_neg())
         )
         self._memory = as_bytes(self._target) if is_plain else None
         parts = self._tensor.parts
@@ -214,7 +215,7 @@ class LocalBox:
 def find_changed(
     held: Sequence[LocalBox], catalog: Catalog, storage: Storage, *, version: int, pool: Executor
 ) -> set[str]:
-    """Return the FQNs of which some element held here differs, in its bits, from the stored one.
+    """Return the FQNs of tensors with an element here whose bits differ from the stored ones.
 
     A tensor is read only up to the first chunk that differs.
     """

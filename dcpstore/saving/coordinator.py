@@ -1,7 +1,7 @@
 """The coordinator of a save: what it does with what the ranks send in each exchange.
 
-Invariant: only the coordinator changes the catalog, and when it knows that the save has failed, the
-version that it has begun does not stay pending.
+Invariant: only the coordinator changes the catalog. Once it knows that the save failed, it aborts
+the version that it began.
 """
 
 from __future__ import annotations
@@ -119,11 +119,12 @@ class Coordinator:
 
     def __init__(self, planner: SavePlanner, size: int, *, is_whole: bool) -> None:
         self._planner = planner
-        self._is_whole = is_whole  # False: this rank saves alone, perhaps only parts of tensors
+        # False: this rank saves alone what it holds, perhaps only parts of tensors.
+        self._is_whole = is_whole
         self._size = size
         self._writes_early = False
         self._begun: BegunVersion | None = None
-        self._parent: Mapping[str, EntryRecord] | None = None  # its entries by FQN
+        self._parent: Mapping[str, EntryRecord] | None = None  # the parent's entries by FQN
         self._plan: GlobalPlan | None = None
         self._first: Sequence[Sequence[int]] = [()] * size
 
@@ -158,7 +159,7 @@ class Coordinator:
         """
         assert self._begun is not None
         if self._parent is None and not self._is_whole:
-            # The parent may be what another rank saved: its grids would not fit.
+            # Another rank may have saved the parent: its chunk grids would not fit.
             self._parent_number, self._parent = 0, {}
         elif self._parent is None:
             self._parent_number, self._parent = entries_of_parent(self.target, self._begun.draft)
@@ -174,8 +175,8 @@ class Coordinator:
             return self._with_early_writes(replies)
         plans = [offer.plan for offer in offers if offer.plan is not None]
         parts, metadata = self._planner.create_global_plan(plans)
-        # With torch's plan cache, a rank whose plan did not change gets one that is not usable, and
-        # the planner has the whole plan.
+        # With torch's plan cache, an unchanged rank gets an empty plan (usable=False); the full one
+        # is in `planner.global_plan`.
         is_cached = not all(plan.usable for plan in parts)
         whole = getattr(self._planner, "global_plan", parts) if is_cached else parts
         self._plan, replies = reply_to_plans(
@@ -198,12 +199,13 @@ class Coordinator:
             InvalidInputError: the ranks hold different contents of one item.
         """
         self._check_replicas([report.replicas for report in reports])
-        writers: dict[ChunkKey, tuple[int, int]] = {}  # the first rank that has it, and the index
+        # For each chunk the first rank that has it, and its index there.
+        writers: dict[ChunkKey, tuple[int, int]] = {}
         for rank, report in enumerate(reports):
             for index, key in enumerate(report.keys):
                 writers.setdefault(key, (rank, index))
-        # Whatever the codec: a chunk that is not stored at all is certainly part of a new tensor.
-        # One that is stored may be part of a tensor that is reused whole, under another codec.
+        # Ignore the codec: an unknown digest is surely new. A known one may still be reused as part
+        # of a whole tensor, which may be stored with another codec.
         stored = find_chunks(self.target.catalog, {digest for _, digest in writers})
         chosen: list[list[int]] = [[] for _ in reports]
         for (_, digest), (rank, index) in writers.items():
@@ -255,7 +257,7 @@ class Coordinator:
         differing = replicas.differing_buffers(fingerprints)
         if not differing:
             return
-        # Buffers that belong together, as mean and variance, must come from one rank.
+        # Buffers that belong together, such as mean and variance, must come from one rank.
         for number, rank in zip(table.rows.tensor.tolist(), table.rank.tolist(), strict=True):
             fqn = table.names[number].fqn
             if fqn in differing and rank != differing[fqn][0]:
@@ -276,8 +278,8 @@ class Coordinator:
     def _with_early_writes(self, replies: list[PlanReply]) -> list[PlanReply]:
         """Let the ranks write early if the save is large and no parent tensor has another grid.
 
-        A tensor with another grid may be unchanged although all its chunks are new: what is written
-        early would be written for nothing.
+        If the chunk grid changed, all chunks look new although the tensor may be unchanged. Writing
+        them early would then be useless.
         """
         assert self._parent is not None
         plan = self._plan
@@ -302,7 +304,7 @@ class Coordinator:
             self.target,
             self._state,
             packs=[pack for report in reports for pack in report.written.packs],
-            # Of the slowest rank: that is how long the phase took.
+            # The slowest rank's time is how long the phase took.
             seconds={
                 phase: max(report.seconds.get(phase, 0.0) for report in reports)
                 for phase in ("plan", "digest", "compare", "write")
@@ -320,7 +322,7 @@ def check_requests(requests: Sequence[OpenRequest]) -> None:
     """Check that all ranks ask for the same save, of one repository.
 
     Raises:
-        InvalidInputError: two do not; names the argument that differs.
+        InvalidInputError: they differ; the error names the argument.
     """
     uids = [request.repository for request in requests]
     if len(set(uids)) > 1:
@@ -344,7 +346,7 @@ def check_requests(requests: Sequence[OpenRequest]) -> None:
 
 
 def _comparable(value: object) -> str:
-    """Return a text that is equal for equal arguments; a NaN itself does not even equal itself."""
+    """Return a text that is equal for equal arguments (NaN != NaN, so we compare texts)."""
     if isinstance(value, Mapping):
         value = sorted(value.items())
     elif isinstance(value, tuple):

@@ -1,9 +1,9 @@
 """How the ranks agree on one plan: they send tables the first time, and digests from then on.
 
-While a process has a repository open, it caches for each local plan the share of it that the rank
-writes; the coordinator caches the global plans too. If a rank's local plan is one of those, the
-rank sends two digests of it: 64 bytes. Invariant: a cached plan is used only if every rank's local
-plan and the chunk grids of the parent are the same.
+While a process has a repository open, each rank caches its local plans and its share of each: the
+items that it was assigned to write. The coordinator also caches the global plans. If a rank's plan
+is cached, the rank sends only its digest and the key of the share: 64 bytes. Invariant: a cached
+global plan is used only if every rank's local plan and the chunk grids of the parent are the same.
 """
 
 from __future__ import annotations
@@ -88,13 +88,13 @@ class PlanReply:
     """What the coordinator answers to the plan of one rank.
 
     Attributes:
-        key: identifies the rank's share, which is in this reply or cached by the rank.
+        key: identifies the share that this reply gives, or that the rank has cached.
         kept: the indices in its plan of the items that it writes.
         layouts: of their tensors by FQN, pickled; ranks with the same layouts share the bytes.
         compared: the indices of the items that other ranks hold too; it sends their fingerprints.
         plan: its part of the global plan, if the caller's planner made that.
-        writes_early: whether it digests its first chunks, and begins to write them, before it
-            digests the others.
+        writes_early: whether the rank digests its first chunks, and begins to write them, before
+            it digests the others.
     """
 
     key: bytes = b""
@@ -146,7 +146,7 @@ class PlanMemory:
 
 
 class LocalPlan:
-    """One rank's local plan: what the rank sends of it, and which items it writes.
+    """One rank's local plan: what the rank sends of it, and which items it then writes.
 
     Attributes:
         compared: the items that other ranks hold too; known after `take`.
@@ -168,7 +168,7 @@ class LocalPlan:
         self._digest = b"" if self._table is None else self._table.digest
 
     def offer(self, *, whole: bool = False) -> PlanOffer:
-        """Return what to send of the plan; with `whole` the table too, even if a share is held."""
+        """Return what to send of the plan; with `whole` also the table of a cached plan."""
         if self._table is None:
             return PlanOffer(plan=self._plan, buffers=frozenset(self._buffers))
         key, _ = self._memory.shares.get(self._digest) or (b"", None)
@@ -197,7 +197,7 @@ class LocalPlan:
 
 
 def shares_tables(planner: SavePlanner) -> TypeGuard[DefaultSavePlanner]:
-    """Tell whether the global plan is made from tables: it is if the planner's method is ours.
+    """Return True for our own planner: it makes the global plan from tables.
 
     A planner with its own `create_global_plan` needs the plans in torch's form.
     """
@@ -240,7 +240,7 @@ def reply_to_offers(
             "some ranks use a planner with a global plan of its own and some do not; pass the same "
             "planner on every rank."
         )
-    # The same local plans make another global plan under other options.
+    # The options change the global plan, so they are part of the cache key.
     options = (b"lowest" if to_lowest_rank else b"", b"" if is_whole else b"alone")
     digests = (*(offer.digest for offer in offers), *options)
     plan = memory.plans.get(digests)
@@ -324,9 +324,9 @@ def reply_to_plans(
 
     Args:
         offers: by rank, with its local plan.
-        parts: by rank, the plan that is sent to it: with torch's plan cache an empty one, if the
-            plan is not new.
-        whole: by rank, the plan that it carries out.
+        parts: by rank, the plan that is sent to it; with torch's plan cache it may be empty
+            (usable=False), if the rank's plan did not change.
+        whole: by rank, the full plan that it carries out.
         chunk: the repository's defaults.
         parent: the entries of the parent version by FQN.
         is_whole: whether the plans are those of all ranks.

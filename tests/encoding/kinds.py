@@ -240,7 +240,7 @@ REFUSED = [
     Refused("subclass of `list`, `dict` or `set`", _Own),
     Refused("`UserDict`, `MappingProxyType` inside a value", lambda: (UserDict(a=1),)),
     Refused("other mappings inside a value", lambda: (MappingProxyType({"a": 1}),)),
-    Refused("set or keys that only their class tells apart", lambda: {Colour.RED, 1}),
+    Refused("set or keys that are distinct only by their class", lambda: {Colour.RED, 1}),
     Refused(
         "sharded, sparse, meta or other special tensor inside a value",
         lambda: deque([torch.ones(2, device="meta")]),

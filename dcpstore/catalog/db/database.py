@@ -1,9 +1,10 @@
 """`Database`: the connections to one database, and its transactions with their retries.
 
-Invariants: our settings touch our own engine only. On SQLite a transaction that writes holds the
-write lock from its first statement, so it cannot fail half-way because another process has it. A
-transaction is retried only if the database is known to have changed nothing, or to have rolled the
-change back. No error of the database itself leaves this module, and none carries a password.
+Invariants: our settings never change other SQLAlchemy engines of the process. On SQLite a
+transaction that writes holds the write lock from its first statement, so it cannot fail half-way
+because another process has it. A transaction is retried only if the database is known to have
+changed nothing, or to have rolled the change back. Database errors are raised as DcpstoreError,
+without passwords.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Database:
         self._url = parse_url(url)
         self._busy_seconds, self._retry_seconds = busy_seconds, retry_seconds
         self.is_sqlite = self._url.get_backend_name() == "sqlite"
-        # Absolute, for the process may change its working folder before the next connection.
+        # Absolute, because the process may change its working folder before it connects again.
         self.file = Path(self._url.database or "").absolute() if self.is_sqlite else None
         self.may_create_file = False
         self._was_connected = False
@@ -71,8 +72,10 @@ class Database:
         self._keepers = 0  # blocks inside `keep_connection`
         self._reports: list[Callable[[str], None]] = []
         if self.file is not None:
-            # A catalog at rest is read without locks, so each transaction looks again whether it
-            # is; else connections are kept, and threads wait for its lock, not for a connection.
+            # 'At rest' means that this process cannot write in the catalog's folder, and that no
+            # other process has the catalog open. Such a catalog is read without locks, so each
+            # transaction connects again and checks again that this still holds. Otherwise
+            # connections are kept, and threads wait for the lock, not for a free connection.
             kept: dict[str, Any] = {"poolclass": QueuePool, "max_overflow": -1}
             self._engine = create_engine(
                 "sqlite://",
@@ -143,7 +146,7 @@ class Database:
 
     def report(self, statement: str) -> None:
         """Report a statement that goes to the driver without SQLAlchemy."""
-        for report in tuple(self._reports):  # a copy, for another thread may end its trace
+        for report in tuple(self._reports):  # a copy, because another thread may end its trace
             report(statement)
 
     @contextmanager
@@ -312,14 +315,14 @@ class Database:
             self._was_connected = True
             if writes:
                 connection.execution_options(**{_WRITES: True})
-            elif not self.is_sqlite:  # else each query would see the latest commit, not one moment
+            elif not self.is_sqlite:  # so that all queries of the transaction see the same snapshot
                 connection.execution_options(
                     isolation_level="REPEATABLE READ", postgresql_readonly=True
                 )
             with connection.begin():
                 if writes and not self.is_sqlite:
-                    # Wait for a lock as long as on SQLite. End a transaction that is silent for
-                    # ten minutes, for a process that the network cut off would hold its locks.
+                    # Wait for a lock as long as on SQLite. End a transaction that is idle for ten
+                    # minutes: a process that lost its network would hold its locks.
                     connection.exec_driver_sql(
                         f"SELECT set_config('lock_timeout', '{self._busy_seconds * 1000:.0f}', "
                         "true), set_config('idle_in_transaction_session_timeout', '600000', true)"

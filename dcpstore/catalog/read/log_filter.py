@@ -78,7 +78,7 @@ class LogFilter:
 def best_version(
     connection: Connection, name: str, *, mode: Literal["min", "max"], branch: str | None
 ) -> Version:
-    """Return the version with the smallest or largest value of a metric; of equals the earliest.
+    """Return the version with the smallest or largest metric; if several are equal, the earliest.
 
     Raises:
         NotFoundError: no version (of the branch) has the metric as a number.
@@ -215,12 +215,12 @@ def list_log(
     if start is not None:
         first = id_of_number(connection, start)
         if limit is not None and wanted is None:
-            # Usually the nearest ancestors are enough, and the rest need not be visited.
+            # Usually the nearest ancestors are enough; then we do not visit the others.
             near = select(ancestors(first, most=limit - 1).c.id)
             found = load_versions(connection, near, limit=limit)
             if len(found) == limit:
                 return found
-            # Some of them were expired, or there are no more.
+            # Fewer than `limit`: some expired, or history ends. Search all ancestors.
         ids = select(ancestors(first).c.id)
     if wanted is not None:
         query = select(_version.c.id).where(*_conditions(connection, wanted))
