@@ -383,8 +383,8 @@ def load(
         rename: the FQN in the version of an FQN in the state, as a mapping or a function.
         strict: False leaves what the version lacks as it is, and reports it as missing;
             `differences` then lists what a module, optimizer or other `Stateful` object did not
-            take over. Optimizer state is never required: for a parameter that was frozen at the
-            save, or was added since, the optimizer keeps the state that it has.
+            take over. The version may always lack an optimizer's state of a parameter, which was
+            frozen at the save or added since; the optimizer then keeps the state that it has.
         on_dtype: "cast" converts values whose dtype differs, "error" refuses them.
         init_missing: called with the FQN and the tensor of each that the version lacks, after all
             others are filled.

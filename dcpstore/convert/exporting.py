@@ -1,7 +1,7 @@
-"""A version on its way out of a repository: which of its entries, and their tensors box by box.
+"""What an export contains: chooses the entries of a version, and reads their tensors box by box.
 
-Invariant: every byte is verified as a load verifies it, and at most one box of a tensor is in
-memory; packs are released after each box, so that mapped packs do not add up.
+Invariant: every byte is verified, as in a load, and at most one box of a tensor is in memory. Packs
+are released after each box, so that mapped packs do not fill the memory.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ __all__ = [
     "shows_export_options",
 ]
 
-BOX = 64 << 20  # bytes of a tensor that are read at a time, where its chunks allow it
-DEEPEST = 100  # containers one in another that a format nests, as in values
+BOX = 64 << 20  # bytes of a tensor that are read at once; more if its chunks are larger
+DEEPEST = 100  # levels of containers that a nested format may have, as in values
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
     """What an export did.
 
-    `tensors`, `values` and `nbytes` (raw bytes of tensors, tied ones once) are those written;
-    `files` is their number.
+    `tensors`, `values` and `files` are numbers; `nbytes` counts the raw bytes of the tensors that
+    were written, tied ones once.
     """
 
     version: Version
@@ -91,13 +91,14 @@ class ExportedTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def boxes(self, most: int = BOX) -> list[Box]:
-        """Return boxes of about `most` bytes that follow one another as its elements do in a file.
+        """Return boxes of about `most` bytes, in the order of its elements in a row-major file.
 
-        They end where chunks end, so that a chunk is read once, wherever chunks are regular.
+        They end where chunks end, so that each chunk is read once, unless the parts of the tensor
+        have chunks of very different sizes.
         """
         if not math.prod(self.shape):
             return []
-        # Elements of a box follow one another in a row-major file only if the tensor is cut along
+        # The elements of a box are contiguous in a row-major file only if the tensor is cut along
         # its first dimension that is longer than one.
         dim = next((i for i, n in enumerate(self.shape) if n > 1), None)
         if dim is None:
@@ -123,13 +124,13 @@ class ExportOptions(TypedDict, total=False):
 
     Attributes:
         dtype: what floating tensors are converted to, such as "bf16"; None keeps every dtype.
-        tensors_only: leave the values out.
+        tensors_only: export tensors only, without values.
         include, exclude: which entries; each text is the name of an entry or of all below it
-            ("model"), or a glob of FQNs ("*.bias"). None, and nothing, are all entries.
+            ("model"), or a glob of FQNs ("*.bias"). By default all entries are exported.
         rename: the FQN in the export of an FQN in the version, as a mapping or a function. The
             entry loses its nested path.
-        strip_prefix: left out of FQNs that begin with it ("model."), after the choice and before
-            `rename`; nested paths lose these parts, too.
+        strip_prefix: removed from the FQNs that begin with it ("model."), and from nested paths;
+            after `include` and `exclude` have chosen, and before `rename`.
     """
 
     dtype: str | torch.dtype | None
@@ -141,11 +142,11 @@ class ExportOptions(TypedDict, total=False):
 
 
 class ExportedVersion:
-    """What a version exports.
+    """The entries of a version that an export writes.
 
     Args:
-        repo: where it is.
-        ref: which it is.
+        repo: the repository of the version.
+        ref: the version.
         options: as `ExportOptions` explains them.
 
     Raises:
@@ -194,7 +195,7 @@ class ExportedVersion:
         self.tensors = [
             ExportedTensor(
                 entry,
-                # the mark of a composed tensor says what its parts are
+                # Parts of a composed tensor are not converted: its mark describes them.
                 cast_dtype(
                     torch_dtype(entry.tensor.dtype),
                     None if self._stored[entry.fqn].fqn in outer else wanted,
@@ -207,7 +208,7 @@ class ExportedVersion:
         self.paths: dict[str, ObjectPath] = {entry.fqn: entry.path for entry in exported}
         self._optimizers = {
             entry.path[:i]
-            for entry in entries  # of those too that are left out: they tell what the others are
+            for entry in entries  # also those that are left out: `param_groups` may be among them
             for i, key in enumerate(entry.path[:DEEPEST])
             if _is(key, "param_groups")
         }
@@ -218,10 +219,10 @@ class ExportedVersion:
         return any(path[:i] in self._optimizers and _is(key, "state") for i, key in enumerate(path))
 
     def nested_paths(self) -> dict[str, ObjectPath]:
-        """Return the paths for a format that nests the state again.
+        """Return the nested path of each FQN, for a format that keeps the nesting.
 
         Raises:
-            InvalidInputError: one is too long.
+            InvalidInputError: a path is too long.
         """
         for fqn, path in self.paths.items():
             if len(path) > DEEPEST:
@@ -236,7 +237,7 @@ class ExportedVersion:
         target = torch.empty(box.sizes, dtype=tensor.dtype, device="cpu")
         if box.volume:
             with closing(PackReader(self._repo.storage)) as packs:
-                # as it is stored, so that an error names the FQN in the version
+                # the stored entry, so that an error names the FQN in the version
                 request = BoxRequest(self._stored[tensor.fqn], box, target)
                 read_boxes([request], self._repo.catalog, packs, version=self.version.number)
         return target
@@ -263,16 +264,16 @@ class ExportedVersion:
 
     @contextmanager
     def pickling(self, values: Mapping[str, object]) -> Iterator[None]:
-        """Raise `InvalidInputError` where the block fails because one of `values` does not pickle.
+        """Raise `InvalidInputError` if the block fails because one of `values` cannot be pickled.
 
-        Formats of torch are pickles, and some values that are plain here do not pickle.
+        Torch's formats are pickles, and some values that need no pickle here cannot be pickled.
         """
         try:
             yield
         except (TypeError, pickle.PicklingError):
             for fqn, value in values.items():
                 try:
-                    pickle.dumps(value, protocol=2)  # torch's
+                    pickle.dumps(value, protocol=2)  # the protocol of torch.save
                 except Exception as error:  # the object's own hooks can raise anything
                     raise InvalidInputError(
                         f"{fqn!r}: a value does not pickle ({error}), as files of torch need; "
@@ -305,8 +306,8 @@ shows_export_options = shows_options(
 def find_ties(version: ExportedVersion) -> dict[str, str]:
     """Return, by FQN, the FQN of the tensor that it is tied to: the first of the same content.
 
-    A repository keeps contents, not memory, so a tie is concluded from equal content, and only
-    where that cannot do harm. Two tensors that happen to be equal must not become one: an optimizer
+    A repository stores contents and not memory, so ties are guessed from equal contents, and only
+    if a wrong guess is unlikely. Tensors that are equal by chance must not be tied: an optimizer
     would then update both at once, and a model would miss one of them. So these are never tied:
     optimizer state, tensors whose elements are all the same, and tensors whose FQNs differ only in
     numbers, such as a buffer that every layer has.
@@ -341,8 +342,9 @@ def _renamed(
 ) -> EntryRecord:
     """Return an entry under its FQN in the export; `whole` is that of its composed tensor, if any.
 
-    Without the prefix it keeps the rest of its nested path, if the prefix is whole parts of that,
-    and the rest begins with the text key of a dict. Else its FQN is its path.
+    If the prefix is removed, the entry keeps the rest of its nested path, provided that the prefix
+    consists of whole parts of the path and the rest begins with a text key of a dict. Otherwise its
+    path is its new FQN alone.
     """
     name, path = whole, entry.path
     if strip_prefix and whole.startswith(strip_prefix) and whole != strip_prefix:
@@ -362,7 +364,10 @@ def _renamed(
 
 
 def _is(key: str | int, name: str) -> bool:
-    """Return whether a key of an optimizer's state is this one, flattened by torch or not."""
+    """Return whether a key of an optimizer's state is `name`, or begins with it and a dot.
+
+    Torch's flattened optimizer state has such longer keys.
+    """
     return isinstance(key, str) and (key == name or key.startswith(f"{name}."))
 
 
@@ -374,7 +379,7 @@ def _is_constant(version: ExportedVersion, tensor: ExportedTensor) -> bool:
     """Return whether all elements are the same, or there are none."""
     first: torch.Tensor | None = None
     for box in tensor.boxes():
-        # as integers, since a NaN differs from itself
+        # as bytes, because NaN != NaN
         elements = version.read(tensor, box).reshape(-1).view(torch.uint8)
         elements = elements.reshape(-1, tensor.dtype.itemsize)
         first = elements[:1].clone() if first is None else first

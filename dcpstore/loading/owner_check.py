@@ -1,8 +1,9 @@
-"""The check of owners after a load: whether they hold what was loaded.
+"""Checks after a load whether each owner holds what was loaded into it.
 
-An owner may cast, rename or drop what its `load_state_dict` gets. Invariant: after a load its owner
-holds each FQN that was asked for with the stored bits, dtype, shape and Python type, or an error
-names it. Tensors that are still in the memory that was filled are not compared.
+An owner is a module, an optimizer or another `Stateful` object. Its `load_state_dict` may cast,
+rename or drop what it gets. Invariant: each loaded FQN has the stored bits, dtype, shape and Python
+type in its owner, or an error names it. A tensor that the owner keeps in the memory that the load
+filled is not compared: it is the same.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ _EXACT = frozenset([int, str, bool, type(None)])  # equal exactly if they are th
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
-    """What an owner should hold after it was given its state.
+    """What an owner should hold after its `load_state_dict`.
 
     Attributes:
         owner: the owner.
-        leaves: the tensors and values that it is given, by their path below it.
-        ties: which of a module's names are one tensor; known only if some were on the meta device.
+        leaves: the tensors and values that it gets, by their path below it.
+        ties: sets of a module's names that are one tensor; empty unless some tensors were on the
+            meta device.
     """
 
     owner: Owner
@@ -48,7 +50,7 @@ class _Expected:
 class OwnerCheck:
     """The owners of a template and what each should hold.
 
-    It is made before the owners get their state, since they may change what they get.
+    Make it before the owners get their state, because they may change what they get.
     """
 
     def __init__(self, template: Template) -> None:
@@ -58,7 +60,7 @@ class OwnerCheck:
         ]
 
     def restore_optimizers(self) -> None:
-        """Restore the stored tensors and values where torch's optimizers have converted them.
+        """Restore the stored tensors and values that torch's optimizers have converted.
 
         `Optimizer.load_state_dict` casts all state except `step` to the dtype of its parameter, and
         treats a string as an iterable: it becomes a generator object.
@@ -75,12 +77,12 @@ class OwnerCheck:
                     _restore(optimizer.state.get(parameters[path[1]]), path[2:], leaf)
 
     def differences(self, *, rank: int) -> dict[str, str]:
-        """Return what owners do not hold as it was stored, by FQN; calls their `state_dict()`."""
+        """Return by FQN how owners differ from what was stored; calls their `state_dict()`."""
         differences: dict[str, str] = {}
         for one in self._expected:
             prefix, owner = one.owner.path, one.owner.owner
             kind = type(owner).__name__
-            if _has_hooks(owner):  # hooks change what is loaded on purpose
+            if _has_hooks(owner):  # its hooks change on purpose what is loaded
                 continue
             found = dict(walk(with_own(owner.state_dict(), rank), enters=_is_compared_inside))
             for path, leaf in one.leaves.items():
@@ -107,7 +109,7 @@ class OwnerCheck:
 
 
 def _is_compared_inside(value: object) -> bool:
-    """Tell whether the items of a value are compared one by one, so that the error names one."""
+    """Tell whether the items of a value are compared one by one, so that errors name the item."""
     if isinstance(value, list):
         return any(isinstance(item, torch.Tensor | Mapping) for item in value)
     return isinstance(value, Mapping)
@@ -142,13 +144,13 @@ def _has(container: Any, part: Any) -> bool:
 
 
 def _named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield a module's parameters and buffers, a tied one by each of its names."""
+    """Yield a module's parameters and buffers; a tied one comes once for each of its names."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
 
 
 def _ties(owner: Owner) -> list[frozenset[str]]:
-    """Return the names that are one tensor, for each tied tensor of a module."""
+    """Return, for each tied tensor of a module, the set of its names."""
     if not owner.variables:
         return []
     names: dict[int, set[str]] = {}
@@ -158,7 +160,7 @@ def _ties(owner: Owner) -> list[frozenset[str]]:
 
 
 def _difference(stored: Any, found: Any) -> str | None:
-    """Return how what an owner holds differs from what it was given; None if it is the same."""
+    """Describe how `found` differs from `stored`; None if they are the same."""
     if found is stored or _is_number_as_tensor(stored, found):
         return None
     if isinstance(stored, torch.Tensor):
@@ -181,13 +183,13 @@ def _is_number_as_tensor(stored: Any, found: Any) -> bool:
 def _tensor_difference(stored: torch.Tensor, found: Any) -> str | None:
     if not isinstance(found, torch.Tensor):
         return f"was stored as a tensor, and is a {type(found).__name__} now"
-    # The usual case: the owner holds the very tensor that was filled.
+    # The usual case: the owner holds the same memory that the load filled.
     if _is_plain(stored) and _is_plain(found) and memory_of(stored) == memory_of(found):
         return None
     kinds = [f"{tensor.dtype} of shape {tuple(tensor.size())}" for tensor in (stored, found)]
     if kinds[0] != kinds[1]:
         return f"was stored as {kinds[0]}, and is {kinds[1]} now"
-    # The two may be of different classes, and then have different numbers of local tensors.
+    # Tensors of different classes may have different numbers of local tensors.
     pairs = [*zip(_local(stored), _local(found), strict=False)]
     if any(b.is_meta and not a.is_meta for a, b in pairs):
         return "is still on the meta device"
@@ -218,7 +220,7 @@ def _local(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def _bits_differ(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Tell whether two dense tensors differ; others are not compared."""
+    """Tell whether two dense tensors differ; False for tensors that are not dense."""
     is_dense = one.layout is torch.strided and other.layout is torch.strided
     if (
         not is_dense
@@ -237,7 +239,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_equal(one: Any, other: Any) -> bool:
-    """Tell whether two values of one type are the same; NaN is the same as NaN."""
+    """Tell whether two values of one type are the same; NaN counts as equal to NaN."""
     if dataclasses.is_dataclass(one):
         one, other = _fields(one), _fields(other)
     if isinstance(one, Mapping):
@@ -251,13 +253,13 @@ def _is_equal(one: Any, other: Any) -> bool:
         )
     kind: Any = type(one)
     if kind.__eq__ is object.__eq__:
-        return True  # its class compares by identity: nothing tells two such objects apart
+        return True  # its class compares by identity only, so contents cannot be compared
     if type(one) in (float, complex):
         return repr(one) == repr(other)
     try:
         equal = one == other
         return bool(equal.all() if hasattr(equal, "all") else equal)
-    except Exception:  # a class whose comparison fails says nothing about its objects
+    except Exception:  # if the comparison fails, we know of no difference
         return True
 
 

@@ -1,7 +1,7 @@
-"""Versions copied from one repository to another; what the target holds is not written again.
+"""Copies versions from one repository to another; what the target holds is not written again.
 
-A version keeps its uid and gets a new number; copying it twice does nothing. Packs are read
-verified, and the manifest is durable before the one transaction that makes the copy visible.
+A version keeps its uid and gets a new number; copying it twice does nothing. Each chunk is checked
+when it is read. The manifest is durable before the one transaction that makes the copy visible.
 """
 
 from __future__ import annotations
@@ -56,10 +56,16 @@ Place = tuple[Catalog, Storage]
 
 @dataclass(frozen=True, slots=True)
 class CopyReport:
-    """What a copy did: versions by their number in the source and in the target.
+    """What a copy did.
 
-    `present` were in the target before, `refused` are versions that the target has expired. `refs`
-    were made or moved, `left` are refs that name something else in the target, and did not change.
+    Attributes:
+        copied: versions that were copied: (number in the source, number in the target).
+        present: versions that the target had before, with the same two numbers.
+        refused: source numbers of versions that expired in the target.
+        refs: refs that were made or moved in the target.
+        left: refs that were not made or moved, because the target uses the name for something
+            else, or lacks the version.
+        nbytes_written: bytes of the packs that were written.
     """
 
     copied: tuple[tuple[int, int], ...]
@@ -73,7 +79,7 @@ class CopyReport:
 def copy_versions(
     source: Place, target: Place, refs: Sequence[RefLike] | None, *, author: str
 ) -> CopyReport:
-    """Copy the versions that `refs` name, each alone, or with None all versions and refs.
+    """Copy the versions that `refs` name, without their ancestors; None is all versions and refs.
 
     Tags and branches among `refs` are made in the target; a branch that exists there moves forward,
     if the copied version is a descendant of its tip.
@@ -112,13 +118,13 @@ def copy_versions(
 
 
 def _copy(version: Version, source: Place, target: Place) -> tuple[int, int]:
-    """Copy one version; return its number there, and the bytes that were written."""
+    """Copy one version; return its number in the target, and the bytes that were written."""
     catalog, storage = target
     draft, content = load_content(source[0], version.number)
     ancestors = lineage(source[0], version.number)
     known = known_uids(catalog, ancestors)
     parent = next((uid for uid in ancestors if uid in known), None)
-    # Under another uid until it commits, so that gc clears the packs of a copy that was killed.
+    # The copy has another uid until it commits, so that gc deletes the packs of a killed copy.
     pending = replace(draft, uid=new_uid(), parent=None, tags=(), expect_tip=None)
     begin_copy(catalog, pending)
     writer = PackWriter(storage, pending.uid, 0)
@@ -147,7 +153,7 @@ def _commit(
     places: Mapping[ChunkKey, ChunkPlace],
     packs: Sequence[PackRecord],
 ) -> Version:
-    """Write the manifest and commit; once more where chunks moved in between."""
+    """Write the manifest and commit; retry once if gc moved chunks in between."""
     catalog, storage = target
     for attempt in (1, 2):
         held = _held(content, catalog, places, packs)
@@ -156,9 +162,8 @@ def _commit(
             return commit_copy(catalog, uid, draft, held, parent=parent)
         except ConflictError:
             there = known_uids(catalog, [draft.uid]).get(draft.uid)
-            if (
-                there is not None
-            ):  # another copy was faster, and its manifest was overwritten: write it again
+            if there is not None:
+                # Another copy was faster, and we overwrote its manifest: write it again.
                 mark_version_stale(catalog, there[0])
                 renew_manifests(catalog, storage)
                 raise
@@ -170,13 +175,13 @@ def _commit(
 def _write_missing(
     content: VersionContent, source: Place, target: Place, writer: PackWriter
 ) -> tuple[dict[ChunkKey, ChunkPlace], Sequence[PackRecord]]:
-    """Write the chunks that the target lacks; return the places of all of new tensors."""
+    """Write the chunks that the target lacks; return the places of all chunks of new tensors."""
     known = find_tensors(target[0], {tensor.digest for tensor in content.tensors})
     new = [tensor for tensor in content.tensors if tensor.digest not in known]
     places = find_encoded(target[0], {(t.codec, c.digest) for t in new for c in t.chunks})
     missing = [(c.pack, c.offset, c, t) for t in new for c in t.chunks]
     with closing(PackReader(source[1])) as packs:
-        # In the order of the packs, so that each is read from its beginning to its end.
+        # Sorted by pack and offset, so that each pack is read from beginning to end.
         for pack, offset, chunk, tensor in sorted(missing, key=lambda one: one[:2]):
             if (tensor.codec, chunk.digest) in places:
                 continue
@@ -240,7 +245,7 @@ def _described(tensor: NewTensor, chunk: NewChunk) -> PackedChunk:
 def _copy_refs(
     refs: Iterable[RefRecord], numbers: Mapping[int, int], catalog: Catalog, *, author: str
 ) -> tuple[list[str], list[str]]:
-    """Make or move refs; return those that are now as in the source, and the unchanged ones."""
+    """Make or move refs; return those that were made or moved, and those that could not be."""
     there = {ref.name: ref for ref in list_refs(catalog)}
     made, left = [], []
     for ref in refs:

@@ -1,8 +1,8 @@
-"""The global plan of a save: checked, and each replicated item given to one rank.
+"""Makes the global plan of a save: checks it, and assigns each replicated item to one rank.
 
-Invariants: the boxes of each tensor lie inside its shape and tile it; all ranks mean the same
-tensor by an FQN (design, invariant 4); the catalog can store that FQN. An error names the FQN and
-the ranks. Each item stays with a rank that holds its data, and exactly one rank writes it.
+Invariants: the boxes of each tensor lie inside its shape and tile it; an FQN is the same tensor on
+all ranks (design, invariant 4); the catalog can store that FQN. An error names the FQN and the
+ranks. Exactly one rank writes each item, and that rank holds its data.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ __all__ = [
     "share_out",
 ]
 
-_SHOWN = 8  # problems in one message; more would hide the first
+_SHOWN = 8  # problems listed in one message; a longer list would hide the first
 
 
 def plan_globally(
     table: GlobalTable, *, to_lowest_rank: bool, is_whole: bool = True
 ) -> GlobalTable:
-    """Return which rank writes which row of the joined plans: one rank for each replica.
+    """Return the rows of the joined plans that are written, each by one rank.
 
     Args:
         table: the local plans of the ranks, joined.
@@ -57,7 +57,7 @@ def plan_globally(
 
 
 def share_out(table: GlobalTable, *, to_lowest_rank: bool = False) -> GlobalTable:
-    """Return the rows that are written: one rank's row for each replicated item.
+    """Return the rows that are written: of a replicated item, the row of one rank.
 
     The bytes of items that only one rank holds are counted first. Replicas are then assigned,
     largest first, to the holder with the fewest bytes so far (longest processing time first: Graham
@@ -69,8 +69,8 @@ def share_out(table: GlobalTable, *, to_lowest_rank: bool = False) -> GlobalTabl
     is_single = holders[first] == 1
     if is_single.all():
         return table
-    # Ranks may differ in buffers: the mean and the variance of one batch norm must come from one
-    # rank, so they are not spread.
+    # Buffers may differ between ranks. The mean and the variance of one batch norm must come from
+    # the same rank, so buffers are not spread over the ranks.
     is_bound = np.zeros(len(first), bool)
     is_bound[first[table.is_buffer | ~table.is_tensor[table.rows.tensor]]] = True
     loads = np.zeros(table.ranks, np.int64)
@@ -89,7 +89,7 @@ def share_out(table: GlobalTable, *, to_lowest_rank: bool = False) -> GlobalTabl
 
 
 def check_names(table: GlobalTable) -> None:
-    """Check that the catalog can store the FQN and the shape of all that is planned.
+    """Check that the catalog can store the FQN and the shape of each planned item.
 
     The catalog checks this again at commit, but by then chunks and a manifest have been written.
 
@@ -109,7 +109,7 @@ def check_agreement(table: GlobalTable) -> None:
     """Check that an FQN has the same kind, dtype and shape on all ranks that hold it.
 
     Raises:
-        InvalidInputError: some have not; it names each FQN, what it is, and on which ranks.
+        InvalidInputError: they differ; the error says for each FQN what it is on which ranks.
     """
     numbers_of: dict[str, list[int]] = {}
     for number, name in enumerate(table.names):
@@ -165,7 +165,7 @@ def check_results(
 
 
 def _without_empty(table: GlobalTable) -> GlobalTable:
-    """Drop the empty boxes of tensors of which some rank holds elements."""
+    """Drop empty boxes, unless no rank holds an element of the tensor."""
     is_live = table.rows.volumes > 0
     is_held = np.bincount(table.rows.tensor[is_live], minlength=len(table.names)) > 0
     kept = is_live | ~is_held[table.rows.tensor]

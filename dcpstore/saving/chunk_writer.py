@@ -1,7 +1,7 @@
-"""One rank's packs: the chunks that are not stored yet, encoded on all cores, appended in order.
+"""Writes one rank's packs: encodes new chunks on all cores, and appends them in order.
 
-The first chunks may be written while others are still being digested. Invariant: what
-`ChunkWriter.finish` returns is durable (design, invariant 2).
+The first chunks may be written while others are still being digested. Invariant: when
+`ChunkWriter.finish` returns, all chunks are durable (design, invariant 2).
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ __all__ = ["ChunkWriter", "Written"]
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """Where the chunks are that a rank was asked to write, in that order, and its packs.
+    """What a rank wrote.
 
-    `nbytes` are the raw bytes of the chunks, without padding.
+    Attributes:
+        places: where each chunk is, in the order in which they were given.
+        packs: the packs that hold them.
+        nbytes: the raw bytes of the chunks, without padding.
     """
 
     places: Sequence[ChunkPlace]
@@ -39,7 +42,7 @@ class Written:
 
 
 class ChunkWriter:
-    """Writes one rank's chunks; a context manager, which discards what was not finished.
+    """Writes one rank's chunks; a context manager: without `finish`, the packs are discarded.
 
     Args:
         storage: where to write.
@@ -47,8 +50,7 @@ class ChunkWriter:
         rank: of this process in the save.
 
     Attributes:
-        pool: encodes, on all cores; until the block ends it is used for digests and comparisons
-            too.
+        pool: threads that encode; until the block ends, they also digest and compare.
     """
 
     def __init__(self, storage: Storage, *, uid: str, rank: int) -> None:
@@ -62,19 +64,20 @@ class ChunkWriter:
         self._is_finished = False
 
     def begin(self, first: Sequence[RawChunk]) -> None:
-        """Begin to write the first chunks, and return at once; `finish` raises what fails."""
+        """Begin to write the first chunks, and return at once; `finish` raises the errors."""
         self._first = first
         self._first_places = self._appender.submit(self._write, first)
 
     def finish(
         self, chunks: Sequence[RawChunk], advance: Callable[[int], None] = lambda nbytes: None
     ) -> Written:
-        """Write `chunks` after the first ones; return the places of all once they are durable.
+        """Write `chunks` after the first ones; return once all are durable.
 
-        `advance` is called with the raw bytes of each batch that is written, the first ones too.
+        `advance` gets the number of raw bytes that were written since its last call; those of the
+        first chunks count too.
 
         Raises:
-            DcpstoreError: the storage refuses.
+            DcpstoreError: the storage cannot write.
         """
         places: list[ChunkPlace] = []
         if self._first_places is not None:

@@ -1,8 +1,8 @@
-"""Owners of state: modules, optimizers and all else with `state_dict()`, to plain state and back.
+"""Converts owners (modules, optimizers, others with `state_dict()`) to plain state and back.
 
-They may be anywhere in the mappings and lists of a state. Invariants: all ranks call `state_dict()`
-in the same order, because it may be a collective call (as in FSDP); and an owner gets all that the
-version holds below it, or an error names what would be lost.
+Owners may be anywhere in the mappings and lists of a state. Invariants: all ranks call
+`state_dict()` in the same order, because it may be a collective call (as in FSDP). An owner gets
+all that the version holds below its path, or an error names what would be lost.
 """
 
 from __future__ import annotations
@@ -38,12 +38,8 @@ __all__ = [
 ]
 
 _EXTRA = "_extra_state"  # the last part of torch's name for what get_extra_state() returns
-_STATELESS = PLAIN | {
-    dict,
-    OrderedDict,
-    list,
-    tuple,
-}  # exact types: a quick test first
+# Exact types, because that test is quick.
+_STATELESS = PLAIN | {dict, OrderedDict, list, tuple}
 
 
 def check_keys(state_dict: Mapping[str, Any]) -> tuple[str, ...]:
@@ -84,11 +80,12 @@ class Owner:
         path: of the owner in the state.
         owner: the object itself.
         own: what its `state_dict()` returned, with its `PerRank` objects.
-        variables: a module's own tensors by the names of its state, if some are on the meta device;
-            tied tensors are the same object by several names.
-        below: what the version holds below it and the load asks for: the path below the owner and
-            the entry, by FQN in the state.
-        grown: those FQNs of `below` that the owner does not name.
+        variables: a module's own tensors by the names of its state, if some are on the meta device,
+            else empty; a tied tensor is one object under several names.
+        below: the entries of the version that the load wants for this owner: by FQN in the state,
+            the path below the owner and the entry.
+        grown: the FQNs of `below` that the owner's own state lacks, such as state that it would
+            only create later.
     """
 
     path: ObjectPath
@@ -100,7 +97,7 @@ class Owner:
 
     @property
     def is_module(self) -> bool:
-        """Whether it is a module: that names all that it can hold, except its extra state."""
+        """Whether it is a module: its state names all that it can hold, except extra state."""
         return isinstance(self.owner, torch.nn.Module)
 
 
@@ -112,7 +109,7 @@ class Template:
         owners: in the order of their paths.
         state: the state as planners take it, with each owner replaced by what it returned.
         optional: FQNs at or below which the version may lack entries.
-        differences: what the version holds that its owner cannot take.
+        differences: messages about what the version holds and its owner cannot take.
     """
 
     owners: Sequence[Owner]
@@ -125,11 +122,11 @@ class Template:
         return _at(self.state, owner.path)
 
     def growth(self) -> dict[str, frozenset[str]]:
-        """Return the FQNs that each owner of this rank does not name, by the owner's FQN."""
+        """Return `Owner.grown` of each owner of this rank that is not a module, by its FQN."""
         return {fqn_of(owner.path): owner.grown for owner in self.owners if not owner.is_module}
 
     def take_growth(self, growth: Mapping[str, Collection[str]], *, dry_run: bool) -> None:
-        """Add targets for what owners do not name yet: these FQNs, by the owner's FQN."""
+        """Add targets for the FQNs in `growth`, by the owner's FQN: owners do not name them yet."""
         for owner in self.owners:
             if owner.below:
                 chosen = growth.get(fqn_of(owner.path), ())
@@ -171,10 +168,10 @@ class Template:
 
 
 def common_growth(ranks: Sequence[Mapping[str, frozenset[str]]]) -> dict[str, frozenset[str]]:
-    """Return the FQNs that no rank's owner names, by the owner's FQN.
+    """Return, by the owner's FQN, the FQNs that its state lacks on every rank that holds it.
 
     One owner may have a part on each of several ranks, as in a pipeline: what one part names must
-    not be added to the others.
+    not be added to the other parts.
     """
     common: dict[str, frozenset[str]] = {}
     for one in ranks:
@@ -203,9 +200,9 @@ def take_template(
 ) -> Template:
     """Return the plain state of `state_dict` with a target for each tensor and value to load.
 
-    An optimizer has no state yet for a parameter with which it has taken no step: it gets targets
-    for all that the version holds. The same goes for a module's extra state, whatever its form.
-    What other owners do not name is added by `Template.take_growth`.
+    An optimizer has no state for a parameter before its first step: targets are added for all state
+    that the version holds. The same is done for a module's extra state: its stored form may differ.
+    For other owners, `Template.take_growth` adds the targets that their state lacks.
 
     Raises:
         InvalidInputError: an optimizer's parameters are on the meta device.
@@ -248,8 +245,8 @@ def _taken(
 ) -> dict[str, Any]:
     """Return a state with each owner's plain state, and each `PerRank` as a dict of its value.
 
-    The owners are appended to `owners`. Containers in which nothing changes are the caller's own. A
-    tuple in which something changes becomes a list, so that a load can replace its items.
+    The owners are appended to `owners`. A container in which nothing is replaced is not copied. A
+    tuple in which something is replaced becomes a list, so that a load can replace its items.
     """
     state = {key: state_dict[key] for key in keys if key in state_dict}
     found = {
@@ -270,7 +267,7 @@ def _taken(
         return state
     made: dict[str, Any] = map_leaves(
         state,
-        plain.get,  # takes a path and a leaf, and returns the leaf where it has nothing
+        plain.get,  # called with a path and a leaf: returns the leaf if the path is not replaced
         enters=_is_open,
         skips=PLAIN,
         tuples=list,
@@ -279,7 +276,7 @@ def _taken(
 
 
 def _parts(container: Any, path: tuple[Any, ...]) -> ObjectPath:
-    """Return a path as flattening writes it: indices of lists, and keys of mappings as text."""
+    """Return a path in the flattened form: list indices as int, mapping keys as text."""
     parts: list[str | int] = []
     for key in path:
         parts.append(str(key) if isinstance(container, Mapping) else key)
@@ -293,7 +290,7 @@ def _is_open(value: object) -> bool:
 
 
 def _is_stateful(value: Any) -> TypeGuard[Stateful]:
-    """Tell whether a value has a state of its own; a tensor has none."""
+    """Tell whether a value has a `state_dict()` of its own; tensors and classes do not count."""
     return (
         type(value) not in _STATELESS
         and not isinstance(value, torch.Tensor | type)
@@ -318,7 +315,7 @@ def _key(container: Any, part: str | int) -> Any:
 def _below(
     prefix: ObjectPath, entries: Iterable[Entry], options: LoadOptions
 ) -> dict[str, tuple[ObjectPath, Entry]]:
-    """Return the entries below an owner that are asked for, by their FQN in the state."""
+    """Return the entries below an owner that the load wants, by their FQN in the state."""
     depth, key = len(prefix), fqn_of(prefix)
     found = {}
     for entry in entries:
@@ -343,7 +340,7 @@ def _variables(owner: Any) -> Mapping[str, torch.Tensor]:
         return {}
     try:
         kept = owner.state_dict(keep_vars=True)
-    except TypeError:  # a module whose own state_dict() takes no keep_vars
+    except TypeError:  # a module that overrides state_dict() without keep_vars
         kept = {**dict(owner.named_buffers()), **dict(owner.named_parameters())}
     return {name: value for name, value in kept.items() if isinstance(value, torch.Tensor)}
 
@@ -371,7 +368,7 @@ def _tie(
         value = filled[name]
         if not variable.is_meta and value.data_ptr() == variable.data_ptr():
             value = variable
-        # It is still on meta where the version lacks an entry by that name.
+        # It is still on meta if the version lacks an entry with that name.
         if id(variable) not in tied or tied[id(variable)].is_meta:
             tied[id(variable)] = value
     for variable in own.values():
