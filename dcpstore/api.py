@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
@@ -114,9 +114,9 @@ def _taken(call: str, repo: Any, storage: Any, name: str, kind: type) -> tuple[A
 
 
 def where_given(
-    repo: RepositoryLike | None, checkpoint_id: str | os.PathLike[str] | None
+    call: str, repo: RepositoryLike | None, checkpoint_id: str | os.PathLike[str] | None
 ) -> RepositoryLike:
-    """Return the repository that a caller names, by torch's argument or by ours.
+    """Return the repository that a caller of `call` names, by torch's argument or by ours.
 
     Raises:
         InvalidInputError: neither of them is given, or both are, or what is given is not a place.
@@ -128,6 +128,11 @@ def where_given(
         )
     if isinstance(repo, Repository):
         return repo
+    if isinstance(repo, Mapping):
+        raise InvalidInputError(
+            f"the repository is a {type(repo).__name__}; pass the state first, then the "
+            f"repository: {call}(state, repo)."
+        )
     named = checkpoint_id if repo is None else repo
     assert named is not None, "one of them is given"
     _check_meant("checkpoint_id" if repo is None else "repo", named)
@@ -294,7 +299,7 @@ def save(
     with ExitStack() as stack:
         return save_version(
             state_dict,
-            lambda: target_of(where_given(repo, checkpoint_id), stack),
+            lambda: target_of(where_given("save", repo, checkpoint_id), stack),
             request,
             ranks=ranks,
             planner=planner,
@@ -461,7 +466,7 @@ def load(
 
         @cache
         def open_repository() -> Repository:
-            where = where_given(repo, checkpoint_id)
+            where = where_given("load", repo, checkpoint_id)
             return stack.enter_context(opened(where, create=False))
 
         def open_source() -> LoadSource:

@@ -45,9 +45,21 @@ class NotFoundError(DcpstoreError, LookupError):
     @classmethod
     def near(cls, kind: str, name: str, known: Iterable[str], next_step: str) -> NotFoundError:
         """Return the error for an unknown `name` of a `kind`, with its nearest `known` names."""
-        close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+        close = cls.nearest(name, known)
         hint = f" Did you mean {', '.join(repr(n) for n in close)}?" if close else ""
         return cls(f"no {kind} {name!r}.{hint} {next_step}")
+
+    @staticmethod
+    def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.5) -> list[str]:
+        """Return up to three `known` names that are spelled like `name`, in any case of letters.
+
+        `cutoff` is how alike they are at least, from 0 to 1.
+        """
+        spelled: dict[str, list[str]] = {}
+        for one in known:
+            spelled.setdefault(one.casefold(), []).append(one)
+        close = difflib.get_close_matches(name.casefold(), spelled, n=3, cutoff=cutoff)
+        return [one for key in close for one in spelled[key]][:3]
 
 
 class AlreadyExistsError(DcpstoreError):

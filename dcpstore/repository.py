@@ -479,8 +479,8 @@ class Repository:
         """Return the named rows of a query, on a connection that cannot write.
 
         `:name` in the query stands for `params["name"]`; a time without zone is in UTC, as those of
-        the views are. The views are `history`, `entries`,
-        `storage`, `operations` and `metrics`.
+        the views are. The views are `history`, `entries`, `storage`, `operations`, `metrics`,
+        `labels`, `tensor_history` and `unique_bytes`.
 
         Raises:
             InvalidInputError: what the database says is wrong, or a statement that is no query.
@@ -737,14 +737,14 @@ def open(
         SchemaError: a database that is not ours, older or newer; the message names the cure.
         AlreadyExistsError: a new repository's data folder holds another's data.
     """
-    target = absolute_target(target)
+    given, target = target, absolute_target(target)
     url, folder = locate(target)
     data_url = _data_url(data)
     try:
         catalog = Catalog.open(url, data_url=data_url)
     except NotFoundError as error:
         if not create:
-            if folder is not None and (advice := advise(folder)):
+            if folder is not None and (advice := advise(folder, given)):
                 raise NotFoundError(advice) from error
             raise
         try:
@@ -757,8 +757,11 @@ def open(
     return _with_storage(target, catalog)
 
 
-def advise(folder: Path) -> str:
-    """Return what to do with a folder that has no catalog, and holds what people look for."""
+def advise(folder: Path, given: str | os.PathLike[str]) -> str:
+    """Return what to do with a folder that has no catalog; "" if it has one that does not open.
+
+    `given` is the folder as the user named it.
+    """
     if (folder / ".metadata").is_file():
         return (
             f"the folder {os.fspath(folder)!r} holds a checkpoint of "
@@ -767,10 +770,17 @@ def advise(folder: Path) -> str:
             "storage_reader= of dcpstore.load too."
         )
     with suppress(DcpstoreError, OSError):
-        if not (folder / CATALOG_FILE).exists() and any(LocalFolder(folder).list("operations")):
+        catalog = folder / CATALOG_FILE
+        is_gone = not catalog.exists() or not catalog.stat().st_size  # an empty file holds nothing
+        if is_gone and folder.is_dir() and any(LocalFolder(folder).list("operations")):
             return (
                 f"no repository at {folder}: its data are there, but its catalog is gone. Restore "
                 f"the catalog with 'dcpstore rebuild {folder} --into {folder}'."
+            )
+        if is_gone:
+            return (
+                f"no repository at {os.fspath(given)}. Check the path, or create one with "
+                "'dcpstore init'."
             )
     return ""
 

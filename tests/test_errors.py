@@ -99,3 +99,5 @@ def test_not_found_lists_the_nearest_names() -> None:
     error = errors.NotFoundError.near("tag", "bets", ["best", "worst"], "See 'dcpstore tag'.")
     assert str(error) == "no tag 'bets'. Did you mean 'best'? See 'dcpstore tag'."
     assert isinstance(error, LookupError)
+    shouted = errors.NotFoundError.near("tag", "BEST", ["best", "worst", "Best"], "")
+    assert "Did you mean 'best', 'Best'?" in str(shouted)

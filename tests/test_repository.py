@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,21 @@ def test_what_is_no_path_is_said_to_be_none(target: Any, tmp_path: Path) -> None
         open_repository(target)
     with pytest.raises(InvalidInputError, match="pass a path or a URL"):
         open_repository(tmp_path / "r", data=b"x")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("call", [dcpstore.save, dcpstore.load, dcpstore.async_save])
+def test_swapped_arguments_are_named_and_not_printed(call: Any, tmp_path: Path) -> None:
+    words = "the repository is a dict; pass the state first, then the repository: "
+    kind = re.escape(f"{words}{call.__name__}(")
+    with pytest.raises(InvalidInputError, match=kind):
+        call(state(1.0), state(1.0))
+    kind = kind if call is dcpstore.load else "the state is a str; pass a dict"
+    with pytest.raises(InvalidInputError, match=kind):
+        call(str(tmp_path / "new"), state(1.0))
+    with pytest.raises(InvalidInputError) as refused:
+        call(state(1.0), list(range(10_000)))
+    assert len(str(refused.value)) < 200
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["a\0b", os.fsdecode(b"\x81")])

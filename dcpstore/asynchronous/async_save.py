@@ -159,7 +159,7 @@ def async_save(
         return response
 
     def prepare(ranks: Collectives) -> Background:
-        where = where_given(repo, checkpoint_id)
+        where = where_given("async_save", repo, checkpoint_id)
         check_planner(planner, SavePlanner)
         # Read now, not in the thread: a metric may be a tensor that training changes.
         request = make_request(leads=ranks.leads, **options)

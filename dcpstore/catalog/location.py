@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from pathlib import Path
 
 from dcpstore.catalog.db.sqlite_file import CATALOG_FILE
@@ -52,7 +53,7 @@ def check_path(path: object, *, what: str) -> str:
         InvalidInputError: it is neither a path nor a URL that a catalog can store.
     """
     if not isinstance(path, str | os.PathLike) or not isinstance(named := os.fspath(path), str):
-        raise InvalidInputError(f"{what} is {path!r}; pass a path or a URL, as text.")
+        raise InvalidInputError(f"{what} is {reprlib.repr(path)}; pass a path or a URL, as text.")
     if not named:
         raise InvalidInputError(f"{what}: the path is empty; name a folder or a URL.")
     if not can_be_kept(named):

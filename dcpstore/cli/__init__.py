@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from gc import freeze
 from importlib import import_module
 
@@ -16,10 +17,12 @@ INTERRUPTED = 130  # as a shell shows death by SIGINT
 
 
 def main() -> None:
-    """Run the command line; Ctrl-C ends it quietly from its first import on."""
+    """Run the command line; Ctrl-C ends it with one line, from its first import on."""
     try:
         commands = import_module("dcpstore.cli.app")
         freeze()  # what was loaded stays; the collector need not walk through it
         commands.run()
     except KeyboardInterrupt:
+        with suppress(OSError, AttributeError):  # standard error is closed, or None
+            sys.stderr.write("interrupted\n")
         sys.exit(INTERRUPTED)

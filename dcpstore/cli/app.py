@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-from difflib import get_close_matches
 from importlib import import_module
 from io import TextIOWrapper
 from keyword import iskeyword
@@ -17,8 +16,8 @@ from typing import Literal, NoReturn, TextIO
 import click
 
 from dcpstore.cli import INTERRUPTED
-from dcpstore.cli.session import BROKEN_PIPE, Session, color_option, exit_code, report
-from dcpstore.errors import DcpstoreError
+from dcpstore.cli.session import BROKEN_PIPE, Session, color_option, exit_code, report, report_json
+from dcpstore.errors import DcpstoreError, NotFoundError
 
 __all__ = ["commands", "run"]
 
@@ -53,6 +52,9 @@ _COMMANDS = {
 }
 
 
+_AS_JSON = "dcpstore.as_json"  # whether the arguments have --json
+
+
 class _Commands(click.Group):
     """The group of all commands."""
 
@@ -80,7 +82,7 @@ class _Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find a command; the error for an unknown one names those that are spelled like it."""
         name = args[0]
-        close = [] if name in _COMMANDS else get_close_matches(name, _COMMANDS)
+        close = [] if name in _COMMANDS else NotFoundError.nearest(name, _COMMANDS, cutoff=0.6)
         if close:
             ctx.fail(f"no command {name!r}. Did you mean {' or '.join(map(repr, close))}?")
         return super().resolve_command(ctx, args)
@@ -89,7 +91,12 @@ class _Commands(click.Group):
         """Read the options before the command; what completes a line has a session from here."""
         if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
             ctx.color = False  # --color is read after this, so it can say otherwise
-        rest = super().parse_args(ctx, args)
+        options = args[: args.index("--")] if "--" in args else args
+        ctx.meta[_AS_JSON] = "--json" in options  # a wrong option is an error before it is read
+        try:
+            rest = super().parse_args(ctx, args)
+        except click.UsageError as error:
+            _end_usage(ctx, error)
         ctx.obj = Session(repo=ctx.params["repo"])
         return rest
 
@@ -103,7 +110,10 @@ class _Commands(click.Group):
         except BrokenPipeError:
             _leave_pipe(ctx)
         except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
             ctx.exit(INTERRUPTED)
+        except click.UsageError as error:
+            _end_usage(ctx, error)
         except (DcpstoreError, OSError) as error:
             report(error, as_json=session.json)
             ctx.exit(exit_code(error))
@@ -125,6 +135,15 @@ def commands(repo: str | None) -> None:
 
     A REF is a version (12 or v12), a tag, a branch, main~3 or main@step=1000.
     """
+
+
+def _end_usage(ctx: click.Context, error: click.UsageError) -> NoReturn:
+    """End a command that was used wrongly; with --json the last line of the message is JSON."""
+    if not ctx.meta[_AS_JSON] or isinstance(error, click.exceptions.NoArgsIsHelpError):
+        raise error
+    error.show()
+    report_json("usage", error.format_message())
+    ctx.exit(error.exit_code)
 
 
 def run() -> None:

@@ -84,7 +84,8 @@ def import_(
 ) -> None:
     """Save a checkpoint of another format as a new version.
 
-    SOURCE is a DCP folder, a file of torch.save, or safetensors files, their index or folder.
+    SOURCE is a DCP folder, a file of torch.save, or safetensors files, their index or folder. The
+    repository must exist; 'dcpstore init' makes one.
     """
     with session.open() as repo:
         from dcpstore.convert import import_any  # noqa: PLC0415 (loads torch)

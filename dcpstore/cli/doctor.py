@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,8 @@ _COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 # Clock difference in seconds for a warning and for a problem; a lease is 1 h.
 _CLOCK_WARNING, _CLOCK_PROBLEM = 10.0, 300.0
 _FREE_WARNING, _FREE_PROBLEM = 1 << 30, 64 << 20
+# A first sentence, in which a text in brackets may have a point of its own, and the others.
+_SENTENCES = re.compile(r"((?:[^()]|\([^()]*\))*?\.) ([A-Z].*)", re.DOTALL)
 _SECONDS = 30  # how long to wait for the other process
 _NETWORK = {"9p", "afs", "beegfs", "ceph", "cifs", "fuse.sshfs", "gfs2", "glusterfs", "gpfs"} | {
     *("fuse.glusterfs", "fuse.s3fs", "lustre", "nfs", "nfs4", "ocfs2", "smb3", "smbfs", "wekafs")
@@ -127,15 +130,18 @@ def _repository(target: str) -> Iterator[Finding]:
         url, folder = locate(target)
         catalog = Catalog.open(url)
     except SchemaError as error:
+        if error.__cause__ is not None:  # the database's own error: there are no tables to look at
+            yield _problem("database", error)
+            return
         yield Finding("database", "ok", "it answers")
-        yield Finding("schema", "problem", str(error))
+        yield _problem("schema", error)
         return
     except NotFoundError as error:
-        lost = "" if folder is None else repository.advise(folder)
-        yield Finding("database", "problem", lost or str(error))
+        lost = "" if folder is None else repository.advise(folder, target)
+        yield _problem("database", lost or error)
         return
     except (DcpstoreError, OSError) as error:
-        yield Finding("database", "problem", str(error))
+        yield _problem("database", error)
         return
     with catalog:
         newest = None
@@ -143,13 +149,20 @@ def _repository(target: str) -> Iterator[Finding]:
             yield from _database(catalog)
             newest = next(iter(list_log(catalog, None, limit=1)), None)
         except (DcpstoreError, OSError) as error:
-            yield Finding("database", "problem", str(error))
+            yield _problem("database", error)
         try:
             storage = open_storage(catalog.repository.data_url, base=catalog.folder)
         except (DcpstoreError, OSError) as error:
-            yield Finding("data", "problem", str(error))
+            yield _problem("data", error)
         else:
             yield from _data(storage, newest)
+
+
+def _problem(check: str, error: Exception | str) -> Finding:
+    """Return an error as a finding: its first sentence, and the others as the advice."""
+    sentences = _SENTENCES.fullmatch(str(error))
+    found, advice = sentences.groups() if sentences else (str(error), "")
+    return Finding(check, "problem", found, advice)
 
 
 def _database(catalog: Catalog) -> Iterator[Finding]:

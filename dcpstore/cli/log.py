@@ -26,6 +26,7 @@ from dcpstore.core.display import human_bytes, human_metrics
 
 if TYPE_CHECKING:
     from dcpstore.records import Version
+    from dcpstore.repository import Repository
 
 __all__ = ["draw_graph", "log"]
 
@@ -158,6 +159,10 @@ def log(
                 tag=tag,
                 branch=branch,
             )
+    unseen = set(metrics).difference(*(version.metrics for version in versions))
+    if versions and unseen:  # an older version may have it
+        with session.open() as repo:
+            _check_metrics(repo, sorted(unseen))
     if session.json:
         print_json(versions)
     elif versions and graph:
@@ -170,6 +175,13 @@ def log(
         note("no version matches the filters.")
     else:
         note("no versions yet; dcpstore.save makes the first.")
+
+
+def _check_metrics(repo: Repository, names: Sequence[str]) -> None:
+    """Raise NotFoundError for a metric that no version has."""
+    from dcpstore.catalog.read.log_filter import check_metrics  # noqa: PLC0415 (loads SQLAlchemy)
+
+    check_metrics(repo.catalog, names)
 
 
 def _steps(text: str) -> tuple[int | None, int | None]:

@@ -191,7 +191,11 @@ def _print_gone(session: Session, ref: RefRecord) -> None:
     if session.json:
         print_json(ref)
     else:
-        click.echo(f"deleted the {ref.kind} {visible(ref.name)}; it was v{ref.version}")
+        from dcpstore.catalog.read.ref_lookup import DEFAULT_BRANCH  # noqa: PLC0415 (SQLAlchemy)
+
+        is_default = (ref.kind, ref.name) == ("branch", DEFAULT_BRANCH)
+        back = "; 'dcpstore undo' restores it" if is_default else ""
+        click.echo(f"deleted the {ref.kind} {visible(ref.name)}; it was v{ref.version}{back}")
 
 
 def _row(operation: Operation) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ and a stable exit code.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ __all__ = [
     "pager_option",
     "repo_options",
     "report",
+    "report_json",
 ]
 
 DAMAGE = 3
@@ -85,6 +87,13 @@ color_option = click.option(
     expose_value=False,
     callback=_choose_colours,
     help="When to use colours; auto: on a terminal, unless NO_COLOR is set.",
+)
+
+# What messages say to users of Python, and what is left of it for those of a shell.
+_PYTHON = (
+    (re.compile(r"(?:\w+=[^\s()]+|\w+\([^()]*\)|\w+_\w+) \((--[a-z][^()]*)\)"), r"\1"),
+    (re.compile(r"\(\w+, (--[a-z-]+)\)"), r"(\1)"),
+    (re.compile(r", or give a timedelta"), ""),
 )
 
 P = ParamSpec("P")
@@ -160,7 +169,7 @@ def json_option(command: _Command[P]) -> Callable[P, None]:
         is_flag=True,
         expose_value=False,
         callback=remember,
-        help="Print JSON, and errors also as JSON on standard error.",
+        help="Print JSON; the last line of standard error is then the error as JSON.",
     )(color_option(click.pass_obj(command)))
 
 
@@ -194,9 +203,21 @@ def exit_code(error: Exception) -> int:
 
 def report(error: Exception, *, as_json: bool) -> None:
     """Print an error's message on standard error; with `as_json` also as an object on one line."""
-    message = "\n".join(visible(line) for line in str(error).split("\n"))
+    text = _for_shell(str(error))
+    message = "\n".join(visible(line) for line in text.split("\n"))
     click.echo(f"dcpstore: {message}", err=True)
     if as_json:
         kind = error.kind if isinstance(error, DcpstoreError) else "os_error"
-        shape = {"error": {"kind": kind, "message": str(error)}}
-        click.echo(json.dumps(shape), err=True)
+        report_json(kind, text)
+
+
+def _for_shell(message: str) -> str:
+    """Return a message without the ways to write in Python what it also names an option for."""
+    for pattern, option in _PYTHON:
+        message = pattern.sub(option, message)
+    return message
+
+
+def report_json(kind: str, message: str) -> None:
+    """Print an error on standard error as an object on one line."""
+    click.echo(json.dumps({"error": {"kind": kind, "message": message}}), err=True)

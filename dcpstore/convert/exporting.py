@@ -17,6 +17,7 @@ from typing import TypedDict
 
 import torch
 
+from dcpstore.core.display import some_of
 from dcpstore.encoding.dtypes import as_bytes, cast_dtype, torch_dtype, wanted_dtype
 from dcpstore.errors import InvalidInputError
 from dcpstore.formats.composition import matching_fqns, outer_fqns
@@ -41,6 +42,7 @@ __all__ = [
     "shows_export_options",
 ]
 
+_SHOWN = 5  # beginnings of names that an error lists
 BOX = 64 << 20  # bytes of a tensor that are read at once; more if its chunks are larger
 DEEPEST = 100  # levels of containers that a nested format may have, as in values
 
@@ -151,7 +153,8 @@ class ExportedVersion:
 
     Raises:
         NotFoundError: no such version, or a text of `include` or `exclude` that matches nothing.
-        InvalidInputError: an option is invalid, or gives one FQN to two entries.
+        InvalidInputError: an option is invalid, or gives one FQN to two entries; or no name begins
+            with `strip_prefix`.
     """
 
     def __init__(
@@ -192,6 +195,7 @@ class ExportedVersion:
                     "rename one of them, or leave it out (exclude, --exclude)."
                 )
             exported.append(moved)
+        _check_prefix(strip_prefix, [outer.get(one.fqn, one.fqn) for one in self._stored.values()])
         self.tensors = [
             ExportedTensor(
                 entry,
@@ -335,6 +339,19 @@ def _chosen(
     for text in exclude:
         chosen -= matching_fqns(fqns, text, where=where)
     return chosen
+
+
+def _check_prefix(prefix: str, names: Sequence[str]) -> None:
+    """Raise InvalidInputError for a prefix that no name of an export begins with."""
+    if not prefix or not names or any(name.startswith(prefix) for name in names):
+        return
+    first = dict.fromkeys(
+        head + dot for head, dot, _ in (name.partition(".") for name in sorted(names))
+    )
+    raise InvalidInputError(
+        f"no exported name begins with {prefix!r}; they begin with "
+        f"{some_of([repr(head) for head in first], _SHOWN)}."
+    )
 
 
 def _renamed(

@@ -85,6 +85,11 @@ def rebuild(data: str | os.PathLike[str], into: str | os.PathLike[str]) -> Rebui
     """
     url, folder = locate(into)
     data_url = absolute_data(check_path(data, what="the data folder"))
+    if "://" not in data_url and not os.path.exists(data_url):
+        raise NotFoundError(
+            f"there is no data folder {data_url!r}; give the folder that holds packs/ and "
+            "operations/."
+        )
     storage = open_storage(data_url)
     problems: list[str] = []
     operations, lost = _read_journal(storage, problems)

@@ -90,7 +90,11 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class DamagedVersion:
-    """A version that does not load whole, and the nearest one that does: an ancestor, if any."""
+    """A version that does not load whole, and the nearest one that does.
+
+    `nearest_intact` is the nearest intact ancestor; if there is none, the intact version with the
+    nearest number; None if no version is intact.
+    """
 
     version: int
     nearest_intact: int | None

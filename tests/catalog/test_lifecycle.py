@@ -74,7 +74,9 @@ def test_created_once_and_found_again(database_url: str) -> None:
 
 
 def test_looking_for_a_repository_leaves_nothing(database_url: str, tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match=r"no repository at .*'dcpstore init'"):
+    with pytest.raises(
+        NotFoundError, match=r"no repository at .*'dcpstore init URL --data FOLDER'"
+    ):
         Catalog.open(database_url)
     with pytest.raises(NotFoundError, match="no repository at"):
         upgrade_schema(database_url)

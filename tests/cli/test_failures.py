@@ -6,10 +6,14 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from sqlalchemy import make_url
 
+import dcpstore
 from dcpstore import errors
 from dcpstore.cli.session import NoRepositoryError, exit_code
 from dcpstore.repository import Repository
@@ -67,6 +71,46 @@ def test_a_json_error_follows_the_message(run: Run, target: str) -> None:
     assert "'best'" in message
     absent = run("log", "--json", repo=f"{target}/no")
     assert json.loads(absent.stderr.splitlines()[-1])["error"]["kind"] == "no_repository"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("log", "--steps", "5", "--json"),
+        ("log", "--json", "--no-such-option"),
+        ("log", "--no-such-option", "--json"),
+        ("diff", "--json"),
+        ("lgo", "--json"),
+        ("--no-such-option", "log", "--json"),
+    ],
+)
+def test_wrong_usage_is_json_too(run: Run, target: str, args: tuple[str, ...]) -> None:
+    text = run(*(arg for arg in args if arg != "--json"), repo=target)
+    result = run(*args, repo=target)
+    assert (result.exit_code, result.stdout) == (2, "")
+    *lines, last = result.stderr.splitlines()
+    assert lines == text.stderr.splitlines()
+    error = json.loads(last)["error"]
+    assert (error["kind"], lines[-1]) == ("usage", f"Error: {error['message']}")
+
+
+def test_no_repository_named_is_json_too(run: Run) -> None:
+    last = run("log", "--json").stderr.splitlines()[-1]
+    assert json.loads(last)["error"]["kind"] == "usage"
+    # what follows -- is no option
+    assert not run("lgo", "--", "--json").stderr.endswith("}\n")
+
+
+def test_the_shell_is_told_options_only(run: Run, target: str) -> None:
+    for args, expected in {
+        ("expire",): "such as --keep-last 5.",
+        ("gc", "--grace", "soon"): "write '90s', '30m', '24h', '7d' or '2w'.",
+        ("verify", "--resume"): "give --deep too.",
+    }.items():
+        result = run(*args, "--json", repo=target)
+        message, last = result.stderr.splitlines()
+        assert (result.exit_code, message.endswith(expected)) == (2, True), message
+        assert json.loads(last)["error"]["message"].endswith(expected)
 
 
 def test_no_repository_named(run: Run) -> None:
@@ -159,7 +203,8 @@ def test_what_an_unset_variable_or_a_slip_leaves_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"), [("lgo", "'log'"), ("forgot", "'forget'"), ("tags", "'tag'")]
+    ("typed", "meant"),
+    [("lgo", "'log'"), ("LOG", "'log'"), ("forgot", "'forget'"), ("tags", "'tag'")],
 )
 def test_a_command_that_is_misspelled_is_offered(run: Run, typed: str, meant: str) -> None:
     result = run(typed, repo="none")
@@ -177,6 +222,83 @@ def test_a_lost_catalog_is_to_be_rebuilt_not_made_new(run: Run, tmp_path: Path) 
     result = run("log", repo=str(folder))
     assert result.exit_code == 10
     assert f"'dcpstore rebuild {folder} --into {folder}'" in result.stderr
+    assert run("rebuild", str(folder), "--into", str(folder)).exit_code == 0
+    assert run("log", repo=str(folder)).exit_code == 0
+
+
+def test_no_repository_is_named_as_it_was_given(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for args in (("log",), ("doctor",)):
+        assert "no repository at nowhere." in run(*args, repo="nowhere").output
+    assert not (tmp_path / "nowhere").exists()
+    result = run("rebuild", "nowhere", "--into", "x")
+    assert (result.exit_code, "there is no data folder" in result.stderr) == (10, True)
+    assert f"'{tmp_path}/nowhere'; give the folder that holds packs/" in result.stderr
+
+
+def test_a_server_without_a_repository_names_how_to_make_one(run: Run, database_url: str) -> None:
+    result = run("log", repo=database_url)
+    assert (result.exit_code, "'dcpstore init URL --data FOLDER'" in result.stderr) == (10, True)
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+def test_a_database_that_the_server_lacks(run: Run, database_url: str) -> None:
+    name = make_url(database_url).database
+    result = run("log", repo=database_url.replace(f"/{name}", "/nodb"))
+    assert (result.exit_code, "'createdb nodb'" in result.stderr) == (10, True), result.stderr
+
+
+def overwritten(file: Path) -> None:
+    file.write_text("a text, and no database " * 1000)
+
+
+def truncated(file: Path) -> None:
+    os.truncate(file, 20_000)
+
+
+@pytest.mark.parametrize("spoil", [overwritten, truncated])
+def test_a_broken_catalog_beside_its_data_is_moved_away_and_rebuilt(
+    run: Run, tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "b1"
+    dcpstore.save({"w": torch.ones(3)}, folder)
+    file = folder / "catalog.db"
+    ask_database(f"sqlite:///{file}", "PRAGMA wal_checkpoint(TRUNCATE)")
+    spoil(file)
+    for beside in ("catalog.db-wal", "catalog.db-shm"):
+        (folder / beside).unlink(missing_ok=True)
+    cure = (
+        f"Move catalog.db away ('mv {folder}/catalog.db {folder}/catalog.db.broken', also "
+        "catalog.db-wal and catalog.db-shm if they exist), then "
+        f"'dcpstore rebuild {folder} --into {folder}'."
+    )
+    again = ("rebuild", str(folder), "--into", str(folder))
+    for args in (("log",), ("verify",), again):
+        result = run(*args, repo=str(folder))
+        assert result.exit_code in (3, 12)
+        assert cure in result.stderr
+    if spoil is overwritten:
+        assert f"catalog.db in '{folder}' is not a database" in result.stderr
+    examined = json.loads(run("doctor", "--json", repo=str(folder)).stdout)
+    (database,) = (one for one in examined if one["check"] in ("database", "schema"))
+    assert (database["check"], database["status"]) == ("database", "problem")
+    assert cure in database["advice"]
+    file.rename(folder / "catalog.db.broken")
+    assert run(*again).exit_code == 0
+    assert "v1" in run("log", repo=str(folder)).stdout
+
+
+def test_an_empty_catalog_beside_its_data_is_a_lost_one(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "b3"
+    run("init", str(folder))
+    for file in folder.glob("catalog.db*"):
+        file.unlink()
+    (folder / "catalog.db").touch()
+    rebuild = f"'dcpstore rebuild {folder} --into {folder}'"
+    for args in (("log",), ("doctor",)):
+        assert rebuild in run(*args, repo=str(folder)).output
     assert run("rebuild", str(folder), "--into", str(folder)).exit_code == 0
     assert run("log", repo=str(folder)).exit_code == 0
 
@@ -213,7 +335,7 @@ def test_a_closed_pipe_is_quiet(target: str) -> None:
 
 @pytest.mark.parametrize("moment", ["import", "command", "query"])
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_an_interrupt_is_quiet(target: str, moment: str) -> None:
+def test_an_interrupt_is_one_line(target: str, moment: str) -> None:
     interrupt = "os.kill(os.getpid(), signal.SIGINT); time.sleep(30)"
     script = {
         "import": f"""
@@ -255,7 +377,7 @@ main()
         timeout=60,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")
 
 
 @pytest.mark.parametrize("asked", [("log",), ("--help",), ("--version",)])

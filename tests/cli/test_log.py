@@ -118,6 +118,15 @@ def test_not_a_number_is_null_in_json(run: Run, catalog: Catalog, target: str) -
     assert json.loads(run("show", "--json", repo=target).stdout)["metrics"] == {"loss": None}
 
 
+def test_a_metric_to_show_is_one_of_some_version(run: Run, target: str) -> None:
+    for more in ((), ("--graph",), ("--json",), ("--where", "val_loss>0")):
+        result = run("log", "--metric", "VAL_LOS", *more, repo=target)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert "no metric 'VAL_LOS'. Did you mean 'val_loss'" in result.stderr
+    elsewhere = run("log", "-n", "1", "--metric", "train_loss", repo=target)  # v3 lacks it
+    assert (elsewhere.exit_code, "v3" in elsewhere.stdout) == (0, True)
+
+
 def test_a_label_cannot_be_two_texts(run: Run, target: str) -> None:
     twice = run("log", "--label", "lr=1", "--label", "lr=2", repo=target)
     assert (twice.exit_code, "two different texts" in twice.stderr) == (2, True)

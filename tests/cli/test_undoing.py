@@ -51,6 +51,12 @@ def test_an_expire_names_the_operation_before(run: Run, catalog: Catalog, target
     assert (undone.stdout, undone.stderr) == ("precious is gone; it was v3\n", "")
 
 
+def test_a_default_branch_that_is_deleted_can_be_restored(run: Run, target: str) -> None:
+    gone = run("branch", "-d", "main", repo=target).stdout
+    assert gone == "deleted the branch main; it was v3; 'dcpstore undo' restores it\n"
+    assert run("undo", repo=target).stdout == "main is v3 again\n"
+
+
 def test_operations_tell_who_did_what(run: Run, catalog: Catalog, target: str) -> None:
     delete_ref(catalog, "best", "tag", expect=None, author="ada")
     lines = run("ops", "-n", "2", repo=target).stdout.splitlines()

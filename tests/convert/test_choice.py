@@ -130,6 +130,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"rename": lambda fqn: 3}, InvalidInputError, "must return an FQN"),
     ({"rename": lambda fqn: "x"}, InvalidInputError, "both be exported as 'x'"),
     ({"strip_prefix": None}, InvalidInputError, "pass text"),
+    (
+        {"include": ["model"], "strip_prefix": "modle."},
+        InvalidInputError,
+        r"no exported name begins with 'modle\.'; they begin with 'model\.'\.",
+    ),
     ({"includes": []}, TypeError, "includes"),
 ]
 

@@ -152,7 +152,7 @@ def test_a_folder_without_a_journal_is_refused(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     with pytest.raises(NotFoundError, match="no operations"):
         rebuild(tmp_path / "photos", tmp_path / "new")
-    with pytest.raises(NotFoundError, match="missing"):
+    with pytest.raises(NotFoundError, match=r"no data folder .*nowhere'; give the folder that"):
         rebuild(tmp_path / "nowhere", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

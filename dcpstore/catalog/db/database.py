@@ -282,7 +282,8 @@ class Database:
             error,
             self.shown_error(error),
             shown=self.shown,
-            is_sqlite=self.is_sqlite,
+            file=self.file,
+            name=self._url.database or "",
             busy_seconds=self._busy_seconds,
         )
 

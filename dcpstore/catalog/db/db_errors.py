@@ -6,11 +6,15 @@ changed.
 
 from __future__ import annotations
 
+import os
 import random
+import re
 import time
+from pathlib import Path
 
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
 
+from dcpstore.catalog.db.sqlite_file import CATALOG_FILE
 from dcpstore.errors import (
     ConflictError,
     CorruptionError,
@@ -33,6 +37,8 @@ _ENDED = ("57P01", "57P02", "57P03", "25P03")  # the server ended the session
 _FULL = ("too many clients", "too many connections", "connection slots are reserved")
 _STARTING = ("starting up", "shutting down", "in recovery mode", "not yet accepting connections")
 
+_MISSING = re.compile(r'database "[^"]*" does not exist')
+
 # The error of ours, and its message.
 _Meaning = tuple[type[DcpstoreError], str]
 
@@ -53,8 +59,23 @@ _CONTENDED: _Meaning = (
 )
 _DAMAGED: _Meaning = (
     CorruptionError,
+    "the catalog {shown} is damaged ({text}). Restore it from a backup, or make a new one in "
+    "another place, from the data folder, with 'dcpstore rebuild'.",
+)
+# The next three have data of a repository beside the file; `{cure}` moves the file out of the way.
+_DAMAGED_FILE: _Meaning = (
+    CorruptionError,
     "the catalog {shown} is damaged ({text}). Restore it from a backup, or make a new one from the "
-    "data with 'dcpstore rebuild'.",
+    "data. {cure}",
+)
+_OVERWRITTEN_FILE: _Meaning = (
+    SchemaError,
+    "{name} in {folder!r} is not a database ({text}), but the data of a repository are there. "
+    "{cure}",
+)
+_CURE = (
+    "Move {name} away ('mv {folder}/{name} {folder}/{name}.broken', also {name}-wal and "
+    "{name}-shm if they exist), then 'dcpstore rebuild {folder} --into {into}'."
 )
 _NO_CONNECTION_LEFT: _Meaning = (
     DcpstoreError,
@@ -77,15 +98,22 @@ _POSTGRES: dict[str | None, _Meaning] = {
     "XX001": _DAMAGED,
     "XX002": _DAMAGED,
 }
+_NOT_A_DATABASE: _Meaning = (
+    SchemaError,
+    "{shown} is not a dcpstore catalog ({text}). Give the path of a repository, or a path where "
+    "nothing exists yet.",
+)
+_WITH_DATA = {_DAMAGED: _DAMAGED_FILE, _NOT_A_DATABASE: _OVERWRITTEN_FILE}
+_MISSING_DATABASE: _Meaning = (
+    NotFoundError,
+    "there is no database {name!r} at {shown} ({text}). Create it with 'createdb {name}', then "
+    "'dcpstore init URL --data FOLDER'.",
+)
 # By words of the message: SQLite's messages are stable, and `sqlite3` has no code in some errors.
 _SQLITE: dict[str, _Meaning] = {
     "locked": _LOCKED,
     "busy": _LOCKED,
-    "not a database": (
-        SchemaError,
-        "{shown} is not a dcpstore catalog ({text}). Give the path of a repository, or a path "
-        "where nothing exists yet.",
-    ),
+    "not a database": _NOT_A_DATABASE,
     "malformed": _DAMAGED,
     "unable to open": (
         NotFoundError,
@@ -160,7 +188,7 @@ def is_transient(error: DBAPIError, text: str, *, is_sqlite: bool, was_connected
 
 
 def translate(
-    error: DBAPIError, text: str, *, shown: str, is_sqlite: bool, busy_seconds: float
+    error: DBAPIError, text: str, *, shown: str, file: Path | None, name: str, busy_seconds: float
 ) -> DcpstoreError:
     """Return an error of ours for a database error that left nothing changed.
 
@@ -168,14 +196,30 @@ def translate(
         error: as the database raised it.
         text: of the error.
         shown: the catalog, as people may see it.
-        is_sqlite: which database it is.
+        file: the file of a catalog on SQLite; None on Postgres.
+        name: of the database on Postgres.
         busy_seconds: how long a transaction waits for a lock.
     """
     if isinstance(error, IntegrityError):
         kind, message = _DUPLICATE
     else:
-        kind, message = _sqlite_meaning(text) if is_sqlite else _postgres_meaning(error, text)
-    return kind(message.format(shown=shown, text=text, seconds=busy_seconds))
+        kind, message = (
+            _postgres_meaning(error, text) if file is None else _file_meaning(file, text)
+        )
+    named = {"name": name, "folder": "", "cure": ""}
+    if file is not None:
+        folder = str(file.parent)
+        into = folder if file.name == CATALOG_FILE else shown
+        named = {"name": file.name, "folder": folder}
+        named["cure"] = _CURE.format(**named, into=into)
+    return kind(message.format(shown=shown, text=text, seconds=busy_seconds, **named))
+
+
+def _file_meaning(file: Path, text: str) -> _Meaning:
+    """Return what an error of SQLite means; a broken file beside a repository's data is its own."""
+    meaning = _sqlite_meaning(text)
+    has_data = os.path.isdir(file.parent / "operations")
+    return _WITH_DATA.get(meaning, meaning) if has_data else meaning
 
 
 def _sqlite_meaning(text: str) -> _Meaning:
@@ -189,7 +233,7 @@ def _postgres_meaning(error: DBAPIError, text: str) -> _Meaning:
     if state == "53300" or any(words in text for words in _FULL):
         return _NO_CONNECTION_LEFT
     if is_lost(error):
-        return _UNREACHABLE
+        return _MISSING_DATABASE if _MISSING.search(text) else _UNREACHABLE
     # The driver refuses an option of the URL before it connects, and so without a code.
     return _INVALID_URL if "connection option" in text else _POSTGRES.get(state, _OTHER)
 

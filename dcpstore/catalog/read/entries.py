@@ -6,7 +6,6 @@ their tensors, and tensors by the digests of their chunks.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -227,7 +226,7 @@ def _missing_error(
     known = connection.scalars(select(entry.c.fqn).where(entry.c.version == version_id)).all()
     lines = []
     for fqn in sorted(missing)[:_SHOWN]:
-        close = difflib.get_close_matches(fqn, known, n=3, cutoff=0.5)
+        close = NotFoundError.nearest(fqn, known)
         hint = f" (did you mean {', '.join(repr(name) for name in close)}?)" if close else ""
         lines.append(f"  {fqn!r}{hint}")
     more = f"\n  and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""

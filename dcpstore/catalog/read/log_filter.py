@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
@@ -36,7 +36,7 @@ from dcpstore.core.syntax import NAME_CHARACTERS
 from dcpstore.errors import InvalidInputError, NotFoundError
 from dcpstore.records import Version
 
-__all__ = ["LogFilter", "best_version", "list_log"]
+__all__ = ["LogFilter", "best_version", "check_metrics", "list_log"]
 
 _version, _metric, _ref = tables.version, tables.metric, tables.ref
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -102,6 +102,18 @@ def best_version(
         where = "" if branch is None else f" on branch {branch!r}"
         raise NotFoundError(f"no version{where} has a number for the metric {name!r}.")
     return load_version(connection, found)
+
+
+@reads
+def check_metrics(connection: Connection, names: Iterable[str]) -> None:
+    """Check that some version has each metric.
+
+    Raises:
+        NotFoundError: none has one; the message has the nearest names.
+    """
+    for name in names:
+        check_text(name, what="metric name")
+        _check_metric(connection, name)
 
 
 def _conditions(connection: Connection, wanted: LogFilter) -> Iterator[ColumnElement[bool]]:

@@ -60,8 +60,8 @@ def open_repository(database: Database, *, data_url: str | None) -> RepositoryRe
     )
     if record is None:
         raise NotFoundError(
-            f"no repository at {database.shown}. Check the path or URL, or create one with "
-            "'dcpstore init'."
+            f"no repository at {database.shown}. Check the URL, or create one with "
+            "'dcpstore init URL --data FOLDER'."
         )
     kept = record.data_url
     if database.file is not None and "://" not in kept:
