@@ -617,7 +617,7 @@ class Repository:
         if limit is not None and not (isinstance(limit, int | float) and limit > 0):
             raise InvalidInputError(f"limit is {limit!r}; give bytes a second, more than 0.")
         if resume and not deep:
-            raise InvalidInputError("resume works only with deep=True; pass that too (--deep).")
+            raise InvalidInputError("resume works only with deep=True (--deep); pass that too.")
         with self.catalog.keep_connection():
             return verify(self.catalog, self.storage, deep=deep, resume=resume, limit=limit)
 

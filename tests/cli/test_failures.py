@@ -105,7 +105,7 @@ def test_the_shell_is_told_options_only(run: Run, target: str) -> None:
     for args, expected in {
         ("expire",): "such as --keep-last 5.",
         ("gc", "--grace", "soon"): "write '90s', '30m', '24h', '7d' or '2w'.",
-        ("verify", "--resume"): "give --deep too.",
+        ("verify", "--resume"): "resume works only with --deep; pass that too.",
     }.items():
         result = run(*args, "--json", repo=target)
         message, last = result.stderr.splitlines()
