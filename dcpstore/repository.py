@@ -214,7 +214,7 @@ class Repository:
         return self._entries(self.show(ref).number, _as_list(fqns))
 
     def _entries(self, number: int, wanted: list[str] | None) -> list[EntryRecord]:
-        """Return entries of a version; of a composed tensor that is wanted, its mark and parts."""
+        """Return entries of a version; for a composed tensor those that it is stored as."""
         try:
             return load_entries(self.catalog, number, wanted)
         except NotFoundError:
@@ -234,11 +234,12 @@ class Repository:
         Args:
             name: of the tag.
             ref: the version.
-            move: move the tag if it exists, in one operation that `undo` reverts; else create it.
+            move: allow the tag to exist, and move it then, in one operation that `undo` reverts. A
+                tag that does not exist is created in any case.
 
         Raises:
             InvalidInputError: the name breaks the grammar; offers the nearest that is allowed.
-            AlreadyExistsError: the name is taken, with `move` by a branch.
+            AlreadyExistsError: the name is taken; with `move`, only by a branch.
         """
         return make_ref(
             self.catalog, name, "tag", version=self.show(ref).number, author=this_user(), move=move
@@ -320,13 +321,14 @@ class Repository:
             expect: the number of the operation that is to be undone.
 
         Returns:
-            The operation that this is.
+            The new operation, of kind `undo`, that this call recorded.
 
         Raises:
             InvalidInputError: nothing is left to undo.
             NotFoundError: a ref would go back to a version that was expired.
-            ConflictError: another operation came in; it is not number `expect`. Or the last
-                operation cannot be undone; the message names the one before it.
+            ConflictError: the last operation that is not undone yet is not number `expect`, perhaps
+                because another came in. Or a later operation cannot be undone; the message names
+                the one before it, to give as `expect`.
         """
         return undo_last(self.catalog, expect=expect, author=this_user())
 
@@ -364,7 +366,7 @@ class Repository:
         Raises:
             CorruptionError: with `stats`, stored bytes are damaged.
         """
-        from dcpstore.history.diff import diff_versions, fold_diff  # noqa: PLC0415 (as for gc)
+        from dcpstore.history.diff import diff_versions, fold_diff  # noqa: PLC0415 (loaded when called)
 
         diff = diff_versions(self.catalog, resolve(self.catalog, old), resolve(self.catalog, new))
         if not stats:
@@ -408,7 +410,8 @@ class Repository:
             NotFoundError: an FQN that the version lacks, or a text that none matches, with the
                 nearest names.
             InvalidInputError: an index that does not fit the tensor's shape.
-            CorruptionError: stored bytes are damaged, or paths that no nested state has.
+            CorruptionError: stored bytes are damaged, or, with `nested`, the stored paths
+                contradict each other.
         """
         from dcpstore.reading.selection import read_entries  # noqa: PLC0415 (loads torch)
         from dcpstore.state.tree import nested_state, path_above  # noqa: PLC0415 (loads torch)
@@ -483,7 +486,8 @@ class Repository:
         `labels`, `tensor_history` and `unique_bytes`.
 
         Raises:
-            InvalidInputError: what the database says is wrong, or a statement that is no query.
+            InvalidInputError: the database refused the query, with its message, or the statement is
+                not a query.
         """
         return query_rows(self.catalog, query, params)
 
@@ -505,7 +509,7 @@ class Repository:
         expired version the row stays, so that parents and operations still resolve; its entries go.
 
         Args:
-            keep_last: keep so many newest versions of each branch that versions were saved to.
+            keep_last: for each branch, keep this many of the newest versions saved to it.
             keep_every: keep versions whose step is a multiple of this.
             keep_best: `("val_loss", 3)` keeps the three with the smallest val_loss;
                 `("accuracy", 3, "max")` those with the largest.
@@ -519,7 +523,7 @@ class Repository:
             InvalidInputError: there is no rule, or an invalid one.
             NotFoundError: no version has that metric, or was saved to that branch.
         """
-        from dcpstore.catalog.maintenance.retention import (  # noqa: PLC0415 (as for gc)
+        from dcpstore.catalog.maintenance.retention import (  # noqa: PLC0415 (loaded when called)
             Retention,
             expire,
         )
@@ -556,7 +560,7 @@ class Repository:
             NotFoundError: a ref names nothing.
             InvalidInputError: a version is tagged, and `force` is not given.
         """
-        from dcpstore.catalog.maintenance.expire import forget_versions  # noqa: PLC0415 (as for gc)
+        from dcpstore.catalog.maintenance.expire import forget_versions  # noqa: PLC0415 (loaded when called)
 
         if isinstance(refs, str | int | Version):
             refs = [refs]
@@ -581,12 +585,13 @@ class Repository:
         Args:
             grace: a span of time, such as `"24h"` or a timedelta.
             dry_run: change nothing, and report what would be freed.
-            lease: a running save renews its lease every ten seconds.
+            lease: how long a save may be silent before it counts as crashed; a running save renews
+                its lease every ten seconds.
 
         Raises:
             InvalidInputError: a save has been running for longer than `grace`.
         """
-        from dcpstore.maintenance.gc import collect  # noqa: PLC0415 (what only looks need not load it)
+        from dcpstore.maintenance.gc import collect  # noqa: PLC0415 (loaded when called)
 
         return collect(
             self.catalog,
@@ -605,14 +610,15 @@ class Repository:
         What is damaged is marked: no save reuses it, so saving the same content again heals it.
 
         Args:
-            deep: read every chunk and check its digest; else only what needs no reading.
+            deep: also read the journal and every chunk that a version reaches, and compare digests;
+                without it no chunk is read.
             resume: continue a deep check that was interrupted.
             limit: read at most this many bytes per second.
 
         Raises:
             InvalidInputError: `limit` is not positive, or `resume` is given without `deep`.
         """
-        from dcpstore.maintenance.verify import verify  # noqa: PLC0415 (as for gc)
+        from dcpstore.maintenance.verify import verify  # noqa: PLC0415 (loaded when called)
 
         if limit is not None and not (isinstance(limit, int | float) and limit > 0):
             raise InvalidInputError(f"limit is {limit!r}; give bytes a second, more than 0.")
@@ -848,7 +854,7 @@ def _data_url(data: str | os.PathLike[str] | None) -> str | None:
 
 
 def _make_data(data_url: str, folder: Path | None) -> None:
-    """Make the place of a new repository's data, where no other's lies."""
+    """Make the data folder of a new repository; refuse one that holds the data of another."""
     storage = open_storage(data_url, base=folder, create=True)
     if any(storage.list("operations")):
         raise AlreadyExistsError(
@@ -874,7 +880,7 @@ def _reopen(target: str) -> Repository:
 
 @contextmanager
 def opened(repo: Repository | str | os.PathLike[str], *, create: bool) -> Iterator[Repository]:
-    """Yield a repository, given open or by what `open` takes; only the latter is closed after."""
+    """Yield an open repository and leave it open; or open what `open` takes, and close it after."""
     if isinstance(repo, Repository):
         yield repo
     else:

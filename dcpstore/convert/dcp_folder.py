@@ -2,8 +2,8 @@
 
 An import reads each piece of a tensor where it is, whatever number of ranks wrote it. An export
 uses torch's own FileSystemWriter, box by box, so any number of ranks load the result. That writer
-keeps a file's tensors in memory until it is written (torch 2.13 collects them for another format),
-so it gets many small files.
+holds all tensors of a file in memory until the file is written (torch 2.13 collects them in a dict
+that only its safetensors format needs), so the export is split into many small files.
 
 The `.metadata` of a folder is a pickle, and only torch's plain description in it is read.
 Invariant: only the classes named here are built from it, and what it says about the files is
@@ -257,7 +257,7 @@ def _is_place(index: object, info: object) -> bool:
 
 
 class ExportPlanner(DefaultSavePlanner):
-    """Plans the save of a version by torch's storage; the save's own state is empty.
+    """Plans an export: torch's writer gets an empty state, and this planner fills in the version's.
 
     Args:
         version: whose tensors are written.

@@ -211,7 +211,8 @@ class _Load:
     opened: VersionToLoad = field(init=False)
     by_fqn: Mapping[str, EntryRecord] = field(init=False)  # the entries of `opened`
     template: Template = field(init=False)
-    # By owner: FQNs in the version below it that its state_dict() does not name on any rank.
+    # By the owner's FQN: stored entries below that owner that its state_dict() names on no rank, by
+    # their FQN in the state.
     growth: Mapping[str, frozenset[str]] = field(init=False)
     owner_check: OwnerCheck = field(init=False)
 
@@ -242,9 +243,10 @@ class _Load:
             return VersionToLoad(version, load_entries(catalog, version.number), keys, data)
 
     def take_state(self) -> Mapping[str, frozenset[str]]:
-        """Take the plain state; return, by owner, the FQNs that its state_dict() does not name.
+        """Take the plain state; return what the owners, but modules, do not name on this rank.
 
-        They are FQNs in the version, below the owner's own.
+        By the owner's FQN: the stored entries below it that its state_dict() lacks, by their FQN in
+        the state, which is after `rename`.
         """
         self.by_fqn = {entry.fqn: entry for entry in self.opened.entries}
         with nesting_checked():
@@ -284,7 +286,8 @@ class _Load:
             reads = ItemReads(plan, self.planner, self.by_fqn)
             counts = reads.measure(self.source.catalog, version=self.opened.version.number)
             report = self._reported(plan, *counts)
-        # A load judges them by the plans of all ranks, which a dry run does not send.
+        # The names in the options are judged from all ranks together. In a load they travel with
+        # the plans; a dry run sends no plans, so they travel in this report.
         named = getattr(self.planner, "names_in_options", None)
         return replace(report, names_in_options=named)
 

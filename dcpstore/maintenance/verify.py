@@ -1,11 +1,11 @@
 """Checks whether a repository is intact: finds damage, and the versions that it touches.
 
-A quick check reads no chunks: the catalog's own rules, that packs exist with the right size, and
-that manifests are sound. A deep check reads the journal and every chunk that a version reaches, on
-all cores, and compares digests; the result of each pack is kept in the catalog at once, so an
-interrupted check can be resumed. Damage is marked: no save reuses a damaged chunk, so saving the
-content again repairs it; gc writes a damaged manifest again, and the next change writes a damaged
-operation again.
+A quick check reads no chunks. It checks the catalog's own rules, that each pack exists with the
+right size, and that each manifest is sound. A deep check reads the journal and every chunk that a
+version reaches, on all cores, and compares digests; the result of each pack is kept in the catalog
+at once, so an interrupted check can be resumed. Damage is marked: no save reuses a damaged chunk,
+so saving the content again repairs it. gc replaces a damaged manifest by a new one, and the next
+change of the repository replaces damaged operations in the journal.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class _Inspection:
         return len(versions)
 
     def check_journal(self) -> None:
-        """Check every operation in the journal; the next change writes damaged ones again."""
+        """Check every operation in the journal; the next change replaces damaged ones."""
         for number in range(1, last_journaled(self._catalog) + 1):
             key = operation_key(number)
             try:

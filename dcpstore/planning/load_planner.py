@@ -68,8 +68,9 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         optional: the version may lack these FQNs and those below them; `load` sets it, for
             optimizers and `PerRank`.
         compositions: the marks of the composed tensors in the version, by FQN; `load` sets it.
-        checks_names: whether a name in the options that nothing has is an error; `load` unsets it
-            where each rank loads its own version, for the name may be meant for another rank.
+        checks_names: whether it is an error if the options name something that is neither in the
+            version nor in the state of any rank. `load` sets it to False where each rank loads its
+            own version: the name may be meant for another rank.
         names_in_options: what the options name that the version lacks, after `create_local_plan`.
     """
 
@@ -134,7 +135,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         self.missing, self.cast, self.stored = [], [], set()
 
     def _is_stored(self, fqn: str) -> bool:
-        """Tell whether the version has an entry for an FQN of the state itself."""
+        """Tell whether the version has an entry for exactly this FQN of the state."""
         if self.metadata is None:
             return False
         return self.options.stored_name(fqn) in self.metadata.state_dict_metadata
@@ -202,12 +203,15 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         return super().create_global_plan(global_plan)
 
     def name_faults(self, ranks: Iterable[NamesInOptions | None]) -> list[str]:
-        """Return a line for each name in the options that nothing has on any of these ranks."""
+        """Return a message for each name in the options that nothing has.
+
+        That is neither the version nor the state of any of these ranks.
+        """
         assert self.metadata is not None
         return name_faults(ranks, self._own_names(), self.metadata.state_dict_metadata)
 
     def _own_names(self) -> Iterator[str]:
-        """Yield the FQNs of the state; that of a composed tensor for each of its parts.
+        """Yield the FQN of each item of the state; for parts, that of their composed tensor.
 
         After an empty container comes the glob of what it could hold: "optim.state.*" is a good
         name for the state of an optimizer that has none.
@@ -408,8 +412,8 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
     def load_value(self, read_item: ReadItem, value: object) -> None:
         """Set a value in the caller's state, under the caller's own keys.
 
-        One exception: in a pipeline, the stored list of a group's parameters may be that of another
-        stage. It is not set, because this rank's group would lose its own parameters.
+        One exception: the `params` list of an optimizer's param group. If the stored list shares no
+        name with this rank's, it is that of another pipeline stage, and the rank keeps its own.
         """
         fqn = read_item.dest_index.fqn
         own = self.state_dict.get(fqn)

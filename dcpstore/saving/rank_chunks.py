@@ -33,7 +33,7 @@ from dcpstore.saving.layout import Layout, blob_layout, planned_chunks
 
 __all__ = ["Digested", "RankData", "RawChunk", "first_indices", "total_nbytes"]
 
-# Writing a fifth of the bytes takes the disk longer than digesting the rest takes the cores.
+# A fifth is enough: the disk needs longer to write it than the cores need to digest the rest.
 _FIRST = 5
 
 Array = npt.NDArray[np.generic]

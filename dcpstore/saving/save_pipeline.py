@@ -152,8 +152,8 @@ def save_version(
             reply = in_turn(
                 ranks, "plan", lambda: work.plan(state_dict, keys, ranks, uid=uid), coordinator.plan
             )
-            # If the coordinator has not cached the plan, and some rank sent only its digest, all
-            # ranks get this reply, so all take this branch.
+            # `wants_table` is the same on all ranks: if the coordinator lacks the global plan and
+            # some rank sent only a digest, it asks every rank for its whole plan.
             if reply.wants_table:
                 reply = in_turn(ranks, "plan", work.plan_whole, coordinator.plan)
             work.take(reply, seconds=time.perf_counter() - began)
@@ -245,7 +245,8 @@ class RankWork:
         with self._timed("digest"):
             data = self._resolved()
             replicas = b"" if self._reply.writes_early else self._replicas()
-            # Digests of many bytes take long, and make few objects.
+            # Python's garbage collector may run here if there are many bytes: digesting takes long
+            # and makes few objects, so it costs little.
             with gc_allowed(total_nbytes(data.chunks)):
                 digested = data.digest(self.writer.pool, self.bar.advance)
             return RankDigests(digested, self._seconds, replicas)
@@ -262,7 +263,10 @@ class RankWork:
             )
 
     def write(self, assignment: WriteAssignment) -> RankResult:
-        """Write the rest of this rank's chunks; return where all of them are in packs, durable."""
+        """Write this rank's remaining chunks.
+
+        Returns the places of these and of its first chunks, once all of them are durable.
+        """
         with self._timed("write"):
             data = self._resolved()
             chunks = [data.chunks[i] for i in assignment.write]

@@ -1,8 +1,8 @@
 """A local or shared folder as storage; what it reports as durable is fsynced, folders too.
 
-Objects are written under a temporary name (the key and a fresh uid, which shows the age) and
-renamed when complete, so that a reader meets whole objects only. Reads are views of the mapped
-file: nothing is copied.
+Objects are written under a temporary name and renamed when complete, so that a reader meets whole
+objects only. The name is the key and a new uid, which contains the time when it was made, so the
+age of a leftover is known. Reads are views of the mapped file: nothing is copied.
 """
 
 from __future__ import annotations

@@ -160,8 +160,11 @@ def find_begun(connection: Connection, draft: VersionDraft) -> bool | None:
 
 
 def find_committed(connection: Connection, uid: str) -> Version | None:
-    """Return the version of `uid` if it was committed; waits for a transaction that commits it."""
-    row = _lock_save(connection, uid)  # that transaction has locked the same row
+    """Return the version of `uid` if it was committed, else None.
+
+    If an earlier attempt to commit it still runs, the lock on its row makes this wait for the end.
+    """
+    row = _lock_save(connection, uid)
     return None if row.number is None else load_version(connection, row.id)
 
 
@@ -170,7 +173,7 @@ def begin_save(connection: Connection, draft: VersionDraft) -> bool:
     """Insert a pending version; return True.
 
     Raises:
-        InvalidInputError: not every database can store a name, step, metric or text.
+        InvalidInputError: a name, step, metric or text is one that some database cannot store.
         AlreadyExistsError: a tag is taken, or the branch's name is a tag.
         NotFoundError: there is no version `draft.parent`.
         ConflictError: the branch's tip is not `draft.expect_tip`, or not `draft.parent`.
@@ -310,7 +313,8 @@ def _name(
     if rows:
         connection.execute(insert(ref), rows)
     change = Change("save", pending.branch, None if tip is None else tip.id, pending.id)
-    # Each tag's operation carries the number of its save's, so that undo removes it too.
+    # Each tag operation stores the number of the save's operation, so that undoing the save also
+    # removes the tag.
     detail = {"save": lock_repository(connection) + 1}
     tagged = [Change("tag", tag, None, pending.id, detail) for tag in tags]
     record(connection, change, *tagged, author=pending.author, at=at)
@@ -387,7 +391,7 @@ def begin_copy(connection: Connection, draft: VersionDraft) -> bool:
     that name.
 
     Raises:
-        InvalidInputError: not every database can store a name, step, metric or text.
+        InvalidInputError: a name, step, metric or text is one that some database cannot store.
     """
     check_draft(draft)
     insert_pending(connection, draft, parent=None)
@@ -402,7 +406,10 @@ def find_copied(
     *,
     parent: str | None,
 ) -> Version | None:
-    """Return the version that `commit_copy` made of `uid`; waits for a transaction that does so."""
+    """Return the copy if it was committed, now under `draft.uid`; else None.
+
+    It waits for a commit that runs, by the lock on the row, which still has the temporary `uid`.
+    """
     connection.execute(select(_version.c.id).where(_version.c.uid == uid).with_for_update())
     known = connection.scalar(select(_version.c.id).where(_version.c.uid == draft.uid))
     return None if known is None else find_committed(connection, draft.uid)
