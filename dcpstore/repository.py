@@ -327,8 +327,9 @@ class Repository:
             InvalidInputError: nothing is left to undo.
             NotFoundError: a ref would go back to a version that was expired.
             ConflictError: the last operation that is not undone yet is not number `expect`, perhaps
-                because another came in. Or a later operation cannot be undone; the message names
-                the one before it, to give as `expect`.
+                because another came in. Or `expect` is not given, and the newest operation is one
+                that cannot be undone, such as an expire; the message has the number of the one
+                before it.
         """
         return undo_last(self.catalog, expect=expect, author=this_user())
 
@@ -740,7 +741,8 @@ def open(
     Raises:
         NotFoundError: no repository, no database server, or no data folder.
         InvalidInputError: `data` is missing, or not what the repository keeps.
-        SchemaError: a database that is not ours, older or newer; the message names the cure.
+        SchemaError: the database is not a dcpstore catalog, or its schema is older or newer than
+            this dcpstore's; the message names the command that helps.
         AlreadyExistsError: a new repository's data folder holds another's data.
     """
     given, target = target, absolute_target(target)
@@ -764,8 +766,9 @@ def open(
 
 
 def advise(folder: Path, given: str | os.PathLike[str]) -> str:
-    """Return what to do with a folder that has no catalog; "" if it has one that does not open.
+    """Return advice for a folder in which no repository was found.
 
+    It is "" if there is none to give: a catalog is there, or the folder cannot be read.
     `given` is the folder as the user named it.
     """
     if (folder / ".metadata").is_file():

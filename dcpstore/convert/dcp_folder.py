@@ -257,7 +257,7 @@ def _is_place(index: object, info: object) -> bool:
 
 
 class ExportPlanner(DefaultSavePlanner):
-    """Plans an export: torch's writer gets an empty state, and this planner fills in the version's.
+    """Plans an export: its own state is empty, and the items of the plan are the version's.
 
     Args:
         version: whose tensors are written.
@@ -280,7 +280,7 @@ class ExportPlanner(DefaultSavePlanner):
         storage_meta: StorageMeta | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        """Take the paths of the version, by which torch's loads nest its state again."""
+        """Set `mappings` to the version's paths, from which torch rebuilds the nested state."""
         super().set_up_planner(state_dict, storage_meta, is_coordinator)
         named = self._tensors.keys() | self._values.keys()
         self.mappings = {
@@ -386,7 +386,9 @@ def import_dcp(
     Raises:
         NotFoundError: it is not a DCP folder.
         CorruptionError: it is damaged or incomplete.
-        UnsafeDataError: it would run code; names the FQNs. Others as for `dcpstore.save`.
+        UnsafeDataError: it would run code; the message names the FQNs.
+
+    It also raises what `dcpstore.save` raises.
     """
     foreign = _described(Path(path), tensors_only=tensors_only, allow_pickle=allow_pickle)
     return save_foreign(foreign, repo, dtype=dtype, allow_pickle=allow_pickle, **options)

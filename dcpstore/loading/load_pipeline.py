@@ -177,7 +177,7 @@ class OwnerFaults:
     """What is wrong with the objects of the state after a load.
 
     Attributes:
-        lost: by FQN, what an object does not hold as it was stored.
+        lost: by FQN, a message for each item that its object lacks, or holds otherwise than stored.
         unfilled: FQNs of tensors that are still on the meta device.
     """
 
@@ -211,8 +211,8 @@ class _Load:
     opened: VersionToLoad = field(init=False)
     by_fqn: Mapping[str, EntryRecord] = field(init=False)  # the entries of `opened`
     template: Template = field(init=False)
-    # By the owner's FQN: stored entries below that owner that its state_dict() names on no rank, by
-    # their FQN in the state.
+    # Key: the FQN of an owner. Value: the stored entries below it that its state_dict() lacks on
+    # every rank that holds it, by the FQNs of the state.
     growth: Mapping[str, frozenset[str]] = field(init=False)
     owner_check: OwnerCheck = field(init=False)
 
@@ -225,7 +225,7 @@ class _Load:
         self.planner = make_planner()
         ours = self.planner if isinstance(self.planner, DefaultLoadPlanner) else None
         self.options = ours.options if ours else LoadOptions()
-        # In a dry run targets get no memory, unless the planner is torch's, which needs it.
+        # In a dry run targets get no memory, unless the planner is not ours: it may need it.
         self.allocates = not (self.dry_run and ours)
         ref = VersionRef.reduced(self.ref)
         return LoadRequest(self.source.catalog.repository.uid, ref, self.dry_run, keys)
@@ -243,10 +243,11 @@ class _Load:
             return VersionToLoad(version, load_entries(catalog, version.number), keys, data)
 
     def take_state(self) -> Mapping[str, frozenset[str]]:
-        """Take the plain state; return what the owners, but modules, do not name on this rank.
+        """Take the plain state.
 
-        By the owner's FQN: the stored entries below it that its state_dict() lacks, by their FQN in
-        the state, which is after `rename`.
+        Returns, for each owner on this rank that is not a module, the stored entries below it that
+        its state_dict() lacks. Owners and entries are given by the FQNs of the state (after
+        `rename`).
         """
         self.by_fqn = {entry.fqn: entry for entry in self.opened.entries}
         with nesting_checked():
@@ -319,7 +320,7 @@ class _Load:
         self.owner_check.restore_optimizers()
 
     def check_owners(self) -> OwnerFaults:
-        """Return what the owners do not hold as it was stored."""
+        """Return what the owners lack, or hold otherwise than stored."""
         lost = self.owner_check.differences(rank=self.ranks.rank)
         return OwnerFaults(lost, tuple(self.owner_check.left_on_meta()))
 

@@ -114,7 +114,10 @@ class VerifyReport:
 
 
 def found_by_quick_check(damage: str | None) -> bool:
-    """Tell whether damage is of a whole pack, so that correct digests do not clear it."""
+    """Tell whether the quick check wrote this text: a pack is missing, or its size is wrong.
+
+    Such damage remains even if a deep check finds every digest right.
+    """
     return damage is not None and damage.startswith(QUICK)
 
 
@@ -274,7 +277,7 @@ class _Inspection:
         )
 
     def _is_own(self) -> bool:
-        """Tell whether the first operation, which names the repository, belongs to this catalog."""
+        """Tell whether the journal in the data folder is this repository's."""
         try:
             check_owner(self._catalog, self._storage)
         except DcpstoreError:
@@ -328,7 +331,7 @@ def check_packs(
     """Check every chunk in `packs`; return how many there were, and their encoded bytes.
 
     `found` is called with each pack when it was checked. With `resume`, packs that the interrupted
-    check has passed already are left out.
+    check has already read, intact or damaged, are left out.
     """
     from dcpstore.reading.chunk_reads import check_chunk  # noqa: PLC0415 (loads torch)
 

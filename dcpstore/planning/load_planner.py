@@ -71,7 +71,8 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         checks_names: whether it is an error if the options name something that is neither in the
             version nor in the state of any rank. `load` sets it to False where each rank loads its
             own version: the name may be meant for another rank.
-        names_in_options: what the options name that the version lacks, after `create_local_plan`.
+        names_in_options: the names in `include`, `exclude` and `rename` that the version does not
+            have; `create_local_plan` sets it.
     """
 
     def __init__(
@@ -203,18 +204,15 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         return super().create_global_plan(global_plan)
 
     def name_faults(self, ranks: Iterable[NamesInOptions | None]) -> list[str]:
-        """Return a message for each name in the options that nothing has.
-
-        That is neither the version nor the state of any of these ranks.
-        """
+        """Return a message for each name in the options that no rank's state and no entry has."""
         assert self.metadata is not None
         return name_faults(ranks, self._own_names(), self.metadata.state_dict_metadata)
 
     def _own_names(self) -> Iterator[str]:
         """Yield the FQN of each item of the state; for parts, that of their composed tensor.
 
-        After an empty container comes the glob of what it could hold: "optim.state.*" is a good
-        name for the state of an optimizer that has none.
+        For an empty container it also yields a glob of everything below it, so that an option may
+        name "optim.state.*" although this optimizer has no state yet.
         """
         for fqn, item in self.state_dict.items():
             yield self._composed.outer.get(fqn, fqn)
@@ -224,8 +222,8 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
     def _stays_empty(self, wanted: object, name: str, stored: Collection[str]) -> bool:
         """Tell whether an empty container that the version lacks stays as it is.
 
-        It stays if the version has items in it that the state does not name, or if it is a dict:
-        torch and older versions of dcpstore store no empty dict.
+        An empty dict always stays, because torch and older versions of dcpstore store no empty
+        dict. An empty list or tuple stays if the version has entries below its FQN.
         """
         if isinstance(wanted, Mapping):
             return True

@@ -205,7 +205,7 @@ def _cut(
 ) -> Iterator[RawChunk]:
     """Yield the chunks of a box.
 
-    `are_views`: the source only makes views, so it may be called at once.
+    `are_views`: the source copies nothing, so it is called now, and not when bytes are needed.
     """
     codec, itemsize = layout.codec, layout.itemsize
     for part, ordinal in planned_chunks(layout, box):

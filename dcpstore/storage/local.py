@@ -58,8 +58,8 @@ class LocalFolder:
             is_there, is_folder = self._root.exists(), self._root.is_dir()
         if not is_there:
             raise NotFoundError(
-                f"the data folder {str(path)!r} is missing; mount it, move it back, or make a "
-                "catalog for where it is now with 'dcpstore rebuild'."
+                f"the data folder {str(path)!r} is missing; mount it, or move it back. If it stays "
+                "in a new place, 'dcpstore rebuild' makes a new catalog from it there."
             )
         if not is_folder:
             raise DcpstoreError(f"{str(path)!r} is a file, not a data folder; choose another path.")

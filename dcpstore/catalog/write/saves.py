@@ -154,7 +154,10 @@ def kept_lease(
 
 
 def find_begun(connection: Connection, draft: VersionDraft) -> bool | None:
-    """Return True if the save of a draft was begun, else None, so that `@writes` retries."""
+    """Return True if the version of a draft is in the catalog, else None.
+
+    `@writes` asks this if the answer to a commit was lost; after None it runs the function again.
+    """
     known = connection.scalar(select(_version.c.id).where(_version.c.uid == draft.uid))
     return None if known is None else True
 
@@ -408,7 +411,8 @@ def find_copied(
 ) -> Version | None:
     """Return the copy if it was committed, now under `draft.uid`; else None.
 
-    It waits for a commit that runs, by the lock on the row, which still has the temporary `uid`.
+    A commit that still runs has locked the row, which it finds by the temporary `uid`, so the first
+    query waits until that commit ends.
     """
     connection.execute(select(_version.c.id).where(_version.c.uid == uid).with_for_update())
     known = connection.scalar(select(_version.c.id).where(_version.c.uid == draft.uid))
