@@ -379,7 +379,7 @@ def import_dcp(
         path: the folder that holds `.metadata`.
         repo: a `Repository`, or what `dcpstore.open` takes.
         dtype: what floating tensors are converted to, such as "bf16".
-        tensors_only: leave all values out, also those that only code could build.
+        tensors_only: import tensors only; a value that would need to run code is no error then.
         allow_pickle: let values run the code that they name, and be stored as pickles.
         options: how the version is described, as for `dcpstore.save`.
 

@@ -211,8 +211,8 @@ class _Load:
     opened: VersionToLoad = field(init=False)
     by_fqn: Mapping[str, EntryRecord] = field(init=False)  # the entries of `opened`
     template: Template = field(init=False)
-    # Key: the FQN of an owner. Value: the stored entries below it that its state_dict() lacks on
-    # every rank that holds it, by the FQNs of the state.
+    # Key: the FQN of an owner. Value: the stored entries below the owner that its state_dict() has
+    # on none of the ranks that hold the owner. Both are named by FQNs of the state.
     growth: Mapping[str, frozenset[str]] = field(init=False)
     owner_check: OwnerCheck = field(init=False)
 

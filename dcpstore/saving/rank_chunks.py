@@ -205,7 +205,8 @@ def _cut(
 ) -> Iterator[RawChunk]:
     """Yield the chunks of a box.
 
-    `are_views`: the source copies nothing, so it is called now, and not when bytes are needed.
+    `are_views`: the source copies nothing. So a full cell is sliced now, and kept if it is
+    contiguous; all other cells are made when their bytes are needed.
     """
     codec, itemsize = layout.codec, layout.itemsize
     for part, ordinal in planned_chunks(layout, box):

@@ -1,8 +1,9 @@
 """A local or shared folder as storage; what it reports as durable is fsynced, folders too.
 
 Objects are written under a temporary name and renamed when complete, so that a reader meets whole
-objects only. The name is the key and a new uid, which contains the time when it was made, so the
-age of a leftover is known. Reads are views of the mapped file: nothing is copied.
+objects only. The temporary name is the key and a new uid, which contains the time when it was
+made, so the age of a file that a crash left behind is known. Reads are views of the mapped file:
+nothing is copied.
 """
 
 from __future__ import annotations
