@@ -185,8 +185,8 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         differences += self._missing(absent, stored)
         if differences:
             raise MismatchError.listing(differences)
-        # One rank cannot judge the names, for another rank's state may have them. So they travel with
-        # the plan, and the coordinator judges.
+        # One rank cannot judge the names, for another rank's state may have them. So they travel
+        # with the plan, and the coordinator judges.
         return LoadPlan(items, planner_data=self.names_in_options)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
