@@ -30,7 +30,7 @@ import dcpstore
 from dcpstore import ChunkDefaults, Repository, RepositoryWriter
 from tests import servers
 
-__all__ = ["state", "write"]
+__all__ = ["large", "state", "write"]
 
 
 def state(step: int) -> dict[str, Any]:
@@ -46,6 +46,13 @@ def state(step: int) -> dict[str, Any]:
         "optimizer": {"state": {0: {"step": step, "betas": (0.9, 0.999)}}, "names": {"a", "b"}},
         "note": "ünder way",
     }
+
+
+def large(changed: int) -> torch.Tensor:
+    """Return a tensor of 40 chunks, of which one has another value; kept from 0002 on."""
+    tensor = torch.arange(5000)
+    tensor[changed] = -1
+    return tensor
 
 
 def write(open_repository: Callable[[], Repository]) -> None:
@@ -75,6 +82,9 @@ def write(open_repository: Callable[[], Repository]) -> None:
         repo.forget(1)
         repo.expire(keep_last=5)
         repo.gc()
+        for changed in (0, 1000, 3000):
+            dcpstore.save({"large": large(changed)}, repo, branch="large", step=changed)
+        repo.forget("large~1")  # gc has not come since, so its entries are kept
 
 
 def _write_sqlite(folder: Path) -> None:
