@@ -345,7 +345,10 @@ class ChunkPlace(NamedTuple):
 
 
 class NewChunk(NamedTuple):
-    """One chunk of a tensor that a save commits, with the place of its bytes, new or reused."""
+    """One chunk of a tensor that a save commits, with the place of its bytes, new or reused.
+
+    `checksum` is 16 bytes over the stored bytes, or None where none was computed.
+    """
 
     part: int
     ordinal: int
@@ -353,6 +356,7 @@ class NewChunk(NamedTuple):
     pack: str
     offset: int
     length: int
+    checksum: bytes | None = None
 
 
 class NewTensor(NamedTuple):

@@ -24,10 +24,12 @@ __all__ = [
     "ALGORITHM",
     "ALGORITHMS",
     "FIRST_ALGORITHM",
+    "RUN",
     "Hasher",
     "chunk_digest",
     "content_digest",
     "hasher",
+    "run_digest",
 ]
 
 
@@ -46,6 +48,7 @@ class Hasher(Protocol):
 
 FIRST_ALGORITHM = "blake3"  # of data written before each digest had its algorithm beside it
 ALGORITHM = "blake3"
+RUN = 16  # chunks in a run: a tensor with more is stored as runs, the last one with what is left
 ALGORITHMS: dict[str, Callable[[Buffer], Hasher]] = {"blake3": blake3}
 
 
@@ -94,6 +97,21 @@ def content_digest(
     """
     header = _content_header(dtype, tuple(shape), tuple(parts))
     return hasher(header + b"".join(chunk_digests)).hexdigest()
+
+
+def run_digest(codec: str, chunk_digests: Iterable[bytes], *, algorithm: str = ALGORITHM) -> bytes:
+    """Return the 32-byte digest of a run: consecutive chunks that large tensors share.
+
+    The codec is part of it, for a run has one place for each of its chunks, and a chunk is stored
+    once a codec.
+
+    Args:
+        codec: of the tensors that have the run.
+        chunk_digests: at most `RUN`, in order; digests of 32 bytes.
+        algorithm: of these digests, and of the result.
+    """
+    head = f"dcpstore run\n{codec}\n".encode()
+    return hasher(head + b"".join(chunk_digests), algorithm=algorithm).digest()
 
 
 @lru_cache(4096)

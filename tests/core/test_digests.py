@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
-from dcpstore.core.digests import chunk_digest, content_digest
+from dcpstore.core.digests import chunk_digest, content_digest, run_digest
 from dcpstore.geometry.grids import Grid
 
 ONE = Grid((0,), (4,), (4,))
@@ -50,3 +50,10 @@ def test_content_is_dtype_shape_parts_and_chunks() -> None:
     }
     assert len(contents) == 6
     assert content_digest("float32", [4], (ONE,), iter(digests[:1])) in contents
+
+
+def test_a_run_is_named_by_its_codec_and_its_chunks_in_order() -> None:
+    digests = [chunk_digest(b"1"), chunk_digest(b"2")]
+    runs = [("none", digests), ("zstd", digests), ("none", digests[::-1]), ("none", digests[:1])]
+    assert len({run_digest(codec, chunks) for codec, chunks in runs}) == 4
+    assert run_digest("none", iter(digests)) == run_digest("none", digests)
