@@ -38,6 +38,7 @@ __all__ = [
     "encode",
     "float_of",
     "grid",
+    "grids",
     "integers",
     "number_of",
     "path",
@@ -137,6 +138,13 @@ quoted = encode_basestring_ascii
 def integers(values: tuple[int, ...]) -> str:
     """Return offsets, sizes or a shape; few are distinct."""
     return f"[{','.join(map(str, values))}]"
+
+
+@lru_cache(4096)
+def grids(parts: tuple[Grid, ...]) -> str:
+    """Return the chunk grids of a tensor, each as offsets, shape and chunk shape."""
+    cut = ((part.offsets, part.shape, part.chunk_shape) for part in parts)
+    return f"[{','.join('[' + ','.join(map(integers, one)) + ']' for one in cut)}]"
 
 
 def path(keys: ObjectPath) -> str:

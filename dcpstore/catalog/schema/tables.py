@@ -1,8 +1,9 @@
 """The tables of the catalog, as the newest migration leaves them, and the types of their columns.
 
 A test compares tables and migrations. Every foreign key has an index that begins with it, so that
-deletes stay cheap. Tables with very many rows a version (entries, parts, chunks, shards) are
-clustered by their key on SQLite.
+deletes stay cheap. Tables with very many rows (entries, chunks, shards) are clustered by their key
+on SQLite. Of a long digest an index has the first bytes only, which halves it; a query compares
+the whole digest too.
 
 Column types make both databases store and return the same values. Text compares byte by byte on
 both (collation "C"), so names are sorted in one way. Times are returned aware and in UTC. A NaN is
@@ -23,23 +24,29 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
+    ColumnElement,
     DateTime,
     Dialect,
     Float,
     ForeignKey,
-    ForeignKeyConstraint,
     Index,
     Integer,
     LargeBinary,
     MetaData,
     Table,
     Text,
+    func,
+    text,
 )
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import GenericFunction
 from sqlalchemy.types import TypeDecorator
 
-from dcpstore.core.digests import FIRST_ALGORITHM
+from dcpstore.core.digests import FIRST_ALGORITHM, hasher
 from dcpstore.errors import CorruptionError
 from dcpstore.formats import json_fields
+from dcpstore.geometry.grids import Grid
 from dcpstore.records import ObjectPath, StatePath, VersionInfo, VersionStats
 
 __all__ = [
@@ -54,20 +61,31 @@ __all__ = [
     "UtcTime",
     "Words",
     "alias",
+    "child",
     "chunk",
     "columns_of",
+    "digest_start",
     "entry",
+    "fqn",
+    "fqn_digest",
+    "hex_start",
+    "layout",
+    "layout_digest",
+    "loose",
     "metric",
+    "node",
     "operation",
     "pack",
-    "part",
+    "page",
     "plan",
     "progress",
     "ref",
     "repository",
+    "run",
     "shard",
     "tables",
     "tensor",
+    "unjudged",
     "version",
 ]
 
@@ -154,6 +172,21 @@ class PathText(_Checked[ObjectPath]):
         return StatePath.parsed(json.loads(value))
 
 
+class GridsText(_Checked[tuple[Grid, ...]]):
+    """The chunk grids of a tensor's parts as JSON text: offsets, shape and chunk shape of each."""
+
+    cache_ok = True
+    expected = "chunk grids"
+
+    def process_bind_param(self, value: tuple[Grid, ...] | None, dialect: Dialect) -> str | None:
+        """Return `[[[0],[8],[4]]]`."""
+        return None if value is None else json_fields.grids(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> tuple[Grid, ...] | None:
+        """Return the grids."""
+        return None if value is None else _grids(value)
+
+
 class UtcTime(_Checked[datetime]):
     """An aware datetime: timestamptz on Postgres, naive UTC text on SQLite."""
 
@@ -215,6 +248,60 @@ def _integers(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+@lru_cache(4096)
+def _grids(text: str) -> tuple[Grid, ...]:
+    """Return the grids of a text; cached, as `_integers`."""
+    return tuple(
+        Grid(*(_integers(json.dumps(one)) for one in (offsets, shape, chunk_shape)))
+        for offsets, shape, chunk_shape in json.loads(text)
+    )
+
+
+class _Hex(GenericFunction[str]):
+    """The lower-case hex digits of bytes, on both databases."""
+
+    name = "dcpstore_hex"
+    type = Words
+    inherit_cache = True
+
+
+@compiles(_Hex, "sqlite")
+def _hex_on_sqlite(element: _Hex, compiler: SQLCompiler, **options: Any) -> str:
+    return f"lower(hex({compiler.process(element.clauses, **options)}))"
+
+
+@compiles(_Hex, "postgresql")
+def _hex_on_postgres(element: _Hex, compiler: SQLCompiler, **options: Any) -> str:
+    return f"encode({compiler.process(element.clauses, **options)}, 'hex')"
+
+
+def hex_start(digest: ColumnElement[bytes]) -> ColumnElement[str]:
+    """Return the first 20 hex digits of a digest, by which tensors are indexed.
+
+    In hex, for so a query of a view can use the index too.
+    """
+    return func.substr(_Hex(digest), text("1"), text("20"))
+
+
+def digest_start(digest: ColumnElement[bytes]) -> ColumnElement[bytes]:
+    """Return the first 8 bytes of a digest, by which chunks are indexed."""
+    return func.substr(digest, text("1"), text("8"))
+
+
+def fqn_digest(name: str, path: ObjectPath) -> bytes:
+    """Return the 16 bytes by which a row of `fqn` is unique."""
+    return hasher(f"[{json_fields.quoted(name)},{json_fields.path(path)}]".encode()).digest()[:16]
+
+
+def layout_digest(
+    algorithm: str, dtype: str, shape: tuple[int, ...], codec: str, parts: tuple[Grid, ...]
+) -> bytes:
+    """Return the 16 bytes by which a row of `layout` is unique."""
+    names = (json_fields.quoted(name) for name in (algorithm, dtype, codec))
+    cut = f"{json_fields.integers(shape)},{json_fields.grids(parts)}"
+    return hasher(f"[{','.join(names)},{cut}]".encode()).digest()[:16]
+
+
 def _plain(value: Any) -> Any:
     """Return `value` with any mapping as a dict, which `json` needs."""
     return dict(value) if isinstance(value, Mapping) else value
@@ -273,6 +360,11 @@ def _number(name: str, *, null: bool = False) -> Column[Any]:
     return Column(name, Number, nullable=null)
 
 
+def _part_index(name: str, column: Column[Any], condition: ColumnElement[bool]) -> None:
+    """Add an index of the few rows for which a condition holds."""
+    Index(name, column, sqlite_where=condition, postgresql_where=condition)
+
+
 repository = Table(
     "repository",
     tables,
@@ -299,6 +391,7 @@ plan = Table(
     _words("digest", unique=True),
     _algorithm(),
     _number("ranks"),
+    Column("page", Key, ForeignKey("page.id"), index=True),  # the stored object that holds it
 )
 
 version = Table(
@@ -317,6 +410,7 @@ version = Table(
     Column("jump", Key, ForeignKey("version.id"), index=True),
     # An expired version with a plan was forgotten, and keeps its entries until gc (see `expire`).
     Column("plan", Key, ForeignKey("plan.id"), index=True),
+    Column("root", Key, ForeignKey("node.id"), index=True),  # the tree of its entries
     _words("planner_data", null=True),
     Column("wanted_tags", JsonText, nullable=False),
     _number("expect_tip", null=True),
@@ -331,6 +425,13 @@ version = Table(
     Index(None, "branch", "number"),
     Index(None, "step", "number"),
     Index(None, "status", "touched_at"),
+    Index(None, "created_at"),
+)
+_part_index("ix_version_stale", version.c.id, version.c.stale.is_not(None))
+_part_index(
+    "ix_version_forgotten",
+    version.c.id,
+    (version.c.status == text("'expired'")) & version.c.plan.is_not(None),
 )
 
 progress = Table(  # of a running save, as its ranks reported it; deleted when the save ends
@@ -378,50 +479,111 @@ operation = Table(
     Column("detail", JsonText),  # what else a rebuild needs to know
 )
 
-tensor = Table(
-    "tensor",
+fqn = Table(  # the dictionary of FQNs, each with the path of its object
+    "fqn",
     tables,
     Column("id", Key, primary_key=True),
-    _words("digest", unique=True),
-    _algorithm(),  # of the digests of its chunks and aliases too
+    # Of the name and the path, which together may be longer than what Postgres can index.
+    Column("digest", Bytes, nullable=False, unique=True),
+    Column("name", Words, nullable=False, index=True),
+    Column("path", PathText, nullable=False),
+)
+
+layout = Table(  # what thousands of tensors have in common
+    "layout",
+    tables,
+    Column("id", Key, primary_key=True),
+    Column("digest", Bytes, nullable=False, unique=True),  # of all that follows
+    _algorithm(),  # of the digests of its tensors, and of their chunks and aliases
     _words("dtype"),
     Column("shape", IntTuple, nullable=False),
     _words("codec"),
     _number("nbytes"),
+    Column("parts", GridsText, nullable=False),
+)
+
+tensor = Table(
+    "tensor",
+    tables,
+    Column("id", Key, primary_key=True),
+    Column("digest", Bytes, nullable=False),
+    # Without a layout it is a run: chunks that large tensors have in common.
+    Column("layout", Key, ForeignKey("layout.id"), index=True),
+    Column("page", Key, ForeignKey("page.id")),  # that holds it, if it is a run
     # gc deletes rows. If an id were used again, a running load could read another tensor's chunks.
     sqlite_autoincrement=True,
+)
+Index("uq_tensor_digest", hex_start(tensor.c.digest), unique=True)
+_part_index("ix_tensor_page", tensor.c.page, tensor.c.page.is_not(None))
+
+run = Table(  # a tensor with more than 16 chunks has runs: of 16 chunks, the last one of the rest
+    "run",
+    tables,
+    Column("tensor", Key, ForeignKey("tensor.id"), primary_key=True),
+    Column("ordinal", Key, primary_key=True, autoincrement=False),
+    Column("run", Key, ForeignKey("tensor.id"), nullable=False, index=True),
+    sqlite_with_rowid=False,
 )
 
 alias = Table(  # another digest of a tensor's content: the one that it has with another grid
     "alias",
     tables,
-    Column("digest", Words, primary_key=True),
+    Column("digest", Bytes, primary_key=True),
     Column("tensor", Key, ForeignKey("tensor.id"), nullable=False, index=True),
     sqlite_with_rowid=False,
+)
+
+page = Table(  # a stored object with the contents of nodes and runs, or with a plan
+    "page",
+    tables,
+    Column("id", Key, primary_key=True),
+    _words("key", unique=True),
+    _number("nbytes"),
+    # Of the version whose save wrote it. Without a foreign key, which would close a circle of
+    # tables: versions name their roots, and roots their pages.
+    _number("version"),
+    _words("status"),
+    Column("condemned_at", UtcTime),
+    _words("stale", null=True),  # a mark, as that of a version
+    CheckConstraint("status IN ('live', 'condemned')", name="status"),
+    Index(None, "status"),
+)
+_part_index("ix_page_stale", page.c.id, page.c.stale.is_not(None))
+
+node = Table(  # of the trees of entries: a set (level 0), a group (1) or a root (2)
+    "node",
+    tables,
+    Column("id", Key, primary_key=True),
+    Column("digest", Bytes, nullable=False, unique=True),
+    Column("level", Number, nullable=False),
+    Column("page", Key, ForeignKey("page.id"), index=True),  # that holds it
+    CheckConstraint("level IN (0, 1, 2)", name="level"),
+)
+
+child = Table(
+    "child",
+    tables,
+    Column("node", Key, ForeignKey("node.id"), primary_key=True),
+    Column("first", Words, primary_key=True),  # the first FQN below the child
+    Column("child", Key, ForeignKey("node.id"), nullable=False, index=True),
+    sqlite_with_rowid=False,
+)
+
+loose = Table(  # nodes that lost a version or a parent, until gc has looked for others
+    "loose",
+    tables,
+    Column("node", Key, ForeignKey("node.id"), primary_key=True, autoincrement=False),
 )
 
 entry = Table(
     "entry",
     tables,
-    Column("version", Key, ForeignKey("version.id"), primary_key=True),
-    Column("fqn", Words, primary_key=True),
-    Column("path", PathText, nullable=False),
+    Column("node", Key, ForeignKey("node.id"), primary_key=True),
+    Column("fqn", Key, ForeignKey("fqn.id"), primary_key=True, index=True),
     _words("kind"),
     Column("tensor", Key, ForeignKey("tensor.id"), index=True),
     _words("value", null=True),
     CheckConstraint("kind IN ('tensor', 'value', 'blob')", name="kind"),
-    Index(None, "fqn", "version"),
-    sqlite_with_rowid=False,
-)
-
-part = Table(
-    "part",
-    tables,
-    Column("tensor", Key, ForeignKey("tensor.id"), primary_key=True),
-    Column("part", Key, primary_key=True, autoincrement=False),
-    Column("offsets", IntTuple, nullable=False),
-    Column("shape", IntTuple, nullable=False),
-    Column("chunk_shape", IntTuple, nullable=False),
     sqlite_with_rowid=False,
 )
 
@@ -440,21 +602,28 @@ pack = Table(
     CheckConstraint("status IN ('planned', 'live', 'condemned')", name="status"),
     Index(None, "status"),
 )
+_part_index("ix_pack_damage", pack.c.id, pack.c.damage.is_not(None))
 
-chunk = Table(
+unjudged = Table(  # packs that are new or lost chunks since gc judged how much of them is used
+    "unjudged",
+    tables,
+    Column("pack", Key, ForeignKey("pack.id"), primary_key=True, autoincrement=False),
+)
+
+chunk = Table(  # of a tensor with at most 16 chunks, or of a run
     "chunk",
     tables,
-    Column("tensor", Key, primary_key=True),
-    Column("part", Key, primary_key=True, autoincrement=False),
+    Column("tensor", Key, ForeignKey("tensor.id"), primary_key=True),
+    # Counted through all parts of the tensor, in their order; within a run from 0.
     Column("ordinal", Number, primary_key=True, autoincrement=False),
     Column("digest", Bytes, nullable=False),
     Column("pack", Key, ForeignKey("pack.id"), nullable=False, index=True),
     _number("offset"),
     _number("length"),
-    ForeignKeyConstraint(["tensor", "part"], ["part.tensor", "part.part"]),
-    Index(None, "digest", "tensor"),
+    Column("checksum", Bytes),  # of the stored bytes
     sqlite_with_rowid=False,
 )
+Index("ix_chunk_digest", digest_start(chunk.c.digest), chunk.c.tensor)
 
 shard = Table(
     "shard",
