@@ -52,6 +52,7 @@ __all__ = [
     "StoredChunk",
     "TensorRecord",
     "Trace",
+    "UpgradePlan",
     "Version",
     "VersionContent",
     "VersionDraft",
@@ -544,6 +545,26 @@ class LoadReport:
     def _lists(self) -> list[tuple[str, tuple[str, ...]]]:
         names = ("missing", "unexpected", "cast", "differences", "unfilled")
         return [(name, getattr(self, name)) for name in names]
+
+
+@dataclass(frozen=True, slots=True)
+class UpgradePlan:
+    """What an upgrade of the catalog from one schema to another would do.
+
+    `versions`, `entries`, `tensors` and `chunks` are what is to be converted. About how many `rows`
+    and `nbytes` that makes, and how many `seconds` it takes, is estimated from a sample. All are 0
+    where nothing is to be converted.
+    """
+
+    before: str
+    after: str
+    versions: int = 0
+    entries: int = 0
+    tensors: int = 0
+    chunks: int = 0
+    rows: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ the others find it complete. The check and the creation are one transaction with
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import time
@@ -13,20 +14,33 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from importlib import import_module
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from sqlalchemy import Connection, func, insert, inspect, select, text
 
 from dcpstore.catalog.db.database import Database
 from dcpstore.catalog.schema import revisions, tables
-from dcpstore.errors import AlreadyExistsError, InvalidInputError, NotFoundError, SchemaError
-from dcpstore.records import ChunkDefaults, RepositoryRecord
+from dcpstore.core.progress import ProgressBar
+from dcpstore.errors import (
+    AlreadyExistsError,
+    CorruptionError,
+    DcpstoreError,
+    InvalidInputError,
+    NotFoundError,
+    SchemaError,
+)
+from dcpstore.records import ChunkDefaults, RepositoryRecord, UpgradePlan
+
+if TYPE_CHECKING:
+    from dcpstore.catalog.schema.migrate import Preparation
 
 __all__ = [
     "FORMAT_VERSION",
     "create_repository",
     "open_repository",
+    "plan_upgrade",
     "restore_repository",
     "upgrade_schema",
 ]
@@ -36,6 +50,11 @@ T = TypeVar("T")
 FORMAT_VERSION = 1
 _CREATION_LOCK = 0x6463_7073  # the key of an advisory lock of Postgres; any fixed number will do
 _WAL_SECONDS = 30.0
+# After each batch of an upgrade. On SQLite a process that waits for the lock looks for it ten times
+# a second, and would not find it free.
+_PAUSE = 0.1  # seconds
+
+_log = logging.getLogger(__name__)
 
 
 class _SchemaState(NamedTuple):
@@ -152,25 +171,120 @@ def restore_repository(url: str, record: RepositoryRecord, fill: Callable[[Conne
 def upgrade_schema(url: str) -> tuple[str, str]:
     """Upgrade the tables of an older catalog; return the revisions before and after.
 
+    Most of the work is done in many short transactions, beside the tables that are in use; a last
+    one puts the new tables in their place. Until then dcpstore of the older schema can use the
+    catalog. An upgrade that was interrupted goes on where it was, and two at once share the work.
+
     Raises:
         NotFoundError: there is no catalog.
         SchemaError: the database is not a catalog, or newer than this dcpstore.
+        CorruptionError: the catalog is damaged where it must be read.
     """
+    with _upgradable(url) as (database, before):
+        if before != revisions.HEAD:
+            with _damage_explained(database):
+                _prepare(database, before)
+                database.transact(lambda connection: _upgrade(database, connection), writes=True)
+        _compact(database)
+    return before, revisions.HEAD
+
+
+def plan_upgrade(url: str) -> UpgradePlan:
+    """Return what `upgrade_schema` would do, with an estimate of rows, bytes and time.
+
+    A sample, the newest versions, is converted into temporary tables and measured. Nothing of the
+    catalog is changed or locked.
+
+    Raises:
+        NotFoundError: there is no catalog.
+        SchemaError: the database is not a catalog, or newer than this dcpstore.
+        CorruptionError: the catalog is damaged where it must be read.
+    """
+    with _upgradable(url) as (database, before), _damage_explained(database):
+        found = [
+            # On Postgres even a temporary table is refused to a transaction that only reads.
+            database.transact(preparation.estimate, writes=not database.is_sqlite)
+            for preparation in _preparations(before)
+        ]
+    return UpgradePlan(before, revisions.HEAD, *map(sum, zip(*found, strict=True)))
+
+
+@contextmanager
+def _upgradable(url: str) -> Iterator[tuple[Database, str]]:
+    """Yield the database of a catalog of this or an older schema, and its revision."""
     with closing(Database(url)) as database:
-        if database.is_missing:
+        found = (
+            _SchemaState(True, "")
+            if database.is_missing
+            else database.transact(
+                lambda connection: _look(database, connection, older_is_fine=True), writes=False
+            )
+        )
+        if found.empty:
             raise NotFoundError(f"no repository at {database.shown}. Check the path or URL.")
-        with database.write() as connection:
-            return _upgraded(database, connection)
+        with database.keep_connection():
+            yield database, found.revision
 
 
-def _upgraded(database: Database, connection: Connection) -> tuple[str, str]:
+@contextmanager
+def _damage_explained(database: Database) -> Iterator[None]:
+    """Raise what a migration says of a value that it cannot read as an error of ours."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError) as error:
+        raise CorruptionError(
+            f"the catalog {database.shown} is damaged and was not upgraded ({error!r}). The older "
+            "dcpstore can still use it, and its 'dcpstore verify' says what is damaged; restore it "
+            "from a backup, or make a new one from the data with 'dcpstore rebuild'."
+        ) from error
+
+
+def _prepare(database: Database, revision: str) -> None:
+    """Do what the migrations can do while others use the catalog."""
+
+    def step(connection: Connection, preparation: Preparation) -> int:
+        _lock(database, connection)
+        found = _look(database, connection, older_is_fine=True)
+        # Another process may have ended the upgrade meanwhile.
+        return preparation.step(connection) if found.revision == revision else 0
+
+    with ProgressBar("upgrade", shown=True, unit="entries") as bar:
+        for preparation in _preparations(revision):
+            bar.begin("converting", database.transact(preparation.left, writes=False))
+            while done := database.transact(partial(step, preparation=preparation), writes=True):
+                bar.advance(done)
+                if database.is_sqlite:
+                    time.sleep(_PAUSE)
+
+
+def _upgrade(database: Database, connection: Connection) -> None:
+    """Run the migrations, unless another process has."""
     _lock(database, connection)
-    found = _look(database, connection, older_is_fine=True)
-    if found.empty:
-        raise NotFoundError(f"no repository at {database.shown}. Check the path or URL.")
-    if found.revision != revisions.HEAD:
+    if _look(database, connection, older_is_fine=True).revision != revisions.HEAD:
         _migrate(connection)
-    return found.revision, revisions.HEAD
+
+
+def _compact(database: Database) -> None:
+    """Give free space of an SQLite file back, if it is more than half of the file.
+
+    An upgrade leaves so much; a server gives the space of dropped tables back itself.
+    """
+    if not database.is_sqlite:
+        return
+    try:
+        with database.outside() as driver:
+            free, pages = (
+                driver.execute(f"PRAGMA {name}").fetchone()[0]
+                for name in ("freelist_count", "page_count")
+            )
+            if free > pages // 2:
+                driver.execute("VACUUM")
+    except DcpstoreError as error:
+        _log.warning(
+            "the upgrade is complete, but the file keeps its size, more than half of it free: %s "
+            "To give the space back, run 'dcpstore db-upgrade' again.",
+            error,
+        )
 
 
 @contextmanager
@@ -267,6 +381,12 @@ def _read_record(connection: Connection) -> RepositoryRecord:
         chunk=ChunkDefaults(nbytes=row.chunk_nbytes, codec=row.chunk_codec),
         created_at=row.created_at,
     )
+
+
+def _preparations(revision: str) -> list[Preparation]:
+    """Return what migrations do before they run."""
+    found = import_module("dcpstore.catalog.schema.migrate").preparations(revision)
+    return list(found)
 
 
 def _migrate(connection: Connection) -> None:

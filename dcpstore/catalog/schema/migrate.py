@@ -5,13 +5,18 @@ Alembic's commands pass the connection to a migration through modules that a pro
 Here each run loads the migrations for itself, and gives them an `op` bound to its own connection.
 Nothing is shared, so no lock is needed, which a forked process might wait for without end.
 
+A migration that may take long has a `Preparation`: it does most of the work before, in many
+transactions, beside the tables that are in use.
+
 This module is imported only to create or upgrade a catalog, for Alembic takes long to import.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
@@ -24,7 +29,34 @@ import dcpstore
 from dcpstore.catalog.schema.views import create_views, drop_views
 from dcpstore.errors import DcpstoreError, SchemaError
 
-__all__ = ["migrate", "migrations_folder"]
+__all__ = ["Estimate", "Preparation", "migrate", "migrations_folder", "preparations"]
+
+
+# The versions, entries, tensors and chunks that are to be converted; about how many rows, bytes and
+# seconds that makes.
+Estimate = tuple[int, int, int, int, int, int, float]
+
+
+class Preparation(Protocol):
+    """The work that a migration does before it, beside the tables that are in use."""
+
+    def left(self, connection: Connection) -> int:
+        """Return how many rows are to be converted."""
+
+    def step(self, connection: Connection) -> int:
+        """Convert some in the caller's transaction; return how many, or 0 if none is left."""
+
+    def estimate(self, connection: Connection) -> Estimate:
+        """Convert a sample into temporary tables, and return what all of it will make."""
+
+
+def preparations(revision: str) -> list[Preparation]:
+    """Return the preparations of the migrations that a catalog of this revision lacks."""
+    scripts = ScriptDirectory(migrations_folder())
+    with _explained():
+        lacking = list(scripts.iterate_revisions("head", revision))
+    made = [getattr(script.module, "Preparation", None) for script in reversed(lacking)]
+    return [make() for make in made if make is not None]
 
 
 def migrate(connection: Connection) -> None:
@@ -38,12 +70,19 @@ def migrate(connection: Connection) -> None:
         # `alembic.command.upgrade` calls this private method too; there is no public one.
         return _with_own_op(scripts._upgrade_revs("head", revision), Operations(context))
 
-    try:
+    with _explained():
         scripts = ScriptDirectory(migrations_folder())
         context = MigrationContext.configure(connection, opts={"fn": steps, "script": scripts})
         drop_views(connection)
         context.run_migrations()
         create_views(connection)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Raise what Alembic says of a revision that it does not know as an error of ours."""
+    try:
+        yield
     except CommandError as error:
         raise SchemaError(
             f"the catalog cannot be upgraded: {error}. No released dcpstore made it; restore it "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 __all__ = ["HEAD", "is_older"]
 
-HEAD = "0002"  # the newest migration; a test compares it with migrations/versions
+HEAD = "0003"  # the newest migration; a test compares it with migrations/versions
 
 
 def is_older(revision: str) -> bool:
