@@ -326,6 +326,7 @@ class StoredChunk(NamedTuple):
     pack: str
     offset: int
     length: int
+    checksum: bytes | None = None
 
 
 class ChunkRange(NamedTuple):
@@ -343,6 +344,7 @@ class ChunkPlace(NamedTuple):
     pack: str
     offset: int
     length: int
+    checksum: bytes | None = None
 
 
 class NewChunk(NamedTuple):

@@ -61,7 +61,12 @@ def make_tensor(text: str, pack: str, *, codec: str = "none") -> NewTensor:
         for part, grid in enumerate(parts)
         for ordinal in range(math.prod(grid.counts))
     ]
-    return NewTensor(f"digest of {text}", "float32", (7,), codec, 28, parts, chunks)
+    return NewTensor(digest_of(text), "float32", (7,), codec, 28, parts, chunks)
+
+
+def digest_of(text: str) -> str:
+    """Return the digest of the tensor whose content is `text`."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def chunk_digest(text: str, part: int, ordinal: int) -> bytes:
@@ -81,7 +86,7 @@ def make_content(
     fields: dict[str, Any] = {
         "entries": [
             *(
-                NewEntry(fqn, tuple(fqn.split(".")), "tensor", f"digest of {text}")
+                NewEntry(fqn, tuple(fqn.split(".")), "tensor", digest_of(text))
                 for fqn, text in texts.items()
             ),
             NewEntry("optim.lr", ("optim", 0, "lr"), "value", value="0.001"),

@@ -28,7 +28,7 @@ from dcpstore.errors import (
 )
 from dcpstore.records import ChunkRange
 
-from .conftest import Save, chunk_digest, make_content, make_draft
+from .conftest import Save, chunk_digest, digest_of, make_content, make_draft
 
 SECRET = "hunter2"
 
@@ -212,7 +212,7 @@ def test_no_query_scans_a_whole_table(sqlite_catalog: Catalog) -> None:
         load_entries(catalog, 1, ["w"])
         load_chunks(catalog, [ChunkRange(entry.tensor.id, 0, 0, 2)])
         find_chunks(catalog, [chunk_digest("W", 0, 0)], "none")
-        find_tensors(catalog, ["digest of W"])
+        find_tensors(catalog, [digest_of("W")])
         load_plan(catalog, 1)
         begin_save(catalog, make_draft("u2"))
         commit_save(catalog, "u2", make_content("u2", {"w": "W", "v": "V"}))

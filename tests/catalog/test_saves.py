@@ -34,7 +34,7 @@ from dcpstore.records import (
     Version,
 )
 
-from .conftest import Save, chunk_digest, make_content, make_draft, make_tensor
+from .conftest import Save, chunk_digest, digest_of, make_content, make_draft, make_tensor
 
 
 def condemn(catalog: Catalog, key: str) -> None:
@@ -125,7 +125,7 @@ def test_numbers_have_no_gaps_though_saves_fail(catalog: Catalog, save: Save) ->
     make_ref(catalog, "free", "tag", version=1, author="")
     with pytest.raises(AlreadyExistsError, match="'free' is taken: it is a tag of v1"):
         commit_save(catalog, "doomed", make_content("doomed", {"w": "x"}))
-    assert find_tensors(catalog, ["digest of x"]) == {}
+    assert find_tensors(catalog, [digest_of("x")]) == {}
     abort_save(catalog, "doomed", "tag taken \0 \ud800")
     assert save().number == 2
     assert [o.number for o in list_operations(catalog)] == [5, 4, 3, 2, 1]
@@ -214,11 +214,13 @@ def test_known_content_is_found_and_reused(catalog: Catalog, save: Save) -> None
     assert places == {digests[i]: ChunkPlace(pack, 10 * i, 10) for i in range(3)}
     assert find_chunks(catalog, digests, "zstd") == {}
     assert find_chunks(catalog, [], "none") == {}
-    assert set(find_tensors(catalog, ["digest of same", "digest of other"])) == {"digest of same"}
+    assert set(find_tensors(catalog, [digest_of("same"), digest_of("other")])) == {
+        digest_of("same")
+    }
     assert find_tensors(catalog, []) == {}
 
     begin_save(catalog, make_draft("u2"))
-    known = NewTensor("digest of same", "float32", (7,), "none", 28, ())
+    known = NewTensor(digest_of("same"), "float32", (7,), "none", 28, ())
     commit_save(catalog, "u2", make_content("u2", {"v": "same"}, tensors=[known], packs=[]))
     (old,) = load_entries(catalog, 1, ["w"])
     (new,) = load_entries(catalog, 2, ["v"])
@@ -251,7 +253,7 @@ def test_new_tensor_may_lie_in_packs_of_other_versions(catalog: Catalog, save: S
 def test_empty_tensor_and_pack_without_chunks(catalog: Catalog) -> None:
     begin_save(catalog, make_draft("u"))
     grid = make_tensor("x", "p").parts[0]
-    empty = NewTensor("empty", "int8", (0,), "none", 0, (type(grid)((0,), (0,), (1,)),))
+    empty = NewTensor(digest_of("empty"), "int8", (0,), "none", 0, (type(grid)((0,), (0,), (1,)),))
     commit_save(
         catalog,
         "u",
@@ -259,7 +261,7 @@ def test_empty_tensor_and_pack_without_chunks(catalog: Catalog) -> None:
             "u",
             {},
             tensors=[empty],
-            entries=[NewEntry("e", ("e",), "tensor", "empty")],
+            entries=[NewEntry("e", ("e",), "tensor", digest_of("empty"))],
             packs=[PackRecord("packs/u/0-0.pack", 0)],
         ),
     )
@@ -274,9 +276,9 @@ def test_condemned_packs_are_never_reused(catalog: Catalog, save: Save) -> None:
     for uid in ("tensor", "chunks", "again"):
         begin_save(catalog, make_draft(uid))
     condemn(catalog, pack)
-    assert find_tensors(catalog, ["digest of same"]) == {}
+    assert find_tensors(catalog, [digest_of("same")]) == {}
     assert find_chunks(catalog, [chunk_digest("same", 0, 0)], "none") == {}
-    known = NewTensor("digest of same", "float32", (7,), "none", 28, ())
+    known = NewTensor(digest_of("same"), "float32", (7,), "none", 28, ())
     with pytest.raises(ConflictError, match="Save again"):
         commit_save(catalog, "tensor", make_content("tensor", {"w": "same"}, tensors=[known]))
     tensor = make_tensor("other", pack)
@@ -289,33 +291,45 @@ def test_condemned_packs_are_never_reused(catalog: Catalog, save: Save) -> None:
     assert entry.tensor.codec == "zstd"
     chunks = load_chunks(catalog, [ChunkRange(entry.tensor.id, p, 0, 9) for p in (0, 1)])
     assert [chunk.pack for chunk in chunks] == ["packs/again/0-0.pack"] * 4
-    assert set(find_tensors(catalog, ["digest of same"])) == {"digest of same"}
+    assert set(find_tensors(catalog, [digest_of("same")])) == {digest_of("same")}
 
 
 def test_deleted_content_is_a_conflict(catalog: Catalog) -> None:
     begin_save(catalog, make_draft("u"))
-    entries = [NewEntry("w", ("w",), "tensor", "unheard of")]
-    unknown = NewTensor("gone", "float32", (7,), "none", 28, make_tensor("x", "p").parts)
-    with pytest.raises(ConflictError, match=r"content unheard of.*Save again"):
+    entries = [NewEntry("w", ("w",), "tensor", digest_of("unknown"))]
+    unknown = NewTensor(digest_of("gone"), "float32", (7,), "none", 28, make_tensor("x", "p").parts)
+    with pytest.raises(ConflictError, match=rf"content {digest_of('unknown')}.*Save again"):
         commit_save(catalog, "u", make_content("u", {}, entries=entries))
-    with pytest.raises(ConflictError, match=r"content gone.*Save again"):
+    with pytest.raises(ConflictError, match=rf"content {digest_of('gone')}.*Save again"):
         commit_save(catalog, "u", make_content("u", {}, tensors=[unknown]))
     assert list_log(catalog) == []
-    assert find_tensors(catalog, ["a\0", "\ud800"]) == {}
+    assert find_tensors(catalog, [digest_of("unknown")]) == {}
     assert query_rows(catalog, "SELECT count(*) AS n FROM pack", {})[0].n == 0
     assert commit_save(catalog, "u", make_content("u", {"w": "fine"})).number == 1
 
 
 def test_content_with_another_grid_is_found_by_its_alias(catalog: Catalog) -> None:
     begin_save(catalog, make_draft("u"))
-    commit_save(catalog, "u", make_content("u", {"w": "A"}, aliases={"otherwise": "digest of A"}))
-    found = find_tensors(catalog, ["otherwise", "digest of A", "unknown"])
-    assert found["otherwise"] == found["digest of A"] == load_entries(catalog, 1, ["w"])[0].tensor
+    commit_save(
+        catalog,
+        "u",
+        make_content("u", {"w": "A"}, aliases={digest_of("otherwise"): digest_of("A")}),
+    )
+    found = find_tensors(catalog, [digest_of("otherwise"), digest_of("A"), digest_of("unknown")])
+    assert (
+        found[digest_of("otherwise")]
+        == found[digest_of("A")]
+        == load_entries(catalog, 1, ["w"])[0].tensor
+    )
     assert len(found) == 2
     begin_save(catalog, make_draft("u2"))
-    commit_save(catalog, "u2", make_content("u2", {"w": "A"}, aliases={"otherwise": "digest of A"}))
+    commit_save(
+        catalog,
+        "u2",
+        make_content("u2", {"w": "A"}, aliases={digest_of("otherwise"): digest_of("A")}),
+    )
     condemn(catalog, "packs/u/0-0.pack")
-    assert find_tensors(catalog, ["otherwise"]) == {}
+    assert find_tensors(catalog, [digest_of("otherwise")]) == {}
 
 
 def test_an_fqn_that_a_database_cannot_store_is_refused(catalog: Catalog) -> None:

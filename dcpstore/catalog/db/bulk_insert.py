@@ -7,14 +7,15 @@ statement, and errors are those that any statement raises.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
-from sqlalchemy import Connection, Table
+from sqlalchemy import Connection, LargeBinary, Table
 from sqlalchemy.exc import DBAPIError
 
-__all__ = ["insert_rows"]
+__all__ = ["insert_new", "insert_rows"]
 
 _ROWS = 20_000  # converted at a time, which bounds the memory
 _AT_ONCE = 50  # rows of one statement; on SQLite a row then costs a third less
@@ -37,6 +38,42 @@ def insert_rows(
             _insert(connection, f"INSERT INTO {target} VALUES", list(batch))
     else:
         _copy(connection, f"COPY {target} FROM STDIN", chain.from_iterable(batches))
+
+
+def insert_new(
+    connection: Connection, table: Table, names: Sequence[str], rows: Iterable[Row]
+) -> dict[Any, int]:
+    """Insert the rows of which no unique index has one yet; return their ids by the first column.
+
+    Another transaction may insert an equal row at the same time: this one waits until that ends.
+    Two that insert the same rows in another order would wait for each other, so the caller sorts
+    them.
+    """
+    quote = connection.dialect.identifier_preparer.quote
+    target = f"INSERT INTO {quote(table.name)} ({', '.join(map(quote, names))})"
+    more = f"ON CONFLICT DO NOTHING RETURNING {quote(names[0])}, id"
+    is_bytes = [isinstance(table.c[name].type, LargeBinary) for name in names]
+    ids: dict[Any, int] = {}
+    for batch in _bound(connection, table, names, rows):
+        columns = [list(column) for column in zip(*batch, strict=True)]
+        if connection.dialect.name == "sqlite":
+            # JSON has no bytes. `Database` adds the function `from_hex` to each connection.
+            values = [f"json_extract(value, '$[{i}]')" for i in range(len(names))]
+            values = [f"from_hex({v})" if b else v for v, b in zip(values, is_bytes, strict=True)]
+            plain = (
+                [value.hex() for value in column] if b else column
+                for column, b in zip(columns, is_bytes, strict=True)
+            )
+            given: list[Any] = [json.dumps(list(zip(*plain, strict=True)))]
+            source = f"SELECT {', '.join(values)} FROM json_each(?) WHERE true"
+        else:
+            kinds = [table.c[name].type.compile(connection.dialect) for name in names]
+            kinds = [kind.split(" COLLATE")[0] for kind in kinds]
+            source = f"SELECT * FROM unnest({', '.join(f'%s::{kind}[]' for kind in kinds)})"
+            given = columns
+        found = connection.exec_driver_sql(f"{target} {source} {more}", tuple(given))
+        ids |= dict(found.all())
+    return ids
 
 
 def _bound(

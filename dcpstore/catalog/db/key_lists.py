@@ -31,7 +31,6 @@ from sqlalchemy import (
 )
 
 from dcpstore.catalog.validation import can_be_kept
-from dcpstore.records import ChunkRange
 
 __all__ = [
     "look_up_each",
@@ -40,6 +39,7 @@ __all__ = [
     "wanted_names",
     "wanted_pairs",
     "wanted_ranges",
+    "wanted_sizes",
 ]
 
 
@@ -59,7 +59,7 @@ def wanted_ids(connection: Connection, ids: Collection[int]) -> Select[Any]:
 
 
 def wanted_digests(connection: Connection, digests: Collection[bytes]) -> CTE:
-    """Return a table of one column `digest`, of raw bytes."""
+    """Return a table of one column `digest`, of raw bytes; to select from, or to join with."""
     if connection.dialect.name == "sqlite":
         # JSON has no bytes. `Database` adds the function `from_hex` to each connection.
         rows = _json_rows([digest.hex() for digest in digests])
@@ -67,9 +67,14 @@ def wanted_digests(connection: Connection, digests: Collection[bytes]) -> CTE:
     return select(_unnested({"digest": (LargeBinary(), list(digests))})).cte("wanted")
 
 
-def wanted_ranges(connection: Connection, ranges: Sequence[ChunkRange]) -> CTE:
-    """Return a table of the columns of `ChunkRange`."""
-    return _wanted_rows(connection, ChunkRange._fields, ranges)
+def wanted_ranges(connection: Connection, ranges: Sequence[tuple[int, int, int]]) -> CTE:
+    """Return a table of the columns `tensor`, `first` and `last`; `ranges` is not empty."""
+    return _wanted_rows(connection, ("tensor", "first", "last"), ranges)
+
+
+def wanted_sizes(connection: Connection, sizes: Sequence[tuple[int, int]]) -> CTE:
+    """Return a table of the columns `id` and `size`; `sizes` is not empty."""
+    return _wanted_rows(connection, ("id", "size"), sizes)
 
 
 def wanted_pairs(connection: Connection, pairs: Sequence[tuple[int, int]]) -> CTE:

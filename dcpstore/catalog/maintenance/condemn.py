@@ -1,6 +1,7 @@
 """Garbage in the catalog: packs that nothing reaches are condemned, and later deleted.
 
-A tensor is reached from the entries of committed versions, a pack from the chunks of tensors. Every
+A tensor is reached from the entries of versions, a pack from the chunks of tensors. Gc looks only
+at what has changed since the last one: loose nodes, and packs that are new or lost chunks. Every
 step is one transaction that locks the repository, as the commit of a save does. So a pack that a
 save wants to reuse is either still live when the save commits, or makes it fail (invariant 5).
 """
@@ -13,10 +14,13 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, bindparam, delete, exists, func, insert, select, update
 
+from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
 from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.maintenance.expire import drop_forgotten
+from dcpstore.catalog.maintenance.sweep import condemn_unused_pages, sweep
 from dcpstore.catalog.schema import tables
+from dcpstore.catalog.write.forget import loosen
 from dcpstore.catalog.write.operations import Change, lock_repository, record
 from dcpstore.catalog.write.stale import mark_holders_stale, mark_stale
 from dcpstore.core.display import human_duration
@@ -36,6 +40,7 @@ __all__ = [
 ]
 
 _version, _pack, _chunk = tables.version, tables.pack, tables.chunk
+_unjudged = tables.unjudged
 
 Place = tuple[int, int, int]  # tensor, part and ordinal of one chunk
 
@@ -53,9 +58,8 @@ class Condemned(NamedTuple):
     dropped: list[str]
 
 
-@writes()
 def condemn(
-    connection: Connection,
+    catalog: Catalog,
     *,
     now: datetime,
     grace: timedelta,
@@ -64,37 +68,100 @@ def condemn(
     author: str,
     dry_run: bool,
 ) -> Condemned:
-    """Abort crashed saves, drop forgotten versions and unused tensors, condemn unused packs.
+    """Abort crashed saves, drop forgotten versions and what only they had, condemn unused packs.
+
+    It works in slices, each in a transaction of its own, so that saves wait for none of them long.
 
     Args:
-        connection: to the catalog.
+        catalog: of the repository.
         now: the time to count from.
         grace: how long a condemned pack is kept; a save that has run longer makes this fail.
         lease: how long a save may be silent before it counts as crashed.
         live_share: a pack of which a smaller share of the bytes is used is `sparse`.
-        author: of the operation that records it.
+        author: of the operations that record it.
         dry_run: change nothing; the result is what would happen.
 
     Raises:
         InvalidInputError: a save is running that is older than `grace`.
     """
+    first = _begin(
+        catalog,
+        now=now,
+        grace=grace,
+        lease=lease,
+        live_share=live_share,
+        author=author,
+        dry_run=dry_run,
+    )
+    found = first.judged
+    while found is None:
+        found = _go_on(catalog, now=now, lease=lease, live_share=live_share, author=author)
+    return Condemned(*found, first.crashed, first.dropped)
+
+
+class _Begun(NamedTuple):
+    """What the first slice found; `judged` is None if it was not the last."""
+
+    judged: tuple[list[PackRecord], list[PackRecord]] | None
+    crashed: list[str]
+    dropped: list[str]
+
+
+@writes()
+def _begin(
+    connection: Connection,
+    *,
+    now: datetime,
+    grace: timedelta,
+    lease: timedelta,
+    live_share: float,
+    author: str,
+    dry_run: bool,
+) -> _Begun:
     # A savepoint, so that a dry run does the same work and then rolls it back.
     with connection.begin_nested() as step:
         lock_repository(connection)
         crashed = _abort_crashed(connection, now=now, lease=lease)
         _check_running(connection, now=now, grace=grace)
         dropped = drop_forgotten(connection)
-        _forget_tensors(connection)
-        _forget_plans(connection)
-        condemned = _condemn(connection, now=now, lease=lease)
-        done = {"condemned": [pack.key for pack in condemned], "dropped": dropped}
-        if any(done.values()):
-            detail = {what: names for what, names in done.items() if names}
-            record(connection, Change("gc", detail=detail), author=author, at=now)
-        found = Condemned(condemned, _sparse(connection, live_share), crashed, dropped)
+        _forget_plans(connection, now=now)
+        is_last = sweep(connection, now=now)
+        while dry_run and not is_last:
+            is_last = sweep(connection, now=now)
+        judged = None
+        if is_last:
+            judged = _judge(connection, now=now, lease=lease, live_share=live_share)
+        _record(connection, judged, dropped, author=author, now=now)
         if dry_run:
             step.rollback()
-        return found
+        return _Begun(judged, crashed, dropped)
+
+
+@writes()
+def _go_on(
+    connection: Connection, *, now: datetime, lease: timedelta, live_share: float, author: str
+) -> tuple[list[PackRecord], list[PackRecord]] | None:
+    """Sweep another slice; after the last one, judge the packs."""
+    lock_repository(connection)
+    if not sweep(connection, now=now):
+        return None
+    judged = _judge(connection, now=now, lease=lease, live_share=live_share)
+    _record(connection, judged, [], author=author, now=now)
+    return judged
+
+
+def _record(
+    connection: Connection,
+    judged: tuple[list[PackRecord], list[PackRecord]] | None,
+    dropped: list[str],
+    *,
+    author: str,
+    now: datetime,
+) -> None:
+    condemned = [pack.key for pack in judged[0]] if judged else []
+    done = {"condemned": condemned, "dropped": dropped}
+    if detail := {what: names for what, names in done.items() if names}:
+        record(connection, Change("gc", detail=detail), author=author, at=now)
 
 
 @writes()
@@ -153,7 +220,7 @@ def switch_pack(
     if target is None or target.status != "planned":
         return False
     rows = connection.execute(
-        select(_chunk.c.tensor, _chunk.c.part, _chunk.c.ordinal, _chunk.c.offset).where(
+        select(_chunk.c.tensor, _chunk.c.ordinal, _chunk.c.offset).where(
             _chunk.c.pack == (None if source is None else source.id)
         )
     ).all()
@@ -171,16 +238,9 @@ def switch_pack(
         return False
     connection.execute(
         update(_chunk)
-        .where(
-            _chunk.c.tensor == bindparam("t"),
-            _chunk.c.part == bindparam("p"),
-            _chunk.c.ordinal == bindparam("o"),
-        )
+        .where(_chunk.c.tensor == bindparam("t"), _chunk.c.ordinal == bindparam("o"))
         .values(pack=target.id, offset=bindparam("at")),
-        [
-            {"t": row.tensor, "p": row.part, "o": row.ordinal, "at": moves[row.offset]}
-            for row in rows
-        ],
+        [{"t": row.tensor, "o": row.ordinal, "at": moves[row.offset]} for row in rows],
     )
     connection.execute(
         update(_pack)
@@ -190,6 +250,7 @@ def switch_pack(
     connection.execute(
         update(_pack).where(_pack.c.id == source.id).values(status="condemned", condemned_at=now)
     )
+    connection.execute(delete(_unjudged).where(_unjudged.c.pack == source.id))
     mark_holders_stale(connection, {row.tensor for row in rows})
     uid = connection.scalar(select(_version.c.uid).where(_version.c.id == target.version))
     detail = {"condemned": [old], "added": [[new.key, new.nbytes, uid]]}
@@ -220,15 +281,14 @@ def forget_packs(
 ) -> None:
     """Remove the rows of packs whose bytes were deleted, if they are condemned and unused."""
     lock_repository(connection)
-    gone = connection.scalars(
-        delete(_pack)
-        .where(
-            _pack.c.key.in_(wanted_names(connection, keys)),
-            _pack.c.status == "condemned",
-            ~exists().where(_chunk.c.pack == _pack.c.id),
-        )
-        .returning(_pack.c.key)
-    ).all()
+    is_gone = (
+        _pack.c.key.in_(wanted_names(connection, keys))
+        & (_pack.c.status == "condemned")
+        & ~exists().where(_chunk.c.pack == _pack.c.id)
+    )
+    ids = select(_pack.c.id).where(is_gone)
+    connection.execute(delete(_unjudged).where(_unjudged.c.pack.in_(ids)))
+    gone = connection.scalars(delete(_pack).where(is_gone).returning(_pack.c.key)).all()
     if gone:  # else another gc has removed all of them
         change = Change("gc", detail={"deleted": sorted(gone)})
         record(connection, change, author=author, at=now)
@@ -303,6 +363,7 @@ def _abort_crashed(connection: Connection, *, now: datetime, lease: timedelta) -
     )
     uids = sorted(rows)
     lost = select(_version.c.id).where(_version.c.uid.in_(wanted_names(connection, uids)))
+    loosen(connection, lost)
     connection.execute(delete(tables.progress).where(tables.progress.c.version.in_(lost)))
     return uids
 
@@ -327,29 +388,37 @@ def _check_running(connection: Connection, *, now: datetime, grace: timedelta) -
         )
 
 
-def _forget_tensors(connection: Connection) -> None:
-    """Remove tensors that no entry names, with their parts, chunks and aliases."""
-    tensor, entry = tables.tensor, tables.entry
-    dead = connection.scalars(
-        select(tensor.c.id).where(~exists().where(entry.c.tensor == tensor.c.id))
-    ).all()
-    if not dead:
-        return
-    for column in (tables.alias.c.tensor, _chunk.c.tensor, tables.part.c.tensor, tensor.c.id):
-        connection.execute(delete(column.table).where(column.in_(wanted_ids(connection, dead))))
-
-
-def _forget_plans(connection: Connection) -> None:
+def _forget_plans(connection: Connection, *, now: datetime) -> None:
     """Remove plans that no version has any more."""
     plan, shard = tables.plan, tables.shard
     unused = select(plan.c.id).where(~exists().where(_version.c.plan == plan.c.id))
     connection.execute(delete(shard).where(shard.c.plan.in_(unused)))
-    connection.execute(delete(plan).where(plan.c.id.in_(unused)))
+    pages = connection.scalars(delete(plan).where(plan.c.id.in_(unused)).returning(plan.c.page))
+    condemn_unused_pages(connection, set(pages) - {None}, now=now)
+
+
+def _judge(
+    connection: Connection, *, now: datetime, lease: timedelta, live_share: float
+) -> tuple[list[PackRecord], list[PackRecord]]:
+    """Condemn the packs that nothing uses; return them, and those that are sparse.
+
+    Only packs that are new or lost chunks are looked at. What is sparse or damaged stays unjudged,
+    until its chunks have moved.
+    """
+    condemned = _condemn(connection, now=now, lease=lease)
+    sparse = _sparse(connection, live_share)
+    judged = (
+        select(_pack.c.id)
+        .where(_pack.c.damage.is_(None) | (_pack.c.status != "live"))
+        .where(_pack.c.key.not_in(wanted_names(connection, [pack.key for pack in sparse])))
+    )
+    connection.execute(delete(_unjudged).where(_unjudged.c.pack.in_(judged)))
+    return condemned, sparse
 
 
 def _condemn(connection: Connection, *, now: datetime, lease: timedelta) -> list[PackRecord]:
     """Condemn live packs that nothing uses, and announced ones that were not written in time."""
-    unused = ~exists().where(_chunk.c.pack == _pack.c.id)
+    unused = _pack.c.id.in_(select(_unjudged.c.pack)) & ~exists().where(_chunk.c.pack == _pack.c.id)
     lapsed = (_pack.c.status == "planned") & (_pack.c.planned_at <= now - lease)
     rows = connection.execute(
         update(_pack)
@@ -365,8 +434,13 @@ def _condemn(connection: Connection, *, now: datetime, lease: timedelta) -> list
 
 
 def _sparse(connection: Connection, live_share: float) -> list[PackRecord]:
-    """Return the packs of which less than `live_share` of the bytes is used."""
-    places = select(_chunk.c.pack, _chunk.c.offset, _chunk.c.length).distinct().subquery()
+    """Return the unjudged packs of which less than `live_share` of the bytes is used."""
+    places = (
+        select(_chunk.c.pack, _chunk.c.offset, _chunk.c.length)
+        .where(_chunk.c.pack.in_(select(_unjudged.c.pack)))
+        .distinct()
+        .subquery()
+    )
     live = func.sum(places.c.length)
     rows = connection.execute(
         select(_pack.c.key, _pack.c.nbytes)

@@ -19,6 +19,7 @@ from dcpstore.catalog.read.ref_lookup import RefRow, list_refs, refs_of, resolve
 from dcpstore.catalog.read.versions import ancestors, is_visible, load_versions, names_of
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import check_text
+from dcpstore.catalog.write.forget import loosen
 from dcpstore.catalog.write.operations import Change, lock_repository, record
 from dcpstore.core.syntax import parse_ref
 from dcpstore.errors import InvalidInputError
@@ -158,9 +159,8 @@ def _expire(connection: Connection, going: Sequence[Version], *, at: datetime) -
 
 
 def _drop(connection: Connection, ids: Select[Any]) -> None:
-    """Delete the entries of expired versions, and forget their plans."""
-    entry = tables.entry
-    connection.execute(delete(entry).where(entry.c.version.in_(ids)))
+    """Cut expired versions off from their entries and plans; gc deletes what nothing else has."""
+    loosen(connection, ids)
     connection.execute(update(_version).where(_version.c.id.in_(ids)).values(plan=None, stale=None))
 
 

@@ -101,4 +101,4 @@ def _aliases(connection: Connection, tensors: Iterable[TensorRecord]) -> dict[st
     rows = connection.execute(
         select(alias).where(alias.c.tensor.in_(wanted_ids(connection, digests.keys())))
     )
-    return {row.digest: digests[row.tensor] for row in rows}
+    return {row.digest.hex(): digests[row.tensor] for row in rows}

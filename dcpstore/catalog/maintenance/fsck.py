@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Select, func, or_, select, update
+from sqlalchemy import Connection, Select, exists, func, or_, select, update
 
-from dcpstore.catalog.db.key_lists import wanted_ids
+from dcpstore.catalog.db.key_lists import wanted_ids, wanted_sizes
 from dcpstore.catalog.db.transactions import reads, writes
+from dcpstore.catalog.read.entries import chunk_starts, place_of
+from dcpstore.catalog.read.trees import holding_tensors, holding_versions
 from dcpstore.catalog.schema import tables
-from dcpstore.geometry.grids import Grid
+from dcpstore.core.digests import RUN
 
 __all__ = [
     "Fault",
@@ -83,6 +85,7 @@ def find_faults(connection: Connection) -> list[Fault]:
         *_ref_faults(connection),
         *_number_faults(connection),
         *_pack_faults(connection),
+        *_node_faults(connection),
         *_tensor_faults(connection),
     ]
 
@@ -101,29 +104,44 @@ def list_packs(connection: Connection) -> list[PackState]:
 @reads
 def packed_chunks(connection: Connection, key: str) -> list[PackedChunk]:
     """Return the chunks in a pack, by offset; one that several tensors share is listed once."""
-    tensor, part = tables.tensor, tables.part
-    rows = connection.execute(
-        select(
-            _chunk.c.offset,
-            _chunk.c.length,
-            _chunk.c.digest,
-            tensor.c.algorithm,
-            tensor.c.codec,
-            tensor.c.dtype,
-            part.c.chunk_shape,
-            _chunk.c.tensor,
-            _chunk.c.part,
-            _chunk.c.ordinal,
-        )
+    tensor, layout, run = tables.tensor, tables.layout, tables.run
+    # Of the tensors that share a run, the first one.
+    other = run.alias("other_run")
+    first = select(func.min(other.c.tensor)).where(other.c.run == _chunk.c.tensor)
+    columns = (
+        _chunk.c.offset,
+        _chunk.c.length,
+        _chunk.c.digest,
+        layout.c.algorithm,
+        layout.c.codec,
+        layout.c.dtype,
+        layout.c.parts,
+        tensor.c.id,
+    )
+    of_tensors = (
+        select(*columns, _chunk.c.ordinal)
         .join(_pack, _pack.c.id == _chunk.c.pack)
         .join(tensor, tensor.c.id == _chunk.c.tensor)
-        .join(part, (part.c.tensor == _chunk.c.tensor) & (part.c.part == _chunk.c.part))
-        .where(_pack.c.key == key)
-        .order_by(_chunk.c.offset, _chunk.c.tensor, _chunk.c.part, _chunk.c.ordinal)
     )
+    of_runs = (
+        select(*columns, (run.c.ordinal * RUN + _chunk.c.ordinal).label("ordinal"))
+        .join(_pack, _pack.c.id == _chunk.c.pack)
+        .join(run, (run.c.run == _chunk.c.tensor) & (run.c.tensor == first.scalar_subquery()))
+        .join(tensor, tensor.c.id == run.c.tensor)
+    )
+    found = []
+    for query in (of_tensors, of_runs):
+        rows = connection.execute(
+            query.join(layout, layout.c.id == tensor.c.layout).where(_pack.c.key == key)
+        )
+        for row in rows:
+            starts = chunk_starts(row.parts)
+            if row.ordinal < starts[-1]:  # else there are too many, which `find_faults` says
+                part, within = place_of(row.ordinal, starts)
+                chunk_shape = row.parts[part].chunk_shape
+                found.append(PackedChunk(*row[:6], chunk_shape, row.id, part, within))
     places: dict[tuple[int, int, bytes], PackedChunk] = {}
-    for row in rows:
-        chunk = PackedChunk._make(row)
+    for chunk in sorted(found, key=lambda one: (one.offset, one.tensor, one.part, one.ordinal)):
         places.setdefault(chunk[:3], chunk)
     return list(places.values())
 
@@ -173,14 +191,17 @@ def end_verify(connection: Connection) -> None:
     connection.execute(update(tables.repository).values(verify_began_at=None))
 
 
-def _holders(connection: Connection, tensors: Select[tuple[int]]) -> list[Reached]:
-    """Return the entries of committed versions that have any of the tensors."""
-    entry = tables.entry
+def _holders(connection: Connection, chunked: Select[Any]) -> list[Reached]:
+    """Return the entries of committed versions that have any of the tensors or runs."""
+    held, fqn = holding_versions(holding_tensors(chunked)).subquery("held"), tables.fqn
     rows = connection.execute(
-        select(_version.c.number, entry.c.fqn, entry.c.tensor)
-        .join(_version, _version.c.id == entry.c.version)
-        .where(entry.c.tensor.in_(tensors), _version.c.status == "committed")
-        .order_by(_version.c.number, entry.c.fqn)
+        select(_version.c.number, fqn.c.name, held.c.tensor)
+        .select_from(held)
+        .join(_version, _version.c.id == held.c.version)
+        .join(fqn, fqn.c.id == held.c.fqn)
+        .where(_version.c.status == "committed")
+        .order_by(_version.c.number, fqn.c.name)
+        .distinct()
     )
     return [Reached(*row) for row in rows]
 
@@ -238,27 +259,65 @@ def _pack_faults(connection: Connection) -> Iterator[Fault]:
         yield Fault(f"{row.chunks} chunks are outside of pack {row.key!r}, or it is not live")
 
 
+def _node_faults(connection: Connection) -> Iterator[Fault]:
+    """Yield the committed versions without a tree, and the nodes without the children they need."""
+    for number in connection.scalars(
+        select(_version.c.number)
+        .where(_version.c.status == "committed", _version.c.root.is_(None))
+        .order_by(_version.c.number)
+        .limit(_SHOWN)
+    ):
+        yield Fault(f"v{number} has no tree of entries")
+    node, child = tables.node, tables.child
+    below = node.alias("below")
+    # Below a group or a root there are nodes, all of the next level; below a set there are none.
+    has_none = (node.c.level > 0) & ~exists().where(child.c.node == node.c.id)
+    has_other = exists().where(
+        child.c.node == node.c.id, below.c.id == child.c.child, below.c.level != node.c.level - 1
+    )
+    for found, level in connection.execute(
+        select(node.c.id, node.c.level)
+        .where(has_none | has_other)
+        .order_by(node.c.id)
+        .limit(_SHOWN)
+    ):
+        yield Fault(f"node {found} of level {level} has no children of the level below it")
+
+
 def _tensor_faults(connection: Connection) -> Iterator[Fault]:
-    """Yield the parts of tensors that have more or fewer chunks than their grid has cells."""
-    part = tables.part
-    counted = (
-        select(_chunk.c.tensor, _chunk.c.part, func.count().label("chunks"))
-        .group_by(_chunk.c.tensor, _chunk.c.part)
+    """Yield the tensors that have more or fewer chunks than their grids have cells."""
+    tensor, layout = tables.tensor, tables.layout
+    wanted = []
+    for row in connection.execute(select(layout.c.id, layout.c.shape, layout.c.parts)):
+        if any(0 in part.chunk_shape or len(row.shape) != len(part.shape) for part in row.parts):
+            held = connection.scalars(
+                select(tensor.c.id).where(tensor.c.layout == row.id).order_by(tensor.c.id)
+            )
+            for found in held:
+                yield Fault(f"tensor {found} has parts that are not inside of its shape", found)
+        else:
+            wanted.append((row.id, chunk_starts(row.parts)[-1]))
+    if not wanted:
+        return
+    expected = wanted_sizes(connection, wanted)
+    run = tables.run
+    own = select(_chunk.c.tensor, func.count().label("chunks")).group_by(_chunk.c.tensor).subquery()
+    # The chunks of all runs of a tensor together: a run is full, but for the last.
+    in_runs = (
+        select(run.c.tensor, func.sum(own.c.chunks).label("chunks"))
+        .join(own, own.c.tensor == run.c.run)
+        .group_by(run.c.tensor)
         .subquery()
     )
+    count = func.coalesce(own.c.chunks, 0) + func.coalesce(in_runs.c.chunks, 0)
     rows = connection.execute(
-        select(part, func.coalesce(counted.c.chunks, 0).label("chunks")).outerjoin(
-            counted, (counted.c.tensor == part.c.tensor) & (counted.c.part == part.c.part)
-        )
+        select(tensor.c.id, count, expected.c.size)
+        .select_from(tensor)
+        .join(expected, expected.c.id == tensor.c.layout)
+        .outerjoin(own, own.c.tensor == tensor.c.id)
+        .outerjoin(in_runs, in_runs.c.tensor == tensor.c.id)
+        .where(count != expected.c.size)
+        .order_by(tensor.c.id)
     )
-    for row in rows:
-        if len(row.shape) != len(row.chunk_shape) or 0 in row.chunk_shape:
-            text = f"part {row.part} of tensor {row.tensor} has chunks of {row.chunk_shape}"
-            yield Fault(text, row.tensor)
-            continue
-        cells = Grid(row.offsets, row.shape, row.chunk_shape).size
-        if cells != row.chunks:
-            yield Fault(
-                f"part {row.part} of tensor {row.tensor} has {row.chunks} chunks of {cells}",
-                row.tensor,
-            )
+    for held, chunks, cells in rows:
+        yield Fault(f"tensor {held} has {chunks} chunks of {cells}", held)

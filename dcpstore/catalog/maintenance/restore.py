@@ -17,10 +17,12 @@ from sqlalchemy import Connection, insert, select, update
 
 from dcpstore.catalog.db.key_lists import wanted_names
 from dcpstore.catalog.maintenance.journal import ChangedRef, changed_refs
+from dcpstore.catalog.read.trees import sets_below, with_runs
 from dcpstore.catalog.read.versions import INFO, STATS, lineage_below
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.write.annotations import insert_metrics
 from dcpstore.catalog.write.contents import write_content, write_plan
+from dcpstore.catalog.write.forget import judge_again
 from dcpstore.catalog.write.operations import Change, record
 from dcpstore.catalog.write.stale import new_mark
 from dcpstore.errors import ConflictError
@@ -217,7 +219,8 @@ def _write_packs(connection: Connection, state: _State, ids: Mapping[str, int]) 
         for key, (nbytes, uid) in state.packs.items()
     ]
     if rows:
-        connection.execute(insert(_pack), rows)
+        packs = connection.scalars(insert(_pack).returning(_pack.c.id), rows)
+        judge_again(connection, packs.all())
 
 
 def _fill(
@@ -247,16 +250,17 @@ def _fill(
             # added them is lost. All other packs have a row, those of expired versions too.
             unnamed = {key: needed[key] for key in needed if key not in state.packs}
             _write_unnamed(connection, unnamed, version, contents, ids)
-            write_content(connection, version, replace(content, packs=()))
+            root = write_content(connection, version, replace(content, packs=()))
             connection.execute(
                 update(_version)
                 .where(_version.c.id == version)
                 .values(
                     **({} if uid in state.expired else {"status": "committed", "expired_at": None}),
                     plan=write_plan(connection, content.plan),
+                    root=root,
                     planner_data=content.planner_data,
                     # Its chunks may lie in packs that only another, newer manifest names.
-                    stale=None if needed.keys() <= _packs_of(connection, version) else new_mark(),
+                    stale=None if needed.keys() <= _packs_of(connection, root) else new_mark(),
                 )
             )
     except ConflictError as error:
@@ -290,21 +294,18 @@ def _write_unnamed(
         owner = ids.get(key.split("/")[1], version)
         rows.append({"key": key, "nbytes": size, "version": owner, "status": "live"})
     if rows:
-        connection.execute(insert(_pack), rows)
+        packs = connection.scalars(insert(_pack).returning(_pack.c.id), rows)
+        judge_again(connection, packs.all())
 
 
-def _packs_of(connection: Connection, version: int) -> set[str]:
-    """Return the keys of the packs that hold chunks of a version."""
+def _packs_of(connection: Connection, root: int) -> set[str]:
+    """Return the keys of the packs that hold chunks of the tree of a root."""
     chunk, entry = tables.chunk, tables.entry
-    return set(
-        connection.scalars(
-            select(_pack.c.key)
-            .join(chunk, chunk.c.pack == _pack.c.id)
-            .join(entry, entry.c.tensor == chunk.c.tensor)
-            .where(entry.c.version == version)
-            .distinct()
-        )
+    tensors = select(entry.c.tensor).where(
+        entry.c.node.in_(sets_below(root)), entry.c.tensor.is_not(None)
     )
+    packs = select(chunk.c.pack).where(chunk.c.tensor.in_(with_runs(tensors)))
+    return set(connection.scalars(select(_pack.c.key).where(_pack.c.id.in_(packs))))
 
 
 def _write_refs(

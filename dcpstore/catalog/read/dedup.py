@@ -7,13 +7,27 @@ and nothing in a damaged one, so that saving a content again repairs it.
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import reduce
+from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Text, cast, exists, or_, select
+from sqlalchemy import (
+    ColumnElement,
+    CompoundSelect,
+    Connection,
+    Select,
+    Text,
+    cast,
+    func,
+    or_,
+    select,
+)
 
 from dcpstore.catalog.db.key_lists import wanted_digests, wanted_ids, wanted_names
 from dcpstore.catalog.db.transactions import reads
 from dcpstore.catalog.read.entries import load_tensors
+from dcpstore.catalog.read.trees import holding_tensors
 from dcpstore.catalog.schema import tables
+from dcpstore.catalog.schema.tables import digest_start, hex_start
 from dcpstore.records import ChunkKey, ChunkPlace, TensorRecord
 
 __all__ = ["find_chunks", "find_encoded", "find_tensors", "known_tensors"]
@@ -26,23 +40,29 @@ def find_chunks(
     """Return one place of each stored chunk, by digest; encoded with `codec`, or with any."""
     if not digests:
         return {}
-    chunk, tensor, pack = tables.chunk, tables.tensor, tables.pack
+    chunk, pack = tables.chunk, tables.pack
     wanted = wanted_digests(connection, digests)
     # One chunk may belong to as many tensors as there are versions. Take the first that fits from
     # the index, and do not read the others. Nested like this, neither database can change the order
-    # and begin with all tensors, or all packs. A scalar subquery has one column, so the three
+    # and begin with all tensors, or all packs. A scalar subquery has one column, so the four
     # values are joined to a text.
-    chunk_codec = select(tensor.c.codec).where(tensor.c.id == chunk.c.tensor).scalar_subquery()
-    has_codec = [] if codec is None else [chunk_codec == codec]
+    has_codec = [] if codec is None else [_codec_of_chunk() == codec]
     status = (
         select(pack.c.status)
         .where(pack.c.id == chunk.c.pack, pack.c.damage.is_(None))
         .scalar_subquery()
     )
     key = select(pack.c.key).where(pack.c.id == chunk.c.pack).scalar_subquery()
+    checked = func.coalesce(tables.as_hex(chunk.c.checksum), "")
+    values = (cast(chunk.c.offset, Text), cast(chunk.c.length, Text), checked, key)
     place = (
-        select(cast(chunk.c.offset, Text) + ":" + cast(chunk.c.length, Text) + ":" + key)
-        .where(chunk.c.digest == wanted.c.digest, status == "live", *has_codec)
+        select(reduce(lambda text, value: text + ":" + value, values))
+        .where(
+            digest_start(chunk.c.digest) == digest_start(wanted.c.digest),
+            chunk.c.digest == wanted.c.digest,
+            status == "live",
+            *has_codec,
+        )
         .order_by(chunk.c.tensor)
         .limit(1)
         .correlate(wanted)
@@ -51,9 +71,19 @@ def find_chunks(
     places = {}
     for digest, text in connection.execute(select(wanted.c.digest, place)).all():
         if text is not None:
-            offset, length, key = text.split(":", 2)
-            places[digest] = ChunkPlace(key, int(offset), int(length))
+            offset, length, checksum, key = text.split(":", 3)
+            checksum = bytes.fromhex(checksum) or None
+            places[digest] = ChunkPlace(key, int(offset), int(length), checksum)
     return places
+
+
+def _codec_of_chunk() -> ColumnElement[str]:
+    """Return the codec of a row of `chunk`; all tensors that have a run have the same."""
+    chunk, tensor, layout, run = tables.chunk, tables.tensor, tables.layout, tables.run
+    codec = select(layout.c.codec).join(tensor, tensor.c.layout == layout.c.id)
+    of_tensor = codec.where(tensor.c.id == chunk.c.tensor)
+    of_run = codec.join(run, run.c.tensor == tensor.c.id).where(run.c.run == chunk.c.tensor)
+    return func.coalesce(of_tensor.scalar_subquery(), of_run.limit(1).scalar_subquery())
 
 
 @reads
@@ -69,7 +99,8 @@ def find_encoded(connection: Connection, keys: Collection[ChunkKey]) -> dict[Chu
 
 
 def known_tensors(connection: Connection, digests: Collection[str]) -> dict[str, tuple[int, bool]]:
-    """Return tensors by digest: the id, and whether all their packs are live and intact.
+    """Return tensors and runs by hex digest: the id, and whether all their packs are live and
+    intact.
 
     Aliases are not looked up.
     """
@@ -77,11 +108,12 @@ def known_tensors(connection: Connection, digests: Collection[str]) -> dict[str,
         return {}
     tensor = tables.tensor
     rows = connection.execute(
-        select(tensor.c.digest, tensor.c.id, (~_has_condemned_chunk()).label("live")).where(
-            tensor.c.digest.in_(wanted_names(connection, digests))
+        select(tensor.c.digest, tensor.c.id, tensor.c.id.not_in(_lost()).label("live")).where(
+            hex_start(tensor.c.digest).in_(_wanted_starts(connection, digests))
         )
     )
-    return {row.digest: (row.id, row.live) for row in rows}
+    found = {row.digest.hex(): (row.id, row.live) for row in rows}
+    return {digest: found[digest] for digest in digests if digest in found}
 
 
 @reads
@@ -89,28 +121,32 @@ def find_tensors(connection: Connection, digests: Collection[str]) -> dict[str, 
     """Return the tensors of these digests or aliases whose packs are all live and intact."""
     if not digests:
         return {}
-    tensor, alias = tables.tensor, tables.alias
-    wanted = wanted_names(connection, digests)
-    live = ~_has_condemned_chunk()
-    own = select(tensor.c.digest, tensor.c.id).where(tensor.c.digest.in_(wanted), live)
-    other = (
-        select(alias.c.digest, tensor.c.id)
-        .join(tensor, tensor.c.id == alias.c.tensor)
-        .where(alias.c.digest.in_(wanted), live)
+    alias = tables.alias
+    named = wanted_digests(connection, [bytes.fromhex(digest) for digest in digests])
+    rows = connection.execute(
+        select(alias.c.digest, alias.c.tensor).where(
+            alias.c.digest.in_(select(named.c.digest)), alias.c.tensor.not_in(_lost())
+        )
     )
-    ids: dict[str, int] = dict(connection.execute(other).all())
-    ids |= dict(connection.execute(own).all())  # second: a tensor goes before an alias
+    ids = {row.digest.hex(): row.tensor for row in rows}
+    known = known_tensors(connection, digests)  # a tensor goes before an alias
+    ids |= {digest: tensor_id for digest, (tensor_id, live) in known.items() if live}
     if not ids:
         return {}
     tensors = load_tensors(connection, wanted_ids(connection, set(ids.values())))
-    return {digest: tensors[tensor_id] for digest, tensor_id in ids.items()}
+    return {digest: tensors[held] for digest, held in ids.items() if held in tensors}
 
 
-def _has_condemned_chunk() -> ColumnElement[bool]:
-    """Return the condition that a row of `tensor` has a chunk in a condemned or damaged pack."""
+def _wanted_starts(connection: Connection, digests: Collection[str]) -> Select[Any]:
+    """Return a query of what `hex_start` returns for these digests."""
+    return wanted_names(connection, {digest[:20] for digest in digests})
+
+
+def _lost() -> CompoundSelect[Any]:
+    """Return a query of the tensors and runs with a chunk in a condemned or damaged pack."""
     chunk, pack = tables.chunk, tables.pack
-    return exists().where(
-        chunk.c.tensor == tables.tensor.c.id,
-        pack.c.id == chunk.c.pack,
-        or_(pack.c.status == "condemned", pack.c.damage.is_not(None)),
+    return holding_tensors(
+        select(chunk.c.tensor)
+        .join(pack, pack.c.id == chunk.c.pack)
+        .where(or_(pack.c.status == "condemned", pack.c.damage.is_not(None)))
     )

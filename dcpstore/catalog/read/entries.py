@@ -1,4 +1,4 @@
-"""The contents of committed versions: entries, tensors with their parts, chunks and plans.
+"""The contents of committed versions: entries, tensors with their layouts, chunks and plans.
 
 Invariant: the number of queries does not depend on the number of rows. Two versions are compared by
 their tensors, and tensors by the digests of their chunks.
@@ -6,16 +6,27 @@ their tensors, and tensors by the digests of their chunks.
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Collection, Sequence
-from operator import itemgetter
+from functools import lru_cache
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Select, select
 
-from dcpstore.catalog.db.key_lists import look_up_each, wanted_names, wanted_pairs, wanted_ranges
+from dcpstore.catalog.db.key_lists import (
+    look_up_each,
+    wanted_ids,
+    wanted_names,
+    wanted_pairs,
+    wanted_ranges,
+)
 from dcpstore.catalog.db.transactions import reads
+from dcpstore.catalog.read.trees import sets_of, wanted_sets
 from dcpstore.catalog.read.versions import id_of_number
 from dcpstore.catalog.schema import tables
+from dcpstore.core.digests import RUN
 from dcpstore.core.display import counted
 from dcpstore.errors import ConflictError, CorruptionError, NotFoundError
 from dcpstore.geometry.boxes import Box
@@ -34,6 +45,7 @@ from dcpstore.records import (
 __all__ = [
     "Pair",
     "SharedChunk",
+    "chunk_starts",
     "load_both",
     "load_chunks",
     "load_entries",
@@ -41,6 +53,7 @@ __all__ = [
     "load_planner_data",
     "load_tensors",
     "load_whole_tensors",
+    "place_of",
     "shared_chunks",
 ]
 
@@ -50,52 +63,14 @@ Pair = tuple[int, int]  # ids of tensors cut by the same grids, old and new
 
 def load_tensors(connection: Connection, ids: Select[Any]) -> dict[int, TensorRecord]:
     """Return the tensors whose ids a query selects, by id; two queries, however many they are."""
-    tensor, part = tables.tensor, tables.part
-    parts: dict[int, list[PartRecord]] = {}
-    cut = connection.execute(
-        select(part.c.tensor, part.c.part, part.c.offsets, part.c.shape, part.c.chunk_shape)
-        .where(part.c.tensor.in_(ids))
-        .order_by(part.c.tensor, part.c.part)
-    )
-    for held, number, offsets, shape, chunk_shape in cut.all():  # faster than attributes of rows
-        if 0 in chunk_shape or not len(offsets) == len(shape) == len(chunk_shape):
-            raise CorruptionError(
-                f"the catalog is damaged: part {number} of tensor {held} has chunks of "
-                f"{chunk_shape}; restore it from a backup, or with 'dcpstore rebuild'."
-            )
-        parts.setdefault(held, []).append(PartRecord(offsets, shape, chunk_shape))
+    tensor = tables.tensor
     rows = connection.execute(
-        select(
-            tensor.c.id,
-            tensor.c.digest,
-            tensor.c.dtype,
-            tensor.c.shape,
-            tensor.c.codec,
-            tensor.c.nbytes,
-            tensor.c.algorithm,
-        ).where(tensor.c.id.in_(ids))
-    )
-    found = {
-        held: TensorRecord(
-            id=held,
-            digest=digest,
-            dtype=dtype,
-            shape=shape,
-            codec=codec,
-            nbytes=nbytes,
-            parts=tuple(parts.get(held, ())),
-            algorithm=algorithm,
+        select(tensor.c.id, tensor.c.digest, tensor.c.layout).where(
+            tensor.c.id.in_(ids), tensor.c.layout.is_not(None)
         )
-        for held, digest, dtype, shape, codec, nbytes, algorithm in rows.all()
-    }
-    for record in found.values():
-        if any(len(part.shape) != len(record.shape) for part in record.parts):
-            raise CorruptionError(
-                f"the catalog is damaged: tensor {record.id} has the shape {record.shape}, and a "
-                "part of it has another number of dimensions; restore it from a backup, or with "
-                "'dcpstore rebuild'."
-            )
-    return found
+    ).all()
+    layouts = _load_layouts(connection, {layout for _, _, layout in rows})
+    return {held: layouts[layout].of(held, digest) for held, digest, layout in rows}
 
 
 @reads
@@ -109,19 +84,93 @@ def load_entries(
             first of them, with the nearest names.
     """
     version_id = id_of_number(connection, version)
-    entry = tables.entry
-    wanted = None if fqns is None else wanted_names(connection, set(fqns))
-    held = select(entry.c.tensor).where(entry.c.version == version_id, entry.c.tensor.is_not(None))
-    tensors = load_tensors(connection, _narrowed(held, wanted))
-    query = select(entry.c.fqn, entry.c.path, entry.c.kind, entry.c.tensor, entry.c.value)
-    query = query.where(entry.c.version == version_id).order_by(entry.c.fqn)
-    rows = connection.execute(_narrowed(query, wanted))
-    found = [
-        EntryRecord(fqn, path, kind, None if held is None else tensors[held], value)
-        for fqn, path, kind, held, value in rows.all()
-    ]
+    entry, fqn, tensor = tables.entry, tables.fqn, tables.tensor
+    query = select(
+        fqn.c.name,
+        fqn.c.path,
+        entry.c.kind,
+        entry.c.tensor,
+        tensor.c.digest,
+        tensor.c.layout,
+        entry.c.value,
+    )
+    if fqns is None:
+        query = (
+            query.select_from(entry)
+            .join(fqn, fqn.c.id == entry.c.fqn)
+            .where(entry.c.node.in_(sets_of(version_id)))
+        )
+    else:
+        place = wanted_sets(version_id, wanted_names(connection, set(fqns)))
+        query = (
+            query.select_from(place)
+            .join(fqn, fqn.c.name == place.c.name)
+            .join(entry, (entry.c.node == place.c.node) & (entry.c.fqn == fqn.c.id))
+        )
+    rows = connection.execute(query.outerjoin(tensor, tensor.c.id == entry.c.tensor)).all()
+    layouts = _load_layouts(connection, {row[5] for row in rows} - {None})
+    tensors: dict[int | None, TensorRecord | None] = {None: None}
+    found = []
+    for name, path, kind, held, digest, layout, value in rows:
+        if held not in tensors:
+            tensors[held] = layouts[layout].of(held, digest)
+        found.append(EntryRecord(name, path, kind, tensors[held], value))
     if fqns is not None and (missing := set(fqns) - {record.fqn for record in found}):
         raise _missing_error(connection, version_id, version, missing)
+    return sorted(found, key=attrgetter("fqn"))
+
+
+class _Layout(NamedTuple):
+    """A row of `layout`, without its digest."""
+
+    id: int
+    algorithm: str
+    dtype: str
+    shape: tuple[int, ...]
+    codec: str
+    nbytes: int
+    parts: tuple[PartRecord, ...]
+
+    def of(self, tensor: int, digest: bytes) -> TensorRecord:
+        """Return a tensor that has this layout."""
+        return TensorRecord(
+            id=tensor,
+            digest=digest.hex(),
+            dtype=self.dtype,
+            shape=self.shape,
+            codec=self.codec,
+            nbytes=self.nbytes,
+            parts=self.parts,
+            algorithm=self.algorithm,
+        )
+
+
+def _load_layouts(connection: Connection, ids: Collection[int]) -> dict[int, _Layout]:
+    """Return layouts by id.
+
+    Raises:
+        CorruptionError: the parts of one are not inside of its shape.
+    """
+    if not ids:
+        return {}
+    layout = tables.layout
+    rows = connection.execute(
+        select(*(layout.c[name] for name in _Layout._fields)).where(
+            layout.c.id.in_(wanted_ids(connection, ids))
+        )
+    )
+    found = {row.id: _Layout(*row) for row in rows}
+    for one in found.values():
+        for number, part in enumerate(one.parts):
+            if 0 in part.chunk_shape or any(
+                len(sizes) != len(one.shape)
+                for sizes in (part.offsets, part.shape, part.chunk_shape)
+            ):
+                raise CorruptionError(
+                    f"the catalog is damaged: layout {one.id} has the shape {one.shape}, and its "
+                    f"part {number} the shape {part.shape} in chunks of {part.chunk_shape}; "
+                    "restore it from a backup, or with 'dcpstore rebuild'."
+                )
     return found
 
 
@@ -131,29 +180,110 @@ def load_chunks(connection: Connection, wanted: Sequence[ChunkRange]) -> list[St
     ranges = _merged(wanted)
     if not ranges:
         return []
+    grids = _load_grids(connection, {tensor for tensor, *_ in ranges})
+    small: list[_Placed] = []
+    large: list[_Placed] = []
+    for tensor_id, part, first, last in ranges:
+        starts = grids.get(tensor_id, _NO_CHUNKS)
+        if part < len(starts) - 1 and first < starts[part + 1] - starts[part]:
+            begin, end = starts[part], starts[part + 1]
+            placed = tensor_id, begin + first, min(begin + last, end - 1)
+            (small if starts[-1] <= RUN else large).append(placed)
+    found = []
+    rows = [*_chunks_of_small(connection, small), *_chunks_of_large(connection, large)]
+    for held, ordinal, digest, pack, offset, length, checksum in rows:
+        part, within = place_of(ordinal, grids[held])
+        found.append(StoredChunk(held, part, within, digest, pack, offset, length, checksum))
+    return sorted(found, key=itemgetter(4, 5, 0, 1, 2))
+
+
+_NO_CHUNKS = (0,)
+
+
+def _load_grids(connection: Connection, tensors: Collection[int]) -> dict[int, tuple[int, ...]]:
+    """Return by tensor where the chunks of each part begin, counted through all parts.
+
+    The last number is that of all chunks. An id that is not of a tensor is left out.
+    """
+    tensor, layout = tables.tensor, tables.layout
+    rows = connection.execute(
+        select(tensor.c.id, layout.c.parts)
+        .join(layout, layout.c.id == tensor.c.layout)
+        .where(tensor.c.id.in_(wanted_ids(connection, tensors)))
+    )
+    return {row.id: chunk_starts(row.parts) for row in rows}
+
+
+@lru_cache(4096)
+def chunk_starts(parts: tuple[PartRecord, ...]) -> tuple[int, ...]:
+    """Return where the chunks of each part begin, and how many there are; cached."""
+    return tuple(itertools.accumulate((part.size for part in parts), initial=0))
+
+
+def place_of(ordinal: int, starts: Sequence[int]) -> tuple[int, int]:
+    """Return the part of a chunk, and its ordinal there, by its number in all parts."""
+    part = 0 if len(starts) == 2 else bisect_right(starts, ordinal) - 1
+    return part, ordinal - starts[part]
+
+
+_Placed = tuple[int, int, int]  # a tensor, and the first and last of its chunks in all parts
+
+
+def _chunks_of_small(
+    connection: Connection, ranges: Sequence[_Placed]
+) -> Sequence[tuple[Any, ...]]:
+    """Return the chunks of tensors that have at most `RUN`."""
+    if not ranges:
+        return []
     chunk, pack = tables.chunk, tables.pack
     look_up_each(connection)
-    table = wanted_ranges(connection, ranges)
-    rows = connection.execute(
-        select(
-            chunk.c.tensor,
-            chunk.c.part,
-            chunk.c.ordinal,
-            chunk.c.digest,
-            pack.c.key,
-            chunk.c.offset,
-            chunk.c.length,
-        )
-        .select_from(table)
+    wanted = wanted_ranges(connection, ranges)
+    return connection.execute(
+        select(chunk.c.tensor, chunk.c.ordinal, *_PLACE)
+        .select_from(wanted)
         .join(
             chunk,
-            (chunk.c.tensor == table.c.tensor_id)
-            & (chunk.c.part == table.c.part)
-            & chunk.c.ordinal.between(table.c.first, table.c.last),
+            (chunk.c.tensor == wanted.c.tensor)
+            & chunk.c.ordinal.between(wanted.c.first, wanted.c.last),
         )
         .join(pack, pack.c.id == chunk.c.pack)
-    )
-    return sorted(map(StoredChunk._make, rows.all()), key=itemgetter(4, 5, 0, 1, 2))
+    ).all()
+
+
+def _chunks_of_large(
+    connection: Connection, ranges: Sequence[_Placed]
+) -> Sequence[tuple[Any, ...]]:
+    """Return the chunks of tensors that are stored as runs."""
+    if not ranges:
+        return []
+    chunk, pack, run = tables.chunk, tables.pack, tables.run
+    look_up_each(connection)
+    wanted = wanted_ranges(connection, ranges)
+    before = run.c.ordinal * RUN
+    return connection.execute(
+        select(run.c.tensor, (before + chunk.c.ordinal).label("ordinal"), *_PLACE)
+        .select_from(wanted)
+        .join(
+            run,
+            (run.c.tensor == wanted.c.tensor)
+            & run.c.ordinal.between(wanted.c.first // RUN, wanted.c.last // RUN),
+        )
+        .join(
+            chunk,
+            (chunk.c.tensor == run.c.run)
+            & chunk.c.ordinal.between(wanted.c.first - before, wanted.c.last - before),
+        )
+        .join(pack, pack.c.id == chunk.c.pack)
+    ).all()
+
+
+_PLACE = (
+    tables.chunk.c.digest,
+    tables.pack.c.key,
+    tables.chunk.c.offset,
+    tables.chunk.c.length,
+    tables.chunk.c.checksum,
+)
 
 
 @reads
@@ -175,7 +305,7 @@ def load_whole_tensors(
     for chunk in load_chunks(connection, ranges):
         found[chunk.tensor_id].append(NewChunk(*chunk[1:]))
     for tensor in tensors:
-        if len(found[tensor.id]) != sum(grid.size for grid in tensor.parts):
+        if len(found[tensor.id]) != chunk_starts(tensor.parts)[-1]:
             raise ConflictError(
                 f"gc deleted the tensor {tensor.digest} while it was being reused. Save again, or "
                 "copy again."
@@ -213,17 +343,16 @@ def load_plan(connection: Connection, version: int) -> PlanRecord:
     return PlanRecord(head.digest, head.ranks, shards, head.algorithm)
 
 
-def _narrowed(query: Select[Any], wanted: Select[Any] | None) -> Select[Any]:
-    """Return a query of entries, restricted to the wanted FQNs."""
-    return query if wanted is None else query.where(tables.entry.c.fqn.in_(wanted))
-
-
 def _missing_error(
     connection: Connection, version_id: int, version: int, missing: set[str]
 ) -> NotFoundError:
     """Return the error for FQNs that a version lacks."""
-    entry = tables.entry
-    known = connection.scalars(select(entry.c.fqn).where(entry.c.version == version_id)).all()
+    entry, dictionary = tables.entry, tables.fqn
+    known = connection.scalars(
+        select(dictionary.c.name)
+        .join(entry, entry.c.fqn == dictionary.c.id)
+        .where(entry.c.node.in_(sets_of(version_id)))
+    ).all()
     lines = []
     for fqn in sorted(missing)[:_SHOWN]:
         close = NotFoundError.nearest(fqn, known)
@@ -277,19 +406,53 @@ def shared_chunks(connection: Connection, pairs: Sequence[Pair]) -> list[SharedC
     """Return the chunks that the tensors of each pair have in common at the same place."""
     if not pairs:
         return []
+    grids = _load_grids(connection, {new for _, new in pairs})
+    found = []
+    for is_large, of_pairs in ((False, _shared_by_small), (True, _shared_by_large)):
+        some = [pair for pair in pairs if (grids.get(pair[1], _NO_CHUNKS)[-1] > RUN) is is_large]
+        for old, new, ordinal in of_pairs(connection, some) if some else ():
+            found.append(SharedChunk(old, new, *place_of(ordinal, grids[new])))
+    return found
+
+
+def _shared_by_small(connection: Connection, pairs: Sequence[Pair]) -> Sequence[tuple[Any, ...]]:
+    """Return (old, new, ordinal) of the chunks that tensors of at most `RUN` chunks share."""
     look_up_each(connection)
     wanted = wanted_pairs(connection, pairs)
     old, new = tables.chunk.alias("old_chunk"), tables.chunk.alias("new_chunk")
-    rows = connection.execute(
-        select(wanted.c.old, wanted.c.new, new.c.part, new.c.ordinal)
+    return connection.execute(
+        select(wanted.c.old, wanted.c.new, new.c.ordinal)
         .select_from(wanted)
         .join(new, new.c.tensor == wanted.c.new)
         .join(
             old,
             (old.c.tensor == wanted.c.old)
-            & (old.c.part == new.c.part)
             & (old.c.ordinal == new.c.ordinal)
             & (old.c.digest == new.c.digest),
         )
-    )
-    return [SharedChunk(*row) for row in rows]
+    ).all()
+
+
+def _shared_by_large(connection: Connection, pairs: Sequence[Pair]) -> Sequence[tuple[Any, ...]]:
+    """Return (old, new, ordinal) of the chunks that tensors which are stored as runs share."""
+    look_up_each(connection)
+    wanted = wanted_pairs(connection, pairs)
+    old, new = tables.chunk.alias("old_chunk"), tables.chunk.alias("new_chunk")
+    old_run, new_run = tables.run.alias("old_run"), tables.run.alias("new_run")
+    ordinal = new_run.c.ordinal * RUN + new.c.ordinal
+    return connection.execute(
+        select(wanted.c.old, wanted.c.new, ordinal.label("ordinal"))
+        .select_from(wanted)
+        .join(new_run, new_run.c.tensor == wanted.c.new)
+        .join(
+            old_run,
+            (old_run.c.tensor == wanted.c.old) & (old_run.c.ordinal == new_run.c.ordinal),
+        )
+        .join(new, new.c.tensor == new_run.c.run)
+        .join(
+            old,
+            (old.c.tensor == old_run.c.run)
+            & (old.c.ordinal == new.c.ordinal)
+            & (old.c.digest == new.c.digest),
+        )
+    ).all()

@@ -61,6 +61,7 @@ __all__ = [
     "UtcTime",
     "Words",
     "alias",
+    "as_hex",
     "child",
     "chunk",
     "columns_of",
@@ -273,6 +274,11 @@ def _hex_on_sqlite(element: _Hex, compiler: SQLCompiler, **options: Any) -> str:
 @compiles(_Hex, "postgresql")
 def _hex_on_postgres(element: _Hex, compiler: SQLCompiler, **options: Any) -> str:
     return f"encode({compiler.process(element.clauses, **options)}, 'hex')"
+
+
+def as_hex(data: ColumnElement[bytes]) -> ColumnElement[str]:
+    """Return bytes as lower-case hex digits."""
+    return _Hex(data)
 
 
 def hex_start(digest: ColumnElement[bytes]) -> ColumnElement[str]:

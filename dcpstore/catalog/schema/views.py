@@ -2,6 +2,8 @@
 
 Views hold no data, so migrations do not contain them: each run of the migrations drops them before
 the tables change and creates them again afterwards.
+
+The tree of a version's entries is joined in three levels, in whichever order suits a condition.
 """
 
 from __future__ import annotations
@@ -40,9 +42,12 @@ VIEWS = {
         FROM version v LEFT JOIN version p ON p.id = v.parent
         WHERE v.number IS NOT NULL AND v.expired_at IS NULL""",
     "entries": """
-        SELECT v.number AS version, e.fqn AS fqn, e.kind AS kind, t.dtype AS dtype,
-               t.shape AS shape, t.nbytes AS nbytes, e.value AS value, t.digest AS digest
-        FROM entry e JOIN version v ON v.id = e.version LEFT JOIN tensor t ON t.id = e.tensor
+        SELECT v.number AS version, f.name AS fqn, e.kind AS kind, l.dtype AS dtype,
+               l.shape AS shape, l.nbytes AS nbytes, e.value AS value,
+               CASE WHEN t.id IS NOT NULL THEN {digest} END AS digest
+        FROM version v JOIN child g ON g.node = v.root JOIN child s ON s.node = g.child
+             JOIN entry e ON e.node = s.child JOIN fqn f ON f.id = e.fqn
+             LEFT JOIN tensor t ON t.id = e.tensor LEFT JOIN layout l ON l.id = t.layout
         WHERE v.number IS NOT NULL AND v.expired_at IS NULL""",
     "storage": """
         SELECT p.key AS pack, v.number AS version, p.nbytes AS nbytes, p.status AS status
@@ -61,52 +66,76 @@ VIEWS = {
         FROM version v, {labels} l
         WHERE v.number IS NOT NULL AND v.expired_at IS NULL""",
     "tensor_history": """
-        SELECT e.fqn AS fqn, v.number AS version, p.number AS parent, v.branch AS branch,
-               v.step AS step, t.dtype AS dtype, t.shape AS shape, t.nbytes AS nbytes,
-               t.digest AS digest,
+        SELECT f.name AS fqn, v.number AS version, p.number AS parent, v.branch AS branch,
+               v.step AS step, l.dtype AS dtype, l.shape AS shape, l.nbytes AS nbytes,
+               {digest} AS digest,
                CASE WHEN v.parent IS NULL THEN 'added'
                     WHEN p.expired_at IS NOT NULL THEN 'unknown'
-                    WHEN b.tensor IS NULL THEN 'added'
-                    WHEN b.tensor = e.tensor THEN 'unchanged'
-                    ELSE 'changed' END AS change
-        FROM entry e JOIN version v ON v.id = e.version JOIN tensor t ON t.id = e.tensor
+                    WHEN p.root = v.root THEN 'unchanged'
+                    ELSE COALESCE(({change}), 'added') END AS change
+        FROM entry e JOIN fqn f ON f.id = e.fqn JOIN child s ON s.child = e.node
+             JOIN child g ON g.child = s.node JOIN version v ON v.root = g.node
+             JOIN tensor t ON t.id = e.tensor JOIN layout l ON l.id = t.layout
              LEFT JOIN version p ON p.id = v.parent
-             LEFT JOIN entry b ON b.version = v.parent AND b.fqn = e.fqn AND b.kind = 'tensor'
         WHERE v.number IS NOT NULL AND v.expired_at IS NULL AND e.kind = 'tensor'""",
     "unique_bytes": """
+        WITH roots AS (
+            SELECT root AS node, MIN(id) AS version, MAX(id) AS last
+            FROM version WHERE root IS NOT NULL AND expired_at IS NULL GROUP BY root
+        ), groups AS (
+            SELECT c.child AS node, MIN(r.version) AS version, MAX(r.last) AS last
+            FROM roots r JOIN child c ON c.node = r.node GROUP BY c.child
+        ), sets AS (
+            SELECT c.child AS node, MIN(r.version) AS version, MAX(r.last) AS last
+            FROM groups r JOIN child c ON c.node = r.node GROUP BY c.child
+        ), holders AS (
+            SELECT e.tensor AS tensor, MIN(s.version) AS version, MAX(s.last) AS last
+            FROM sets s JOIN entry e ON e.node = s.node
+            WHERE e.tensor IS NOT NULL GROUP BY e.tensor
+        ), chunked AS (
+            SELECT tensor, version, last FROM holders
+            UNION ALL
+            SELECT r.run AS tensor, MIN(h.version) AS version, MAX(h.last) AS last
+            FROM holders h JOIN run r ON r.tensor = h.tensor GROUP BY r.run
+        ), places AS (
+            SELECT MIN(h.version) AS version, MAX(h.last) AS last, MAX(k.length) AS length
+            FROM chunked h JOIN chunk k ON k.tensor = h.tensor GROUP BY k.pack, k."offset"
+        ), raw AS (
+            SELECT h.version AS version, SUM(l.nbytes) AS nbytes
+            FROM holders h JOIN tensor t ON t.id = h.tensor JOIN layout l ON l.id = t.layout
+            WHERE h.version = h.last GROUP BY h.version
+        ), stored AS (
+            SELECT version, SUM(length) AS nbytes
+            FROM places WHERE version = last GROUP BY version
+        )
         SELECT v.number AS version, CAST(COALESCE(r.nbytes, 0) AS BIGINT) AS nbytes,
                CAST(COALESCE(s.nbytes, 0) AS BIGINT) AS nbytes_stored
-        FROM version v
-             LEFT JOIN (
-                 SELECT h.version AS version, SUM(t.nbytes) AS nbytes
-                 FROM ({holders}) h JOIN tensor t ON t.id = h.tensor
-                 WHERE h.version = h.last GROUP BY h.version
-             ) r ON r.version = v.id
-             LEFT JOIN (
-                 SELECT c.version AS version, SUM(c.length) AS nbytes
-                 FROM (
-                     SELECT MIN(h.version) AS version, MAX(h.last) AS last,
-                            MAX(k.length) AS length
-                     FROM ({holders}) h JOIN chunk k ON k.tensor = h.tensor
-                     GROUP BY k.pack, k."offset"
-                 ) c
-                 WHERE c.version = c.last GROUP BY c.version
-             ) s ON s.version = v.id
+        FROM version v LEFT JOIN raw r ON r.version = v.id LEFT JOIN stored s ON s.version = v.id
         WHERE v.number IS NOT NULL AND v.expired_at IS NULL""",
 }
 
-# The first and the last version that has each tensor. Forgotten versions, which still have entries
-# until gc, do not count.
-_HOLDERS = (
-    "SELECT e.tensor AS tensor, MIN(e.version) AS version, MAX(e.version) AS last"
-    " FROM entry e JOIN version w ON w.id = e.version"
-    " WHERE e.tensor IS NOT NULL AND w.expired_at IS NULL GROUP BY e.tensor"
-)
+# A digest as people see it.
+_DIGEST = {"sqlite": "lower(hex(t.digest))", "postgresql": "encode(t.digest, 'hex')"}
+
+# How the tensor of `e` under the FQN of `f` differs from that of the version `p`, in whose tree the
+# set of the FQN is found by the last child that does not begin after it. NULL if it has none.
+_CHANGE = """
+    SELECT CASE WHEN o.tensor = e.tensor THEN 'unchanged' ELSE 'changed' END
+    FROM fqn n JOIN entry o ON o.fqn = n.id
+    WHERE n.name = f.name AND o.kind = 'tensor' AND o.node = (
+        SELECT c.child FROM child c
+        WHERE c.first <= f.name AND c.node = (
+            SELECT b.child FROM child b
+            WHERE b.node = p.root AND b.first <= f.name ORDER BY b.first DESC LIMIT 1
+        ) ORDER BY c.first DESC LIMIT 1
+    )"""
 
 
 def query_of(view: str, dialect: str) -> str:
     """Return the query of a view, in the SQL of a database."""
-    return VIEWS[view].format(tags=_TAGS[dialect], labels=_LABELS[dialect], holders=_HOLDERS)
+    return VIEWS[view].format(
+        tags=_TAGS[dialect], labels=_LABELS[dialect], digest=_DIGEST[dialect], change=_CHANGE
+    )
 
 
 def create_views(connection: Connection) -> None:

@@ -1,45 +1,68 @@
-"""The rows of a finished save: packs, plan, tensors with parts and chunks, entries.
+"""The rows of a finished save: packs, plan, the tree of its entries, tensors with their chunks.
 
 Runs inside the transaction that makes a version visible, after the repository was locked: a tensor
-or pack that is found here cannot disappear before the commit. Invariant: the number of statements
-does not depend on the number of rows.
+or pack that is found here cannot disappear before the commit. Invariants: only what the catalog
+does not have is inserted, and the number of statements does not depend on the number of rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import NamedTuple
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
-from dcpstore.catalog.db.bulk_insert import insert_rows
-from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
+from dcpstore.catalog.db.bulk_insert import insert_new, insert_rows
+from dcpstore.catalog.db.key_lists import wanted_digests, wanted_ids, wanted_names
 from dcpstore.catalog.read.dedup import known_tensors
+from dcpstore.catalog.read.entries import chunk_starts
 from dcpstore.catalog.schema import tables
+from dcpstore.catalog.schema.tables import layout_digest
+from dcpstore.catalog.write.forget import forget_chunks, forget_runs, judge_again
+from dcpstore.catalog.write.nodes import dictionary, known_nodes, write_tree
 from dcpstore.catalog.write.stale import mark_holders_stale
+from dcpstore.core.digests import RUN, run_digest
 from dcpstore.errors import ConflictError
-from dcpstore.records import NewEntry, NewTensor, PackRecord, PlanRecord, VersionContent
+from dcpstore.formats.entry_tree import grow
+from dcpstore.records import NewChunk, NewTensor, PackRecord, PlanRecord, VersionContent
 
 __all__ = ["write_content", "write_plan"]
 
 
-def write_content(connection: Connection, version: int, content: VersionContent) -> None:
+class _Unit(NamedTuple):
+    """A row of `tensor`: a tensor with its layout, or a run, which has none.
+
+    A tensor of more than `RUN` chunks has none of its own, but `runs`, by their digests.
+    """
+
+    digest: str
+    layout: bytes | None
+    chunks: Sequence[tuple[int, NewChunk]]  # each with its number in the tensor or run
+    runs: Sequence[str] = ()
+
+
+def write_content(connection: Connection, version: int, content: VersionContent) -> int:
     """Write the packs, tensors and entries of the version of id `version`.
+
+    Returns the id of the root of its tree.
 
     Raises:
         ConflictError: a chunk that the save reuses is condemned or deleted.
     """
+    tree = grow(content.entries)
+    known = known_nodes(connection, tree)
+    named = {
+        entry.tensor_digest
+        for one in tree.sets
+        if one.digest not in known
+        for entry in one.entries
+        if entry.tensor_digest is not None
+    }
     packs = _write_packs(connection, version, content.packs)
-    tensors = _write_tensors(connection, content.tensors, content.entries, packs)
+    tensors = _write_tensors(connection, content.tensors, named, packs)
     _write_aliases(connection, content.aliases, tensors)
-    insert_rows(
-        connection,
-        tables.entry,
-        ("version", "fqn", "path", "kind", "tensor", "value"),
-        (
-            (version, e.fqn, e.path, e.kind, e.tensor_digest and tensors[e.tensor_digest], e.value)
-            for e in content.entries
-        ),
-    )
+    return write_tree(connection, tree, known, tensors)
 
 
 def write_plan(connection: Connection, plan: PlanRecord) -> int:
@@ -79,52 +102,127 @@ def _write_packs(
             for pack in packs
         ],
     )
-    return dict(rows.all())
+    ids: dict[str, int] = dict(rows.all())
+    # Some of their chunks may be unused, if another save wrote the same ones at the same time.
+    judge_again(connection, ids.values())
+    return ids
 
 
 def _write_tensors(
     connection: Connection,
     tensors: Sequence[NewTensor],
-    entries: Sequence[NewEntry],
+    named: Collection[str],
     packs: Mapping[str, int],
 ) -> dict[str, int]:
-    """Insert the tensors that are new; return the ids of all that the entries name, by digest."""
+    """Insert the tensors that are new, and move those whose packs are lost.
+
+    Args:
+        connection: in the transaction that commits the version.
+        tensors: that the save hands over.
+        named: the digests of those that new entries name.
+        packs: of the save, by key.
+
+    Returns:
+        the ids of all these tensors by digest.
+    """
     given = {tensor.digest: tensor for tensor in tensors}
-    named = {entry.tensor_digest for entry in entries if entry.tensor_digest is not None}
+    wanted = {*given, *named}
     # Each known tensor with whether it lies in live packs. One that does not is moved, if the save
     # brings its chunks; otherwise it is lost, like one that the save expected and that is not here.
-    known = known_tensors(connection, given.keys() | named)
-    new = [tensor for tensor in given.values() if tensor.digest not in known]
-    moved = {
-        known[tensor.digest][0]: tensor
-        for tensor in given.values()
-        if tensor.digest in known and not known[tensor.digest][1] and tensor.chunks
-    }
-    lost = {digest for digest, (found, live) in known.items() if not live and found not in moved}
-    lost |= {t.digest for t in new if not t.chunks and any(part.size for part in t.parts)}
-    lost |= named - known.keys() - given.keys()
+    known = known_tensors(connection, wanted)
+    written = [
+        tensor
+        for digest, tensor in given.items()
+        if digest not in known or (not known[digest][1] and tensor.chunks)
+    ]
+    lost = {digest for digest in wanted if digest not in known or not known[digest][1]}
+    lost -= {t.digest for t in written if t.chunks or not chunk_starts(tuple(t.parts))[-1]}
     if lost:
         raise ConflictError(
             f"{len(lost)} tensors that the save found in the repository have been condemned or "
             f"deleted since (content {min(lost)}). Save again."
         )
+    layouts = _write_layouts(connection, written)
+    units = {unit.digest: unit for tensor in written for unit in _units(tensor)}
+    known |= known_tensors(connection, units.keys() - known.keys())  # runs that others have
     ids = {digest: found for digest, (found, _) in known.items()}
-    ids |= _insert_tensors(connection, new)
-    _forget_places(connection, moved)
-    placed = new + list(moved.values())
+    moved = {
+        ids[digest]: unit
+        for digest, unit in units.items()
+        if digest in known and not known[digest][1]
+    }
+    old_runs = _forget_places(connection, moved, layouts)
+    new = insert_new(
+        connection,
+        tables.tensor,
+        ("digest", "layout"),
+        [
+            (bytes.fromhex(digest), layout and layouts[layout])
+            for digest in sorted(units.keys() - known.keys())
+            for layout in [units[digest].layout]
+        ],
+    )
+    ids |= {digest.hex(): found for digest, found in new.items()}
+    if raced := units.keys() - ids.keys():  # another transaction has inserted them meanwhile
+        ids |= {digest: found for digest, (found, _) in known_tensors(connection, raced).items()}
     # Also for known tensors: the manifest, which was written before, names the places in `chunks`.
-    packs = {**packs, **_reused_packs(connection, list(given.values()), packs)}
+    packs = {**packs, **_reused_packs(connection, tensors, packs)}
+    placed = moved | {held: units[digest.hex()] for digest, held in new.items()}
+    insert_rows(
+        connection,
+        tables.run,
+        ("tensor", "ordinal", "run"),
+        (
+            (held, ordinal, ids[digest])
+            for held, unit in placed.items()
+            for ordinal, digest in enumerate(unit.runs)
+        ),
+    )
     insert_rows(
         connection,
         tables.chunk,
-        ("tensor", "part", "ordinal", "digest", "pack", "offset", "length"),
+        ("tensor", "ordinal", "digest", "pack", "offset", "length", "checksum"),
         (
-            (ids[tensor.digest], part, ordinal, digest, packs[pack], offset, length)
-            for tensor in placed
-            for part, ordinal, digest, pack, offset, length, _ in tensor.chunks
+            (held, ordinal, c.digest, packs[c.pack], c.offset, c.length, c.checksum)
+            for held, unit in placed.items()
+            for ordinal, c in unit.chunks
         ),
     )
+    forget_runs(connection, old_runs)
     return ids
+
+
+def _units(tensor: NewTensor) -> Iterator[_Unit]:
+    """Yield the rows of a tensor: its own, and those of its runs."""
+    layout = _layout_of(tensor)
+    starts = chunk_starts(tuple(tensor.parts))
+    placed = [(starts[chunk.part] + chunk.ordinal, chunk) for chunk in tensor.chunks]
+    if starts[-1] <= RUN:
+        yield _Unit(tensor.digest, layout, placed)
+        return
+    runs = []
+    left = iter(sorted(placed, key=lambda one: one[0]))
+    while some := list(islice(left, RUN)):
+        chunks = [(ordinal % RUN, chunk) for ordinal, chunk in some]
+        digests = [chunk.digest for _, chunk in chunks]
+        runs.append(run_digest(tensor.codec, digests, algorithm=tensor.algorithm).hex())
+        yield _Unit(runs[-1], None, chunks)
+    yield _Unit(tensor.digest, layout, (), runs)
+
+
+def _layout_of(tensor: NewTensor) -> bytes:
+    shape, parts = tuple(tensor.shape), tuple(tensor.parts)
+    return layout_digest(tensor.algorithm, tensor.dtype, shape, tensor.codec, parts)
+
+
+def _write_layouts(connection: Connection, tensors: Sequence[NewTensor]) -> dict[bytes, int]:
+    """Return the ids of the tensors' layouts by digest; insert those that are new."""
+    rows = {}
+    for t in tensors:
+        digest, parts = _layout_of(t), tuple(t.parts)
+        rows[digest] = (digest, t.algorithm, t.dtype, t.shape, t.codec, t.nbytes, parts)
+    names = ("digest", "algorithm", "dtype", "shape", "codec", "nbytes", "parts")
+    return dictionary(connection, tables.layout, names, rows)
 
 
 def _write_aliases(
@@ -133,67 +231,44 @@ def _write_aliases(
     if not aliases:
         return
     alias = tables.alias
+    rows = {bytes.fromhex(digest): tensors[stored] for digest, stored in aliases.items()}
+    wanted = wanted_digests(connection, rows.keys())
     known = set(
         connection.scalars(
-            select(alias.c.digest).where(
-                alias.c.digest.in_(wanted_names(connection, aliases.keys()))
-            )
+            select(alias.c.digest).where(alias.c.digest.in_(select(wanted.c.digest)))
         )
     )
-    insert_rows(
-        connection,
-        alias,
-        ("digest", "tensor"),
-        ((digest, tensors[stored]) for digest, stored in aliases.items() if digest not in known),
-    )
+    new = sorted(rows.keys() - known)
+    insert_rows(connection, alias, ("digest", "tensor"), ((d, rows[d]) for d in new))
 
 
-def _insert_tensors(connection: Connection, tensors: Sequence[NewTensor]) -> dict[str, int]:
-    """Insert tensors and their parts; return their ids by digest."""
-    if not tensors:
-        return {}
-    table = tables.tensor
-    insert_rows(
-        connection,
-        table,
-        ("digest", "algorithm", "dtype", "shape", "codec", "nbytes"),
-        ((t.digest, t.algorithm, t.dtype, t.shape, t.codec, t.nbytes) for t in tensors),
-    )
-    wanted = wanted_names(connection, {tensor.digest for tensor in tensors})
-    rows = connection.execute(select(table.c.digest, table.c.id).where(table.c.digest.in_(wanted)))
-    ids: dict[str, int] = dict(rows.all())
-    insert_rows(
-        connection,
-        tables.part,
-        ("tensor", "part", "offsets", "shape", "chunk_shape"),
-        (
-            (ids[tensor.digest], number, part.offsets, part.shape, part.chunk_shape)
-            for tensor in tensors
-            for number, part in enumerate(tensor.parts)
-        ),
-    )
-    return ids
+def _forget_places(
+    connection: Connection, moved: Mapping[int, _Unit], layouts: Mapping[bytes, int]
+) -> set[int]:
+    """Delete the chunks of known tensors and runs whose packs are condemned or damaged.
 
-
-def _forget_places(connection: Connection, moved: Mapping[int, NewTensor]) -> None:
-    """Delete the chunks of known tensors whose packs are condemned or damaged.
-
-    The save has written or found these chunks elsewhere, perhaps with another codec.
+    The save has written or found these chunks elsewhere, perhaps with another codec. Returns the
+    ids of the runs that the tensors had.
     """
     if not moved:
-        return
+        return set()
     mark_holders_stale(connection, moved.keys())
-    chunk, tensor = tables.chunk, tables.tensor
-    connection.execute(
-        delete(chunk).where(chunk.c.tensor.in_(wanted_ids(connection, moved.keys())))
+    forget_chunks(connection, moved.keys())
+    run, tensor = tables.run, tables.tensor
+    runs = connection.scalars(
+        delete(run)
+        .where(run.c.tensor.in_(wanted_ids(connection, moved.keys())))
+        .returning(run.c.run)
     )
-    codecs: dict[str, list[int]] = {}
-    for tensor_id, content in moved.items():
-        codecs.setdefault(content.codec, []).append(tensor_id)
-    for codec, ids in codecs.items():
+    old_runs = set(runs)
+    if changed := [
+        {"held": held, "new": layouts[unit.layout]} for held, unit in moved.items() if unit.layout
+    ]:
         connection.execute(
-            update(tensor).where(tensor.c.id.in_(wanted_ids(connection, ids))).values(codec=codec)
+            update(tensor).where(tensor.c.id == bindparam("held")).values(layout=bindparam("new")),
+            changed,
         )
+    return old_runs
 
 
 def _reused_packs(

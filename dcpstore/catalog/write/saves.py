@@ -36,6 +36,7 @@ from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import can_be_kept, check_draft, check_key, check_text
 from dcpstore.catalog.write.annotations import insert_metrics
 from dcpstore.catalog.write.contents import write_content, write_plan
+from dcpstore.catalog.write.forget import loosen
 from dcpstore.catalog.write.operations import Change, lock_repository, record, take_version
 from dcpstore.catalog.write.refs import taken_error
 from dcpstore.errors import ConflictError, DcpstoreError, NotFoundError
@@ -258,11 +259,13 @@ def _make_visible(
         parent: the id of its parent.
         uid: its new uid, if that changes.
     """
+    root = write_content(connection, version, content)
     connection.execute(
         update(_version)
         .where(_version.c.id == version)
         .values(
             status="committed",
+            root=root,
             number=number,
             parent=parent,
             **lineage_below(connection, parent),
@@ -273,7 +276,6 @@ def _make_visible(
             **({} if uid is None else {"uid": uid}),
         )
     )
-    write_content(connection, version, content)
 
 
 @writes(idempotent=True)
@@ -298,6 +300,7 @@ def abort_save(connection: Connection, uid: str, error: str) -> None:
             touched_at=datetime.now(UTC),
         )
     )
+    loosen(connection, select(_version.c.id).where(_version.c.id == row.id))
     forget_progress(connection, row.id)
 
 

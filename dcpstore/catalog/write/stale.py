@@ -13,6 +13,7 @@ from sqlalchemy import ColumnElement, Connection, select, update
 
 from dcpstore.catalog.db.key_lists import wanted_ids
 from dcpstore.catalog.db.transactions import reads, writes
+from dcpstore.catalog.read.trees import holding_tensors, holding_versions
 from dcpstore.catalog.schema import tables
 
 __all__ = [
@@ -38,10 +39,9 @@ def mark_stale(connection: Connection, *conditions: ColumnElement[bool]) -> None
 
 
 def mark_holders_stale(connection: Connection, tensors: Collection[int]) -> None:
-    """Mark the versions that hold any of the tensors, which are given by id."""
-    entry = tables.entry
-    holders = select(entry.c.version).where(entry.c.tensor.in_(wanted_ids(connection, tensors)))
-    mark_stale(connection, _version.c.id.in_(holders))
+    """Mark the versions that hold any of the tensors or runs, which are given by id."""
+    holders = holding_versions(holding_tensors(wanted_ids(connection, tensors)))
+    mark_stale(connection, _version.c.id.in_(select(holders.subquery().c.version)))
 
 
 @writes(idempotent=True)
