@@ -76,10 +76,22 @@ def _assert_kept(repo: Repository) -> None:
     report = repo.gc(grace="100w", dry_run=True)
     going = {pack.key for pack in report.condemned} | set(report.cleared)
     rows = repo.sql(
-        "SELECT DISTINCT p.key FROM pack p JOIN chunk c ON c.pack = p.id "
-        "JOIN entry e ON e.tensor = c.tensor JOIN version v ON v.id = e.version "
+        "SELECT DISTINCT p.key FROM version v JOIN child g ON g.node = v.root "
+        "JOIN child s ON s.node = g.child JOIN entry e ON e.node = s.child "
+        "LEFT JOIN run r ON r.tensor = e.tensor "
+        "JOIN chunk c ON c.tensor = COALESCE(r.run, e.tensor) JOIN pack p ON p.id = c.pack "
         "WHERE v.expired_at IS NULL"  # what was forgotten has entries until gc
     )
+    lost = repo.sql(
+        "SELECT id FROM node WHERE id NOT IN (SELECT node FROM loose) "
+        "AND NOT EXISTS (SELECT 1 FROM version WHERE root = node.id) "
+        "AND NOT EXISTS (SELECT 1 FROM child WHERE child = node.id) "
+        "UNION ALL SELECT id FROM tensor WHERE layout IS NOT NULL "
+        "AND NOT EXISTS (SELECT 1 FROM entry WHERE tensor = tensor.id) "
+        "UNION ALL SELECT id FROM tensor WHERE layout IS NULL "
+        "AND NOT EXISTS (SELECT 1 FROM run WHERE run = tensor.id)"
+    )
+    assert lost == []  # else no gc would ever look at it
     named = {row.key for row in rows}
     assert named <= reached
     assert not going & named

@@ -256,7 +256,6 @@ TAKEN = ("entry", "tensor", "chunk", "alias")
 HEX = {"sqlite": "lower(hex(digest))", "postgresql": "encode(digest, 'hex')"}
 INDEXES = (
     "CREATE UNIQUE INDEX uq_tensor_digest ON {tensor} (substr({hex}, 1, 20))",
-    "CREATE INDEX ix_tensor_layout ON {tensor} (layout)",
     "CREATE INDEX ix_tensor_page ON {tensor} (page) WHERE page IS NOT NULL",
     "CREATE INDEX ix_entry_fqn ON {entry} (fqn)",
     "CREATE INDEX ix_entry_tensor ON {entry} (tensor)",
@@ -343,7 +342,7 @@ LONELY = tuple(
 )
 UNUSED = (
     "DELETE FROM fqn WHERE NOT EXISTS (SELECT 1 FROM entry e WHERE e.fqn = fqn.id)",
-    "DELETE FROM layout WHERE NOT EXISTS (SELECT 1 FROM tensor t WHERE t.layout = layout.id)",
+    "DELETE FROM layout WHERE id NOT IN (SELECT layout FROM tensor WHERE layout IS NOT NULL)",
 )
 
 

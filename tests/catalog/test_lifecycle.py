@@ -4,7 +4,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,6 +28,7 @@ from sqlalchemy import (
     inspect,
     text,
 )
+from sqlalchemy.schema import CreateIndex
 
 import dcpstore
 from dcpstore.catalog.catalog import Catalog
@@ -267,6 +268,8 @@ def test_failed_creation_leaves_nothing(
     Catalog.make(database_url, data_url="d").close()
 
 
+@pytest.mark.filterwarnings("ignore:Skipped unsupported reflection of expression-based index")
+@pytest.mark.filterwarnings("ignore:autogenerate skipping metadata-specified expression-based")
 def test_migrations_make_what_the_schema_says(database_url: str) -> None:
     Catalog.make(database_url, data_url="d").close()
     database = Database(database_url)
@@ -280,7 +283,21 @@ def test_migrations_make_what_the_schema_says(database_url: str) -> None:
             checks = {check["name"] for check in found.get_check_constraints(table.name)}
             named = {c.name for c in table.constraints if isinstance(c, CheckConstraint)}
             assert checks == named
+            indexes = {index.name for index in table.indexes}
+            assert {index["name"] for index in _indexes_of(connection, table.name)} == indexes
     database.close()
+
+
+def _indexes_of(connection: Connection, table: str) -> Sequence[Any]:
+    """Return the indexes of a table by name, those of expressions too."""
+    if connection.dialect.name != "sqlite":
+        indexes = inspect(connection).get_indexes(table)
+        return [one for one in indexes if "duplicates_constraint" not in one]
+    query = "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL"
+    found = connection.exec_driver_sql(f"{query} AND tbl_name = ?", (table,)).mappings().all()
+    made = {str(CreateIndex(i).compile(connection)) for i in schema.tables.tables[table].indexes}
+    assert {row["sql"] for row in found} == made
+    return found
 
 
 def test_every_foreign_key_has_an_index_that_begins_with_it() -> None:
@@ -289,6 +306,8 @@ def test_every_foreign_key_has_an_index_that_begins_with_it() -> None:
         keys += [[c.name for c in index.columns] for index in table.indexes]
         for foreign in table.foreign_key_constraints:
             names = list(foreign.column_keys)
+            if (table.name, names) == ("tensor", ["layout"]):
+                continue  # layouts are never deleted
             assert any(key[: len(names)] == names for key in keys), (table.name, names)
 
 

@@ -15,7 +15,7 @@ from dcpstore.catalog.write.refs import make_ref
 from dcpstore.catalog.write.saves import abort_save, begin_save, commit_save
 from dcpstore.errors import AlreadyExistsError, ConflictError, DcpstoreError
 
-from .conftest import Save, digest_of, make_content, make_draft
+from .conftest import Save, make_content, make_draft
 
 MANY = 6
 

@@ -1,5 +1,6 @@
 """Bulk insert: all rows are stored as given, and errors are those of any statement."""
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,16 +9,19 @@ import pytest
 from sqlalchemy import Connection, delete, select
 
 from dcpstore.catalog.catalog import Catalog
-from dcpstore.catalog.db.bulk_insert import insert_rows
+from dcpstore.catalog.db.bulk_insert import insert_new, insert_rows
 from dcpstore.catalog.db.database import Database
 from dcpstore.catalog.schema import tables as schema
 from dcpstore.errors import ConflictError
+from dcpstore.geometry.grids import Grid
 from tests.servers import new_database
 
 from .conftest import Save
 
 HARD = ["", "\\N", "a\tb\nc\r\\.", "'\"; --", "größe ✓ 𝄞", "\x01\x7f", "{1,2}", "null"]
-NAMES = ("digest", "dtype", "shape", "codec", "nbytes")
+DIGESTS = [bytes(range(256)), b"", b"\\x00\n", b"'"]
+NAMES = ("digest", "algorithm", "dtype", "shape", "codec", "nbytes", "parts")
+GRIDS = (Grid((0, 1), (2, 3), (1, 2**40)), Grid((), (), ()))
 
 
 @pytest.fixture
@@ -27,44 +31,97 @@ def database(catalog: Catalog, database_url: str) -> Iterator[Database]:
     database.close()
 
 
-def tensors(digests: list[str]) -> Iterator[tuple[Any, ...]]:
-    return ((d, "int8", (i, 2**40), "none", 2**62) for i, d in enumerate(digests))
+def layouts(names: list[str]) -> Iterator[tuple[Any, ...]]:
+    return (
+        (name.encode(), "blake3", name, (i, 2**40), "none", 2**62, GRIDS)
+        for i, name in enumerate(names)
+    )
 
 
 def test_hard_values_come_back(database: Database, save: Save) -> None:
     save()
 
     def work(connection: Connection) -> None:
-        version = connection.scalar(select(schema.version.c.id))
-        (kept,) = connection.execute(select(schema.entry).where(schema.entry.c.fqn == "w"))
+        held = connection.scalar(select(schema.tensor.c.id))
+        fqns = [(f"{text} {i}".encode(), text, (text, 7)) for i, text in enumerate(HARD)]
+        names = ("digest", "name", "path")
+        insert_rows(connection, schema.fqn, names, iter(fqns))
+        found = connection.execute(
+            select(*(schema.fqn.c[name] for name in names)).where(schema.fqn.c.name.in_(HARD))
+        )
+        assert sorted(map(repr, map(tuple, found))) == sorted(map(repr, fqns))
+        node = connection.scalar(select(schema.node.c.id).where(schema.node.c.level == 0))
+        ids = connection.scalars(select(schema.fqn.c.id).where(schema.fqn.c.name.in_(HARD))).all()
         connection.execute(delete(schema.entry))
-        entries = [(version, f"{t}.", (t, 7), "tensor", kept.tensor, None) for t in HARD]
-        entries += [(version, text, (), "value", None, text) for text in HARD]
-        names = ("version", "fqn", "path", "kind", "tensor", "value")
+        entries = [(node, i, "value", None, text) for i, text in zip(ids, HARD, strict=True)]
+        entries[0] = (node, ids[0], "tensor", held, None)
+        names = ("node", "fqn", "kind", "tensor", "value")
         insert_rows(connection, schema.entry, names, iter(entries))
         found = connection.execute(select(*(schema.entry.c[name] for name in names)))
         assert sorted(map(repr, map(tuple, found))) == sorted(map(repr, entries))
-        insert_rows(connection, schema.tensor, NAMES, tensors(HARD))
-        columns = [schema.tensor.c[name] for name in NAMES]
-        assert {*tensors(HARD)} <= {*map(tuple, connection.execute(select(*columns)))}
-        digests = [bytes(range(256)), b"", b"\\x00\n"]
+        insert_rows(connection, schema.layout, NAMES, layouts(HARD))
+        columns = [schema.layout.c[name] for name in NAMES]
+        assert {*layouts(HARD)} <= {*map(tuple, connection.execute(select(*columns)))}
         connection.execute(delete(schema.chunk))
         pack = connection.scalar(select(schema.pack.c.id))
         insert_rows(
             connection,
             schema.chunk,
-            ("ordinal", "digest", "tensor", "part", "pack", "offset", "length"),
-            [(2**40 + i, d, kept.tensor, 0, pack, 0, 1) for i, d in enumerate(digests)],
+            ("ordinal", "digest", "tensor", "pack", "offset", "length", "checksum"),
+            [(2**40 + i, d, held, pack, 0, 1, d or None) for i, d in enumerate(DIGESTS)],
         )
         chunk = schema.chunk.c
-        assert [*connection.scalars(select(chunk.digest).order_by(chunk.ordinal))] == digests
+        stored = connection.execute(select(chunk.digest, chunk.checksum).order_by(chunk.ordinal))
+        assert [*stored] == [(digest, digest or None) for digest in DIGESTS]
 
     database.transact(work, writes=True)
 
 
+def test_only_rows_that_are_new_are_inserted_and_their_ids_returned(database: Database) -> None:
+    def work(connection: Connection) -> None:
+        first = insert_new(connection, schema.layout, NAMES, layouts(HARD[:3]))
+        second = insert_new(connection, schema.layout, NAMES, layouts(HARD))
+        columns = [schema.layout.c[name] for name in NAMES]
+        assert {*map(tuple, connection.execute(select(*columns)))} == {*layouts(HARD)}
+        ids = connection.execute(select(schema.layout.c.digest, schema.layout.c.id)).all()
+        assert {**first, **second} == dict(ids)
+        assert not first.keys() & second.keys()
+        assert insert_new(connection, schema.layout, NAMES, layouts(HARD)) == {}
+        digests = [(digest, 1) for digest in DIGESTS]
+        assert insert_new(connection, schema.node, ("digest", "level"), digests).keys() == {
+            *DIGESTS
+        }
+        assert insert_new(connection, schema.node, ("digest", "level"), []) == {}
+
+    database.transact(work, writes=True)
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+def test_a_row_that_another_transaction_inserts_is_awaited(database: Database) -> None:
+    found: list[dict[bytes, int]] = []
+
+    def insert() -> None:
+        database.transact(
+            lambda connection: found.append(
+                insert_new(connection, schema.layout, NAMES, layouts(["a", "b", "c"]))
+            ),
+            writes=True,
+        )
+
+    with database.write() as connection:
+        kept = insert_new(connection, schema.layout, NAMES, layouts(["b"]))
+        thread = threading.Thread(target=insert)
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive()
+    thread.join()
+    assert kept.keys() == {b"b"}
+    assert found[0].keys() == {b"a", b"c"}
+
+
 def test_inserting_no_rows_is_allowed(database: Database) -> None:
     database.transact(
-        lambda connection: insert_rows(connection, schema.tensor, NAMES, []), writes=True
+        lambda connection: insert_rows(connection, schema.layout, NAMES, []), writes=True
     )
 
 
@@ -72,12 +129,12 @@ def test_an_existing_row_is_a_conflict_and_nothing_changes(database: Database) -
     with pytest.raises(ConflictError, match="refused a row"):
         database.transact(
             lambda connection: insert_rows(
-                connection, schema.tensor, NAMES, [*tensors(["a", "b", "a"])]
+                connection, schema.layout, NAMES, [*layouts(["a", "b", "a"])]
             ),
             writes=True,
         )
     with database.write() as connection:
-        assert connection.execute(select(schema.tensor)).all() == []
+        assert connection.execute(select(schema.layout)).all() == []
 
 
 def test_a_connection_that_is_lost_in_between_is_made_again(postgres_server: Any) -> None:
@@ -87,7 +144,7 @@ def test_a_connection_that_is_lost_in_between_is_made_again(postgres_server: Any
         psycopg.connect(url, autocommit=True) as other,
     ):
         database = Database(url)
-        digests = [f"{i:08}" for i in range(100_000)]
+        names = [f"{i:08}" for i in range(100_000)]
         tries = 0
 
         def work(connection: Connection) -> None:
@@ -96,16 +153,16 @@ def test_a_connection_that_is_lost_in_between_is_made_again(postgres_server: Any
             process = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
 
             def rows() -> Iterator[tuple[Any, ...]]:
-                for i, row in enumerate(tensors(digests)):
+                for i, row in enumerate(layouts(names)):
                     if i == 50_000 and tries == 1:
                         other.execute("SELECT pg_terminate_backend(%s, 10000)", [process])
                     yield row
 
-            insert_rows(connection, schema.tensor, NAMES, rows())
+            insert_rows(connection, schema.layout, NAMES, rows())
 
         database.transact(work, writes=True)
         assert tries == 2
         with database.write() as connection:
-            found = connection.scalars(select(schema.tensor.c.digest)).all()
-        assert sorted(found) == digests
+            found = connection.scalars(select(schema.layout.c.dtype)).all()
+        assert sorted(found) == names
         database.close()

@@ -268,7 +268,7 @@ def test_empty_tensor_and_pack_without_chunks(catalog: Catalog) -> None:
     (entry,) = load_entries(catalog, 1)
     assert entry.tensor is not None
     assert (entry.tensor.shape, entry.tensor.nbytes) == ((0,), 0)
-    assert list(find_tensors(catalog, ["empty"])) == ["empty"]
+    assert list(find_tensors(catalog, [digest_of("empty")])) == [digest_of("empty")]
 
 
 def test_condemned_packs_are_never_reused(catalog: Catalog, save: Save) -> None:

@@ -18,8 +18,8 @@ from sqlalchemy import (
     Text,
     cast,
     func,
-    or_,
     select,
+    union_all,
 )
 
 from dcpstore.catalog.db.key_lists import wanted_digests, wanted_ids, wanted_names
@@ -145,8 +145,8 @@ def _wanted_starts(connection: Connection, digests: Collection[str]) -> Select[A
 def _lost() -> CompoundSelect[Any]:
     """Return a query of the tensors and runs with a chunk in a condemned or damaged pack."""
     chunk, pack = tables.chunk, tables.pack
-    return holding_tensors(
-        select(chunk.c.tensor)
-        .join(pack, pack.c.id == chunk.c.pack)
-        .where(or_(pack.c.status == "condemned", pack.c.damage.is_not(None)))
+    lost = union_all(  # not by OR, for which SQLite would read all chunks
+        select(pack.c.id).where(pack.c.status == "condemned"),
+        select(pack.c.id).where(pack.c.damage.is_not(None)),
     )
+    return holding_tensors(select(chunk.c.tensor).where(chunk.c.pack.in_(lost)))

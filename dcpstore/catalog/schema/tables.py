@@ -252,9 +252,12 @@ def _integers(text: str) -> tuple[int, ...]:
 @lru_cache(4096)
 def _grids(text: str) -> tuple[Grid, ...]:
     """Return the grids of a text; cached, as `_integers`."""
+    parts = json.loads(text)
+    if not isinstance(parts, list):
+        raise ValueError("not a list of grids")
     return tuple(
         Grid(*(_integers(json.dumps(one)) for one in (offsets, shape, chunk_shape)))
-        for offsets, shape, chunk_shape in json.loads(text)
+        for offsets, shape, chunk_shape in parts
     )
 
 
@@ -513,8 +516,9 @@ tensor = Table(
     tables,
     Column("id", Key, primary_key=True),
     Column("digest", Bytes, nullable=False),
-    # Without a layout it is a run: chunks that large tensors have in common.
-    Column("layout", Key, ForeignKey("layout.id"), index=True),
+    # Without a layout it is a run: chunks that large tensors have in common. Layouts are few, and
+    # never deleted, so this needs no index.
+    Column("layout", Key, ForeignKey("layout.id")),
     Column("page", Key, ForeignKey("page.id")),  # that holds it, if it is a run
     # gc deletes rows. If an id were used again, a running load could read another tensor's chunks.
     sqlite_autoincrement=True,
