@@ -231,7 +231,9 @@ def _damage_explained(database: Database) -> Iterator[None]:
     """Raise what a migration says of a value that it cannot read as an error of ours."""
     try:
         yield
-    except (ValueError, TypeError, LookupError) as error:
+    except DcpstoreError:
+        raise
+    except (ValueError, TypeError) as error:
         raise CorruptionError(
             f"the catalog {database.shown} is damaged and was not upgraded ({error!r}). The older "
             "dcpstore can still use it, and its 'dcpstore verify' says what is damaged; restore it "
