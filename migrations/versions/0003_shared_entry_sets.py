@@ -253,7 +253,7 @@ class Tables:
 TAKEN = ("entry", "tensor", "chunk", "alias")
 
 # Indexes that are made when their tables are filled, which is faster.
-HEX = {"sqlite": "lower(hex(digest))", "postgresql": "encode(digest, 'hex')"}
+HEX = {"sqlite": "lower(hex(digest)) COLLATE BINARY", "postgresql": "encode(digest, 'hex')"}
 INDEXES = (
     "CREATE UNIQUE INDEX uq_tensor_digest ON {tensor} (substr({hex}, 1, 20))",
     "CREATE INDEX ix_tensor_page ON {tensor} (page) WHERE page IS NOT NULL",

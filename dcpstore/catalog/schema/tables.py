@@ -271,7 +271,8 @@ class _Hex(GenericFunction[str]):
 
 @compiles(_Hex, "sqlite")
 def _hex_on_sqlite(element: _Hex, compiler: SQLCompiler, **options: Any) -> str:
-    return f"lower(hex({compiler.process(element.clauses, **options)}))"
+    # SQLite adds the collation to the column of a view, and then looks for an index with it.
+    return f"lower(hex({compiler.process(element.clauses, **options)})) COLLATE BINARY"
 
 
 @compiles(_Hex, "postgresql")

@@ -115,7 +115,7 @@ VIEWS = {
 }
 
 # A digest as people see it.
-_DIGEST = {"sqlite": "lower(hex(t.digest))", "postgresql": "encode(t.digest, 'hex')"}
+_DIGEST = {"sqlite": "lower(hex(t.digest)) COLLATE BINARY", "postgresql": "encode(t.digest, 'hex')"}
 
 # How the tensor of `e` under the FQN of `f` differs from that of the version `p`, in whose tree the
 # set of the FQN is found by the last child that does not begin after it. NULL if it has none.
