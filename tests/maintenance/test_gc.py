@@ -369,8 +369,8 @@ def test_dead_plans_and_tensors_leave_no_rows(repo: Repository) -> None:
     def count(table: str) -> int:
         return int(repo.sql(f"SELECT count(*) AS n FROM {table}")[0].n)
 
-    assert {t: count(t) for t in ("tensor", "part", "chunk", "pack", "plan")} == dict.fromkeys(
-        ("tensor", "part", "chunk", "pack", "plan"), 1
-    )
+    assert {
+        t: count(t) for t in ("tensor", "chunk", "entry", "fqn", "pack", "plan")
+    } == dict.fromkeys(("tensor", "chunk", "entry", "fqn", "pack", "plan"), 1)
     assert datetime.now(UTC) > repo.show().created_at
     assert math.prod(repo.read()["w3"].shape) == 8

@@ -243,7 +243,7 @@ def test_the_first_operation_of_another_repository_stays(
 
 def test_a_damaged_part_of_a_tensor_is_a_fault_and_no_crash(place: Place, repo: Repository) -> None:
     saved(repo)
-    ask_database(place.url, "UPDATE part SET shape = '[1,2,3]'")
+    ask_database(place.url, "UPDATE layout SET parts = '[[[0],[1,2,3],[1]]]'")
     damages = repo.verify().damaged
     assert {damage.kind for damage in damages} == {"catalog"}
     assert {number for damage in damages for number in damage.versions} == {1, 2, 3}

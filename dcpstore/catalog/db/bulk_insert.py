@@ -41,9 +41,16 @@ def insert_rows(
 
 
 def insert_new(
-    connection: Connection, table: Table, names: Sequence[str], rows: Iterable[Row]
+    connection: Connection,
+    table: Table,
+    names: Sequence[str],
+    rows: Iterable[Row],
+    *,
+    returning: str = "id",
 ) -> dict[Any, int]:
-    """Insert the rows of which no unique index has one yet; return their ids by the first column.
+    """Insert the rows of which no unique index has one yet.
+
+    Returns the values of a column, by those of the first one.
 
     Another transaction may insert an equal row at the same time: this one waits until that ends.
     Two that insert the same rows in another order would wait for each other, so the caller sorts
@@ -51,7 +58,7 @@ def insert_new(
     """
     quote = connection.dialect.identifier_preparer.quote
     target = f"INSERT INTO {quote(table.name)} ({', '.join(map(quote, names))})"
-    more = f"ON CONFLICT DO NOTHING RETURNING {quote(names[0])}, id"
+    more = f"ON CONFLICT DO NOTHING RETURNING {quote(names[0])}, {quote(returning)}"
     is_bytes = [isinstance(table.c[name].type, LargeBinary) for name in names]
     ids: dict[Any, int] = {}
     for batch in _bound(connection, table, names, rows):

@@ -407,12 +407,12 @@ def _judge(
     """
     condemned = _condemn(connection, now=now, lease=lease)
     sparse = _sparse(connection, live_share)
-    judged = (
-        select(_pack.c.id)
-        .where(_pack.c.damage.is_(None) | (_pack.c.status != "live"))
-        .where(_pack.c.key.not_in(wanted_names(connection, [pack.key for pack in sparse])))
+    is_judged = exists().where(
+        _pack.c.id == _unjudged.c.pack,
+        _pack.c.damage.is_(None) | (_pack.c.status != "live"),
+        _pack.c.key.not_in(wanted_names(connection, [pack.key for pack in sparse])),
     )
-    connection.execute(delete(_unjudged).where(_unjudged.c.pack.in_(judged)))
+    connection.execute(delete(_unjudged).where(is_judged))
     return condemned, sparse
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
 from dcpstore.catalog.db.bulk_insert import insert_new, insert_rows
-from dcpstore.catalog.db.key_lists import wanted_digests, wanted_ids, wanted_names
+from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
 from dcpstore.catalog.read.dedup import known_tensors
 from dcpstore.catalog.read.entries import chunk_starts
 from dcpstore.catalog.schema import tables
@@ -228,18 +228,8 @@ def _write_layouts(connection: Connection, tensors: Sequence[NewTensor]) -> dict
 def _write_aliases(
     connection: Connection, aliases: Mapping[str, str], tensors: Mapping[str, int]
 ) -> None:
-    if not aliases:
-        return
-    alias = tables.alias
-    rows = {bytes.fromhex(digest): tensors[stored] for digest, stored in aliases.items()}
-    wanted = wanted_digests(connection, rows.keys())
-    known = set(
-        connection.scalars(
-            select(alias.c.digest).where(alias.c.digest.in_(select(wanted.c.digest)))
-        )
-    )
-    new = sorted(rows.keys() - known)
-    insert_rows(connection, alias, ("digest", "tensor"), ((d, rows[d]) for d in new))
+    rows = sorted((bytes.fromhex(digest), tensors[stored]) for digest, stored in aliases.items())
+    insert_new(connection, tables.alias, ("digest", "tensor"), rows, returning="tensor")
 
 
 def _forget_places(
