@@ -560,8 +560,9 @@ class StorageRequest:
 class Trace:
     """What a repository asked of its database and of its storage; grows while it is traced.
 
-    `statements` is the SQL of each statement, as it was sent; `requests` are the calls of the
-    storage. Threads of one process are traced together, in the order of their requests.
+    `statements` is the SQL of each statement as it was sent, BEGIN and COMMIT among them: on a
+    server, each is one round trip. `requests` are the calls of the storage. Threads of one process
+    are traced together, in the order of their requests.
     """
 
     statements: list[str] = field(default_factory=list)
