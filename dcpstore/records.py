@@ -316,7 +316,10 @@ class EntryRecord:
 
 
 class StoredChunk(NamedTuple):
-    """Where one chunk's encoded bytes lie; a tuple, for a load handles very many of them."""
+    """Where one chunk's encoded bytes lie; a tuple, for a load handles very many of them.
+
+    `checksum` is the one of `core.checksums`; None if the catalog has none, for an older chunk.
+    """
 
     tensor_id: int
     part: int
@@ -325,6 +328,7 @@ class StoredChunk(NamedTuple):
     pack: str
     offset: int
     length: int
+    checksum: bytes | None = None
 
 
 class ChunkRange(NamedTuple):
@@ -337,15 +341,19 @@ class ChunkRange(NamedTuple):
 
 
 class ChunkPlace(NamedTuple):
-    """Where the encoded bytes of a chunk content lie already."""
+    """Where the encoded bytes of a chunk content lie already, and their checksum if it is known."""
 
     pack: str
     offset: int
     length: int
+    checksum: bytes | None = None
 
 
 class NewChunk(NamedTuple):
-    """One chunk of a tensor that a save commits, with the place of its bytes, new or reused."""
+    """One chunk of a tensor that a save commits, with the place of its bytes, new or reused.
+
+    `checksum` is the one of `core.checksums`; None for reused bytes of which none is known.
+    """
 
     part: int
     ordinal: int
@@ -353,6 +361,7 @@ class NewChunk(NamedTuple):
     pack: str
     offset: int
     length: int
+    checksum: bytes | None = None
 
 
 class NewTensor(NamedTuple):

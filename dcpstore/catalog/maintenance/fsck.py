@@ -53,7 +53,10 @@ class PackState(NamedTuple):
 
 
 class PackedChunk(NamedTuple):
-    """A chunk in a pack, with all that a check of its bytes needs; `dtype` is torch's name."""
+    """A chunk in a pack, with all that a check of its bytes needs; `dtype` is torch's name.
+
+    `checksum` is the one of its stored bytes, None where the catalog has none.
+    """
 
     offset: int
     length: int
@@ -65,6 +68,7 @@ class PackedChunk(NamedTuple):
     tensor: int
     part: int
     ordinal: int
+    checksum: bytes | None = None
 
 
 class Reached(NamedTuple):
@@ -123,7 +127,7 @@ def packed_chunks(connection: Connection, key: str) -> list[PackedChunk]:
     )
     places: dict[tuple[int, int, bytes], PackedChunk] = {}
     for row in rows:
-        chunk = PackedChunk._make(row)
+        chunk = PackedChunk(*row)
         places.setdefault(chunk[:3], chunk)
     return list(places.values())
 

@@ -7,6 +7,7 @@ their tensors, and tensors by the digests of their chunks.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import starmap
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -153,7 +154,7 @@ def load_chunks(connection: Connection, wanted: Sequence[ChunkRange]) -> list[St
         )
         .join(pack, pack.c.id == chunk.c.pack)
     )
-    return sorted(map(StoredChunk._make, rows.all()), key=itemgetter(4, 5, 0, 1, 2))
+    return sorted(starmap(StoredChunk, rows.all()), key=itemgetter(4, 5, 0, 1, 2))
 
 
 @reads

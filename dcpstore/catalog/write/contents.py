@@ -121,7 +121,7 @@ def _write_tensors(
         (
             (ids[tensor.digest], part, ordinal, digest, packs[pack], offset, length)
             for tensor in placed
-            for part, ordinal, digest, pack, offset, length in tensor.chunks
+            for part, ordinal, digest, pack, offset, length, _ in tensor.chunks
         ),
     )
     return ids
