@@ -317,7 +317,10 @@ class EntryRecord:
 
 
 class StoredChunk(NamedTuple):
-    """Where one chunk's encoded bytes lie; a tuple, for a load handles very many of them."""
+    """Where one chunk's encoded bytes lie; a tuple, for a load handles very many of them.
+
+    `checksum` is the one of `core.checksums`; None if the catalog has none, for an older chunk.
+    """
 
     tensor_id: int
     part: int
@@ -339,7 +342,7 @@ class ChunkRange(NamedTuple):
 
 
 class ChunkPlace(NamedTuple):
-    """Where the encoded bytes of a chunk content lie already."""
+    """Where the encoded bytes of a chunk content lie already, and their checksum if it is known."""
 
     pack: str
     offset: int
@@ -350,7 +353,7 @@ class ChunkPlace(NamedTuple):
 class NewChunk(NamedTuple):
     """One chunk of a tensor that a save commits, with the place of its bytes, new or reused.
 
-    `checksum` is 16 bytes over the stored bytes, or None where none was computed.
+    `checksum` is the one of `core.checksums`; None for reused bytes of which none is known.
     """
 
     part: int
@@ -587,8 +590,9 @@ class StorageRequest:
 class Trace:
     """What a repository asked of its database and of its storage; grows while it is traced.
 
-    `statements` is the SQL of each statement, as it was sent; `requests` are the calls of the
-    storage. Threads of one process are traced together, in the order of their requests.
+    `statements` is the SQL of each statement as it was sent, BEGIN and COMMIT among them: on a
+    server, each is one round trip. `requests` are the calls of the storage. Threads of one process
+    are traced together, in the order of their requests.
     """
 
     statements: list[str] = field(default_factory=list)

@@ -75,6 +75,7 @@ FENCES = {
     "rich": {"core", "cli"},
     "safetensors": {"convert"},
     "sqlalchemy": {"catalog"},
+    "xxhash": {"core"},
     "zarr": {"zarr"},
 }
 UNFENCED = {"dcpstore", "numpy", "torch", "typing_extensions"}

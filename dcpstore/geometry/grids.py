@@ -16,7 +16,12 @@ from dcpstore.geometry.boxes import Box
 
 __all__ = ["Grid", "cover", "lay_grids", "lay_parts", "lay_regular"]
 
-_TILE = 256 << 10  # bytes; larger chunks of sharded tensors are cut along every dimension
+# Bytes above which a chunk of a sharded tensor is halved along a dimension. With few boxes chunks
+# become small, so that a load on more ranks reads little that it does not need. With many the boxes
+# are small themselves, and chunks multiply with ranks: then none is cut to less than 1 MiB.
+_TILE = 256 << 10
+_TILE_OF_MANY = (2 << 20) - 1
+_MANY = 8  # boxes
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +199,8 @@ def lay_regular(
     cells = math.prod(-(-n // (step or n)) for n, step in zip(shape, steps, strict=True))
     if cells > 2 * pieces:  # boundaries at unrelated offsets: the grid would be far too fine
         return None
-    cuts = _tile(shape, steps, itemsize) if pieces > 1 else steps
+    most = _TILE if pieces < _MANY else _TILE_OF_MANY
+    cuts = _tile(shape, steps, itemsize, most) if pieces > 1 else steps
     return Grid(origin, shape, _chunk_shape(shape, cuts, itemsize, target))
 
 
@@ -217,18 +223,18 @@ def _step(n: int, dim: int, boxes: Iterable[Box]) -> int:
     return math.gcd(*(cuts - {0, n}))
 
 
-def _tile(shape: Sequence[int], steps: Sequence[int], itemsize: int) -> list[int]:
+def _tile(shape: Sequence[int], steps: Sequence[int], itemsize: int, most: int) -> list[int]:
     """Return smaller steps: a shard cut into up to four along each dimension, the longest first.
 
     A load on two or four times as many ranks, or by columns after a save by rows, then reads few
-    bytes that it does not need. Tiles stay near `_TILE` bytes: smaller ones cost more than they
-    save.
+    bytes that it does not need. Only what has more than `most` bytes is cut: smaller tiles cost
+    more than they save.
     """
     extents = [step or n for n, step in zip(shape, steps, strict=True)]
     cut = list(steps)
     for _ in range(2):  # at most two halvings a dimension: a quarter of a shard
         for dim in sorted(range(len(extents)), key=lambda dim: -extents[dim]):
-            if itemsize * math.prod(extents) > _TILE and extents[dim] % 2 == 0:
+            if itemsize * math.prod(extents) > most and extents[dim] % 2 == 0:
                 extents[dim] //= 2
                 cut[dim] = extents[dim]
     return cut

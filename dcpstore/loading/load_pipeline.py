@@ -31,7 +31,7 @@ from dcpstore.formats.composition import compositions, outer_fqns
 from dcpstore.loading.item_reads import ItemReads, check_values
 from dcpstore.loading.owner_check import OwnerCheck
 from dcpstore.loading.shared_memory import check_memory
-from dcpstore.planning.load_planner import DefaultLoadPlanner
+from dcpstore.planning.load_planner import DefaultLoadPlanner, keeps_local_plans
 from dcpstore.planning.torch_metadata import describe_version
 from dcpstore.records import (
     EntryRecord,
@@ -120,7 +120,11 @@ def load_version(
     load.growth = in_step(ranks, "state_dict", load.take_state, common_growth)
     if dry_run:
         return in_step(ranks, "plan", load.predict, load.report)
-    plan = in_turn(ranks, "plan", load.plan, load.planner.create_global_plan)
+    if load.opened.sends_plans:
+        plan = in_turn(ranks, "plan", load.plan, load.planner.create_global_plan)
+    else:
+        in_step(ranks, "plan", load.plan_locally, load.check_names)
+        plan = load.local_plan
     report = in_step(ranks, "read", lambda: load.read(plan), load.report)
     in_step(ranks, "load_state_dict", load.give_state, lambda _: None)
     # A step of its own, because `state_dict()` may be a collective call.
@@ -149,13 +153,16 @@ class VersionToLoad:
     """What all ranks load: a version, its entries, and the sorted keys of all ranks' states.
 
     `planner_data` is what the save planner stored with the version, as typed JSON. It is None if it
-    stored none, or if the load planner is ours, which does not use it.
+    stored none, or if the load planner is ours, which does not use it. `sends_plans` says whether
+    the coordinator's planner makes a global plan of its own; otherwise each rank carries out its
+    local plan as it is, and need not send it.
     """
 
     version: Version
     entries: Sequence[EntryRecord]
     keys: Sequence[str]
     planner_data: str | None
+    sends_plans: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +221,7 @@ class _Load:
     # Key: the FQN of an owner. Value: the stored entries below the owner that its state_dict() has
     # on none of the ranks that hold the owner. Both are named by FQNs of the state.
     growth: Mapping[str, frozenset[str]] = field(init=False)
+    local_plan: LoadPlan = field(init=False)  # only where plans are not sent
     owner_check: OwnerCheck = field(init=False)
 
     def open(
@@ -240,7 +248,9 @@ class _Load:
             # Ours does not use planner data, but a subclass may.
             is_ours = type(self.planner) is DefaultLoadPlanner
             data = None if is_ours else load_planner_data(catalog, version.number)
-            return VersionToLoad(version, load_entries(catalog, version.number), keys, data)
+            entries = load_entries(catalog, version.number)
+            sends_plans = not keeps_local_plans(self.planner)
+            return VersionToLoad(version, entries, keys, data, sends_plans)
 
     def take_state(self) -> Mapping[str, frozenset[str]]:
         """Take the plain state.
@@ -275,6 +285,20 @@ class _Load:
         )
         return plan
 
+    def plan_locally(self) -> NamesInOptions | None:
+        """Make and keep the plan of this rank; return what the ranks must judge together."""
+        self.local_plan = self.plan()
+        return self._names_in_options()
+
+    def check_names(self, ranks: Sequence[NamesInOptions | None]) -> None:
+        """On the coordinator: check that each name in the options is meant for some rank.
+
+        Raises:
+            NotFoundError: neither the version nor the state of any rank has one of them.
+        """
+        if isinstance(self.planner, DefaultLoadPlanner):
+            self.planner.check_names(ranks)
+
     def predict(self) -> RankLoad:
         """Return what a load would do; `differences` are the reasons why it would fail."""
         try:
@@ -287,10 +311,8 @@ class _Load:
             reads = ItemReads(plan, self.planner, self.by_fqn)
             counts = reads.measure(self.source.catalog, version=self.opened.version.number)
             report = self._reported(plan, *counts)
-        # The names in the options are judged from all ranks together. In a load they travel with
-        # the plans; a dry run sends no plans, so they travel in this report.
-        named = getattr(self.planner, "names_in_options", None)
-        return replace(report, names_in_options=named)
+        # The names in the options are judged from all ranks together.
+        return replace(report, names_in_options=self._names_in_options())
 
     def read(self, mine: LoadPlan) -> RankLoad:
         """Read this rank's part of the global plan into its tensors."""
@@ -363,6 +385,10 @@ class _Load:
         if differences:
             raise MismatchError.listing(differences)
         return plan
+
+    def _names_in_options(self) -> NamesInOptions | None:
+        named = getattr(self.planner, "names_in_options", None)
+        return named if isinstance(named, NamesInOptions) else None
 
     def _reported(self, plan: LoadPlan, chunks: int, nbytes: int) -> RankLoad:
         return RankLoad(

@@ -239,6 +239,7 @@ def _described(tensor: NewTensor, chunk: NewChunk) -> PackedChunk:
         tensor=0,
         part=chunk.part,
         ordinal=chunk.ordinal,
+        checksum=chunk.checksum,
     )
 
 

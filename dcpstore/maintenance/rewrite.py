@@ -23,7 +23,7 @@ from dcpstore.catalog.write.stale import clear_stale, stale_versions
 from dcpstore.core.uids import new_uid
 from dcpstore.errors import CorruptionError, NotFoundError
 from dcpstore.reading.chunk_reads import check_chunk
-from dcpstore.records import PackRecord
+from dcpstore.records import ChunkPlace, PackRecord
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackReader, PackWriter, pack_key
 from dcpstore.zarr.documents import write_manifest
@@ -91,13 +91,13 @@ def repack(
 
 def _copy(
     catalog: Catalog, storage: Storage, old: PackRecord, writer: PackWriter
-) -> dict[int, int]:
-    """Append every chunk of `old` that is reached; return the new offsets by the old ones."""
-    moves: dict[int, int] = {}
+) -> dict[int, ChunkPlace]:
+    """Append every chunk of `old` that is reached; return the new places by the old offsets."""
+    moves: dict[int, ChunkPlace] = {}
     with closing(PackReader(storage)) as packs:
         for chunk in packed_chunks(catalog, old.key):
             encoded = packs.read(old.key, chunk.offset, chunk.length)
             check_chunk(chunk, encoded)
             if chunk.offset not in moves:
-                moves[chunk.offset] = writer.append(encoded).offset
+                moves[chunk.offset] = writer.append(encoded)
     return moves

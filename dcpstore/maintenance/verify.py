@@ -37,6 +37,7 @@ from dcpstore.catalog.maintenance.journal import check_owner, journal_again, las
 from dcpstore.catalog.read.log_filter import list_log
 from dcpstore.catalog.read.ref_lookup import resolve
 from dcpstore.catalog.write.stale import mark_version_stale
+from dcpstore.core.checksums import check_pieces
 from dcpstore.core.progress import ProgressBar
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.formats.journal_entry import decode_operation, operation_key
@@ -353,7 +354,14 @@ def check_packs(
             def check(chunk: PackedChunk, key: str = pack.key) -> str | None:
                 throttle.take(chunk.length)
                 try:
-                    check_chunk(chunk, reader.read(key, chunk.offset, chunk.length))
+                    if chunk.checksum is None:
+                        check_chunk(chunk, reader.read(key, chunk.offset, chunk.length))
+                    else:
+                        encoded, pieces = reader.read_with_checksums(
+                            key, chunk.offset, chunk.length, chunk.checksum
+                        )
+                        check_chunk(chunk, encoded)
+                        check_pieces(encoded, pieces)
                 except (CorruptionError, InvalidInputError) as error:  # its key may be invalid
                     return str(error)
                 return None

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import default_planner as torch_planner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 from dcpstore.encoding.dtypes import PACKED
 from dcpstore.errors import InvalidInputError, MismatchError, NotFoundError, UnsafeDataError
@@ -32,7 +32,7 @@ from dcpstore.state.targets import check_room, make_room, memory_of, target_faul
 from dcpstore.state.tree import Place, flattened, is_empty_container
 from dcpstore.state.walk import nesting_checked
 
-__all__ = ["DefaultLoadPlanner", "ValueFile"]
+__all__ = ["DefaultLoadPlanner", "ValueFile", "keeps_local_plans"]
 
 _NO_OFFSET = torch.Size((0,))
 # What torch's wrappers add to the names in a module's state: compile, DDP, activation
@@ -200,9 +200,17 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
             plan.planner_data if isinstance(plan.planner_data, NamesInOptions) else None
             for plan in global_plan
         ]
-        if faults := self.name_faults(named):
-            raise NotFoundError("\n".join(faults))
+        self.check_names(named)
         return super().create_global_plan(global_plan)
+
+    def check_names(self, ranks: Iterable[NamesInOptions | None]) -> None:
+        """Check that each name in the options is in the version, or in the state of some rank.
+
+        Raises:
+            NotFoundError: one is in neither; the message has the nearest names.
+        """
+        if faults := self.name_faults(ranks):
+            raise NotFoundError("\n".join(faults))
 
     def name_faults(self, ranks: Iterable[NamesInOptions | None]) -> list[str]:
         """Return a message for each name in the options that no rank's state and no entry has."""
@@ -530,6 +538,19 @@ def _unwrapped(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
+
+
+def keeps_local_plans(planner: LoadPlanner) -> bool:
+    """Tell whether the global plan of a planner is the local plans as they are.
+
+    They are for our planner and for torch's default one, unless a subclass, or the planner itself,
+    has another `create_global_plan`.
+    """
+    made_by = getattr(planner.create_global_plan, "__func__", None)
+    return made_by in (
+        DefaultLoadPlanner.create_global_plan,
+        torch_planner.DefaultLoadPlanner.create_global_plan,
+    )
 
 
 def _absent(fqn: str, name: str, stored: Collection[str]) -> str:

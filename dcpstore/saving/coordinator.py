@@ -20,6 +20,13 @@ from dcpstore.planning.save_planner import recorded_by
 from dcpstore.records import ChunkDefaults, ChunkKey, EntryRecord, Version
 from dcpstore.saving.chunk_writer import Written
 from dcpstore.saving.commit import BegunVersion, SaveTarget, checked_planner_data, entries_of_parent
+from dcpstore.saving.digest_exchange import (
+    CHUNK_DIGEST,
+    Sent,
+    SentBefore,
+    received,
+    split,
+)
 from dcpstore.saving.plan_exchange import (
     GlobalPlan,
     PlanOffer,
@@ -29,7 +36,7 @@ from dcpstore.saving.plan_exchange import (
     shares_tables,
 )
 from dcpstore.saving.rank_chunks import Digested
-from dcpstore.saving.replicas import list_names
+from dcpstore.saving.replicas import FINGERPRINT, list_names
 from dcpstore.saving.request import SaveRequest
 from dcpstore.saving.save_state import SaveState, has_other_grids
 
@@ -69,11 +76,14 @@ class WriteAssignment:
         write: indices of its chunks to write, without those that it has begun to write.
         compare: entries, the same for all ranks.
         version: the number of the version that holds these entries.
+        wants_digests: whether the rank must send all its digests, because a difference cannot be
+            used; the same for all ranks.
     """
 
     write: Sequence[int] = ()
     compare: Sequence[EntryRecord] = ()
     version: int = 0
+    wants_digests: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +91,16 @@ class RankDigests:
     """What a rank sends once all its data is digested.
 
     Attributes:
-        digested: its chunks and values.
+        chunks: the digests of its chunks.
+        digested: its values; the digests are left out.
         seconds: how long each phase has taken on this rank.
-        replicas: the fingerprints of its replicas; empty if `FirstDigests` had them.
+        replicas: the fingerprints of its replicas; None if `FirstDigests` had them.
     """
 
+    chunks: Sent
     digested: Digested
     seconds: Seconds
-    replicas: bytes
+    replicas: Sent | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +108,16 @@ class FirstDigests:
     """What a rank sends before all its data is digested, in a save that writes early.
 
     Attributes:
-        keys: (codec, digest) of its first chunks.
+        chunks: the digests of its first chunks.
+        codecs: the codec of each of these, each name once.
+        codec: [chunks], the number of its codec, one byte each.
         replicas: the fingerprints of its replicas.
     """
 
-    keys: Sequence[ChunkKey]
-    replicas: bytes
+    chunks: Sent
+    codecs: Sequence[str]
+    codec: bytes
+    replicas: Sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +143,11 @@ class Coordinator:
         self._parent: Mapping[str, EntryRecord] | None = None  # the parent's entries by FQN
         self._plan: GlobalPlan | None = None
         self._first: Sequence[Sequence[int]] = [()] * size
+        # By rank, the digests to which differences are; empty if the ranks send all.
+        self._before: Sequence[SentBefore] = ()
+        # By rank, those of this save: the digests of chunks, and the fingerprints of replicas.
+        self._chunks: Sequence[bytes] = ()
+        self._replicas: Sequence[bytes] | None = None
 
     @property
     def _chunk(self) -> ChunkDefaults:
@@ -172,6 +193,8 @@ class Coordinator:
                 to_lowest_rank=self._planner.dedup_save_to_lowest_rank,
                 is_whole=self._is_whole,
             )
+            if self._plan is not None:  # kept here: another save may replace the cached ones
+                self._before = self.target.memory.gathered.get(self._plan.key) or ()
             return self._with_early_writes(replies)
         plans = [offer.plan for offer in offers if offer.plan is not None]
         parts, metadata = self._planner.create_global_plan(plans)
@@ -198,12 +221,16 @@ class Coordinator:
         Raises:
             InvalidInputError: the ranks hold different contents of one item.
         """
-        self._check_replicas([report.replicas for report in reports])
+        chunks = self._all_chunks([report.chunks for report in reports])
+        if chunks is None or not self._take_replicas([report.replicas for report in reports]):
+            return self._first  # nothing is written early; `look_up` asks for all digests
         # For each chunk the first rank that has it, and its index there.
         writers: dict[ChunkKey, tuple[int, int]] = {}
-        for rank, report in enumerate(reports):
-            for index, key in enumerate(report.keys):
-                writers.setdefault(key, (rank, index))
+        for rank, (report, digests) in enumerate(zip(reports, chunks, strict=True)):
+            for index, (codec, digest) in enumerate(
+                zip(report.codec, split(digests, CHUNK_DIGEST), strict=True)
+            ):
+                writers.setdefault((report.codecs[codec], digest), (rank, index))
         # Ignore the codec: an unknown digest is surely new. A known one may still be reused as part
         # of a whole tensor, which may be stored with another codec.
         stored = find_chunks(self.target.catalog, {digest for _, digest in writers})
@@ -222,12 +249,21 @@ class Coordinator:
         """
         assert self._plan is not None
         assert self._parent is not None
-        if not self._writes_early:
-            self._check_replicas([report.replicas for report in reports])
+        chunks = self._all_chunks([report.chunks for report in reports])
+        replicas = [report.replicas for report in reports if report.replicas is not None]
+        if replicas:  # else `choose_first` took them
+            self._take_replicas(replicas)
+        if chunks is None or self._replicas is None:
+            self._before = ()
+            return [WriteAssignment(wants_digests=True)] * self._size
+        self._chunks = chunks
         self._state = SaveState(
             self._plan.table,
             self._plan.layouts,
-            [report.digested for report in reports],
+            [
+                replace(report.digested, digests=digests)
+                for report, digests in zip(reports, chunks, strict=True)
+            ],
             paths=self._plan.paths,
             chunk=self._chunk,
             are_whole=self._is_whole,
@@ -249,6 +285,18 @@ class Coordinator:
     def _assign_writes(self) -> list[WriteAssignment]:
         chosen = self._state.choose_writes(self.target.catalog, self._first)
         return [WriteAssignment(write=places) for places in chosen]
+
+    def _all_chunks(self, sent: Sequence[Sent]) -> list[bytes] | None:
+        """Return the digests of each rank's chunks, or None if the ranks must send them all."""
+        return received(sent, [(one.uid, one.chunks) for one in self._before], width=CHUNK_DIGEST)
+
+    def _take_replicas(self, sent: Sequence[Sent]) -> bool:
+        """Take and check the fingerprints; return False if the ranks must send them all."""
+        before = [(one.uid, one.replicas) for one in self._before]
+        self._replicas = received(sent, before, width=FINGERPRINT)
+        if self._replicas is not None:
+            self._check_replicas(self._replicas)
+        return self._replicas is not None
 
     def _check_replicas(self, fingerprints: Sequence[bytes]) -> None:
         """Check that what several ranks hold is the same on all; log the buffers that differ."""
@@ -300,7 +348,7 @@ class Coordinator:
         assert self._plan is not None
         assert self._begun is not None
         self._state.take_results([report.written for report in reports])
-        return self._begun.commit(
+        version = self._begun.commit(
             self.target,
             self._state,
             packs=[pack for report in reports for pack in report.written.packs],
@@ -311,6 +359,14 @@ class Coordinator:
             },
             planner_data=self._plan.planner_data,
         )
+        if self._plan.key and self._size > 1:  # one rank sends nothing
+            assert self._replicas is not None
+            sent = [
+                SentBefore(version.uid, *both)
+                for both in zip(self._chunks, self._replicas, strict=True)
+            ]
+            self.target.memory.gathered.put(self._plan.key, sent)
+        return version
 
     def abort(self, error: BaseException) -> None:
         """Mark the version as aborted because of `error`, if it was begun."""

@@ -2,7 +2,8 @@
 
 While a process has a repository open, each rank caches its local plans and its share of each: the
 items that it was assigned to write. The coordinator also caches the global plans. If a rank's plan
-is cached, the rank sends only its digest and the key of the share: 64 bytes. Invariant: a cached
+is cached, the rank sends only its digest, the key of the share, and the uid of the version whose
+digests it has cached: about a hundred bytes. Invariant: a cached
 global plan is used only if every rank's local plan and the chunk grids of the parent are the same.
 """
 
@@ -29,6 +30,7 @@ from dcpstore.planning.global_plan import (
 from dcpstore.planning.plan_table import GlobalTable, PlanTable
 from dcpstore.planning.save_planner import DefaultSavePlanner
 from dcpstore.records import ChunkDefaults, EntryRecord, ObjectPath
+from dcpstore.saving.digest_exchange import SentBefore
 from dcpstore.saving.layout import Layout, kept_grids, lay_out
 from dcpstore.saving.replicas import Replicas
 
@@ -74,6 +76,7 @@ class PlanOffer:
         plan: the plan in torch's form, instead of a table, if the caller's planner makes the global
             plan.
         buffers: the FQNs of module buffers, for a plan in torch's form; a table marks them.
+        base: the uid of the version whose digests the rank has cached, sent under that share.
     """
 
     digest: bytes = b""
@@ -81,6 +84,7 @@ class PlanOffer:
     table: PlanTable | None = None
     plan: SavePlan | None = None
     buffers: frozenset[str] = frozenset()
+    base: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,8 @@ class PlanReply:
         plan: its part of the global plan, if the caller's planner made that.
         writes_early: whether the rank digests its first chunks, and begins to write them, before
             it digests the others.
+        base: the uid of the version to which the rank sends its digests as a difference; "" if it
+            sends all.
     """
 
     key: bytes = b""
@@ -103,6 +109,7 @@ class PlanReply:
     compared: Ints | None = None
     plan: SavePlan | None = None
     writes_early: bool = False
+    base: str = ""
 
     @property
     def wants_table(self) -> bool:
@@ -137,12 +144,16 @@ class PlanMemory:
         shares: by the digest of a local plan, the rank's last share of it, with the share's key.
         plans: by the digests of all local plans, the global plan; on the coordinator.
         entries: by version number, the entries by FQN; on the coordinator.
+        sent: by the key of a share, the digests that the rank sent with its last version of it.
+        gathered: by the key of a global plan, the same of all ranks; on the coordinator.
     """
 
     def __init__(self) -> None:
         self.shares: LruCache[bytes, tuple[bytes, RankShare]] = LruCache(_PLANS)
         self.plans: LruCache[tuple[bytes, ...], GlobalPlan] = LruCache(_PLANS)
         self.entries: LruCache[int, Mapping[str, EntryRecord]] = LruCache(_VERSIONS)
+        self.sent: LruCache[bytes, SentBefore] = LruCache(_PLANS)
+        self.gathered: LruCache[bytes, Sequence[SentBefore]] = LruCache(_PLANS)
 
 
 class LocalPlan:
@@ -150,6 +161,8 @@ class LocalPlan:
 
     Attributes:
         compared: the items that other ranks hold too; known after `take`.
+        key: of its share; known after `take`, and b"" if the share is never cached.
+        base: the digests to which the coordinator wants the difference; known after `take`.
     """
 
     def __init__(
@@ -161,6 +174,9 @@ class LocalPlan:
         buffers: Collection[str] = (),
     ) -> None:
         self.compared: list[WriteItem] = []
+        self.key = b""
+        self.base: SentBefore | None = None
+        self._sent: SentBefore | None = None  # offered as base: another save may replace the cached
         self._plan = plan
         self._memory = memory
         self._table = PlanTable.of(plan, buffers) if shares_tables(planner) else None
@@ -172,7 +188,13 @@ class LocalPlan:
         if self._table is None:
             return PlanOffer(plan=self._plan, buffers=frozenset(self._buffers))
         key, _ = self._memory.shares.get(self._digest) or (b"", None)
-        return PlanOffer(self._digest, key, self._table if whole or not key else None)
+        self._sent = self._memory.sent.get(key) if key else None
+        return PlanOffer(
+            self._digest,
+            key,
+            self._table if whole or not key else None,
+            base=self._sent.uid if self._sent else "",
+        )
 
     def take(self, reply: PlanReply) -> tuple[SavePlan, Mapping[str, Layout]]:
         """Return what this rank writes, with the layouts of the tensors, and cache its share."""
@@ -181,6 +203,11 @@ class LocalPlan:
             assert reply.compared is not None
             self.compared = [self._plan.items[i] for i in reply.compared.tolist()]
             return reply.plan, pickle.loads(reply.layouts)
+        self.key = reply.key
+        if reply.base:
+            assert self._sent is not None, f"version {reply.base} was not offered as a base"
+            assert self._sent.uid == reply.base, f"{reply.base} was not offered as a base"
+            self.base = self._sent
         if reply.layouts is not None:
             assert reply.kept is not None
             assert reply.compared is not None
@@ -263,8 +290,10 @@ def reply_to_offers(
         plan = dataclasses.replace(plan, layouts=layouts, key=key)
         memory.plans.put(digests, plan)
     table, encoded = plan.table, _EncodedLayouts(plan)
+    gathered = memory.gathered.get(plan.key)
+    base = gathered[0].uid if gathered else ""
     return plan, [
-        PlanReply(plan.key)
+        PlanReply(plan.key, base=base if offer.base == base else "")
         if offer.held == plan.key
         else PlanReply(
             plan.key,

@@ -31,9 +31,9 @@ from dcpstore.planning.save_planner import BoxResolver, DefaultSavePlanner
 from dcpstore.saving.item_data import encoded_item, error_of, resolves_plainly
 from dcpstore.state.optimizers import lists_parameters
 
-__all__ = ["Replicas", "compare_state", "fingerprint", "fingerprints", "list_names"]
+__all__ = ["FINGERPRINT", "Replicas", "compare_state", "fingerprint", "fingerprints", "list_names"]
 
-_DIGEST = 16  # bytes: enough to detect mistakes, and half of the bytes of a chunk's digest to send
+FINGERPRINT = 16  # bytes: enough to detect mistakes, and half of those of a chunk's digest to send
 _WHOLE = 1 << 20  # bytes of the largest tensor of which every byte is compared
 _SMALL = 64 << 10  # bytes of a tensor that is copied together with others
 _BLOCKS = 64
@@ -81,7 +81,7 @@ def _digests(tensors: Sequence[torch.Tensor]) -> list[bytes]:
 
 
 def _digest(data: Buffer) -> bytes:
-    return hasher(data).digest()[:_DIGEST]
+    return hasher(data).digest()[:FINGERPRINT]
 
 
 def _elements(tensor: torch.Tensor) -> torch.Tensor:
@@ -115,7 +115,7 @@ def fingerprints(
         UnsafeDataError: a value needs pickle, and `allow_pickle` is False.
         InvalidInputError: a tensor has no plain bytes, or a value cannot be stored.
     """
-    found = np.zeros((len(items), _DIGEST), np.uint8)
+    found = np.zeros((len(items), FINGERPRINT), np.uint8)
     if isinstance(planner, BoxResolver) or not resolves_plainly(planner):
         return found.tobytes()
     tensors: list[tuple[int, torch.Tensor]] = []
@@ -133,7 +133,7 @@ def fingerprints(
 
     batches = in_batches(tensors, lambda pair: min(pair[1].nbytes, _WHOLE))
     for batch, digests in run_ahead(pool, digest, batches):
-        rows = np.frombuffer(digests, np.uint8).reshape(-1, _DIGEST)
+        rows = np.frombuffer(digests, np.uint8).reshape(-1, FINGERPRINT)
         found[[i for i, _ in batch]] = rows
     return found.tobytes()
 
@@ -158,7 +158,7 @@ def _value_digest(value: EncodedValue) -> bytes:
         text, data = data.decode(), b""
     if "{" in text:  # else it has no dict, and needs no sorting
         text = json.dumps(_ordered(json.loads(text)), sort_keys=True)
-    return hasher(text.encode() + b"\0" + data).digest()[:_DIGEST]
+    return hasher(text.encode() + b"\0" + data).digest()[:FINGERPRINT]
 
 
 def _ordered(node: Any) -> Any:
@@ -271,7 +271,7 @@ class Replicas:
         """
         if not len(self.rank):
             return {}
-        digests = np.frombuffer(b"".join(by_rank), np.uint64).reshape(-1, _DIGEST // 8)
+        digests = np.frombuffer(b"".join(by_rank), np.uint64).reshape(-1, FINGERPRINT // 8)
         assert len(digests) == len(self.rank), "each rank sends one digest for each of its replicas"
         known = np.flatnonzero(digests.any(axis=1))  # zeros: the rank could not compare it
         # All holders of an item are compared with the first one that could compare it.

@@ -19,7 +19,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -46,9 +46,15 @@ from dcpstore.saving.coordinator import (
     Seconds,
     WriteAssignment,
 )
+from dcpstore.saving.digest_exchange import (
+    CHUNK_DIGEST,
+    Sent,
+    SentBefore,
+    to_send,
+)
 from dcpstore.saving.plan_exchange import LocalPlan, PlanOffer, PlanReply
-from dcpstore.saving.rank_chunks import RankData, RawChunk, total_nbytes
-from dcpstore.saving.replicas import fingerprints
+from dcpstore.saving.rank_chunks import Digested, RankData, RawChunk, total_nbytes
+from dcpstore.saving.replicas import FINGERPRINT, fingerprints
 from dcpstore.saving.request import SaveRequest
 from dcpstore.state.buffers import buffer_names
 from dcpstore.state.savable import check_state
@@ -162,11 +168,16 @@ def save_version(
                     in_turn(ranks, "digest", work.digest_first, coordinator.choose_first)
                 )
             assignment = in_turn(ranks, "digest", work.digest, coordinator.look_up)
+            if assignment.wants_digests:  # the same on all ranks
+                assignment = in_turn(ranks, "digest", work.digest_whole, coordinator.look_up)
             if assignment.compare:
                 assignment = in_turn(
                     ranks, "compare", partial(work.compare, assignment), coordinator.take_changed
                 )
-            return in_step(ranks, "write", partial(work.write, assignment), coordinator.commit)
+            version = in_step(ranks, "write", partial(work.write, assignment), coordinator.commit)
+            if ranks.size > 1:  # one rank sends nothing
+                work.remember(version.uid)
+            return version
     except BaseException as error:  # an interrupt too: the version must not stay pending
         # Only the coordinator has begun a version; elsewhere this does nothing.
         coordinator.abort(error)
@@ -198,6 +209,8 @@ class RankWork:
     _reply: PlanReply = field(init=False)
     _data: RankData | None = field(init=False, default=None)
     _first: Sequence[RawChunk] = field(init=False, default=())  # written while others are digested
+    _digested: Digested = field(init=False)
+    _fingerprints: bytes = field(init=False)
     _seconds: Seconds = field(init=False, default_factory=dict)
 
     def plan(
@@ -228,11 +241,18 @@ class RankWork:
         self._seconds["plan"] = seconds
 
     def digest_first(self) -> FirstDigests:
-        """Return (codec, digest) of the first chunks, and this rank's fingerprints of replicas."""
+        """Return codec and digest of the first chunks, and the fingerprints of replicas."""
         with self._timed("digest"):
             data = self._resolved()
-            replicas = self._replicas()
-            return FirstDigests(data.digest_first(self.writer.pool, self.bar.advance), replicas)
+            self._fingerprint()
+            keys = data.digest_first(self.writer.pool, self.bar.advance)
+            numbers = {codec: i for i, codec in enumerate(dict.fromkeys(c for c, _ in keys))}
+            return FirstDigests(
+                self._chunks_to_send(b"".join(digest for _, digest in keys)),
+                tuple(numbers),
+                bytes(numbers[codec] for codec, _ in keys),
+                self._replicas_to_send(),
+            )
 
     def begin_writing(self, indices: Sequence[int]) -> None:
         """Begin to write those of the first chunks that have these indices."""
@@ -241,15 +261,29 @@ class RankWork:
         self.writer.begin(self._first)
 
     def digest(self) -> RankDigests:
-        """Return the digests of all chunks and, if not sent yet, the fingerprints of replicas."""
+        """Return the digests of all chunks and, if not sent yet, the fingerprints of replicas.
+
+        Where the coordinator has those of an earlier version, what changed since is returned.
+        """
         with self._timed("digest"):
             data = self._resolved()
-            replicas = b"" if self._reply.writes_early else self._replicas()
+            if not self._reply.writes_early:
+                self._fingerprint()
             # Python's garbage collector may run here if there are many bytes: digesting takes long
             # and makes few objects, so it costs little.
             with gc_allowed(total_nbytes(data.chunks)):
-                digested = data.digest(self.writer.pool, self.bar.advance)
-            return RankDigests(digested, self._seconds, replicas)
+                self._digested = data.digest(self.writer.pool, self.bar.advance)
+            return RankDigests(
+                self._chunks_to_send(self._digested.digests),
+                replace(self._digested, digests=b""),
+                self._seconds,
+                None if self._reply.writes_early else self._replicas_to_send(),
+            )
+
+    def digest_whole(self) -> RankDigests:
+        """Return all digests and fingerprints; the coordinator cannot use a difference."""
+        values = replace(self._digested, digests=b"")
+        return RankDigests(self._digested.digests, values, self._seconds, self._fingerprints)
 
     def compare(self, assignment: WriteAssignment) -> set[str]:
         """Return the FQNs of the stored entries whose bytes differ from this rank's."""
@@ -276,11 +310,29 @@ class RankWork:
                 written = self.writer.finish(chunks, self.bar.advance)
                 return RankResult(written, self._seconds)
 
-    def _replicas(self) -> bytes:
-        """Return the fingerprints of items that other ranks hold too; call `_resolved` first."""
-        return fingerprints(
+    def remember(self, uid: str) -> None:
+        """Cache what this rank sent with the version of this uid, now that it is committed."""
+        if self._plan.key:
+            sent = SentBefore(uid, self._digested.digests, self._fingerprints)
+            self.target.memory.sent.put(self._plan.key, sent)
+
+    def _fingerprint(self) -> None:
+        """Fingerprint the items that other ranks hold too; call `_resolved` first."""
+        self._fingerprints = fingerprints(
             self._plan.compared, self.planner, self.writer.pool, allow_pickle=self.allow_pickle
         )
+
+    def _chunks_to_send(self, digests: bytes) -> Sent:
+        base = self._plan.base
+        if base is None:
+            return digests
+        return to_send(digests, base.chunks, base=base.uid, width=CHUNK_DIGEST)
+
+    def _replicas_to_send(self) -> Sent:
+        base = self._plan.base
+        if base is None:
+            return self._fingerprints
+        return to_send(self._fingerprints, base.replicas, base=base.uid, width=FINGERPRINT)
 
     def _resolved(self) -> RankData:
         """Return the data that this rank writes.

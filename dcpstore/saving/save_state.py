@@ -39,12 +39,13 @@ from dcpstore.records import (
     VersionContent,
 )
 from dcpstore.saving.chunk_writer import Written
+from dcpstore.saving.digest_exchange import CHUNK_DIGEST
 from dcpstore.saving.layout import Layout, blob_layout, planned_chunks
 from dcpstore.saving.rank_chunks import Digested
 
 __all__ = ["Cells", "SaveState", "has_other_grids"]
 
-_DIGEST = 32  # bytes
+_DIGEST = CHUNK_DIGEST
 
 _NO_GRID = Grid((), (), ())  # fills the rows of a grid table that are never read
 

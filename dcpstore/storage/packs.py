@@ -2,6 +2,9 @@
 
 Each rank writes its own packs, "packs/<uid>/<rank>-<n>.pack", in one sequential stream, so many
 small tensors cost one file and one fsync. A pack never changes after `finish`.
+
+Behind a chunk of more than one piece lie the checksums of its pieces (`core.checksums`), outside of
+the place of the chunk. Invariant: they lie behind each chunk whose record has a checksum.
 """
 
 from __future__ import annotations
@@ -10,17 +13,23 @@ from collections.abc import Sequence
 
 from typing_extensions import Buffer
 
+from dcpstore.core.checksums import CHECKSUM, PIECE, joined_checksum, piece_checksums
 from dcpstore.core.lru import LruCache
 from dcpstore.errors import CorruptionError, NotFoundError
 from dcpstore.records import ChunkPlace, PackRecord
 from dcpstore.storage.interface import Range, Sink, Source, Storage
 
-__all__ = ["PackReader", "PackWriter", "pack_key"]
+__all__ = ["PackReader", "PackWriter", "pack_key", "trailer_nbytes"]
 
 
 def pack_key(uid: str, rank: int, number: int) -> str:
     """Return the key of the `number`th pack that a rank writes for version `uid`."""
     return f"packs/{uid}/{rank}-{number}.pack"
+
+
+def trailer_nbytes(length: int) -> int:
+    """Return how many bytes of checksums lie behind a chunk of `length` encoded bytes."""
+    return 0 if length <= PIECE else -(-length // PIECE) * CHECKSUM
 
 
 class PackWriter:
@@ -43,15 +52,19 @@ class PackWriter:
     def append(self, encoded: Buffer) -> ChunkPlace:
         """Append the encoded bytes of a chunk; their place may be named once `finish` returns."""
         length = memoryview(encoded).nbytes
+        trailer = trailer_nbytes(length)
         # A chunk is never split: one that is larger than the limit has a pack to itself.
-        if self._sink is not None and self._size + length > self._limit:
+        if self._sink is not None and self._size + length + trailer > self._limit:
             self._complete(self._sink)
         if self._sink is None:
             self._key = pack_key(self._uid, self._rank, len(self._done))
             self._sink = self._storage.create(self._key)
+        pieces = piece_checksums(encoded)
         self._sink.write(encoded)
-        place = ChunkPlace(self._key, self._size, length)
-        self._size += length
+        if trailer:
+            self._sink.write(pieces)
+        place = ChunkPlace(self._key, self._size, length, joined_checksum(pieces))
+        self._size += length + trailer
         return place
 
     def finish(self) -> list[PackRecord]:
@@ -116,6 +129,23 @@ class PackReader:
             raise CorruptionError(
                 f"pack {pack!r} is too short for {length} bytes at offset {offset}: {error}"
             ) from error
+
+    def read_with_checksums(
+        self, pack: str, offset: int, length: int, checksum: bytes
+    ) -> tuple[memoryview, bytes]:
+        """Return the encoded bytes of one chunk, and the joined checksums of its pieces.
+
+        The bytes are not checked against them, but they against `checksum`, that of the chunk.
+
+        Raises:
+            CorruptionError: the pack is missing or too short, or the checksums are damaged.
+        """
+        places = [(offset, length), (offset + length, trailer_nbytes(length))]
+        encoded, trailer = self.read_many(pack, places)
+        pieces = bytes(trailer) or checksum
+        if joined_checksum(pieces) != checksum:
+            raise CorruptionError("the checksums behind it are damaged")
+        return encoded, pieces
 
     def release(self, pack: str, offset: int, length: int) -> None:
         """Give back the memory of what was read there; bytes that were handed out stay valid."""

@@ -82,6 +82,24 @@ def test_shards_are_cut_along_every_dimension() -> None:
     assert lay_grids((768,), 4, small, target=8 << 20)[0].chunk_shape == (384,)
 
 
+def test_shards_of_many_ranks_are_not_cut_below_a_mebibyte() -> None:
+    def cut(rows: int, ranks: int) -> Grid:
+        boxes = [Box((i * rows // ranks, 0), (rows // ranks, 1024)) for i in range(ranks)]
+        (grid,) = lay_grids((rows, 1024), 4, boxes, target=8 << 20)
+        return grid
+
+    assert [cut(rows, 8).size for rows in (1024, 3072, 4096, 8192)] == [8, 8, 16, 32]
+    assert cut(3072, 4).size == 64
+    for grid in (cut(4096, 8), cut(8192, 8), cut(65536, 64)):
+        assert math.prod(grid.chunk_shape) * 4 >= 1 << 20
+
+
+def test_grids_of_a_parent_that_were_cut_smaller_are_kept() -> None:
+    boxes = [Box((384 * i, 0), (384, 1024)) for i in range(8)]
+    parent = Grid((0, 0), (3072, 1024), (192, 256))
+    assert lay_grids((3072, 1024), 4, boxes, target=8 << 20, parent=(parent,)) == (parent,)
+
+
 def test_a_prime_number_of_rows_is_not_cut_into_single_rows() -> None:
     halves = [Box((0, 0), (25013, 768)), Box((25013, 0), (25013, 768))]
     (grid,) = lay_grids((50026, 768), 4, halves, target=8 << 20)

@@ -5,6 +5,7 @@ The operation succeeds with the descriptors that are left, or says in our words 
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ __all__ = ["Descriptors", "kinds"]
 
 EXCEPT = ("upgrade",)  # whose newer schema the child makes itself, of files that it copies
 MOST = 256  # descriptors of a process
+# An import opens a file as well; its error comes from Python, before any code of ours runs.
+LOADED_WHEN_CALLED = ("dcpstore.maintenance.gc", "dcpstore.maintenance.rewrite")
 LEFT = (0, 1, 2, 3, 5, 8, 13, 21)  # descriptors that the process may still open
 
 
@@ -62,6 +65,8 @@ def kinds(ground: Ground) -> Iterator[Descriptors]:
 def _work(operation: Operation, site: Site, left: int) -> str | None:
     """Do the operation with so many descriptors left; return the error of ours, if any."""
     torch.set_num_threads(1)
+    for module in LOADED_WHEN_CALLED:
+        importlib.import_module(module)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, MOST), hard))
     held = []

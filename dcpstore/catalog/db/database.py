@@ -2,9 +2,13 @@
 
 Invariants: our settings never change other SQLAlchemy engines of the process. On SQLite a
 transaction that writes holds the write lock from its first statement, so it cannot fail half-way
-because another process has it. A transaction is retried only if the database is known to have
-changed nothing, or to have rolled the change back. Database errors are raised as DcpstoreError,
-without passwords.
+because another process has it; writers wait in a queue (see `write_queue`). A transaction is
+retried only if the database is known to have changed nothing, or to have rolled the change back.
+Database errors are raised as DcpstoreError, without passwords.
+
+Each statement is one round trip to a server. So the drivers are in autocommit mode, and BEGIN is
+sent here, together with the settings of the transaction; a transaction of one statement needs
+neither BEGIN nor COMMIT.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -30,12 +34,13 @@ from dcpstore.catalog.db.db_errors import (
 )
 from dcpstore.catalog.db.sqlite_file import is_at_rest, open_file
 from dcpstore.catalog.db.url import keep_to_process, parse_url, server_engine
+from dcpstore.catalog.db.write_queue import WriteQueue
 from dcpstore.core.reentry import changing
 from dcpstore.errors import DcpstoreError
 
 __all__ = ["Database"]
 
-_WRITES = "dcpstore_writes"
+_BEGIN = "dcpstore_begin"  # our execution option: the SQL that begins the transaction, or ""
 _SENDING = "before_cursor_execute"  # SQLAlchemy's name of the event
 _FRESH_SECONDS = 30  # an older idle connection is replaced: a network may have dropped it
 
@@ -71,6 +76,7 @@ class Database:
         self._keepers_lock = threading.RLock()  # a signal handler may run while it is held
         self._keepers = 0  # blocks inside `keep_connection`
         self._reports: list[Callable[[str], None]] = []
+        self._queue = None if self.file is None else WriteQueue(self.file, seconds=busy_seconds)
         if self.file is not None:
             # 'At rest' means that this process cannot write in the catalog's folder, and that no
             # other process has the catalog open. Such a catalog is read without locks, so each
@@ -82,15 +88,18 @@ class Database:
                 creator=self._connect_sqlite,
                 **({"poolclass": NullPool} if is_at_rest(self.file) else kept),
             )
-            event.listen(self._engine, "begin", _begin_sqlite)
         else:
+            # A connection that the server has closed is replaced by a retry. It is not tested first
+            # (`pool_pre_ping`), and no statement is prepared for later: each is a round trip.
             self._engine = server_engine(
                 self._url,
                 poolclass=QueuePool,
                 max_overflow=-1,
                 pool_recycle=_FRESH_SECONDS,
-                pool_pre_ping=True,  # the server may have closed an idle connection
+                isolation_level="AUTOCOMMIT",
+                connect_args={"prepare_threshold": None},
             )
+        event.listen(self._engine, "begin", _begin)
         keep_to_process(self._engine)
 
     def __repr__(self) -> str:
@@ -129,18 +138,23 @@ class Database:
     def traced(self, report: Callable[[str], None]) -> Iterator[None]:
         """Call `report` with the SQL of each statement before it is sent, inside the block.
 
-        It is called in the thread that sends the statement. BEGIN counts as a statement, and
-        COMMIT does not.
+        It is called in the thread that sends the statement. BEGIN and COMMIT are statements too.
         """
 
         def on_statement(connection: Connection, cursor: object, text: str, *_: object) -> None:
             report(text)
 
+        def on_commit(connection: Connection) -> None:
+            if connection.get_execution_options().get(_BEGIN):
+                report("COMMIT")
+
         self._reports.append(report)
         event.listen(self._engine, _SENDING, on_statement)
+        event.listen(self._engine, "commit", on_commit)
         try:
             yield
         finally:
+            event.remove(self._engine, "commit", on_commit)
             event.remove(self._engine, _SENDING, on_statement)
             self._reports.remove(report)
 
@@ -171,6 +185,7 @@ class Database:
         call: Callable[[Connection], T],
         *,
         writes: bool,
+        one: bool = False,
         if_unknown: Callable[[], tuple[T] | None] = lambda: None,
     ) -> T:
         """Run a transaction, with retries, until it succeeds or fails for good; return its result.
@@ -178,6 +193,7 @@ class Database:
         Args:
             call: does the work and returns the result; it must change nothing but the database.
             writes: whether it may change the database.
+            one: whether it is one statement, which is sent without BEGIN and COMMIT.
             if_unknown: called if the answer to the commit was lost; returns the result in a tuple,
                 or None if the transaction may be run again.
         """
@@ -185,7 +201,8 @@ class Database:
         while True:
             is_committing = False
             try:
-                with self._connected(writes=writes) as connection:
+                with self._connected(writes=writes, one=one) as connection:
+                    is_committing = writes and one
                     result = call(connection)
                     is_committing = writes
                 return result
@@ -224,11 +241,13 @@ class Database:
         """Yield a separate connection on which the database itself refuses to write."""
         if self.is_sqlite:
             engine = create_engine("sqlite://", creator=self._connect_read_only, poolclass=NullPool)
-            event.listen(engine, "begin", _begin_sqlite)
+            event.listen(engine, "begin", _begin)
         else:
             engine = server_engine(self._url, poolclass=NullPool)
         with self._translated(), self._connect(engine) as connection:
-            if not self.is_sqlite:
+            if self.is_sqlite:
+                connection.execution_options(**{_BEGIN: "BEGIN"})
+            else:
                 connection.execution_options(postgresql_readonly=True)
             yield connection
 
@@ -309,28 +328,48 @@ class Database:
             ) from error
 
     @contextmanager
-    def _connected(self, *, writes: bool) -> Iterator[Connection]:
+    def _connected(self, *, writes: bool, one: bool = False) -> Iterator[Connection]:
         """Yield a connection in a transaction; errors are those of the database."""
-        exclusion = self._changing() if writes else nullcontext()
-        with exclusion, self.keep_connection(), self._connect(self._engine) as connection:
-            self._was_connected = True
+        with ExitStack() as stack:
             if writes:
-                connection.execution_options(**{_WRITES: True})
-            elif not self.is_sqlite:  # so that all queries of the transaction see the same snapshot
-                connection.execution_options(
-                    isolation_level="REPEATABLE READ", postgresql_readonly=True
-                )
+                stack.enter_context(self._changing())
+                if self._queue is not None:
+                    stack.enter_context(self._queue.turn())
+            stack.enter_context(self.keep_connection())
+            connection = stack.enter_context(self._connect(self._engine))
+            self._was_connected = True
+            connection.execution_options(
+                **{
+                    _BEGIN: ""
+                    if one
+                    else self._begin_writing()
+                    if writes
+                    else self._begin_reading()
+                }
+            )
             with connection.begin():
-                if writes and not self.is_sqlite:
-                    # Wait for a lock as long as on SQLite. End a transaction that is idle for ten
-                    # minutes: a process that lost its network would hold its locks.
-                    connection.exec_driver_sql(
-                        f"SELECT set_config('lock_timeout', '{self._busy_seconds * 1000:.0f}', "
-                        "true), set_config('idle_in_transaction_session_timeout', '600000', true)"
-                    )
                 yield connection
 
+    def _begin_reading(self) -> str:
+        # So that all queries of the transaction see the same snapshot.
+        return "BEGIN" if self.is_sqlite else "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 
-def _begin_sqlite(connection: Connection) -> None:
-    writes = connection.get_execution_options().get(_WRITES, False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+    def _begin_writing(self) -> str:
+        """Return the statements that begin a transaction that writes.
+
+        On a server it waits for a lock as long as on SQLite. If it is idle for ten minutes, it is
+        ended: a process that lost its network would hold its locks.
+        """
+        if self.is_sqlite:
+            return "BEGIN IMMEDIATE"
+        return (
+            f"BEGIN; SET LOCAL lock_timeout = {self._busy_seconds * 1000:.0f}; "
+            "SET LOCAL idle_in_transaction_session_timeout = 600000"
+        )
+
+
+def _begin(connection: Connection) -> None:
+    """Send what begins the transaction: the drivers do not."""
+    statements = connection.get_execution_options().get(_BEGIN, "")
+    if statements:
+        connection.exec_driver_sql(statements)

@@ -4,6 +4,9 @@ If the first argument of a decorated function is a `Connection`, it runs in the 
 If it is an open catalog, it runs in a transaction of its own, which is retried if that is safe.
 The decorator beside the SQL says when it is safe: `@reads`, `@writes()`, `@writes(idempotent=True)`
 or `@writes(find=...)`. A retry uses the arguments again, so none of them may be an iterator.
+
+A function of one statement has `@reads_once` or `@writes(once=True, ...)`: it costs one round trip
+to the server, where a transaction has two more.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from sqlalchemy import Connection
 from dcpstore.catalog.db.database import Database
 from dcpstore.catalog.db.db_errors import UnknownOutcomeError
 
-__all__ = ["OpenCatalog", "reads", "writes"]
+__all__ = ["OpenCatalog", "reads", "reads_once", "writes"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,13 +42,21 @@ def reads(function: _Statements[P, T]) -> _OnCatalog[P, T]:
 
     It is retried if the connection is lost or the database is busy.
     """
+    return _reading(function, one=False)
 
+
+def reads_once(function: _Statements[P, T]) -> _OnCatalog[P, T]:
+    """Make a function of one query at most a read; it is retried as `reads` is."""
+    return _reading(function, one=True)
+
+
+def _reading(function: _Statements[P, T], *, one: bool) -> _OnCatalog[P, T]:
     @wraps(function)
     def call(on: Connection | OpenCatalog, /, *args: P.args, **kwargs: P.kwargs) -> T:
         if isinstance(on, Connection):
             return function(on, *args, **kwargs)
         return on.database.transact(
-            lambda connection: function(connection, *args, **kwargs), writes=False
+            lambda connection: function(connection, *args, **kwargs), writes=False, one=one
         )
 
     return call
@@ -56,12 +67,14 @@ class _Decorator(Protocol):
 
 
 @overload
-def writes(*, idempotent: bool = ...) -> _Decorator: ...
+def writes(*, idempotent: bool = ..., once: bool = ...) -> _Decorator: ...
 @overload
 def writes(
     *, find: Callable[Concatenate[Connection, P], T | None]
 ) -> Callable[[_Statements[P, T]], _OnCatalog[P, T]]: ...
-def writes(*, idempotent: bool = False, find: Callable[..., Any] | None = None) -> Any:
+def writes(
+    *, idempotent: bool = False, once: bool = False, find: Callable[..., Any] | None = None
+) -> Any:
     """Make a function one write transaction, which commits whole or leaves nothing.
 
     It is retried if the database is known to have rolled it back, so the function must change
@@ -72,6 +85,8 @@ def writes(*, idempotent: bool = False, find: Callable[..., Any] | None = None) 
     - with `find`, that function is called with the same arguments in a transaction of its own. It
       must wait for the lost transaction, by a row that the latter had locked. It returns the
       result, or None if the transaction was rolled back: then the function is run again.
+
+    With `once`, the function is one statement at most, and idempotent.
     """
 
     def decorate(function: _Statements[P, T]) -> _OnCatalog[P, T]:
@@ -83,7 +98,7 @@ def writes(*, idempotent: bool = False, find: Callable[..., Any] | None = None) 
 
             # Called only after the answer to the commit was lost.
             def outcome() -> tuple[T] | None:
-                if find is None and not idempotent:
+                if find is None and not (idempotent or once):
                     raise UnknownOutcomeError
                 if find is None:
                     return None
@@ -95,6 +110,7 @@ def writes(*, idempotent: bool = False, find: Callable[..., Any] | None = None) 
             return database.transact(
                 lambda connection: function(connection, *args, **kwargs),
                 writes=True,
+                one=once,
                 if_unknown=outcome,
             )
 

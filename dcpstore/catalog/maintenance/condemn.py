@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from sqlalchemy import Connection, bindparam, delete, exists, func, insert, select, update
+from sqlalchemy import Connection, bindparam, case, delete, exists, func, insert, select, update
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
@@ -23,9 +23,10 @@ from dcpstore.catalog.schema import tables
 from dcpstore.catalog.write.forget import loosen
 from dcpstore.catalog.write.operations import Change, lock_repository, record
 from dcpstore.catalog.write.stale import mark_holders_stale, mark_stale
+from dcpstore.core.checksums import CHECKSUM, PIECE
 from dcpstore.core.display import human_duration
 from dcpstore.errors import InvalidInputError
-from dcpstore.records import PackRecord
+from dcpstore.records import ChunkPlace, PackRecord
 
 __all__ = [
     "Condemned",
@@ -193,7 +194,7 @@ def switch_pack(
     connection: Connection,
     old: str,
     new: PackRecord,
-    moves: Mapping[int, int],
+    moves: Mapping[int, ChunkPlace],
     *,
     now: datetime,
     author: str,
@@ -207,7 +208,7 @@ def switch_pack(
         connection: to the catalog.
         old: the key of the pack that the chunks leave.
         new: the pack that was announced, as it was written.
-        moves: the offset in `new` of each copied chunk, by its offset in `old`.
+        moves: the place in `new` of each copied chunk, by its offset in `old`.
         now: the time of the condemnation.
         author: of the operation that records it.
     """
@@ -239,8 +240,16 @@ def switch_pack(
     connection.execute(
         update(_chunk)
         .where(_chunk.c.tensor == bindparam("t"), _chunk.c.ordinal == bindparam("o"))
-        .values(pack=target.id, offset=bindparam("at")),
-        [{"t": row.tensor, "o": row.ordinal, "at": moves[row.offset]} for row in rows],
+        .values(pack=target.id, offset=bindparam("at"), checksum=bindparam("sum")),
+        [
+            {
+                "t": row.tensor,
+                "o": row.ordinal,
+                "at": moves[row.offset].offset,
+                "sum": moves[row.offset].checksum,
+            }
+            for row in rows
+        ],
     )
     connection.execute(
         update(_pack)
@@ -441,7 +450,9 @@ def _sparse(connection: Connection, live_share: float) -> list[PackRecord]:
         .distinct()
         .subquery()
     )
-    live = func.sum(places.c.length)
+    pieces = (places.c.length + (PIECE - 1)) // PIECE
+    # The checksums behind a chunk (`storage.packs`) are used as the chunk is.
+    live = func.sum(places.c.length + case((pieces > 1, pieces * CHECKSUM), else_=0))
     rows = connection.execute(
         select(_pack.c.key, _pack.c.nbytes)
         .join(places, places.c.pack == _pack.c.id)

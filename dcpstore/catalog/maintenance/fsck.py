@@ -55,7 +55,10 @@ class PackState(NamedTuple):
 
 
 class PackedChunk(NamedTuple):
-    """A chunk in a pack, with all that a check of its bytes needs; `dtype` is torch's name."""
+    """A chunk in a pack, with all that a check of its bytes needs; `dtype` is torch's name.
+
+    `checksum` is the one of its stored bytes, None where the catalog has none.
+    """
 
     offset: int
     length: int
@@ -67,6 +70,7 @@ class PackedChunk(NamedTuple):
     tensor: int
     part: int
     ordinal: int
+    checksum: bytes | None = None
 
 
 class Reached(NamedTuple):
@@ -117,6 +121,7 @@ def packed_chunks(connection: Connection, key: str) -> list[PackedChunk]:
         layout.c.dtype,
         layout.c.parts,
         tensor.c.id,
+        _chunk.c.checksum,
     )
     of_tensors = (
         select(*columns, _chunk.c.ordinal)
@@ -139,7 +144,8 @@ def packed_chunks(connection: Connection, key: str) -> list[PackedChunk]:
             if row.ordinal < starts[-1]:  # else there are too many, which `find_faults` says
                 part, within = place_of(row.ordinal, starts)
                 chunk_shape = row.parts[part].chunk_shape
-                found.append(PackedChunk(*row[:6], chunk_shape, row.id, part, within))
+                place = row.id, part, within, row.checksum
+                found.append(PackedChunk(*row[:6], chunk_shape, *place))
     places: dict[tuple[int, int, bytes], PackedChunk] = {}
     for chunk in sorted(found, key=lambda one: (one.offset, one.tensor, one.part, one.ordinal)):
         places.setdefault(chunk[:3], chunk)
