@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from datetime import timedelta
 from typing import get_args
 
 import click
@@ -20,9 +22,9 @@ from dcpstore.cli.session import (
     open_existing,
     repo_options,
 )
-from dcpstore.core.display import counted, human_bytes
+from dcpstore.core.display import counted, human_bytes, human_duration
 from dcpstore.errors import AlreadyExistsError
-from dcpstore.records import ChunkDefaults, CodecSetting
+from dcpstore.records import ChunkDefaults, CodecSetting, UpgradePlan
 from dcpstore.storage.urls import OBJECT_STORES
 
 __all__ = ["copy", "db_upgrade", "init", "rebuild"]
@@ -90,22 +92,46 @@ def _refuse_existing(target: str) -> None:
 
 
 @click.command("db-upgrade")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Change nothing; print what would be converted, and about how long it takes.",
+)
 @repo_options
-def db_upgrade(session: Session) -> None:
-    """Upgrade the catalog to the schema of this dcpstore; back it up first."""
+def db_upgrade(session: Session, dry_run: bool) -> None:
+    """Upgrade the catalog to the schema of this dcpstore; back it up first.
+
+    It may be interrupted: until it has ended, the older dcpstore can use the catalog, and the next
+    'db-upgrade' goes on where this one was.
+    """
     from dcpstore.catalog.location import locate  # noqa: PLC0415 (loads SQLAlchemy)
-    from dcpstore.catalog.schema.lifecycle import upgrade_schema  # noqa: PLC0415
+    from dcpstore.catalog.schema.lifecycle import plan_upgrade, upgrade_schema  # noqa: PLC0415
 
     # Without opening the repository, for an older one does not open.
     url, _ = locate(session.target)
     with looking_for_repository():
-        before, after = upgrade_schema(url)
+        plan = plan_upgrade(url) if dry_run else UpgradePlan(*upgrade_schema(url))
     if session.json:
-        print_json({"before": before, "after": after})
-    elif before == after:
-        click.echo(f"the schema is {after} already")
+        print_json(plan if dry_run else {"before": plan.before, "after": plan.after})
+    elif plan.before == plan.after:
+        click.echo(f"the schema is {plan.after} already")
+    elif dry_run:
+        _show_plan(plan)
     else:
-        click.echo(f"upgraded the schema {before} -> {after}")
+        click.echo(f"upgraded the schema {plan.before} -> {plan.after}")
+
+
+def _show_plan(plan: UpgradePlan) -> None:
+    click.echo(f"would upgrade the schema {plan.before} -> {plan.after}")
+    click.echo(
+        f"to convert: {counted(plan.versions, 'version')}, {plan.entries} entries, "
+        f"{counted(plan.tensors, 'tensor')}, {counted(plan.chunks, 'chunk')}"
+    )
+    duration = human_duration(timedelta(seconds=math.ceil(plan.seconds)))
+    click.echo(
+        f"makes about {counted(plan.rows, 'row')}, {human_bytes(plan.nbytes)}; takes about "
+        f"{duration}, estimated from the newest versions"
+    )
 
 
 @click.command()

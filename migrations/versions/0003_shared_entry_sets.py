@@ -274,8 +274,8 @@ COLUMNS = (
     "CREATE INDEX ix_version_created_at ON version (created_at)",
     "CREATE INDEX ix_version_stale ON version (id) WHERE stale IS NOT NULL",
     "CREATE INDEX ix_version_forgotten ON version (id)"
-    " WHERE status = 'expired' AND plan IS NOT NULL",
-    "CREATE INDEX ix_plan_page ON plan (page)",
+    " WHERE status = 'expired' AND \"plan\" IS NOT NULL",
+    'CREATE INDEX ix_plan_page ON "plan" (page)',
     "CREATE INDEX ix_pack_damage ON pack (id) WHERE damage IS NOT NULL",
     # The next gc looks at every pack.
     "INSERT INTO unjudged (pack) SELECT id FROM pack WHERE status = 'live'",

@@ -54,8 +54,8 @@ def preparations(revision: str) -> list[Preparation]:
     """Return the preparations of the migrations that a catalog of this revision lacks."""
     scripts = ScriptDirectory(migrations_folder())
     with _explained():
-        lacking = list(scripts.iterate_revisions("head", revision))
-    made = [getattr(script.module, "Preparation", None) for script in reversed(lacking)]
+        lacking = scripts._upgrade_revs("head", revision)
+    made = [getattr(step.revision.module, "Preparation", None) for step in lacking]
     return [make() for make in made if make is not None]
 
 
