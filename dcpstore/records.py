@@ -57,6 +57,7 @@ __all__ = [
     "VersionContent",
     "VersionDraft",
     "VersionInfo",
+    "VersionObjects",
     "VersionStats",
     "as_json",
 ]
@@ -422,7 +423,7 @@ class PlanRecord:
 
 @dataclass(frozen=True, slots=True)
 class PackRecord:
-    """A pack by its key below the data folder, and its length in bytes."""
+    """A pack, page or plan by its key below the data folder, and its length in bytes."""
 
     key: str
     nbytes: int
@@ -468,13 +469,32 @@ class VersionDraft(VersionInfo):
     expect_tip: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class VersionObjects:
+    """The objects in the data folder that describe a version: what the catalog notes of them.
+
+    Attributes:
+        written: the page and the plan that were written for it; none that others have written.
+        nodes: the keys of the pages that hold the new nodes of its tree, and the nodes that these
+            name, by digest; if no node is new, that of its root.
+        runs: likewise those of the runs that tensors of new nodes have.
+        plan: the key of the object that holds its plan.
+    """
+
+    written: Sequence[PackRecord]
+    nodes: Mapping[bytes, str]
+    runs: Mapping[bytes, str]
+    plan: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class VersionContent(VersionStats):
     """What one transaction makes visible: the entries and tensors of a finished save.
 
     `aliases` maps the digest of a content as this save cut it to that of the stored tensor which
     the save found to be the same, cut otherwise. `planner_data` is what a custom planner keeps with
-    the version, as typed JSON.
+    the version, as typed JSON. Without `objects` the catalog knows no object that describes it, as
+    after an upgrade.
     """
 
     entries: Sequence[NewEntry]
@@ -483,6 +503,7 @@ class VersionContent(VersionStats):
     plan: PlanRecord
     aliases: Mapping[str, str] = field(default_factory=dict)
     planner_data: str | None = None
+    objects: VersionObjects | None = None
 
     def records(self) -> list[EntryRecord]:
         """Return the entries as a catalog gives them, but for the ids that it gives to tensors."""

@@ -83,7 +83,12 @@ def chunk_digest(raw: Buffer, *, algorithm: str = ALGORITHM) -> bytes:
 
 
 def content_digest(
-    dtype: str, shape: Sequence[int], parts: Sequence[Grid], chunk_digests: Iterable[bytes]
+    dtype: str,
+    shape: Sequence[int],
+    parts: Sequence[Grid],
+    chunk_digests: Iterable[bytes],
+    *,
+    algorithm: str = ALGORITHM,
 ) -> str:
     """Return the hex digest of a tensor's content: its dtype, shape, grids and chunk digests.
 
@@ -94,9 +99,10 @@ def content_digest(
         shape: of the whole tensor, in elements.
         parts: its chunk grids, in their order.
         chunk_digests: in the order of (part, ordinal).
+        algorithm: of these digests, and of the result.
     """
     header = _content_header(dtype, tuple(shape), tuple(parts))
-    return hasher(header + b"".join(chunk_digests)).hexdigest()
+    return hasher(header + b"".join(chunk_digests), algorithm=algorithm).hexdigest()
 
 
 def run_digest(codec: str, chunk_digests: Iterable[bytes], *, algorithm: str = ALGORITHM) -> bytes:

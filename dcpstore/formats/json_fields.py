@@ -26,15 +26,19 @@ from dcpstore.geometry.grids import Grid
 from dcpstore.records import ObjectPath, StatePath
 
 __all__ = [
+    "Digest",
     "Natural",
     "Naturals",
     "Number",
     "PackKey",
     "PackKeyOrNone",
+    "PageKey",
+    "PlanKey",
     "Text",
     "Time",
     "Uid",
     "box",
+    "decoded",
     "encode",
     "float_of",
     "grid",
@@ -60,6 +64,9 @@ Time = Annotated[datetime, Meta(tz=True)]
 Number = float | Literal["nan", "inf", "-inf"]
 Uid = Annotated[str, Meta(pattern=r"\A[0-9a-f]{1,64}\Z")]
 PackKey = Annotated[str, Meta(pattern=rf"\A{_PACK}\Z")]  # and of nothing else in a data folder
+Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+PlanKey = Annotated[str, Meta(pattern=r"\Aplans/[0-9a-f]{1,64}\.json\Z")]
+PageKey = Annotated[str, Meta(pattern=r"\Apages/[0-9a-f]{1,64}\.page\Z")]
 PackKeyOrNone = Annotated[str, Meta(pattern=rf"\A(?:{_PACK})?\Z")]
 
 
@@ -72,6 +79,20 @@ def read(document: msgspec.Raw | Mapping[str, Any], kind: type[T]) -> T:
     if isinstance(document, msgspec.Raw):
         return msgspec.json.decode(document, type=kind)
     return msgspec.convert(document, kind)
+
+
+def decoded(document: bytes, kind: type[T]) -> T:
+    """Return JSON text as the type that it must have.
+
+    Raises:
+        ValueError: it is not JSON, or does not fit the type.
+    """
+    try:
+        return msgspec.json.decode(document, type=kind)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:  # a key in a path may have a lone surrogate, which msgspec refuses
+        return msgspec.convert(json.loads(document), kind)
 
 
 def number_of(value: float) -> float | str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dcpstore.core.digests import ALGORITHM, ALGORITHMS, FIRST_ALGORITHM, hasher
 from dcpstore.errors import CorruptionError
 
-__all__ = ["check_seal", "seal"]
+__all__ = ["check_seal", "kind_of", "seal"]
 
 _HEAD = re.compile(
     rb'\{"([a-z]+)": ([0-9]{1,9}), "digest": "([0-9a-f]{64})", '
@@ -27,6 +27,12 @@ def seal(kind: str, version: int, members: Sequence[bytes]) -> bytes:
     named = f'"algorithm": "{ALGORITHM}", '.encode()
     head = f'{{"{kind}": {version}, "digest": "{_digest(ALGORITHM, named, *members)}", '.encode()
     return b"".join([head, named, *members])
+
+
+def kind_of(data: bytes) -> str | None:
+    """Return the kind of a sealed object, or None if it is not one; nothing of it is checked."""
+    head = _HEAD.match(data)
+    return None if head is None else head[1].decode()
 
 
 def check_seal(data: bytes, kind: str, *, what: str) -> int:

@@ -31,7 +31,7 @@ from dcpstore.catalog.write.stale import mark_version_stale
 from dcpstore.core.syntax import parse_ref
 from dcpstore.core.uids import new_uid
 from dcpstore.errors import AlreadyExistsError, ConflictError, CorruptionError, NotFoundError
-from dcpstore.maintenance.rewrite import renew_manifests
+from dcpstore.maintenance.rewrite import renew_objects
 from dcpstore.reading.chunk_reads import check_chunk
 from dcpstore.records import (
     ChunkKey,
@@ -47,7 +47,7 @@ from dcpstore.records import (
 )
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackReader, PackWriter
-from dcpstore.zarr.documents import write_manifest
+from dcpstore.zarr.objects import write_objects
 
 __all__ = ["CopyReport", "copy_versions"]
 
@@ -153,11 +153,11 @@ def _commit(
     places: Mapping[ChunkKey, ChunkPlace],
     packs: Sequence[PackRecord],
 ) -> Version:
-    """Write the manifest and commit; retry once if gc moved chunks in between."""
+    """Write page and manifest and commit; retry once if gc moved chunks in between."""
     catalog, storage = target
     for attempt in (1, 2):
         held = _held(content, catalog, places, packs)
-        write_manifest(storage, draft, held, held.records())
+        held = write_objects(catalog, storage, draft, held, uid=uid)
         try:
             return commit_copy(catalog, uid, draft, held, parent=parent)
         except ConflictError:
@@ -165,7 +165,7 @@ def _commit(
             if there is not None:
                 # Another copy was faster, and we overwrote its manifest: write it again.
                 mark_version_stale(catalog, there[0])
-                renew_manifests(catalog, storage)
+                renew_objects(catalog, storage)
                 raise
             if attempt == 2:
                 raise

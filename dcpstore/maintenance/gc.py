@@ -17,11 +17,14 @@ from datetime import UTC, datetime, timedelta
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.maintenance.condemn import condemn, find_doomed, find_leftovers, forget_packs
 from dcpstore.catalog.maintenance.journal import check_owner, write_journal
-from dcpstore.catalog.write.stale import stale_versions
+from dcpstore.catalog.write.pages import find_doomed_pages, forget_pages
+from dcpstore.catalog.write.stale import are_stale
 from dcpstore.core.durations import Duration, as_duration
 from dcpstore.core.uids import uid_time
 from dcpstore.errors import CorruptionError, NotFoundError, SchemaError
+from dcpstore.formats.first_manifest import FirstManifest
 from dcpstore.formats.manifest import decode_manifest
+from dcpstore.maintenance.page_reader import PageReader
 from dcpstore.records import PackRecord
 from dcpstore.storage.interface import Storage
 
@@ -106,16 +109,18 @@ def collect(
             from dcpstore.maintenance.rewrite import repack  # noqa: PLC0415 (loads torch)
 
             repacked = list(repack(catalog, storage, found.sparse, author=author))
-        write_journal(catalog, storage)  # before any manifest names the new packs
-        if stale_versions(catalog):
-            from dcpstore.maintenance.rewrite import renew_manifests  # noqa: PLC0415 (loads torch)
+        write_journal(catalog, storage)  # before any page names the new packs
+        if are_stale(catalog):
+            from dcpstore.maintenance.rewrite import renew_objects  # noqa: PLC0415 (loads torch)
 
-            renew_manifests(catalog, storage)
+            renew_objects(catalog, storage)
     deleted = _delete_packs(
         catalog, storage, before=clock() - grace, author=author, dry_run=dry_run
     )
+    pages = _delete_pages(catalog, storage, before=clock() - grace, dry_run=dry_run)
     if dry_run and not grace:  # a real collection would delete at once what it condemns
         deleted += found.condemned + found.sparse
+        pages += found.pages
     cleared, unknown, nbytes = _clear_leftovers(
         catalog,
         storage,
@@ -129,10 +134,10 @@ def collect(
         condemned=tuple(found.condemned),
         repacked=tuple(repacked),
         deleted=tuple(deleted),
-        cleared=tuple(cleared),
+        cleared=(*(page.key for page in pages), *cleared),
         unknown=tuple(unknown),
         crashed=tuple(found.crashed),
-        nbytes_freed=nbytes + sum(pack.nbytes for pack in deleted),
+        nbytes_freed=nbytes + sum(one.nbytes for one in (*deleted, *pages)),
         dry_run=dry_run,
     )
 
@@ -153,6 +158,20 @@ def _delete_packs(
         # Rows last: after a crash in between, the next collection finds them and tries again.
         forget_packs(catalog, [p.key for p in doomed], now=datetime.now(UTC), author=author)
         write_journal(catalog, storage)
+    return doomed
+
+
+def _delete_pages(
+    catalog: Catalog, storage: Storage, *, before: datetime, dry_run: bool
+) -> list[PackRecord]:
+    """Delete the pages and plans that were condemned before a time; return them."""
+    doomed = find_doomed_pages(catalog, before=before)
+    if doomed and not dry_run:
+        for page in doomed:
+            storage.delete(page.key)
+        forget_pages(
+            catalog, [page.key for page in doomed]
+        )  # last, for the same reason as rows of packs
     return doomed
 
 
@@ -181,8 +200,8 @@ def _clear_leftovers(
     described = {uid for key, uid in keys if key.startswith("manifests/")}
     # Old and without a manifest: a save or repacking was killed before the catalog recorded it.
     strays = {k for k in strange if uids[k] not in described and _is_older(uids[k], old)}
-    if strays:  # packs of a copy, and repacked ones, have another uid than their manifest
-        named = _named_packs(storage, [key for key in strange if key.startswith("manifests/")])
+    if strays:  # packs and pages may have another uid than the manifest that names them
+        named = _named_by(storage, [key for key in strange if key.startswith("manifests/")])
         strays = set() if named is None else strays - named
     leftovers += sorted(strays)
     unknown = [key for key in strange if key not in strays]
@@ -197,27 +216,36 @@ def _clear_leftovers(
     return leftovers, unknown, nbytes
 
 
-def _named_packs(storage: Storage, manifests: Sequence[str]) -> set[str] | None:
-    """Return the packs that manifests name; None if one of them cannot be read."""
+def _named_by(storage: Storage, manifests: Sequence[str]) -> set[str] | None:
+    """Return the objects that manifests name; None if one of them cannot be read."""
     named: set[str] = set()
+    pages = PageReader(storage)
     for key in manifests:
         try:
-            content = decode_manifest(storage.get(key)).content
+            manifest = decode_manifest(storage.get(key))
+            if isinstance(manifest, FirstManifest):
+                tensors = manifest.content.tensors
+            else:
+                held = pages.tree(manifest.root, manifest.page)
+                tensors = held.tensors
+                named |= {manifest.plan, *held.nodes.values(), *held.runs.values()}
         except NotFoundError:
             continue
         except (CorruptionError, SchemaError):
             return None
-        named |= {chunk.pack for tensor in content.tensors for chunk in tensor.chunks}
+        named |= {chunk.pack for tensor in tensors for chunk in tensor.chunks}
     return named
+
+
+_FOLDERS = {"packs": 2, "pages": 1, "plans": 1, "manifests": 1, "references": 1}  # slashes in keys
 
 
 def _listed(storage: Storage) -> list[str]:
     return [
         key
-        for folder in ("packs", "manifests")
+        for folder, slashes in _FOLDERS.items()
         for key in storage.list(folder)
-        if key.count("/") == (2 if folder == "packs" else 1)
-        and not (folder == "manifests" and key.endswith(_TEMPORARY))
+        if key.count("/") == slashes and not (slashes == 1 and key.endswith(_TEMPORARY))
     ]
 
 
@@ -225,7 +253,7 @@ def _half_written(storage: Storage, before: datetime) -> list[str]:
     """Return the keys of temporary files that a killed process left, older than `before`."""
     return [
         key
-        for folder in ("manifests", "operations")
+        for folder in ("manifests", "operations", "pages", "plans", "references")
         for key in storage.list(folder)
         if key.endswith(_TEMPORARY) and _is_older(key.split(".")[-2], before)
     ]

@@ -1,4 +1,4 @@
-"""Rebuilds a lost catalog from the data folder alone: from its journal and its manifests.
+"""Rebuilds a lost catalog from the data folder alone: from its journal, manifests and pages.
 
 The rebuilt catalog answers like the original one, as of the last operation that was finished.
 Damaged or missing objects are reported, and their versions left out; in the data folder only the
@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,21 @@ from typing import Any
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.location import absolute_data, check_path, locate
 from dcpstore.catalog.maintenance.journal import changed_refs, journal_again, write_journal
-from dcpstore.catalog.maintenance.restore import restore
+from dcpstore.catalog.maintenance.restore import StoredVersion, restore
 from dcpstore.catalog.schema.lifecycle import FORMAT_VERSION, restore_repository
+from dcpstore.core.digests import hasher
 from dcpstore.core.uids import new_uid
 from dcpstore.errors import CorruptionError, InvalidInputError, NotFoundError
+from dcpstore.formats.entry_tree import grow
+from dcpstore.formats.first_manifest import FirstManifest
 from dcpstore.formats.journal_entry import decode_operation, operation_key, operation_number
 from dcpstore.formats.manifest import Manifest, decode_manifest, manifest_key
+from dcpstore.formats.plan import decode_plan
 from dcpstore.formats.version import encode_facts
+from dcpstore.maintenance.page_reader import PageReader, StoredTree
 from dcpstore.records import (
     ChunkDefaults,
+    PlanRecord,
     RepositoryRecord,
     VersionContent,
     VersionInfo,
@@ -48,6 +54,7 @@ __all__ = [
 
 # JSON whose fields `decode_operation` has checked; they are of every kind, hence `Any`.
 Json = dict[str, Any]
+AnyManifest = Manifest | FirstManifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +133,7 @@ def rebuild(data: str | os.PathLike[str], into: str | os.PathLike[str]) -> Rebui
 
 
 class _DataScan:
-    """Reads manifests and sizes of packs from the data folder; each problem is reported once.
+    """Reads manifests, pages and sizes of packs from the data folder; reports each problem once.
 
     Attributes:
         unnamed: the numbers of versions whose uid is lost, by the new uid that each was given.
@@ -134,10 +141,12 @@ class _DataScan:
 
     def __init__(self, storage: Storage, problems: list[str]) -> None:
         self._storage, self._problems = storage, problems
+        self._pages = PageReader(storage)
         self._unsound: set[str] = set()
+        self._plans: dict[str, tuple[PlanRecord, int]] = {}
         self.unnamed: dict[str, int] = {}
 
-    def manifest(self, uid: str) -> Manifest | None:
+    def manifest(self, uid: str) -> AnyManifest | None:
         """Return the manifest of a version, or None if it is missing or damaged."""
         if uid in self._unsound:
             return None
@@ -154,13 +163,61 @@ class _DataScan:
         self.lose(uid, reason)
         return None
 
-    def content(self, uid: str) -> VersionContent | None:
-        """Return what a version holds, or None without an intact manifest."""
+    def version(self, uid: str, known: Collection[bytes]) -> StoredVersion | None:
+        """Return what a version holds, or None without an intact manifest and intact pages."""
         if uid in self.unnamed:
             self._problems.append(f"v{self.unnamed[uid]}: no remaining operation names it")
             return None
         manifest = self.manifest(uid)
-        return None if manifest is None else manifest.content
+        if manifest is None:
+            return None
+        if isinstance(manifest, FirstManifest):
+            tree = grow(manifest.content.entries)
+            return StoredVersion(content=manifest.content, root=tree.root.digest, tree=tree)
+        try:
+            return self._version(manifest, known)
+        except CorruptionError as error:
+            self.lose(uid, str(error))
+            return None
+
+    def _version(self, manifest: Manifest, known: Collection[bytes]) -> StoredVersion:
+        plan = self._plan(manifest.plan)
+        stats = {fact.name: getattr(manifest.stats, fact.name) for fact in fields(VersionStats)}
+        held: StoredTree | None = None
+        sizes = {} if plan is None else {manifest.plan: plan[1]}
+        if manifest.root not in known:
+            held = self._pages.tree(manifest.root, manifest.page, known)
+            read = {key for digest, key in held.nodes.items() if digest not in known}
+            sizes |= {key: self._pages.size(key) for key in read | set(held.runs.values())}
+        return StoredVersion(
+            content=VersionContent(
+                **stats,
+                entries=(),
+                tensors=() if held is None else held.tensors,
+                packs=manifest.packs,
+                plan=_lost_plan(manifest) if plan is None else plan[0],
+                aliases=manifest.aliases,
+                planner_data=manifest.planner_data,
+            ),
+            root=manifest.root,
+            tree=None if held is None else held.tree,
+            nodes={} if held is None else held.nodes,
+            runs={} if held is None else held.runs,
+            plan=None if plan is None else manifest.plan,
+            sizes=sizes,
+        )
+
+    def _plan(self, key: str) -> tuple[PlanRecord, int] | None:
+        """Return a plan and its length in bytes; None if it is missing or damaged."""
+        if key not in self._plans and key not in self._unsound:
+            try:
+                data = self._storage.get(key)
+                self._plans = {key: (decode_plan(data), len(data))}  # versions that follow share it
+            except (NotFoundError, CorruptionError) as error:
+                self._unsound.add(key)
+                reason = str(error) if isinstance(error, CorruptionError) else "it is missing"
+                self._problems.append(f"{key}: {reason}")
+        return self._plans.get(key)
 
     def pack_size(self, key: str) -> int | None:
         """Return the length of a pack, or None if it is missing."""
@@ -173,6 +230,11 @@ class _DataScan:
     def lose(self, uid: str, reason: str) -> None:
         """Report why a version is lost."""
         self._problems.append(f"{manifest_key(uid)}: {reason}")
+
+
+def _lost_plan(manifest: Manifest) -> PlanRecord:
+    """Return a plan without shards, for a version that loads although its own is lost."""
+    return PlanRecord(hasher(manifest.plan.encode()).hexdigest(), manifest.draft.ranks, ())
 
 
 def _read_journal(storage: Storage, problems: list[str]) -> tuple[list[Json], list[int]]:
@@ -257,7 +319,7 @@ def find_lost(listed: Iterable[int], sound: Collection[int]) -> list[int]:
 
 
 def placeholders(
-    operations: Sequence[Json], lost: Sequence[int], manifest: Callable[[str], Manifest | None]
+    operations: Sequence[Json], lost: Sequence[int], manifest: Callable[[str], AnyManifest | None]
 ) -> tuple[list[Json], dict[str, int]]:
     """Return a placeholder for each lost operation, and the versions whose uid is lost.
 
@@ -351,7 +413,7 @@ def _makers(
         yield maker, version
 
 
-def _version_as_json(uid: str, number: int, manifest: Manifest | None, at: str) -> Json:
+def _version_as_json(uid: str, number: int, manifest: AnyManifest | None, at: str) -> Json:
     """Return what is known of a version, in the form of the operation that is lost."""
     if manifest is None:
         began = datetime.fromisoformat(at)
@@ -360,7 +422,7 @@ def _version_as_json(uid: str, number: int, manifest: Manifest | None, at: str) 
         )
         facts = encode_facts(VersionInfo(uid=uid, branch="main", ranks=0), stats)
     else:
-        facts = encode_facts(manifest.draft, manifest.content)
+        facts = encode_facts(manifest.draft, manifest.stats)
     return facts | {
         "uid": uid,
         "number": number,
@@ -372,7 +434,7 @@ def _version_as_json(uid: str, number: int, manifest: Manifest | None, at: str) 
 
 def _parent(
     number: int,
-    manifest: Manifest | None,
+    manifest: AnyManifest | None,
     uids: Mapping[int, str],
     tips: Mapping[str, Mapping[str, Any] | None],
 ) -> Json:

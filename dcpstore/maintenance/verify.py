@@ -1,11 +1,12 @@
 """Checks whether a repository is intact: finds damage, and the versions that it touches.
 
-A quick check reads no chunks. It checks the catalog's own rules, that each pack exists with the
-right size, and that each manifest is sound. A deep check reads the journal and every chunk that a
-version reaches, on all cores, and compares digests; the result of each pack is kept in the catalog
-at once, so an interrupted check can be resumed. Damage is marked: no save reuses a damaged chunk,
-so saving the content again repairs it. gc replaces a damaged manifest by a new one, and the next
-change of the repository replaces damaged operations in the journal.
+A quick check reads no chunks. It checks the catalog's own rules, that each pack, page and plan
+exists with the right size, and that each manifest is sound. A deep check reads pages, plans, the
+journal and every chunk that a version reaches, on all cores, and compares digests; the result of
+each pack is kept in the catalog at once, so an interrupted check can be resumed. Damage is marked:
+no save reuses a damaged chunk, so saving the content again repairs it. gc replaces damaged
+manifests, pages and plans by new ones, and the next change of the repository replaces damaged
+operations in the journal.
 """
 
 from __future__ import annotations
@@ -28,21 +29,26 @@ from dcpstore.catalog.maintenance.fsck import (
     end_verify,
     find_faults,
     find_reached,
+    held_by_page,
     list_packs,
+    list_pages,
     mark_pack,
     packed_chunks,
+    reached_by_page,
     reached_by_tensor,
 )
 from dcpstore.catalog.maintenance.journal import check_owner, journal_again, last_journaled
 from dcpstore.catalog.read.log_filter import list_log
 from dcpstore.catalog.read.ref_lookup import resolve
-from dcpstore.catalog.write.stale import mark_version_stale
+from dcpstore.catalog.write.stale import mark_object_stale, mark_version_stale
 from dcpstore.core.checksums import check_pieces
 from dcpstore.core.progress import ProgressBar
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, NotFoundError
 from dcpstore.formats.journal_entry import decode_operation, operation_key
 from dcpstore.formats.manifest import decode_manifest, manifest_key
-from dcpstore.records import Version
+from dcpstore.formats.page import decode_page
+from dcpstore.formats.plan import decode_plan
+from dcpstore.records import PackRecord, Version
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackReader
 
@@ -56,6 +62,8 @@ __all__ = [
     "found_by_quick_check",
     "verify",
 ]
+
+_SPARE = {"manifest", "page", "plan"}  # the catalog has what these hold, so versions load
 
 # Prefixes of the damage texts that the quick check writes.
 QUICK = ("missing: ", "size: ")
@@ -76,7 +84,9 @@ class ChunkDamage:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """One thing that is damaged: a "pack", "manifest" or "operation" by its key, or the "catalog".
+    """One thing that is damaged: the "catalog", or an object of the data folder by its key.
+
+    `kind` is "pack", "manifest", "page", "plan", "operation" or "catalog".
 
     `versions` and `fqns` are those that it touches.
     """
@@ -143,6 +153,7 @@ def verify(
     inspection.check_catalog()
     packs = inspection.check_all_packs()
     manifests = inspection.check_manifests()
+    inspection.check_pages(deep=deep)
     chunks = nbytes = 0
     if deep:
         inspection.check_journal()
@@ -150,7 +161,7 @@ def verify(
             catalog, storage, packs, resume=resume, limit=limit, found=inspection.found_in_pack
         )
     damaged = inspection.damage()
-    damaged_numbers = {n for one in damaged if one.kind != "manifest" for n in one.versions}
+    damaged_numbers = {n for one in damaged if one.kind not in _SPARE for n in one.versions}
     return VerifyReport(
         damaged=damaged,
         versions=_with_nearest(list_log(catalog), damaged_numbers),
@@ -210,6 +221,39 @@ class _Inspection:
                 self._found["manifest", key] = Damage("manifest", key, reason, (version.number,))
                 mark_version_stale(self._catalog, version.number)
         return len(versions)
+
+    def check_pages(self, *, deep: bool) -> None:
+        """Check that every page and plan exists with its size, and with `deep` what it holds."""
+        for page in list_pages(self._catalog):
+            reason = self._page_fault(page, deep=deep)
+            # Not one that a collection has deleted, or written again, meanwhile.
+            if reason is None or page not in list_pages(self._catalog):
+                continue
+            kind = "plan" if page.key.startswith("plans/") else "page"
+            versions = tuple(reached_by_page(self._catalog, page.key))
+            self._found[kind, page.key] = Damage(kind, page.key, reason, versions)
+            mark_object_stale(self._catalog, page.key)
+
+    def _page_fault(self, page: PackRecord, *, deep: bool) -> str | None:
+        try:
+            size = self._storage.size(page.key)
+            if size != page.nbytes:
+                return f"it has {size} bytes instead of {page.nbytes}"
+            if not deep:
+                return None
+            data = self._storage.get(page.key)
+            if page.key.startswith("plans/"):
+                held = {bytes.fromhex(decode_plan(data).digest)}
+            else:
+                found = decode_page(data, page.key)
+                held = {*found.sets, *found.groups, *found.runs}
+        except NotFoundError:
+            return "it is missing"
+        except (InvalidInputError, CorruptionError) as error:
+            return str(error)
+        if lacking := held_by_page(self._catalog, page.key) - held:
+            return f"it lacks {min(lacking).hex()} and {len(lacking) - 1} more of what it must hold"
+        return None
 
     def check_journal(self) -> None:
         """Check every operation in the journal; the next change replaces damaged ones."""

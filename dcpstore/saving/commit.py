@@ -1,6 +1,6 @@
 """A version from its begin, as pending, to the one transaction that makes it visible.
 
-Invariant: the manifest is durable before that transaction (design, invariants 2 and 3).
+Invariant: plan, page and manifest are durable before that transaction (design, invariants 2 and 3).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dcpstore.saving.plan_exchange import PlanMemory
 from dcpstore.saving.request import SaveRequest, draft_of
 from dcpstore.saving.save_state import SaveState
 from dcpstore.storage.interface import Storage
-from dcpstore.zarr.documents import write_manifest
+from dcpstore.zarr.objects import write_objects
 
 __all__ = [
     "BegunVersion",
@@ -35,6 +35,9 @@ __all__ = [
     "checked_planner_data",
     "entries_of_parent",
 ]
+
+
+_ATTEMPTS = 4  # to commit what other saves and gc may change at the same time
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +141,7 @@ class BegunVersion:
         seconds: dict[str, float],
         planner_data: str | None,
     ) -> Version:
-        """Write the manifest and commit, then apply retention; the packs are durable already.
+        """Write page and manifest and commit, then apply retention; the packs are durable already.
 
         Raises:
             ConflictError: the branch moved, or gc deleted what the save reuses; save again.
@@ -147,23 +150,25 @@ class BegunVersion:
 
         def publish() -> Version:
             began = time.perf_counter()
-            content = state.content(
-                target.catalog, packs=packs, seconds=seconds, planner_data=planner_data
-            )
+            content = state.content(packs=packs, seconds=seconds, planner_data=planner_data)
             entries = content.records()
-            write_manifest(target.storage, self.draft, content, entries)
+            content = write_objects(target.catalog, target.storage, self.draft, content)
             seconds["manifest"] = time.perf_counter() - began
             version = commit_save(target.catalog, self.draft.uid, content)
             # The next save keeps the grids of these entries.
             target.memory.entries.put(version.number, {entry.fqn: entry for entry in entries})
             return version
 
-        try:
-            version = publish()
-        except ConflictError:
-            # gc may have moved chunks that the save reuses into other packs. A second manifest
-            # names their new places; any other conflict is raised again.
-            version = publish()
+        for attempt in range(_ATTEMPTS):
+            try:
+                version = publish()
+                break
+            except ConflictError:
+                # gc may have moved chunks that the save reuses, or other saves may have committed
+                # the same entries meanwhile. Another page and manifest name what is there now; any
+                # other conflict is raised again.
+                if attempt == _ATTEMPTS - 1:
+                    raise
         # If this process ends here, the next change of the repository writes the journal entry.
         write_journal(target.catalog, target.storage)
         self.is_pending = False

@@ -20,7 +20,6 @@ import numpy.typing as npt
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.read.dedup import find_encoded, find_tensors
-from dcpstore.catalog.read.entries import load_whole_tensors
 from dcpstore.core.digests import content_digest
 from dcpstore.errors import InvalidInputError
 from dcpstore.geometry.box_table import GridTable, Ints
@@ -318,7 +317,6 @@ class SaveState:
 
     def content(
         self,
-        catalog: Catalog,
         *,
         packs: Sequence[PackRecord],
         seconds: Mapping[str, float],
@@ -326,20 +324,18 @@ class SaveState:
     ) -> VersionContent:
         """Return what the version holds; the places of all chunks have been recorded.
 
+        Only tensors that are new have their chunks.
+
         Args:
-            catalog: has the tensors that are reused.
             packs: of all ranks.
             seconds: that each phase took.
             planner_data: what the planner stores with the version, as typed JSON.
-
-        Raises:
-            ConflictError: gc deleted a tensor after `look_up` had found it.
         """
         fqns = sorted(self._layouts.keys() | self._values.keys())
         nbytes = sum(content.nbytes for content in self._contents.values())
         return VersionContent(
             entries=[self._entry(fqn) for fqn in fqns],
-            tensors=self._tensors(catalog),
+            tensors=self._tensors(),
             packs=packs,
             plan=self._table.record,  # the shard index: which rank wrote which box
             nbytes=nbytes,  # those of tied tensors each time
@@ -352,17 +348,15 @@ class SaveState:
             planner_data=planner_data,
         )
 
-    def _tensors(self, catalog: Catalog) -> list[NewTensor]:
-        """Return each distinct tensor content with all its chunks, those of reused ones too."""
-        stored = {tensor.id: tensor for tensor in self._known.values()}
-        known = load_whole_tensors(catalog, list(stored.values()))
-        reused = {tensor.digest for tensor in known}
+    def _tensors(self) -> list[NewTensor]:
+        """Return each distinct tensor content; only those that are new have their chunks."""
+        known = {tensor.digest: NewTensor.of(tensor, ()) for tensor in self._known.values()}
         new = {
             content.digest: content
             for content in self._contents.values()
-            if self._stored_digest(content) not in reused
+            if self._stored_digest(content) not in known
         }
-        return [*known, *self._new_tensors(list(new.values()))]
+        return [*known.values(), *self._new_tensors(list(new.values()))]
 
     def _contents_by_fqn(self) -> dict[str, _Content]:
         cells = self._cells

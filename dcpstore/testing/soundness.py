@@ -5,14 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from dcpstore.catalog.glance import LogLine, glance_at_log
-from dcpstore.catalog.maintenance.fsck import list_packs
+from dcpstore.catalog.maintenance.export import load_content
+from dcpstore.catalog.maintenance.fsck import list_packs, list_pages
 from dcpstore.catalog.read.entries import load_chunks, load_entries
 from dcpstore.core.digests import chunk_digest, content_digest
 from dcpstore.encoding.codecs import decode
 from dcpstore.encoding.dtypes import numpy_dtype
+from dcpstore.formats.first_manifest import FirstManifest
 from dcpstore.formats.journal_entry import operation_number
 from dcpstore.formats.manifest import decode_manifest, manifest_key
+from dcpstore.formats.plan import decode_plan
 from dcpstore.geometry.boxes import find_overlap
+from dcpstore.maintenance.page_reader import PageReader
 from dcpstore.records import ChunkRange, StoredChunk, TensorRecord, Version
 from dcpstore.repository import Repository
 from dcpstore.storage.packs import PackReader
@@ -45,13 +49,13 @@ def _assert_sound(repo: Repository) -> None:
     seen = glance_at_log(repo._target, limit=None)
     assert seen is None or repr(seen) == repr(list(map(as_line, versions)))  # NaN is not itself
     packs = PackReader(repo.storage)
+    pages = PageReader(repo.storage)
     checked: set[int] = set()
     for version in versions:
         assert version.parent is None or version.parent < version.number
         entries = load_entries(repo.catalog, version.number)
         assert version.nbytes == sum(e.tensor.nbytes for e in entries if e.tensor is not None)
-        manifest = decode_manifest(repo.storage.get(manifest_key(version.uid)))
-        assert {e.fqn for e in manifest.content.entries} == {e.fqn for e in entries}
+        _assert_described(repo, pages, version)
         for entry in entries:
             assert (entry.kind == "value") == (entry.tensor is None)
             if entry.tensor is not None and entry.tensor.id not in checked:
@@ -61,6 +65,28 @@ def _assert_sound(repo: Repository) -> None:
     for ref in (*repo.tags(), *repo.branches()):
         assert repo.show(ref.name).number == ref.version
     _assert_kept(repo)
+
+
+def _assert_described(repo: Repository, pages: PageReader, version: Version) -> None:
+    """Check that the data folder holds what the catalog has of a version."""
+    draft, content = load_content(repo.catalog, version.number)
+    manifest = decode_manifest(repo.storage.get(manifest_key(version.uid)))
+    assert manifest.draft.uid == draft.uid
+    if isinstance(manifest, FirstManifest):
+        entries, tensors, plan = (
+            manifest.content.entries,
+            manifest.content.tensors,
+            manifest.content.plan,
+        )
+    else:
+        found = pages.tree(manifest.root, manifest.page)
+        entries = [entry for one in found.tree.sets for entry in one.entries]
+        tensors, plan = found.tensors, decode_plan(repo.storage.get(manifest.plan))
+    assert sorted(entries) == sorted(content.entries)
+    assert {tensor.digest: tensor for tensor in tensors} == {
+        tensor.digest: tensor for tensor in content.tensors
+    }
+    assert (plan.digest, sorted(plan.shards)) == (content.plan.digest, sorted(content.plan.shards))
 
 
 def as_line(version: Version) -> LogLine:
@@ -96,6 +122,7 @@ def _assert_kept(repo: Repository) -> None:
     assert named <= reached
     assert not going & named
     assert not going & {manifest_key(version.uid) for version in repo.log()}
+    assert not going & {page.key for page in list_pages(repo.catalog)}
     (journaled,) = repo.sql("SELECT last_journaled FROM repository")[0]
     written = map(operation_number, repo.storage.list("operations"))
     assert sorted(n for n in written if n is not None) == list(range(1, journaled + 1))

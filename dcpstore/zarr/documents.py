@@ -1,6 +1,6 @@
-"""The Zarr v3 documents of a version, the Zarr key of each chunk, and the manifest with both.
+"""The Zarr v3 documents of a version, the Zarr key of each chunk, and a reference with both.
 
-The same documents are in a manifest and in `VersionStore`. A tensor is an array named by its FQN;
+The same documents are in a reference and in `VersionStore`. A tensor is an array named by its FQN;
 one with several parts is a group of that name with one array for each part. Values are attributes
 of the root. Two FQNs never share a node name, and no node name has another meaning in Zarr.
 """
@@ -16,17 +16,16 @@ from dcpstore.encoding.codecs import zarr_codecs
 from dcpstore.encoding.dtypes import numpy_dtype
 from dcpstore.formats import json_fields
 from dcpstore.formats.json_fields import value_tree
-from dcpstore.formats.manifest import encode_manifest, manifest_key
 from dcpstore.geometry.grids import Grid
-from dcpstore.records import EntryRecord, NewChunk, TensorRecord, VersionContent, VersionDraft
-from dcpstore.storage.interface import Storage
+from dcpstore.records import EntryRecord, NewChunk, NewTensor, TensorRecord
 
 __all__ = [
+    "array_heads",
     "array_name",
     "array_names",
     "chunk_keys",
     "chunk_references",
-    "write_manifest",
+    "reference_file",
     "zarr_documents",
 ]
 
@@ -67,7 +66,7 @@ def chunk_keys(array: str, grid: Grid) -> Iterator[str]:
 def chunk_references(
     entries: Sequence[EntryRecord], chunks: Mapping[str, Sequence[NewChunk]]
 ) -> Iterator[tuple[str, NewChunk]]:
-    """Yield the Zarr key of each chunk of each entry, with the chunk, as a manifest lists them.
+    """Yield the Zarr key of each chunk of each entry, with the chunk, as a reference lists them.
 
     Args:
         entries: of the version.
@@ -157,19 +156,39 @@ def _escaped(text: str) -> str:
     return "".join(f"%{byte:02X}" for byte in text.encode("utf-8", "surrogatepass"))
 
 
-def write_manifest(
-    storage: Storage, draft: VersionDraft, content: VersionContent, entries: Sequence[EntryRecord]
-) -> None:
-    """Write the manifest of a version, each of whose tensors has all its chunks.
+def array_heads(tensor: NewTensor) -> list[str]:
+    """Return the document of the array of each part, but for its attributes."""
+    return [
+        _array_head(tensor.dtype, tensor.codec, part.shape, part.chunk_shape)
+        for part in tensor.parts
+    ]
 
-    `entries` are those of `content` as records.
+
+def reference_file(
+    data_url: str,
+    entries: Sequence[EntryRecord],
+    chunks: Mapping[str, Sequence[NewChunk]],
+    *,
+    uid: str,
+    step: int | None,
+) -> bytes:
+    """Return the kerchunk reference of a version, with which plain Zarr and fsspec read it.
+
+    Format: https://fsspec.github.io/kerchunk/spec.html
+
+    Args:
+        data_url: where "packs/" lies: an absolute path or a URL that fsspec opens.
+        entries: of the version.
+        chunks: all chunks of each tensor by its digest, in order of (part, ordinal).
+        uid: of the version.
+        step: of the version.
     """
-    chunks = {tensor.digest: tensor.chunks for tensor in content.tensors}
-    manifest = encode_manifest(
-        draft,
-        content,
-        data_url=storage.url,
-        documents=zarr_documents(entries, {"uid": draft.uid, "step": draft.step}),
-        references=chunk_references(entries, chunks),
-    )
-    storage.put(manifest_key(draft.uid), manifest)
+    quoted = json_fields.quoted
+    documents = zarr_documents(entries, {"uid": uid, "step": step})
+    refs = [f"{quoted(key)}:{quoted(text)}" for key, text in documents.items()]
+    refs += [
+        f'{quoted(key)}:["{{{{data}}}}/{c.pack}",{c.offset},{c.length}]'
+        for key, c in chunk_references(entries, chunks)
+    ]
+    templates = json_fields.encode({"data": data_url})
+    return f'{{"version":1,"templates":{templates},"refs":{{{",".join(refs)}}}}}'.encode()

@@ -313,15 +313,9 @@ PLACES = (
     f" JOIN run r ON r.tensor = c.tensor AND r.ordinal = c.at / {RUN}"
     " JOIN pack k ON k.id = c.pack) chosen WHERE nth = 1",
 )
-# A manifest that names a place which is not that of the run any more must be written again.
-MOVED = (
-    "UPDATE version SET stale = :mark WHERE plan IS NOT NULL AND id IN ("
-    " SELECT e.version FROM entry e WHERE e.tensor IN ("
-    " SELECT c.tensor FROM (" + CHUNKS.format(tensors="SELECT tensor FROM run") + ") c"
-    f" JOIN run r ON r.tensor = c.tensor AND r.ordinal = c.at / {RUN}"
-    f" JOIN upgrade_chunk n ON n.tensor = r.run AND n.ordinal = c.at % {RUN}"
-    ' WHERE n.pack <> c.pack OR n."offset" <> c."offset"))'
-)
+# Their manifests hold whole versions, and are to be written again as manifests of pages. Until then
+# no pack is deleted, so they stay right even where a chunk of a run lies elsewhere now.
+OLD_MANIFESTS = "UPDATE version SET stale = :mark WHERE plan IS NOT NULL"
 ALIASES = (
     "INSERT INTO upgrade_alias (digest, tensor) SELECT {unhex}, a.tensor FROM alias a"
     " WHERE a.tensor IN (SELECT id FROM upgrade_tensor)"
@@ -422,7 +416,7 @@ class Preparation:
         gone = self._follow(connection)
         _create(connection, tables.run, tables.chunk, tables.alias)
         _fill(connection)
-        connection.execute(sa.text(MOVED), {"mark": uuid.uuid4().hex})
+        connection.execute(sa.text(OLD_MANIFESTS), {"mark": uuid.uuid4().hex})
         if dialect == "sqlite":
             driver = connection.connection.driver_connection
             driver.create_function("upgrade_unhex", 1, bytes.fromhex, deterministic=True)

@@ -9,8 +9,11 @@ import pytest
 
 from dcpstore.errors import CorruptionError, SchemaError
 from dcpstore.formats.journal_entry import decode_operation, encode_operation
-from dcpstore.formats.manifest import decode_manifest
-from tests.formats.test_manifest import encode as encode_manifest
+from dcpstore.formats.manifest import decode_manifest, encode_manifest
+from tests.formats import test_first_manifest
+from tests.formats.test_manifest import MANIFEST
+
+FIRST = test_first_manifest.signed(test_first_manifest.body())
 
 OPERATION = {
     "operation": 1,
@@ -27,11 +30,12 @@ OPERATION = {
 @pytest.mark.parametrize(
     ("data", "decode", "errors"),
     [
-        (encode_manifest(), decode_manifest, (CorruptionError,)),
+        (encode_manifest(MANIFEST), decode_manifest, (CorruptionError,)),
+        (FIRST, decode_manifest, (CorruptionError,)),
         # a flipped number of its format may be a newer one
         (encode_operation(OPERATION), decode_operation, (CorruptionError, SchemaError)),
     ],
-    ids=["manifest", "operation"],
+    ids=["manifest", "first", "operation"],
 )
 def test_every_flipped_bit_of_the_head_is_seen(
     data: bytes, decode: Callable[[bytes], Any], errors: tuple[type[Exception], ...]
@@ -46,7 +50,7 @@ def test_every_flipped_bit_of_the_head_is_seen(
 
 @pytest.mark.parametrize("version", [0, 2])
 def test_a_manifest_of_another_kerchunk_version_is_damaged(version: int) -> None:
-    data = encode_manifest().replace(b'"version": 1', b'"version": %d' % version, 1)
+    data = FIRST.replace(b'"version": 1', b'"version": %d' % version, 1)
     with pytest.raises(CorruptionError, match=f"kerchunk version is {version}"):
         decode_manifest(data)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from dcpstore.encoding.values import decode_value, encode_value
 from dcpstore.errors import DcpstoreError
 from dcpstore.formats.journal_entry import decode_operation
 from dcpstore.formats.manifest import decode_manifest
+from dcpstore.formats.page import decode_page
+from dcpstore.formats.plan import decode_plan
 from dcpstore.storage.local import LocalFolder
 from dcpstore.storage.packs import PackReader
 
@@ -60,9 +63,48 @@ def signed(body: bytes, head: str) -> bytes:
     return head.format(blake3(body).hexdigest()).encode() + body[1:]
 
 
+def sign_first(body: bytes) -> bytes:
+    """Return a manifest of format 1 of this body."""
+    return signed(body, '{{"version": 1, "digest": "{}", ')
+
+
 def sign_manifest(body: bytes) -> bytes:
     """Return a manifest of this body."""
-    return signed(body, '{{"version": 1, "digest": "{}", ')
+    return signed(body, '{{"manifest": 2, "digest": "{}", ')
+
+
+def sign_plan(body: bytes) -> bytes:
+    """Return a plan of this body."""
+    return signed(body, '{{"plan": 1, "digest": "{}", ')
+
+
+def sign_page(data: bytes) -> bytes:
+    """Return a page of JSON that lists its header and its columns: texts of hex, or integers.
+
+    What is not such JSON is the header as it is.
+    """
+    raw, stored = data, b""
+    try:
+        tree = json.loads(data)
+        columns = {name: _column(column) for name, column in tree["columns"].items()}
+        sizes = {name: len(column) for name, column in columns.items()}
+        raw = json.dumps({**tree["header"], "columns": sizes}).encode()
+        stored = b"".join(columns.values())
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
+        pass
+    packed = zlib.compress(raw)
+    head = f'"header": {len(packed)}, "raw": {len(raw)}}}\n'.encode()
+    return signed(b"{" + head + packed + stored, '{{"page": 1, "digest": "{}", ')
+
+
+def _column(column: str | list[int]) -> bytes:
+    if isinstance(column, str):
+        return bytes.fromhex(column)
+    numbers = [number.to_bytes(8, "little", signed=True) for number in column]
+    return zlib.compress(b"".join(numbers))
+
+
+PAGE = "pages/0123456789abcdef0123456789abcdef.page"
 
 
 def sign_operation(body: bytes) -> bytes:
@@ -145,10 +187,17 @@ PARSERS = {
         Parser("values", "encoding/values.py", _value),
         Parser("blobs", "encoding/scalars.py", _blob),
         Parser(
+            "first-manifests",
+            "formats/first_manifest.py",
+            lambda data, _: decode_manifest(sign_first(data)),
+        ),
+        Parser(
             "manifests",
             "formats/manifest.py",
             lambda data, _: decode_manifest(sign_manifest(data)),
         ),
+        Parser("pages", "formats/page.py", lambda data, _: decode_page(sign_page(data), PAGE)),
+        Parser("plans", "formats/plan.py", lambda data, _: decode_plan(sign_plan(data))),
         Parser("unsigned", "formats/manifest.py", lambda data, _: decode_manifest(data)),
         Parser(
             "operations",

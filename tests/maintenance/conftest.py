@@ -15,6 +15,8 @@ from dcpstore.catalog.db.url import sqlite_url
 from dcpstore.catalog.schema.views import VIEWS
 from dcpstore.catalog.write.saves import begin_save
 from dcpstore.core.uids import new_uid
+from dcpstore.formats.manifest import Manifest, decode_manifest, manifest_key
+from dcpstore.maintenance.page_reader import PageReader
 from dcpstore.records import VersionDraft
 from dcpstore.repository import open as open_repository
 from tests.cli.conftest import ask_database
@@ -54,6 +56,14 @@ def other(tmp_path: Path) -> Iterator[Repository]:
     """Another repository, embedded in a folder."""
     with open_repository(tmp_path / "other") as opened:
         yield opened
+
+
+def packs_named(repo: Repository, uid: str) -> set[str]:
+    """Return the packs that the pages of a version name."""
+    manifest = decode_manifest(repo.storage.get(manifest_key(uid)))
+    assert isinstance(manifest, Manifest)
+    held = PageReader(repo.storage).tree(manifest.root, manifest.page)
+    return {chunk.pack for tensor in held.tensors for chunk in tensor.chunks}
 
 
 def begin(repo: Repository, **options: Any) -> VersionDraft:

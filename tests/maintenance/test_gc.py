@@ -16,13 +16,13 @@ from dcpstore import ConflictError, DcpstoreError, InvalidInputError, NotFoundEr
 from dcpstore import repository as repository_module
 from dcpstore.catalog.read.entries import load_chunks
 from dcpstore.core.uids import new_uid
-from dcpstore.formats.manifest import decode_manifest, manifest_key
+from dcpstore.formats.manifest import manifest_key
 from dcpstore.maintenance import gc as collecting
 from dcpstore.maintenance import rewrite as rewriting
 from dcpstore.saving import commit as committing
 from dcpstore.saving import save_state
 from dcpstore.storage.packs import PackReader
-from tests.maintenance.conftest import Save, open_intruder, packs_of
+from tests.maintenance.conftest import Save, open_intruder, packs_named, packs_of
 from tests.soundness import Place
 
 NOW = "0s"
@@ -80,8 +80,7 @@ def test_a_pack_mostly_dead_is_repacked_and_versions_stay_readable(repo: Reposit
     assert new.nbytes == small.nbytes
     assert old.key in packs_of(repo)  # who holds the old place still finds it
     assert torch.equal(repo.read()["small"], small)
-    manifest = decode_manifest(repo.storage.get(manifest_key(second.uid)))
-    named = {chunk.pack for tensor in manifest.content.tensors for chunk in tensor.chunks}
+    named = packs_named(repo, second.uid)
     assert named == {new.key, f"packs/{second.uid}/0-0.pack"}
     repo.gc(grace=NOW)
     assert packs_of(repo) == named
@@ -162,9 +161,8 @@ def test_a_save_goes_through_while_what_it_reuses_is_repacked(
 
     monkeypatch.setattr(repo.storage, "put", put_and_repack)
     version = dcpstore.save({"small": small, "more": big + 1}, repo)
-    manifest = decode_manifest(repo.storage.get(manifest_key(version.uid)))
     repo.gc(grace=NOW)
-    named = {chunk.pack for tensor in manifest.content.tensors for chunk in tensor.chunks}
+    named = packs_named(repo, version.uid)
     assert named <= packs_of(repo)
     assert torch.equal(repo.read()["small"], small)
 
@@ -184,8 +182,7 @@ def test_no_manifest_names_what_goes_of_two_saves_that_wrote_the_same(
     version = dcpstore.save({"same": same}, repo)
     (gone,) = repo.gc(grace=NOW).deleted
     assert gone.key == f"packs/{version.uid}/0-0.pack"
-    manifest = decode_manifest(repo.storage.get(manifest_key(version.uid)))
-    named = {chunk.pack for tensor in manifest.content.tensors for chunk in tensor.chunks}
+    named = packs_named(repo, version.uid)
     assert named == packs_of(repo)
 
 
@@ -304,8 +301,8 @@ def test_a_collection_that_is_killed_is_finished_by_the_next(
     repo.expire(keep_last=1)
     targets: dict[str, tuple[object, str]] = {
         "copied": (rewriting, "switch_pack"),
-        "switched": (collecting, "stale_versions"),
-        "renewed": (rewriting, "clear_stale"),
+        "switched": (collecting, "are_stale"),
+        "renewed": (rewriting, "clear_stale_page"),
         "deleted": (collecting, "forget_packs"),
     }
     with monkeypatch.context() as broken:
@@ -360,7 +357,7 @@ def test_the_longest_span_is_taken(repo: Repository, save: Save) -> None:
     assert (report.deleted, report.cleared, report.crashed) == ((), (), ())
 
 
-def test_dead_plans_and_tensors_leave_no_rows(repo: Repository) -> None:
+def test_dead_plans_pages_and_tensors_leave_no_rows_and_no_objects(repo: Repository) -> None:
     for i in range(4):
         dcpstore.save({f"w{i}": torch.randn(5 + i)}, repo)
     repo.expire(keep_last=1)
@@ -369,6 +366,10 @@ def test_dead_plans_and_tensors_leave_no_rows(repo: Repository) -> None:
     def count(table: str) -> int:
         return int(repo.sql(f"SELECT count(*) AS n FROM {table}")[0].n)
 
+    assert {key.split("/")[0] for key in repo.storage.list() if repo.show().uid not in key} == {
+        "operations"
+    }
+    assert count("page") == 2  # and the plan
     assert {
         t: count(t) for t in ("tensor", "chunk", "entry", "fqn", "pack", "plan")
     } == dict.fromkeys(("tensor", "chunk", "entry", "fqn", "pack", "plan"), 1)

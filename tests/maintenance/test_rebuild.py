@@ -246,7 +246,7 @@ def test_a_rebuild_after_a_crash_between_move_and_manifest(
     dcpstore.save({"small": small}, repo)
     repo.expire(keep_last=1)
     with monkeypatch.context() as crash:
-        crash.setattr(collecting, "stale_versions", lambda catalog: {})
+        crash.setattr(collecting, "are_stale", lambda catalog: False)
         repo.gc()
     rebuild(place.data, tmp_path / "new")
     with open_repository(tmp_path / "new", create=False) as rebuilt:

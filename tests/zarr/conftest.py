@@ -1,4 +1,4 @@
-"""A version written with packs and a manifest, by the parts that a save is made of."""
+"""A version written with packs, page, manifest and reference, by the parts that a save has."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,22 +12,23 @@ import torch
 from dcpstore.core.digests import chunk_digest, content_digest
 from dcpstore.encoding.codecs import encode
 from dcpstore.encoding.dtypes import as_bytes, dtype_name
-from dcpstore.formats.manifest import encode_manifest, manifest_key
+from dcpstore.formats.entry_tree import grow
+from dcpstore.formats.manifest import Manifest, encode_manifest, manifest_key
+from dcpstore.formats.page import encode_page, page_key
 from dcpstore.geometry.grids import Grid
 from dcpstore.records import (
     EntryRecord,
     NewChunk,
     NewEntry,
     NewTensor,
-    PlanRecord,
     StoredChunk,
     TensorRecord,
-    VersionContent,
     VersionDraft,
+    VersionStats,
 )
 from dcpstore.storage.local import LocalFolder
 from dcpstore.storage.packs import PackWriter
-from dcpstore.zarr.documents import chunk_references, zarr_documents
+from dcpstore.zarr.documents import array_heads, reference_file
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Written:
     """What a save leaves, and what the catalog would answer."""
 
     storage: LocalFolder
-    manifest: Path
+    reference: Path
     entries: list[EntryRecord]
     chunks: list[StoredChunk] = field(default_factory=list)
 
@@ -58,11 +59,11 @@ def write(tmp_path: Path) -> Write:
         *,
         codec: str = "none",
         values: Mapping[str, str] | None = None,
-        attributes: Mapping[str, object] | None = None,
+        step: int | None = None,
     ) -> Written:
         storage = LocalFolder(tmp_path / "data", create=True)
         writer = PackWriter(storage, "ab12", 0)
-        written = Written(storage, tmp_path / "data" / manifest_key("ab12"), [])
+        written = Written(storage, tmp_path / "data" / "references" / "ab12.json", [])
         contents: dict[str, NewTensor] = {}
         for number, (fqn, (tensor, parts)) in enumerate(tensors.items()):
             array = as_bytes(tensor)
@@ -82,29 +83,45 @@ def write(tmp_path: Path) -> Write:
             written.chunks += [StoredChunk(number, *chunk) for chunk in chunks]
         for fqn, value in (values or {}).items():
             written.entries.append(EntryRecord(fqn, (fqn,), "value", None, value))
-        known = {tensor.digest: tensor.chunks for tensor in contents.values()}
-        content = VersionContent(
-            entries=[
+        known = {tensor.digest: tensor for tensor in contents.values()}
+        tree = grow(
+            [
                 NewEntry(e.fqn, e.path, e.kind, e.tensor and e.tensor.digest, e.value)
                 for e in written.entries
-            ],
-            tensors=list({t.digest: t for t in contents.values()}.values()),
+            ]
+        )
+        page = encode_page(
+            page_key("ab12"),
+            sets=tree.sets,
+            groups=[*((1, one) for one in tree.groups), (2, tree.root)],
+            tensors=known,
+            elsewhere={},
+            documents=array_heads,
+        )
+        storage.put(page_key("ab12"), page)
+        manifest = Manifest(
+            draft=VersionDraft(uid="ab12", branch="main", step=step),
+            stats=VersionStats(
+                created_at=datetime.now(UTC),
+                nbytes=0,
+                nbytes_written=0,
+                nbytes_reused=0,
+                seconds={},
+            ),
+            root=tree.root.digest,
+            page=page_key("ab12"),
+            plan="plans/ab12.json",
             packs=writer.finish(),
-            plan=PlanRecord("p", 1, []),
-            nbytes=0,
-            nbytes_written=0,
-            nbytes_reused=0,
-            seconds={},
-            created_at=datetime.now(UTC),
         )
-        manifest = encode_manifest(
-            VersionDraft(uid="ab12", branch="main"),
-            content,
-            data_url=storage.url,
-            documents=zarr_documents(written.entries, attributes or {}),
-            references=chunk_references(written.entries, known),
+        storage.put(manifest_key("ab12"), encode_manifest(manifest))
+        reference = reference_file(
+            storage.url,
+            sorted(written.entries, key=lambda entry: entry.fqn),
+            {digest: tensor.chunks for digest, tensor in known.items()},
+            uid="ab12",
+            step=step,
         )
-        storage.put(manifest_key("ab12"), manifest)
+        storage.put("references/ab12.json", reference)
         return written
 
     return write_version

@@ -1,4 +1,4 @@
-"""A manifest and its packs, opened by zarr and fsspec alone, where dcpstore cannot be imported."""
+"""A version opened by zarr and fsspec alone, where dcpstore cannot be imported."""
 
 import json
 import shutil
@@ -11,6 +11,7 @@ import torch
 
 from dcpstore.encoding import dtypes
 from dcpstore.geometry.grids import Grid
+from dcpstore.zarr import references
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
@@ -30,8 +31,8 @@ except ImportError:
 else:
     raise SystemExit("dcpstore was imported")
 import zarr
-manifest, options = sys.argv[1], json.loads(sys.argv[2])
-group = zarr.open_group("reference://", storage_options={"fo": manifest, **options}, mode="r")
+reference, options = sys.argv[1], json.loads(sys.argv[2])
+group = zarr.open_group("reference://", storage_options={"fo": reference, **options}, mode="r")
 
 def read(group):
     found = {}
@@ -46,15 +47,28 @@ print(json.dumps({"arrays": read(group), "attributes": dict(group.attrs)}))
 """
 
 
-def read_plainly(manifest: Path, **options: object) -> dict:
+def read_plainly(reference: Path, **options: object) -> dict:
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", READER, str(manifest), json.dumps(options)],
+        [sys.executable, "-W", "error", "-c", READER, str(reference), json.dumps(options)],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def run_script(folder: Path, *arguments: str) -> str:
+    """Return what `references.py` writes when it lies in a data folder, without any package."""
+    shutil.copy(references.__file__, folder)
+    done = subprocess.run(
+        [sys.executable, "-S", "-I", "-W", "error", folder / "references.py", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def tensors() -> dict[str, tuple[torch.Tensor, tuple[Grid, ...]]]:
@@ -71,21 +85,25 @@ def tensors() -> dict[str, tuple[torch.Tensor, tuple[Grid, ...]]]:
         torch.arange(10.0),
         (Grid((0,), (3,), (3,)), Grid((3,), (7,), (4,))),
     )
+    found["large"] = (torch.arange(83), (Grid((0,), (83,), (2,)),))
     for odd in ("a/b", "c", "zarr.json", "__x", "..", "", "ü\ud800\n", "100%", "{{data}}", "x y*"):
         found[odd] = (torch.tensor([len(odd)]), (Grid((0,), (1,), (1,)),))
     return found
 
 
 @pytest.mark.parametrize("codec", ["none", "blosc", "zstd"])
-def test_every_tensor_is_read_exactly(write, codec: str) -> None:
+def test_every_tensor_is_read_exactly(write, codec: str, tmp_path: Path) -> None:
     saved = tensors()
     written = write(
         saved,
         codec=codec,
         values={"lr": "0.001", "odd": '{"$tuple":[1,2]}'},
-        attributes={"uid": "ab12", "step": 7},
+        step=7,
     )
-    found = read_plainly(written.manifest)
+    script = tmp_path / "v1.json"
+    script.write_text(run_script(Path(written.storage.url), "ab12"))
+    assert json.loads(script.read_text()) == json.loads(written.reference.read_text())
+    found = read_plainly(script)
     assert found["attributes"] == {
         "uid": "ab12",
         "step": 7,
@@ -107,10 +125,18 @@ def test_every_tensor_is_read_exactly(write, codec: str) -> None:
         assert raw == dtypes.as_bytes(tensor).tobytes().hex()
 
 
-def test_a_moved_repository_is_read_with_one_override(write, tmp_path: Path) -> None:
+def test_a_moved_repository_is_read_with_one_override_or_where_the_script_is(
+    write, tmp_path: Path
+) -> None:
     written = write({"w": (torch.arange(4), (Grid((0,), (4,), (3,)),))})
     moved = tmp_path / "elsewhere"
     shutil.move(written.storage.url, moved)
-    manifest = moved / "manifests" / written.manifest.name
-    found = read_plainly(manifest, template_overrides={"data": str(moved)})
-    assert found["arrays"]["w"][2] == torch.arange(4).numpy().tobytes().hex()
+    wanted = torch.arange(4).numpy().tobytes().hex()
+    reference = moved / "references" / written.reference.name
+    found = read_plainly(reference, template_overrides={"data": str(moved)})
+    assert found["arrays"]["w"][2] == wanted
+    again = tmp_path / "again.json"
+    again.write_text(run_script(moved, "ab12"))
+    assert read_plainly(again)["arrays"]["w"][2] == wanted
+    served = json.loads(run_script(moved, "ab12", "--data", "s3://bucket/ckpts"))
+    assert served["templates"] == {"data": "s3://bucket/ckpts"}

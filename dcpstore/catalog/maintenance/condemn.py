@@ -15,14 +15,14 @@ from typing import NamedTuple
 from sqlalchemy import Connection, bindparam, case, delete, exists, func, insert, select, update
 
 from dcpstore.catalog.catalog import Catalog
-from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
+from dcpstore.catalog.db.key_lists import wanted_names
 from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.maintenance.expire import drop_forgotten
 from dcpstore.catalog.maintenance.sweep import condemn_unused_pages, sweep
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.write.forget import loosen
 from dcpstore.catalog.write.operations import Change, lock_repository, record
-from dcpstore.catalog.write.stale import mark_holders_stale, mark_stale
+from dcpstore.catalog.write.stale import are_stale, mark_holders_stale, mark_written_stale
 from dcpstore.core.checksums import CHECKSUM, PIECE
 from dcpstore.core.display import human_duration
 from dcpstore.errors import InvalidInputError
@@ -43,18 +43,23 @@ __all__ = [
 _version, _pack, _chunk = tables.version, tables.pack, tables.chunk
 _unjudged = tables.unjudged
 
+# Each of these that a committed version needs has a row of its own.
+_OF_OTHERS = ("packs/", "pages/", "plans/")
+
 Place = tuple[int, int, int]  # tensor, part and ordinal of one chunk
 
 
 class Condemned(NamedTuple):
     """What one collection found: packs condemned now, sparse packs, and versions by uid.
 
-    `sparse` packs hold few bytes that are still used. `crashed` are saves that did not end;
-    `dropped` versions were forgotten, and cannot come back any more.
+    `sparse` packs hold few bytes that are still used; `pages` are pages and plans condemned now.
+    `crashed` are saves that did not end; `dropped` versions were forgotten, and cannot come back
+    any more.
     """
 
     condemned: list[PackRecord]
     sparse: list[PackRecord]
+    pages: list[PackRecord]
     crashed: list[str]
     dropped: list[str]
 
@@ -100,10 +105,18 @@ def condemn(
     return Condemned(*found, first.crashed, first.dropped)
 
 
+class _Judged(NamedTuple):
+    """The packs that are condemned and sparse, and the pages that are condemned."""
+
+    condemned: list[PackRecord]
+    sparse: list[PackRecord]
+    pages: list[PackRecord]
+
+
 class _Begun(NamedTuple):
     """What the first slice found; `judged` is None if it was not the last."""
 
-    judged: tuple[list[PackRecord], list[PackRecord]] | None
+    judged: _Judged | None
     crashed: list[str]
     dropped: list[str]
 
@@ -141,7 +154,7 @@ def _begin(
 @writes()
 def _go_on(
     connection: Connection, *, now: datetime, lease: timedelta, live_share: float, author: str
-) -> tuple[list[PackRecord], list[PackRecord]] | None:
+) -> _Judged | None:
     """Sweep another slice; after the last one, judge the packs."""
     lock_repository(connection)
     if not sweep(connection, now=now):
@@ -153,13 +166,13 @@ def _go_on(
 
 def _record(
     connection: Connection,
-    judged: tuple[list[PackRecord], list[PackRecord]] | None,
+    judged: _Judged | None,
     dropped: list[str],
     *,
     author: str,
     now: datetime,
 ) -> None:
-    condemned = [pack.key for pack in judged[0]] if judged else []
+    condemned = [pack.key for pack in judged.condemned] if judged else []
     done = {"condemned": condemned, "dropped": dropped}
     if detail := {what: names for what, names in done.items() if names}:
         record(connection, Change("gc", detail=detail), author=author, at=now)
@@ -261,6 +274,7 @@ def switch_pack(
     )
     connection.execute(delete(_unjudged).where(_unjudged.c.pack == source.id))
     mark_holders_stale(connection, {row.tensor for row in rows})
+    mark_written_stale(connection, [source.version])  # for the same reason as in `_condemn`
     uid = connection.scalar(select(_version.c.uid).where(_version.c.id == target.version))
     detail = {"condemned": [old], "added": [[new.key, new.nbytes, uid]]}
     record(connection, Change("gc", detail=detail), author=author, at=now)
@@ -269,8 +283,8 @@ def switch_pack(
 
 @reads
 def find_doomed(connection: Connection, *, before: datetime) -> list[PackRecord]:
-    """Return the packs condemned before a time; none while a stale manifest may still name them."""
-    if connection.scalar(select(func.count()).where(_version.c.stale.is_not(None))):
+    """Return the packs condemned before a time; none while a stale page may still name them."""
+    if are_stale(connection):
         return []
     rows = connection.execute(
         select(_pack.c.key, _pack.c.nbytes)
@@ -325,13 +339,12 @@ def find_leftovers(
             objects stay.
         expired_before: manifests of versions that expired after this may be in use, and stay.
     """
-    known = set(
-        connection.scalars(
-            select(_pack.c.key).where(
-                _pack.c.key.in_(wanted_names(connection, [key for key, _ in keys]))
-            )
-        )
-    )
+    names = wanted_names(connection, [key for key, _ in keys])
+    known = {
+        key
+        for column in (_pack.c.key, tables.page.c.key)
+        for key in connection.scalars(select(column).where(column.in_(names)))
+    }
     rows = {
         row.uid: row
         for row in connection.execute(
@@ -353,7 +366,7 @@ def find_leftovers(
         elif row.status == "pending":
             if uid in crashed:
                 leftovers.append(key)
-        elif row.status == "aborted" or key.startswith("packs/"):
+        elif row.status == "aborted" or key.startswith(_OF_OTHERS):
             leftovers.append(key)
     return leftovers, unknown
 
@@ -408,8 +421,8 @@ def _forget_plans(connection: Connection, *, now: datetime) -> None:
 
 def _judge(
     connection: Connection, *, now: datetime, lease: timedelta, live_share: float
-) -> tuple[list[PackRecord], list[PackRecord]]:
-    """Condemn the packs that nothing uses; return them, and those that are sparse.
+) -> _Judged:
+    """Condemn the packs that nothing uses; return them, those that are sparse, and the pages.
 
     Only packs that are new or lost chunks are looked at. What is sparse or damaged stays unjudged,
     until its chunks have moved.
@@ -422,7 +435,13 @@ def _judge(
         _pack.c.key.not_in(wanted_names(connection, [pack.key for pack in sparse])),
     )
     connection.execute(delete(_unjudged).where(is_judged))
-    return condemned, sparse
+    page = tables.page
+    pages = connection.execute(
+        select(page.c.key, page.c.nbytes)
+        .where(page.c.status == "condemned", page.c.condemned_at == now)
+        .order_by(page.c.key)
+    )
+    return _Judged(condemned, sparse, [PackRecord(*row) for row in pages])
 
 
 def _condemn(connection: Connection, *, now: datetime, lease: timedelta) -> list[PackRecord]:
@@ -436,9 +455,8 @@ def _condemn(connection: Connection, *, now: datetime, lease: timedelta) -> list
         .returning(_pack.c.key, _pack.c.nbytes, _pack.c.version)
     ).all()
     # If two saves wrote the same chunk at once, the catalog has the pack of the first, while the
-    # manifest of the second still names its own, so the second's manifest is stale now.
-    writers = wanted_ids(connection, {row.version for row in rows})
-    mark_stale(connection, _version.c.id.in_(writers), _version.c.status == "committed")
+    # page of the second still names its own, so the second's page is stale now.
+    mark_written_stale(connection, {row.version for row in rows})
     return sorted((PackRecord(*row[:2]) for row in rows), key=lambda pack: pack.key)
 
 

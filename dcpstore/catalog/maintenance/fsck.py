@@ -18,6 +18,7 @@ from dcpstore.catalog.read.entries import chunk_starts, place_of
 from dcpstore.catalog.read.trees import holding_tensors, holding_versions
 from dcpstore.catalog.schema import tables
 from dcpstore.core.digests import RUN
+from dcpstore.records import PackRecord
 
 __all__ = [
     "Fault",
@@ -28,9 +29,12 @@ __all__ = [
     "end_verify",
     "find_faults",
     "find_reached",
+    "held_by_page",
     "list_packs",
+    "list_pages",
     "mark_pack",
     "packed_chunks",
+    "reached_by_page",
     "reached_by_tensor",
 ]
 
@@ -170,6 +174,59 @@ def find_reached(connection: Connection, key: str, offsets: Sequence[int] | None
 def reached_by_tensor(connection: Connection, tensor: int) -> list[Reached]:
     """Return the entries that have a tensor."""
     return _holders(connection, select(tables.tensor.c.id).where(tables.tensor.c.id == tensor))
+
+
+@reads
+def list_pages(connection: Connection) -> list[PackRecord]:
+    """Return the live pages and plans, by key."""
+    page = tables.page
+    rows = connection.execute(
+        select(page.c.key, page.c.nbytes).where(page.c.status == "live").order_by(page.c.key)
+    )
+    return [PackRecord(*row) for row in rows]
+
+
+@reads
+def held_by_page(connection: Connection, key: str) -> set[bytes]:
+    """Return the digests of the nodes, runs and plans that lie in the object of this key."""
+    page = select(tables.page.c.id).where(tables.page.c.key == key).scalar_subquery()
+    node, tensor, plan = tables.node, tables.tensor, tables.plan
+    held = {
+        digest
+        for table in (node, tensor)
+        for digest in connection.scalars(select(table.c.digest).where(table.c.page == page))
+    }
+    plans = connection.scalars(select(plan.c.digest).where(plan.c.page == page))
+    return held | {bytes.fromhex(digest) for digest in plans}
+
+
+@reads
+def reached_by_page(connection: Connection, key: str) -> list[int]:
+    """Return the numbers of the committed versions that have a node or a plan in this object."""
+    page = select(tables.page.c.id).where(tables.page.c.key == key).scalar_subquery()
+    nodes = select(tables.node.c.id).where(tables.node.c.page == page)
+    group, below = tables.child.alias("group_child"), tables.child.alias("set_child")
+    plans = select(tables.plan.c.id).where(tables.plan.c.page == page)
+    groups = select(group.c.node).where(group.c.child.in_(nodes))
+    sets = (
+        select(group.c.node)
+        .join(below, below.c.node == group.c.child)
+        .where(below.c.child.in_(nodes))
+    )
+    rows = connection.scalars(
+        select(_version.c.number)
+        .where(
+            _version.c.status == "committed",
+            or_(
+                _version.c.root.in_(nodes),
+                _version.c.root.in_(groups),
+                _version.c.root.in_(sets),
+                _version.c.plan.in_(plans),
+            ),
+        )
+        .order_by(_version.c.number)
+    )
+    return list(rows)
 
 
 @writes(idempotent=True)

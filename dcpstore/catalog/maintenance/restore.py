@@ -1,9 +1,10 @@
 """A catalog restored from the data folder, in one transaction.
 
 The operations are replayed in their order: they give the versions with their facts, the refs and
-the packs. The entries and tensors of a committed version come from its manifest, and so do packs
-that no operation names. A version without an intact manifest keeps its row, as an expired one does,
-because parents and operations refer to it.
+the packs. The entries and tensors of a committed version come from its manifest and pages, and so
+do packs that no operation names. A version without an intact manifest keeps its row, as an expired
+one does, because parents and operations refer to it. Invariant: a node that versions share is read
+and written once, so memory and time follow what changed between versions.
 """
 
 from __future__ import annotations
@@ -17,19 +18,23 @@ from sqlalchemy import Connection, insert, select, update
 
 from dcpstore.catalog.db.key_lists import wanted_names
 from dcpstore.catalog.maintenance.journal import ChangedRef, changed_refs
-from dcpstore.catalog.read.trees import sets_below, with_runs
+from dcpstore.catalog.read.trees import with_runs
 from dcpstore.catalog.read.versions import INFO, STATS, lineage_below
 from dcpstore.catalog.schema import tables
+from dcpstore.catalog.schema.tables import hex_start
 from dcpstore.catalog.write.annotations import insert_metrics
-from dcpstore.catalog.write.contents import write_content, write_plan
+from dcpstore.catalog.write.contents import write_nodes, write_plan
 from dcpstore.catalog.write.forget import judge_again
+from dcpstore.catalog.write.nodes import known_nodes
 from dcpstore.catalog.write.operations import Change, record
-from dcpstore.catalog.write.stale import new_mark
+from dcpstore.catalog.write.pages import home
+from dcpstore.catalog.write.stale import mark_objects_stale, new_mark
 from dcpstore.errors import ConflictError
+from dcpstore.formats.entry_tree import EntryTree
 from dcpstore.formats.version import decode_info, decode_stats
-from dcpstore.records import VersionContent
+from dcpstore.records import NewTensor, VersionContent
 
-__all__ = ["Contents", "Restored", "restore"]
+__all__ = ["Contents", "Restored", "StoredVersion", "restore"]
 
 # JSON as it was read, and checked by `formats`; its values are of every kind, hence `Any`.
 Json = Mapping[str, Any]
@@ -37,11 +42,38 @@ Json = Mapping[str, Any]
 _version, _pack = tables.version, tables.pack
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredVersion:
+    """What the data folder has of a version, without nodes that were restored before.
+
+    Attributes:
+        content: without entries; its tensors are those of `tree`, each with all its chunks.
+        root: the digest of the root of its tree.
+        tree: its nodes; None if its root was restored before.
+        nodes, runs: the pages in which nodes and runs lie, by digest; none if the manifest is of
+            format 1, which has no pages.
+        plan: the key of the object that holds its plan; None if that is lost, or if it has none.
+        sizes: the bytes of the pages of what was read, and of the plan, by key.
+    """
+
+    content: VersionContent
+    root: bytes
+    tree: EntryTree | None
+    nodes: Mapping[bytes, str] = field(default_factory=dict)
+    runs: Mapping[bytes, str] = field(default_factory=dict)
+    plan: str | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+
 class Contents(Protocol):
     """What the data folder holds besides its journal."""
 
-    def content(self, uid: str) -> VersionContent | None:
-        """Return the content of a version, or None (and report why) without an intact manifest."""
+    def version(self, uid: str, known: Collection[bytes]) -> StoredVersion | None:
+        """Return what a version holds; None (and report why) if its manifest or a page is not
+        intact.
+
+        `known` are the digests of the nodes that were restored before.
+        """
 
     def pack_size(self, key: str) -> int | None:
         """Return the length of a pack, or None where there is none."""
@@ -70,6 +102,8 @@ class _State:
     kinds: dict[str, str] = field(default_factory=dict)
     packs: dict[str, tuple[int, str]] = field(default_factory=dict)  # nbytes, uid of the writer
     condemned: dict[str, datetime] = field(default_factory=dict)
+    nodes: dict[bytes, int] = field(default_factory=dict)  # ids of those that lie in a page
+    pages: dict[str, int] = field(default_factory=dict)  # ids of the rows, by key
 
 
 def restore(connection: Connection, operations: Iterable[Json], contents: Contents) -> Restored:
@@ -226,48 +260,102 @@ def _write_packs(connection: Connection, state: _State, ids: Mapping[str, int]) 
 def _fill(
     connection: Connection, uid: str, contents: Contents, state: _State, ids: Mapping[str, int]
 ) -> bool:
-    """Write the entries and chunks of a version from its manifest; return whether that worked.
+    """Write what a version holds; return whether that worked.
 
     A forgotten version stays expired: an undo may bring it back.
     """
-    content, version = contents.content(uid), ids[uid]
-    if content is None:
+    stored, version = contents.version(uid, state.nodes.keys()), ids[uid]
+    if stored is None:
         return False
     needed: dict[str, int] = {}
-    for chunk in (chunk for tensor in content.tensors for chunk in tensor.chunks):
+    for chunk in (chunk for tensor in stored.content.tensors for chunk in tensor.chunks):
         needed[chunk.pack] = max(needed.get(chunk.pack, 0), chunk.offset + chunk.length)
     moved = needed.keys() & state.condemned.keys()
     try:
         # A savepoint, so that a version that cannot be restored leaves no rows.
         with connection.begin_nested():
-            if moved:  # a crash came after the chunks moved, and before the manifest was written
+            if moved:  # a crash came after the chunks moved, and before the page was written
                 connection.execute(
                     update(_pack)
                     .where(_pack.c.key.in_(wanted_names(connection, moved)))
                     .values(status="live", condemned_at=None)
                 )
-            # An intact manifest is right about the packs of its version, even if the operation that
+            # An intact page is right about the packs of its version, even if the operation that
             # added them is lost. All other packs have a row, those of expired versions too.
             unnamed = {key: needed[key] for key in needed if key not in state.packs}
             _write_unnamed(connection, unnamed, version, contents, ids)
-            root = write_content(connection, version, replace(content, packs=()))
+            nodes = _write_tree(connection, version, stored, state)
+            pages = state.pages | _write_pages(connection, version, stored, state, ids)
+            there = {key: pages[key] for key in stored.sizes}
+            home(connection, there, nodes=stored.nodes, runs=stored.runs)
+            plan = write_plan(connection, stored.content.plan)
+            if stored.plan in pages.keys() - state.pages.keys():
+                connection.execute(
+                    update(tables.plan)
+                    .where(tables.plan.c.id == plan)
+                    .values(page=pages[stored.plan])
+                )
+            # Chunks may lie in packs that only another, newer page names.
+            are_there = needed.keys() <= _packs_of(connection, stored.content.tensors)
+            if not are_there:
+                mark_objects_stale(connection, stored.sizes.keys())
             connection.execute(
                 update(_version)
                 .where(_version.c.id == version)
                 .values(
                     **({} if uid in state.expired else {"status": "committed", "expired_at": None}),
-                    plan=write_plan(connection, content.plan),
-                    root=root,
-                    planner_data=content.planner_data,
-                    # Its chunks may lie in packs that only another, newer manifest names.
-                    stale=None if needed.keys() <= _packs_of(connection, root) else new_mark(),
+                    plan=plan,
+                    root=nodes[stored.root],
+                    planner_data=stored.content.planner_data,
+                    # A manifest of format 1 is to be written again, with pages.
+                    stale=None if are_there and stored.plan else new_mark(),
                 )
             )
     except ConflictError as error:
         contents.lose(uid, str(error))
         return False
     state.packs |= {key: (nbytes, uid) for key, nbytes in unnamed.items()}
+    state.pages = pages
+    state.nodes |= {digest: nodes[digest] for digest in stored.nodes.keys() - state.nodes.keys()}
     return True
+
+
+def _write_tree(
+    connection: Connection, version: int, stored: StoredVersion, state: _State
+) -> dict[bytes, int]:
+    """Write the new nodes of a version; return the ids of its root and of the nodes it names."""
+    named = {stored.root, *stored.nodes}
+    known = {digest: state.nodes[digest] for digest in named if digest in state.nodes}
+    if stored.tree is None:
+        return known
+    known |= known_nodes(connection, stored.tree)  # those that lie in no page
+    content = replace(stored.content, packs=())
+    return write_nodes(connection, version, content, stored.tree, known)
+
+
+def _write_pages(
+    connection: Connection,
+    version: int,
+    stored: StoredVersion,
+    state: _State,
+    ids: Mapping[str, int],
+) -> dict[str, int]:
+    """Insert the pages and plans that are new; return their ids by key."""
+    new = sorted(stored.sizes.keys() - state.pages.keys())
+    rows = [
+        {
+            "key": key,
+            "nbytes": stored.sizes[key],
+            "version": ids.get(key.split("/")[1].split(".")[0], version),
+            "status": "live",
+        }
+        for key in new
+    ]
+    if not rows:
+        return {}
+    page = tables.page
+    pages = connection.execute(insert(page).returning(page.c.key, page.c.id), rows)
+    return dict(pages.all())
 
 
 def _write_unnamed(
@@ -298,13 +386,14 @@ def _write_unnamed(
         judge_again(connection, packs.all())
 
 
-def _packs_of(connection: Connection, root: int) -> set[str]:
-    """Return the keys of the packs that hold chunks of the tree of a root."""
-    chunk, entry = tables.chunk, tables.entry
-    tensors = select(entry.c.tensor).where(
-        entry.c.node.in_(sets_below(root)), entry.c.tensor.is_not(None)
-    )
-    packs = select(chunk.c.pack).where(chunk.c.tensor.in_(with_runs(tensors)))
+def _packs_of(connection: Connection, tensors: Collection[NewTensor]) -> set[str]:
+    """Return the keys of the packs in which the catalog has chunks of these tensors."""
+    if not tensors:
+        return set()
+    chunk, tensor = tables.chunk, tables.tensor
+    starts = wanted_names(connection, {one.digest[:20] for one in tensors})
+    held = select(tensor.c.id).where(hex_start(tensor.c.digest).in_(starts))
+    packs = select(chunk.c.pack).where(chunk.c.tensor.in_(with_runs(held)))
     return set(connection.scalars(select(_pack.c.key).where(_pack.c.id.in_(packs))))
 
 

@@ -71,7 +71,7 @@ def condemn_unused_pages(connection: Connection, pages: Collection[int], *, now:
             page.c.id.in_(wanted_ids(connection, pages)),
             *(~exists().where(column == page.c.id) for column in named),
         )
-        .values(status="condemned", condemned_at=now)
+        .values(status="condemned", condemned_at=now, stale=None)
     )
 
 

@@ -51,6 +51,7 @@ __all__ = [
     "load_entries",
     "load_plan",
     "load_planner_data",
+    "load_shards",
     "load_tensors",
     "load_whole_tensors",
     "place_of",
@@ -327,20 +328,25 @@ def load_planner_data(connection: Connection, version: int) -> str | None:
 @reads
 def load_plan(connection: Connection, version: int) -> PlanRecord:
     """Return the global plan of a version; its shards sorted by FQN and rank."""
-    plan, shard = tables.plan, tables.shard
+    plan = tables.plan
     version_id = id_of_number(connection, version)
     head = connection.execute(
         select(plan)
         .join(tables.version, tables.version.c.plan == plan.c.id)
         .where(tables.version.c.id == version_id)
     ).one()
+    return PlanRecord(head.digest, head.ranks, load_shards(connection, head.id), head.algorithm)
+
+
+def load_shards(connection: Connection, plan: int) -> list[ShardRecord]:
+    """Return the shards of a plan, which is given by id, sorted by FQN and rank."""
+    shard = tables.shard
     rows = connection.execute(
         select(shard)
-        .where(shard.c.plan == head.id)
+        .where(shard.c.plan == plan)
         .order_by(shard.c.fqn, shard.c.rank, shard.c.ordinal)
     )
-    shards = [ShardRecord(row.fqn, row.rank, Box(row.offsets, row.sizes)) for row in rows]
-    return PlanRecord(head.digest, head.ranks, shards, head.algorithm)
+    return [ShardRecord(row.fqn, row.rank, Box(row.offsets, row.sizes)) for row in rows]
 
 
 def _missing_error(

@@ -24,10 +24,10 @@ from dcpstore.catalog.write.nodes import dictionary, known_nodes, write_tree
 from dcpstore.catalog.write.stale import mark_holders_stale
 from dcpstore.core.digests import RUN, run_digest
 from dcpstore.errors import ConflictError
-from dcpstore.formats.entry_tree import grow
+from dcpstore.formats.entry_tree import EntryTree, grow
 from dcpstore.records import NewChunk, NewTensor, PackRecord, PlanRecord, VersionContent
 
-__all__ = ["write_content", "write_plan"]
+__all__ = ["write_content", "write_nodes", "write_plan"]
 
 
 class _Unit(NamedTuple):
@@ -52,6 +52,24 @@ def write_content(connection: Connection, version: int, content: VersionContent)
     """
     tree = grow(content.entries)
     known = known_nodes(connection, tree)
+    return write_nodes(connection, version, content, tree, known)[tree.root.digest]
+
+
+def write_nodes(
+    connection: Connection,
+    version: int,
+    content: VersionContent,
+    tree: EntryTree,
+    known: Mapping[bytes, int],
+) -> dict[bytes, int]:
+    """Write the nodes of a tree that are not known, and what they need; as `write_content`.
+
+    Returns the ids of the nodes by digest. The entries of `content` are not looked at; it has the
+    tensors of all new nodes that the catalog does not have.
+
+    Raises:
+        ConflictError: a chunk that the save reuses is condemned or deleted.
+    """
     named = {
         entry.tensor_digest
         for one in tree.sets

@@ -31,13 +31,13 @@ def write_tree(
     tree: EntryTree,
     known: Mapping[bytes, int],
     tensors: Mapping[str, int],
-) -> int:
-    """Write the nodes that the catalog does not have; return the id of the root.
+) -> dict[bytes, int]:
+    """Write the nodes that the catalog does not have; return the ids of all, by digest.
 
     Args:
         connection: in the transaction that writes the version.
-        tree: of its entries.
-        known: what `known_nodes` returned in this transaction.
+        tree: of its entries; it may lack nodes that are known.
+        known: the ids of the nodes that the catalog has, of those that the tree has or names.
         tensors: the ids of all tensors that entries of new sets name, by digest.
     """
     levels = _levels(tree)
@@ -79,7 +79,7 @@ def write_tree(
             for child in group.children
         ),
     )
-    return ids[tree.root.digest]
+    return ids
 
 
 def dictionary(

@@ -38,6 +38,7 @@ from dcpstore.catalog.write.annotations import insert_metrics
 from dcpstore.catalog.write.contents import write_content, write_plan
 from dcpstore.catalog.write.forget import loosen
 from dcpstore.catalog.write.operations import Change, lock_repository, record, take_version
+from dcpstore.catalog.write.pages import write_objects
 from dcpstore.catalog.write.refs import taken_error
 from dcpstore.errors import ConflictError, DcpstoreError, NotFoundError
 from dcpstore.records import RankProgress, RunningSave, Version, VersionContent, VersionDraft
@@ -276,6 +277,8 @@ def _make_visible(
             **({} if uid is None else {"uid": uid}),
         )
     )
+    if content.objects is not None:
+        write_objects(connection, version, content.objects)
 
 
 @writes(idempotent=True)

@@ -1,0 +1,125 @@
+"""The objects in the data folder that describe versions: their rows, and what lies in which.
+
+Invariant: what the manifest of a version names was in the catalog when the version was committed,
+in the object in which the manifest looks for it. So gc, which keeps what a row names, keeps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from datetime import datetime
+
+from sqlalchemy import Connection, delete, exists, insert, select, update
+
+from dcpstore.catalog.db.key_lists import wanted_digests, wanted_names
+from dcpstore.catalog.db.transactions import reads, writes
+from dcpstore.catalog.read.pages import find_pages, find_runs
+from dcpstore.catalog.read.versions import id_of_number
+from dcpstore.catalog.schema import tables
+from dcpstore.catalog.schema.tables import hex_start
+from dcpstore.catalog.write.operations import lock_repository
+from dcpstore.errors import ConflictError
+from dcpstore.records import PackRecord, VersionObjects
+
+__all__ = ["find_doomed_pages", "forget_pages", "home", "home_objects", "write_objects"]
+
+_page, _node, _tensor = tables.page, tables.node, tables.tensor
+
+
+def write_objects(connection: Connection, version: int, objects: VersionObjects) -> None:
+    """Note the objects of the version of id `version`, whose tree and plan have been written.
+
+    Raises:
+        ConflictError: what the manifest names is gone, or lies in the page of another save.
+    """
+    pages: dict[str, int] = {}
+    if objects.written:
+        new = insert(_page).returning(_page.c.key, _page.c.id)
+        rows = [
+            {"key": one.key, "nbytes": one.nbytes, "version": version, "status": "live"}
+            for one in objects.written
+        ]
+        pages = dict(connection.execute(new, rows).all())
+    home(connection, pages, nodes=objects.nodes, runs=objects.runs)
+    if (plan := pages.get(objects.plan)) is not None:
+        table = tables.plan
+        held = select(tables.version.c.plan).where(tables.version.c.id == version)
+        connection.execute(
+            update(table)
+            .where(table.c.id == held.scalar_subquery(), table.c.page.is_(None))
+            .values(page=plan)
+        )
+    found = connection.scalar(
+        select(_page.c.key)
+        .join(tables.plan, tables.plan.c.page == _page.c.id)
+        .join(tables.version, tables.version.c.plan == tables.plan.c.id)
+        .where(tables.version.c.id == version)
+    )
+    if (
+        found != objects.plan
+        or find_pages(connection, objects.nodes) != objects.nodes
+        or find_runs(connection, objects.runs) != objects.runs
+    ):
+        raise ConflictError(
+            "another save wrote the same entries at the same time, or gc deleted entries that this "
+            "one found. Save again."
+        )
+
+
+def home(
+    connection: Connection,
+    pages: Mapping[str, int],
+    *,
+    nodes: Mapping[bytes, str],
+    runs: Mapping[bytes, str],
+) -> None:
+    """Note in which page nodes and runs lie, where that is one of `pages` and they lie in none."""
+    for key, page in pages.items():
+        if own := [digest for digest, there in nodes.items() if there == key]:
+            wanted = wanted_digests(connection, own)
+            is_own = _node.c.digest.in_(select(wanted.c.digest))
+            connection.execute(
+                update(_node).where(is_own, _node.c.page.is_(None)).values(page=page)
+            )
+        if own := [digest for digest, there in runs.items() if there == key]:
+            starts = wanted_names(connection, {digest.hex()[:20] for digest in own})
+            is_run = hex_start(_tensor.c.digest).in_(starts) & _tensor.c.layout.is_(None)
+            connection.execute(
+                update(_tensor).where(is_run, _tensor.c.page.is_(None)).values(page=page)
+            )
+
+
+@writes()
+def home_objects(connection: Connection, number: int, objects: VersionObjects) -> None:
+    """Note the objects that were written for a committed version, which had none.
+
+    Raises:
+        ConflictError: another process has done so, or gc deleted what it found.
+        NotFoundError: there is no such version any more.
+    """
+    lock_repository(connection)
+    write_objects(connection, id_of_number(connection, number), objects)
+
+
+@reads
+def find_doomed_pages(connection: Connection, *, before: datetime) -> list[PackRecord]:
+    """Return the pages and plans that were condemned before a time."""
+    rows = connection.execute(
+        select(_page.c.key, _page.c.nbytes)
+        .where(_page.c.status == "condemned", _page.c.condemned_at <= before)
+        .order_by(_page.c.key)
+    )
+    return [PackRecord(*row) for row in rows]
+
+
+@writes()
+def forget_pages(connection: Connection, keys: Collection[str]) -> None:
+    """Remove the rows of pages and plans whose bytes were deleted, if nothing names them."""
+    named = (_node.c.page, _tensor.c.page, tables.plan.c.page)
+    connection.execute(
+        delete(_page).where(
+            _page.c.key.in_(wanted_names(connection, keys)),
+            _page.c.status == "condemned",
+            *(~exists().where(column == _page.c.id) for column in named),
+        )
+    )
