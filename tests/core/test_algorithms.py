@@ -32,7 +32,7 @@ with dcpstore.open(folder) as repo:
     assert repo.verify(deep=True).damaged == ()
     assert torch.equal(repo.read(1)["changed"], torch.zeros(1000))
     assert torch.equal(repo.read(2)["changed"], torch.ones(1000))
-    print(sorted({row.algorithm for row in repo.sql("SELECT DISTINCT algorithm FROM tensor")}))
+    print(sorted({row.algorithm for row in repo.sql("SELECT DISTINCT algorithm FROM layout")}))
 rebuild(folder, copy)
 with dcpstore.open(copy) as repo:
     assert repo.verify(deep=True).damaged == ()

@@ -24,6 +24,8 @@ ATTACKS: dict[str, Attack] = {}
 
 attack = entering(ATTACKS)
 
+UPDATE_LR = "UPDATE entry SET value = ? WHERE fqn = (SELECT id FROM fqn WHERE name = 'lr')"
+
 
 @attack
 def a_pickle_as_a_blob_of_a_version(folder: Path) -> None:
@@ -52,7 +54,7 @@ def a_pickle_in_a_value_row(folder: Path) -> None:
     repo = saved(folder)
     for text in ('{"$blob":"pickle"}', '{"$blob": "pickle"}', '[{"$blob":"pickle"}]'):
         with rows(repo) as catalog:
-            catalog.execute("UPDATE entry SET value = ? WHERE fqn = 'lr'", (text,))
+            catalog.execute(UPDATE_LR, (text,))
         with dcpstore.open(repo) as opened, pytest.raises((UnsafeDataError, CorruptionError)):
             opened.read()
 
@@ -124,14 +126,15 @@ def pack_keys_that_lead_out(folder: Path) -> None:
 @attack
 def giant_claims_in_the_catalog(folder: Path) -> None:
     claims: list[tuple[str, str, str | int]] = [
-        ("tensor", "shape", "[4611686018427387904]"),
-        ("tensor", "shape", "[-1]"),
-        ("tensor", "shape", "[12]"),
-        ("part", "chunk_shape", "[4611686018427387904]"),
-        ("part", "chunk_shape", "[0]"),
-        ("part", "chunk_shape", "[]"),
-        ("part", "offsets", "[4611686018427387904]"),
-        ("part", "shape", "[3]"),
+        ("layout", "shape", "[4611686018427387904]"),
+        ("layout", "shape", "[-1]"),
+        ("layout", "shape", "[12]"),
+        ("layout", "parts", "[[[0],[6],[4611686018427387904]]]"),
+        ("layout", "parts", "[[[0],[6],[0]]]"),
+        ("layout", "parts", "[[[0],[6],[]]]"),
+        ("layout", "parts", "[[[4611686018427387904],[6],[6]]]"),
+        ("layout", "parts", "[[[0],[3],[6]]]"),
+        ("layout", "parts", "[[[0],[4611686018427387904],[1]]]"),
         ("chunk", "offset", 2**62),
         ("chunk", "length", 2**62),
     ]
@@ -151,7 +154,7 @@ def paths_nested_without_end(folder: Path) -> None:
         convert.import_any(folder / "a.safetensors", repo)
         convert.export_torch(repo, None, folder / "fine.pt")
     with rows(str(folder / "repo")) as catalog:
-        catalog.execute("UPDATE entry SET path = ?", (json.dumps(["a"] * 100_000),))
+        catalog.execute("UPDATE fqn SET path = ?", (json.dumps(["a"] * 100_000),))
     with dcpstore.open(folder / "repo") as repo, pytest.raises(InvalidInputError):
         convert.export_torch(repo, None, folder / "deep.pt")
 
@@ -162,7 +165,7 @@ def values_nested_without_end_in_the_catalog(folder: Path) -> None:
     for depth in (300, 900, 5000):
         with rows(repo) as catalog:
             value = "[" * depth + "]" * depth
-            catalog.execute("UPDATE entry SET value = ? WHERE fqn = 'lr'", (value,))
+            catalog.execute(UPDATE_LR, (value,))
         with dcpstore.open(repo) as opened:
             with pytest.raises(CorruptionError):
                 opened.read()

@@ -199,6 +199,6 @@ def test_hostile_paths_are_corruption(tmp_path: Path) -> None:
     dcpstore.save({"x": torch.ones(2), "z": 1}, tmp_path)
     for path in paths:
         with closing(sqlite3.connect(tmp_path / "catalog.db")) as catalog, catalog:
-            catalog.execute("UPDATE entry SET path = ? WHERE fqn = 'x'", (path,))
+            catalog.execute("UPDATE fqn SET path = ? WHERE name = 'x'", (path,))
         with dcpstore.open(tmp_path) as repo, pytest.raises(CorruptionError):
             repo.read(nested=True)

@@ -300,7 +300,7 @@ def digest_start(digest: ColumnElement[bytes]) -> ColumnElement[bytes]:
 
 def fqn_digest(name: str, path: ObjectPath) -> bytes:
     """Return the 16 bytes by which a row of `fqn` is unique."""
-    return hasher(f"[{json_fields.quoted(name)},{json_fields.path(path)}]".encode()).digest()[:16]
+    return _key_of(f"[{json_fields.quoted(name)},{json_fields.path(path)}]")
 
 
 def layout_digest(
@@ -309,7 +309,12 @@ def layout_digest(
     """Return the 16 bytes by which a row of `layout` is unique."""
     names = (json_fields.quoted(name) for name in (algorithm, dtype, codec))
     cut = f"{json_fields.integers(shape)},{json_fields.grids(parts)}"
-    return hasher(f"[{','.join(names)},{cut}]".encode()).digest()[:16]
+    return _key_of(f"[{','.join(names)},{cut}]")
+
+
+def _key_of(text: str) -> bytes:
+    # Always by one algorithm, for a row is looked up by it.
+    return hasher(text.encode(), algorithm=FIRST_ALGORITHM).digest()[:16]
 
 
 def _plain(value: Any) -> Any:
