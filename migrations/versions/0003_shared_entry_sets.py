@@ -25,7 +25,6 @@ from json.encoder import encode_basestring_ascii
 from operator import itemgetter
 from typing import NamedTuple
 
-import numpy as np
 import sqlalchemy as sa
 from alembic import op
 from blake3 import blake3
@@ -849,6 +848,8 @@ def cut(fqns):
     count = len(fqns)
     if count <= 2 * NEAR:
         return [0]
+    import numpy as np  # noqa: PLC0415 (a new repository needs none)
+
     hashes = np.fromiter(map(_hash, fqns), np.uint64, count)
     is_least = np.ones(count, bool)
     is_least[:NEAR] = is_least[count - NEAR :] = False
