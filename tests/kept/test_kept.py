@@ -1,10 +1,7 @@
 """Repositories that older schemas left behind open, upgrade, verify, load and rebuild."""
 
-import re
-import tarfile
 from pathlib import Path
 
-import psycopg
 import pytest
 import torch
 from click.testing import CliRunner
@@ -15,6 +12,7 @@ from dcpstore.catalog.db.url import sqlite_url
 from dcpstore.catalog.schema.revisions import HEAD, is_older
 from dcpstore.cli.app import commands
 from dcpstore.maintenance.rebuild import rebuild
+from tests.kept.unpack import unpack
 from tests.kept.write import large, state
 from tests.maintenance.conftest import views
 from tests.soundness import assert_sound
@@ -34,16 +32,8 @@ def kept(revision: str, database_url: str, tmp_path: Path) -> str:
     """The URL of the catalog of a kept repository; its data is in the folder "data"."""
     kind = "sqlite" if database_url.startswith("sqlite") else "postgres"
     data = tmp_path / "data"
-    with tarfile.open(Path(__file__).parent / revision / f"{kind}.tar.gz") as archive:
-        archive.extractall(data, filter="data")
-    if kind == "sqlite":
-        return sqlite_url(data / "catalog.db")
-    dump = (data / "catalog.sql").read_text()
-    (data / "catalog.sql").unlink()
-    with psycopg.connect(database_url, autocommit=True) as connection:
-        connection.execute(re.sub(r"(?m)^\\.*$", "", dump).encode())  # without psql's own commands
-        connection.execute("UPDATE public.repository SET data_url = %s", [str(data)])
-    return database_url
+    unpack(f"{revision}/{kind}.tar.gz", data, url=database_url)
+    return sqlite_url(data / "catalog.db") if kind == "sqlite" else database_url
 
 
 def is_same(one: object, other: object) -> bool:

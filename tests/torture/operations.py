@@ -20,11 +20,14 @@ from dcpstore.formats.manifest import manifest_key
 from dcpstore.maintenance.rebuild import rebuild
 from dcpstore.records import VersionDraft
 from dcpstore.storage.packs import pack_key
+from tests.kept.unpack import unpack
 from tests.soundness import assert_sound
 from tests.torture.newer import NEWEST, TODAY, go_back, newer_schema
 from tests.torture.sites import Site, state
 
-__all__ = ["OPERATIONS", "Operation", "check"]
+__all__ = ["OLDER", "OPERATIONS", "Operation", "check"]
+
+OLDER = "0002"  # the schema of a kept repository, whose upgrade converts every row
 
 
 def nothing(site: Site) -> None:
@@ -46,7 +49,7 @@ class Operation:
 
     name: str
     prepare: Callable[[Site], None]
-    act: Callable[[Site, int], None]
+    act: Callable[[Site, int], object]
     before: frozenset[int]
     after: frozenset[int]
     ranks: int = 1
@@ -278,6 +281,22 @@ def check_upgrade(site: Site) -> None:
     go_back(locate(site.target)[0])
 
 
+def kept_versions(site: Site) -> None:
+    """Prepare three versions as the dcpstore of an older schema saved them."""
+    kind = "postgres" if site.on_postgres else "sqlite"
+    unpack(f"{OLDER}/torture-{kind}.tar.xz", site.data, url=site.target)
+
+
+def upgrade_kept(site: Site, rank: int) -> str:
+    before, after = upgrade_schema(locate(site.target)[0])
+    assert after == TODAY
+    return before
+
+
+def upgrade_again(site: Site) -> None:
+    upgrade_kept(site, 0)
+
+
 def _listed() -> list[Operation]:
     three, four = frozenset({1, 2, 3}), frozenset({1, 2, 3, 4})
     none, one, last = frozenset[int](), frozenset({1}), frozenset({4})
@@ -296,6 +315,9 @@ def _listed() -> list[Operation]:
         Operation("gc: delete", condemned, delete, last, last),
         Operation("rebuild", lost_catalog, rebuild_catalog, last, last, mend=rebuild_again),
         Operation("upgrade", three_versions, upgrade, three, three, mend=check_upgrade),
+        Operation(
+            f"upgrade of {OLDER}", kept_versions, upgrade_kept, three, three, mend=upgrade_again
+        ),
     ]
 
 

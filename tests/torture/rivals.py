@@ -26,7 +26,16 @@ from tests.soundness import assert_sound
 from tests.torture.children import start
 from tests.torture.kinds import DATABASES, Dialect, Ground, Outcome, Verdict
 from tests.torture.newer import NEWEST, TODAY, go_back, newer_schema
-from tests.torture.operations import check_folder, check_versions, empty, save, three_versions
+from tests.torture.operations import (
+    OLDER,
+    check_folder,
+    check_versions,
+    empty,
+    kept_versions,
+    save,
+    three_versions,
+    upgrade_kept,
+)
 from tests.torture.sites import Mould, Site, state
 
 __all__ = ["Rivals", "kinds"]
@@ -156,6 +165,10 @@ def upgrade(site: Site, seed: int) -> str:
 def judge_one_upgrade(site: Site, replies: list[Any]) -> None:
     assert sorted(replies) == [TODAY, *[NEWEST] * (len(replies) - 1)]
     go_back(locate(site.target)[0])
+
+
+def judge_one_upgrade_kept(site: Site, replies: list[Any]) -> None:
+    assert sorted(replies) == [OLDER, *[TODAY] * (len(replies) - 1)]
 
 
 # Training
@@ -302,6 +315,7 @@ CONTESTS = [
     Contest("open a new repository", empty, [open_new] * 8, judge_one),
     Contest("init", empty, [init] * 4, judge_one_winner),
     Contest("upgrade", three_versions, [upgrade] * 4, judge_one_upgrade),
+    Contest(f"upgrade of {OLDER}", kept_versions, [upgrade_kept] * 4, judge_one_upgrade_kept),
     Contest("trainers on one branch", three_versions, [train] * 3, judge_line),
     Contest("trainers on many branches", three_versions, [train_apart] * 3, judge_lines),
     Contest("names", three_versions, [rename] * 4, judge_names),

@@ -184,7 +184,11 @@ def upgrade_schema(url: str) -> tuple[str, str]:
         if before != revisions.HEAD:
             with _damage_explained(database):
                 _prepare(database, before)
-                database.transact(lambda connection: _upgrade(database, connection), writes=True)
+                before = database.transact(
+                    lambda connection: _upgrade(database, connection),
+                    writes=True,
+                    if_unknown=lambda: _if_upgraded(database, before),
+                )
         _compact(database)
     return before, revisions.HEAD
 
@@ -259,11 +263,21 @@ def _prepare(database: Database, revision: str) -> None:
                     time.sleep(_PAUSE)
 
 
-def _upgrade(database: Database, connection: Connection) -> None:
-    """Run the migrations, unless another process has."""
+def _upgrade(database: Database, connection: Connection) -> str:
+    """Run the migrations, unless another process has; return the revision before."""
     _lock(database, connection)
-    if _look(database, connection, older_is_fine=True).revision != revisions.HEAD:
+    found = _look(database, connection, older_is_fine=True)
+    if found.revision != revisions.HEAD:
         _migrate(connection)
+    return found.revision
+
+
+def _if_upgraded(database: Database, before: str) -> tuple[str] | None:
+    """Return what `_upgrade` did return if it was committed, though the answer was lost."""
+    now = database.transact(
+        lambda connection: _look(database, connection, older_is_fine=True), writes=False
+    )
+    return (before,) if now.revision == revisions.HEAD else None
 
 
 def _compact(database: Database) -> None:
