@@ -12,7 +12,7 @@ import torch
 import dcpstore
 from dcpstore import NotFoundError, Repository
 from dcpstore.catalog.location import locate
-from dcpstore.catalog.maintenance.fsck import list_packs
+from dcpstore.catalog.maintenance.fsck import list_packs, list_pages
 from dcpstore.catalog.schema.lifecycle import upgrade_schema
 from dcpstore.catalog.write.saves import begin_save
 from dcpstore.core.uids import new_uid
@@ -106,6 +106,7 @@ def check_folder(repo: Repository) -> None:
     """Check that the data folder holds what the catalog names, and nothing else."""
     stored = {key for key in repo.storage.list() if not key.startswith("catalog.db")}
     named = {pack.key for pack in list_packs(repo.catalog)}
+    named |= {page.key for page in list_pages(repo.catalog)}
     named |= {manifest_key(version.uid) for version in repo.log()}
     named |= {key for key in stored if key.startswith("operations/") and key.endswith(".json")}
     assert stored == named, f"left over: {stored - named}; missing: {named - stored}"

@@ -181,16 +181,17 @@ def upgrade_schema(url: str) -> tuple[str, str]:
         CorruptionError: the catalog is damaged where it must be read.
     """
     with _upgradable(url) as (database, before):
+        found = before
         if before != revisions.HEAD:
             with _damage_explained(database):
                 _prepare(database, before)
-                before = database.transact(
+                found = database.transact(
                     lambda connection: _upgrade(database, connection),
                     writes=True,
                     if_unknown=lambda: _if_upgraded(database, before),
                 )
         _compact(database)
-    return before, revisions.HEAD
+    return found, revisions.HEAD
 
 
 def plan_upgrade(url: str) -> UpgradePlan:
