@@ -64,6 +64,7 @@ from dcpstore.storage.local import LocalFolder
 from dcpstore.storage.packs import PackReader
 from dcpstore.storage.traced import TracedStorage
 from dcpstore.storage.urls import open_storage
+from dcpstore.zarr.stored_references import keep_reference, version_reference
 
 if TYPE_CHECKING:
     from dcpstore.catalog.maintenance.retention import Best, ExpireReport
@@ -241,9 +242,12 @@ class Repository:
             InvalidInputError: the name breaks the grammar; offers the nearest that is allowed.
             AlreadyExistsError: the name is taken; with `move`, only by a branch.
         """
-        return make_ref(
-            self.catalog, name, "tag", version=self.show(ref).number, author=this_user(), move=move
+        version = self.show(ref)
+        made = make_ref(
+            self.catalog, name, "tag", version=version.number, author=this_user(), move=move
         )
+        keep_reference(self.storage, version.uid)
+        return made
 
     @journaled
     def branch(self, name: str, *, at: RefLike | None = None) -> RefRecord:
@@ -474,6 +478,20 @@ class Repository:
             read=PackReader(self.storage).read,
             verify=verify,
         )
+
+    def references(self, ref: RefLike | None = None, *, data: str | None = None) -> dict[str, Any]:
+        """Return the kerchunk reference of a version, with which plain Zarr and fsspec read it.
+
+        `zarr.open_group("reference://", storage_options={"fo": reference}, mode="r")` takes it; so
+        does a file of it as JSON. It names chunks in packs: it is right until `gc` moves them.
+        Format: https://fsspec.github.io/kerchunk/spec.html
+
+        Args:
+            ref: the version.
+            data: the path or URL by which readers find the data folder; None is where it is here.
+        """
+        url = self.storage.url if data is None else data
+        return version_reference(self.storage, self.show(ref).uid, data=url)
 
     def status(self) -> list[RunningSave]:
         """Return the saves that have begun and not ended, with how far their ranks are."""

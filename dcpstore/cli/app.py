@@ -28,6 +28,7 @@ _COMMANDS = {
     "status": ("status", "List the saves that are running, with their progress."),
     "show": ("contents", "Show one version in detail."),
     "ls": ("contents", "List the entries of a version."),
+    "references": ("contents", "Write the reference by which plain Zarr reads a version."),
     "best": ("metrics", "Show the version with the best value of a metric."),
     "diff": ("diff", "Show what changed between two versions."),
     "tag": ("refs", "List, set, move or delete tags."),

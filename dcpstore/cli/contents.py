@@ -1,9 +1,11 @@
-"""`dcpstore show` and `dcpstore ls`: one version, and its entries."""
+"""`dcpstore show`, `ls` and `references`: one version, its entries, and where their chunks lie."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import click
 
@@ -30,7 +32,7 @@ from dcpstore.formats.composition import (
 from dcpstore.formats.json_fields import value_tree
 from dcpstore.records import EntryRecord, Version
 
-__all__ = ["ls", "show"]
+__all__ = ["ls", "references", "show"]
 
 _WILD = frozenset("*?[")  # a ref never contains one of these
 _COLUMNS = (
@@ -105,6 +107,37 @@ def ls(session: Session, args: tuple[str, ...], long: bool) -> None:
         print_table(columns, [row for entry in chosen for row in _rows(entry, long=long)])
     else:
         note(f"{version} holds no entries.")
+
+
+@click.command()
+@click.argument("ref", required=False, shell_complete=complete_refs)
+@click.option(
+    "--output",
+    "-o",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write it to this file, not to standard output.",
+)
+@click.option("--data", metavar="PATH_OR_URL", help="Where its readers find the data folder.")
+@repo_options
+def references(session: Session, ref: str | None, output: Path | None, data: str | None) -> None:
+    """Write the kerchunk reference of the version REF (default: the tip of main).
+
+    Plain Zarr and fsspec read the version with it, without dcpstore. It is JSON, and right until
+    'dcpstore gc' moves chunks.
+    """
+    with session.open() as repo:
+        version = repo.show(ref)
+        reference = json.dumps(repo.references(version, data=data))
+    if output is None:
+        click.echo(reference)
+        return
+    output.write_text(reference)
+    if session.json:
+        print_json({"version": version.number, "path": str(output), "nbytes": len(reference)})
+    else:
+        size = human_bytes(len(reference))
+        click.echo(f"wrote the reference of {version} to {visible(str(output))}: {size}")
 
 
 def _chosen(entries: Sequence[Entry], globs: Sequence[str], *, where: str) -> list[Entry]:

@@ -18,7 +18,7 @@ from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.maintenance.condemn import condemn, find_doomed, find_leftovers, forget_packs
 from dcpstore.catalog.maintenance.journal import check_owner, write_journal
 from dcpstore.catalog.write.pages import find_doomed_pages, forget_pages
-from dcpstore.catalog.write.stale import are_stale
+from dcpstore.catalog.write.stale import are_stale, tagged_uids
 from dcpstore.core.durations import Duration, as_duration
 from dcpstore.core.uids import uid_time
 from dcpstore.errors import CorruptionError, NotFoundError, SchemaError
@@ -27,6 +27,7 @@ from dcpstore.formats.manifest import decode_manifest
 from dcpstore.maintenance.page_reader import PageReader
 from dcpstore.records import PackRecord
 from dcpstore.storage.interface import Storage
+from dcpstore.zarr.stored_references import keep_reference, reference_key
 
 __all__ = ["GcReport", "collect"]
 
@@ -114,6 +115,7 @@ def collect(
             from dcpstore.maintenance.rewrite import renew_objects  # noqa: PLC0415 (loads torch)
 
             renew_objects(catalog, storage)
+        _keep_references(catalog, storage)
     deleted = _delete_packs(
         catalog, storage, before=clock() - grace, author=author, dry_run=dry_run
     )
@@ -140,6 +142,14 @@ def collect(
         nbytes_freed=nbytes + sum(one.nbytes for one in (*deleted, *pages)),
         dry_run=dry_run,
     )
+
+
+def _keep_references(catalog: Catalog, storage: Storage) -> None:
+    """Write the references of tagged versions that lack theirs."""
+    there = set(storage.list("references"))
+    for uid in tagged_uids(catalog):
+        if reference_key(uid) not in there:
+            keep_reference(storage, uid)
 
 
 def _steady_clock() -> Callable[[], datetime]:

@@ -36,6 +36,7 @@ from dcpstore.records import ChunkPlace, PackRecord
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackReader, PackWriter, pack_key
 from dcpstore.zarr.objects import write_objects, write_page
+from dcpstore.zarr.stored_references import write_reference
 
 __all__ = ["renew_objects", "repack"]
 
@@ -97,7 +98,7 @@ def _renew_page(catalog: Catalog, storage: Storage, key: str, mark: str) -> bool
 
 
 def _renew_version(catalog: Catalog, storage: Storage, number: int, mark: str) -> bool | None:
-    """Write the manifest of a version again; None if the journal could not be written."""
+    """Write manifest and reference of a version; None if the journal could not be written."""
     try:
         draft, content = load_content(catalog, number)
     except (NotFoundError, CorruptionError):  # expired meanwhile; or for verify to report
@@ -109,6 +110,8 @@ def _renew_version(catalog: Catalog, storage: Storage, number: int, mark: str) -
         content = write_objects(catalog, storage, draft, content, uid=new_uid())
         assert content.objects is not None
         home_objects(catalog, number, content.objects)
+        if draft.tags:
+            write_reference(storage, draft.uid)
     except (ConflictError, NotFoundError):  # a save was faster, or gc: the next one tries again
         return False
     return clear_stale(catalog, number, mark)

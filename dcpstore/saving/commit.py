@@ -28,6 +28,7 @@ from dcpstore.saving.request import SaveRequest, draft_of
 from dcpstore.saving.save_state import SaveState
 from dcpstore.storage.interface import Storage
 from dcpstore.zarr.objects import write_objects
+from dcpstore.zarr.stored_references import keep_reference
 
 __all__ = [
     "BegunVersion",
@@ -172,6 +173,8 @@ class BegunVersion:
         # If this process ends here, the next change of the repository writes the journal entry.
         write_journal(target.catalog, target.storage)
         self.is_pending = False
+        if version.tags:
+            keep_reference(target.storage, version.uid)
         if self._retention is not None:
             retain(target.catalog, self._retention, branch=version.branch, author=version.author)
             write_journal(target.catalog, target.storage)

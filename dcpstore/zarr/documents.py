@@ -1,8 +1,9 @@
-"""The Zarr v3 documents of a version, the Zarr key of each chunk, and a reference with both.
+"""The Zarr v3 documents of a version, and the Zarr key of each chunk.
 
-The same documents are in a reference and in `VersionStore`. A tensor is an array named by its FQN;
-one with several parts is a group of that name with one array for each part. Values are attributes
-of the root. Two FQNs never share a node name, and no node name has another meaning in Zarr.
+The same documents are in `VersionStore`, and in the references that `references` makes. A tensor
+is an array named by its FQN; one with several parts is a group of that name with one array for each
+part. Values are attributes of the root. Two FQNs never share a node name, and no node name has
+another meaning in Zarr.
 """
 
 from __future__ import annotations
@@ -17,15 +18,13 @@ from dcpstore.encoding.dtypes import numpy_dtype
 from dcpstore.formats import json_fields
 from dcpstore.formats.json_fields import value_tree
 from dcpstore.geometry.grids import Grid
-from dcpstore.records import EntryRecord, NewChunk, NewTensor, TensorRecord
+from dcpstore.records import EntryRecord, NewTensor, TensorRecord
 
 __all__ = [
     "array_heads",
     "array_name",
     "array_names",
     "chunk_keys",
-    "chunk_references",
-    "reference_file",
     "zarr_documents",
 ]
 
@@ -61,23 +60,6 @@ def chunk_keys(array: str, grid: Grid) -> Iterator[str]:
         return
     for index in itertools.product(*(range(count) for count in grid.counts)):
         yield "/".join((array, "c", *map(str, index)))
-
-
-def chunk_references(
-    entries: Sequence[EntryRecord], chunks: Mapping[str, Sequence[NewChunk]]
-) -> Iterator[tuple[str, NewChunk]]:
-    """Yield the Zarr key of each chunk of each entry, with the chunk, as a reference lists them.
-
-    Args:
-        entries: of the version.
-        chunks: all chunks of each tensor by its digest, in order of (part, ordinal).
-    """
-    for entry in entries:
-        if entry.tensor is None:
-            continue
-        parts = zip(array_names(entry), entry.tensor.parts, strict=True)
-        keys = itertools.chain.from_iterable(itertools.starmap(chunk_keys, parts))
-        yield from zip(keys, chunks[entry.tensor.digest], strict=True)
 
 
 def zarr_documents(
@@ -162,33 +144,3 @@ def array_heads(tensor: NewTensor) -> list[str]:
         _array_head(tensor.dtype, tensor.codec, part.shape, part.chunk_shape)
         for part in tensor.parts
     ]
-
-
-def reference_file(
-    data_url: str,
-    entries: Sequence[EntryRecord],
-    chunks: Mapping[str, Sequence[NewChunk]],
-    *,
-    uid: str,
-    step: int | None,
-) -> bytes:
-    """Return the kerchunk reference of a version, with which plain Zarr and fsspec read it.
-
-    Format: https://fsspec.github.io/kerchunk/spec.html
-
-    Args:
-        data_url: where "packs/" lies: an absolute path or a URL that fsspec opens.
-        entries: of the version.
-        chunks: all chunks of each tensor by its digest, in order of (part, ordinal).
-        uid: of the version.
-        step: of the version.
-    """
-    quoted = json_fields.quoted
-    documents = zarr_documents(entries, {"uid": uid, "step": step})
-    refs = [f"{quoted(key)}:{quoted(text)}" for key, text in documents.items()]
-    refs += [
-        f'{quoted(key)}:["{{{{data}}}}/{c.pack}",{c.offset},{c.length}]'
-        for key, c in chunk_references(entries, chunks)
-    ]
-    templates = json_fields.encode({"data": data_url})
-    return f'{{"version":1,"templates":{templates},"refs":{{{",".join(refs)}}}}}'.encode()

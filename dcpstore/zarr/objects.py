@@ -1,13 +1,16 @@
 """The objects in the data folder that describe a version: plan, page, and manifest.
 
 They are written in this order, each durable before the next, and all of them before the transaction
-that names them (design, invariant 2). What the catalog has in another page is only named.
+that names them (design, invariant 2). What the catalog has in another page is only named. With the
+first plan of a topology goes what explains the data folder: a text, and a script that writes the
+reference of any version.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from importlib.resources import files
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.read.dedup import find_tensors
@@ -30,6 +33,32 @@ from dcpstore.storage.interface import Storage
 from dcpstore.zarr.documents import array_heads
 
 __all__ = ["write_objects", "write_page"]
+
+_README = """\
+Checkpoints in this folder
+==========================
+
+This folder holds the versions of a dcpstore repository: tensors and values of model checkpoints.
+
+    packs/         the tensors: encoded chunks, one after another
+    pages/         entries of versions, and where their chunks lie; versions share them
+    plans/         which rank wrote which part of which tensor
+    manifests/     one file a version: its facts, and the page at which it begins
+    operations/    the journal: everything that was done to the repository, in order
+    references/    of tagged versions: references that plain Zarr and fsspec read
+
+With dcpstore, `dcpstore rebuild` makes a lost catalog again from this folder.
+
+Without it, Python alone writes a kerchunk reference of any version, by number or uid:
+
+    python references.py 12 > v12.json
+
+With that, zarr and fsspec read the version:
+
+    import zarr
+    group = zarr.open_group("reference://", storage_options={"fo": "v12.json"}, mode="r")
+    print(group["model.embed.weight"][:])
+"""
 
 
 def write_objects(
@@ -67,6 +96,9 @@ def write_objects(
     plan = find_plan(catalog, content.plan.digest)
     if plan is None:
         plan = plan_key(uid)
+        script = files("dcpstore.zarr").joinpath("references.py").read_bytes()
+        storage.put("README.txt", _README.encode())
+        storage.put("references.py", script)
         written.append(_put(storage, plan, encode_plan(content.plan)))
     named = {child.digest for _, one in groups for child in one.children} | {tree.root.digest}
     of_nodes = {digest: places.get(digest, key) for digest in named}

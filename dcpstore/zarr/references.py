@@ -18,7 +18,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 __all__ = ["main", "references"]
@@ -95,33 +95,16 @@ class _Page:
 
 
 class _Folder:
-    """A data folder, and the pages that were read from it."""
+    """Reads what lies in a data folder, each page once."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, read: Callable[[str], bytes]) -> None:
+        self.read = read
         self._pages: dict[str, _Page] = {}
-
-    def read(self, key: str) -> bytes:
-        with open(os.path.join(self.path, *key.split("/")), "rb") as file:
-            return file.read()
 
     def page(self, key: str) -> _Page:
         if key not in self._pages:
             self._pages[key] = _Page(self.read(key))
         return self._pages[key]
-
-    def uid(self, version: str) -> str:
-        """Return the uid of a version that is given by its number or its uid."""
-        if os.path.exists(os.path.join(self.path, "manifests", f"{version}.json")):
-            return version
-        number = int(version.removeprefix("v"))
-        folder = os.path.join(self.path, "operations")
-        for name in sorted(os.listdir(folder)):
-            if name.endswith(".json"):
-                made = json.loads(self.read(f"operations/{name}")).get("version")
-                if made is not None and made["number"] == number:
-                    return str(made["uid"])
-        raise SystemExit(f"{folder!r} names no version {version!r}")
 
     def entries(self, root: str, page: str) -> Iterator[tuple[Json, list[Place]]]:
         """Yield the entries below a root, each with its layout and chunks if it has a tensor."""
@@ -138,21 +121,20 @@ class _Folder:
                     yield entry, chunks
 
 
-def references(path: str, version: str, data: str | None = None) -> Json:
+def references(read: Callable[[str], bytes], uid: str, data: str) -> Json:
     """Return the kerchunk reference of a version, as JSON.
 
+    Format: https://fsspec.github.io/kerchunk/spec.html
+
     Args:
-        path: of the data folder.
-        version: its number or uid.
-        data: where "packs/" lies for those who will read it: a path or a URL that fsspec opens;
-            None is `path`.
+        read: returns the bytes of an object in the data folder by its key.
+        uid: of the version.
+        data: where "packs/" lies for those who will read it: a path or a URL that fsspec opens.
     """
-    folder = _Folder(path)
-    uid = folder.uid(version)
+    folder = _Folder(read)
     manifest: Json = json.loads(folder.read(f"manifests/{uid}.json"))
-    url = os.path.abspath(path) if data is None else data
     if "refs" in manifest:  # of format 1, which is a reference itself
-        return {"version": 1, "templates": {"data": url}, "refs": manifest["refs"]}
+        return {"version": 1, "templates": {"data": data}, "refs": manifest["refs"]}
     nodes: Json = {}
     values: Json = {}
     chunks: Json = {}
@@ -175,7 +157,7 @@ def references(path: str, version: str, data: str | None = None) -> Json:
     }
     documents = {"zarr.json": root, **{f"{name}/zarr.json": nodes[name] for name in nodes}}
     refs = {key: _compact(document) for key, document in documents.items()}
-    return {"version": 1, "templates": {"data": url}, "refs": {**refs, **chunks}}
+    return {"version": 1, "templates": {"data": data}, "refs": {**refs, **chunks}}
 
 
 def _nodes(entry: Json) -> Iterator[tuple[str, Json, Place | None]]:
@@ -240,7 +222,27 @@ def main() -> None:
     parser.add_argument("--folder", default=here, help="the data folder, if not the script's")
     parser.add_argument("--data", help="the URL under which readers find that folder")
     chosen = parser.parse_args()
-    json.dump(references(chosen.folder, chosen.version, chosen.data), sys.stdout)
+    folder = os.path.abspath(chosen.folder)
+
+    def read(key: str) -> bytes:
+        with open(os.path.join(folder, *key.split("/")), "rb") as file:
+            return file.read()
+
+    uid = _uid(folder, read, chosen.version)
+    json.dump(references(read, uid, folder if chosen.data is None else chosen.data), sys.stdout)
+
+
+def _uid(folder: str, read: Callable[[str], bytes], version: str) -> str:
+    """Return the uid of a version that is given by its number or its uid."""
+    if os.path.exists(os.path.join(folder, "manifests", f"{version}.json")):
+        return version
+    number = int(version.removeprefix("v"))
+    for name in sorted(os.listdir(os.path.join(folder, "operations"))):
+        if name.endswith(".json"):
+            made = json.loads(read(f"operations/{name}")).get("version")
+            if made is not None and made["number"] == number:
+                return str(made["uid"])
+    raise SystemExit(f"{folder!r} names no version {version!r}")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ ARGS = {
 MOVES_TENSORS = (
     "import",
     "export",
+    "references",
     "verify",
     "rebuild",
     "copy",

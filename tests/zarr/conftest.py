@@ -1,9 +1,12 @@
 """A version written with packs, page, manifest and reference, by the parts that a save has."""
 
-from collections.abc import Callable, Mapping
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +31,7 @@ from dcpstore.records import (
 )
 from dcpstore.storage.local import LocalFolder
 from dcpstore.storage.packs import PackWriter
-from dcpstore.zarr.documents import array_heads, reference_file
+from dcpstore.zarr.documents import array_heads, array_names, chunk_keys, zarr_documents
 
 
 @dataclass
@@ -50,6 +53,23 @@ def raw_cell(array: np.ndarray, grid: Grid, ordinal: int) -> np.ndarray:
     box = grid.cell(ordinal)
     cell[tuple(slice(0, n) for n in box.sizes)] = array[box.slices]
     return cell
+
+
+def referred(
+    url: str,
+    entries: Sequence[EntryRecord],
+    chunks: Mapping[str, Sequence[NewChunk]],
+    attributes: Mapping[str, object],
+) -> dict[str, Any]:
+    """Return the reference of a version, from the documents and keys of `VersionStore`."""
+    refs: dict[str, Any] = dict(zarr_documents(entries, attributes))
+    for entry in entries:
+        if entry.tensor is not None:
+            parts = zip(array_names(entry), entry.tensor.parts, strict=True)
+            keys = itertools.chain.from_iterable(itertools.starmap(chunk_keys, parts))
+            for key, chunk in zip(keys, chunks[entry.tensor.digest], strict=True):
+                refs[key] = ["{{data}}/" + chunk.pack, chunk.offset, chunk.length]
+    return {"version": 1, "templates": {"data": url}, "refs": refs}
 
 
 @pytest.fixture
@@ -114,14 +134,13 @@ def write(tmp_path: Path) -> Write:
             packs=writer.finish(),
         )
         storage.put(manifest_key("ab12"), encode_manifest(manifest))
-        reference = reference_file(
+        reference = referred(
             storage.url,
             sorted(written.entries, key=lambda entry: entry.fqn),
             {digest: tensor.chunks for digest, tensor in known.items()},
-            uid="ab12",
-            step=step,
+            {"uid": "ab12", "step": step},
         )
-        storage.put("references/ab12.json", reference)
+        storage.put("references/ab12.json", json.dumps(reference).encode())
         return written
 
     return write_version

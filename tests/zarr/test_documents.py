@@ -12,12 +12,11 @@ from zarr.core.metadata.v3 import ArrayV3Metadata
 from dcpstore.encoding import dtypes
 from dcpstore.encoding.codecs import CODECS
 from dcpstore.geometry.grids import Grid
-from dcpstore.records import EntryRecord, NewChunk, TensorRecord
+from dcpstore.records import EntryRecord, TensorRecord
 from dcpstore.zarr.documents import (
     array_name,
     array_names,
     chunk_keys,
-    chunk_references,
     zarr_documents,
 )
 
@@ -72,21 +71,6 @@ def test_chunk_keys_follow_the_ordinals() -> None:
     ]
     assert list(chunk_keys("s", Grid((), (), ()))) == ["s/c"]
     assert list(chunk_keys("e", Grid((0,), (0,), (1,)))) == []
-
-
-def test_references_name_each_chunk_of_each_entry() -> None:
-    chunks = [NewChunk(0, i, b"", "p", i, 1) for i in range(3)] + [NewChunk(1, 0, b"", "q", 0, 1)]
-    entries = [
-        entry("w", PARTS),
-        entry("tied", PARTS),
-        EntryRecord("v", ("v",), "value", None, "1"),
-    ]
-    found = dict(chunk_references(entries, {"aa": chunks}))
-    assert found["w/0/c/0/2"] == chunks[2]
-    assert found["w/1/c/0/0"] == found["tied/1/c/0/0"] == chunks[3]
-    assert len(found) == 8
-    with pytest.raises(ValueError, match="shorter"):
-        list(chunk_references(entries, {"aa": chunks[1:]}))
 
 
 @pytest.mark.parametrize(("dtype", "codec"), list(itertools.product(dtypes._DTYPES, CODECS)))

@@ -22,7 +22,12 @@ from dcpstore.catalog.maintenance.sweep import condemn_unused_pages, sweep
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.write.forget import loosen
 from dcpstore.catalog.write.operations import Change, lock_repository, record
-from dcpstore.catalog.write.stale import are_stale, mark_holders_stale, mark_written_stale
+from dcpstore.catalog.write.stale import (
+    are_stale,
+    is_tagged,
+    mark_holders_stale,
+    mark_written_stale,
+)
 from dcpstore.core.checksums import CHECKSUM, PIECE
 from dcpstore.core.display import human_duration
 from dcpstore.errors import InvalidInputError
@@ -43,8 +48,10 @@ __all__ = [
 _version, _pack, _chunk = tables.version, tables.pack, tables.chunk
 _unjudged = tables.unjudged
 
-# Each of these that a committed version needs has a row of its own.
-_OF_OTHERS = ("packs/", "pages/", "plans/")
+# What is no object of a committed version: of these, those that it needs have a row of their own;
+# and references are kept for tagged versions only.
+_NOT_OF_TAGGED = ("packs/", "pages/", "plans/")
+_NOT_OF_UNTAGGED = (*_NOT_OF_TAGGED, "references/")
 
 Place = tuple[int, int, int]  # tensor, part and ordinal of one chunk
 
@@ -348,9 +355,13 @@ def find_leftovers(
     rows = {
         row.uid: row
         for row in connection.execute(
-            select(_version.c.uid, _version.c.status, _version.c.expired_at, _version.c.plan).where(
-                _version.c.uid.in_(wanted_names(connection, {uid for _, uid in keys}))
-            )
+            select(
+                _version.c.uid,
+                _version.c.status,
+                _version.c.expired_at,
+                _version.c.plan,
+                is_tagged().label("tagged"),
+            ).where(_version.c.uid.in_(wanted_names(connection, {uid for _, uid in keys})))
         )
     }
     leftovers, unknown = [], []
@@ -366,7 +377,9 @@ def find_leftovers(
         elif row.status == "pending":
             if uid in crashed:
                 leftovers.append(key)
-        elif row.status == "aborted" or key.startswith(_OF_OTHERS):
+        elif row.status == "aborted" or key.startswith(
+            _NOT_OF_TAGGED if row.tagged else _NOT_OF_UNTAGGED
+        ):
             leftovers.append(key)
     return leftovers, unknown
 

@@ -22,6 +22,7 @@ __all__ = [
     "are_stale",
     "clear_stale",
     "clear_stale_page",
+    "is_tagged",
     "mark_holders_stale",
     "mark_object_stale",
     "mark_objects_stale",
@@ -30,6 +31,7 @@ __all__ = [
     "new_mark",
     "stale_pages",
     "stale_versions",
+    "tagged_uids",
 ]
 
 _version, _page = tables.version, tables.page
@@ -55,7 +57,7 @@ def mark_holders_stale(connection: Connection, tensors: Collection[int]) -> None
     )
     _mark_pages(connection, _page.c.id.in_(holders))
     versions = holding_versions(holding_tensors(moved)).subquery()
-    _mark_versions(connection, _version.c.id.in_(select(versions.c.version)), _is_tagged())
+    _mark_versions(connection, _version.c.id.in_(select(versions.c.version)), is_tagged())
 
 
 def mark_written_stale(connection: Connection, versions: Collection[int]) -> None:
@@ -66,10 +68,11 @@ def mark_written_stale(connection: Connection, versions: Collection[int]) -> Non
     if versions:
         wanted = wanted_ids(connection, versions)
         _mark_pages(connection, _page.c.version.in_(wanted))
-        _mark_versions(connection, _version.c.id.in_(wanted), _is_tagged())
+        _mark_versions(connection, _version.c.id.in_(wanted), is_tagged())
 
 
-def _is_tagged() -> ColumnElement[bool]:
+def is_tagged() -> ColumnElement[bool]:
+    """Return the condition that a row of `version` has a tag."""
     ref = tables.ref
     return _version.c.id.in_(select(ref.c.version).where(ref.c.kind == "tag"))
 
@@ -130,6 +133,12 @@ def stale_versions(connection: Connection) -> dict[int, str]:
         .order_by(_version.c.number)
     )
     return dict(rows.all())
+
+
+@reads
+def tagged_uids(connection: Connection) -> list[str]:
+    """Return the uids of the versions that have a tag."""
+    return list(connection.scalars(select(_version.c.uid).where(is_tagged())))
 
 
 @writes()
