@@ -78,7 +78,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Repository", "advise", "make", "open", "opened"]
 
-
 _NEWEST = 10  # versions that a notebook lists
 _GLOB_CHARACTERS = frozenset("*?[")
 
@@ -242,10 +241,8 @@ class Repository:
             InvalidInputError: the name breaks the grammar; offers the nearest that is allowed.
             AlreadyExistsError: the name is taken; with `move`, only by a branch.
         """
-        version = self.show(ref)
-        made = make_ref(
-            self.catalog, name, "tag", version=version.number, author=this_user(), move=move
-        )
+        version, author = self.show(ref), this_user()
+        made = make_ref(self.catalog, name, "tag", version=version.number, author=author, move=move)
         keep_reference(self.storage, version.uid)
         return made
 
@@ -480,18 +477,12 @@ class Repository:
         )
 
     def references(self, ref: RefLike | None = None, *, data: str | None = None) -> dict[str, Any]:
-        """Return the kerchunk reference of a version, with which plain Zarr and fsspec read it.
+        """Return the kerchunk reference by which plain Zarr reads a version, until gc moves chunks.
 
-        `zarr.open_group("reference://", storage_options={"fo": reference}, mode="r")` takes it; so
-        does a file of it as JSON. It names chunks in packs: it is right until `gc` moves them.
-        Format: https://fsspec.github.io/kerchunk/spec.html
-
-        Args:
-            ref: the version.
-            data: the path or URL by which readers find the data folder; None is where it is here.
+        `zarr.open_group("reference://", storage_options={"fo": reference}, mode="r")` takes it;
+        `data` is the path or URL by which its readers find the data folder, if not as here.
         """
-        url = self.storage.url if data is None else data
-        return version_reference(self.storage, self.show(ref).uid, data=url)
+        return version_reference(self.storage, self.show(ref).uid, data=data or self.storage.url)
 
     def status(self) -> list[RunningSave]:
         """Return the saves that have begun and not ended, with how far their ranks are."""

@@ -19,8 +19,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
-import numpy as np
-
 from dcpstore.core.digests import hasher
 from dcpstore.formats import json_fields
 from dcpstore.records import NewEntry
@@ -100,6 +98,8 @@ def cut(fqns: Sequence[str]) -> list[int]:
     count = len(fqns)
     if count <= 2 * _NEAR:
         return [0]
+    import numpy as np  # noqa: PLC0415 (slow to load, and what only reads needs none)
+
     hashes = np.fromiter(map(_hash, fqns), np.uint64, count)
     is_least = np.ones(count, bool)
     is_least[:_NEAR] = is_least[count - _NEAR :] = False  # these have fewer neighbours

@@ -12,7 +12,10 @@ are little-endian 64-bit numbers, compressed by zlib. `references.py` in the dat
 
 from __future__ import annotations
 
+import array
 import itertools
+import operator
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +23,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from dcpstore.core.digests import RUN, content_digest, run_digest
 from dcpstore.errors import CorruptionError, SchemaError
@@ -48,10 +49,9 @@ __all__ = [
 
 _FORMAT = 1
 _DIGEST, _CHECKSUM = 32, 16  # bytes
+_LARGEST = 2**63 - 1  # that a database takes
 _LEVEL = 6  # of zlib: half the size of level 1, and far from the slowest step of a save
 _MOST = 256  # raw bytes for each stored one, and a megabyte; a page says no more than that
-
-Ints = npt.NDArray[np.int64]
 
 
 class PlacedChunk(NamedTuple):
@@ -205,8 +205,8 @@ def encode_page(
     chunks += itertools.chain.from_iterable(run.chunks for run in new.values())
     packs = _Numbers()
     pack_of = [packs[chunk.pack] for chunk in chunks]
-    offsets = np.array([chunk.offset for chunk in chunks], np.int64)
-    lengths = np.array([chunk.length for chunk in chunks], np.int64)
+    lengths = [chunk.length for chunk in chunks]
+    ends = [0, *(chunk.offset + chunk.length for chunk in chunks)]
     checksums = [chunk.checksum for chunk in chunks]
     columns: dict[str, bytes] = {
         "nodes": b"".join([*(one.digest for one in sets), *(one.digest for _, one in groups)]),
@@ -221,7 +221,7 @@ def encode_page(
         "runs": b"".join(new),
         "digests": b"".join([chunk.digest for chunk in chunks]),
         "packs": _packed(pack_of),
-        "steps": _packed(np.diff(offsets, prepend=0) - np.concatenate([[0], lengths])[:-1]),
+        "steps": _packed([c.offset - end for c, end in zip(chunks, ends, strict=False)]),
         "lengths": _packed(lengths),
         "checked": _packed([checksum is not None for checksum in checksums]),
         "checksums": b"".join(filter(None, checksums)),
@@ -360,8 +360,15 @@ def _encode_group(level: int, one: Group) -> str:
     return f"[{level},{json_fields.encode([child.first for child in one.children])}]"
 
 
-def _packed(numbers: Sequence[int] | Ints) -> bytes:
-    return zlib.compress(np.asarray(numbers, "<i8").tobytes(), _LEVEL)
+def _packed(numbers: Iterable[int]) -> bytes:
+    return zlib.compress(_little_endian(array.array("q", numbers)).tobytes(), _LEVEL)
+
+
+def _little_endian(numbers: array.array[int]) -> array.array[int]:
+    """Turn numbers of this machine into little-endian ones, or the other way round."""
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers
 
 
 def _compressed(header: bytes) -> bytes:
@@ -410,18 +417,17 @@ class _Columns:
             raise ValueError(f"{name} has {len(data)} bytes")
         return [data[i : i + size] for i in range(0, len(data), size)]
 
-    def numbers(self, name: str, count: int) -> Ints:
+    def numbers(self, name: str, count: int) -> list[int]:
         """Return a column of `count` integers."""
         assert _COLUMNS[name] is None
-        return np.frombuffer(_inflated(self._data[name], 8 * count), "<i8").astype(np.int64)
+        return _little_endian(array.array("q", _inflated(self._data[name], 8 * count))).tolist()
 
     def indices(self, name: str, count: int, below: int) -> list[int]:
         """Return a column of `count` integers from 0 to `below` - 1."""
         found = self.numbers(name, count)
-        if count and not (found.min() >= 0 and found.max() < below):
+        if count and not (min(found) >= 0 and max(found) < below):
             raise ValueError(f"{name} has a number that is not from 0 to {below - 1}")
-        listed: list[int] = found.tolist()
-        return listed
+        return found
 
 
 def _decode(header: _Header, data: memoryview) -> Page:
@@ -500,10 +506,11 @@ def _decode_chunks(columns: _Columns, packs: Sequence[str]) -> Iterator[PlacedCh
     digests = columns.pieces("digests")
     count = len(digests)
     lengths = columns.numbers("lengths", count)
-    offsets = np.cumsum(columns.numbers("steps", count)) + np.cumsum(lengths) - lengths
-    ends = offsets + lengths
-    if count and min(lengths.min(), offsets.min(), ends.min()) < 0:  # sums of hostile ones wrap
-        raise ValueError("a chunk has a negative offset or length")
+    steps = columns.numbers("steps", count)
+    ends = list(itertools.accumulate(map(operator.add, steps, lengths)))
+    offsets = list(map(operator.sub, ends, lengths))
+    if count and (min(map(min, (lengths, offsets))) < 0 or max(ends) > _LARGEST):
+        raise ValueError("a chunk has an offset or length that is negative or too large")
     checked = columns.indices("checked", count, 2)
     checksums = columns.pieces("checksums")
     if sum(checked) != len(checksums):
@@ -513,8 +520,8 @@ def _decode_chunks(columns: _Columns, packs: Sequence[str]) -> Iterator[PlacedCh
         PlacedChunk,
         digests,
         [packs[i] for i in columns.indices("packs", count, len(packs))],
-        offsets.tolist(),
-        lengths.tolist(),
+        offsets,
+        lengths,
         [next(rest) if has else None for has in checked],
     )
 

@@ -47,7 +47,7 @@ from dcpstore.records import (
 )
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackReader, PackWriter
-from dcpstore.zarr.objects import write_objects
+from dcpstore.zarr.version_objects import write_objects
 
 __all__ = ["CopyReport", "copy_versions"]
 

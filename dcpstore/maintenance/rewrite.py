@@ -20,7 +20,7 @@ from dcpstore.catalog.maintenance.condemn import plan_pack, switch_pack, unplan_
 from dcpstore.catalog.maintenance.export import load_content
 from dcpstore.catalog.maintenance.fsck import packed_chunks
 from dcpstore.catalog.maintenance.journal import write_journal
-from dcpstore.catalog.read.pages import load_page, load_plan_of
+from dcpstore.catalog.read.stored_pages import load_page, load_plan_of
 from dcpstore.catalog.write.pages import home_objects
 from dcpstore.catalog.write.stale import (
     clear_stale,
@@ -35,8 +35,8 @@ from dcpstore.reading.chunk_reads import check_chunk
 from dcpstore.records import ChunkPlace, PackRecord
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.packs import PackReader, PackWriter, pack_key
-from dcpstore.zarr.objects import write_objects, write_page
 from dcpstore.zarr.stored_references import write_reference
+from dcpstore.zarr.version_objects import write_objects, write_page
 
 __all__ = ["renew_objects", "repack"]
 

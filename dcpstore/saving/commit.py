@@ -27,8 +27,8 @@ from dcpstore.saving.plan_exchange import PlanMemory
 from dcpstore.saving.request import SaveRequest, draft_of
 from dcpstore.saving.save_state import SaveState
 from dcpstore.storage.interface import Storage
-from dcpstore.zarr.objects import write_objects
 from dcpstore.zarr.stored_references import keep_reference
+from dcpstore.zarr.version_objects import write_objects
 
 __all__ = [
     "BegunVersion",

@@ -46,6 +46,8 @@ def version_reference(storage: Storage, uid: str, *, data: str) -> dict[str, Any
 
     try:
         return references(read, uid, data)
+    except DcpstoreError:
+        raise
     except (LookupError, TypeError, ValueError, RuntimeError, zlib.error) as error:
         raise CorruptionError(
             f"the manifest or a page of the version {uid} has an invalid member "

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, delete, exists, insert, select, update
 
 from dcpstore.catalog.db.key_lists import wanted_digests, wanted_names
 from dcpstore.catalog.db.transactions import reads, writes
-from dcpstore.catalog.read.pages import find_pages, find_runs
+from dcpstore.catalog.read.stored_pages import find_pages, find_runs
 from dcpstore.catalog.read.versions import id_of_number
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.schema.tables import hex_start

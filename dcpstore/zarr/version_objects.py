@@ -15,7 +15,7 @@ from importlib.resources import files
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.read.dedup import find_tensors
 from dcpstore.catalog.read.entries import load_whole_tensors
-from dcpstore.catalog.read.pages import StoredPage, find_pages, find_plan, find_runs
+from dcpstore.catalog.read.stored_pages import StoredPage, find_pages, find_plan, find_runs
 from dcpstore.core.digests import RUN
 from dcpstore.errors import ConflictError
 from dcpstore.formats.entry_tree import EntrySet, EntryTree, Group, grow
