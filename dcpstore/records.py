@@ -27,12 +27,16 @@ from dcpstore.geometry.boxes import Box
 from dcpstore.geometry.grids import Grid
 
 __all__ = [
+    "Child",
     "ChunkDefaults",
     "ChunkKey",
     "ChunkPlace",
     "ChunkRange",
     "EntryRecord",
+    "EntrySet",
+    "EntryTree",
     "ForgetReport",
+    "Group",
     "LoadReport",
     "NewChunk",
     "NewEntry",
@@ -403,6 +407,45 @@ class NewEntry(NamedTuple):
     value: str | None = None
 
 
+class Child(NamedTuple):
+    """A node of a tree of entries as the node above names it: by the first FQN below it."""
+
+    first: str
+    digest: bytes
+
+
+class EntrySet(NamedTuple):
+    """Neighbouring entries, sorted by FQN, and the digest of what they hold."""
+
+    digest: bytes
+    entries: Sequence[NewEntry]
+
+    @property
+    def child(self) -> Child:
+        """This set as its group names it."""
+        return Child(self.entries[0].fqn if self.entries else "", self.digest)
+
+
+class Group(NamedTuple):
+    """Neighbouring nodes of one level, and the digest over theirs."""
+
+    digest: bytes
+    children: Sequence[Child]
+
+    @property
+    def child(self) -> Child:
+        """This group as the node above names it."""
+        return Child(self.children[0].first, self.digest)
+
+
+class EntryTree(NamedTuple):
+    """The entries of a version as nodes, by level (see `formats.entry_tree`)."""
+
+    sets: Sequence[EntrySet]
+    groups: Sequence[Group]
+    root: Group
+
+
 class ShardRecord(NamedTuple):
     """The box of one tensor that one rank wrote."""
 
@@ -494,7 +537,8 @@ class VersionContent(VersionStats):
     `aliases` maps the digest of a content as this save cut it to that of the stored tensor which
     the save found to be the same, cut otherwise. `planner_data` is what a custom planner keeps with
     the version, as typed JSON. Without `objects` the catalog knows no object that describes it, as
-    after an upgrade.
+    after an upgrade. With a `tree`, which is that of the entries, `tensors` are only those that are
+    new, and those that entries name which the parent does not have.
     """
 
     entries: Sequence[NewEntry]
@@ -504,32 +548,7 @@ class VersionContent(VersionStats):
     aliases: Mapping[str, str] = field(default_factory=dict)
     planner_data: str | None = None
     objects: VersionObjects | None = None
-
-    def records(self) -> list[EntryRecord]:
-        """Return the entries as a catalog gives them, but for the ids that it gives to tensors."""
-        tensors = {
-            tensor.digest: TensorRecord(
-                id=0,
-                digest=tensor.digest,
-                dtype=tensor.dtype,
-                shape=tensor.shape,
-                codec=tensor.codec,
-                nbytes=tensor.nbytes,
-                parts=tuple(tensor.parts),
-                algorithm=tensor.algorithm,
-            )
-            for tensor in self.tensors
-        }
-        return [
-            EntryRecord(
-                entry.fqn,
-                entry.path,
-                entry.kind,
-                None if entry.tensor_digest is None else tensors[entry.tensor_digest],
-                entry.value,
-            )
-            for entry in self.entries
-        ]
+    tree: EntryTree | None = None
 
 
 @dataclass(frozen=True, slots=True)

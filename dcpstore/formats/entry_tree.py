@@ -15,59 +15,32 @@ differential compression, the local maximum approach", J. Comput. Syst. Sci. 76 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from dcpstore.core.digests import hasher
 from dcpstore.formats import json_fields
-from dcpstore.records import NewEntry
+from dcpstore.records import Child, EntrySet, EntryTree, Group, NewEntry
 
-__all__ = ["LEVELS", "Child", "EntrySet", "EntryTree", "Group", "cut", "entry_set", "group", "grow"]
+__all__ = [
+    "LEVELS",
+    "Child",
+    "EntrySet",
+    "EntryTree",
+    "Group",
+    "cut",
+    "entry_set",
+    "group",
+    "grow",
+    "regrow",
+]
 
 T = TypeVar("T")
 
 LEVELS = 3  # of every tree: entry sets (level 0), groups (1), the root (2)
 _NEAR = 32  # neighbours on each side that a boundary depends on
-
-
-class Child(NamedTuple):
-    """A node as the node above names it: by its digest, and the first FQN below it."""
-
-    first: str
-    digest: bytes
-
-
-class EntrySet(NamedTuple):
-    """Neighbouring entries, sorted by FQN, and the digest of what they hold."""
-
-    digest: bytes
-    entries: Sequence[NewEntry]
-
-    @property
-    def child(self) -> Child:
-        """This set as its group names it."""
-        return Child(self.entries[0].fqn if self.entries else "", self.digest)
-
-
-class Group(NamedTuple):
-    """Neighbouring nodes of one level, and the digest over theirs."""
-
-    digest: bytes
-    children: Sequence[Child]
-
-    @property
-    def child(self) -> Child:
-        """This group as the node above names it."""
-        return Child(self.children[0].first, self.digest)
-
-
-class EntryTree(NamedTuple):
-    """All nodes of a version, by level."""
-
-    sets: Sequence[EntrySet]
-    groups: Sequence[Group]
-    root: Group
 
 
 def grow(entries: Iterable[NewEntry]) -> EntryTree:
@@ -76,6 +49,27 @@ def grow(entries: Iterable[NewEntry]) -> EntryTree:
     sets = [entry_set(some) for some in _pieces(listed, [entry.fqn for entry in listed])]
     below = [one.child for one in sets]
     groups = [group(some) for some in _pieces(below, [child.first for child in below])]
+    return EntryTree(sets, groups, group([one.child for one in groups]))
+
+
+def regrow(tree: EntryTree, changed: Mapping[str, NewEntry]) -> EntryTree:
+    """Return the tree in which these entries, by FQN, replace those of the same FQNs.
+
+    It equals the one that grows from all entries, and only nodes above a changed entry are made.
+    """
+    sets = list(tree.sets)
+    firsts = [one.child.first for one in sets]
+    places: dict[int, set[str]] = {}
+    for fqn in changed:
+        places.setdefault(bisect_right(firsts, fqn) - 1, set()).add(fqn)
+    for place, fqns in places.items():
+        entries = [changed[e.fqn] if e.fqn in fqns else e for e in sets[place].entries]
+        sets[place] = entry_set(entries)
+    below = iter([one.child for one in sets])
+    groups = []
+    for one in tree.groups:
+        children = list(itertools.islice(below, len(one.children)))
+        groups.append(one if children == one.children else group(children))
     return EntryTree(sets, groups, group([one.child for one in groups]))
 
 

@@ -152,12 +152,13 @@ class BegunVersion:
         def publish() -> Version:
             began = time.perf_counter()
             content = state.content(packs=packs, seconds=seconds, planner_data=planner_data)
-            entries = content.records()
             content = write_objects(target.catalog, target.storage, self.draft, content)
             seconds["manifest"] = time.perf_counter() - began
             version = commit_save(target.catalog, self.draft.uid, content)
             # The next save keeps the grids of these entries.
-            target.memory.entries.put(version.number, {entry.fqn: entry for entry in entries})
+            target.memory.entries.put(version.number, state.records())
+            assert content.tree is not None
+            target.memory.trees.put(version.number, content.tree)
             return version
 
         for attempt in range(_ATTEMPTS):

@@ -267,8 +267,12 @@ class Coordinator:
             paths=self._plan.paths,
             chunk=self._chunk,
             are_whole=self._is_whole,
+            before=self.target.memory.contents.get(self._plan.key),
         )
-        fqns = self._state.look_up(self.target.catalog, self._parent)
+        if self._plan.key:
+            self.target.memory.contents.put(self._plan.key, self._state.contents)
+        tree = self.target.memory.trees.get(self._parent_number)
+        fqns = self._state.look_up(self.target.catalog, self._parent, tree)
         if not fqns:
             return self._assign_writes()
         # From the catalog, because the cached entries of a parent have no ids of tensors.

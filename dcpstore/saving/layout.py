@@ -37,12 +37,18 @@ class Layout:
     @property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return torch_dtype(self.dtype).itemsize
+        return _itemsize(self.dtype)
 
     @property
     def nbytes(self) -> int:
         """Raw bytes of all parts."""
         return sum(math.prod(grid.shape) for grid in self.grids) * self.itemsize
+
+
+@lru_cache
+def _itemsize(dtype: str) -> int:
+    """Return the bytes of one element; cached, for it is asked for each chunk."""
+    return torch_dtype(dtype).itemsize
 
 
 def lay_out(

@@ -29,10 +29,11 @@ from dcpstore.planning.global_plan import (
 )
 from dcpstore.planning.plan_table import GlobalTable, PlanTable
 from dcpstore.planning.save_planner import DefaultSavePlanner
-from dcpstore.records import ChunkDefaults, EntryRecord, ObjectPath
+from dcpstore.records import ChunkDefaults, EntryRecord, EntryTree, ObjectPath
 from dcpstore.saving.digest_exchange import SentBefore
 from dcpstore.saving.layout import Layout, kept_grids, lay_out
 from dcpstore.saving.replicas import Replicas
+from dcpstore.saving.save_state import Contents
 
 __all__ = [
     "GlobalPlan",
@@ -144,6 +145,8 @@ class PlanMemory:
         shares: by the digest of a local plan, the rank's last share of it, with the share's key.
         plans: by the digests of all local plans, the global plan; on the coordinator.
         entries: by version number, the entries by FQN; on the coordinator.
+        trees: likewise the trees of these entries.
+        contents: by the key of a global plan, the tensors of its last save; on the coordinator.
         sent: by the key of a share, the digests that the rank sent with its last version of it.
         gathered: by the key of a global plan, the same of all ranks; on the coordinator.
     """
@@ -152,6 +155,8 @@ class PlanMemory:
         self.shares: LruCache[bytes, tuple[bytes, RankShare]] = LruCache(_PLANS)
         self.plans: LruCache[tuple[bytes, ...], GlobalPlan] = LruCache(_PLANS)
         self.entries: LruCache[int, Mapping[str, EntryRecord]] = LruCache(_VERSIONS)
+        self.trees: LruCache[int, EntryTree] = LruCache(_VERSIONS)
+        self.contents: LruCache[bytes, Contents] = LruCache(_VERSIONS)
         self.sent: LruCache[bytes, SentBefore] = LruCache(_PLANS)
         self.gathered: LruCache[bytes, Sequence[SentBefore]] = LruCache(_PLANS)
 

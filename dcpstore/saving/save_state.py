@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -19,9 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dcpstore.catalog.catalog import Catalog
-from dcpstore.catalog.read.dedup import find_encoded, find_tensors
+from dcpstore.catalog.read.dedup import find_encoded, find_tensors, lost_tensors
 from dcpstore.core.digests import content_digest
 from dcpstore.errors import InvalidInputError
+from dcpstore.formats import json_fields
+from dcpstore.formats.entry_tree import grow, regrow
 from dcpstore.geometry.box_table import GridTable, Ints
 from dcpstore.geometry.grids import Grid, cover
 from dcpstore.planning.plan_table import GlobalTable
@@ -30,11 +32,13 @@ from dcpstore.records import (
     ChunkKey,
     ChunkPlace,
     EntryRecord,
+    EntryTree,
     NewChunk,
     NewEntry,
     NewTensor,
     ObjectPath,
     PackRecord,
+    TensorRecord,
     VersionContent,
 )
 from dcpstore.saving.chunk_writer import Written
@@ -42,7 +46,7 @@ from dcpstore.saving.digest_exchange import CHUNK_DIGEST
 from dcpstore.saving.layout import Layout, blob_layout, planned_chunks
 from dcpstore.saving.rank_chunks import Digested
 
-__all__ = ["Cells", "SaveState", "has_other_grids"]
+__all__ = ["Cells", "Contents", "SaveState", "has_other_grids"]
 
 _DIGEST = CHUNK_DIGEST
 
@@ -108,11 +112,13 @@ class Cells:
             tensor=np.concatenate([numbers[table.rows.tensor[row]], more[:, 1]])[order],
             part=np.concatenate([part, np.zeros(len(blobs), np.int64)])[order],
             ordinal=np.concatenate([ordinal, more[:, 2]])[order],
-            digest=np.frombuffer(b"".join(d.digests for d in reports), np.uint8).reshape(
-                -1, _DIGEST
-            ),
+            digest=_joined(reports),
             starts=starts,
         )
+
+    def with_digests(self, reports: Sequence[Digested]) -> Cells:
+        """Return the cells of another save of the same plan."""
+        return replace(self, digest=_joined(reports))
 
     def digests(self, cells: Ints) -> list[bytes]:
         """Return the digests of some cells."""
@@ -160,6 +166,12 @@ class Cells:
         )
 
 
+def _joined(reports: Sequence[Digested]) -> npt.NDArray[np.uint8]:
+    """Return the digests of all ranks, one a row."""
+    data = b"".join(digested.digests for digested in reports)
+    return np.frombuffer(data, np.uint8).reshape(-1, _DIGEST)
+
+
 def _planned(table: GlobalTable, layouts: Mapping[str, Layout]) -> tuple[Ints, Ints, Ints]:
     """Return (row, part, ordinal) of each cell of the planned boxes, row by row.
 
@@ -197,10 +209,84 @@ class _Content(NamedTuple):
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Contents:
+    """The tensors of a save, by FQN, and what they were computed from.
+
+    A later save of the same plan computes only those again whose chunks have other digests.
+    """
+
+    layouts: Mapping[str, Layout]
+    cells: Cells
+    by_fqn: Mapping[str, _Content]
+    nbytes: int  # of all tensors
+
+    @classmethod
+    def of(
+        cls,
+        table: GlobalTable,
+        layouts: Mapping[str, Layout],
+        reports: Sequence[Digested],
+        *,
+        are_whole: bool,
+    ) -> Contents:
+        """Return the tensors of a save.
+
+        Args:
+            table: which rank writes which box.
+            layouts: of all tensors and blobs, by FQN.
+            reports: by rank.
+            are_whole: whether each tensor must be complete.
+
+        Raises:
+            InvalidInputError: a rank resolved more or fewer chunks than its plan has, or a tensor
+                is not complete.
+        """
+        if are_whole:
+            _check_whole(layouts)
+        fqns = list(layouts)
+        cells = Cells.of(table, fqns, layouts, reports)
+        # A content digest covers the chunk digests by (part, ordinal), whichever rank sent them.
+        order = np.lexsort((cells.ordinal, cells.part, cells.tensor))
+        starts = np.searchsorted(cells.tensor[order], np.arange(len(fqns) + 1)).tolist()
+        cells.check_complete(order, [layouts[fqn].grids for fqn in fqns], fqns)
+        contents = {}
+        for fqn, (start, end) in zip(fqns, itertools.pairwise(starts), strict=True):
+            contents[fqn] = _content(layouts[fqn], cells, order[start:end])
+        nbytes = sum(content.nbytes for content in contents.values())
+        return cls(layouts, cells, contents, nbytes)
+
+    def again(self, layouts: Mapping[str, Layout], reports: Sequence[Digested]) -> Contents | None:
+        """Return the tensors of another save of the same plan; None if blobs have other sizes."""
+        if layouts.keys() != self.layouts.keys() or any(
+            layout is not self.layouts[fqn] and layout != self.layouts[fqn]
+            for fqn, layout in layouts.items()
+        ):
+            return None
+        if [len(d.digests) for d in reports] != (_DIGEST * np.diff(self.cells.starts)).tolist():
+            return None  # which makes an error
+        cells = self.cells.with_digests(reports)
+        changed = np.unique(cells.tensor[(cells.digest != self.cells.digest).any(axis=1)])
+        fqns = list(self.by_fqn)
+        contents = dict(self.by_fqn)
+        for number in changed.tolist():
+            old = contents[fqns[number]]
+            contents[fqns[number]] = _content(old.layout, cells, old.cells)
+        return Contents(self.layouts, cells, contents, self.nbytes)
+
+
+def _content(layout: Layout, cells: Cells, own: Ints) -> _Content:
+    """Return the content of one tensor, whose cells are in order."""
+    digests = cells.digest[own].tobytes()
+    digest = content_digest(layout.dtype, layout.shape, layout.grids, [digests])
+    return _Content(layout, own, digest, layout.nbytes)
+
+
 class SaveState:
     """Made from the plan and every rank's digests; its methods are called in the order of a save.
 
     `are_whole` says that the plan is that of all ranks, so that each tensor must be complete.
+    `before` are the contents of an earlier save of the same plan.
     """
 
     def __init__(
@@ -212,6 +298,7 @@ class SaveState:
         paths: Mapping[str, ObjectPath],
         chunk: ChunkDefaults,
         are_whole: bool,
+        before: Contents | None = None,
     ) -> None:
         self._table = table
         self._paths = paths
@@ -229,23 +316,43 @@ class SaveState:
                 f"the plan and what the ranks resolved differ in {sorted(differing)[:8]}; "
                 "make the planner's plan and its data agree."
             )
-        if are_whole:
-            _check_whole(self._layouts)
+        again = None if before is None else before.again(self._layouts, reports)
+        self.contents = again or Contents.of(table, self._layouts, reports, are_whole=are_whole)
         self._fqns = list(self._layouts)
-        self._cells = Cells.of(table, self._fqns, self._layouts, reports)
-        self._contents = self._contents_by_fqn()
+        self._cells = self.contents.cells
+        self._contents = self.contents.by_fqn
+        self._parent: Mapping[str, EntryRecord] = {}
+        self._tree: EntryTree | None = None
         self._writes: list[Ints] = []  # by rank, rows of `_cells`, in the order they are written
         self._places: dict[ChunkKey, ChunkPlace] = {}
         self._nbytes_new = 0
         self._aliases: dict[str, str] = {}
 
-    def look_up(self, catalog: Catalog, parent: Mapping[str, EntryRecord]) -> list[str]:
+    def look_up(
+        self,
+        catalog: Catalog,
+        parent: Mapping[str, EntryRecord],
+        tree: EntryTree | None = None,
+    ) -> list[str]:
         """Find the contents that the repository holds.
 
-        `parent` are the entries of the parent version by FQN. Return the FQNs of those whose tensor
-        may be unchanged, but is stored with other grids: then only a comparison of bytes shows it.
+        `parent` are the entries of the parent version by FQN, and `tree` is their tree, if it is
+        known. Return the FQNs of those whose tensor may be unchanged, but is stored with other
+        grids: then only a comparison of bytes shows it.
         """
-        self._known = find_tensors(catalog, {c.digest for c in self._contents.values()})
+        self._parent, self._tree = parent, tree
+        # What the parent has under the same FQN need not be looked up, unless it is damaged.
+        lost = lost_tensors(catalog) if parent else set()
+        self._known = {
+            content.digest: entry.tensor
+            for fqn, content in self._contents.items()
+            if (entry := parent.get(fqn)) is not None
+            and entry.tensor is not None
+            and entry.tensor.digest == content.digest
+            and content.digest not in lost
+        }
+        digests = {content.digest for content in self._contents.values()}
+        self._known |= find_tensors(catalog, digests - self._known.keys())
         return [
             fqn
             for fqn, content in self._contents.items()
@@ -331,11 +438,20 @@ class SaveState:
             seconds: that each phase took.
             planner_data: what the planner stores with the version, as typed JSON.
         """
-        fqns = sorted(self._layouts.keys() | self._values.keys())
-        nbytes = sum(content.nbytes for content in self._contents.values())
+        nbytes = self.contents.nbytes
+        tree, changed = self._tree, self._find_changed()
+        if (
+            tree is None
+            or len(self._parent) != len(self._layouts) + len(self._values)
+            or (changed.keys() - self._parent.keys())
+        ):
+            tree = grow(map(self._entry, (*self._layouts, *self._values)))
+        else:
+            tree = regrow(tree, changed)
         return VersionContent(
-            entries=[self._entry(fqn) for fqn in fqns],
-            tensors=self._tensors(),
+            entries=[entry for one in tree.sets for entry in one.entries],
+            tree=tree,
+            tensors=self._tensors(changed.values()),
             packs=packs,
             plan=self._table.record,  # the shard index: which rank wrote which box
             nbytes=nbytes,  # those of tied tensors each time
@@ -348,32 +464,84 @@ class SaveState:
             planner_data=planner_data,
         )
 
-    def _tensors(self) -> list[NewTensor]:
-        """Return each distinct tensor content; only those that are new have their chunks."""
-        known = {tensor.digest: NewTensor.of(tensor, ()) for tensor in self._known.values()}
+    def records(self) -> Mapping[str, EntryRecord]:
+        """Return the entries as a catalog gives them, but for the ids that it gives to tensors."""
+        names, changed = self._layouts.keys() | self._values.keys(), self._find_changed()
+        if not changed and names == self._parent.keys():
+            return self._parent
+        records = {fqn: self._parent[fqn] for fqn in names - changed.keys()}
+        for fqn, (_, path, kind, _, value) in changed.items():
+            records[fqn] = EntryRecord(fqn, path, kind, self._record(fqn), value)
+        return records
+
+    def _record(self, fqn: str) -> TensorRecord | None:
+        content = self._contents.get(fqn)
+        if content is None:
+            return None
+        if content.digest in self._known:
+            return self._known[content.digest]
+        layout = content.layout
+        return TensorRecord(
+            id=0,
+            digest=content.digest,
+            dtype=layout.dtype,
+            shape=layout.shape,
+            codec=layout.codec,
+            nbytes=content.nbytes,
+            parts=layout.grids,
+        )
+
+    def _find_changed(self) -> dict[str, NewEntry]:
+        """Return the entries that the parent does not have, by FQN."""
+        changed = {}
+        for fqn, content in self._contents.items():
+            old = self._parent.get(fqn)
+            if (
+                old is None
+                or old.tensor is None
+                # The digest is compared first, for nearly all tensors are decided by it.
+                or (
+                    old.tensor.digest != content.digest
+                    and old.tensor.digest != self._stored_digest(content)
+                )
+                or old.kind != ("blob" if fqn in self._blobs else "tensor")
+                or old.value != self._blobs.get(fqn)
+                or not _is_same_path(old.path, self._path(fqn))
+            ):
+                changed[fqn] = self._entry(fqn)
+        for fqn, value in self._values.items():
+            old = self._parent.get(fqn)
+            if (
+                old is None
+                or (old.kind, old.value) != ("value", value)
+                or not _is_same_path(old.path, self._path(fqn))
+            ):
+                changed[fqn] = self._entry(fqn)
+        return changed
+
+    def _path(self, fqn: str) -> ObjectPath:
+        return self._paths.get(fqn, (fqn,))
+
+    def _tensors(self, changed: Collection[NewEntry]) -> list[NewTensor]:
+        """Return the tensors that are new, with their chunks, and known ones that were not here.
+
+        Those are the ones that changed entries name, or an alias.
+        """
+        named = {entry.tensor_digest for entry in changed} | {*self._aliases.values()}
+        known = {
+            tensor.digest: NewTensor.of(tensor, ())
+            for tensor in self._known.values()
+            if tensor.digest in named
+        }
         new = {
             content.digest: content
             for content in self._contents.values()
-            if self._stored_digest(content) not in known
+            if content.digest not in self._known
         }
         return [*known.values(), *self._new_tensors(list(new.values()))]
 
-    def _contents_by_fqn(self) -> dict[str, _Content]:
-        cells = self._cells
-        # A content digest covers the chunk digests by (part, ordinal), whichever rank sent them.
-        order = np.lexsort((cells.ordinal, cells.part, cells.tensor))
-        starts = np.searchsorted(cells.tensor[order], np.arange(len(self._fqns) + 1)).tolist()
-        cells.check_complete(order, [self._layouts[fqn].grids for fqn in self._fqns], self._fqns)
-        data = cells.digest[order].tobytes()
-        contents = {}
-        for fqn, (start, end) in zip(self._fqns, itertools.pairwise(starts), strict=True):
-            layout, digests = self._layouts[fqn], data[start * _DIGEST : end * _DIGEST]
-            digest = content_digest(layout.dtype, layout.shape, layout.grids, [digests])
-            contents[fqn] = _Content(layout, order[start:end], digest, layout.nbytes)
-        return contents
-
     def _entry(self, fqn: str) -> NewEntry:
-        path = self._paths.get(fqn, (fqn,))
+        path = self._path(fqn)
         if fqn in self._values:
             return NewEntry(fqn, path, "value", value=self._values[fqn])
         digest = self._stored_digest(self._contents[fqn])
@@ -413,6 +581,11 @@ class SaveState:
         """Return the keys of some cells, in order."""
         codecs = (self._layouts[self._fqns[i]].codec for i in self._cells.tensor[cells].tolist())
         return zip(codecs, self._cells.digests(cells), strict=True)
+
+
+def _is_same_path(one: ObjectPath, other: ObjectPath) -> bool:
+    """Tell whether two paths are stored as the same, with what they lead through."""
+    return one is other or (one == other and json_fields.path(one) == json_fields.path(other))
 
 
 def has_other_grids(layout: Layout, entry: EntryRecord | None) -> bool:

@@ -85,7 +85,7 @@ def write_objects(
         ConflictError: gc deleted a tensor that the content has.
     """
     uid = uid or draft.uid
-    tree = grow(content.entries)
+    tree = content.tree or grow(content.entries)
     places = find_pages(catalog, _digests(tree))
     sets, groups = _new_nodes(tree, places)
     tensors = _whole_tensors(catalog, content.tensors, sets)
@@ -184,7 +184,8 @@ def _whole_tensors(
     lacking = {
         digest
         for digest in named
-        if not held[digest].chunks and any(part.size for part in held[digest].parts)
+        if digest not in held
+        or (not held[digest].chunks and any(part.size for part in held[digest].parts))
     }
     known = find_tensors(catalog, lacking)
     whole = load_whole_tensors(catalog, list(known.values()))
@@ -193,4 +194,5 @@ def _whole_tensors(
             f"gc deleted the tensor {min(lacking - known.keys())} while it was being reused. Save "
             "again, or copy again."
         )
-    return {digest: held[digest] for digest in named} | {t.digest: t for t in whole}
+    given_whole = {digest: held[digest] for digest in named - lacking}
+    return given_whole | {tensor.digest: tensor for tensor in whole}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dcpstore.formats.entry_tree import EntryTree, cut, grow
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcpstore.formats.entry_tree import EntryTree, cut, grow, regrow
 from dcpstore.records import NewEntry
 
 LAYERS = 400
@@ -40,9 +43,9 @@ def test_sets_have_about_64_entries():
 
 
 def test_the_tree_holds_every_entry_once_in_order():
-    given = entries(names(LAYERS))
-    tree = grow(reversed(given))
-    assert [entry for one in tree.sets for entry in one.entries] == sorted(given)
+    listed = entries(names(LAYERS))
+    tree = grow(reversed(listed))
+    assert [entry for one in tree.sets for entry in one.entries] == sorted(listed)
     below = [child for one in tree.groups for child in one.children]
     assert below == [one.child for one in tree.sets]
     assert list(tree.root.children) == [one.child for one in tree.groups]
@@ -81,3 +84,15 @@ def test_few_entries_are_one_set_and_no_entries_an_empty_one():
     assert [one.entries for one in empty.sets] == [[]]
     assert empty.root.children[0].first == ""
     assert cut([]) == [0]
+
+
+@given(st.sets(st.integers(0, 499), max_size=20))
+def test_a_tree_with_other_values_is_the_one_that_grows_from_them(places: set[int]) -> None:
+    every = [NewEntry(f"layer.{i}.w", ("w", i), "value", value=str(i)) for i in range(500)]
+    tree = grow(every)
+    changed = {every[i].fqn: every[i]._replace(value="other") for i in places}
+    again = regrow(tree, changed)
+    assert again == grow(changed.get(entry.fqn, entry) for entry in every)
+    kept = {id(one) for one in (*tree.sets, *tree.groups)}
+    touched = {id(one) for one in again.sets} - kept
+    assert len(touched) <= len(places)

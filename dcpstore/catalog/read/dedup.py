@@ -30,7 +30,7 @@ from dcpstore.catalog.schema import tables
 from dcpstore.catalog.schema.tables import digest_start, hex_start
 from dcpstore.records import ChunkKey, ChunkPlace, TensorRecord
 
-__all__ = ["find_chunks", "find_encoded", "find_tensors", "known_tensors"]
+__all__ = ["find_chunks", "find_encoded", "find_tensors", "known_tensors", "lost_tensors"]
 
 
 @reads
@@ -135,6 +135,14 @@ def find_tensors(connection: Connection, digests: Collection[str]) -> dict[str, 
         return {}
     tensors = load_tensors(connection, wanted_ids(connection, set(ids.values())))
     return {digest: tensors[held] for digest, held in ids.items() if held in tensors}
+
+
+@reads
+def lost_tensors(connection: Connection) -> set[str]:
+    """Return the digests of all tensors with a chunk in a condemned or damaged pack."""
+    tensor = tables.tensor
+    digests = connection.scalars(select(tensor.c.digest).where(tensor.c.id.in_(_lost())))
+    return {digest.hex() for digest in digests}
 
 
 def _wanted_starts(connection: Connection, digests: Collection[str]) -> Select[Any]:

@@ -19,6 +19,7 @@ from dcpstore.catalog.read.dedup import known_tensors
 from dcpstore.catalog.read.entries import chunk_starts
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.schema.tables import layout_digest
+from dcpstore.catalog.validation import check_key, check_text
 from dcpstore.catalog.write.forget import forget_chunks, forget_runs, judge_again
 from dcpstore.catalog.write.nodes import dictionary, known_nodes, write_tree
 from dcpstore.catalog.write.stale import mark_holders_stale
@@ -49,8 +50,9 @@ def write_content(connection: Connection, version: int, content: VersionContent)
 
     Raises:
         ConflictError: a chunk that the save reuses is condemned or deleted.
+        InvalidInputError: an FQN or a value is one that some database cannot store.
     """
-    tree = grow(content.entries)
+    tree = content.tree or grow(content.entries)
     known = known_nodes(connection, tree)
     return write_nodes(connection, version, content, tree, known)[tree.root.digest]
 
@@ -77,6 +79,10 @@ def write_nodes(
         for entry in one.entries
         if entry.tensor_digest is not None
     }
+    for entry in (e for one in tree.sets if one.digest not in known for e in one.entries):
+        check_key(entry.fqn, what="FQN")
+        if entry.value is not None:
+            check_text(entry.value, what=f"value of {entry.fqn!r}")
     packs = _write_packs(connection, version, content.packs)
     tensors = _write_tensors(connection, content.tensors, named, packs)
     _write_aliases(connection, content.aliases, tensors)

@@ -33,7 +33,7 @@ from dcpstore.catalog.read.versions import (
     load_version,
 )
 from dcpstore.catalog.schema import tables
-from dcpstore.catalog.validation import can_be_kept, check_draft, check_key, check_text
+from dcpstore.catalog.validation import can_be_kept, check_draft
 from dcpstore.catalog.write.annotations import insert_metrics
 from dcpstore.catalog.write.contents import write_content, write_plan
 from dcpstore.catalog.write.forget import loosen
@@ -230,10 +230,6 @@ def commit_save(connection: Connection, uid: str, content: VersionContent) -> Ve
     refs = _check_refs(connection, pending.branch, tags)
     _check_tip(refs, pending.branch, parent=pending.parent, expect_tip=pending.expect_tip)
     tip = refs.get(pending.branch)
-    for entry in content.entries:
-        check_key(entry.fqn, what="FQN")
-        if entry.value is not None:
-            check_text(entry.value, what=f"value of {entry.fqn!r}")
     parent = pending.parent if tip is None else tip.id
     _make_visible(connection, pending.id, content, number=number, parent=parent)
     forget_progress(connection, pending.id)
