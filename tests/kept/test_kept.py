@@ -1,15 +1,20 @@
 """Repositories that older schemas left behind open, upgrade, verify, load and rebuild."""
 
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from sqlalchemy import text
 
 import dcpstore
 from dcpstore import Repository, SchemaError
+from dcpstore.catalog.db.database import Database
 from dcpstore.catalog.db.url import sqlite_url
 from dcpstore.catalog.schema.revisions import HEAD, is_older
+from dcpstore.catalog.schema.views import VIEWS
 from dcpstore.cli.app import commands
 from dcpstore.maintenance.rebuild import rebuild
 from tests.kept.unpack import unpack
@@ -44,6 +49,15 @@ def is_same(one: object, other: object) -> bool:
     return type(one) is type(other) and one == other
 
 
+def answers(url: str) -> dict[str, list[tuple[Any, ...]]]:
+    """Return the rows of every view of a catalog of any schema, by plain SQL."""
+    with closing(Database(url)) as database, database.read_only() as connection:
+        return {
+            name: sorted(map(tuple, connection.execute(text(f"SELECT * FROM {name}"))), key=repr)
+            for name in VIEWS
+        }
+
+
 def assert_as_saved(repo: Repository) -> None:
     for number, step in STEPS.items():
         assert is_same(repo.read(number, nested=True), state(step))
@@ -55,6 +69,17 @@ def assert_as_saved(repo: Repository) -> None:
     if branches.pop("large", None):
         for number, changed in LARGE.items():
             assert is_same(repo.read(number), {"large": large(changed)})
+        (entry,) = repo.diff(*LARGE).entries
+        # Two of 64 chunks, of 79 elements each, differ.
+        assert (entry.change, entry.nbytes_shared) == ("changed", 8 * (5000 - 2 * 79))
+    changed = {entry.fqn: entry.change for entry in repo.diff(3, 4).entries}
+    assert {fqn for fqn, change in changed.items() if change != "unchanged"} == {
+        "model.half",
+        "model.scalar",
+        "model.weight",
+        "optimizer.state.0.step",
+    }
+    branches.pop("again", None)
     assert branches == {"main": 8, "side": 6}
     version = repo.show("t3")
     assert (version.labels, version.author, version.message) == ({"lr": "3e-4"}, "ada", "step 3")
@@ -64,12 +89,21 @@ def assert_as_saved(repo: Repository) -> None:
 
 def test_kept_repository_upgrades_and_rebuilds(kept: str, revision: str, tmp_path: Path) -> None:
     data = tmp_path / "data"
+    answered = answers(kept)
     if is_older(revision):
         with pytest.raises(SchemaError, match="'dcpstore db-upgrade"):
             dcpstore.open(kept)
         done = CliRunner().invoke(commands, ["db-upgrade", "--repo", kept], catch_exceptions=False)
         assert (done.exit_code, HEAD in done.output) == (0, True)
+    assert answers(kept) == answered
     with dcpstore.open(kept) as repo:
+        assert_as_saved(repo)
+        assert_sound(repo)
+        # Versions of now and of then share their entry sets, and gc takes none of them.
+        assert dcpstore.save(state(31), repo, branch="again").nbytes_written == 0
+        dcpstore.save(state(40), repo, branch="again")
+        repo.gc(grace="0s", lease="0s")
+        repo.gc(grace="0s", lease="0s")
         assert_as_saved(repo)
         assert_sound(repo)
         before = views(repo)
@@ -78,7 +112,7 @@ def test_kept_repository_upgrades_and_rebuilds(kept: str, revision: str, tmp_pat
         assert_as_saved(repo)
         assert views(repo) == before
         # What is saved now finds what was saved then.
-        again = dcpstore.save(state(31), repo)
+        again = dcpstore.save(state(30), repo)
         assert again.nbytes_written == 0
         assert again.nbytes_reused == again.nbytes
         assert_sound(repo)
