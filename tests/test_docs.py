@@ -206,14 +206,14 @@ def _hold_manifest_to(page: str, folder: Path) -> None:
         shown = json.loads(block[2])
         [path] = folder.glob("ckpts/manifests/*.json")
         text = path.read_text().replace(str(folder), "/home/ada")
-        uid = shown["dcpstore"]["uid"]
+        uid = shown["uid"]
         assert set(re.findall(r"\b[0-9a-f]{32}\b", (ROOT / page).read_text())) == {uid}
         written = json.loads(text.replace(path.stem, uid))
         assert re.fullmatch("[0-9a-f]{64}", shown["digest"])
         written["digest"] = shown["digest"]
         for varying in ("host", "created_at", "seconds"):
-            assert type(shown["dcpstore"][varying]) is type(written["dcpstore"][varying])
-            written["dcpstore"][varying] = shown["dcpstore"][varying]
+            assert type(shown[varying]) is type(written[varying])
+            written[varying] = shown[varying]
         if os.environ.get("DCPSTORE_WRITE_DOCS"):
             page_text = (ROOT / page).read_text()
             (ROOT / page).write_text(page_text.replace(block[2], laid_out(written) + "\n"))

@@ -17,7 +17,7 @@ from dcpstore.formats.manifest import decode_manifest, manifest_key
 from dcpstore.formats.plan import decode_plan
 from dcpstore.geometry.boxes import find_overlap
 from dcpstore.maintenance.page_reader import PageReader
-from dcpstore.records import ChunkRange, StoredChunk, TensorRecord, Version
+from dcpstore.records import ChunkRange, NewChunk, NewTensor, StoredChunk, TensorRecord, Version
 from dcpstore.repository import Repository
 from dcpstore.storage.packs import PackReader
 
@@ -55,7 +55,7 @@ def _assert_sound(repo: Repository) -> None:
         assert version.parent is None or version.parent < version.number
         entries = load_entries(repo.catalog, version.number)
         assert version.nbytes == sum(e.tensor.nbytes for e in entries if e.tensor is not None)
-        _assert_described(repo, pages, version)
+        _assert_described(repo, packs, pages, version)
         for entry in entries:
             assert (entry.kind == "value") == (entry.tensor is None)
             if entry.tensor is not None and entry.tensor.id not in checked:
@@ -67,8 +67,13 @@ def _assert_sound(repo: Repository) -> None:
     _assert_kept(repo)
 
 
-def _assert_described(repo: Repository, pages: PageReader, version: Version) -> None:
-    """Check that the data folder holds what the catalog has of a version."""
+def _assert_described(
+    repo: Repository, packs: PackReader, pages: PageReader, version: Version
+) -> None:
+    """Check that the data folder holds what the catalog has of a version.
+
+    If two saves wrote the same chunk at once, a page may name another place of it until `gc`.
+    """
     draft, content = load_content(repo.catalog, version.number)
     manifest = decode_manifest(repo.storage.get(manifest_key(version.uid)))
     assert manifest.draft.uid == draft.uid
@@ -83,9 +88,12 @@ def _assert_described(repo: Repository, pages: PageReader, version: Version) -> 
         entries = [entry for one in found.tree.sets for entry in one.entries]
         tensors, plan = found.tensors, decode_plan(repo.storage.get(manifest.plan))
     assert sorted(entries) == sorted(content.entries)
-    assert {tensor.digest: tensor for tensor in tensors} == {
-        tensor.digest: tensor for tensor in content.tensors
-    }
+    held = {tensor.digest: tensor for tensor in content.tensors}
+    assert {tensor.digest for tensor in tensors} == held.keys()
+    for tensor in tensors:
+        assert tensor._replace(chunks=()) == held[tensor.digest]._replace(chunks=())
+        for chunk, own in zip(tensor.chunks, held[tensor.digest].chunks, strict=True):
+            assert chunk == own or chunk_digest(_raw(packs, tensor, chunk)) == own.digest
     assert (plan.digest, sorted(plan.shards)) == (content.plan.digest, sorted(content.plan.shards))
 
 
@@ -155,7 +163,9 @@ def _assert_whole(
     assert digest == tensor.digest
 
 
-def _raw(packs: PackReader, tensor: TensorRecord, chunk: StoredChunk) -> bytearray:
+def _raw(
+    packs: PackReader, tensor: TensorRecord | NewTensor, chunk: StoredChunk | NewChunk
+) -> bytearray:
     shape = tensor.parts[chunk.part].chunk_shape
     raw = bytearray(int(np.prod(shape, dtype=int)) * numpy_dtype(tensor.dtype).itemsize)
     decode(tensor.codec, packs.read(chunk.pack, chunk.offset, chunk.length), raw)

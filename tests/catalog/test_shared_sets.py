@@ -232,7 +232,7 @@ def test_gc_deletes_what_only_a_dropped_version_had(
     assert [version.number for version in list_log(catalog)] == [5, 1]
     assert len(load_entries(catalog, 1)) == 301
     assert find_faults(catalog) == []
-    assert collect(catalog) == Condemned([], [], [], [])
+    assert collect(catalog) == Condemned([], [], [], [], [])
 
 
 def test_a_gc_that_was_killed_between_slices_is_finished_by_the_next(

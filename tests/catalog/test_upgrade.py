@@ -188,7 +188,9 @@ def test_nothing_is_lost_and_the_old_tables_are_gone(database_url: str, revision
         assert sorted(unjudged) == sorted(connection.scalars(sa.text(expected)))
         roots = "SELECT count(*) FROM version WHERE (root IS NULL) <> (plan IS NULL)"
         assert connection.scalar(sa.text(roots)) == 0
-        assert not connection.scalar(sa.text("SELECT count(*) FROM version WHERE stale <> ''"))
+        # Their manifests have no pages, so gc writes them again.
+        roots = "SELECT count(*) FROM version WHERE (stale IS NULL) <> (plan IS NULL)"
+        assert connection.scalar(sa.text(roots)) == 0
 
 
 def test_versions_share_what_they_have_in_common(database_url: str) -> None:
@@ -339,9 +341,9 @@ def test_a_run_in_two_places_takes_the_good_one(database_url: str) -> None:
             )
         ).all()
         assert [tuple(row) for row in packs] == [("gone", 1), (None, 17)]
-        # The manifests of the first tensor's versions name places that the catalog does not.
+        # Manifests may name places that the catalog does not, so gc writes all of them again.
         stale = "SELECT id FROM version WHERE stale <> '' ORDER BY id"
-        assert connection.scalars(sa.text(stale)).all() == [versions[0], versions[2]]
+        assert connection.scalars(sa.text(stale)).all() == versions
 
 
 def test_two_upgrades_at_once(database_url: str, small_batches: Callable[..., list[int]]) -> None:

@@ -178,6 +178,35 @@ def test_a_damaged_manifest_is_written_anew_by_gc(place: Place, repo: Repository
     assert_sound(repo)
 
 
+@pytest.mark.parametrize("how", ["missing", "cut", "flipped", "other"])
+@pytest.mark.parametrize("kind", ["page", "plan"])
+def test_a_damaged_page_or_plan_is_written_again_by_gc(
+    place: Place, repo: Repository, kind: str, how: str
+) -> None:
+    saved(repo)
+    key = next(repo.storage.list(f"{kind}s"))
+    path = Path(place.data) / key
+    whole = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(whole[:-1])
+    elif how == "flipped":
+        flip(path, len(whole) - 10)
+    else:  # sound, and of another repository
+        dcpstore.save({"other": torch.zeros(3)}, Path(place.data).parent / "another")
+        (other,) = (Path(place.data).parent / "another" / f"{kind}s").iterdir()
+        path.write_bytes(other.read_bytes())
+    (damage,) = repo.verify(deep=True).damaged
+    assert (damage.kind, damage.key) == (kind, key)
+    assert damage.versions
+    assert (repo.verify().damaged == ()) == (how == "flipped")  # which only a deep one reads
+    repo.gc()
+    assert path.read_bytes() == whole
+    assert repo.verify(deep=True).damaged == ()
+    assert_sound(repo)
+
+
 def damage_operation(path: Path, how: str) -> None:
     """Take an operation away, flip a bit of it, or put another one in its place."""
     if how == "gone":

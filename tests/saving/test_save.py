@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,16 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import dcpstore
-from dcpstore import Repository
+import dcpstore.saving.commit as committing
+from dcpstore import ChunkDefaults, Repository
+from dcpstore.catalog.maintenance.export import load_content
 from dcpstore.catalog.read.entries import load_plan
-from dcpstore.formats.manifest import decode_manifest, manifest_key
+from dcpstore.formats.manifest import Manifest, decode_manifest, manifest_key
+from dcpstore.formats.page import decode_page
+from dcpstore.formats.plan import decode_plan
+from dcpstore.maintenance.page_reader import PageReader
 from tests.ranks import RankPool, first_ranks, mesh
-from tests.soundness import Place
+from tests.soundness import Place, assert_sound
 from tests.tensors import DTYPES, raw, same
 
 
@@ -132,11 +138,79 @@ def test_the_manifest_equals_the_catalog(repo: Repository) -> None:
     dcpstore.save(state, repo)
     version = dcpstore.save({**state, "b": torch.randn(3)}, repo, step=5, tags=["t"])
     manifest = decode_manifest(repo.storage.get(manifest_key(version.uid)))
+    assert isinstance(manifest, Manifest)
     assert (manifest.draft.uid, manifest.draft.step) == (version.uid, 5)
-    assert manifest.content.created_at == version.created_at
-    chunks = {t.digest: list(t.chunks) for t in manifest.content.tensors}
+    assert manifest.stats.created_at == version.created_at
+    held = PageReader(repo.storage).tree(manifest.root, manifest.page)
+    _, content = load_content(repo.catalog, version.number)
+    assert [entry for one in held.tree.sets for entry in one.entries] == content.entries
+    chunks = {t.digest: list(t.chunks) for t in held.tensors}
+    assert chunks == {t.digest: list(t.chunks) for t in content.tensors}
     assert sum(map(len, chunks.values())) == 2  # the chunk of the first version is listed too
-    assert manifest.content.plan == load_plan(repo.catalog, version.number)
+    plan = decode_plan(repo.storage.get(manifest.plan))
+    assert plan == load_plan(repo.catalog, version.number)
+
+
+def objects(repo: Repository) -> set[str]:
+    """Return the keys of what describes versions, without packs and journal."""
+    folders = ("manifests", "pages", "plans")
+    return {key for folder in folders for key in repo.storage.list(folder)}
+
+
+def test_a_save_writes_two_objects_at_most_and_only_what_is_new(repo: Repository) -> None:
+    state = {f"layer{i:03}": torch.tensor([float(i)]) for i in range(300)}
+    first = dcpstore.save(state, repo)
+    uid = first.uid
+    assert objects(repo) == {f"manifests/{uid}.json", f"pages/{uid}.page", f"plans/{uid}.json"}
+    before = objects(repo)
+    same = dcpstore.save(state, repo)
+    assert objects(repo) - before == {manifest_key(same.uid)}
+    assert repo.storage.size(manifest_key(same.uid)) < 2000
+    before = objects(repo)
+    state["layer150"] += 1
+    changed = dcpstore.save(state, repo)
+    page = f"pages/{changed.uid}.page"
+    assert objects(repo) - before == {manifest_key(changed.uid), page}
+    assert repo.storage.size(page) < repo.storage.size(f"pages/{uid}.page") / 2
+    assert_sound(repo)
+
+
+def test_one_changed_chunk_of_a_large_tensor_writes_one_run(tmp_path: Path) -> None:
+    large = torch.arange(200 * 8192).reshape(200, 8192)  # of 50 chunks, and so of 4 runs
+    with dcpstore.open(tmp_path / "other", chunk=ChunkDefaults(nbytes=1 << 18)) as other:
+        dcpstore.save({"large": large}, other)
+        large[100, 0] = -1
+        version = dcpstore.save({"large": large}, other)
+        page = decode_page(
+            other.storage.get(f"pages/{version.uid}.page"), f"pages/{version.uid}.page"
+        )
+        (tensor,) = page.tensors.values()
+        assert len(tensor.runs) > 2
+        assert len(page.runs) == 1
+        assert_sound(other)
+
+
+def test_versions_that_others_commit_at_the_same_time_share_one_page(
+    repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"same": torch.randn(100), "step": 1}
+    commit = committing.commit_save
+
+    def commit_second(*args: Any) -> Any:
+        monkeypatch.setattr(committing, "commit_save", commit)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(lambda: dcpstore.save(state, repo, branch="rival")).result()
+        return commit(*args)
+
+    monkeypatch.setattr(committing, "commit_save", commit_second)
+    version = dcpstore.save(state, repo)
+    rival = repo.show("rival")
+    manifest = decode_manifest(repo.storage.get(manifest_key(version.uid)))
+    assert isinstance(manifest, Manifest)
+    assert manifest.page == f"pages/{rival.uid}.page"
+    report = repo.gc()
+    assert set(report.cleared) == {f"pages/{version.uid}.page", f"plans/{version.uid}.json"}
+    assert_sound(repo)
 
 
 def save_with_metrics(rank: int, place: Place) -> dict[str, float]:

@@ -113,7 +113,7 @@ def load_page(connection: Connection, key: str) -> StoredPage:
     entries: dict[int, list[NewEntry]] = {held: [] for held in nodes if nodes[held].level == 0}
     for node, name, path, kind, _, digest, value in rows:
         entries[node].append(NewEntry(name, path, kind, digest and digest.hex(), value))
-    sets = [entry_set(held) for held in entries.values()]
+    sets = sorted((entry_set(held) for held in entries.values()), key=lambda one: one.child.first)
     groups, elsewhere = _load_groups(connection, [n for n in nodes if nodes[n].level], key)
     made = {one.digest for one in sets} | {one.digest for _, one in groups}
     if made != {row.digest for row in nodes.values()}:
@@ -157,6 +157,7 @@ def _load_groups(
         held = list(same)
         children = [Child(first, digest) for _, _, first, digest, _ in held]
         groups.append((int(held[0][1]), group(children)))
+    groups.sort(key=lambda one: (one[0], one[1].child.first))
     return groups, {digest: page for *_, digest, page in rows if page not in (None, key)}
 
 
