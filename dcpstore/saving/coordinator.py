@@ -267,6 +267,7 @@ class Coordinator:
             paths=self._plan.paths,
             chunk=self._chunk,
             are_whole=self._is_whole,
+            cells=self._plan.cells,
         )
         fqns = self._state.look_up(self.target.catalog, self._parent)
         if not fqns:

@@ -30,6 +30,7 @@ from dcpstore.planning.global_plan import (
 from dcpstore.planning.plan_table import GlobalTable, PlanTable
 from dcpstore.planning.save_planner import DefaultSavePlanner
 from dcpstore.records import ChunkDefaults, EntryRecord, ObjectPath
+from dcpstore.saving.cells import CellMemory
 from dcpstore.saving.digest_exchange import SentBefore
 from dcpstore.saving.layout import Layout, kept_grids, lay_out
 from dcpstore.saving.replicas import Replicas
@@ -127,6 +128,7 @@ class GlobalPlan:
         layouts: of the tensors, by FQN.
         paths, planner_data: stored with the version.
         key: identifies the local plans and the layouts together.
+        cells: the chunks of all ranks, cached for the next save of this plan.
     """
 
     table: GlobalTable
@@ -135,6 +137,7 @@ class GlobalPlan:
     paths: Mapping[str, ObjectPath] = field(default_factory=dict)
     planner_data: str | None = None
     key: bytes = b""
+    cells: CellMemory = field(default_factory=CellMemory)
 
 
 class PlanMemory:
@@ -287,7 +290,7 @@ def reply_to_offers(
         layouts = lay_out(plan.table, chunk=chunk, parent=parent, are_whole=is_whole)
         # A rank sends this key back at the next save, to say which share it holds.
         key = hasher(b"".join(digests) + pickle.dumps(layouts)).digest()
-        plan = dataclasses.replace(plan, layouts=layouts, key=key)
+        plan = dataclasses.replace(plan, layouts=layouts, key=key, cells=CellMemory())
         memory.plans.put(digests, plan)
     table, encoded = plan.table, _EncodedLayouts(plan)
     gathered = memory.gathered.get(plan.key)
