@@ -33,12 +33,16 @@ def gathered_plans(ranks: int, tensors: int) -> list[bytes]:
 
 
 def local_plan(rank: int, ranks: int, tensors: int) -> SavePlan:
-    """Return what a rank, of at most 1,024 that divide them evenly, plans of so many tensors."""
+    """Return what a rank plans of so many tensors; powers of two divide them evenly.
+
+    Where there are more than 1,024 ranks, the tensors have as many times more rows.
+    """
     properties = TensorProperties(dtype=torch.float32)
     items, paths = [], {}
     for i in range(tensors):
         name = f"model.layers.{i // 4}.weight_{i % 4}"
         rows, columns = _SHAPES[i % 4]
+        rows *= -(-ranks // 1024)
         offsets = torch.Size((rank * rows // ranks, 0))
         chunk = ChunkStorageMetadata(offsets, torch.Size((rows // ranks, columns)))
         data = TensorWriteData(chunk, properties, torch.Size((rows, columns)))

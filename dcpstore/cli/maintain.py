@@ -114,18 +114,18 @@ def expire(
             branch=branch,
             dry_run=dry_run,
         )
-    if session.json:
-        print_json([_shape(verdict) for verdict in report.verdicts])
-        return
-    if explain and report.verdicts:
-        print_table(_COLUMNS, map(_row, report.verdicts))
-    going = [f"v{number}" for number in report.expired]
-    which = some_of(going, _NAMED) or "0 versions"
-    if dry_run or not going:
-        click.echo(f"{which} would expire" if dry_run else f"{which} expired")
-    else:
-        whose = "its" if len(going) == 1 else "their"
-        click.echo(f"{which} expired; 'dcpstore gc' frees {whose} bytes")
+        if session.json:
+            print_json([_shape(verdict) for verdict in report.verdicts])
+            return
+        if explain and report.verdicts:
+            print_table(_COLUMNS, map(_row, report.verdicts))
+        going = [f"v{number}" for number in report.expired]
+        which = some_of(going, _NAMED) or "0 versions"
+        if dry_run or not going:
+            click.echo(f"{which} would expire" if dry_run else f"{which} expired")
+        else:
+            whose = "its" if len(going) == 1 else "their"
+            click.echo(f"{which} expired; 'dcpstore gc' frees {whose} bytes")
 
 
 @click.command()

@@ -7,10 +7,10 @@ their names, which are unpickled once. Invariant: row i is item i of the rank's 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,8 @@ from dcpstore.state.buffers import is_statistic
 from dcpstore.state.tree import recorded_paths
 
 __all__ = ["GlobalTable", "Named", "PlanTable", "item_box", "item_nbytes"]
+
+_AT_ONCE = 4096  # shards that are made from columns at a time
 
 
 def item_box(item: WriteItem) -> Box:
@@ -202,11 +204,11 @@ class GlobalTable:
         columns = (tensor[order], self.rank[order], rows.offsets, rows.sizes)
         for column in columns:
             digest.update(_bytes(column))
-        every = [(fqn, len(self.names[i].shape)) for fqn, i in names]
-        shards = []
-        for number, rank, offsets, sizes in zip(*(c.tolist() for c in columns), strict=True):
-            fqn, dims = every[number]
-            shards.append(ShardRecord(fqn, rank, Box(tuple(offsets[:dims]), tuple(sizes[:dims]))))
+        shards = _Shards(
+            [(fqn, len(self.names[i].shape)) for fqn, i in names],
+            self.rank[order],
+            BoxTable(tensor[order], rows.offsets, rows.sizes),
+        )
         return PlanRecord(digest.hexdigest(), self.ranks, shards)
 
     def take(self, rows: Ints) -> GlobalTable:
@@ -242,6 +244,50 @@ class GlobalTable:
         """The rows sorted by name, and the first of each name; the last number is the end."""
         order = np.argsort(self.rows.tensor, kind="stable")
         return order, np.searchsorted(self.rows.tensor[order], np.arange(len(self.names) + 1))
+
+
+class _Shards(Sequence[ShardRecord]):
+    """The shards of a plan, made from columns as they are asked for.
+
+    Most saves need none of them, and those of a thousand ranks would fill hundreds of megabytes.
+    """
+
+    def __init__(self, names: Sequence[tuple[str, int]], rank: Ints, rows: BoxTable) -> None:
+        """Take the FQN and the number of dimensions of each tensor, and the columns of all rows."""
+        self._names = names
+        self._rank = rank
+        self._rows = rows
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as a list has none
+
+    def __len__(self) -> int:
+        return len(self._rank)
+
+    @overload
+    def __getitem__(self, index: int) -> ShardRecord: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[ShardRecord]: ...
+
+    def __getitem__(self, index: int | slice) -> ShardRecord | Sequence[ShardRecord]:
+        if isinstance(index, slice):
+            return _Shards(
+                self._names, self._rank[index], self._rows.take(np.arange(len(self))[index])
+            )
+        return next(iter(self[index : index + 1 or None]))
+
+    def __iter__(self) -> Iterator[ShardRecord]:
+        for start in range(0, len(self), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            columns = (self._rows.tensor, self._rank, self._rows.offsets, self._rows.sizes)
+            for number, rank, offsets, sizes in zip(
+                *(column[part].tolist() for column in columns), strict=True
+            ):
+                fqn, dims = self._names[number]
+                yield ShardRecord(fqn, rank, Box(tuple(offsets[:dims]), tuple(sizes[:dims])))
 
 
 def _bytes(column: npt.NDArray[np.generic]) -> bytes:

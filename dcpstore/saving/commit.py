@@ -16,7 +16,7 @@ from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.maintenance.journal import write_journal
 from dcpstore.catalog.maintenance.retention import retain
 from dcpstore.catalog.read.entries import load_entries
-from dcpstore.catalog.read.ref_lookup import list_refs, resolve
+from dcpstore.catalog.read.ref_lookup import find_refs, resolve
 from dcpstore.catalog.write.saves import abort_save, begin_save, commit_save
 from dcpstore.core.uids import new_uid
 from dcpstore.core.user import this_user
@@ -62,12 +62,11 @@ def entries_of_parent(
     Without a parent they are 0 and no entries. The entries of a version that this process saved
     lately come from its cache, in which tensors have no ids.
     """
-    branches = list_refs(target.catalog, "branch")
-    ref = draft.branch if any(ref.name == draft.branch for ref in branches) else draft.parent
-    if ref is None:
+    tip = find_refs(target.catalog, [draft.branch]).get(draft.branch)
+    number = draft.parent if tip is None or tip.kind != "branch" else tip.number
+    if number is None:
         return 0, {}
     try:
-        number = resolve(target.catalog, ref).number
         entries = target.memory.entries.get(number)
         if entries is None:
             entries = {entry.fqn: entry for entry in load_entries(target.catalog, number)}

@@ -1,9 +1,8 @@
 """The coordinator's state of one save: which chunks exist, who writes which, what is committed.
 
-The planned chunks of all ranks are in columns (`Cells`), sorted by rank, and within a rank in the
-order in which it reports its digests: by item of its plan, then by blob. Invariant: a version is
-made only from results that equal the plan, chunk by chunk (design, invariant 4), and content that
-the repository holds is not written again.
+The planned chunks of all ranks are in columns (`Cells`). Invariant: a version is made only from
+results that equal the plan, chunk by chunk (design, invariant 4), and content that the repository
+holds is not written again.
 """
 
 from __future__ import annotations
@@ -11,12 +10,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.read.dedup import find_encoded, find_tensors, lost_tensors
@@ -24,8 +22,8 @@ from dcpstore.core.digests import content_digest
 from dcpstore.errors import InvalidInputError
 from dcpstore.formats import json_fields
 from dcpstore.formats.entry_tree import grow, regrow
-from dcpstore.geometry.box_table import GridTable, Ints
-from dcpstore.geometry.grids import Grid, cover
+from dcpstore.geometry.box_table import Ints
+from dcpstore.geometry.grids import cover
 from dcpstore.planning.plan_table import GlobalTable
 from dcpstore.records import (
     ChunkDefaults,
@@ -41,160 +39,12 @@ from dcpstore.records import (
     TensorRecord,
     VersionContent,
 )
+from dcpstore.saving.cells import Cells, CellTable
 from dcpstore.saving.chunk_writer import Written
-from dcpstore.saving.digest_exchange import CHUNK_DIGEST
-from dcpstore.saving.layout import Layout, blob_layout, planned_chunks
+from dcpstore.saving.layout import Layout, blob_layout
 from dcpstore.saving.rank_chunks import Digested
 
-__all__ = ["Cells", "Contents", "SaveState", "has_other_grids"]
-
-_DIGEST = CHUNK_DIGEST
-
-_NO_GRID = Grid((), (), ())  # fills the rows of a grid table that are never read
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Cells:
-    """One row per planned chunk.
-
-    Attributes:
-        tensor: [cells], the number of the FQN.
-        part, ordinal: [cells], the place in the tensor.
-        digest: [cells, 32], of the raw bytes.
-        starts: [ranks + 1], the first cell of each rank, and at last the number of cells.
-    """
-
-    tensor: Ints
-    part: Ints
-    ordinal: Ints
-    digest: npt.NDArray[np.uint8]
-    starts: Ints
-
-    @classmethod
-    def of(
-        cls,
-        table: GlobalTable,
-        fqns: Sequence[str],
-        layouts: Mapping[str, Layout],
-        reports: Sequence[Digested],
-    ) -> Cells:
-        """Return the cells of all ranks, with the digests that each rank reported.
-
-        Args:
-            table: which rank writes which box.
-            fqns: of tensors and blobs, by number.
-            layouts: of all of them.
-            reports: by rank.
-
-        Raises:
-            InvalidInputError: a rank resolved more or fewer chunks than its plan has.
-        """
-        number = {fqn: i for i, fqn in enumerate(fqns)}
-        numbers = np.array([number.get(name.fqn, -1) for name in table.names], np.int64)
-        row, part, ordinal = _planned(table, layouts)
-        blobs = [
-            (rank, number[fqn], i)
-            for rank, digested in enumerate(reports)
-            for fqn in sorted(digested.blobs)
-            for i in range(layouts[fqn].grids[0].size)
-        ]
-        more = np.array(blobs, np.int64).reshape(len(blobs), 3)
-        rank = np.concatenate([table.rank[row], more[:, 0]])
-        order = np.argsort(rank, kind="stable")  # keeps the order in which a rank sends its digests
-        starts = np.searchsorted(rank[order], np.arange(table.ranks + 1))
-        for i, (digested, planned) in enumerate(zip(reports, np.diff(starts), strict=True)):
-            if len(digested.digests) != _DIGEST * planned:
-                raise InvalidInputError(
-                    f"rank {i} resolved {len(digested.digests) // _DIGEST} chunks, and its plan "
-                    f"has {planned}; make the planner's plan and its data agree."
-                )
-        return cls(
-            tensor=np.concatenate([numbers[table.rows.tensor[row]], more[:, 1]])[order],
-            part=np.concatenate([part, np.zeros(len(blobs), np.int64)])[order],
-            ordinal=np.concatenate([ordinal, more[:, 2]])[order],
-            digest=_joined(reports),
-            starts=starts,
-        )
-
-    def with_digests(self, reports: Sequence[Digested]) -> Cells:
-        """Return the cells of another save of the same plan."""
-        return replace(self, digest=_joined(reports))
-
-    def digests(self, cells: Ints) -> list[bytes]:
-        """Return the digests of some cells."""
-        data = self.digest[cells].tobytes()
-        return [data[i : i + _DIGEST] for i in range(0, len(data), _DIGEST)]
-
-    def distinct(self, cells: Ints) -> Ints:
-        """Return the first of these cells for each digest among them."""
-        # one element of 32 bytes per digest: np.unique compares elements, not rows
-        digests = np.ascontiguousarray(self.digest[cells]).view(f"V{_DIGEST}").reshape(-1)
-        first: Ints = cells[np.unique(digests, return_index=True)[1]]
-        return first
-
-    def check_complete(
-        self, order: Ints, grids: Sequence[Sequence[Grid]], fqns: Sequence[str]
-    ) -> None:
-        """Check that the cells are exactly those of all grids, each once.
-
-        Args:
-            order: the cells by tensor, part and ordinal.
-            grids: of each tensor.
-            fqns: of each tensor.
-
-        Raises:
-            InvalidInputError: cells of a tensor are missing or planned twice; names the tensor.
-        """
-        tensor = np.repeat(np.arange(len(grids)), [len(parts) for parts in grids])
-        part = np.concatenate([np.arange(len(parts)) for parts in grids] or [tensor])
-        every = [grid for parts in grids for grid in parts]
-        dims = max((len(grid.shape) for grid in every), default=0)
-        sizes = GridTable.of(every, dims).sizes
-        ordinal = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        planned = np.stack([self.tensor[order], self.part[order], self.ordinal[order]])
-        wanted = np.stack([np.repeat(tensor, sizes), np.repeat(part, sizes), ordinal])
-        if np.array_equal(planned, wanted):
-            return
-        shared = min(planned.shape[1], wanted.shape[1])
-        differs = (planned[:, :shared] != wanted[:, :shared]).any(axis=0)
-        first = int(differs.argmax()) if differs.any() else shared
-        number = min(int(cells[0, first]) for cells in (planned, wanted) if first < cells.shape[1])
-        raise InvalidInputError(
-            f"{fqns[number]!r}: the ranks wrote {int((planned[0] == number).sum())} chunks, not "
-            f"each of the {int((wanted[0] == number).sum())} once; make every planned item be "
-            "written by one rank."
-        )
-
-
-def _joined(reports: Sequence[Digested]) -> npt.NDArray[np.uint8]:
-    """Return the digests of all ranks, one a row."""
-    data = b"".join(digested.digests for digested in reports)
-    return np.frombuffer(data, np.uint8).reshape(-1, _DIGEST)
-
-
-def _planned(table: GlobalTable, layouts: Mapping[str, Layout]) -> tuple[Ints, Ints, Ints]:
-    """Return (row, part, ordinal) of each cell of the planned boxes, row by row.
-
-    Tensors with one grid, which are nearly all, are computed in columns; the others box by box.
-    """
-    grids = [layouts[n.fqn].grids if n.dtype is not None else () for n in table.names]
-    is_live = table.is_tensor[table.rows.tensor] & (table.rows.volumes > 0)
-    is_one = np.array([len(parts) == 1 for parts in grids], bool)[table.rows.tensor]
-    regular = np.flatnonzero(is_live & is_one)
-    one_each = [parts[0] if len(parts) == 1 else _NO_GRID for parts in grids]
-    rows, ordinals = GridTable.of(one_each, table.rows.dims).cells(table.rows.take(regular))
-    split = [
-        (row, *place)
-        for row in np.flatnonzero(is_live & ~is_one).tolist()
-        for place in planned_chunks(
-            layouts[table.names[table.rows.tensor[row]].fqn], table.boxes(np.array([row]))[0]
-        )
-    ]
-    more = np.array(split, np.int64).reshape(len(split), 3)
-    row = np.concatenate([regular[rows], more[:, 0]])
-    order = np.argsort(row, kind="stable")
-    part = np.concatenate([np.zeros(len(rows), np.int64), more[:, 1]])
-    return row[order], part[order], np.concatenate([ordinals, more[:, 2]])[order]
+__all__ = ["Contents", "SaveState", "has_other_grids"]
 
 
 class _Content(NamedTuple):
@@ -245,13 +95,12 @@ class Contents:
         if are_whole:
             _check_whole(layouts)
         fqns = list(layouts)
-        cells = Cells.of(table, fqns, layouts, reports)
+        blobs = [(rank, fqn) for rank, one in enumerate(reports) for fqn in sorted(one.blobs)]
+        cells = Cells.of(CellTable.of(table, fqns, layouts, blobs), reports)
         # A content digest covers the chunk digests by (part, ordinal), whichever rank sent them.
-        order = np.lexsort((cells.ordinal, cells.part, cells.tensor))
-        starts = np.searchsorted(cells.tensor[order], np.arange(len(fqns) + 1)).tolist()
-        cells.check_complete(order, [layouts[fqn].grids for fqn in fqns], fqns)
+        order, bounds = cells.table.order, cells.table.bounds.tolist()
         contents = {}
-        for fqn, (start, end) in zip(fqns, itertools.pairwise(starts), strict=True):
+        for fqn, (start, end) in zip(fqns, itertools.pairwise(bounds), strict=True):
             contents[fqn] = _content(layouts[fqn], cells, order[start:end])
         nbytes = sum(content.nbytes for content in contents.values())
         return cls(layouts, cells, contents, nbytes)
@@ -263,10 +112,8 @@ class Contents:
             for fqn, layout in layouts.items()
         ):
             return None
-        if [len(d.digests) for d in reports] != (_DIGEST * np.diff(self.cells.starts)).tolist():
-            return None  # which makes an error
-        cells = self.cells.with_digests(reports)
-        changed = np.unique(cells.tensor[(cells.digest != self.cells.digest).any(axis=1)])
+        cells = Cells.of(self.cells.table, reports)
+        changed = np.unique(cells.table.tensor[(cells.digest != self.cells.digest).any(axis=1)])
         fqns = list(self.by_fqn)
         contents = dict(self.by_fqn)
         for number in changed.tolist():
@@ -376,7 +223,7 @@ class SaveState:
         Of equal chunks, one rank writes one. `first` are, by rank, the places of the chunks that it
         has begun to write.
         """
-        starts = self._cells.starts[:-1]
+        starts = self._cells.table.starts[:-1]
         early = [
             np.array(places, np.int64) + start for places, start in zip(first, starts, strict=True)
         ]
@@ -386,14 +233,14 @@ class SaveState:
         chosen = [np.zeros(0, np.int64)]
         # A chunk is stored once per codec, so each codec is looked up by itself.
         for codec in dict.fromkeys(codecs[is_new]):
-            cells = np.flatnonzero((is_new & (codecs == codec))[self._cells.tensor])
+            cells = np.flatnonzero((is_new & (codecs == codec))[self._cells.table.tensor])
             cells = self._cells.distinct(cells)
             keys = [*self._keys(cells)]
             found = find_encoded(catalog, keys)
             self._places |= found
             chosen.append(cells[[key not in found and key not in written for key in keys]])
         late = np.sort(np.concatenate(chosen))
-        bounds = np.searchsorted(late, self._cells.starts)
+        bounds = np.searchsorted(late, self._cells.table.starts)
         rest = [late[a:b] for a, b in itertools.pairwise(bounds)]
         self._writes = [np.concatenate(both) for both in zip(early, rest, strict=True)]
         return [(cells - start).tolist() for cells, start in zip(rest, starts, strict=True)]
@@ -557,8 +404,8 @@ class SaveState:
         """Yield the contents with their chunks; the places of all of them have been recorded."""
         cells = np.concatenate([np.zeros(0, np.int64), *(content.cells for content in contents)])
         places = zip(
-            self._cells.part[cells].tolist(),
-            self._cells.ordinal[cells].tolist(),
+            self._cells.table.part[cells].tolist(),
+            self._cells.table.ordinal[cells].tolist(),
             self._cells.digests(cells),
             strict=True,
         )
@@ -579,7 +426,9 @@ class SaveState:
 
     def _keys(self, cells: Ints) -> Iterator[ChunkKey]:
         """Return the keys of some cells, in order."""
-        codecs = (self._layouts[self._fqns[i]].codec for i in self._cells.tensor[cells].tolist())
+        codecs = (
+            self._layouts[self._fqns[i]].codec for i in self._cells.table.tensor[cells].tolist()
+        )
         return zip(codecs, self._cells.digests(cells), strict=True)
 
 

@@ -2,12 +2,17 @@
 
 import logging
 from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
 
 import pytest
 
 import dcpstore
 from dcpstore import InvalidInputError, NotFoundError, Repository, Retention
+from dcpstore.catalog.maintenance import retention as module
+from dcpstore.catalog.maintenance.expire import expire_slice
+from dcpstore.catalog.write.operations import lock_repository
 from tests.maintenance.conftest import Save
+from tests.soundness import Place
 
 
 def numbers(repo: Repository) -> list[int]:
@@ -108,6 +113,67 @@ def test_an_expired_version_resolves_to_when_it_expired(repo: Repository, save: 
     assert [v.number for v in repo.log("main", limit=2)] == [4, 1]
     assert repo.show(4).parent == 3
     assert {row.version for row in repo.sql("SELECT version FROM entries")} == {1, 4}
+
+
+def test_verdicts_are_on_the_versions_that_there_were(repo: Repository, save: Save) -> None:
+    for loss in (3.0, 1.0, 2.0, 4.0):
+        save(metrics={"{branch}": loss})
+    rules = {"keep_best": ("{branch}", 1), "keep_last": 2}
+    looked = repo.expire(**rules, dry_run=True)  # type: ignore[arg-type]
+    report = repo.expire(**rules)  # type: ignore[arg-type]
+    save(metrics={"{branch}": 0.0})
+    kept = {2: ("best 1 by {branch}",), 3: ("last 2 of main",), 4: ("newest", "last 2 of main")}
+    assert {v.version.number: v.kept_by for v in report.verdicts} == {1: (), **kept}
+    assert report.verdicts[0].version.metrics == {"{branch}": 3.0}  # its row is kept
+    assert (report.expired, report.kept) == ((1,), (2, 3, 4))
+    assert looked.kept == (2, 3, 4)
+    assert repr(report) == "ExpireReport(expired=(1,), dry_run=False)"
+
+
+def test_steps_that_are_not_known_are_no_multiple(repo: Repository, save: Save) -> None:
+    for step in (None, 0, 3, None):
+        save(step=step)
+    assert repo.expire(keep_every=1, dry_run=True).expired == (1,)
+    assert repo.expire(keep_every=2**70, keep_last=2**70, dry_run=True).expired == ()
+    assert repo.expire(keep_every=2**70, dry_run=True).expired == (1, 3)
+
+
+def test_many_versions_expire_in_slices_and_the_rest_at_the_next_call(
+    repo: Repository, save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in range(8):
+        save(step=step)
+    monkeypatch.setattr(module, "SLICE", 2)
+    monkeypatch.setattr(module, "_GLANCE", 1)
+    assert repo.expire(keep_last=1, dry_run=True).expired == (1, 2, 3, 4, 5, 6, 7)
+    slices = []
+
+    def interrupted(*args: Any, **options: Any) -> list[int]:
+        if slices:
+            raise KeyboardInterrupt
+        slices.append(expire_slice(*args, **options))
+        return slices[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "expire_slice", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            repo.expire(keep_last=1)
+    assert len(slices[0]) == 2
+    left = tuple(set(range(1, 8)) - set(slices[0]))
+    assert repo.expire(keep_last=1).expired == left
+    assert numbers(repo) == [8]
+    assert [operation.kind for operation in repo.operations(limit=4)] == ["expire"] * 4
+
+
+def test_nobody_is_waited_for_where_nothing_expires(
+    repo: Repository, save: Save, place: Place
+) -> None:
+    save()
+    save()
+    with place.open() as rival, rival.catalog.database.write() as connection:
+        lock_repository(connection)
+        assert repo.expire(keep_last=1, dry_run=True).expired == (1,)
+        assert repo.expire(keep_last=2).expired == ()
 
 
 MEANINGLESS: list[dict[str, object]] = [

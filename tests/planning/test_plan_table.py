@@ -100,3 +100,5 @@ def test_the_shard_index_has_each_box_once() -> None:
     )
     turned = [SavePlan(plan.items[::-1]) for plan in plans]
     assert share_out(joined(*turned)).record == record
+    assert record.shards[1] == record.shards[-5] == [*record.shards][1]
+    assert [*record.shards[2:5]] == [*record.shards][2:5]

@@ -3,19 +3,22 @@
 Parents and operations refer to the rows. Expire by rules drops the entries at once. A forgotten
 version keeps its entries and its plan until the next gc, so that an undo can bring it back: an
 expired row that has a plan was forgotten. Invariant: no ref names an expired version.
+
+Versions expire in slices, each of which is one transaction and one operation. So other processes
+never wait long, and what a process that ended left unfinished is what the rules say next time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from sqlalchemy import Connection, Select, delete, select, update
+from sqlalchemy import Connection, Row, Select, delete, select, update
 
 from dcpstore.catalog.db.key_lists import wanted_ids
 from dcpstore.catalog.db.transactions import writes
-from dcpstore.catalog.read.ref_lookup import RefRow, list_refs, refs_of, resolve
+from dcpstore.catalog.read.ref_lookup import RefRow, refs_of, resolve
 from dcpstore.catalog.read.versions import ancestors, is_visible, load_versions, names_of
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import check_text
@@ -26,17 +29,29 @@ from dcpstore.errors import InvalidInputError
 from dcpstore.records import ForgetReport, RefLike, RefRecord, Version
 
 __all__ = [
-    "Choose",
+    "SLICE",
+    "Find",
     "drop_forgotten",
-    "expire_versions",
+    "expire_slice",
     "forget_versions",
 ]
 
 _version = tables.version
 _SHOWN = 10  # tags that one message names
 
-# Given every version and every ref, returns the numbers of the versions to expire.
-Choose = Callable[[Sequence[Version], Sequence[RefRecord]], Collection[int]]
+SLICE = 1_000  # versions that expire in one transaction
+
+# Returns the rows (id, number, uid) of versions to expire, `SLICE` at most.
+Find = Callable[[Connection], Sequence[Row[Any]]]
+
+
+class _Named(Protocol):
+    """What names a version: a `Version`, or a row."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def uid(self) -> str: ...
 
 
 class _Move(NamedTuple):
@@ -47,23 +62,20 @@ class _Move(NamedTuple):
 
 
 @writes()
-def expire_versions(
-    connection: Connection, choose: Choose, *, author: str, rules: Mapping[str, Any]
-) -> None:
-    """Expire the versions that `choose` returns; `rules` is recorded with the operation.
+def expire_slice(
+    connection: Connection, find: Find, *, author: str, rules: Mapping[str, Any]
+) -> list[int]:
+    """Expire the versions that `find` returns; return their numbers.
 
-    No ref can move meanwhile.
+    No ref can move meanwhile. `rules` is recorded with the operation.
     """
     lock_repository(connection)
-    versions = load_versions(connection)
-    chosen = set(choose(versions, list_refs(connection)))
-    if not chosen:
-        return
-    going = [version for version in versions if version.number in chosen]
-    now = datetime.now(UTC)
-    ids = _expire(connection, going, at=now)
-    _drop(connection, ids)
-    _record(connection, "expire", going, {"rules": dict(rules)}, author=author, at=now)
+    going = sorted(find(connection), key=lambda row: row.number)
+    if going:
+        now = datetime.now(UTC)
+        _drop(connection, _expire(connection, [row.id for row in going], at=now))
+        _record(connection, "expire", going, {"rules": dict(rules)}, author=author, at=now)
+    return [row.number for row in going]
 
 
 @writes()
@@ -93,7 +105,9 @@ def forget_versions(
     # A savepoint, so that a dry run does the same work and then rolls it back.
     with connection.begin_nested() as step:
         now = datetime.now(UTC)
-        ids = _expire(connection, going, at=now)
+        numbers = wanted_ids(connection, [version.number for version in going])
+        query = select(_version.c.id).where(_version.c.number.in_(numbers))
+        ids = _expire(connection, connection.scalars(query).all(), at=now)
         held = refs_of(connection, ids)
         tagged = [ref for ref in held if ref.kind == "tag"]
         if tagged and not force:
@@ -146,16 +160,13 @@ def _named(connection: Connection, refs: Iterable[RefLike]) -> list[Version]:
     return [going[number] for number in sorted(going)]
 
 
-def _expire(connection: Connection, going: Sequence[Version], *, at: datetime) -> Select[Any]:
-    """Mark versions as expired; return a query of their ids."""
-    numbers = wanted_ids(connection, [version.number for version in going])
-    ids = connection.scalars(
-        update(_version)
-        .where(_version.c.number.in_(numbers))
-        .values(status="expired", expired_at=at)
-        .returning(_version.c.id)
-    ).all()
-    return wanted_ids(connection, ids)
+def _expire(connection: Connection, going: Collection[int], *, at: datetime) -> Select[Any]:
+    """Mark the versions of these ids as expired; return a query of the ids."""
+    ids = wanted_ids(connection, going)
+    connection.execute(
+        update(_version).where(_version.c.id.in_(ids)).values(status="expired", expired_at=at)
+    )
+    return ids
 
 
 def _drop(connection: Connection, ids: Select[Any]) -> None:
@@ -167,7 +178,7 @@ def _drop(connection: Connection, ids: Select[Any]) -> None:
 def _record(
     connection: Connection,
     kind: str,
-    going: Iterable[Version],
+    going: Iterable[_Named],
     detail: Mapping[str, Any],
     *,
     author: str,

@@ -6,17 +6,17 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import Connection, Select, exists, select
+from sqlalchemy import Connection, Select, case, exists, select, union_all
 
 from dcpstore.catalog.db.key_lists import wanted_names
 from dcpstore.catalog.db.transactions import reads
+from dcpstore.catalog.read.known_names import refs_like
 from dcpstore.catalog.read.versions import (
     ancestor_at,
-    ancestors,
+    ancestors_at,
     depth_of,
     expired_error,
     id_of_number,
-    is_ancestor,
     is_visible,
     load_version,
 )
@@ -39,6 +39,7 @@ __all__ = [
 
 DEFAULT_BRANCH = "main"
 _SHOWN = 10  # versions that one message names
+_BESIDE = 20  # versions on each side of an absent step among which the nearest is looked for
 _NEWEST = {"current", "head", "last", "latest", "newest", "tip"}  # what other tools call a tip
 RefKind = Literal["branch", "tag"]
 
@@ -106,7 +107,7 @@ def find_ref(connection: Connection, name: str, kind: RefKind) -> RefRow:
         return found
     if found is not None:
         raise NotFoundError(f"no {kind} {name!r}: it is a {found.kind}. See 'dcpstore {kind}'.")
-    known = connection.scalars(select(tables.ref.c.name).where(tables.ref.c.kind == kind)).all()
+    known = refs_like(connection, name, kind)
     raise NotFoundError.near(kind, name, known, f"See 'dcpstore {kind}' for all of them.")
 
 
@@ -197,8 +198,7 @@ def _start(connection: Connection, ref: Ref) -> int:
         raise NotFoundError(
             f"no version has a uid that begins with {ref.uid!r}. See 'dcpstore log --json'."
         )
-    refs = connection.execute(select(tables.ref.c.name, tables.ref.c.kind)).all()
-    known = [row.name for row in refs]
+    known = refs_like(connection, ref.name)
     if not known and connection.scalar(select(exists().where(is_visible()))):
         raise NotFoundError(
             f"no branch or tag {ref.name!r}: the repository has versions, but none has a name. See "
@@ -208,9 +208,8 @@ def _start(connection: Connection, ref: Ref) -> int:
         raise NotFoundError(
             f"no branch or tag {ref.name!r}: the repository is empty. Save a version first."
         )
-    branches = sorted(row.name for row in refs if row.kind == "branch")
-    if ref.name.lower() in _NEWEST and branches:
-        branch = DEFAULT_BRANCH if DEFAULT_BRANCH in branches else branches[0]
+    branch = _likely_branch(connection) if ref.name.lower() in _NEWEST else None
+    if branch is not None:
         raise NotFoundError(
             f"no branch or tag {ref.name!r}: the newest version of a branch is the branch's name: "
             f"{branch!r}. See 'dcpstore branch' for all branches."
@@ -218,6 +217,18 @@ def _start(connection: Connection, ref: Ref) -> int:
     raise NotFoundError.near(
         "branch or tag", ref.name, known, "See 'dcpstore tag' and 'dcpstore branch' for all names."
     )
+
+
+def _likely_branch(connection: Connection) -> str | None:
+    """Return the default branch if it is there, else the first branch, or None without any."""
+    ref = tables.ref
+    found: str | None = connection.scalar(
+        select(ref.c.name)
+        .where(ref.c.kind == "branch")
+        .order_by(case((ref.c.name == DEFAULT_BRANCH, 0), else_=1), ref.c.name)
+        .limit(1)
+    )
+    return found
 
 
 def _is_number(connection: Connection, number: int | None) -> bool:
@@ -243,25 +254,26 @@ def _up(connection: Connection, start: int, ref: Ref) -> int:
 def _at_step(connection: Connection, start: int, ref: Ref) -> int:
     """Return the id of the newest version with the wanted step among `start` and its ancestors."""
     version = tables.version
-    # The newest of one line of history has the greatest number. Most steps occur once, so this
-    # checks one or two candidates.
-    candidates = connection.scalars(
-        select(version.c.id)
-        .where(version.c.step == ref.step, is_visible())
-        .order_by(version.c.number.desc())
+    lineage = select(version.c.id, version.c.depth, version.c.step).where(is_visible())
+    # The newest of one line of history has the greatest number. Most steps occur once.
+    same = connection.execute(
+        lineage.where(version.c.step == ref.step).order_by(version.c.number.desc())
+    ).all()
+    line = ancestors_at(connection, start, {row.depth for row in same}) if same else set()
+    for row in same:
+        if row.id in line:
+            return int(row.id)
+    below = lineage.where(version.c.step < ref.step).order_by(version.c.step.desc())
+    above = lineage.where(version.c.step > ref.step).order_by(version.c.step)
+    near = connection.execute(
+        union_all(*(select(side.limit(_BESIDE).subquery()) for side in (below, above)))
+    ).all()
+    line = ancestors_at(connection, start, {row.depth for row in near})
+    steps = sorted(
+        {row.step for row in near if row.id in line}, key=lambda step: abs(step - (ref.step or 0))
     )
-    for candidate in candidates:
-        if is_ancestor(connection, candidate, of=start):
-            return int(candidate)
-    up = ancestors(start)
-    steps = connection.scalars(
-        select(version.c.step)
-        .join(up, up.c.id == version.c.id)
-        .where(is_visible(), version.c.step.is_not(None))
-        .distinct()
-    )
-    near = sorted(steps, key=lambda step: abs(step - (ref.step or 0)))[:3]
-    hint = f"The nearest steps are {', '.join(map(str, sorted(near)))}. " if near else ""
+    nearest = ", ".join(map(str, sorted(steps[:3])))
+    hint = f"The nearest steps are {nearest}. " if nearest else ""
     raise NotFoundError(
         f"no version {str(ref)!r}: neither the start nor an ancestor has step {ref.step}. {hint}"
         "See 'dcpstore log' for the history."

@@ -28,6 +28,7 @@ __all__ = [
     "STATS",
     "ancestor_at",
     "ancestors",
+    "ancestors_at",
     "depth_of",
     "expired_error",
     "id_of_number",
@@ -46,9 +47,16 @@ INFO, STATS = columns_of(VersionInfo), columns_of(VersionStats)
 
 
 def load_versions(
-    connection: Connection, ids: Select[Any] | None = None, *, limit: int | None = None
+    connection: Connection,
+    ids: Select[Any] | None = None,
+    *,
+    limit: int | None = None,
+    with_expired: bool = False,
 ) -> list[Version]:
-    """Return the committed versions, newest first: all, or those whose ids a query returns."""
+    """Return the committed versions, newest first: all, or those whose ids a query returns.
+
+    Those that have expired are left out, unless `with_expired` is given.
+    """
     query = (
         select(
             _version.c.id,
@@ -58,7 +66,7 @@ def load_versions(
         )
         .select_from(_version)
         .outerjoin(_parent, _parent.c.id == _version.c.parent)
-        .where(is_visible())
+        .where(_version.c.number.is_not(None) if with_expired else is_visible())
         .order_by(_version.c.number.desc())
         .limit(limit)
     )
@@ -200,29 +208,44 @@ def depth_of(connection: Connection, version: int) -> int:
     )
 
 
-def ancestor_at(connection: Connection, start: int, depth: int) -> int:
-    """Return the id of the ancestor of `start` (or itself) at a depth, which is at most its own."""
-    first = select(_version.c.id, _version.c.depth).where(_version.c.id == start)
-    up = first.cte("up", recursive=True)
+def ancestors_at(connection: Connection, start: int, depths: Collection[int]) -> set[int]:
+    """Return the ids of the ancestors of `start` (or itself) at some depths; one statement.
+
+    A depth that is greater than that of `start` has none.
+    """
+    wanted = wanted_ids(connection, depths).subquery("wanted")
+    (target,) = wanted.c
+    up = (
+        select(cast(target, BigInteger).label("target"), _version.c.id, _version.c.depth)
+        .select_from(_version)
+        .join(wanted, target <= _version.c.depth)
+        .where(_version.c.id == start)
+        .cte("up", recursive=True)
+    )
     jump = _version.alias("jump_version")
     here, above = _version.alias("here"), _version.alias("above")
     step = (
-        select(above.c.id, above.c.depth)
+        select(up.c.target, above.c.id, above.c.depth)
         .select_from(up)
         .join(here, here.c.id == up.c.id)
         .outerjoin(jump, jump.c.id == here.c.jump)
         # Take the jump unless it leads too far up.
         .join(
             above,
-            above.c.id == case((jump.c.depth >= depth, jump.c.id), else_=here.c.parent),
+            above.c.id == case((jump.c.depth >= up.c.target, jump.c.id), else_=here.c.parent),
         )
-        .where(up.c.depth > depth)
+        .where(up.c.depth > up.c.target)
     )
     up = up.union_all(step)
-    return int(connection.execute(select(up.c.id).where(up.c.depth == depth)).scalar_one())
+    return set(connection.scalars(select(up.c.id).where(up.c.depth == up.c.target)))
+
+
+def ancestor_at(connection: Connection, start: int, depth: int) -> int:
+    """Return the id of the ancestor of `start` (or itself) at a depth, which is at most its own."""
+    (found,) = ancestors_at(connection, start, [depth])
+    return found
 
 
 def is_ancestor(connection: Connection, version: int, *, of: int) -> bool:
     """Tell whether a version is the other, or one of its ancestors."""
-    depth = depth_of(connection, version)
-    return depth <= depth_of(connection, of) and ancestor_at(connection, of, depth) == version
+    return version in ancestors_at(connection, of, [depth_of(connection, version)])
