@@ -17,7 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.db.sqlite_file import CATALOG_FILE
 from dcpstore.catalog.location import absolute_data, absolute_target, check_path, locate
-from dcpstore.catalog.maintenance.journal import changing_repository, journaled, write_journal
+from dcpstore.catalog.maintenance.journal import (
+    changing_repository,
+    journaled,
+    recorded,
+    write_journal,
+)
 from dcpstore.catalog.read.entries import load_chunks, load_entries
 from dcpstore.catalog.read.log_filter import LogFilter, best_version, list_log
 from dcpstore.catalog.read.ref_lookup import list_refs, resolve
@@ -227,7 +232,6 @@ class Repository:
         listed = [name for fqn in wanted or () for name in parts.get(fqn, [fqn])]
         return load_entries(self.catalog, number, listed)
 
-    @journaled
     def tag(self, name: str, ref: RefLike | None = None, *, move: bool = False) -> RefRecord:
         """Name a version.
 
@@ -241,19 +245,20 @@ class Repository:
             InvalidInputError: the name breaks the grammar; offers the nearest that is allowed.
             AlreadyExistsError: the name is taken; with `move`, only by a branch.
         """
-        return make_ref(
-            self.catalog, name, "tag", version=self.show(ref).number, author=this_user(), move=move
+        return recorded(
+            self,
+            lambda: make_ref(self.catalog, name, "tag", version=ref, author=this_user(), move=move),
         )
 
-    @journaled
     def branch(self, name: str, *, at: RefLike | None = None) -> RefRecord:
         """Create a branch at a version.
 
         Raises:
             AlreadyExistsError: the name is taken, by a branch or a tag.
         """
-        return make_ref(
-            self.catalog, name, "branch", version=self.show(at).number, author=this_user()
+        return recorded(
+            self,
+            lambda: make_ref(self.catalog, name, "branch", version=at, author=this_user()),
         )
 
     @journaled

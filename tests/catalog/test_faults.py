@@ -196,7 +196,7 @@ def test_a_lock_that_is_not_released(behind: Catalog, postgres_url: str, proxy: 
         other.execute("SELECT * FROM repository FOR UPDATE")
         with pytest.raises(ConflictError, match="locked by another process"):
             make_ref(impatient, "best", "tag", version=1, author="ada")
-    assert make_ref(behind, "best", "tag", version=1, author="ada").version == 1
+    assert make_ref(behind, "best", "tag", version=1, author="ada").value.version == 1
 
 
 def test_a_server_that_goes_away_shows_no_password(behind: Catalog, proxy: Proxy) -> None:

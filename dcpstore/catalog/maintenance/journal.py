@@ -3,13 +3,14 @@
 An operation describes itself: it names versions by uid and number, and if it created a version or
 changed its facts, it holds the whole row. `restore` reads it back. Every change of the repository
 calls `write_journal` afterwards. Operations that an earlier crash left unwritten are written first,
-so there are no gaps. If two processes write one operation, they write the same bytes.
+so there are no gaps. If two processes write one operation, they write the same bytes, whether they
+read the operation from the catalog or have just made it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from functools import wraps
@@ -19,10 +20,10 @@ from sqlalchemy import Connection, select, update
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.db.key_lists import wanted_ids
-from dcpstore.catalog.db.transactions import reads, writes
+from dcpstore.catalog.db.transactions import reads, reads_once, writes
 from dcpstore.catalog.read.versions import INFO, STATS, metrics_of, names_of
 from dcpstore.catalog.schema import tables
-from dcpstore.catalog.write.operations import list_operations
+from dcpstore.catalog.write.operations import Change, Recorded, as_entry, list_operations
 from dcpstore.core.reentry import changing
 from dcpstore.errors import CorruptionError, DcpstoreError, NotFoundError
 from dcpstore.formats.journal_entry import (
@@ -47,6 +48,7 @@ __all__ = [
     "journaled",
     "last_journaled",
     "mark_journaled",
+    "recorded",
     "unjournaled",
     "write_journal",
 ]
@@ -98,23 +100,20 @@ def unjournaled(connection: Connection) -> list[Json]:
     versions = names_of(connection, named)
     facts = _versions_as_json(connection, made)
     return [
-        {
-            "operation": row.number,
-            "kind": row.kind,
-            "target": row.target,
-            "old": versions.get(row.old),
-            "new": versions.get(row.new),
-            "author": row.author,
-            "created_at": row.created_at.isoformat(),
-            "detail": row.detail,
-        }
+        as_entry(
+            row.number,
+            Change(row.kind, row.target, row.old, row.new, row.detail),
+            versions,
+            author=row.author,
+            at=row.created_at,
+        )
         | ({"version": facts[row.new]} if row.new in facts else {})
         | ({"repository": _repository_as_json(connection)} if row.kind == "init" else {})
         for row in rows
     ]
 
 
-@writes(idempotent=True)
+@writes(idempotent=True, once=True)
 def mark_journaled(connection: Connection, number: int) -> None:
     """Note that every operation up to `number` is durable in the data folder."""
     written = tables.repository.c.last_journaled
@@ -123,13 +122,13 @@ def mark_journaled(connection: Connection, number: int) -> None:
     )
 
 
-@reads
+@reads_once
 def last_journaled(connection: Connection) -> int:
     """Return the number of the last operation that is known to be in the data folder."""
     return int(connection.execute(select(tables.repository.c.last_journaled)).scalar_one())
 
 
-@writes(idempotent=True)
+@writes(idempotent=True, once=True)
 def journal_again(connection: Connection, number: int) -> None:
     """Note that the operations from `number` on must be written again."""
     written = tables.repository.c.last_journaled
@@ -216,6 +215,14 @@ def journaled(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R,
     return run
 
 
+def recorded(repository: Journaled, change: Callable[[], Recorded[T]]) -> T:
+    """Make a change that returns what it recorded, write the journal, and return its result."""
+    with changing_repository(repository.catalog), repository.catalog.keep_connection():
+        made = change()
+        write_journal(repository.catalog, repository.storage, made)
+        return made.value
+
+
 def changing_repository(catalog: Catalog) -> AbstractContextManager[None]:
     """Refuse a change of a repository inside another change of it in this thread.
 
@@ -260,20 +267,25 @@ def check_owner(catalog: Catalog, storage: Storage) -> None:
         )
 
 
-def write_journal(catalog: Catalog, storage: Storage) -> bool:
+def write_journal(catalog: Catalog, storage: Storage, made: Recorded[Any] | None = None) -> bool:
     """Write the operations that the data folder lacks; return whether it has all of them now.
 
-    A failure is logged, not raised: the change itself is committed, and the next change writes the
-    missing operations.
+    If `made` were recorded right after those that it has, they are written, and the catalog is not
+    asked. A failure is logged, not raised: the change itself is committed, and the next change
+    writes the missing operations.
     """
     try:
-        while operations := unjournaled(catalog):
+        if made is not None and made.are_next:
+            _write(catalog, storage, made.entries)
+            return True
+        is_full = True
+        while is_full:
+            operations = unjournaled(catalog)
             # Only a new catalog can meet the journal of another repository.
-            if operations[0]["kind"] == "init":
+            if operations and operations[0]["kind"] == "init":
                 check_owner(catalog, storage)
-            for entry in operations:
-                storage.put(operation_key(entry["operation"]), encode_operation(entry))
-            mark_journaled(catalog, operations[-1]["operation"])
+            _write(catalog, storage, operations)
+            is_full = len(operations) == JOURNAL_BATCH
     except DcpstoreError as error:
         _log.warning(
             "an operation is not in the journal of %s yet (%s); the next change writes it",
@@ -282,6 +294,13 @@ def write_journal(catalog: Catalog, storage: Storage) -> bool:
         )
         return False
     return True
+
+
+def _write(catalog: Catalog, storage: Storage, entries: Sequence[Json]) -> None:
+    for entry in entries:
+        storage.put(operation_key(entry["operation"]), encode_operation(entry))
+    if entries:
+        mark_journaled(catalog, entries[-1]["operation"])
 
 
 def _is_own_journal(catalog: Catalog, storage: Storage) -> bool | None:

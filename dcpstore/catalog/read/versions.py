@@ -15,9 +15,24 @@ from collections.abc import Collection
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import CTE, BigInteger, ColumnElement, Connection, Select, case, cast, select
+from sqlalchemy import (
+    CTE,
+    BigInteger,
+    ColumnElement,
+    Connection,
+    ScalarSelect,
+    Select,
+    case,
+    cast,
+    literal,
+    null,
+    select,
+    true,
+    union_all,
+)
 
 from dcpstore.catalog.db.key_lists import wanted_ids
+from dcpstore.catalog.db.transactions import reads_once
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.schema.tables import columns_of
 from dcpstore.errors import NotFoundError
@@ -31,6 +46,7 @@ __all__ = [
     "ancestors_at",
     "depth_of",
     "expired_error",
+    "find_version",
     "id_of_number",
     "is_ancestor",
     "is_visible",
@@ -44,6 +60,7 @@ __all__ = [
 _version = tables.version
 _parent = tables.version.alias("parent_version")
 INFO, STATS = columns_of(VersionInfo), columns_of(VersionStats)
+_FACTS = [_version.c[name] for name in (*INFO, *STATS)]  # not other columns, which can be long
 
 
 def load_versions(
@@ -62,7 +79,7 @@ def load_versions(
             _version.c.id,
             _version.c.number,
             _parent.c.number.label("parent"),
-            *(_version.c[name] for name in (*INFO, *STATS)),  # not others, which can be long
+            *_FACTS,
         )
         .select_from(_version)
         .outerjoin(_parent, _parent.c.id == _version.c.parent)
@@ -95,9 +112,43 @@ def load_versions(
     ]
 
 
+@reads_once
+def find_version(connection: Connection, key: int | ScalarSelect[int]) -> Version | None:
+    """Return the version of an id, or of the id that a query finds; None if it is not visible.
+
+    One query: each tag and metric is a row, which repeats the facts of the version.
+    """
+    ref, metric = tables.ref, tables.metric
+    # With the key in each part, both databases use their indexes.
+    tag = select(ref.c.name, null().label("value"), literal(True).label("is_tag"))
+    number = select(metric.c.name, metric.c.value, literal(False))
+    extras = union_all(
+        tag.where(ref.c.version == key, ref.c.kind == "tag"), number.where(metric.c.version == key)
+    ).subquery("extra")
+    rows = connection.execute(
+        select(_version.c.number, _parent.c.number.label("parent"), *_FACTS, extras)
+        .select_from(_version)
+        .outerjoin(_parent, _parent.c.id == _version.c.parent)
+        .outerjoin(extras, true())
+        .where(_version.c.id == key, is_visible())
+        .order_by(extras.c.name)
+    ).all()
+    if not rows:
+        return None
+    held, parent, *facts = rows[0][: 2 + len(_FACTS)]
+    return Version(
+        number=held,
+        parent=parent,
+        tags=tuple(row.name for row in rows if row.is_tag),
+        metrics={row.name: row.value for row in rows if row.is_tag is False},
+        **dict(zip((*INFO, *STATS), facts, strict=True)),
+    )
+
+
 def load_version(connection: Connection, version: int) -> Version:
     """Return the version of an id, which is committed and not expired."""
-    (found,) = load_versions(connection, select(_version.c.id).where(_version.c.id == version))
+    found = find_version(connection, version)
+    assert found is not None, "the version is visible"
     return found
 
 
