@@ -17,6 +17,7 @@ from dcpstore.catalog.maintenance.journal import write_journal
 from dcpstore.catalog.maintenance.retention import retain
 from dcpstore.catalog.read.entries import load_entries
 from dcpstore.catalog.read.ref_lookup import find_refs, resolve
+from dcpstore.catalog.write.operations import Recorded
 from dcpstore.catalog.write.saves import abort_save, begin_save, commit_save
 from dcpstore.core.uids import new_uid
 from dcpstore.core.user import this_user
@@ -144,7 +145,7 @@ class BegunVersion:
             AlreadyExistsError: a tag was taken meanwhile.
         """
 
-        def publish() -> Version:
+        def publish() -> Recorded[Version]:
             began = time.perf_counter()
             content = state.content(
                 target.catalog, packs=packs, seconds=seconds, planner_data=planner_data
@@ -152,19 +153,21 @@ class BegunVersion:
             entries = content.records()
             write_manifest(target.storage, self.draft, content, entries)
             seconds["manifest"] = time.perf_counter() - began
-            version = commit_save(target.catalog, self.draft.uid, content)
+            made = commit_save(target.catalog, self.draft.uid, content)
             # The next save keeps the grids of these entries.
-            target.memory.entries.put(version.number, {entry.fqn: entry for entry in entries})
-            return version
+            by_fqn = {entry.fqn: entry for entry in entries}
+            target.memory.entries.put(made.value.number, by_fqn)
+            return made
 
         try:
-            version = publish()
+            made = publish()
         except ConflictError:
             # gc may have moved chunks that the save reuses into other packs. A second manifest
             # names their new places; any other conflict is raised again.
-            version = publish()
+            made = publish()
+        version = made.value
         # If this process ends here, the next change of the repository writes the journal entry.
-        write_journal(target.catalog, target.storage)
+        write_journal(target.catalog, target.storage, made)
         self.is_pending = False
         if self._retention is not None:
             retain(target.catalog, self._retention, branch=version.branch, author=version.author)

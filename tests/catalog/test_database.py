@@ -133,7 +133,7 @@ def test_a_kept_connection_that_the_server_ended_is_replaced(catalog: Catalog) -
         with catalog.database.read_only() as other:
             other.exec_driver_sql(f"SELECT pg_terminate_backend({ended})")
         connections(catalog, 0)
-        assert commit_save(catalog, "u", make_content("u", {"w": "W"})).number == 1
+        assert commit_save(catalog, "u", make_content("u", {"w": "W"})).value.number == 1
         connections(catalog, 1)
 
 

@@ -64,7 +64,7 @@ def test_commits_on_one_branch_are_serialized(catalog: Catalog) -> None:
         begin_save(catalog, make_draft(f"u{i}", tags=(f"t{i}",)))
         return commit_save(
             catalog, f"u{i}", make_content(f"u{i}", {"w": "same", "v": f"{i}"})
-        ).number
+        ).value.number
 
     assert sorted(map(str, at_once(work))) == [str(i + 1) for i in range(MANY)]
     log = list_log(catalog)
@@ -80,7 +80,7 @@ def test_compare_and_swap_lets_only_one_pass(catalog: Catalog, save: Save) -> No
 
     def work(i: int) -> int:
         begin_save(catalog, make_draft(f"u{i}", expect_tip=1))
-        return commit_save(catalog, f"u{i}", make_content(f"u{i}", {"w": "same"})).number
+        return commit_save(catalog, f"u{i}", make_content(f"u{i}", {"w": "same"})).value.number
 
     ends = at_once(work)
     assert [end for end in ends if isinstance(end, int)] == [2]
@@ -102,7 +102,7 @@ def test_commit_and_abort_exclude_each_other(catalog: Catalog) -> None:
         def work(thread: int, uid: str = f"u{i}") -> object:
             if thread % 2:
                 return abort_save(catalog, uid, "given up")
-            return commit_save(catalog, uid, make_content(uid, {"w": uid}))
+            return commit_save(catalog, uid, make_content(uid, {"w": uid})).value
 
         ends = at_once(work)
         committed = [v for v in list_log(catalog) if v.uid == f"u{i}"]

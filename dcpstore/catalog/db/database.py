@@ -33,6 +33,7 @@ from dcpstore.catalog.db.db_errors import (
     translate,
 )
 from dcpstore.catalog.db.sqlite_file import is_at_rest, open_file
+from dcpstore.catalog.db.together import TOGETHER
 from dcpstore.catalog.db.url import keep_to_process, parse_url, server_engine
 from dcpstore.catalog.db.write_queue import WriteQueue
 from dcpstore.core.reentry import changing
@@ -142,7 +143,11 @@ class Database:
         """
 
         def on_statement(connection: Connection, cursor: object, text: str, *_: object) -> None:
-            report(text)
+            together = connection.info.get(TOGETHER)
+            if together is None:
+                report(text)
+            elif report is self._reports[0]:  # `report` of this database reports them to all
+                together.append(text)
 
         def on_commit(connection: Connection) -> None:
             if connection.get_execution_options().get(_BEGIN):
@@ -159,7 +164,7 @@ class Database:
             self._reports.remove(report)
 
     def report(self, statement: str) -> None:
-        """Report a statement that goes to the driver without SQLAlchemy."""
+        """Report a statement to all traces; SQLAlchemy does not see it, or only parts of it."""
         for report in tuple(self._reports):  # a copy, because another thread may end its trace
             report(statement)
 
@@ -343,7 +348,7 @@ class Database:
             connection = stack.enter_context(self._connect(self._engine))
             self._was_connected = True
             begin = self._begin_writing(lock) if writes else self._begin_reading()
-            connection.execution_options(**{_BEGIN: "" if one else begin})
+            connection.execution_options(**{_BEGIN: "" if one else begin, TOGETHER: self.report})
             with connection.begin():
                 yield connection
 

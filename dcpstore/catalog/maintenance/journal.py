@@ -23,7 +23,13 @@ from dcpstore.catalog.db.key_lists import wanted_ids
 from dcpstore.catalog.db.transactions import reads, reads_once, writes
 from dcpstore.catalog.read.versions import INFO, STATS, metrics_of, names_of
 from dcpstore.catalog.schema import tables
-from dcpstore.catalog.write.operations import Change, Recorded, as_entry, list_operations
+from dcpstore.catalog.write.operations import (
+    Change,
+    Recorded,
+    as_entry,
+    list_operations,
+    made_version,
+)
 from dcpstore.core.reentry import changing
 from dcpstore.errors import CorruptionError, DcpstoreError, NotFoundError
 from dcpstore.formats.journal_entry import (
@@ -33,7 +39,6 @@ from dcpstore.formats.journal_entry import (
     operation_key,
     operation_number,
 )
-from dcpstore.formats.version import encode_facts
 from dcpstore.records import VersionInfo, VersionStats
 from dcpstore.storage.interface import Storage
 
@@ -159,9 +164,9 @@ def _versions_as_json(connection: Connection, ids: set[int]) -> dict[int, Json]:
     metrics = metrics_of(connection, wanted)
     packs: dict[int, list[tuple[str, int]]] = {}
     for row in connection.execute(
-        select(pack.c.version, pack.c.key, pack.c.nbytes)
-        .where(pack.c.version.in_(wanted), pack.c.planned_at.is_(None))
-        .order_by(pack.c.id)
+        select(pack.c.version, pack.c.key, pack.c.nbytes).where(
+            pack.c.version.in_(wanted), pack.c.planned_at.is_(None)
+        )
     ):
         packs.setdefault(row.version, []).append((row.key, row.nbytes))
     rows = connection.execute(
@@ -170,18 +175,14 @@ def _versions_as_json(connection: Connection, ids: set[int]) -> dict[int, Json]:
         .where(version.c.id.in_(wanted))
     ).mappings()
     return {
-        row["id"]: {
-            **encode_facts(
-                VersionInfo(
-                    **{name: row[name] for name in INFO}, metrics=metrics.get(row["id"], {})
-                ),
-                VersionStats(**{name: row[name] for name in STATS}),
-            ),
-            "number": row["number"],
-            "parent": row["parent_uid"],
-            "started_at": row["started_at"].isoformat(),
-            "packs": packs.get(row["id"], []),
-        }
+        row["id"]: made_version(
+            VersionInfo(**{name: row[name] for name in INFO}, metrics=metrics.get(row["id"], {})),
+            VersionStats(**{name: row[name] for name in STATS}),
+            number=row["number"],
+            parent=row["parent_uid"],
+            started_at=row["started_at"],
+            packs=packs.get(row["id"], []),
+        )
         for row in rows
     }
 

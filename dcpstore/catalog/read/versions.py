@@ -11,9 +11,10 @@ Source: Myers, "An applicative random-access stack", Information Processing Lett
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import datetime
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     CTE,
@@ -32,7 +33,7 @@ from sqlalchemy import (
 )
 
 from dcpstore.catalog.db.key_lists import wanted_ids
-from dcpstore.catalog.db.transactions import reads_once
+from dcpstore.catalog.db.transactions import reads, reads_once
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.schema.tables import columns_of
 from dcpstore.errors import NotFoundError
@@ -41,6 +42,8 @@ from dcpstore.records import Version, VersionInfo, VersionStats
 __all__ = [
     "INFO",
     "STATS",
+    "WITHOUT_PARENT",
+    "Lineage",
     "ancestor_at",
     "ancestors",
     "ancestors_at",
@@ -51,6 +54,7 @@ __all__ = [
     "is_ancestor",
     "is_visible",
     "lineage_below",
+    "lineages",
     "load_version",
     "load_versions",
     "metrics_of",
@@ -173,6 +177,7 @@ def names_of(connection: Connection, ids: Collection[int]) -> dict[int | None, d
     return {row.id: {"uid": row.uid, "version": row.number} for row in rows}
 
 
+@reads
 def id_of_number(connection: Connection, number: int) -> int:
     """Return the id of a committed version.
 
@@ -232,24 +237,59 @@ def ancestors(start: int, *, most: int | None = None) -> CTE:
     return up.union_all(step)
 
 
-def lineage_below(connection: Connection, parent: int | None) -> dict[str, int | None]:
-    """Return the columns `depth` and `jump` of a version whose parent has the id `parent`."""
-    if parent is None:
-        return {"depth": 0, "jump": None}
+class Lineage(NamedTuple):
+    """A version, and what the lineage of a child of it is computed from.
+
+    `above` and `further` are the depths of its jump, and of the jump of that one, which is
+    `target`.
+    """
+
+    id: int
+    uid: str
+    number: int | None
+    depth: int
+    above: int | None
+    further: int | None
+    target: int | None
+
+    @property
+    def below(self) -> dict[str, int | None]:
+        """The columns `depth` and `jump` of a child."""
+        equally_long = (
+            self.target is not None
+            and self.above is not None
+            and self.further is not None
+            and self.depth - self.above == self.above - self.further
+        )
+        return {"depth": self.depth + 1, "jump": self.target if equally_long else self.id}
+
+
+WITHOUT_PARENT: Mapping[str, int | None] = MappingProxyType({"depth": 0, "jump": None})
+
+
+def lineages() -> Select[Any]:
+    """Return a query of the columns of `Lineage` for all versions, to be narrowed."""
     above, further = _version.alias("above"), _version.alias("further")
-    row = connection.execute(
+    return (
         select(
+            _version.c.id,
+            _version.c.uid,
+            _version.c.number,
             _version.c.depth,
             above.c.depth.label("above"),
             further.c.depth.label("further"),
             further.c.id.label("target"),
         )
-        .outerjoin(above, above.c.id == _version.c.jump)
+        .outerjoin_from(_version, above, above.c.id == _version.c.jump)
         .outerjoin(further, further.c.id == above.c.jump)
-        .where(_version.c.id == parent)
-    ).one()
-    equally_long = row.target is not None and row.depth - row.above == row.above - row.further
-    return {"depth": row.depth + 1, "jump": row.target if equally_long else parent}
+    )
+
+
+def lineage_below(connection: Connection, parent: int | None) -> Mapping[str, int | None]:
+    """Return the columns `depth` and `jump` of a version whose parent has the id `parent`."""
+    if parent is None:
+        return WITHOUT_PARENT
+    return Lineage(*connection.execute(lineages().where(_version.c.id == parent)).one()).below
 
 
 def depth_of(connection: Connection, version: int) -> int:

@@ -10,7 +10,7 @@ the journal need not read it again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -20,19 +20,21 @@ from sqlalchemy import ColumnElement, Connection, Row, insert, select, update
 from dcpstore.catalog.db.transactions import reads_once
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import check_limit
-from dcpstore.records import Operation
+from dcpstore.formats.version import encode_facts
+from dcpstore.records import Operation, VersionInfo, VersionStats
 
 __all__ = [
     "LOCK",
     "Change",
+    "Names",
     "Recorded",
     "as_entry",
     "insert_operations",
     "list_operations",
     "lock_repository",
+    "made_version",
     "raise_counters",
     "record",
-    "take_version",
 ]
 
 # Locks the repository on a server, where it is sent together with BEGIN; see `writes`.
@@ -40,6 +42,7 @@ LOCK = "SELECT id FROM repository FOR UPDATE"
 
 # JSON to be written, with values of every kind, hence `Any`.
 Json = dict[str, Any]
+Names = Mapping[int | None, Json]  # the uid and number of versions, by id, as the journal has them
 T = TypeVar("T")
 
 
@@ -69,11 +72,6 @@ class Change(NamedTuple):
     old: int | None = None
     new: int | None = None
     detail: Mapping[str, Any] | None = None
-
-
-def take_version(connection: Connection) -> int:
-    """Return the next version number; other mutations wait until this transaction ends."""
-    return _raise_counter(connection, "last_version", 1)
 
 
 def lock_repository(connection: Connection) -> int:
@@ -108,7 +106,7 @@ def insert_operations(
     connection: Connection,
     counters: Row[Any],
     changes: Sequence[Change],
-    names: Mapping[int | None, Json],
+    names: Names,
     *,
     author: str,
     at: datetime | None = None,
@@ -147,7 +145,7 @@ def _insert(
 def as_entry(
     number: int,
     change: Change,
-    names: Mapping[int | None, Json],
+    names: Names,
     *,
     author: str,
     at: datetime,
@@ -165,6 +163,25 @@ def as_entry(
         "author": author,
         "created_at": at.isoformat(),
         "detail": change.detail,
+    }
+
+
+def made_version(
+    info: VersionInfo,
+    stats: VersionStats,
+    *,
+    number: int,
+    parent: str | None,
+    started_at: datetime,
+    packs: Iterable[tuple[str, int]],
+) -> Json:
+    """Return a new version as the journal has it; `parent` is a uid, `packs` are keys and bytes."""
+    return {
+        **encode_facts(info, stats),
+        "number": number,
+        "parent": parent,
+        "started_at": started_at.isoformat(),
+        "packs": sorted(packs),
     }
 
 
