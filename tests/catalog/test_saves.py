@@ -283,7 +283,9 @@ def test_condemned_packs_are_never_reused(catalog: Catalog, save: Save) -> None:
     with pytest.raises(ConflictError, match="Save again"):
         commit_save(catalog, "chunks", make_content("chunks", {"w": "other"}, tensors=[tensor]))
     # A second save writes the bytes again, perhaps with another codec; the content is equal.
-    version = commit_save(catalog, "again", make_content("again", {"w": "same"}, codec="zstd")).value
+    version = commit_save(
+        catalog, "again", make_content("again", {"w": "same"}, codec="zstd")
+    ).value
     (entry,) = load_entries(catalog, version.number, ["w"])
     assert entry.tensor is not None
     assert entry.tensor.codec == "zstd"

@@ -101,7 +101,8 @@ def unjournaled(connection: Connection) -> list[Json]:
     if not rows:
         return []
     named = {found for row in rows for found in (row.old, row.new) if found is not None}
-    made = {row.new for row in rows if row.new is not None and kind_of(row.kind).describes}
+    describes = {row.number: kind_of(row.kind).describes for row in rows}
+    made = {row.new for row in rows if row.new is not None and describes[row.number]}
     versions = names_of(connection, named)
     facts = _versions_as_json(connection, made)
     return [
@@ -112,7 +113,7 @@ def unjournaled(connection: Connection) -> list[Json]:
             author=row.author,
             at=row.created_at,
         )
-        | ({"version": facts[row.new]} if row.new in facts else {})
+        | ({"version": facts[row.new]} if row.new in facts and describes[row.number] else {})
         | ({"repository": _repository_as_json(connection)} if row.kind == "init" else {})
         for row in rows
     ]

@@ -287,10 +287,6 @@ def commit_save(
         AlreadyExistsError: a tag was taken meanwhile.
         NotFoundError: no save of this uid was begun.
     """
-    for entry in content.entries:
-        check_key(entry.fqn, what="FQN")
-        if entry.value is not None:
-            check_text(entry.value, what=f"value of {entry.fqn!r}")
     return _content_first(lambda lock_first: _commit_save(on, uid, content, lock_first))
 
 
@@ -421,9 +417,14 @@ def _write_content(
     """Write the content of a pending version, and nothing that others wait for.
 
     Raises:
+        InvalidInputError: a database cannot store an FQN or a value.
         ConflictError: a chunk that the save reuses is condemned or deleted.
         _RacedError: another transaction has written or deleted some of it at the same time.
     """
+    for entry in content.entries:
+        check_key(entry.fqn, what="FQN")
+        if entry.value is not None:
+            check_text(entry.value, what=f"value of {entry.fqn!r}")
     try:
         written = _Written(write_plan(connection, content.plan))
         write_content(connection, pending.id, content)
