@@ -123,7 +123,8 @@ def find_version(connection: Connection, key: int | ScalarSelect[int]) -> Versio
     """
     ref, metric = tables.ref, tables.metric
     # With the key in each part, both databases use their indexes.
-    tag = select(ref.c.name, literal(None, tables.Metric()).label("value"), literal(True).label("is_tag"))
+    no_value = literal(None, tables.Metric()).label("value")
+    tag = select(ref.c.name, no_value, literal(True).label("is_tag"))
     number = select(metric.c.name, metric.c.value, literal(False))
     extras = union_all(
         tag.where(ref.c.version == key, ref.c.kind == "tag"), number.where(metric.c.version == key)

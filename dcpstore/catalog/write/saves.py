@@ -116,7 +116,7 @@ T = TypeVar("T")
 
 
 class _RacedError(ConflictError):
-    """What the content of a version was written beside has changed: write it under the lock."""
+    """Gc ran while the content of a version was written: write it again, under the lock."""
 
 
 @writes(idempotent=True)
@@ -294,8 +294,11 @@ def _content_first(commit: Callable[[bool], T]) -> T:
     """Commit with the content before the lock, and if that was raced, in the other order."""
     try:
         return commit(False)
-    except _RacedError:
-        return commit(True)
+    except ConflictError as error:
+        is_refused = isinstance(error.__cause__, IntegrityError)  # a row, by the database
+        if not isinstance(error, _RacedError) and not is_refused:
+            raise
+    return commit(True)
 
 
 def _find_saved(
@@ -310,7 +313,7 @@ def _commit_save(
     connection: Connection, uid: str, content: VersionContent, lock_first: bool
 ) -> Recorded[Version]:
     pending = _begin_content(connection, uid, lock_first=lock_first)
-    written = _write_content(connection, pending, content, lock_first=lock_first)
+    written = _write_content(connection, pending, content)
     changes = 1 + len(pending.wanted_tags)
     counters = raise_counters(connection, versions=1, operations=changes)
     _check_unraced(connection, pending, counters.last_operation - changes)
@@ -411,27 +414,19 @@ class _Written(NamedTuple):
     plan: int
 
 
-def _write_content(
-    connection: Connection, pending: _Pending, content: VersionContent, *, lock_first: bool
-) -> _Written:
+def _write_content(connection: Connection, pending: _Pending, content: VersionContent) -> _Written:
     """Write the content of a pending version, and nothing that others wait for.
 
     Raises:
         InvalidInputError: a database cannot store an FQN or a value.
         ConflictError: a chunk that the save reuses is condemned or deleted.
-        _RacedError: another transaction has written or deleted some of it at the same time.
     """
     for entry in content.entries:
         check_key(entry.fqn, what="FQN")
         if entry.value is not None:
             check_text(entry.value, what=f"value of {entry.fqn!r}")
-    try:
-        written = _Written(write_plan(connection, content.plan))
-        write_content(connection, pending.id, content)
-    except IntegrityError as error:
-        if lock_first:
-            raise
-        raise _RacedError("another save wrote the same content at the same time") from error
+    written = _Written(write_plan(connection, content.plan))
+    write_content(connection, pending.id, content)
     return written
 
 
@@ -702,7 +697,7 @@ def _commit_copy(
     lock_first: bool,
 ) -> Version:
     pending = _begin_content(connection, uid, lock_first=lock_first)
-    written = _write_content(connection, pending, content, lock_first=lock_first)
+    written = _write_content(connection, pending, content)
     counters = raise_counters(connection, versions=1, operations=1)
     _check_unraced(connection, pending, counters.last_operation - 1)
     if known_uids(connection, [draft.uid]):
