@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow torture bench docs docs-site lint wheel dist compat clean
+.PHONY: demo test slow torture bench bench-scale docs docs-site lint wheel dist compat clean
 
 .venv/installed: pyproject.toml constraints.txt dcpstore/__init__.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -24,6 +24,10 @@ torture: .venv/installed  ## Every kind of fault, at very many points: a table.
 bench: .venv/installed  ## Measure everything beside its peers: one table, in a quarter of an hour.
 	mkdir -p build
 	$(BIN)/python -m benchmarks --json build/bench.json
+
+bench-scale: .venv/installed  ## Measure what grows: one table, in half an hour.
+	mkdir -p build
+	$(BIN)/python -m benchmarks.growth --json build/bench-scale.json
 
 docs: .venv/installed  ## Write the pages that follow from the code.
 	DCPSTORE_WRITE_DOCS=1 $(BIN)/pytest -q tests/test_house.py tests/test_docs.py tests/test_site.py tests/history/test_sql_page.py tests/parallel/test_page.py tests/dcp/test_page.py tests/encoding/test_page.py tests/cli/test_docs.py -k 'documented or page'

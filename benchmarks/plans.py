@@ -42,6 +42,7 @@ def local_plan(rank: int, ranks: int, tensors: int) -> SavePlan:
     for i in range(tensors):
         name = f"model.layers.{i // 4}.weight_{i % 4}"
         rows, columns = _SHAPES[i % 4]
+        rows *= max(ranks // 1024, 1)
         rows *= -(-ranks // 1024)
         offsets = torch.Size((rank * rows // ranks, 0))
         chunk = ChunkStorageMetadata(offsets, torch.Size((rows // ranks, columns)))

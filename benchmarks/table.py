@@ -13,7 +13,7 @@ from typing import Literal
 
 from benchmarks.timing import Samples
 
-__all__ = ["BEGIN", "END", "Row", "as_json", "render", "replace_table"]
+__all__ = ["BEGIN", "END", "Row", "aligned", "as_json", "render", "replace_table"]
 
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
@@ -108,8 +108,8 @@ def render(
     return "\n\n".join(
         [
             f"Medians of {size}. {about}.",
-            _aligned(limits),
-            _aligned([HEADER, *(_cells(row, probed) for row in rows)]),
+            aligned(limits),
+            aligned([HEADER, *(_cells(row, probed) for row in rows)]),
         ]
     )
 
@@ -196,7 +196,7 @@ def _unit(value: float, units: Sequence[tuple[str, float]]) -> tuple[str, float]
     return next((unit for unit in units if abs(value) >= unit[1]), units[-1])
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
+def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table whose columns are aligned."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [

@@ -17,14 +17,19 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.db.sqlite_file import CATALOG_FILE
 from dcpstore.catalog.location import absolute_data, absolute_target, check_path, locate
-from dcpstore.catalog.maintenance.journal import changing_repository, journaled, write_journal
+from dcpstore.catalog.maintenance.journal import (
+    changing_repository,
+    journaled,
+    recorded,
+    write_journal,
+)
 from dcpstore.catalog.read.entries import load_chunks, load_entries
 from dcpstore.catalog.read.log_filter import LogFilter, best_version, list_log
 from dcpstore.catalog.read.ref_lookup import list_refs, resolve
 from dcpstore.catalog.read.user_sql import query_rows
 from dcpstore.catalog.validation import as_labels, as_metrics, check_chunk
 from dcpstore.catalog.write.annotations import add_labels, add_metrics
-from dcpstore.catalog.write.operations import list_operations
+from dcpstore.catalog.write.operations import Recorded, list_operations
 from dcpstore.catalog.write.refs import delete_ref, make_ref, roll_back
 from dcpstore.catalog.write.saves import list_running
 from dcpstore.catalog.write.undo import undo_last
@@ -227,7 +232,6 @@ class Repository:
         listed = [name for fqn in wanted or () for name in parts.get(fqn, [fqn])]
         return load_entries(self.catalog, number, listed)
 
-    @journaled
     def tag(self, name: str, ref: RefLike | None = None, *, move: bool = False) -> RefRecord:
         """Name a version.
 
@@ -241,20 +245,25 @@ class Repository:
             InvalidInputError: the name breaks the grammar; offers the nearest that is allowed.
             AlreadyExistsError: the name is taken; with `move`, only by a branch.
         """
-        version, author = self.show(ref), this_user()
-        made = make_ref(self.catalog, name, "tag", version=version.number, author=author, move=move)
-        keep_reference(self.storage, version.uid)
-        return made
+        author = this_user()
 
-    @journaled
+        def change() -> Recorded[RefRecord]:
+            made = make_ref(self.catalog, name, "tag", version=ref, author=author, move=move)
+            for entry in made.entries:  # none if the tag was there already
+                keep_reference(self.storage, entry["new"]["uid"])
+            return made
+
+        return recorded(self, change)
+
     def branch(self, name: str, *, at: RefLike | None = None) -> RefRecord:
         """Create a branch at a version.
 
         Raises:
             AlreadyExistsError: the name is taken, by a branch or a tag.
         """
-        return make_ref(
-            self.catalog, name, "branch", version=self.show(at).number, author=this_user()
+        return recorded(
+            self,
+            lambda: make_ref(self.catalog, name, "branch", version=at, author=this_user()),
         )
 
     @journaled

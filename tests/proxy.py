@@ -18,9 +18,15 @@ _PROTOCOL = 3  # the major version, by which a client's greeting is told from wh
 
 
 class Messages:
-    """Counts the messages in what one client sends, as Postgres's protocol frames them."""
+    """Counts the messages in what one client sends, as Postgres's protocol frames them.
+
+    Attributes:
+        round_trips: how many messages so far are such that a client then waits for the answer: a
+            query, a sync of what came before it, or the end of the rows of a COPY.
+    """
 
     def __init__(self) -> None:
+        self.round_trips = 0
         self._is_greeting = True  # which has no byte that tells its kind
         self._head = b""
         self._left = 0  # bytes of the message that has begun
@@ -41,6 +47,7 @@ class Messages:
                 self._left = int.from_bytes(self._head[:4]) - 8
                 self._is_greeting = int.from_bytes(self._head[4:6]) != _PROTOCOL
             else:
+                self.round_trips += self._head[:1] in (b"Q", b"S", b"c")
                 self._left = int.from_bytes(self._head[1:]) - 4
             self._head = b""
         return found
@@ -53,6 +60,7 @@ class Proxy:
         url: by which clients come through it.
         commits: how many have been asked for.
         requests: how many messages clients have sent; how they lie in packets is up to the weather.
+        round_trips: how often clients have waited for an answer, but for their greetings.
         connections: how many clients have come.
         lose: at the commit of this number, counted from 1, the connection breaks.
         counts: whether that is a number of commits or of requests.
@@ -70,7 +78,7 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         port = self._listener.getsockname()[1]
         self.url = f"postgresql://postgres@127.0.0.1:{port}{parts.path}?sslmode=disable"
-        self.commits = self.requests = self.connections = 0
+        self.commits = self.requests = self.round_trips = self.connections = 0
         self.counts: Literal["commits", "requests"] = "commits"
         self.lose: int | None = None
         self.what: Literal["answer", "amid", "request"] = "answer"
@@ -132,7 +140,10 @@ class Proxy:
             answers.start()
             try:
                 while data := client.recv(1 << 16):
-                    if self._is_lost(data, messages.count(data)):
+                    before = messages.round_trips
+                    count = messages.count(data)
+                    self.round_trips += messages.round_trips - before
+                    if self._is_lost(data, count):
                         if self.what == "answer":
                             is_answered.set()
                         elif self.what == "request":

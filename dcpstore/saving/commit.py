@@ -17,6 +17,7 @@ from dcpstore.catalog.maintenance.journal import write_journal
 from dcpstore.catalog.maintenance.retention import retain
 from dcpstore.catalog.read.entries import load_entries
 from dcpstore.catalog.read.ref_lookup import find_refs, resolve
+from dcpstore.catalog.write.operations import Recorded
 from dcpstore.catalog.write.saves import abort_save, begin_save, commit_save
 from dcpstore.core.uids import new_uid
 from dcpstore.core.user import this_user
@@ -148,21 +149,21 @@ class BegunVersion:
             AlreadyExistsError: a tag was taken meanwhile.
         """
 
-        def publish() -> Version:
+        def publish() -> Recorded[Version]:
             began = time.perf_counter()
             content = state.content(packs=packs, seconds=seconds, planner_data=planner_data)
             content = write_objects(target.catalog, target.storage, self.draft, content)
             seconds["manifest"] = time.perf_counter() - began
-            version = commit_save(target.catalog, self.draft.uid, content)
+            made = commit_save(target.catalog, self.draft.uid, content)
             # The next save keeps the grids of these entries.
-            target.memory.entries.put(version.number, state.records())
+            target.memory.entries.put(made.value.number, state.records())
             assert content.tree is not None
-            target.memory.trees.put(version.number, content.tree)
-            return version
+            target.memory.trees.put(made.value.number, content.tree)
+            return made
 
         for attempt in range(_ATTEMPTS):
             try:
-                version = publish()
+                made = publish()
                 break
             except ConflictError:
                 # gc may have moved chunks that the save reuses, or other saves may have committed
@@ -170,8 +171,9 @@ class BegunVersion:
                 # other conflict is raised again.
                 if attempt == _ATTEMPTS - 1:
                     raise
+        version = made.value
         # If this process ends here, the next change of the repository writes the journal entry.
-        write_journal(target.catalog, target.storage)
+        write_journal(target.catalog, target.storage, made)
         self.is_pending = False
         if version.tags:
             keep_reference(target.storage, version.uid)

@@ -42,7 +42,7 @@ def save(catalog: Catalog) -> Save:
     def save(tensors: Mapping[str, str] | None = None, **draft: Any) -> Version:
         uid = f"save-{next(uids)}"
         begin_save(catalog, make_draft(uid, **draft))
-        return commit_save(catalog, uid, make_content(uid, tensors or {"w": uid}))
+        return commit_save(catalog, uid, make_content(uid, tensors or {"w": uid})).value
 
     return save
 

@@ -81,7 +81,7 @@ def test_a_save_whose_commit_was_lost_is_committed_once(
     lose_next(proxy, what)
     begin_save(behind, make_draft("u", tags=("t",), metrics={"m": 1.0}))
     lose_next(proxy, what)
-    version = commit_save(behind, "u", make_content("u", {"w": "V"}))
+    version = commit_save(behind, "u", make_content("u", {"w": "V"})).value
     assert (version.number, version.tags, version.metrics) == (2, ("t",), {"m": 1.0})
     assert list_log(behind) == [version, resolve(behind, "v1")]
     assert [o.kind for o in list_operations(behind)] == ["tag", "save", "save", "init"]
@@ -126,7 +126,7 @@ def test_a_copy_whose_commit_was_lost_is_committed_once(
 def test_a_slow_server_is_waited_for(behind: Catalog, proxy: Proxy) -> None:
     proxy.delay = 0.05
     begin_save(behind, make_draft("u"))
-    assert commit_save(behind, "u", make_content("u", {"w": "V"})).number == 2
+    assert commit_save(behind, "u", make_content("u", {"w": "V"})).value.number == 2
 
 
 def test_a_server_that_ends_all_sessions(behind: Catalog, postgres_url: str) -> None:
@@ -196,7 +196,7 @@ def test_a_lock_that_is_not_released(behind: Catalog, postgres_url: str, proxy: 
         other.execute("SELECT * FROM repository FOR UPDATE")
         with pytest.raises(ConflictError, match="locked by another process"):
             make_ref(impatient, "best", "tag", version=1, author="ada")
-    assert make_ref(behind, "best", "tag", version=1, author="ada").version == 1
+    assert make_ref(behind, "best", "tag", version=1, author="ada").value.version == 1
 
 
 def test_a_server_that_goes_away_shows_no_password(behind: Catalog, proxy: Proxy) -> None:
@@ -268,7 +268,7 @@ def test_a_full_disk_changes_nothing(file: Catalog) -> None:
     assert len(list_log(file)) == 1
     with file.database.outside() as driver:
         driver.execute("PRAGMA max_page_count = 1000000")
-    assert commit_save(file, "u", make_content("u", {"w": "V"})).number == 2
+    assert commit_save(file, "u", make_content("u", {"w": "V"})).value.number == 2
 
 
 def test_a_busy_file_is_read_again(file: Catalog, tmp_path: Path) -> None:

@@ -99,8 +99,10 @@ def test_invalid_refs_are_refused(catalog: Catalog) -> None:
 
 @pytest.mark.usefixtures("history")
 def test_tags_and_branches_are_listed_sorted_and_recorded(catalog: Catalog) -> None:
-    assert make_ref(catalog, "Zeta", "tag", version=1, author="ada") == RefRecord("Zeta", "tag", 1)
-    assert make_ref(catalog, "side", "branch", version=2, author="bob") == RefRecord(
+    assert make_ref(catalog, "Zeta", "tag", version=1, author="ada").value == RefRecord(
+        "Zeta", "tag", 1
+    )
+    assert make_ref(catalog, "side", "branch", version=2, author="bob").value == RefRecord(
         "side", "branch", 2
     )
     assert [r.name for r in list_refs(catalog)] == ["Zeta", "a", "best", "main", "side", "try", "z"]
@@ -141,7 +143,7 @@ def test_names_as_frameworks_give_them_resolve_alone_and_with_each_suffix(
         assert found.tags == (name,)
     assert resolve(catalog, "main/rank=0~1").number == tip - 1
     assert (
-        make_ref(catalog, "try=1@2", "branch", version=1, author="").version
+        make_ref(catalog, "try=1@2", "branch", version=1, author="").value.version
         == resolve(catalog, "try=1@2").number
     )
 
@@ -151,7 +153,7 @@ def test_a_name_that_would_read_as_a_step_is_refused_with_an_offer(catalog: Cata
     for kind in get_args(RefKind):
         with pytest.raises(InvalidInputError, match=r"'@step='.*'best-step=5' is allowed"):
             make_ref(catalog, "best@step=5", kind, version=1, author="")
-    assert make_ref(catalog, "best-step=5", "tag", version=1, author="").version == 1
+    assert make_ref(catalog, "best-step=5", "tag", version=1, author="").value.version == 1
 
 
 @pytest.mark.usefixtures("history")

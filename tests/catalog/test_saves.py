@@ -63,7 +63,7 @@ def test_commit_returns_all_facts_of_the_draft(catalog: Catalog) -> None:
             ranks=4,
         ),
     )
-    version = commit_save(catalog, "u1", make_content("u1", {"w": "a"}, created_at=at))
+    version = commit_save(catalog, "u1", make_content("u1", {"w": "a"}, created_at=at)).value
     metrics = dict(version.metrics)
     assert math.isnan(metrics.pop("grad"))
     assert metrics == {"bad": -math.inf, "n": 3.0, "val_loss": 2.5}
@@ -112,8 +112,8 @@ def test_a_pending_version_is_invisible(catalog: Catalog) -> None:
 def test_parent_is_the_tip_at_commit_so_two_trainers_interleave(catalog: Catalog) -> None:
     for uid in ("a", "b"):
         begin_save(catalog, make_draft(uid))
-    assert commit_save(catalog, "b", make_content("b", {"w": "b"})).parent is None
-    second = commit_save(catalog, "a", make_content("a", {"w": "a"}))
+    assert commit_save(catalog, "b", make_content("b", {"w": "b"})).value.parent is None
+    second = commit_save(catalog, "a", make_content("a", {"w": "a"})).value
     assert (second.number, second.parent) == (2, 1)
     assert list_refs(catalog) == [RefRecord("main", "branch", 2)]
     assert [(o.old, o.new) for o in list_operations(catalog, limit=1)] == [(1, 2)]
@@ -285,7 +285,9 @@ def test_condemned_packs_are_never_reused(catalog: Catalog, save: Save) -> None:
     with pytest.raises(ConflictError, match="Save again"):
         commit_save(catalog, "chunks", make_content("chunks", {"w": "other"}, tensors=[tensor]))
     # A second save writes the bytes again, perhaps with another codec; the content is equal.
-    version = commit_save(catalog, "again", make_content("again", {"w": "same"}, codec="zstd"))
+    version = commit_save(
+        catalog, "again", make_content("again", {"w": "same"}, codec="zstd")
+    ).value
     (entry,) = load_entries(catalog, version.number, ["w"])
     assert entry.tensor is not None
     assert entry.tensor.codec == "zstd"
@@ -305,7 +307,7 @@ def test_deleted_content_is_a_conflict(catalog: Catalog) -> None:
     assert list_log(catalog) == []
     assert find_tensors(catalog, [digest_of("unknown")]) == {}
     assert query_rows(catalog, "SELECT count(*) AS n FROM pack", {})[0].n == 0
-    assert commit_save(catalog, "u", make_content("u", {"w": "fine"})).number == 1
+    assert commit_save(catalog, "u", make_content("u", {"w": "fine"})).value.number == 1
 
 
 def test_content_with_another_grid_is_found_by_its_alias(catalog: Catalog) -> None:

@@ -53,7 +53,7 @@ def save_version(
             ranks=2,
         ),
     )
-    return commit_save(catalog, uid, _content(uid, index, step))
+    return commit_save(catalog, uid, _content(uid, index, step)).value
 
 
 def save_example(catalog: Catalog) -> None:

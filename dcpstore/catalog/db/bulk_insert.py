@@ -13,7 +13,8 @@ from itertools import chain, islice
 from typing import Any
 
 from sqlalchemy import Connection, LargeBinary, Table
-from sqlalchemy.exc import DBAPIError
+
+from dcpstore.catalog.db.db_errors import driver_errors
 
 __all__ = ["insert_new", "insert_rows"]
 
@@ -112,18 +113,11 @@ def _insert(connection: Connection, statement: str, rows: Sequence[Row]) -> None
 
 def _copy(connection: Connection, statement: str, rows: Iterable[Row]) -> None:
     """Send rows by one COPY, which SQLAlchemy does not support: so its errors are made here."""
-    dialect = connection.dialect
     driver: Any = connection.connection.driver_connection
-    assert dialect.loaded_dbapi is not None, "there is a connection"
-    kind: Any = dialect.loaded_dbapi.Error
-    try:
-        with driver.cursor() as cursor, cursor.copy(statement) as copy:
-            for row in rows:
-                copy.write_row(row)
-    except kind as error:
-        is_lost = dialect.is_disconnect(error, driver, None)
-        if is_lost:
-            connection.invalidate(error)  # so that the pool does not lend it again
-        raise DBAPIError.instance(
-            statement, None, error, kind, connection_invalidated=is_lost, dialect=dialect
-        ) from error
+    with (
+        driver_errors(connection, statement),
+        driver.cursor() as cursor,
+        cursor.copy(statement) as copy,
+    ):
+        for row in rows:
+            copy.write_row(row)

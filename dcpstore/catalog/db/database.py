@@ -33,6 +33,7 @@ from dcpstore.catalog.db.db_errors import (
     translate,
 )
 from dcpstore.catalog.db.sqlite_file import is_at_rest, open_file
+from dcpstore.catalog.db.together import TOGETHER
 from dcpstore.catalog.db.url import keep_to_process, parse_url, server_engine
 from dcpstore.catalog.db.write_queue import WriteQueue
 from dcpstore.core.reentry import changing
@@ -142,7 +143,11 @@ class Database:
         """
 
         def on_statement(connection: Connection, cursor: object, text: str, *_: object) -> None:
-            report(text)
+            together = connection.info.get(TOGETHER)
+            if together is None:
+                report(text)
+            elif report is self._reports[0]:  # `report` of this database reports them to all
+                together.append(text)
 
         def on_commit(connection: Connection) -> None:
             if connection.get_execution_options().get(_BEGIN):
@@ -159,7 +164,7 @@ class Database:
             self._reports.remove(report)
 
     def report(self, statement: str) -> None:
-        """Report a statement that goes to the driver without SQLAlchemy."""
+        """Report a statement to all traces; SQLAlchemy does not see it, or only parts of it."""
         for report in tuple(self._reports):  # a copy, because another thread may end its trace
             report(statement)
 
@@ -186,6 +191,7 @@ class Database:
         *,
         writes: bool,
         one: bool = False,
+        lock: str = "",
         if_unknown: Callable[[], tuple[T] | None] = lambda: None,
     ) -> T:
         """Run a transaction, with retries, until it succeeds or fails for good; return its result.
@@ -194,6 +200,7 @@ class Database:
             call: does the work and returns the result; it must change nothing but the database.
             writes: whether it may change the database.
             one: whether it is one statement, which is sent without BEGIN and COMMIT.
+            lock: SQL that is sent together with BEGIN to a server.
             if_unknown: called if the answer to the commit was lost; returns the result in a tuple,
                 or None if the transaction may be run again.
         """
@@ -201,7 +208,7 @@ class Database:
         while True:
             is_committing = False
             try:
-                with self._connected(writes=writes, one=one) as connection:
+                with self._connected(writes=writes, one=one, lock=lock) as connection:
                     is_committing = writes and one
                     result = call(connection)
                     is_committing = writes
@@ -328,7 +335,9 @@ class Database:
             ) from error
 
     @contextmanager
-    def _connected(self, *, writes: bool, one: bool = False) -> Iterator[Connection]:
+    def _connected(
+        self, *, writes: bool, one: bool = False, lock: str = ""
+    ) -> Iterator[Connection]:
         """Yield a connection in a transaction; errors are those of the database."""
         with ExitStack() as stack:
             if writes:
@@ -338,15 +347,8 @@ class Database:
             stack.enter_context(self.keep_connection())
             connection = stack.enter_context(self._connect(self._engine))
             self._was_connected = True
-            connection.execution_options(
-                **{
-                    _BEGIN: ""
-                    if one
-                    else self._begin_writing()
-                    if writes
-                    else self._begin_reading()
-                }
-            )
+            begin = self._begin_writing(lock) if writes else self._begin_reading()
+            connection.execution_options(**{_BEGIN: "" if one else begin, TOGETHER: self.report})
             with connection.begin():
                 yield connection
 
@@ -354,7 +356,7 @@ class Database:
         # So that all queries of the transaction see the same snapshot.
         return "BEGIN" if self.is_sqlite else "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 
-    def _begin_writing(self) -> str:
+    def _begin_writing(self, lock: str) -> str:
         """Return the statements that begin a transaction that writes.
 
         On a server it waits for a lock as long as on SQLite. If it is idle for ten minutes, it is
@@ -362,10 +364,11 @@ class Database:
         """
         if self.is_sqlite:
             return "BEGIN IMMEDIATE"
-        return (
+        begin = (
             f"BEGIN; SET LOCAL lock_timeout = {self._busy_seconds * 1000:.0f}; "
             "SET LOCAL idle_in_transaction_session_timeout = 600000"
         )
+        return f"{begin}; {lock}" if lock else begin
 
 
 def _begin(connection: Connection) -> None:

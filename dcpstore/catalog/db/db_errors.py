@@ -10,8 +10,12 @@ import os
 import random
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
 
 from dcpstore.catalog.db.sqlite_file import CATALOG_FILE
@@ -24,7 +28,14 @@ from dcpstore.errors import (
     SchemaError,
 )
 
-__all__ = ["Backoff", "UnknownOutcomeError", "is_lost", "is_transient", "translate"]
+__all__ = [
+    "Backoff",
+    "UnknownOutcomeError",
+    "driver_errors",
+    "is_lost",
+    "is_transient",
+    "translate",
+]
 
 _LONGEST_PAUSE = 5.0  # seconds between two attempts
 
@@ -161,6 +172,24 @@ class Backoff:
         time.sleep(pause)
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         return True
+
+
+@contextmanager
+def driver_errors(connection: Connection, statement: str | None = None) -> Iterator[None]:
+    """Raise the errors of the driver of a server as SQLAlchemy does, where it is passed by."""
+    dialect = connection.dialect
+    driver: Any = connection.connection.driver_connection
+    assert dialect.loaded_dbapi is not None, "there is a connection"
+    kind: Any = dialect.loaded_dbapi.Error
+    try:
+        yield
+    except kind as error:
+        lost = dialect.is_disconnect(error, driver, None)
+        if lost:
+            connection.invalidate(error)  # so that the pool does not lend it again
+        raise DBAPIError.instance(
+            statement, None, error, kind, connection_invalidated=lost, dialect=dialect
+        ) from error
 
 
 def is_lost(error: DBAPIError) -> bool:

@@ -67,13 +67,17 @@ class _Decorator(Protocol):
 
 
 @overload
-def writes(*, idempotent: bool = ..., once: bool = ...) -> _Decorator: ...
+def writes(*, idempotent: bool = ..., once: bool = ..., lock: str = ...) -> _Decorator: ...
 @overload
 def writes(
-    *, find: Callable[Concatenate[Connection, P], T | None]
+    *, find: Callable[Concatenate[Connection, P], T | None], once: bool = ...
 ) -> Callable[[_Statements[P, T]], _OnCatalog[P, T]]: ...
 def writes(
-    *, idempotent: bool = False, once: bool = False, find: Callable[..., Any] | None = None
+    *,
+    idempotent: bool = False,
+    once: bool = False,
+    lock: str = "",
+    find: Callable[..., Any] | None = None,
 ) -> Any:
     """Make a function one write transaction, which commits whole or leaves nothing.
 
@@ -86,7 +90,9 @@ def writes(
       must wait for the lost transaction, by a row that the latter had locked. It returns the
       result, or None if the transaction was rolled back: then the function is run again.
 
-    With `once`, the function is one statement at most, and idempotent.
+    With `once`, the function is one statement at most. `lock` is SQL that locks rows on a server,
+    where it is sent together with BEGIN; on SQLite the whole database is locked anyway. If the
+    function is called in the transaction of a caller, that one holds the lock.
     """
 
     def decorate(function: _Statements[P, T]) -> _OnCatalog[P, T]:
@@ -98,7 +104,7 @@ def writes(
 
             # Called only after the answer to the commit was lost.
             def outcome() -> tuple[T] | None:
-                if find is None and not (idempotent or once):
+                if find is None and not idempotent:
                     raise UnknownOutcomeError
                 if find is None:
                     return None
@@ -111,6 +117,7 @@ def writes(
                 lambda connection: function(connection, *args, **kwargs),
                 writes=True,
                 one=once,
+                lock=lock,
                 if_unknown=outcome,
             )
 

@@ -3,13 +3,14 @@
 An operation describes itself: it names versions by uid and number, and if it created a version or
 changed its facts, it holds the whole row. `restore` reads it back. Every change of the repository
 calls `write_journal` afterwards. Operations that an earlier crash left unwritten are written first,
-so there are no gaps. If two processes write one operation, they write the same bytes.
+so there are no gaps. If two processes write one operation, they write the same bytes, whether they
+read the operation from the catalog or have just made it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from functools import wraps
@@ -19,10 +20,16 @@ from sqlalchemy import Connection, select, update
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.db.key_lists import wanted_ids
-from dcpstore.catalog.db.transactions import reads, writes
+from dcpstore.catalog.db.transactions import reads, reads_once, writes
 from dcpstore.catalog.read.versions import INFO, STATS, metrics_of, names_of
 from dcpstore.catalog.schema import tables
-from dcpstore.catalog.write.operations import list_operations
+from dcpstore.catalog.write.operations import (
+    Change,
+    Recorded,
+    as_entry,
+    list_operations,
+    made_version,
+)
 from dcpstore.core.reentry import changing
 from dcpstore.errors import CorruptionError, DcpstoreError, NotFoundError
 from dcpstore.formats.journal_entry import (
@@ -32,7 +39,6 @@ from dcpstore.formats.journal_entry import (
     operation_key,
     operation_number,
 )
-from dcpstore.formats.version import encode_facts
 from dcpstore.records import VersionInfo, VersionStats
 from dcpstore.storage.interface import Storage
 
@@ -47,6 +53,7 @@ __all__ = [
     "journaled",
     "last_journaled",
     "mark_journaled",
+    "recorded",
     "unjournaled",
     "write_journal",
 ]
@@ -94,27 +101,25 @@ def unjournaled(connection: Connection) -> list[Json]:
     if not rows:
         return []
     named = {found for row in rows for found in (row.old, row.new) if found is not None}
-    made = {row.new for row in rows if row.new is not None and kind_of(row.kind).describes}
+    describes = {row.number: kind_of(row.kind).describes for row in rows}
+    made = {row.new for row in rows if row.new is not None and describes[row.number]}
     versions = names_of(connection, named)
     facts = _versions_as_json(connection, made)
     return [
-        {
-            "operation": row.number,
-            "kind": row.kind,
-            "target": row.target,
-            "old": versions.get(row.old),
-            "new": versions.get(row.new),
-            "author": row.author,
-            "created_at": row.created_at.isoformat(),
-            "detail": row.detail,
-        }
-        | ({"version": facts[row.new]} if row.new in facts else {})
+        as_entry(
+            row.number,
+            Change(row.kind, row.target, row.old, row.new, row.detail),
+            versions,
+            author=row.author,
+            at=row.created_at,
+        )
+        | ({"version": facts[row.new]} if row.new in facts and describes[row.number] else {})
         | ({"repository": _repository_as_json(connection)} if row.kind == "init" else {})
         for row in rows
     ]
 
 
-@writes(idempotent=True)
+@writes(idempotent=True, once=True)
 def mark_journaled(connection: Connection, number: int) -> None:
     """Note that every operation up to `number` is durable in the data folder."""
     written = tables.repository.c.last_journaled
@@ -123,13 +128,13 @@ def mark_journaled(connection: Connection, number: int) -> None:
     )
 
 
-@reads
+@reads_once
 def last_journaled(connection: Connection) -> int:
     """Return the number of the last operation that is known to be in the data folder."""
     return int(connection.execute(select(tables.repository.c.last_journaled)).scalar_one())
 
 
-@writes(idempotent=True)
+@writes(idempotent=True, once=True)
 def journal_again(connection: Connection, number: int) -> None:
     """Note that the operations from `number` on must be written again."""
     written = tables.repository.c.last_journaled
@@ -160,9 +165,9 @@ def _versions_as_json(connection: Connection, ids: set[int]) -> dict[int, Json]:
     metrics = metrics_of(connection, wanted)
     packs: dict[int, list[tuple[str, int]]] = {}
     for row in connection.execute(
-        select(pack.c.version, pack.c.key, pack.c.nbytes)
-        .where(pack.c.version.in_(wanted), pack.c.planned_at.is_(None))
-        .order_by(pack.c.id)
+        select(pack.c.version, pack.c.key, pack.c.nbytes).where(
+            pack.c.version.in_(wanted), pack.c.planned_at.is_(None)
+        )
     ):
         packs.setdefault(row.version, []).append((row.key, row.nbytes))
     rows = connection.execute(
@@ -171,18 +176,14 @@ def _versions_as_json(connection: Connection, ids: set[int]) -> dict[int, Json]:
         .where(version.c.id.in_(wanted))
     ).mappings()
     return {
-        row["id"]: {
-            **encode_facts(
-                VersionInfo(
-                    **{name: row[name] for name in INFO}, metrics=metrics.get(row["id"], {})
-                ),
-                VersionStats(**{name: row[name] for name in STATS}),
-            ),
-            "number": row["number"],
-            "parent": row["parent_uid"],
-            "started_at": row["started_at"].isoformat(),
-            "packs": packs.get(row["id"], []),
-        }
+        row["id"]: made_version(
+            VersionInfo(**{name: row[name] for name in INFO}, metrics=metrics.get(row["id"], {})),
+            VersionStats(**{name: row[name] for name in STATS}),
+            number=row["number"],
+            parent=row["parent_uid"],
+            started_at=row["started_at"],
+            packs=packs.get(row["id"], []),
+        )
         for row in rows
     }
 
@@ -214,6 +215,14 @@ def journaled(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R,
         return result
 
     return run
+
+
+def recorded(repository: Journaled, change: Callable[[], Recorded[T]]) -> T:
+    """Make a change that returns what it recorded, write the journal, and return its result."""
+    with changing_repository(repository.catalog), repository.catalog.keep_connection():
+        made = change()
+        write_journal(repository.catalog, repository.storage, made)
+        return made.value
 
 
 def changing_repository(catalog: Catalog) -> AbstractContextManager[None]:
@@ -260,20 +269,25 @@ def check_owner(catalog: Catalog, storage: Storage) -> None:
         )
 
 
-def write_journal(catalog: Catalog, storage: Storage) -> bool:
+def write_journal(catalog: Catalog, storage: Storage, made: Recorded[Any] | None = None) -> bool:
     """Write the operations that the data folder lacks; return whether it has all of them now.
 
-    A failure is logged, not raised: the change itself is committed, and the next change writes the
-    missing operations.
+    If `made` were recorded right after those that it has, they are written, and the catalog is not
+    asked. A failure is logged, not raised: the change itself is committed, and the next change
+    writes the missing operations.
     """
     try:
-        while operations := unjournaled(catalog):
+        if made is not None and made.are_next:
+            _write(catalog, storage, made.entries)
+            return True
+        is_full = True
+        while is_full:
+            operations = unjournaled(catalog)
             # Only a new catalog can meet the journal of another repository.
-            if operations[0]["kind"] == "init":
+            if operations and operations[0]["kind"] == "init":
                 check_owner(catalog, storage)
-            for entry in operations:
-                storage.put(operation_key(entry["operation"]), encode_operation(entry))
-            mark_journaled(catalog, operations[-1]["operation"])
+            _write(catalog, storage, operations)
+            is_full = len(operations) == JOURNAL_BATCH
     except DcpstoreError as error:
         _log.warning(
             "an operation is not in the journal of %s yet (%s); the next change writes it",
@@ -282,6 +296,13 @@ def write_journal(catalog: Catalog, storage: Storage) -> bool:
         )
         return False
     return True
+
+
+def _write(catalog: Catalog, storage: Storage, entries: Sequence[Json]) -> None:
+    for entry in entries:
+        storage.put(operation_key(entry["operation"]), encode_operation(entry))
+    if entries:
+        mark_journaled(catalog, entries[-1]["operation"])
 
 
 def _is_own_journal(catalog: Catalog, storage: Storage) -> bool | None:

@@ -6,16 +6,17 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import Connection, Select, case, exists, select, union_all
+from sqlalchemy import Connection, ScalarSelect, Select, case, exists, select, union_all
 
 from dcpstore.catalog.db.key_lists import wanted_names
-from dcpstore.catalog.db.transactions import reads
+from dcpstore.catalog.db.transactions import OpenCatalog, reads, reads_once
 from dcpstore.catalog.read.known_names import refs_like
 from dcpstore.catalog.read.versions import (
     ancestor_at,
     ancestors_at,
     depth_of,
     expired_error,
+    find_version,
     id_of_number,
     is_visible,
     load_version,
@@ -32,6 +33,7 @@ __all__ = [
     "RefRow",
     "find_ref",
     "find_refs",
+    "id_of_ref",
     "list_refs",
     "refs_of",
     "resolve",
@@ -53,20 +55,55 @@ class RefRow(NamedTuple):
     number: int
 
 
-@reads
-def resolve(connection: Connection, ref: RefLike | SentRef | None) -> Version:
+def resolve(on: Connection | OpenCatalog, ref: RefLike | SentRef | None) -> Version:
     """Return the version that `ref` means; None is the tip of the default branch.
 
-    A `Version` is found by its uid, because its number is that of another version elsewhere.
+    A `Version` is found by its uid, because its number is that of another version elsewhere. A ref
+    that is the name or number of a version, or a `Version`, is found by one query.
 
     Raises:
         InvalidInputError: `ref` breaks the grammar.
         NotFoundError: there is no such version, name or uid, or it has too few ancestors; or `ref`
             is a `Version` of another repository.
     """
+    key = id_of_ref(ref)
+    found = None if key is None else find_version(on, key)
+    return _search(on, ref) if found is None else found
+
+
+def id_of_ref(ref: RefLike | SentRef | None) -> ScalarSelect[int] | None:
+    """Return a query of the id of the version that a ref means; None if it takes several queries.
+
+    It finds nothing for a name or number that may be the first digits of a uid, and finds expired
+    versions too: then `resolve` says what the ref means, or what is wrong with it.
+
+    Raises:
+        InvalidInputError: `ref` breaks the grammar.
+    """
+    version, names = tables.version, tables.ref
+    if isinstance(ref, Version | VersionRef):
+        by_uid = version.c.uid == ref.uid, version.c.number.is_not(None)
+        return select(version.c.id).where(*by_uid).scalar_subquery()
+    parsed = _parsed(ref)
+    if parsed.up or parsed.step is not None:
+        return None
+    if parsed.name is not None:
+        return select(names.c.version).where(names.c.name == parsed.name).scalar_subquery()
+    if parsed.number is not None:
+        return select(version.c.id).where(version.c.number == parsed.number).scalar_subquery()
+    return None
+
+
+def _parsed(ref: RefLike | None) -> Ref:
+    return Ref(name=DEFAULT_BRANCH) if ref is None else parse_ref(ref)
+
+
+@reads
+def _search(connection: Connection, ref: RefLike | SentRef | None) -> Version:
+    """Return the version that a ref means, or raise the error that says why there is none."""
     if isinstance(ref, Version | VersionRef):
         return load_version(connection, _id_of_version(connection, ref))
-    parsed = Ref(name=DEFAULT_BRANCH) if ref is None else parse_ref(ref)
+    parsed = _parsed(ref)
     found = _start(connection, parsed)
     if parsed.up:
         found = _up(connection, found, parsed)
@@ -81,7 +118,7 @@ def resolve(connection: Connection, ref: RefLike | SentRef | None) -> Version:
     return load_version(connection, found)
 
 
-@reads
+@reads_once
 def find_refs(connection: Connection, names: Collection[str]) -> dict[str, RefRow]:
     """Return the branches and tags of these names, by name.
 
@@ -111,7 +148,7 @@ def find_ref(connection: Connection, name: str, kind: RefKind) -> RefRow:
     raise NotFoundError.near(kind, name, known, f"See 'dcpstore {kind}' for all of them.")
 
 
-@reads
+@reads_once
 def list_refs(connection: Connection, kind: RefKind | None = None) -> list[RefRecord]:
     """Return all branches and tags, or those of one kind, sorted by name."""
     query = _rows().order_by(tables.ref.c.name)

@@ -11,13 +11,28 @@ Source: Myers, "An applicative random-access stack", Information Processing Lett
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import datetime
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-from sqlalchemy import CTE, BigInteger, ColumnElement, Connection, Select, case, cast, select
+from sqlalchemy import (
+    CTE,
+    BigInteger,
+    ColumnElement,
+    Connection,
+    ScalarSelect,
+    Select,
+    case,
+    cast,
+    literal,
+    select,
+    true,
+    union_all,
+)
 
 from dcpstore.catalog.db.key_lists import wanted_ids
+from dcpstore.catalog.db.transactions import reads, reads_once
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.schema.tables import columns_of
 from dcpstore.errors import NotFoundError
@@ -26,15 +41,19 @@ from dcpstore.records import Version, VersionInfo, VersionStats
 __all__ = [
     "INFO",
     "STATS",
+    "WITHOUT_PARENT",
+    "Lineage",
     "ancestor_at",
     "ancestors",
     "ancestors_at",
     "depth_of",
     "expired_error",
+    "find_version",
     "id_of_number",
     "is_ancestor",
     "is_visible",
     "lineage_below",
+    "lineages",
     "load_version",
     "load_versions",
     "metrics_of",
@@ -44,6 +63,7 @@ __all__ = [
 _version = tables.version
 _parent = tables.version.alias("parent_version")
 INFO, STATS = columns_of(VersionInfo), columns_of(VersionStats)
+_FACTS = [_version.c[name] for name in (*INFO, *STATS)]  # not other columns, which can be long
 
 
 def load_versions(
@@ -62,7 +82,7 @@ def load_versions(
             _version.c.id,
             _version.c.number,
             _parent.c.number.label("parent"),
-            *(_version.c[name] for name in (*INFO, *STATS)),  # not others, which can be long
+            *_FACTS,
         )
         .select_from(_version)
         .outerjoin(_parent, _parent.c.id == _version.c.parent)
@@ -95,9 +115,44 @@ def load_versions(
     ]
 
 
+@reads_once
+def find_version(connection: Connection, key: int | ScalarSelect[int]) -> Version | None:
+    """Return the version of an id, or of the id that a query finds; None if it is not visible.
+
+    One query: each tag and metric is a row, which repeats the facts of the version.
+    """
+    ref, metric = tables.ref, tables.metric
+    # With the key in each part, both databases use their indexes.
+    no_value = literal(None, tables.Metric()).label("value")
+    tag = select(ref.c.name, no_value, literal(True).label("is_tag"))
+    number = select(metric.c.name, metric.c.value, literal(False))
+    extras = union_all(
+        tag.where(ref.c.version == key, ref.c.kind == "tag"), number.where(metric.c.version == key)
+    ).subquery("extra")
+    rows = connection.execute(
+        select(_version.c.number, _parent.c.number.label("parent"), *_FACTS, extras)
+        .select_from(_version)
+        .outerjoin(_parent, _parent.c.id == _version.c.parent)
+        .outerjoin(extras, true())
+        .where(_version.c.id == key, is_visible())
+        .order_by(extras.c.name)
+    ).all()
+    if not rows:
+        return None
+    held, parent, *facts = rows[0][: 2 + len(_FACTS)]
+    return Version(
+        number=held,
+        parent=parent,
+        tags=tuple(row.name for row in rows if row.is_tag),
+        metrics={row.name: row.value for row in rows if row.is_tag is False},
+        **dict(zip((*INFO, *STATS), facts, strict=True)),
+    )
+
+
 def load_version(connection: Connection, version: int) -> Version:
     """Return the version of an id, which is committed and not expired."""
-    (found,) = load_versions(connection, select(_version.c.id).where(_version.c.id == version))
+    found = find_version(connection, version)
+    assert found is not None, "the version is visible"
     return found
 
 
@@ -122,6 +177,7 @@ def names_of(connection: Connection, ids: Collection[int]) -> dict[int | None, d
     return {row.id: {"uid": row.uid, "version": row.number} for row in rows}
 
 
+@reads
 def id_of_number(connection: Connection, number: int) -> int:
     """Return the id of a committed version.
 
@@ -181,24 +237,59 @@ def ancestors(start: int, *, most: int | None = None) -> CTE:
     return up.union_all(step)
 
 
-def lineage_below(connection: Connection, parent: int | None) -> dict[str, int | None]:
-    """Return the columns `depth` and `jump` of a version whose parent has the id `parent`."""
-    if parent is None:
-        return {"depth": 0, "jump": None}
+class Lineage(NamedTuple):
+    """A version, and what the lineage of a child of it is computed from.
+
+    `above` and `further` are the depths of its jump, and of the jump of that one, which is
+    `target`.
+    """
+
+    id: int
+    uid: str
+    number: int | None
+    depth: int
+    above: int | None
+    further: int | None
+    target: int | None
+
+    @property
+    def below(self) -> dict[str, int | None]:
+        """The columns `depth` and `jump` of a child."""
+        equally_long = (
+            self.target is not None
+            and self.above is not None
+            and self.further is not None
+            and self.depth - self.above == self.above - self.further
+        )
+        return {"depth": self.depth + 1, "jump": self.target if equally_long else self.id}
+
+
+WITHOUT_PARENT: Mapping[str, int | None] = MappingProxyType({"depth": 0, "jump": None})
+
+
+def lineages() -> Select[Any]:
+    """Return a query of the columns of `Lineage` for all versions, to be narrowed."""
     above, further = _version.alias("above"), _version.alias("further")
-    row = connection.execute(
+    return (
         select(
+            _version.c.id,
+            _version.c.uid,
+            _version.c.number,
             _version.c.depth,
             above.c.depth.label("above"),
             further.c.depth.label("further"),
             further.c.id.label("target"),
         )
-        .outerjoin(above, above.c.id == _version.c.jump)
+        .outerjoin_from(_version, above, above.c.id == _version.c.jump)
         .outerjoin(further, further.c.id == above.c.jump)
-        .where(_version.c.id == parent)
-    ).one()
-    equally_long = row.target is not None and row.depth - row.above == row.above - row.further
-    return {"depth": row.depth + 1, "jump": row.target if equally_long else parent}
+    )
+
+
+def lineage_below(connection: Connection, parent: int | None) -> Mapping[str, int | None]:
+    """Return the columns `depth` and `jump` of a version whose parent has the id `parent`."""
+    if parent is None:
+        return WITHOUT_PARENT
+    return Lineage(*connection.execute(lineages().where(_version.c.id == parent)).one()).below
 
 
 def depth_of(connection: Connection, version: int) -> int:

@@ -26,8 +26,10 @@ __all__ = ["find_doomed_pages", "forget_pages", "home", "home_objects", "write_o
 _page, _node, _tensor = tables.page, tables.node, tables.tensor
 
 
-def write_objects(connection: Connection, version: int, objects: VersionObjects) -> None:
-    """Note the objects of the version of id `version`, whose tree and plan have been written.
+def write_objects(
+    connection: Connection, version: int, objects: VersionObjects, *, plan: int
+) -> None:
+    """Note the objects of a version, whose tree and plan have been written; both are given by id.
 
     Raises:
         ConflictError: what the manifest names is gone, or lies in the page of another save.
@@ -41,19 +43,12 @@ def write_objects(connection: Connection, version: int, objects: VersionObjects)
         ]
         pages = dict(connection.execute(new, rows).all())
     home(connection, pages, nodes=objects.nodes, runs=objects.runs)
-    if (plan := pages.get(objects.plan)) is not None:
-        table = tables.plan
-        held = select(tables.version.c.plan).where(tables.version.c.id == version)
-        connection.execute(
-            update(table)
-            .where(table.c.id == held.scalar_subquery(), table.c.page.is_(None))
-            .values(page=plan)
-        )
+    table = tables.plan
+    if (page := pages.get(objects.plan)) is not None:
+        is_new = table.c.id == plan, table.c.page.is_(None)
+        connection.execute(update(table).where(*is_new).values(page=page))
     found = connection.scalar(
-        select(_page.c.key)
-        .join(tables.plan, tables.plan.c.page == _page.c.id)
-        .join(tables.version, tables.version.c.plan == tables.plan.c.id)
-        .where(tables.version.c.id == version)
+        select(_page.c.key).join(table, table.c.page == _page.c.id).where(table.c.id == plan)
     )
     if (
         found != objects.plan
@@ -98,7 +93,9 @@ def home_objects(connection: Connection, number: int, objects: VersionObjects) -
         NotFoundError: there is no such version any more.
     """
     lock_repository(connection)
-    write_objects(connection, id_of_number(connection, number), objects)
+    version = id_of_number(connection, number)
+    held = select(tables.version.c.plan).where(tables.version.c.id == version)
+    write_objects(connection, version, objects, plan=connection.execute(held).scalar_one())
 
 
 @reads

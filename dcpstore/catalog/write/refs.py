@@ -7,34 +7,45 @@ in the transaction of a save.
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, delete, insert, update
+from collections.abc import Iterator
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
 
 from dcpstore.catalog.db.transactions import writes
-from dcpstore.catalog.read.ref_lookup import RefKind, RefRow, find_ref, find_refs, resolve
+from dcpstore.catalog.read.ref_lookup import RefKind, RefRow, find_ref, id_of_ref, resolve
 from dcpstore.catalog.read.versions import id_of_number, is_ancestor
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import check_text
-from dcpstore.catalog.write.operations import Change, lock_repository, record
+from dcpstore.catalog.write.operations import (
+    LOCK,
+    Change,
+    Recorded,
+    insert_operations,
+    lock_repository,
+    raise_counters,
+    record,
+)
 from dcpstore.core.syntax import check_name
 from dcpstore.errors import AlreadyExistsError, ConflictError, InvalidInputError
 from dcpstore.records import RefLike, RefRecord
 
 __all__ = ["delete_ref", "make_ref", "roll_back", "taken_error"]
 
-_ref = tables.ref
+_ref, _version = tables.ref, tables.version
 
 
-@writes()
+@writes(lock=LOCK)
 def make_ref(
     connection: Connection,
     name: str,
     kind: RefKind,
     *,
-    version: int,
+    version: RefLike | None,
     author: str,
     move: bool = False,
-) -> RefRecord:
-    """Create a branch or tag for the version of number `version`; recorded as an operation.
+) -> Recorded[RefRecord]:
+    """Create a branch or tag for the version that a ref means; recorded as an operation.
 
     With `move`, an existing ref of this name and kind is moved; if it is at that version already,
     nothing is recorded.
@@ -46,21 +57,47 @@ def make_ref(
     """
     check_name(name, kind=kind)
     check_text(author, what="author")
-    # Before the first read, so that the ref is still the same when it is written.
-    lock_repository(connection)
-    target = id_of_number(connection, version)
-    before = find_refs(connection, [name]).get(name)
-    if before is None:
-        connection.execute(insert(_ref).values(name=name, kind=kind, version=target))
-    elif not move or before.kind != kind:
+    key = id_of_ref(version)
+    if key is None:
+        version = resolve(connection, version)
+        key = id_of_ref(version)
+    assert key is not None, "a version is found by its uid"
+    named = select(_ref.c.version).where(_ref.c.name == name).scalar_subquery()
+    row = raise_counters(
+        connection,
+        *_columns_of(key, "target"),
+        *_columns_of(named, "before"),
+        select(_ref.c.kind).where(_ref.c.name == name).scalar_subquery().label("before_kind"),
+        operations=1,
+    )
+    if row.target_number is None or row.target_expired_at is not None:
+        found = resolve(connection, version)  # by the first digits of its uid, or it raises
+        raise_counters(connection, operations=-1)
+        return make_ref(connection, name, kind, version=found, author=author, move=move)
+    made = RefRecord(name, kind, row.target_number)
+    if row.before_id is None:
+        connection.execute(insert(_ref).values(name=name, kind=kind, version=row.target_id))
+    elif not move or row.before_kind != kind:
+        before = RefRow(name, row.before_kind, row.before_id, row.before_number)
         raise taken_error(before, wanted=kind)
-    elif before.id == target:
-        return RefRecord(name, kind, version)
+    elif row.before_id == row.target_id:
+        raise_counters(connection, operations=-1)
+        return Recorded(made)
     else:
-        connection.execute(update(_ref).where(_ref.c.name == name).values(version=target))
-    change = Change(kind, name, None if before is None else before.id, target)
-    record(connection, change, author=author)
-    return RefRecord(name, kind, version)
+        connection.execute(update(_ref).where(_ref.c.name == name).values(version=row.target_id))
+    names = {
+        row.before_id: {"uid": row.before_uid, "version": row.before_number},
+        row.target_id: {"uid": row.target_uid, "version": row.target_number},
+    }
+    change = Change(kind, name, row.before_id, row.target_id)
+    return insert_operations(connection, row, [change], names, author=author, value=made)
+
+
+def _columns_of(key: ColumnElement[int], prefix: str) -> Iterator[ColumnElement[Any]]:
+    """Yield queries of facts of the version whose id is `key`, as columns of another statement."""
+    for column in (_version.c.id, _version.c.uid, _version.c.number, _version.c.expired_at):
+        one = select(column).where(_version.c.id == key).scalar_subquery()
+        yield one.label(f"{prefix}_{column.name}")
 
 
 def taken_error(existing: RefRow, *, wanted: RefKind) -> AlreadyExistsError:

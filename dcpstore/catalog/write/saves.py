@@ -1,8 +1,22 @@
 """The life of a version: begun as pending, then committed in one transaction, or aborted.
 
-A pending version has no number and no ref, so nobody sees it (invariant 3). Its number, its parent,
-the new tip of the branch and its tags are decided while every other mutation waits. A copy from
+A pending version has no number and no ref, so nobody sees it (invariant 3). The transaction that
+commits it first writes its content, beside those of other saves. Only then does it lock the
+repository, and while every other mutation waits it decides the number, the parent, the new tip of
+the branch and the tags. So the time under the lock does not grow with the version. A copy from
 another repository keeps its uid, gets a new number, and moves no ref.
+
+Invariant 5 (nothing that a version needs is deleted) holds without the lock, for what the content
+is written beside is checked under it:
+
+- Rows that the transaction has written are seen by nobody until it commits. If it fails, they are
+  gone, so gc has nothing to clear.
+- A row to which they refer by a foreign key cannot be deleted until then, on a server by its row
+  locks, in a file because there is one writer.
+- Gc condemns packs and moves chunks in transactions that record an operation. If there is one
+  between the begin of the content and the lock, the content is written again under the lock.
+- If another save wrote the same content at the same moment, the database refuses the second row,
+  and again it is written under the lock.
 
 A thread of the coordinator renews the lease of a running save as a heartbeat. Garbage collection
 treats a save as crashed if it was silent for the length of its lease, and deletes what it wrote.
@@ -13,23 +27,38 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy import (
+    Connection,
+    Row,
+    cast,
+    delete,
+    exists,
+    insert,
+    literal,
+    select,
+    union_all,
+    update,
+)
+from sqlalchemy.exc import IntegrityError
 
 from dcpstore.catalog.db.key_lists import wanted_names
-from dcpstore.catalog.db.transactions import reads, writes
+from dcpstore.catalog.db.together import sent_together
+from dcpstore.catalog.db.transactions import OpenCatalog, reads, reads_once, writes
 from dcpstore.catalog.read.ref_lookup import RefRow, find_refs
 from dcpstore.catalog.read.versions import (
     INFO,
     STATS,
+    WITHOUT_PARENT,
+    Lineage,
     id_of_number,
     is_ancestor,
-    lineage_below,
+    lineages,
     load_version,
 )
 from dcpstore.catalog.schema import tables
@@ -37,11 +66,29 @@ from dcpstore.catalog.validation import can_be_kept, check_draft
 from dcpstore.catalog.write.annotations import insert_metrics
 from dcpstore.catalog.write.contents import write_content, write_plan
 from dcpstore.catalog.write.forget import loosen
-from dcpstore.catalog.write.operations import Change, lock_repository, record, take_version
+from dcpstore.catalog.write.operations import (
+    LOCK,
+    Change,
+    Names,
+    Recorded,
+    insert_operations,
+    lock_repository,
+    made_version,
+    raise_counters,
+    record,
+)
 from dcpstore.catalog.write.pages import write_objects
 from dcpstore.catalog.write.refs import taken_error
 from dcpstore.errors import ConflictError, DcpstoreError, NotFoundError
-from dcpstore.records import RankProgress, RunningSave, Version, VersionContent, VersionDraft
+from dcpstore.records import (
+    RankProgress,
+    RunningSave,
+    Version,
+    VersionContent,
+    VersionDraft,
+    VersionInfo,
+    VersionStats,
+)
 
 if TYPE_CHECKING:
     from dcpstore.catalog.catalog import Catalog
@@ -53,11 +100,8 @@ __all__ = [
     "begin_save",
     "commit_copy",
     "commit_save",
-    "find_begun",
     "find_committed",
-    "find_copied",
     "forget_progress",
-    "insert_pending",
     "kept_lease",
     "known_uids",
     "list_running",
@@ -70,6 +114,11 @@ _RENEW_EVERY = 10.0  # seconds; by default gc treats an hour of silence as a cra
 
 _version = tables.version
 _progress = tables.progress
+T = TypeVar("T")
+
+
+class _RacedError(ConflictError):
+    """Gc ran while the content of a version was written: write it again, under the lock."""
 
 
 @writes(idempotent=True)
@@ -155,15 +204,6 @@ def kept_lease(
         thread.join()
 
 
-def find_begun(connection: Connection, draft: VersionDraft) -> bool | None:
-    """Return True if the version of a draft is in the catalog, else None.
-
-    `@writes` asks this if the answer to a commit was lost; after None it runs the function again.
-    """
-    known = connection.scalar(select(_version.c.id).where(_version.c.uid == draft.uid))
-    return None if known is None else True
-
-
 def find_committed(connection: Connection, uid: str) -> Version | None:
     """Return the version of `uid` if it was committed, else None.
 
@@ -173,9 +213,11 @@ def find_committed(connection: Connection, uid: str) -> Version | None:
     return None if row.number is None else load_version(connection, row.id)
 
 
-@writes(find=find_begun)
-def begin_save(connection: Connection, draft: VersionDraft) -> bool:
-    """Insert a pending version; return True.
+def begin_save(on: Connection | OpenCatalog, draft: VersionDraft) -> int:
+    """Insert a pending version; return the number of its parent as of now, or 0 without one.
+
+    The refs are checked so that a save which cannot be committed fails early; the commit checks
+    them again.
 
     Raises:
         InvalidInputError: a name, step, metric or text is one that some database cannot store.
@@ -184,19 +226,35 @@ def begin_save(connection: Connection, draft: VersionDraft) -> bool:
         ConflictError: the branch's tip is not `draft.expect_tip`, or not `draft.parent`.
     """
     check_draft(draft)
-    parent = None if draft.parent is None else id_of_number(connection, draft.parent)
-    refs = _check_refs(connection, draft.branch, draft.tags)
-    _check_tip(refs, draft.branch, parent=parent, expect_tip=draft.expect_tip)
-    insert_pending(connection, draft, parent=parent)
-    return True
+    parent = None if draft.parent is None else id_of_number(on, draft.parent)
+    refs = find_refs(on, [draft.branch, *draft.tags])
+    _check_refs(refs, draft.branch, draft.tags)
+    tip = refs.get(draft.branch)
+    _check_tip(tip, draft.branch, parent=parent, expect_tip=draft.expect_tip)
+    _insert_pending(on, draft, parent)
+    return (draft.parent or 0) if tip is None else tip.number
 
 
-def insert_pending(connection: Connection, draft: VersionDraft, *, parent: int | None) -> None:
+def _insert_pending(on: Connection | OpenCatalog, draft: VersionDraft, parent: int | None) -> None:
+    insert_pending = _insert_measured if draft.metrics else _insert_plain
+    insert_pending(on, draft, parent)
+
+
+def find_begun(connection: Connection, draft: VersionDraft, parent: int | None) -> bool | None:
+    """Return True if the version of a draft is in the catalog, else None.
+
+    `@writes` asks this if the answer to a commit was lost; after None it runs the function again.
+    """
+    known = connection.scalar(select(_version.c.id).where(_version.c.uid == draft.uid))
+    return None if known is None else True
+
+
+@writes(find=find_begun, once=True)
+def _insert_plain(connection: Connection, draft: VersionDraft, parent: int | None) -> bool:
     """Insert a pending version whose draft was checked; `parent` is an id."""
     now = datetime.now(UTC)
-    pending = connection.execute(
-        insert(_version)
-        .values(
+    connection.execute(
+        insert(_version).values(
             **{name: getattr(draft, name) for name in INFO},
             status="pending",
             parent=parent,
@@ -205,13 +263,22 @@ def insert_pending(connection: Connection, draft: VersionDraft, *, parent: int |
             started_at=now,
             touched_at=now,
         )
-        .returning(_version.c.id)
-    ).scalar_one()
+    )
+    return True
+
+
+@writes(find=find_begun)
+def _insert_measured(connection: Connection, draft: VersionDraft, parent: int | None) -> bool:
+    """Insert a pending version with its metrics."""
+    _insert_plain(connection, draft, parent)
+    pending = connection.scalars(select(_version.c.id).where(_version.c.uid == draft.uid)).one()
     insert_metrics(connection, pending, draft.metrics)
+    return True
 
 
-@writes(find=lambda connection, uid, content: find_committed(connection, uid))
-def commit_save(connection: Connection, uid: str, content: VersionContent) -> Version:
+def commit_save(
+    on: Connection | OpenCatalog, uid: str, content: VersionContent
+) -> Recorded[Version]:
     """Make the version of `uid` visible with its entries, tensors and refs, in one transaction.
 
     Its packs and manifest must be durable already (invariant 2).
@@ -222,62 +289,264 @@ def commit_save(connection: Connection, uid: str, content: VersionContent) -> Ve
         AlreadyExistsError: a tag was taken meanwhile.
         NotFoundError: no save of this uid was begun.
     """
-    number = take_version(connection)
-    pending = _lock_save(connection, uid)
-    if pending.status != "pending":
-        raise _ended_error(pending)
-    tags: list[str] = pending.wanted_tags
-    refs = _check_refs(connection, pending.branch, tags)
-    _check_tip(refs, pending.branch, parent=pending.parent, expect_tip=pending.expect_tip)
-    tip = refs.get(pending.branch)
-    parent = pending.parent if tip is None else tip.id
-    _make_visible(connection, pending.id, content, number=number, parent=parent)
-    forget_progress(connection, pending.id)
-    _name(connection, pending, tip, tags, at=content.created_at)
-    return load_version(connection, pending.id)
+    return _content_first(lambda lock_first: _commit_save(on, uid, content, lock_first))
+
+
+def _content_first(commit: Callable[[bool], T]) -> T:
+    """Commit with the content before the lock, and if that was raced, in the other order."""
+    try:
+        return commit(False)
+    except ConflictError as error:
+        is_refused = isinstance(error.__cause__, IntegrityError)  # a row, by the database
+        if not isinstance(error, _RacedError) and not is_refused:
+            raise
+    return commit(True)
+
+
+def _find_saved(
+    connection: Connection, uid: str, content: VersionContent, lock_first: bool
+) -> Recorded[Version] | None:
+    found = find_committed(connection, uid)
+    return None if found is None else Recorded(found, are_next=False)
+
+
+@writes(find=_find_saved)
+def _commit_save(
+    connection: Connection, uid: str, content: VersionContent, lock_first: bool
+) -> Recorded[Version]:
+    pending = _begin_content(connection, uid, lock_first=lock_first)
+    written = _write_content(connection, pending, content)
+    changes = 1 + len(pending.wanted_tags)
+    counters = raise_counters(connection, versions=1, operations=changes)
+    _check_unraced(connection, pending, counters.last_operation - changes)
+    refs, lines = _look_up_line(connection, pending)
+    branch, tags = pending.info.branch, pending.wanted_tags
+    _check_refs(refs, branch, tags)
+    tip = refs.get(branch)
+    _check_tip(tip, branch, parent=pending.parent, expect_tip=pending.expect_tip)
+    parent = lines.get(pending.parent if tip is None else tip.id)
+    stats = _stats_of(content)
+    version = Version(
+        number=counters.last_version,
+        parent=None if parent is None else parent.number,
+        **_facts(pending.info) | {"tags": tuple(sorted(tags))},
+        **_facts(stats),
+    )
+    save = Change("save", branch, None if tip is None else tip.id, pending.id)
+    # Each tag operation stores the number of the save's operation, so that undoing the save also
+    # removes the tag.
+    detail = {"save": counters.last_operation - len(tags)}
+    tagged = [Change("tag", tag, None, pending.id, detail) for tag in tags]
+    names: dict[int | None, Any] = {
+        line.id: {"uid": line.uid, "version": line.number} for line in lines.values()
+    }
+    names[pending.id] = {"uid": uid, "version": version.number}
+    with sent_together(connection):
+        _make_visible(
+            connection, pending.id, content, written, number=version.number, parent=parent
+        )
+        _move_refs(connection, pending, is_new_branch=tip is None)
+        made = insert_operations(
+            connection,
+            counters,
+            [save, *tagged],
+            names,
+            author=pending.info.author,
+            at=stats.created_at,
+            value=version,
+        )
+    made.entries[0]["version"] = made_version(
+        pending.info,
+        stats,
+        number=version.number,
+        parent=None if parent is None else parent.uid,
+        started_at=pending.started_at,
+        packs=[(pack.key, pack.nbytes) for pack in content.packs],
+    )
+    return made
+
+
+class _Pending(NamedTuple):
+    """A pending version, as the transaction that commits it found it at its begin.
+
+    `parent` is an id, and `operation` the number of the last operation at that moment.
+    """
+
+    id: int
+    info: VersionInfo
+    wanted_tags: list[str]
+    parent: int | None
+    expect_tip: int | None
+    started_at: datetime
+    operation: int
+
+
+def _begin_content(connection: Connection, uid: str, *, lock_first: bool) -> _Pending:
+    """Return a save that is pending; nothing is locked, unless it shall be locked first.
+
+    Raises:
+        NotFoundError: no save of this uid was begun.
+        ConflictError: it has ended.
+    """
+    if lock_first:
+        lock_repository(connection)
+    metric = tables.metric
+    last_operation = select(tables.repository.c.last_operation).scalar_subquery()
+    rows = connection.execute(
+        select(_version, last_operation.label("operation"), metric.c.name, metric.c.value)
+        .outerjoin(metric, metric.c.version == _version.c.id)
+        .where(_version.c.uid == uid)
+        .order_by(metric.c.name)
+    ).all()
+    if not rows:
+        raise _not_begun(uid)
+    row = rows[0]
+    if row.status != "pending":
+        raise _ended_error(row)
+    metrics = {one.name: one.value for one in rows if one.name is not None}
+    info = VersionInfo(**{name: getattr(row, name) for name in INFO}, metrics=metrics)
+    return _Pending(
+        row.id, info, row.wanted_tags, row.parent, row.expect_tip, row.started_at, row.operation
+    )
+
+
+class _Written(NamedTuple):
+    """What the row of a version refers to, by id: its plan, and the root of its tree."""
+
+    plan: int
+    root: int
+
+
+def _write_content(connection: Connection, pending: _Pending, content: VersionContent) -> _Written:
+    """Write the content of a pending version, and nothing that others wait for.
+
+    Raises:
+        InvalidInputError: a database cannot store an FQN or a value.
+        ConflictError: a chunk that the save reuses is condemned or deleted.
+    """
+    plan = write_plan(connection, content.plan)
+    root = write_content(connection, pending.id, content)
+    if content.objects is not None:
+        write_objects(connection, pending.id, content.objects, plan=plan)
+    return _Written(plan, root)
+
+
+def _check_unraced(connection: Connection, pending: _Pending, last_operation: int) -> None:
+    """Check, under the lock, that gc did nothing since the content was begun.
+
+    Raises:
+        _RacedError: it did.
+    """
+    if last_operation == pending.operation:
+        return
+    operation = tables.operation
+    since = operation.c.number.between(pending.operation + 1, last_operation)
+    if connection.scalar(select(exists().where(since, operation.c.kind == "gc"))):
+        raise _RacedError("gc ran at the same time")
+
+
+def _look_up_line(
+    connection: Connection, pending: _Pending
+) -> tuple[dict[str, RefRow], dict[int | None, Lineage]]:
+    """Return the refs of a save's names as they are now, and the lineages of their versions.
+
+    The lineage of the parent that the save asked for is among them.
+
+    Raises:
+        ConflictError: the save is not pending any more.
+    """
+    ref = tables.ref
+    names = wanted_names(connection, [pending.info.branch, *pending.wanted_tags])
+    named = union_all(
+        select(ref.c.name, ref.c.kind, ref.c.version.label("held")).where(ref.c.name.in_(names)),
+        *(
+            select(literal("", tables.Words), literal(kind, tables.Words), cast(held, tables.Key))
+            for kind, held in (("pending", pending.id), ("parent", pending.parent))
+            if held is not None
+        ),
+    ).subquery("named")
+    rows = connection.execute(
+        lineages()
+        .add_columns(named.c.name, named.c.kind, _version.c.status)
+        .join(named, named.c.held == _version.c.id)
+    ).all()
+    lines: dict[int | None, Lineage] = {}
+    refs = {}
+    for *facts, name, kind, status in rows:
+        line = Lineage(*facts)
+        if kind == "pending":
+            if status != "pending":
+                raise _ended_error(_lock_save(connection, pending.info.uid))
+            continue
+        lines[line.id] = line
+        if name:
+            assert line.number is not None, "refs name committed versions"
+            refs[name] = RefRow(name, kind, line.id, line.number)
+    return refs, lines
+
+
+def _stats_of(content: VersionContent) -> VersionStats:
+    stats = VersionStats(**{name: getattr(content, name) for name in STATS})
+    return replace(stats, created_at=stats.created_at.astimezone(UTC))  # as a database returns it
+
+
+def _facts(of: VersionInfo | VersionStats) -> dict[str, Any]:
+    return {fact.name: getattr(of, fact.name) for fact in fields(of)}
 
 
 def _make_visible(
     connection: Connection,
     version: int,
     content: VersionContent,
+    written: _Written,
     *,
     number: int,
-    parent: int | None,
+    parent: Lineage | None,
     uid: str | None = None,
 ) -> None:
-    """Write the content of the pending version of id `version`, and give it its number.
+    """Give the pending version of id `version` its number, and what it refers to.
 
     Args:
         connection: in the transaction that commits the version.
         version: its id.
         content: what it holds.
+        written: the rows of the content.
         number: its number.
-        parent: the id of its parent.
+        parent: its parent.
         uid: its new uid, if that changes.
     """
-    root = write_content(connection, version, content)
     connection.execute(
         update(_version)
         .where(_version.c.id == version)
         .values(
             status="committed",
-            root=root,
             number=number,
-            parent=parent,
-            **lineage_below(connection, parent),
-            plan=write_plan(connection, content.plan),
+            parent=None if parent is None else parent.id,
+            **(WITHOUT_PARENT if parent is None else parent.below),
+            **written._asdict(),
             planner_data=content.planner_data,
-            **{name: getattr(content, name) for name in STATS},
+            **_facts(_stats_of(content)),
             touched_at=datetime.now(UTC),
             **({} if uid is None else {"uid": uid}),
         )
     )
-    if content.objects is not None:
-        write_objects(connection, version, content.objects)
+    forget_progress(connection, version)
 
 
-@writes(idempotent=True)
+def _move_refs(connection: Connection, pending: _Pending, *, is_new_branch: bool) -> None:
+    """Move the branch to the version, and tag the version."""
+    ref = tables.ref
+    rows = [{"name": tag, "kind": "tag", "version": pending.id} for tag in pending.wanted_tags]
+    branch = pending.info.branch
+    if is_new_branch:
+        rows.append({"name": branch, "kind": "branch", "version": pending.id})
+    else:
+        connection.execute(update(ref).where(ref.c.name == branch).values(version=pending.id))
+    if rows:
+        connection.execute(insert(ref), rows)
+
+
+@writes(idempotent=True, lock=LOCK)
 def abort_save(connection: Connection, uid: str, error: str) -> None:
     """Abort a pending version and store the reason; it may be called again.
 
@@ -303,36 +572,18 @@ def abort_save(connection: Connection, uid: str, error: str) -> None:
     forget_progress(connection, row.id)
 
 
-def _name(
-    connection: Connection, pending: Row[Any], tip: RefRow | None, tags: list[str], *, at: datetime
-) -> None:
-    """Move the branch to the version, tag the version, and record both."""
-    ref = tables.ref
-    rows = [{"name": tag, "kind": "tag", "version": pending.id} for tag in tags]
-    if tip is None:
-        rows.append({"name": pending.branch, "kind": "branch", "version": pending.id})
-    else:
-        connection.execute(
-            update(ref).where(ref.c.name == pending.branch).values(version=pending.id)
-        )
-    if rows:
-        connection.execute(insert(ref), rows)
-    change = Change("save", pending.branch, None if tip is None else tip.id, pending.id)
-    # Each tag operation stores the number of the save's operation, so that undoing the save also
-    # removes the tag.
-    detail = {"save": lock_repository(connection) + 1}
-    tagged = [Change("tag", tag, None, pending.id, detail) for tag in tags]
-    record(connection, change, *tagged, author=pending.author, at=at)
-
-
 def _lock_save(connection: Connection, uid: str) -> Row[Any]:
     """Return the row of a save, locked until this transaction ends."""
     row = connection.execute(
         select(_version).where(_version.c.uid == uid).with_for_update()
     ).one_or_none()
     if row is None:
-        raise NotFoundError(f"no save {uid!r} was begun in this repository. Begin it first.")
+        raise _not_begun(uid)
     return row
+
+
+def _not_begun(uid: str) -> NotFoundError:
+    return NotFoundError(f"no save {uid!r} was begun in this repository. Begin it first.")
 
 
 def _ended_error(row: Row[Any]) -> ConflictError:
@@ -342,28 +593,23 @@ def _ended_error(row: Row[Any]) -> ConflictError:
     return ConflictError(f"the save {row.uid!r} is {what} already{why}. Save again.")
 
 
-def _check_refs(
-    connection: Connection, branch: str, tags: list[str] | tuple[str, ...]
-) -> dict[str, RefRow]:
-    """Check that the tags are free; return {branch: its ref}, or {} if there is no branch yet.
+def _check_refs(refs: Mapping[str, RefRow], branch: str, tags: Sequence[str]) -> None:
+    """Check that the tags are free, and that the name of the branch is not a tag.
 
     Raises:
-        AlreadyExistsError: a tag is taken, or the name of the branch is a tag.
+        AlreadyExistsError: they are not.
     """
-    refs = find_refs(connection, [branch, *tags])
     for tag in tags:
         if tag in refs:
             raise taken_error(refs[tag], wanted="tag")
     if branch in refs and refs[branch].kind != "branch":
         raise taken_error(refs[branch], wanted="branch")
-    return refs
 
 
 def _check_tip(
-    refs: dict[str, RefRow], branch: str, *, parent: int | None, expect_tip: int | None
+    tip: RefRow | None, branch: str, *, parent: int | None, expect_tip: int | None
 ) -> None:
     """Raise ConflictError if the tip is not `expect_tip` (a number), or not `parent` (an id)."""
-    tip = refs.get(branch)
     now = "has no version yet" if tip is None else f"is at v{tip.number}"
     if expect_tip is not None and (tip is None or tip.number != expect_tip):
         raise ConflictError(
@@ -377,7 +623,7 @@ def _check_tip(
         )
 
 
-@reads
+@reads_once
 def known_uids(connection: Connection, uids: Sequence[str]) -> dict[str, tuple[int, str]]:
     """Return, by uid, the number and status of each of these versions that has a number."""
     rows = connection.execute(
@@ -388,9 +634,8 @@ def known_uids(connection: Connection, uids: Sequence[str]) -> dict[str, tuple[i
     return {row.uid: (row.number, row.status) for row in rows}
 
 
-@writes(find=find_begun)
-def begin_copy(connection: Connection, draft: VersionDraft) -> bool:
-    """Insert a pending version that will become a copy; return True.
+def begin_copy(on: OpenCatalog, draft: VersionDraft) -> None:
+    """Insert a pending version that will become a copy.
 
     `draft.branch` is only text from the source repository: a copy moves no ref. A tag here may have
     that name.
@@ -399,31 +644,11 @@ def begin_copy(connection: Connection, draft: VersionDraft) -> bool:
         InvalidInputError: a name, step, metric or text is one that some database cannot store.
     """
     check_draft(draft)
-    insert_pending(connection, draft, parent=None)
-    return True
+    _insert_pending(on, draft, None)
 
 
-def find_copied(
-    connection: Connection,
-    uid: str,
-    draft: VersionDraft,
-    content: VersionContent,
-    *,
-    parent: str | None,
-) -> Version | None:
-    """Return the copy if it was committed, now under `draft.uid`; else None.
-
-    A commit that still runs has locked the row, which it finds by the temporary `uid`, so the first
-    query waits until that commit ends.
-    """
-    connection.execute(select(_version.c.id).where(_version.c.uid == uid).with_for_update())
-    known = connection.scalar(select(_version.c.id).where(_version.c.uid == draft.uid))
-    return None if known is None else find_committed(connection, draft.uid)
-
-
-@writes(find=find_copied)
 def commit_copy(
-    connection: Connection,
+    on: OpenCatalog,
     uid: str,
     draft: VersionDraft,
     content: VersionContent,
@@ -437,20 +662,67 @@ def commit_copy(
     Raises:
         ConflictError: another process copied the version meanwhile, or gc aborted the copy.
     """
-    number = take_version(connection)
+    return _content_first(
+        lambda lock_first: _commit_copy(
+            on, uid, draft, content, parent=parent, lock_first=lock_first
+        )
+    )
+
+
+def _find_copied(
+    connection: Connection,
+    uid: str,
+    draft: VersionDraft,
+    content: VersionContent,
+    *,
+    parent: str | None,
+    lock_first: bool,
+) -> Version | None:
+    """Return the copy if it was committed, now under `draft.uid`; else None.
+
+    A commit that still runs has locked the row, which it finds by the temporary `uid`, so the first
+    query waits until that commit ends.
+    """
+    connection.execute(select(_version.c.id).where(_version.c.uid == uid).with_for_update())
+    known = connection.scalar(select(_version.c.id).where(_version.c.uid == draft.uid))
+    return None if known is None else find_committed(connection, draft.uid)
+
+
+@writes(find=_find_copied)
+def _commit_copy(
+    connection: Connection,
+    uid: str,
+    draft: VersionDraft,
+    content: VersionContent,
+    *,
+    parent: str | None,
+    lock_first: bool,
+) -> Version:
+    pending = _begin_content(connection, uid, lock_first=lock_first)
+    written = _write_content(connection, pending, content)
+    counters = raise_counters(connection, versions=1, operations=1)
+    _check_unraced(connection, pending, counters.last_operation - 1)
     if known_uids(connection, [draft.uid]):
         raise ConflictError(f"another process copied the version {draft.uid} meanwhile.")
-    pending = connection.scalar(
-        select(_version.c.id).where(_version.c.uid == uid, _version.c.status == "pending")
+    row = _lock_save(connection, uid)
+    if row.status != "pending":
+        raise _ended_error(row)
+    above = connection.execute(
+        lineages().where(_version.c.uid == parent, _version.c.number.is_not(None))
+    ).one_or_none()
+    _make_visible(
+        connection,
+        pending.id,
+        content,
+        written,
+        number=counters.last_version,
+        parent=None if above is None else Lineage(*above),
+        uid=draft.uid,
     )
-    if pending is None:
-        raise ConflictError(f"the copy {uid} is not pending any more; copy again.")
-    parent_id = connection.scalar(
-        select(_version.c.id).where(_version.c.uid == parent, _version.c.number.is_not(None))
-    )
-    _make_visible(connection, pending, content, number=number, parent=parent_id, uid=draft.uid)
-    record(connection, Change("copy", new=pending), author=draft.author)
-    return load_version(connection, pending)
+    names: Names = {pending.id: {"uid": draft.uid, "version": counters.last_version}}
+    change = Change("copy", new=pending.id)
+    insert_operations(connection, counters, [change], names, author=draft.author, value=None)
+    return load_version(connection, pending.id)
 
 
 @writes()
