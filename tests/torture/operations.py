@@ -20,6 +20,7 @@ from dcpstore.formats.manifest import manifest_key
 from dcpstore.maintenance.rebuild import rebuild
 from dcpstore.records import VersionDraft
 from dcpstore.storage.packs import pack_key
+from dcpstore.zarr.stored_references import reference_key
 from tests.kept.unpack import unpack
 from tests.soundness import assert_sound
 from tests.torture.newer import NEWEST, TODAY, go_back, newer_schema
@@ -107,7 +108,9 @@ def check_folder(repo: Repository) -> None:
     stored = {key for key in repo.storage.list() if not key.startswith("catalog.db")}
     named = {pack.key for pack in list_packs(repo.catalog)}
     named |= {page.key for page in list_pages(repo.catalog)}
-    named |= {manifest_key(version.uid) for version in repo.log()}
+    for version in repo.log():
+        named |= {manifest_key(version.uid)} | (stored & {reference_key(version.uid)})
+    named |= stored & {"README.txt", "references.py"}
     named |= {key for key in stored if key.startswith("operations/") and key.endswith(".json")}
     assert stored == named, f"left over: {stored - named}; missing: {named - stored}"
 
