@@ -97,9 +97,9 @@ def _scripts() -> ScriptDirectory:
         os.listdir(folder / "versions")  # Alembic takes a folder that cannot be read for empty
     except OSError as error:
         raise DcpstoreError(
-            f"cannot read the migrations in {str(folder)!r}: {error.strerror}. Nothing was changed; "
-            "let this user read that folder ('ulimit -n' raises the limit of open files), and try "
-            "again."
+            f"cannot read the migrations in {str(folder)!r}: {error.strerror}. Nothing was "
+            "changed; let this user read that folder ('ulimit -n' raises the limit of open files), "
+            "and try again."
         ) from error
     return ScriptDirectory(folder)
 
