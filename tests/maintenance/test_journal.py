@@ -82,6 +82,20 @@ def test_segments_become_larger_ones(repo: Repository) -> None:
     assert_sound(repo)
 
 
+@pytest.mark.parametrize("how", ["tag", "save", "metrics"])
+def test_any_change_compacts(repo: Repository, how: str) -> None:
+    dcpstore.save({"w": torch.zeros(3)}, repo)
+    work(repo, SHORTEST - 1)
+    if how == "tag":
+        repo.tag("t")
+    elif how == "save":
+        dcpstore.save({"w": torch.ones(4)}, repo)
+    else:
+        repo.add_metrics(1, {"loss": 0.5})
+    assert list_journal(repo.storage).spans == {FIRST}
+    assert list_journal(repo.storage).single == {1}
+
+
 def test_the_standard_library_reads_a_segment(repo: Repository) -> None:
     work(repo, SHORTEST)
     head, packed = repo.storage.get(segment_key(FIRST)).split(b"\n", 1)

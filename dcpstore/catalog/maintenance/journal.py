@@ -4,8 +4,8 @@ An operation describes itself: it names versions by uid and number, and if it cr
 changed its facts, it holds the whole row. `restore` reads it back. Every change of the repository
 calls `write_journal` afterwards. Operations that an earlier crash left unwritten are written first,
 so there are no gaps. If two processes write one operation, they write the same bytes, whether they
-read the operation from the catalog or have just made it. Whenever another 32 operations are written,
-the process compacts what lies there (`stored_journal`).
+read the operation from the catalog or have just made it. Whenever another 32 are written, the
+process compacts what lies there (`stored_journal`).
 """
 
 from __future__ import annotations
@@ -295,10 +295,11 @@ def write_journal(catalog: Catalog, storage: Storage, made: Recorded[Any] | None
     asked. A failure is logged, not raised: the change itself is committed, and the next change
     writes the missing operations.
     """
-    written: list[int] = []
+    written: list[int] = []  # the first and last number of each batch
     try:
         if made is not None and made.are_next:
-            written += _write(catalog, storage, made.entries)
+            _write(catalog, storage, made.entries)
+            written += _ends(made.entries)
         else:
             is_full = True
             while is_full:
@@ -306,7 +307,8 @@ def write_journal(catalog: Catalog, storage: Storage, made: Recorded[Any] | None
                 # Only a new catalog can meet the journal of another repository.
                 if operations and operations[0]["kind"] == "init":
                     check_owner(catalog, storage)
-                written += _write(catalog, storage, operations)
+                _write(catalog, storage, operations)
+                written += _ends(operations)
                 is_full = len(operations) == JOURNAL_BATCH
     except DcpstoreError as error:
         _log.warning(
@@ -320,10 +322,14 @@ def write_journal(catalog: Catalog, storage: Storage, made: Recorded[Any] | None
     return True
 
 
-def _write(catalog: Catalog, storage: Storage, operations: Sequence[Json]) -> list[int]:
-    """Write operations, and return their numbers: segments where they are many, else each alone."""
+def _ends(operations: Sequence[Json]) -> list[int]:
+    return [operations[i]["operation"] for i in (0, -1)] if operations else []
+
+
+def _write(catalog: Catalog, storage: Storage, operations: Sequence[Json]) -> None:
+    """Write operations: segments where they are many, each alone where they are few."""
     if not operations:
-        return []
+        return
     lines = {one["operation"]: encode_operation(one) for one in operations}
     first, last = min(lines), max(lines)
     # A damaged catalog may lack some: then each is written alone.
@@ -339,7 +345,6 @@ def _write(catalog: Catalog, storage: Storage, operations: Sequence[Json]) -> li
         held = [lines[number] for number in range(span.first, span.last + 1)]
         storage.put(segment_key(span), encode_segment(span, held))
     mark_journaled(catalog, last)
-    return list(lines)
 
 
 def _compact(catalog: Catalog, storage: Storage, last: int) -> None:
