@@ -113,8 +113,10 @@ def find_chunks(
         CorruptionError: the catalog lacks some of them, or the parts do not cover a box.
     """
     ranges: list[ChunkRange] = []
+    tensors = []
     for entry, box in boxes:
         assert entry.tensor is not None
+        tensors.append(entry.tensor)
         is_whole = box.sizes == entry.tensor.shape
         held = (grid.box.intersect(box) for grid in entry.tensor.parts)
         if sum(shared.volume for shared in held if shared is not None) != box.volume:
@@ -127,7 +129,7 @@ def find_chunks(
         for part, grid in enumerate(entry.tensor.parts):
             ends = ((0, grid.size - 1),) if is_whole and grid.size else grid.ranges(box)
             ranges += [ChunkRange(entry.tensor.id, part, first, last) for first, last in ends]
-    stored = load_chunks(catalog, ranges)
+    stored = load_chunks(catalog, ranges, tensors=tensors)
     if len(stored) != sum(last - first + 1 for _, _, first, last in ranges):
         resolve(catalog, version)  # raises NotFoundError if it expired during the read
         _check_complete(ranges, stored, version)
