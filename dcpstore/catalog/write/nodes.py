@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, select
 
-from dcpstore.catalog.db.bulk_insert import insert_new, insert_rows
+from dcpstore.catalog.db.bulk_insert import RowsOfTables, insert_new
 from dcpstore.catalog.db.key_lists import wanted_digests
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.schema.tables import fqn_digest
@@ -31,6 +31,7 @@ def write_tree(
     tree: EntryTree,
     known: Mapping[bytes, int],
     tensors: Mapping[str, int],
+    last: RowsOfTables,
 ) -> dict[bytes, int]:
     """Write the nodes that the catalog does not have; return the ids of all, by digest.
 
@@ -39,6 +40,7 @@ def write_tree(
         tree: of its entries; it may lack nodes that are known.
         known: the ids of the nodes that the catalog has, of those that the tree has or names.
         tensors: the ids of all tensors that entries of new sets name, by digest.
+        last: takes the rows to which none refer.
     """
     levels = _levels(tree)
     new = insert_new(
@@ -52,8 +54,7 @@ def write_tree(
         ids |= _ids(connection, tables.node, raced)
     sets = [one for one in tree.sets if one.digest in new]
     fqns = _write_fqns(connection, sets)
-    insert_rows(
-        connection,
+    last.add(
         tables.entry,
         ("node", "fqn", "kind", "tensor", "value"),
         (
@@ -68,8 +69,7 @@ def write_tree(
             for entry in one.entries
         ),
     )
-    insert_rows(
-        connection,
+    last.add(
         tables.child,
         ("node", "first", "child"),
         (
