@@ -78,6 +78,24 @@ def test_a_tag_and_a_branch(connected: Connected) -> None:
     ]
 
 
+def test_a_load(connected: Connected) -> None:
+    repo, _ = connected
+    for ref in (None, "v1", 2, "main"):
+        with at_most(connected, 6):
+            dcpstore.load(state(0.0), repo, ref)
+
+
+def test_a_save(connected: Connected) -> None:
+    repo, _ = connected
+    dcpstore.save(state(1.0), repo)  # the first of a process also reads the entries of the parent
+    with at_most(connected, 16):
+        dcpstore.save(state(1.0), repo)
+    with at_most(connected, 31):
+        dcpstore.save(state(2.0), repo)
+    with at_most(connected, 31):
+        dcpstore.save({**state(2.0), "lr": 0.2}, repo, message="one value")
+
+
 def test_resolving(connected: Connected) -> None:
     repo, _ = connected
     version = repo.show()

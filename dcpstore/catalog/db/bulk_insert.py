@@ -64,12 +64,14 @@ class RowsOfTables:
 
     def insert(self, connection: Connection) -> None:
         """Insert the rows that were added: few of them in one round trip."""
-        parts, self._parts = self._parts, []
+        parts = [part for part in self._parts if part[2]]
+        self._parts.clear()
+        if not parts:
+            return
         are_few = all(len(few) <= _FEW for _, _, few, _ in parts)
         with sent_together(connection) if are_few else nullcontext():
             for table, names, few, left in parts:
-                if few:
-                    insert_rows(connection, table, names, chain(few, left))
+                insert_rows(connection, table, names, chain(few, left))
 
 
 def insert_new(

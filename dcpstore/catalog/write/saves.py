@@ -543,7 +543,7 @@ def _move_refs(connection: Connection, pending: _Pending, *, is_new_branch: bool
     else:
         connection.execute(update(ref).where(ref.c.name == branch).values(version=pending.id))
     if rows:
-        connection.execute(insert(ref), rows)
+        connection.execute(insert(ref).values(rows))
 
 
 @writes(idempotent=True, lock=LOCK)
