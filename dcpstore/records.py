@@ -18,6 +18,7 @@ from dcpstore.core.display import (
     counted,
     exact_time,
     html_pairs,
+    html_table,
     human_bytes,
     human_metrics,
     human_number,
@@ -64,6 +65,7 @@ __all__ = [
     "VersionObjects",
     "VersionStats",
     "as_json",
+    "versions_as_html",
 ]
 
 CodecSetting = Literal["auto", "none", "blosc", "zstd"]
@@ -708,3 +710,22 @@ def as_json(value: object) -> object:
         case _:
             plain = str(value)
     return plain
+
+
+def versions_as_html(title: str, versions: Iterable[Version], *, below: str) -> str:
+    """Return the table of versions that a notebook shows, with a line below it."""
+    rows = [
+        (
+            str(version),
+            version.branch,
+            "-" if version.step is None else str(version.step),
+            ", ".join(version.tags) or "-",
+            exact_time(version.created_at),
+            human_bytes(version.nbytes),
+            human_metrics(version.metrics) or "-",
+            version.message,
+        )
+        for version in versions
+    ]
+    columns = ("VERSION", "BRANCH", "STEP", "TAGS", "WHEN", "BYTES", "METRICS", "MESSAGE")
+    return html_table(title, columns if rows else (), rows, below=below)

@@ -33,14 +33,7 @@ from dcpstore.catalog.write.operations import Recorded, list_operations
 from dcpstore.catalog.write.refs import delete_ref, make_ref, roll_back
 from dcpstore.catalog.write.saves import list_running
 from dcpstore.catalog.write.undo import undo_last
-from dcpstore.core.display import (
-    exact_time,
-    html_pairs,
-    html_table,
-    human_bytes,
-    human_metrics,
-    some_of,
-)
+from dcpstore.core.display import html_pairs, some_of
 from dcpstore.core.durations import Duration
 from dcpstore.core.user import this_user
 from dcpstore.errors import AlreadyExistsError, DcpstoreError, InvalidInputError, NotFoundError
@@ -63,6 +56,7 @@ from dcpstore.records import (
     StorageRequest,
     Trace,
     Version,
+    versions_as_html,
 )
 from dcpstore.storage.interface import Storage
 from dcpstore.storage.local import LocalFolder
@@ -721,22 +715,8 @@ class Repository:
                 refs = [f"{ref.name} (v{ref.version})" for ref in (*self.branches(), *self.tags())]
         except DcpstoreError as error:  # show the error in the notebook instead of raising it
             return html_pairs(title, [("data", self.storage.url), ("problem", str(error))])
-        rows = [
-            (
-                str(version),
-                version.branch,
-                "-" if version.step is None else str(version.step),
-                ", ".join(version.tags) or "-",
-                exact_time(version.created_at),
-                human_bytes(version.nbytes),
-                human_metrics(version.metrics) or "-",
-                version.message,
-            )
-            for version in newest
-        ]
-        columns = ("VERSION", "BRANCH", "STEP", "TAGS", "WHEN", "BYTES", "METRICS", "MESSAGE")
         below = f"branches and tags: {some_of(refs, _NEWEST)}" if refs else "no versions yet"
-        return html_table(title, columns if rows else (), rows, below=below)
+        return versions_as_html(title, newest, below=below)
 
 
 def open(

@@ -8,6 +8,7 @@ A writer's time in the lock is the time that it waits for it and the time that i
 from __future__ import annotations
 
 import multiprocessing
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -54,6 +55,9 @@ class _LockWatch:
             def watched(queue: WriteQueue) -> Iterator[None]:
                 asked = time.perf_counter()
                 with turn(queue):
+                    if not _is_saving():
+                        yield
+                        return
                     taken = time.perf_counter()
                     self.waited += taken - asked
                     try:
@@ -69,7 +73,7 @@ class _LockWatch:
 
     def _before(self, connection: Any, cursor: object, statement: str, *_: object) -> None:
         key = id(connection.connection.dbapi_connection)
-        if statement.startswith(_TAKES_LOCK) and key not in self._taken:
+        if _is_saving() and statement.startswith(_TAKES_LOCK) and key not in self._taken:
             self._asked[key] = time.perf_counter()
 
     def _after(self, connection: Any, *_: object) -> None:
@@ -84,6 +88,11 @@ class _LockWatch:
         taken = self._taken.pop(id(connection), None)
         if taken is not None:
             self.held += time.perf_counter() - taken
+
+
+def _is_saving() -> bool:
+    """Tell whether this thread saves; that of the lease waits beside it."""
+    return threading.current_thread() is threading.main_thread()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +127,7 @@ def _contest(
     errors = [result.error for result in results if result.error]
     with place.open() as repo:
         saved = len(repo.log())
-    what = f"{writers} writers, {branches}: "
+    what = f"{writers} writer{'s' if writers > 1 else ''}, {branches}: "
     yield Figure(f"{what}errors", len(errors), "errors", 0, database, "; ".join(errors)[:200])
     note = f"{saved} saves in {wall:.1f} s"
     yield Figure(f"{what}saves a second", saved / wall, "saves/s", None, database, note)

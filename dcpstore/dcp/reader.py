@@ -18,6 +18,7 @@ from dcpstore.core.syntax import rank_name
 from dcpstore.core.uids import new_uid
 from dcpstore.loading.item_reads import ItemReads
 from dcpstore.planning.torch_metadata import describe_version
+from dcpstore.reading.box_reads import find_ranges
 from dcpstore.records import EntryRecord, RefLike, Version
 from dcpstore.repository import Repository, opened
 from dcpstore.storage.packs import PackReader
@@ -123,8 +124,10 @@ class RepositoryReader(StorageReader):
             closing(PackReader(repo.storage)) as packs,
             ProgressBar("load", shown=False) as bar,
         ):
-            ItemReads(plan, planner, {entry.fqn: entry for entry in entries}).run(
-                repo.catalog,
+            reads = ItemReads(plan, planner, {entry.fqn: entry for entry in entries})
+            ranges = reads.ranges(version=version.number)
+            reads.run(
+                find_ranges(ranges, repo.catalog, version=version.number),
                 packs,
                 bar,
                 version=version.number,

@@ -1,6 +1,8 @@
-"""The journal in the data folder: one object for each operation, "operations/<number>.json".
+"""Operations of the journal, each stored alone at first, as "operations/<number>.json".
 
-A digest over the rest comes first, as in a manifest, so that a rebuild uses nothing damaged.
+A digest over the rest comes first, as in a manifest, so that a rebuild uses nothing damaged. Format
+2 is as format 1; it says that others may lie in segments (`journal_segment`), which a dcpstore that
+knows only format 1 would miss.
 The catalog knows what an operation means; here each of its fields is checked for its type.
 """
 
@@ -20,7 +22,7 @@ from dcpstore.formats.version import decode_info, decode_stats
 
 __all__ = ["decode_operation", "encode_operation", "kind_of", "operation_key", "operation_number"]
 
-_FORMAT = 1
+_FORMAT = 2
 _KEY_PATTERN = re.compile(r"operations/([0-9]{12,18})\.json")
 
 # JSON: of any type until it is checked, hence `Any`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 
 import torch
@@ -17,9 +17,9 @@ from dcpstore.encoding.values import PlannerBytes, check_safe, decode_value, dep
 from dcpstore.errors import InvalidInputError, MismatchError
 from dcpstore.geometry.boxes import Box
 from dcpstore.planning.load_planner import DefaultLoadPlanner, ValueFile
-from dcpstore.reading.box_reads import BoxRequest, find_chunks, read_boxes
-from dcpstore.reading.selection import errors_named, read_values
-from dcpstore.records import EntryRecord
+from dcpstore.reading.box_reads import BoxRequest, chunk_ranges, fill_boxes, find_chunks
+from dcpstore.reading.selection import blob_requests, decode_values, errors_named
+from dcpstore.records import ChunkRange, EntryRecord, StoredChunk
 from dcpstore.storage.packs import PackReader
 
 __all__ = ["ItemReads", "check_values"]
@@ -96,6 +96,7 @@ class ItemReads:
             offsets = tuple(a + b for a, b in zip(start, item.storage_offsets, strict=True))
             self._tensors.append((item, target))
             self._requests.append(BoxRequest(entry, Box(offsets, tuple(item.lengths)), target))
+        self._blobs = blob_requests([entry for _, entry in self._values])
 
     def measure(self, catalog: Catalog, *, version: int) -> tuple[int, int]:
         """Return the numbers of chunks and of encoded bytes that `run` would read."""
@@ -103,19 +104,11 @@ class ItemReads:
         chunks = find_chunks(boxes, catalog, version=version)
         return len(chunks), sum(chunk.length for chunk in chunks)
 
-    def run(
-        self,
-        catalog: Catalog,
-        packs: PackReader,
-        bar: ProgressBar,
-        *,
-        version: int,
-        verify: bool,
-        allow_pickle: bool,
-    ) -> tuple[int, int]:
-        """Read everything; return the numbers of chunks and of encoded bytes that were read.
+    def check_room(self) -> None:
+        """Check that each target has memory to fill.
 
-        Values are read first, so that an error in a value leaves the tensors unchanged.
+        Raises:
+            InvalidInputError: one is on the meta device.
         """
         for item, target in self._tensors:
             if target.is_meta:
@@ -123,10 +116,38 @@ class ItemReads:
                     f"the planner returns a tensor on the meta device for {item.dest_index.fqn!r}, "
                     "which has no memory to fill; let it allocate memory in finish_plan."
                 )
-        values = read_values(
+
+    def ranges(self, *, version: int) -> list[ChunkRange]:
+        """Return the ranges of all chunks that `run` reads, those of blobs too.
+
+        Raises:
+            CorruptionError: the parts in the catalog do not cover a box.
+        """
+        requests = [*self._blobs.values(), *self._requests]
+        return chunk_ranges(((one.entry, one.box) for one in requests), version=version)
+
+    def run(
+        self,
+        stored: Sequence[StoredChunk],
+        packs: PackReader,
+        bar: ProgressBar,
+        *,
+        version: int,
+        verify: bool,
+        allow_pickle: bool,
+    ) -> tuple[int, int]:
+        """Read everything; return the numbers of chunks and of encoded bytes of tensors.
+
+        `stored` are the chunks of `ranges`. Values are read first, so that an error in a value
+        leaves the tensors unchanged.
+        """
+        self.check_room()
+        blobs = [*self._blobs.values()]
+        if blobs:
+            fill_boxes(blobs, _chunks_of(blobs, stored), packs, version=version)
+        values = decode_values(
             [entry for _, entry in self._values],
-            catalog,
-            packs,
+            self._blobs,
             version=version,
             allow_pickle=allow_pickle,
             templates=[_template(self._planner, item) for item, _ in self._values],
@@ -134,8 +155,13 @@ class ItemReads:
         nbytes = sum(request.target.nbytes for request in self._requests)
         bar.begin("read", nbytes)
         with gc_allowed(nbytes):
-            counts = read_boxes(
-                self._requests, catalog, packs, version=version, verify=verify, advance=bar.advance
+            counts = fill_boxes(
+                self._requests,
+                _chunks_of(self._requests, stored) if blobs else stored,
+                packs,
+                version=version,
+                verify=verify,
+                advance=bar.advance,
             )
         for item, target in self._tensors:
             self._planner.commit_tensor(item, target)
@@ -146,6 +172,12 @@ class ItemReads:
             else:
                 self._planner.load_bytes(item, _as_file(item, value))
         return counts.chunks, counts.nbytes
+
+
+def _chunks_of(requests: Sequence[BoxRequest], stored: Sequence[StoredChunk]) -> list[StoredChunk]:
+    """Return the chunks of the tensors that are requested."""
+    tensors = {one.entry.tensor.id for one in requests if one.entry.tensor is not None}
+    return [chunk for chunk in stored if chunk.tensor_id in tensors]
 
 
 def _template(planner: LoadPlanner, item: ReadItem) -> object:

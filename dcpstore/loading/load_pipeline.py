@@ -2,8 +2,8 @@
 
 The coordinator resolves the ref and reads the entries. Each rank takes the state of its objects and
 plans the load against the entries. Only if everything fits on all ranks does any rank change a
-tensor: then each rank finds its chunks in the catalog and reads them. When all have finished, each
-rank gives its objects their state, and checks that they hold it.
+tensor: then the coordinator finds the chunks of all ranks in the catalog, and each rank reads its
+own. When all have finished, each rank gives its objects their state, and checks that they hold it.
 """
 
 from __future__ import annotations
@@ -28,16 +28,21 @@ from dcpstore.core.progress import ProgressBar
 from dcpstore.core.uids import new_uid
 from dcpstore.errors import InvalidInputError, MismatchError, UnsafeDataError
 from dcpstore.formats.composition import compositions, outer_fqns
+from dcpstore.geometry.box_table import Ints
+from dcpstore.loading.chunk_rows import ChunkRows, as_rows, hand_out
 from dcpstore.loading.item_reads import ItemReads, check_values
 from dcpstore.loading.owner_check import OwnerCheck
 from dcpstore.loading.shared_memory import check_memory
 from dcpstore.planning.load_planner import DefaultLoadPlanner, keeps_local_plans
 from dcpstore.planning.torch_metadata import describe_version
+from dcpstore.reading.box_reads import find_ranges
 from dcpstore.records import (
+    ChunkRange,
     EntryRecord,
     LoadReport,
     RefLike,
     SentRef,
+    StoredChunk,
     Version,
     VersionRef,
 )
@@ -125,7 +130,12 @@ def load_version(
     else:
         in_step(ranks, "plan", load.plan_locally, load.check_names)
         plan = load.local_plan
-    report = in_step(ranks, "read", lambda: load.read(plan), load.report)
+    if ranks.size == 1:
+        stored = load.find(load.finish_plan(plan))
+    else:
+        found = in_turn(ranks, "find", lambda: as_rows(load.finish_plan(plan)), load.hand_out)
+        stored = found.chunks()
+    report = in_step(ranks, "read", lambda: load.read(stored), load.report)
     in_step(ranks, "load_state_dict", load.give_state, lambda _: None)
     # A step of its own, because `state_dict()` may be a collective call.
     faults = in_step(ranks, "state_dict", load.check_owners, OwnerFaults.joined)
@@ -222,6 +232,9 @@ class _Load:
     # on none of the ranks that hold the owner. Both are named by FQNs of the state.
     growth: Mapping[str, frozenset[str]] = field(init=False)
     local_plan: LoadPlan = field(init=False)  # only where plans are not sent
+    finished: LoadPlan = field(init=False)
+    reads: ItemReads = field(init=False)
+    planned: float = field(init=False)  # when the plan was finished
     owner_check: OwnerCheck = field(init=False)
 
     def open(
@@ -314,16 +327,38 @@ class _Load:
         # The names in the options are judged from all ranks together.
         return replace(report, names_in_options=self._names_in_options())
 
-    def read(self, mine: LoadPlan) -> RankLoad:
-        """Read this rank's part of the global plan into its tensors."""
-        plan = self.planner.finish_plan(mine)
-        planned = time.perf_counter()
+    def finish_plan(self, mine: LoadPlan) -> list[ChunkRange]:
+        """Finish this rank's part of the global plan; return which chunks it needs.
+
+        No tensor is changed yet.
+        """
+        self.finished = self.planner.finish_plan(mine)
+        self.reads = ItemReads(self.finished, self.planner, self.by_fqn)
+        self.reads.check_room()
+        self.planned = time.perf_counter()
+        return self.reads.ranges(version=self.opened.version.number)
+
+    def find(self, wanted: Sequence[ChunkRange]) -> list[StoredChunk]:
+        """Find chunks in the catalog, in one statement.
+
+        Raises:
+            NotFoundError: the version has expired in the meantime.
+            CorruptionError: the catalog lacks some of them.
+        """
+        return find_ranges(wanted, self.source.catalog, version=self.opened.version.number)
+
+    def hand_out(self, wanted: Sequence[Ints]) -> list[ChunkRows]:
+        """On the coordinator: find the chunks of all ranks, as `find`."""
+        return hand_out(wanted, self.find)
+
+    def read(self, stored: Sequence[StoredChunk]) -> RankLoad:
+        """Read this rank's part of the version into its tensors."""
         with (
             ProgressBar("load", shown=self.ranks.leads) as bar,
             closing(PackReader(self.source.storage)) as packs,
         ):
-            counts = ItemReads(plan, self.planner, self.by_fqn).run(
-                self.source.catalog,
+            counts = self.reads.run(
+                stored,
                 packs,
                 bar,
                 version=self.opened.version.number,
@@ -332,8 +367,11 @@ class _Load:
             )
         if self.init_missing is not None:
             _initialise(self.planner, self.init_missing)
-        seconds = {"plan": planned - self.began, "read": time.perf_counter() - planned}
-        return replace(self._reported(plan, *counts), seconds=seconds)
+        seconds = {
+            "plan": self.planned - self.began,
+            "read": time.perf_counter() - self.planned,
+        }
+        return replace(self._reported(self.finished, *counts), seconds=seconds)
 
     def give_state(self) -> None:
         """Give the owners their state."""

@@ -22,13 +22,15 @@ from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.location import absolute_data, check_path, locate
 from dcpstore.catalog.maintenance.journal import changed_refs, journal_again, write_journal
 from dcpstore.catalog.maintenance.restore import StoredVersion, restore
+from dcpstore.catalog.maintenance.stored_journal import read_journal
 from dcpstore.catalog.schema.lifecycle import FORMAT_VERSION, restore_repository
 from dcpstore.core.digests import hasher
 from dcpstore.core.uids import new_uid
 from dcpstore.errors import CorruptionError, InvalidInputError, NotFoundError
 from dcpstore.formats.entry_tree import grow
 from dcpstore.formats.first_manifest import FirstManifest
-from dcpstore.formats.journal_entry import decode_operation, operation_key, operation_number
+from dcpstore.formats.journal_entry import operation_key
+from dcpstore.formats.journal_segment import segment_key
 from dcpstore.formats.manifest import Manifest, decode_manifest, manifest_key
 from dcpstore.formats.plan import decode_plan
 from dcpstore.formats.version import encode_facts
@@ -99,7 +101,7 @@ def rebuild(data: str | os.PathLike[str], into: str | os.PathLike[str]) -> Rebui
         )
     storage = open_storage(data_url)
     problems: list[str] = []
-    operations, lost = _read_journal(storage, problems)
+    operations, lost, again = _read_journal(storage, problems)
     if not operations:
         raise NotFoundError(
             f"{storage.url!r} has no operations to rebuild a catalog from; give the data folder "
@@ -118,8 +120,8 @@ def rebuild(data: str | os.PathLike[str], into: str | os.PathLike[str]) -> Rebui
         lambda connection: restore(connection, whole, found),
     )
     with Catalog.open(url) as catalog:
-        if lost:
-            journal_again(catalog, lost[0])
+        if again is not None:
+            journal_again(catalog, again)
         write_journal(catalog, storage)
     known = {one["version"]["uid"] for one in whole if "version" in one}
     return RebuildReport(
@@ -237,34 +239,37 @@ def _lost_plan(manifest: Manifest) -> PlanRecord:
     return PlanRecord(hasher(manifest.plan.encode()).hexdigest(), manifest.draft.ranks, ())
 
 
-def _read_journal(storage: Storage, problems: list[str]) -> tuple[list[Json], list[int]]:
-    """Return every intact operation, in order, and the numbers of those that are lost."""
-    numbers = [n for n in map(operation_number, storage.list("operations")) if n]
-    found = []
+def _read_journal(
+    storage: Storage, problems: list[str]
+) -> tuple[list[Json], list[int], int | None]:
+    """Return every intact operation, in order, and the numbers of those that are lost.
+
+    The last result is the number from which on the journal must be written again, if any.
+    """
+    journal = read_journal(storage)
+    listing, spans = journal.listing, journal.span_faults
+    faults = [
+        (number, f"{operation_key(number)}: {fault}")
+        for number, fault in journal.single_faults.items()
+    ]
+    faults += [(span.first, f"{segment_key(span)}: {fault}") for span, fault in spans.items()]
+    # A segment stands for its last operation: a false name must not make many lost ones.
+    numbers = {*journal.operations, *listing.single, *(span.last for span in listing.spans)}
     before = 0
     for number in sorted(numbers):
-        key = operation_key(number)
+        first, last = before + 1, number - 1
         # One line for the whole gap: a file with a false, huge number must not make millions.
-        if number == before + 2:
-            problems.append(f"{operation_key(before + 1)}: it is missing")
-        elif number > before + 2:
-            first, last = operation_key(before + 1), operation_key(number - 1)
-            problems.append(f"{first} to {last}: they are missing")
+        if first <= last and not any(first in span and last in span for span in spans):
+            gap = operation_key(first)
+            said = "it is missing" if first == last else f"{operation_key(last)}: they are missing"
+            faults.append((first, f"{gap}: {said}" if first == last else f"{gap} to {said}"))
         before = number
-        try:
-            operation = decode_operation(storage.get(key))
-        except NotFoundError:
-            problems.append(f"{key}: it is missing")
-            continue
-        except CorruptionError as error:
-            problems.append(f"{key}: {error}")
-            continue
-        if operation.get("operation") != number:
-            problems.append(f"{key}: it holds operation {operation.get('operation')}")
-            continue
-        found.append(operation)
+    problems += [text for _, text in sorted(faults)]
+    found = [journal.operations[number] for number in sorted(journal.operations)]
     _check_numbers(found)
-    return found, find_lost(numbers, {one["operation"] for one in found})
+    lost = find_lost(numbers, journal.operations)
+    again = min([*lost[:1], *journal.single_faults, *(span.first for span in spans)], default=None)
+    return found, lost, again
 
 
 def _check_numbers(operations: list[Json]) -> None:
@@ -298,8 +303,9 @@ def _described(storage: Storage) -> list[str]:
     return [Path(key).stem for key in keys if key.endswith(".json")]
 
 
-# Operations in one gap. A wider one comes from a file with a false number, and is skipped.
-_MOST = 100_000
+# Operations in one gap, more than the largest segment holds. A wider one comes from a file with a
+# false number, and is skipped.
+_MOST = 150_000
 
 
 def find_lost(listed: Iterable[int], sound: Collection[int]) -> list[int]:

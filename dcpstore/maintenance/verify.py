@@ -38,13 +38,15 @@ from dcpstore.catalog.maintenance.fsck import (
     reached_by_tensor,
 )
 from dcpstore.catalog.maintenance.journal import check_owner, journal_again, last_journaled
+from dcpstore.catalog.maintenance.stored_journal import read_journal
 from dcpstore.catalog.read.log_filter import list_log
 from dcpstore.catalog.read.ref_lookup import resolve
 from dcpstore.catalog.write.stale import mark_object_stale, mark_version_stale
 from dcpstore.core.checksums import check_pieces
 from dcpstore.core.progress import ProgressBar
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, NotFoundError
-from dcpstore.formats.journal_entry import decode_operation, operation_key
+from dcpstore.formats.journal_entry import operation_key
+from dcpstore.formats.journal_segment import segment_key
 from dcpstore.formats.manifest import decode_manifest, manifest_key
 from dcpstore.formats.page import decode_page
 from dcpstore.formats.plan import decode_plan
@@ -257,19 +259,22 @@ class _Inspection:
 
     def check_journal(self) -> None:
         """Check every operation in the journal; the next change replaces damaged ones."""
-        for number in range(1, last_journaled(self._catalog) + 1):
-            key = operation_key(number)
-            try:
-                stored = decode_operation(self._storage.get(key)).get("operation")
-                reason = None if stored == number else f"it is of operation {stored}"
-            except NotFoundError:
-                reason = "it is missing"
-            except (InvalidInputError, CorruptionError) as error:
-                reason = str(error)
-            if reason is not None:
-                self._found["operation", key] = Damage("operation", key, reason)
-                if number > 1 or self._is_own():
-                    journal_again(self._catalog, number)
+        last = last_journaled(self._catalog)
+        journal = read_journal(self._storage)
+        spans = {s: fault for s, fault in journal.span_faults.items() if s.first <= last}
+        single = {n: fault for n, fault in journal.single_faults.items() if n <= last}
+        expected = set(range(1, last + 1)) - journal.operations.keys()
+        if last and 1 not in journal.listing.single:  # it is never in a segment alone
+            expected.add(1)
+        for number in expected - single.keys():
+            if not any(number in span for span in spans):
+                single[number] = "it is missing"
+        faults = [(number, operation_key(number), fault) for number, fault in single.items()]
+        faults += [(span.first, segment_key(span), fault) for span, fault in spans.items()]
+        for number, key, reason in sorted(faults):
+            self._found["operation", key] = Damage("operation", key, reason)
+            if number > 1 or self._is_own():
+                journal_again(self._catalog, number)
 
     def found_in_pack(self, pack: PackState, bad: Sequence[ChunkDamage]) -> None:
         """Record the damaged chunks that a deep check found in one pack, if any."""

@@ -32,8 +32,11 @@ __all__ = [
     "BoxRequest",
     "LocalBox",
     "ReadCounts",
+    "chunk_ranges",
+    "fill_boxes",
     "find_changed",
     "find_chunks",
+    "find_ranges",
     "read_boxes",
 ]
 
@@ -109,14 +112,20 @@ def find_chunks(
     """Return the chunks that intersect boxes of stored tensors, each once, in pack order.
 
     Raises:
-        NotFoundError: the version has expired in the meantime.
-        CorruptionError: the catalog lacks some of them, or the parts do not cover a box.
+        NotFoundError, CorruptionError: as `chunk_ranges` and `find_ranges`.
+    """
+    return find_ranges(chunk_ranges(boxes, version=version), catalog, version=version)
+
+
+def chunk_ranges(boxes: Iterable[tuple[EntryRecord, Box]], *, version: int) -> list[ChunkRange]:
+    """Return the ranges of the chunks that intersect boxes of stored tensors; they may overlap.
+
+    Raises:
+        CorruptionError: the parts in the catalog do not cover a box.
     """
     ranges: list[ChunkRange] = []
-    tensors = []
     for entry, box in boxes:
         assert entry.tensor is not None
-        tensors.append(entry.tensor)
         is_whole = box.sizes == entry.tensor.shape
         held = (grid.box.intersect(box) for grid in entry.tensor.parts)
         if sum(shared.volume for shared in held if shared is not None) != box.volume:
@@ -129,7 +138,19 @@ def find_chunks(
         for part, grid in enumerate(entry.tensor.parts):
             ends = ((0, grid.size - 1),) if is_whole and grid.size else grid.ranges(box)
             ranges += [ChunkRange(entry.tensor.id, part, first, last) for first, last in ends]
-    stored = load_chunks(catalog, ranges, tensors=tensors)
+    return ranges
+
+
+def find_ranges(
+    ranges: Sequence[ChunkRange], catalog: Catalog, *, version: int
+) -> list[StoredChunk]:
+    """Return the chunks of these ranges, each once, in pack order.
+
+    Raises:
+        NotFoundError: the version has expired in the meantime.
+        CorruptionError: the catalog lacks some of them.
+    """
+    stored = load_chunks(catalog, ranges)
     if len(stored) != sum(last - first + 1 for _, _, first, last in ranges):
         resolve(catalog, version)  # raises NotFoundError if it expired during the read
         _check_complete(ranges, stored, version)
@@ -158,6 +179,37 @@ def read_boxes(
         batch_nbytes: encoded bytes that one task of the thread pool reads.
 
     Raises:
+        NotFoundError, CorruptionError: as `find_chunks` and `fill_boxes`.
+    """
+    stored = find_chunks(((r.entry, r.box) for r in requests), catalog, version=version)
+    return fill_boxes(
+        requests,
+        stored,
+        packs,
+        version=version,
+        verify=verify,
+        advance=advance,
+        batch_nbytes=batch_nbytes,
+    )
+
+
+def fill_boxes(
+    requests: Sequence[BoxRequest],
+    stored: Sequence[StoredChunk],
+    packs: PackReader,
+    *,
+    version: int,
+    verify: bool = True,
+    advance: Callable[[int], None] = lambda nbytes: None,
+    batch_nbytes: int = BATCH,
+) -> ReadCounts:
+    """Fill the targets of `requests` from their chunks, which were found before.
+
+    Args:
+        requests: as for `read_boxes`, like the other arguments.
+        stored: all chunks that intersect the boxes, in pack order, and no other ones.
+
+    Raises:
         CorruptionError: naming version, FQN, chunk, pack and offset.
     """
     # Several requests may read one stored tensor: entries with equal contents share it.
@@ -165,7 +217,6 @@ def read_boxes(
     for request in requests:
         assert request.entry.tensor is not None
         wanted.setdefault(request.entry.tensor.id, []).append(_BoxFiller(request))
-    stored = find_chunks(((r.entry, r.box) for r in requests), catalog, version=version)
     reader = ChunkReader(packs, version=version, verify=verify)
 
     def fill(batch: Sequence[StoredChunk]) -> int:

@@ -21,7 +21,14 @@ from dcpstore.reading.box_reads import BoxRequest, read_boxes
 from dcpstore.records import EntryRecord
 from dcpstore.storage.packs import PackReader
 
-__all__ = ["Index", "errors_named", "read_entries", "read_values"]
+__all__ = [
+    "Index",
+    "blob_requests",
+    "decode_values",
+    "errors_named",
+    "read_entries",
+    "read_values",
+]
 
 
 def read_values(
@@ -31,35 +38,59 @@ def read_values(
     *,
     version: int,
     allow_pickle: bool,
-    templates: Sequence[object] = (),
 ) -> list[object]:
     """Return the values of entries that are values or blobs, in their order.
 
-    `templates` are values whose classes the results get, one for each entry.
-
     Raises:
-        MismatchError: a stored value does not fit the class of its template.
         UnsafeDataError: one is a pickle, and `allow_pickle` is False.
         CorruptionError: the text or the bytes of one are damaged.
     """
     # All blobs are read in one call, so that they take one query.
-    blobs = {
-        entry.fqn: torch.empty(entry.tensor.shape, dtype=torch.uint8, device="cpu")
+    blobs = blob_requests(entries)
+    if blobs:
+        read_boxes([*blobs.values()], catalog, packs, version=version)
+    return decode_values(entries, blobs, version=version, allow_pickle=allow_pickle)
+
+
+def blob_requests(entries: Sequence[EntryRecord]) -> dict[str, BoxRequest]:
+    """Return by FQN what reads the bytes of each entry that is a blob."""
+    return {
+        entry.fqn: BoxRequest(
+            entry,
+            Box.whole(entry.tensor.shape),
+            torch.empty(entry.tensor.shape, dtype=torch.uint8, device="cpu"),
+        )
         for entry in entries
         if entry.tensor is not None
     }
-    requests = [
-        BoxRequest(entry, Box.whole(blobs[entry.fqn].shape), blobs[entry.fqn])
-        for entry in entries
-        if entry.fqn in blobs
-    ]
-    if requests:
-        read_boxes(requests, catalog, packs, version=version)
+
+
+def decode_values(
+    entries: Sequence[EntryRecord],
+    blobs: Mapping[str, BoxRequest],
+    *,
+    version: int,
+    allow_pickle: bool,
+    templates: Sequence[object] = (),
+) -> list[object]:
+    """Return the values of entries that are values or blobs, in their order.
+
+    Args:
+        entries: of one version.
+        blobs: the `blob_requests` of these, whose targets have been filled.
+        version: the number of the version.
+        allow_pickle: whether they may be pickles.
+        templates: values whose classes the results get, one for each entry.
+
+    Raises:
+        MismatchError: a stored value does not fit the class of its template.
+        UnsafeDataError, CorruptionError: as `read_values`.
+    """
     values = []
     for entry, template in zip_longest(entries, templates):
         assert entry.value is not None
         blob = blobs.get(entry.fqn)
-        data = None if blob is None else blob.numpy().tobytes()
+        data = None if blob is None else blob.target.numpy().tobytes()
         with errors_named(entry.fqn, version=version):
             values.append(
                 decode_value(entry.value, data, allow_pickle=allow_pickle, template=template)

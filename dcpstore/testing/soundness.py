@@ -7,12 +7,12 @@ import numpy as np
 from dcpstore.catalog.glance import LogLine, glance_at_log
 from dcpstore.catalog.maintenance.export import load_content
 from dcpstore.catalog.maintenance.fsck import list_packs, list_pages
+from dcpstore.catalog.maintenance.stored_journal import read_journal
 from dcpstore.catalog.read.entries import load_chunks, load_entries
 from dcpstore.core.digests import chunk_digest, content_digest
 from dcpstore.encoding.codecs import decode
 from dcpstore.encoding.dtypes import numpy_dtype
 from dcpstore.formats.first_manifest import FirstManifest
-from dcpstore.formats.journal_entry import operation_number
 from dcpstore.formats.manifest import decode_manifest, manifest_key
 from dcpstore.formats.plan import decode_plan
 from dcpstore.geometry.boxes import find_overlap
@@ -132,8 +132,10 @@ def _assert_kept(repo: Repository) -> None:
     assert not going & {manifest_key(version.uid) for version in repo.log()}
     assert not going & {page.key for page in list_pages(repo.catalog)}
     (journaled,) = repo.sql("SELECT last_journaled FROM repository")[0]
-    written = map(operation_number, repo.storage.list("operations"))
-    assert sorted(n for n in written if n is not None) == list(range(1, journaled + 1))
+    journal = read_journal(repo.storage)
+    assert (journal.single_faults, journal.span_faults) == ({}, {})
+    assert sorted(journal.operations) == list(range(1, journaled + 1))
+    assert len(journal.listing.single) + len(journal.listing.spans) < 100
 
 
 def _assert_whole(

@@ -264,13 +264,21 @@ INDEXES = (
     "CREATE INDEX ix_run_run ON run (run)",
     "CREATE INDEX ix_page_stale ON page (id) WHERE stale IS NOT NULL",
 )
+LIVE = "number IS NOT NULL AND expired_at IS NULL"
 COLUMNS = (
     "ALTER TABLE version ADD COLUMN root {key} CONSTRAINT fk_version_root REFERENCES node (id)",
     "ALTER TABLE plan ADD COLUMN page {key} CONSTRAINT fk_plan_page REFERENCES page (id)",
     "UPDATE version SET root = (SELECT d.root FROM upgrade_version d WHERE d.version = version.id)"
     " WHERE plan IS NOT NULL",
     "CREATE INDEX ix_version_root ON version (root)",
-    "CREATE INDEX ix_version_created_at ON version (created_at)",
+    "DROP INDEX ix_version_branch_number",
+    "DROP INDEX ix_version_step_number",
+    f"CREATE INDEX ix_version_number ON version (number) WHERE {LIVE}",
+    f"CREATE INDEX ix_version_step ON version (step, number) WHERE {LIVE}",
+    f"CREATE INDEX ix_version_created_at ON version (created_at, number) WHERE {LIVE}",
+    "CREATE INDEX ix_version_branch ON version (branch, number, step, created_at, expired_at)"
+    f" WHERE {LIVE}",
+    "CREATE INDEX ix_ref_kind_name ON ref (kind, name)",
     "CREATE INDEX ix_version_stale ON version (id) WHERE stale IS NOT NULL",
     "CREATE INDEX ix_version_forgotten ON version (id)"
     " WHERE status = 'expired' AND \"plan\" IS NOT NULL",

@@ -22,7 +22,7 @@ CHANGED = ("none", "1 %, neighbours", "all")
 RANKS = f"{SMALL.ranks[0]:,} ranks x {SMALL.ranks[1]:,} tensors: "
 PLANNED = f"planning {SMALL.planned[0]:,} ranks x {SMALL.planned[1]:,} tensors: "
 FEW, MANY = SMALL.versions
-CONTESTS = ("1 writers, one branch", "2 writers, one branch", "2 writers, branches of their own")
+CONTESTS = ("1 writer, one branch", "2 writers, one branch", "2 writers, branches of their own")
 FILTERS = (
     "--where, all match",
     "--where, the newest match",

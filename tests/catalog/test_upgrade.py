@@ -18,7 +18,7 @@ from dcpstore.catalog.db.url import sqlite_url
 from dcpstore.catalog.schema import lifecycle, migrate, revisions, tables
 from dcpstore.catalog.schema.lifecycle import plan_upgrade, upgrade_schema
 from dcpstore.core.digests import run_digest
-from dcpstore.errors import CorruptionError
+from dcpstore.errors import CorruptionError, DcpstoreError
 from dcpstore.formats import json_fields
 from dcpstore.formats.entry_tree import grow
 from dcpstore.geometry.grids import Grid
@@ -417,6 +417,16 @@ def test_a_damaged_catalog_says_so_and_stays(database_url: str, what: str) -> No
             call(database_url)
     with changing(database_url) as connection:
         assert sa.inspect(connection).has_table("part")
+
+
+def test_migrations_that_cannot_be_read_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = sqlite_url(tmp_path / "catalog.db")
+    OldCatalog(url)
+    monkeypatch.setattr(migrate, "migrations_folder", lambda: tmp_path / "absent")
+    with pytest.raises(DcpstoreError, match=r"cannot read the migrations in .*absent.*again"):
+        upgrade_schema(url)
 
 
 def test_the_file_shrinks(tmp_path: Path) -> None:

@@ -58,6 +58,6 @@ def test_a_manifest_of_another_kerchunk_version_is_damaged(version: int) -> None
 def test_an_operation_of_another_format_is_damaged_or_newer() -> None:
     data = encode_operation(OPERATION)
     with pytest.raises(CorruptionError, match="format is 0"):
-        decode_operation(data.replace(b'"format": 1', b'"format": 0', 1))
+        decode_operation(data.replace(b'"format": 2', b'"format": 0', 1))
     with pytest.raises(SchemaError, match="update dcpstore"):
-        decode_operation(data.replace(b'"format": 1', b'"format": 2', 1))
+        decode_operation(data.replace(b'"format": 2', b'"format": 3', 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import dcpstore
 from dcpstore import convert
 from dcpstore.errors import CorruptionError, DcpstoreError, InvalidInputError, UnsafeDataError
 from dcpstore.formats.journal_entry import decode_operation
+from dcpstore.formats.journal_segment import Span, segment_key
 from dcpstore.maintenance.rebuild import rebuild
 from tests.hostile.attacks import NAMES, Attack, Touch, entering, rows, saved
-from tests.hostile.parsers import sign_operation
+from tests.hostile.parsers import sign_operation, sign_segment
 
 ATTACKS: dict[str, Attack] = {}
 
@@ -193,6 +195,26 @@ def a_journal_that_counts_without_end(folder: Path) -> None:
     report = rebuild(repo, folder / "new")
     assert report.versions == (1,)
     assert len(report.problems) == 2
+
+
+@attack
+def segments_that_expand_claim_or_contain_too_much(folder: Path) -> None:
+    repo = saved(folder)
+    lines = [Path(repo, "operations/000000000002.json").read_bytes()] * 32
+    bomb = zlib.compress(bytes(200 << 20), 9)
+    first = Path(repo, segment_key(Span(1, 32)))
+    first.write_bytes(sign_segment(bomb))
+    far = 10**15 // 131_072 * 131_072
+    Path(repo, segment_key(Span(far + 1, far + 131_072))).write_bytes(b"")
+    Path(repo, "operations/000000000001-999999999999.segment").write_bytes(b"")  # of no span
+    with dcpstore.open(repo) as opened:
+        (damage,) = opened.verify(deep=True).damaged
+        assert "expands to more than 100 times" in damage.reason
+    report = rebuild(repo, folder / "new")
+    assert report.versions == (1,)
+    assert len(report.problems) == 3  # two segments, and what lies between them
+    first.write_bytes(sign_segment(zlib.compress(b"\n".join(lines))))  # one operation many times
+    assert rebuild(repo, folder / "third").versions == (1,)
 
 
 @attack

@@ -23,6 +23,7 @@ from dcpstore.encoding.codecs import CODECS, decode
 from dcpstore.encoding.values import decode_value, encode_value
 from dcpstore.errors import DcpstoreError
 from dcpstore.formats.journal_entry import decode_operation
+from dcpstore.formats.journal_segment import Span, read_segment
 from dcpstore.formats.manifest import decode_manifest
 from dcpstore.formats.page import decode_page
 from dcpstore.formats.plan import decode_plan
@@ -110,6 +111,16 @@ PAGE = "pages/0123456789abcdef0123456789abcdef.page"
 def sign_operation(body: bytes) -> bytes:
     """Return an operation of this body."""
     return signed(body, '{{"format": 1, "digest": "{}", ')
+
+
+def sign_segment(packed: bytes) -> bytes:
+    """Return a segment of the journal that has these compressed bytes."""
+    return signed(b'{"first": 1, "last": 32}\n' + packed, '{{"segment": 1, "digest": "{}", ')
+
+
+def _segment(data: bytes, folder: Path) -> None:
+    for _, operation in read_segment(sign_segment(data), Span(1, 32)):
+        assert 1 <= operation["operation"] <= 32
 
 
 def _ref(data: bytes, folder: Path) -> None:
@@ -204,6 +215,7 @@ PARSERS = {
             "formats/journal_entry.py",
             lambda data, _: decode_operation(sign_operation(data)),
         ),
+        Parser("segments", "formats/journal_segment.py", _segment),
         Parser("ranges", "storage/interface.py", _range),
         Parser("chunks", "encoding/codecs.py", _chunk),
         Parser("safetensors", "convert/safetensors_header.py", _safetensors),

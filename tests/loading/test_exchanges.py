@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from torch.distributed.checkpoint import default_planner as torch_planner
 from torch.distributed.tensor import DTensor, Shard
 
 import dcpstore
+from dcpstore.reading import box_reads
 from tests.exchanges import Sent, counted
 from tests.ranks import RankPool, first_ranks, mesh
+from tests.soundness import Place
 
 TENSORS = 300
 ERROR = 200  # bytes that suffice for a message without content
@@ -45,14 +48,21 @@ class Refusing(dcpstore.DefaultLoadPlanner):
 
 
 def state(ranks: int, fill: float) -> dict[str, Any]:
-    """Return tensors of which each rank has its rows, and a value."""
+    """Return different tensors of which each rank has its rows, and a value."""
     tensors: dict[str, Any] = {
         f"layer.{i}.weight": DTensor.from_local(
-            torch.full((2, 4), fill), mesh((ranks,)), [Shard(0)], run_check=False
+            torch.full((2, 4), fill * (i + 1)), mesh((ranks,)), [Shard(0)], run_check=False
         )
         for i in range(TENSORS)
     }
     return tensors | {"step": int(fill)}
+
+
+def holds(target: dict[str, Any], fill: float) -> bool:
+    """Tell whether the tensors are those of `state` with this fill."""
+    return all(
+        (target[f"layer.{i}.weight"].to_local() == fill * (i + 1)).all() for i in range(TENSORS)
+    )
 
 
 def planner_of(kind: str) -> dcpstore.LoadPlanner | None:
@@ -78,7 +88,7 @@ def save_and_load(rank: int, folder: Path, ranks: int, kind: str) -> Sent:
     with counted() as sent:
         dcpstore.load(target, folder, planner=planner, process_group=group)
     assert target["step"] == 3
-    assert all((v.to_local() == 3.0).all() for v in target.values() if torch.is_tensor(v))
+    assert holds(target, 3.0)
     if isinstance(planner, Global) and rank == 0:
         assert planner.seen == [TENSORS + 1] * ranks
     return sent
@@ -108,12 +118,12 @@ def load_where_one_fails(rank: int, folder: Path, step: str) -> tuple[str, dict[
     try:
         dcpstore.load(target, folder, planner=Refusing(step if rank == 1 else ""))
     except dcpstore.RankFailure as error:
-        untouched = all((v.to_local() == 0.0).all() for v in target.values() if torch.is_tensor(v))
+        untouched = holds(target, 0.0)
         return str(error), {at: repr(one) for at, one in error.failures.items()}, untouched
     return "loaded", {}, False
 
 
-@pytest.mark.parametrize("step", ["plan"])
+@pytest.mark.parametrize("step", ["plan", "finish"])
 def test_a_rank_that_fails_to_plan_makes_all_raise(
     tmp_path: Path, two_ranks: RankPool, step: str
 ) -> None:
@@ -123,3 +133,67 @@ def test_a_rank_that_fails_to_plan_makes_all_raise(
     assert first[1] == {1: f"OSError('no {step}')"}
     assert first[2]
     assert two_ranks.run(save_and_load, tmp_path, 2, "ours")  # the group can be used again
+
+
+def load_with_statements(rank: int, place: Place, ranks: int) -> tuple[int, int, list[int]]:
+    """Load on the first ranks; return the chunk look-ups of this rank, and the bytes of rows."""
+    group = first_ranks(ranks)
+    mesh((ranks,))
+    if rank >= ranks:
+        return 0, 0, []
+    with place.open() as repo:
+        dcpstore.save(state(ranks, 3.0), repo, process_group=group)
+        target = state(ranks, 0.0)
+        looked_up = 0
+        load_chunks = box_reads.load_chunks
+
+        def counted_load(*args: Any, **options: Any) -> Any:
+            nonlocal looked_up
+            looked_up += 1
+            return load_chunks(*args, **options)
+
+        with patch.object(box_reads, "load_chunks", counted_load), counted() as sent:
+            report = dcpstore.load(target, repo, process_group=group)
+        assert holds(target, 3.0)
+        return looked_up, report.chunks, sent["find"] + sent.get("find, answers", [])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_coordinator_looks_chunks_up_for_all_ranks(
+    place: Place, four_ranks: RankPool, ranks: int
+) -> None:
+    place.open().close()
+    done = four_ranks.run(load_with_statements, place, ranks)[:ranks]
+    assert [looked_up for looked_up, _, _ in done] == [1] + [0] * (ranks - 1)
+    assert {chunks for _, chunks, _ in done} == {ranks * TENSORS}
+    for _, _, sent in done:
+        assert 32 * TENSORS <= sent[0] < 32 * TENSORS + 500  # four numbers a range
+    assert 90 * ranks * TENSORS < done[0][2][1] < 100 * ranks * TENSORS + 1000 * ranks
+
+
+def lose_a_chunk(rank: int, place: Place) -> list[str]:
+    """Load when the catalog lacks a chunk of the second rank, and again when it has it."""
+    raised = []
+    with place.open() as repo:
+        dcpstore.save(state(2, 3.0), repo)
+        load_chunks = box_reads.load_chunks
+        for lost in (1, 0):
+            target = state(2, 0.0)
+            with patch.object(
+                box_reads, "load_chunks", lambda *a, n=lost: load_chunks(*a)[: -n or None]
+            ):
+                try:
+                    dcpstore.load(target, repo)
+                    raised.append("")
+                except dcpstore.CorruptionError as error:
+                    raised.append(str(error))
+            assert holds(target, 0.0 if lost else 3.0)
+    return raised
+
+
+def test_a_chunk_that_is_not_found_makes_all_ranks_raise(place: Place, two_ranks: RankPool) -> None:
+    place.open().close()
+    first, second = two_ranks.run(lose_a_chunk, place)
+    assert first == second
+    assert "the catalog lacks chunk" in first[0]
+    assert first[1] == ""

@@ -40,6 +40,7 @@ SHORT = {
     ("save", "postgres"): 2,
     ("save on two ranks", "sqlite"): 2,
     ("first save", "sqlite"): 1,
+    ("compact", "sqlite"): 3,
     ("gc: repack", "postgres"): 1,
 }
 LONG = 64  # of each operation on each database

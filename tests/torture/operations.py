@@ -16,10 +16,12 @@ from dcpstore.catalog.maintenance.fsck import list_packs, list_pages
 from dcpstore.catalog.schema.lifecycle import upgrade_schema
 from dcpstore.catalog.write.saves import begin_save
 from dcpstore.core.uids import new_uid
+from dcpstore.formats.journal_segment import SHORTEST
 from dcpstore.formats.manifest import manifest_key
 from dcpstore.maintenance.rebuild import rebuild
 from dcpstore.records import VersionDraft
 from dcpstore.storage.packs import pack_key
+from dcpstore.zarr.stored_references import reference_key
 from tests.kept.unpack import unpack
 from tests.soundness import assert_sound
 from tests.torture.newer import NEWEST, TODAY, go_back, newer_schema
@@ -107,8 +109,10 @@ def check_folder(repo: Repository) -> None:
     stored = {key for key in repo.storage.list() if not key.startswith("catalog.db")}
     named = {pack.key for pack in list_packs(repo.catalog)}
     named |= {page.key for page in list_pages(repo.catalog)}
-    named |= {manifest_key(version.uid) for version in repo.log()}
-    named |= {key for key in stored if key.startswith("operations/") and key.endswith(".json")}
+    for version in repo.log():
+        named |= {manifest_key(version.uid)} | (stored & {reference_key(version.uid)})
+    named |= stored & {"README.txt", "references.py"}
+    named |= {k for k in stored if k.startswith("operations/") and not k.endswith(".tmp")}
     assert stored == named, f"left over: {stored - named}; missing: {named - stored}"
 
 
@@ -194,6 +198,16 @@ def best_tagged(site: Site) -> None:
 def move_best(site: Site, rank: int) -> None:
     with site.open() as repo:
         repo.tag("best", 3, move=True)
+
+
+def nearly_a_segment(site: Site) -> None:
+    """Prepare a journal in which the next operation makes a segment."""
+    best_tagged(site)
+    with site.open() as repo:
+        repo.add_labels(2, {"note": "one"})
+        for number in range(repo.operations(limit=1)[0].number + 1, SHORTEST):
+            repo.tag("best", 2 if number % 2 == 0 else 1, move=True)
+        assert repo.operations(limit=1)[0].number == SHORTEST - 1
 
 
 def check_best(site: Site) -> None:
@@ -312,6 +326,7 @@ def _listed() -> list[Operation]:
         Operation("forget", three_versions, forget, three, frozenset({2})),
         Operation("undo of a forget", forgotten, undo, frozenset({2}), three),
         Operation("move a tag", best_tagged, move_best, three, three, mend=check_best),
+        Operation("compact", nearly_a_segment, move_best, three, three, mend=check_best),
         Operation("gc: repack", expired, repack, last, last),
         Operation("gc: delete", condemned, delete, last, last),
         Operation("rebuild", lost_catalog, rebuild_catalog, last, last, mend=rebuild_again),

@@ -10,7 +10,7 @@ never wait long, and what a process that ended left unfinished is what the rules
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, Protocol
 
@@ -41,8 +41,8 @@ _SHOWN = 10  # tags that one message names
 
 SLICE = 1_000  # versions that expire in one transaction
 
-# Returns the rows (id, number, uid) of versions to expire, `SLICE` at most.
-Find = Callable[[Connection], Sequence[Row[Any]]]
+# Returns the ids of versions to expire, `SLICE` at most.
+Find = Callable[[Connection], Sequence[int]]
 
 
 class _Named(Protocol):
@@ -70,11 +70,13 @@ def expire_slice(
     No ref can move meanwhile. `rules` is recorded with the operation.
     """
     lock_repository(connection)
-    going = sorted(find(connection), key=lambda row: row.number)
-    if going:
-        now = datetime.now(UTC)
-        _drop(connection, _expire(connection, [row.id for row in going], at=now))
-        _record(connection, "expire", going, {"rules": dict(rules)}, author=author, at=now)
+    found = find(connection)
+    if not found:
+        return []
+    now, ids = datetime.now(UTC), wanted_ids(connection, found)
+    going = sorted(_expire(connection, ids, at=now), key=lambda row: row.number)
+    _drop(connection, ids)
+    _record(connection, "expire", going, {"rules": dict(rules)}, author=author, at=now)
     return [row.number for row in going]
 
 
@@ -107,7 +109,8 @@ def forget_versions(
         now = datetime.now(UTC)
         numbers = wanted_ids(connection, [version.number for version in going])
         query = select(_version.c.id).where(_version.c.number.in_(numbers))
-        ids = _expire(connection, connection.scalars(query).all(), at=now)
+        ids = wanted_ids(connection, connection.scalars(query).all())
+        _expire(connection, ids, at=now)
         held = refs_of(connection, ids)
         tagged = [ref for ref in held if ref.kind == "tag"]
         if tagged and not force:
@@ -160,13 +163,14 @@ def _named(connection: Connection, refs: Iterable[RefLike]) -> list[Version]:
     return [going[number] for number in sorted(going)]
 
 
-def _expire(connection: Connection, going: Collection[int], *, at: datetime) -> Select[Any]:
-    """Mark the versions of these ids as expired; return a query of the ids."""
-    ids = wanted_ids(connection, going)
-    connection.execute(
-        update(_version).where(_version.c.id.in_(ids)).values(status="expired", expired_at=at)
-    )
-    return ids
+def _expire(connection: Connection, ids: Select[Any], *, at: datetime) -> Sequence[Row[Any]]:
+    """Mark the versions whose ids a query returns as expired; return rows (number, uid)."""
+    return connection.execute(
+        update(_version)
+        .where(_version.c.id.in_(ids))
+        .values(status="expired", expired_at=at)
+        .returning(_version.c.number, _version.c.uid)
+    ).all()
 
 
 def _drop(connection: Connection, ids: Select[Any]) -> None:

@@ -4,7 +4,8 @@ An operation describes itself: it names versions by uid and number, and if it cr
 changed its facts, it holds the whole row. `restore` reads it back. Every change of the repository
 calls `write_journal` afterwards. Operations that an earlier crash left unwritten are written first,
 so there are no gaps. If two processes write one operation, they write the same bytes, whether they
-read the operation from the catalog or have just made it.
+read the operation from the catalog or have just made it. Whenever another 32 are written, the
+process compacts what lies there (`stored_journal`).
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, Select, select, update
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.db.key_lists import wanted_ids
 from dcpstore.catalog.db.transactions import reads, reads_once, writes
+from dcpstore.catalog.maintenance.stored_journal import compact, first_intact
 from dcpstore.catalog.read.versions import INFO, STATS, metrics_of, names_of
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.write.operations import (
@@ -37,7 +39,12 @@ from dcpstore.formats.journal_entry import (
     encode_operation,
     kind_of,
     operation_key,
-    operation_number,
+)
+from dcpstore.formats.journal_segment import (
+    SHORTEST,
+    encode_segment,
+    segment_key,
+    spans_within,
 )
 from dcpstore.records import VersionInfo, VersionStats
 from dcpstore.storage.interface import Storage
@@ -50,6 +57,7 @@ __all__ = [
     "changing_repository",
     "check_owner",
     "journal_again",
+    "journal_entries",
     "journaled",
     "last_journaled",
     "mark_journaled",
@@ -90,14 +98,25 @@ def changed_refs(entry: Mapping[str, Any]) -> Iterator[ChangedRef]:
 @reads
 def unjournaled(connection: Connection) -> list[Json]:
     """Return the oldest operations that may be missing in the data folder, as journal entries."""
-    operation = tables.operation
     written = connection.scalar(select(tables.repository.c.last_journaled))
-    rows = connection.execute(
-        select(operation)
-        .where(operation.c.number > written)
-        .order_by(operation.c.number)
-        .limit(JOURNAL_BATCH)
-    ).all()
+    number = tables.operation.c.number
+    return _entries(connection, select(tables.operation).where(number > written))
+
+
+@reads
+def journal_entries(connection: Connection, numbers: Sequence[int]) -> list[Json]:
+    """Return operations by their numbers, as journal entries; those that there are."""
+    found: list[Json] = []
+    for start in range(0, len(numbers), JOURNAL_BATCH):
+        wanted = numbers[start : start + JOURNAL_BATCH]
+        number = tables.operation.c.number
+        found += _entries(connection, select(tables.operation).where(number.in_(wanted)))
+    return found
+
+
+def _entries(connection: Connection, wanted: Select[Any]) -> list[Json]:
+    """Return the first of the operations that are wanted, at most `JOURNAL_BATCH`, in order."""
+    rows = connection.execute(wanted.order_by(tables.operation.c.number).limit(JOURNAL_BATCH)).all()
     if not rows:
         return []
     named = {found for row in rows for found in (row.old, row.new) if found is not None}
@@ -276,18 +295,21 @@ def write_journal(catalog: Catalog, storage: Storage, made: Recorded[Any] | None
     asked. A failure is logged, not raised: the change itself is committed, and the next change
     writes the missing operations.
     """
+    written: list[int] = []  # the first and last number of each batch
     try:
         if made is not None and made.are_next:
             _write(catalog, storage, made.entries)
-            return True
-        is_full = True
-        while is_full:
-            operations = unjournaled(catalog)
-            # Only a new catalog can meet the journal of another repository.
-            if operations and operations[0]["kind"] == "init":
-                check_owner(catalog, storage)
-            _write(catalog, storage, operations)
-            is_full = len(operations) == JOURNAL_BATCH
+            written += _ends(made.entries)
+        else:
+            is_full = True
+            while is_full:
+                operations = unjournaled(catalog)
+                # Only a new catalog can meet the journal of another repository.
+                if operations and operations[0]["kind"] == "init":
+                    check_owner(catalog, storage)
+                _write(catalog, storage, operations)
+                written += _ends(operations)
+                is_full = len(operations) == JOURNAL_BATCH
     except DcpstoreError as error:
         _log.warning(
             "an operation is not in the journal of %s yet (%s); the next change writes it",
@@ -295,14 +317,64 @@ def write_journal(catalog: Catalog, storage: Storage, made: Recorded[Any] | None
             error,
         )
         return False
+    if written and written[-1] // SHORTEST > (written[0] - 1) // SHORTEST:
+        _compact(catalog, storage, written[-1])
     return True
 
 
-def _write(catalog: Catalog, storage: Storage, entries: Sequence[Json]) -> None:
-    for entry in entries:
-        storage.put(operation_key(entry["operation"]), encode_operation(entry))
-    if entries:
-        mark_journaled(catalog, entries[-1]["operation"])
+def _ends(operations: Sequence[Json]) -> list[int]:
+    return [operations[i]["operation"] for i in (0, -1)] if operations else []
+
+
+def _write(catalog: Catalog, storage: Storage, operations: Sequence[Json]) -> None:
+    """Write operations: segments where they are many, each alone where they are few."""
+    if not operations:
+        return
+    lines = {one["operation"]: encode_operation(one) for one in operations}
+    first, last = min(lines), max(lines)
+    # A damaged catalog may lack some: then each is written alone.
+    is_run = last - first < len(lines)
+    spans = list(spans_within(first, last)) if is_run else []
+    in_segments = {number for span in spans for number in range(span.first, span.last + 1)}
+    for number, line in lines.items():
+        if number == 1 or number not in in_segments:
+            storage.put(operation_key(number), line)
+    if spans:
+        _renew_first(catalog, storage)
+    for span in spans:
+        held = [lines[number] for number in range(span.first, span.last + 1)]
+        storage.put(segment_key(span), encode_segment(span, held))
+    mark_journaled(catalog, last)
+
+
+def _compact(catalog: Catalog, storage: Storage, last: int) -> None:
+    """Compact the journal up to an operation; a failure is logged: all operations are durable."""
+    try:
+        check_owner(catalog, storage)
+        _renew_first(catalog, storage)
+        compact(storage, last, partial(journal_entries, catalog))
+    except DcpstoreError as error:
+        _log.warning(
+            "the journal of %s was not compacted (%s); a later change does it", storage.url, error
+        )
+
+
+def _renew_first(catalog: Catalog, storage: Storage) -> None:
+    """Let the first operation be of the newest format, before there is a segment.
+
+    A dcpstore that cannot read segments refuses it, instead of missing what is in them.
+    """
+    key = operation_key(1)
+    try:
+        stored = storage.get(key)
+        renewed = encode_operation(decode_operation(stored))
+    except (NotFoundError, CorruptionError):
+        entries = journal_entries(catalog, [1])
+        if not entries:
+            raise CorruptionError("the catalog lacks operation 1; run 'dcpstore verify'.") from None
+        stored, renewed = b"", encode_operation(entries[0])
+    if renewed != stored:
+        storage.put(key, renewed)
 
 
 def _is_own_journal(catalog: Catalog, storage: Storage) -> bool | None:
@@ -310,17 +382,12 @@ def _is_own_journal(catalog: Catalog, storage: Storage) -> bool | None:
 
     Operations are compared by their time too, which is kept to the microsecond.
     """
-    done = {operation.number: operation for operation in list_operations(catalog)}
-    for number in sorted(filter(None, map(operation_number, storage.list("operations")))):
-        try:
-            entry = decode_operation(storage.get(operation_key(number)))
-        except (NotFoundError, CorruptionError):
-            continue
-        if number > 1:
-            own = done.get(number)
-            found = entry["kind"], entry["target"], datetime.fromisoformat(entry["created_at"])
-            return own is not None and (own.kind, own.target, own.created_at) == found
-    return None
+    entry = first_intact(storage, after=1)
+    if entry is None:
+        return None
+    own = next((one for one in list_operations(catalog) if one.number == entry["operation"]), None)
+    found = entry["kind"], entry["target"], datetime.fromisoformat(entry["created_at"])
+    return own is not None and (own.kind, own.target, own.created_at) == found
 
 
 def _foreign_journal(storage: Storage, fault: str) -> str:

@@ -9,17 +9,17 @@ and written once, so memory and time follow what changed between versions.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, bindparam, insert, select, update
 
 from dcpstore.catalog.db.key_lists import wanted_names
 from dcpstore.catalog.maintenance.journal import ChangedRef, changed_refs
 from dcpstore.catalog.read.trees import with_runs
-from dcpstore.catalog.read.versions import INFO, STATS, lineage_below
+from dcpstore.catalog.read.versions import INFO, STATS
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.schema.tables import hex_start
 from dcpstore.catalog.write.annotations import insert_metrics
@@ -113,13 +113,10 @@ def restore(connection: Connection, operations: Iterable[Json], contents: Conten
     ids = _write_versions(connection, state)
     _write_operations(connection, operations, ids)
     _write_packs(connection, state, ids)
-    lost = [
-        uid
-        for uid in state.facts
-        if uid not in state.expired and not _fill(connection, uid, contents, state, ids)
-    ]
-    for uid in state.facts.keys() & state.forgotten:
-        _fill(connection, uid, contents, state, ids)
+    kept = [uid for uid in state.facts if uid not in state.expired]
+    forgotten = [uid for uid in state.facts if uid in state.forgotten]
+    lost = _fill_all(connection, kept, contents, state, ids)
+    _fill_all(connection, forgotten, contents, state, ids)
     refs = _write_refs(connection, state, ids, set(lost))
     numbers = {uid: fact["number"] for uid, fact in state.facts.items()}
     if lost:
@@ -195,31 +192,65 @@ def _write_versions(connection: Connection, state: _State) -> dict[str, int]:
     """Insert the rows of all versions, as expired until their entries are inserted; return ids."""
     facts = sorted(state.facts.values(), key=lambda fact: int(fact["number"]))
     now = datetime.now(UTC)
-    ids: dict[str, int] = {}
+    rows = []
+    metrics = []
     for fact in facts:
         info, stats = decode_info(fact), decode_stats(fact)
-        # One insert a version, for each needs the id and the lineage of its parent.
-        parent = ids.get(fact["parent"])
-        ids[info.uid] = connection.execute(
-            insert(_version)
-            .values(
+        metrics.append(info.metrics)
+        rows.append(
+            {
                 **{name: getattr(info, name) for name in INFO},
                 **{name: getattr(stats, name) for name in STATS},
-                **lineage_below(connection, parent),
-                number=fact["number"],
-                status="expired",
-                parent=parent,
-                wanted_tags=[],
-                started_at=datetime.fromisoformat(fact["started_at"]),
-                touched_at=stats.created_at,
-                expired_at=state.expired.get(info.uid, now),
-            )
-            .returning(_version.c.id)
-        ).scalar_one()
-        insert_metrics(connection, ids[info.uid], info.metrics)
+                "number": fact["number"],
+                "status": "expired",
+                "wanted_tags": [],
+                "started_at": datetime.fromisoformat(fact["started_at"]),
+                "touched_at": stats.created_at,
+                "expired_at": state.expired.get(info.uid, now),
+            }
+        )
+    ids: dict[str, int] = {}
+    if rows:
+        new = insert(_version).returning(_version.c.uid, _version.c.id)
+        ids = dict(connection.execute(new, rows).all())
+        connection.execute(
+            update(_version)
+            .where(_version.c.id == bindparam("of"))
+            .values({name: bindparam(f"new_{name}") for name in ("parent", "depth", "jump")}),
+            list(_lineages(facts, ids)),
+        )
+    for row, held in zip(rows, metrics, strict=True):
+        insert_metrics(connection, ids[row["uid"]], held)
     last = max((int(fact["number"]) for fact in facts), default=0)
     connection.execute(update(tables.repository).values(last_version=last))
     return ids
+
+
+def _lineages(facts: Iterable[Json], ids: Mapping[str, int]) -> Iterator[dict[str, int | None]]:
+    """Yield parent, depth and jump of each version, as `read.versions` defines them."""
+    depths: dict[int, int] = {}
+    jumps: dict[int, int | None] = {}
+    for fact in facts:  # by number, so that parents come first
+        held, parent = ids[fact["uid"]], ids.get(fact["parent"])
+        if parent not in depths:  # a damaged journal may name a later version
+            parent = None
+        depths[held] = 0 if parent is None else depths[parent] + 1
+        jumps[held] = parent
+        above = None if parent is None else jumps[parent]
+        further = None if above is None else jumps[above]
+        if (
+            parent is not None
+            and above is not None
+            and further is not None
+            and depths[parent] - depths[above] == depths[above] - depths[further]
+        ):
+            jumps[held] = further
+        yield {
+            "of": held,
+            "new_parent": parent,
+            "new_depth": depths[held],
+            "new_jump": jumps[held],
+        }
 
 
 def _write_operations(
@@ -257,121 +288,224 @@ def _write_packs(connection: Connection, state: _State, ids: Mapping[str, int]) 
         judge_again(connection, packs.all())
 
 
-def _fill(
-    connection: Connection, uid: str, contents: Contents, state: _State, ids: Mapping[str, int]
-) -> bool:
-    """Write what a version holds; return whether that worked.
+_BATCH = 200  # versions that are written at once, unless they have more than `_TENSORS` new tensors
+_TENSORS = 5_000
+
+
+def _fill_all(
+    connection: Connection,
+    uids: Sequence[str],
+    contents: Contents,
+    state: _State,
+    ids: Mapping[str, int],
+) -> list[str]:
+    """Write what versions hold; return those for which that was not possible.
 
     A forgotten version stays expired: an undo may bring it back.
     """
-    stored, version = contents.version(uid, state.nodes.keys()), ids[uid]
-    if stored is None:
-        return False
+    lost: list[str] = []
+    batch: dict[str, StoredVersion] = {}
+    seen = set(state.nodes)
+    size = 0
+    for uid in uids:
+        stored = contents.version(uid, seen)
+        if stored is None:
+            lost.append(uid)
+            continue
+        batch[uid] = stored
+        seen |= stored.nodes.keys()
+        size += len(stored.content.tensors)
+        if len(batch) == _BATCH or size > _TENSORS:
+            lost += _fill(connection, batch, contents, state, ids)
+            batch, seen, size = {}, set(state.nodes), 0
+    return lost + _fill(connection, batch, contents, state, ids)
+
+
+def _fill(
+    connection: Connection,
+    batch: Mapping[str, StoredVersion],
+    contents: Contents,
+    state: _State,
+    ids: Mapping[str, int],
+) -> list[str]:
+    """Write a batch of versions, by uid; return those for which that was not possible."""
+    try:
+        # A savepoint, so that versions that cannot be restored leave no rows.
+        with connection.begin_nested():
+            changed = _write_batch(connection, batch, contents, state, ids)
+    except ConflictError as error:
+        if len(batch) > 1:  # one by one, and read again: they may share nodes of the lost one
+            return [
+                lost
+                for uid in batch
+                if (again := contents.version(uid, state.nodes.keys())) is not None
+                for lost in _fill(connection, {uid: again}, contents, state, ids)
+            ]
+        (uid,) = batch
+        contents.lose(uid, str(error))
+        return [uid]
+    state.packs |= changed.packs
+    state.pages |= changed.pages
+    state.nodes |= changed.nodes
+    return []
+
+
+class _Changed(NamedTuple):
+    """What a batch adds to the state."""
+
+    packs: dict[str, tuple[int, str]]
+    pages: dict[str, int]
+    nodes: dict[bytes, int]
+
+
+def _write_batch(
+    connection: Connection,
+    batch: Mapping[str, StoredVersion],
+    contents: Contents,
+    state: _State,
+    ids: Mapping[str, int],
+) -> _Changed:
+    needs = {uid: _needed(stored) for uid, stored in batch.items()}
+    needed: dict[str, tuple[int, str]] = {}  # bytes, and a version that needs them, by pack
+    for uid, packs in needs.items():
+        for key, nbytes in packs.items():
+            needed[key] = max(needed.get(key, (0, uid)), (nbytes, uid))
+    moved = needed.keys() & state.condemned.keys()
+    if moved:  # a crash came after the chunks moved, and before the page was written
+        connection.execute(
+            update(_pack)
+            .where(_pack.c.key.in_(wanted_names(connection, moved)))
+            .values(status="live", condemned_at=None)
+        )
+    # An intact page is right about the packs of its version, even if the operation that added them
+    # is lost. All other packs have a row, those of expired versions too.
+    unnamed = {key: needed[key] for key in needed if key not in state.packs}
+    _write_unnamed(connection, unnamed, contents, ids)
+    of_nodes = {digest: key for one in batch.values() for digest, key in one.nodes.items()}
+    of_runs = {digest: key for one in batch.values() for digest, key in one.runs.items()}
+    nodes = _write_nodes(connection, list(batch.values()), state)
+    pages = _write_pages(connection, batch, state, ids)
+    home(connection, state.pages | pages, nodes=of_nodes, runs=of_runs)
+    plans = _write_plans(connection, list(batch.values()), pages)
+    tensors = [tensor for one in batch.values() for tensor in one.content.tensors]
+    # Chunks may lie in packs that only another, newer page names.
+    are_there = needed.keys() <= _packs_of(connection, tensors)
+    stale = {
+        uid
+        for uid, stored in batch.items()
+        if not are_there and not needs[uid].keys() <= _packs_of(connection, stored.content.tensors)
+    }
+    mark_objects_stale(connection, {key for uid in stale for key in batch[uid].sizes})
+    if batch:
+        connection.execute(
+            update(_version)
+            .where(_version.c.id == bindparam("of"))
+            .values({name: bindparam(f"new_{name}") for name in _FILLED}),
+            [
+                {
+                    "of": ids[uid],
+                    "new_status": "expired" if uid in state.expired else "committed",
+                    "new_expired_at": state.expired.get(uid),
+                    "new_plan": plans[stored.content.plan.digest],
+                    "new_root": nodes[stored.root],
+                    "new_planner_data": stored.content.planner_data,
+                    # A manifest of format 1 is to be written again, with pages.
+                    "new_stale": new_mark() if uid in stale or stored.plan is None else None,
+                }
+                for uid, stored in batch.items()
+            ],
+        )
+    new = {digest: nodes[digest] for digest in of_nodes.keys() - state.nodes.keys()}
+    return _Changed(unnamed, pages, new)
+
+
+_FILLED = ("status", "expired_at", "plan", "root", "planner_data", "stale")
+
+
+def _needed(stored: StoredVersion) -> dict[str, int]:
+    """Return how many bytes of which packs a version needs, for its new tensors."""
     needed: dict[str, int] = {}
     for chunk in (chunk for tensor in stored.content.tensors for chunk in tensor.chunks):
         needed[chunk.pack] = max(needed.get(chunk.pack, 0), chunk.offset + chunk.length)
-    moved = needed.keys() & state.condemned.keys()
-    try:
-        # A savepoint, so that a version that cannot be restored leaves no rows.
-        with connection.begin_nested():
-            if moved:  # a crash came after the chunks moved, and before the page was written
-                connection.execute(
-                    update(_pack)
-                    .where(_pack.c.key.in_(wanted_names(connection, moved)))
-                    .values(status="live", condemned_at=None)
-                )
-            # An intact page is right about the packs of its version, even if the operation that
-            # added them is lost. All other packs have a row, those of expired versions too.
-            unnamed = {key: needed[key] for key in needed if key not in state.packs}
-            _write_unnamed(connection, unnamed, version, contents, ids)
-            nodes = _write_tree(connection, version, stored, state)
-            pages = state.pages | _write_pages(connection, version, stored, state, ids)
-            there = {key: pages[key] for key in stored.sizes}
-            home(connection, there, nodes=stored.nodes, runs=stored.runs)
-            plan = write_plan(connection, stored.content.plan)
-            if stored.plan in pages.keys() - state.pages.keys():
-                connection.execute(
-                    update(tables.plan)
-                    .where(tables.plan.c.id == plan)
-                    .values(page=pages[stored.plan])
-                )
-            # Chunks may lie in packs that only another, newer page names.
-            are_there = needed.keys() <= _packs_of(connection, stored.content.tensors)
-            if not are_there:
-                mark_objects_stale(connection, stored.sizes.keys())
-            connection.execute(
-                update(_version)
-                .where(_version.c.id == version)
-                .values(
-                    **({} if uid in state.expired else {"status": "committed", "expired_at": None}),
-                    plan=plan,
-                    root=nodes[stored.root],
-                    planner_data=stored.content.planner_data,
-                    # A manifest of format 1 is to be written again, with pages.
-                    stale=None if are_there and stored.plan else new_mark(),
-                )
-            )
-    except ConflictError as error:
-        contents.lose(uid, str(error))
-        return False
-    state.packs |= {key: (nbytes, uid) for key, nbytes in unnamed.items()}
-    state.pages = pages
-    state.nodes |= {digest: nodes[digest] for digest in stored.nodes.keys() - state.nodes.keys()}
-    return True
+    return needed
 
 
-def _write_tree(
-    connection: Connection, version: int, stored: StoredVersion, state: _State
+def _write_nodes(
+    connection: Connection, batch: Sequence[StoredVersion], state: _State
 ) -> dict[bytes, int]:
-    """Write the new nodes of a version; return the ids of its root and of the nodes it names."""
-    named = {stored.root, *stored.nodes}
+    """Write the new nodes of versions; return the ids of the nodes that they have or name."""
+    named = {digest for stored in batch for digest in (stored.root, *stored.nodes)}
     known = {digest: state.nodes[digest] for digest in named if digest in state.nodes}
-    if stored.tree is None:
+    trees = [stored.tree for stored in batch if stored.tree is not None]
+    if not trees:
         return known
-    known |= known_nodes(connection, stored.tree)  # those that lie in no page
-    content = replace(stored.content, packs=())
-    return write_nodes(connection, version, content, stored.tree, known)
+    known |= known_nodes(connection, trees)  # those that lie in no page
+    tensors = {tensor.digest: tensor for one in batch for tensor in one.content.tensors}
+    aliases = {alias: held for one in batch for alias, held in one.content.aliases.items()}
+    content = replace(batch[0].content, packs=(), tensors=list(tensors.values()), aliases=aliases)
+    return write_nodes(connection, 0, content, trees, known)  # without packs of a version
 
 
 def _write_pages(
     connection: Connection,
-    version: int,
-    stored: StoredVersion,
+    batch: Mapping[str, StoredVersion],
     state: _State,
     ids: Mapping[str, int],
 ) -> dict[str, int]:
     """Insert the pages and plans that are new; return their ids by key."""
-    new = sorted(stored.sizes.keys() - state.pages.keys())
-    rows = [
-        {
-            "key": key,
-            "nbytes": stored.sizes[key],
-            "version": ids.get(key.split("/")[1].split(".")[0], version),
-            "status": "live",
-        }
-        for key in new
-    ]
-    if not rows:
+    new = {
+        key: (nbytes, uid)
+        for uid, stored in batch.items()
+        for key, nbytes in stored.sizes.items()
+        if key not in state.pages
+    }
+    if not new:
         return {}
+    rows = [
+        {"key": key, "nbytes": nbytes, "version": _owner(key, ids, uid), "status": "live"}
+        for key, (nbytes, uid) in sorted(new.items())
+    ]
     page = tables.page
     pages = connection.execute(insert(page).returning(page.c.key, page.c.id), rows)
     return dict(pages.all())
 
 
+def _owner(key: str, ids: Mapping[str, int], uid: str) -> int:
+    """Return the id of the version whose save wrote an object; that of `uid` if it is unknown."""
+    return ids.get(key.split("/")[1].split(".", maxsplit=1)[0], ids[uid])
+
+
+def _write_plans(
+    connection: Connection, batch: Sequence[StoredVersion], pages: Mapping[str, int]
+) -> dict[str, int]:
+    """Write the plans that are new; return the ids of all by digest."""
+    ids: dict[str, int] = {}
+    for stored in batch:
+        digest = stored.content.plan.digest
+        if digest not in ids:
+            ids[digest] = write_plan(connection, stored.content.plan)
+        if stored.plan is not None and stored.plan in pages:
+            connection.execute(
+                update(tables.plan)
+                .where(tables.plan.c.id == ids[digest], tables.plan.c.page.is_(None))
+                .values(page=pages[stored.plan])
+            )
+    return ids
+
+
 def _write_unnamed(
     connection: Connection,
-    needed: Mapping[str, int],
-    version: int,
+    needed: Mapping[str, tuple[int, str]],
     contents: Contents,
     ids: Mapping[str, int],
 ) -> None:
-    """Insert packs that no operation names, and of which so many bytes are `needed`.
+    """Insert packs that no operation names, of which so many bytes are `needed` by a version.
 
     Raises:
         ConflictError: the data folder does not hold so many bytes of one.
     """
     rows = []
-    for key, nbytes in needed.items():
+    for key, (nbytes, uid) in needed.items():
         size = contents.pack_size(key)
         if size is None or size < nbytes:
             held = "nothing" if size is None else f"{size} bytes"
@@ -379,7 +513,7 @@ def _write_unnamed(
                 f"it needs {nbytes} bytes of {key}, which no operation names, and the data folder "
                 f"holds {held} of it; restore it from a copy and rebuild again"
             )
-        owner = ids.get(key.split("/")[1], version)
+        owner = _owner(key, ids, uid)
         rows.append({"key": key, "nbytes": size, "version": owner, "status": "live"})
     if rows:
         packs = connection.scalars(insert(_pack).returning(_pack.c.id), rows)

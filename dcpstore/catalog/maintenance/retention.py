@@ -19,7 +19,6 @@ from sqlalchemy import (
     CTE,
     ColumnElement,
     Connection,
-    Row,
     Select,
     and_,
     exists,
@@ -170,9 +169,9 @@ def expire(
     if dry_run or not found:
         return ExpireReport(catalog, judge, found, dry_run=dry_run)
 
-    def find(connection: Connection) -> Sequence[Row[Any]]:
+    def find(connection: Connection) -> Sequence[int]:
         judge = _judge(connection, rules, branch)
-        return connection.execute(judge.doomed(connection).limit(SLICE)).all()
+        return connection.scalars(judge.doomed(connection).limit(SLICE)).all()
 
     expired: list[int] = []
     while True:
@@ -277,16 +276,21 @@ class _Judge:
         return query if self.branch is None else query.where(_version.c.branch == self.branch)
 
     def doomed(self, connection: Connection) -> Select[Any]:
-        """Return a query (id, number, uid) of the versions that no rule keeps, in any order."""
-        query = select(_version.c.id, _version.c.number, _version.c.uid).where(
+        """Return a query (id, number) of the versions that no rule keeps, in any order.
+
+        An index of live versions has all that the rules ask for, by branch.
+        """
+        query = select(_version.c.id, _version.c.number).where(
             is_visible(),
             _version.c.number < self.newest,
             ~exists().where(_ref.c.version == _version.c.id),
         )
         if self.branch is not None:
             query = query.where(_version.c.branch == self.branch)
-        if self.given.keep_last is not None:
-            # An index leads to the versions of each branch that are older than those kept.
+        if self.given.keep_last is None and self.branch is None:
+            names = distinct_names(_version.c.branch, is_visible())
+            query = query.join_from(names, _version, _version.c.branch == names.c.name)
+        elif self.given.keep_last is not None:  # only what is older than the last ones
             last = self._last(self.given.keep_last)
             query = query.join_from(last, _version, _version.c.branch == last.c.name).where(
                 _version.c.number < last.c.first
@@ -375,7 +379,7 @@ def _judge(connection: Connection, rules: Retention, branch: str | None) -> _Jud
             min(count, _MOST),
             mode=mode,
             among=among,
-            ties=_version.c.number.desc(),
+            newer=True,
         )
         if not best and not has_metric(connection, name, among=among):
             raise NotFoundError.near(

@@ -24,10 +24,11 @@ from sqlalchemy import (
     Select,
     Text,
     and_,
+    case,
     exists,
     func,
-    or_,
     select,
+    true,
     type_coerce,
     union_all,
 )
@@ -126,7 +127,7 @@ def best_version(
         raise InvalidInputError(f"mode {mode!r} is neither 'min' nor 'max'; give one of them.")
     check_text(name, what="metric name")
     on_branch = () if branch is None else (_on_branch(connection, branch),)
-    best = best_ids(connection, name, 1, mode=mode, among=on_branch, ties=_version.c.number)
+    best = best_ids(connection, name, 1, mode=mode, among=on_branch, newer=False)
     found = next(iter(best), None)
     if found is None:
         _check_metric(connection, name)
@@ -142,7 +143,7 @@ def best_ids(
     *,
     mode: str,
     among: Sequence[ColumnElement[bool]],
-    ties: ColumnElement[Any],
+    newer: bool,
 ) -> Sequence[int]:
     """Return the ids of the versions with the smallest or largest metric, the best first.
 
@@ -152,22 +153,27 @@ def best_ids(
         count: how many at most.
         mode: "min" or "max".
         among: conditions on the versions.
-        ties: how versions with the same value are sorted.
+        newer: whether of equal values the newer version is better, or the older.
     """
-    value = _metric.c.value
-    query = (
-        select(_version.c.id)
-        .join(_metric, _metric.c.version == _version.c.id)
-        .where(_metric.c.name == name, value.is_not(None), is_visible(), *among)
-        .order_by(value if mode == "min" else value.desc(), ties)
-        .limit(count)
-    )
     # The best of few versions are found among them: most values may be of others, or of expired
     # versions. Else the index of values finds them.
     few = _if_few(connection, select(_version.c.id).where(is_visible(), *among))
-    if few is not None:
-        query = query.where(_version.c.id.in_(wanted_ids(connection, few)))
-    return connection.scalars(query).all()
+    if few is None:
+        rated = (
+            select(_version.c.id, _version.c.number, _metric.c.value)
+            .join(_metric, _metric.c.version == _version.c.id)
+            .where(_metric.c.name == name, is_visible(), *among)
+            .subquery("rated")
+        )
+    else:
+        of_version = select(_metric.c.value).where(_metric.c.version == _version.c.id)
+        value = of_version.where(_metric.c.name == name).scalar_subquery()
+        chosen = select(_version.c.id, _version.c.number, value.label("value"))
+        rated = chosen.where(_version.c.id.in_(wanted_ids(connection, few))).subquery("rated")
+    query = select(rated.c.id).where(rated.c.value.is_not(None))
+    best = rated.c.value if mode == "min" else rated.c.value.desc()
+    ties = rated.c.number.desc() if newer else rated.c.number
+    return connection.scalars(query.order_by(best, ties).limit(count)).all()
 
 
 @reads
@@ -291,9 +297,9 @@ def _is_known(
     has_recent = of_recent.correlate_except(_metric).scalar_subquery().is_not(None)
     of_any = select(1).join_from(_metric, _version, _metric.c.version == _version.c.id)
     of_any = of_any.where(has_name, is_visible(), *among)
-    return or_(
-        select(1).select_from(recent).where(has_recent).exists(),
-        of_any.correlate_except(_metric, _version).exists(),
+    return case(  # not OR, for which SQLite would look at both
+        (select(1).select_from(recent).where(has_recent).exists(), true()),
+        else_=of_any.correlate_except(_metric, _version).exists(),
     )
 
 

@@ -87,19 +87,21 @@ def load_versions(
         .select_from(_version)
         .outerjoin(_parent, _parent.c.id == _version.c.parent)
         .where(_version.c.number.is_not(None) if with_expired else is_visible())
-        .order_by(_version.c.number.desc())
-        .limit(limit)
     )
-    rows = connection.execute(query if ids is None else query.where(_version.c.id.in_(ids))).all()
+    if ids is None:
+        query = query.order_by(_version.c.number.desc()).limit(limit)
+        rows = list(connection.execute(query))
+    else:  # asked to sort them, SQLite would look for them among all versions, in their order
+        found = connection.execute(query.where(_version.c.id.in_(ids)))
+        rows = sorted(found, key=lambda row: row.number, reverse=True)[:limit]
     if not rows:
         return []
     wanted = wanted_ids(connection, [row.id for row in rows])
     tags: dict[int, list[str]] = {}
     ref = tables.ref
+    # Sorted here: asked to, SQLite would look for the versions among all tags, in their order.
     for tag in connection.execute(
-        select(ref.c.version, ref.c.name)
-        .where(ref.c.version.in_(wanted), ref.c.kind == "tag")
-        .order_by(ref.c.name)
+        select(ref.c.version, ref.c.name).where(ref.c.version.in_(wanted), ref.c.kind == "tag")
     ):
         tags.setdefault(tag.version, []).append(tag.name)
     metrics = metrics_of(connection, wanted)
@@ -107,7 +109,7 @@ def load_versions(
         Version(
             number=number,
             parent=parent,
-            tags=tuple(tags.get(id_, ())),
+            tags=tuple(sorted(tags.get(id_, ()))),
             metrics=metrics.get(id_, {}),
             **dict(zip((*INFO, *STATS), facts, strict=True)),
         )

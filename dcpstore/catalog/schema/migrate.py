@@ -13,6 +13,7 @@ This module is imported only to create or upgrade a catalog, for Alembic takes l
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,8 +53,8 @@ class Preparation(Protocol):
 
 def preparations(revision: str) -> list[Preparation]:
     """Return the preparations of the migrations that a catalog of this revision lacks."""
-    scripts = ScriptDirectory(migrations_folder())
     with _explained():
+        scripts = _scripts()
         lacking = scripts._upgrade_revs("head", revision)
     made = [getattr(step.revision.module, "Preparation", None) for step in lacking]
     return [make() for make in made if make is not None]
@@ -71,7 +72,7 @@ def migrate(connection: Connection) -> None:
         return _with_own_op(scripts._upgrade_revs("head", revision), Operations(context))
 
     with _explained():
-        scripts = ScriptDirectory(migrations_folder())
+        scripts = _scripts()
         context = MigrationContext.configure(connection, opts={"fn": steps, "script": scripts})
         drop_views(connection)
         context.run_migrations()
@@ -88,6 +89,19 @@ def _explained() -> Iterator[None]:
             f"the catalog cannot be upgraded: {error}. No released dcpstore made it; restore it "
             "from a backup, or make a new one from the data with 'dcpstore rebuild'."
         ) from error
+
+
+def _scripts() -> ScriptDirectory:
+    folder = migrations_folder()
+    try:
+        os.listdir(folder / "versions")  # Alembic takes a folder that cannot be read for empty
+    except OSError as error:
+        raise DcpstoreError(
+            f"cannot read the migrations in {str(folder)!r}: {error.strerror}. Nothing was "
+            "changed; let this user read that folder ('ulimit -n' raises the limit of open files), "
+            "and try again."
+        ) from error
+    return ScriptDirectory(folder)
 
 
 def _with_own_op(steps: Iterable[RevisionStep], op: Operations) -> Iterator[RevisionStep]:

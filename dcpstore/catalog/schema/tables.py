@@ -375,9 +375,12 @@ def _number(name: str, *, null: bool = False) -> Column[Any]:
     return Column(name, Number, nullable=null)
 
 
-def _part_index(name: str, column: Column[Any], condition: ColumnElement[bool]) -> None:
-    """Add an index of the few rows for which a condition holds."""
-    Index(name, column, sqlite_where=condition, postgresql_where=condition)
+def _part_index(
+    name: str, column: Column[Any] | list[Column[Any]], condition: ColumnElement[bool]
+) -> None:
+    """Add an index of the rows for which a condition holds."""
+    columns = column if isinstance(column, list) else [column]
+    Index(name, *columns, sqlite_where=condition, postgresql_where=condition)
 
 
 repository = Table(
@@ -437,10 +440,19 @@ version = Table(
     _words("error", null=True),
     CheckConstraint("status IN ('pending', 'committed', 'aborted', 'expired')", name="status"),
     CheckConstraint("(status IN ('committed', 'expired')) = (number IS NOT NULL)", name="numbered"),
-    Index(None, "branch", "number"),
-    Index(None, "step", "number"),
     Index(None, "status", "touched_at"),
-    Index(None, "created_at"),
+)
+# The rows of expired versions stay for ever, so these indexes leave them out (decision 028).
+_IS_LIVE = version.c.number.is_not(None) & version.c.expired_at.is_(None)
+_part_index("ix_version_number", version.c.number, _IS_LIVE)
+_part_index("ix_version_step", [version.c.step, version.c.number], _IS_LIVE)
+_part_index("ix_version_created_at", [version.c.created_at, version.c.number], _IS_LIVE)
+# With the step and the time, rules of retention read no row of a version that they keep. SQLite
+# would read the row for `expired_at`, although it is NULL here.
+_part_index(
+    "ix_version_branch",
+    [version.c[name] for name in ("branch", "number", "step", "created_at", "expired_at")],
+    _IS_LIVE,
 )
 _part_index("ix_version_stale", version.c.id, version.c.stale.is_not(None))
 _part_index(
@@ -478,6 +490,7 @@ ref = Table(
     _words("kind"),
     Column("version", Key, ForeignKey("version.id"), nullable=False),
     CheckConstraint("kind IN ('tag', 'branch')", name="kind"),
+    Index(None, "kind", "name"),
     Index(None, "version", "kind", "name"),
 )
 

@@ -21,7 +21,7 @@ from dcpstore.catalog.schema import tables
 from dcpstore.catalog.schema.tables import layout_digest
 from dcpstore.catalog.validation import check_key, check_text
 from dcpstore.catalog.write.forget import forget_chunks, forget_runs
-from dcpstore.catalog.write.nodes import dictionary, known_nodes, write_tree
+from dcpstore.catalog.write.nodes import dictionary, known_nodes, write_trees
 from dcpstore.catalog.write.operations import lock_repository
 from dcpstore.catalog.write.stale import mark_holders_stale
 from dcpstore.core.digests import RUN, run_digest
@@ -54,18 +54,18 @@ def write_content(connection: Connection, version: int, content: VersionContent)
         InvalidInputError: an FQN or a value is one that some database cannot store.
     """
     tree = content.tree or grow(content.entries)
-    known = known_nodes(connection, tree)
-    return write_nodes(connection, version, content, tree, known)[tree.root.digest]
+    known = known_nodes(connection, [tree])
+    return write_nodes(connection, version, content, [tree], known)[tree.root.digest]
 
 
 def write_nodes(
     connection: Connection,
     version: int,
     content: VersionContent,
-    tree: EntryTree,
+    trees: Sequence[EntryTree],
     known: Mapping[bytes, int],
 ) -> dict[bytes, int]:
-    """Write the nodes of a tree that are not known, and what they need; as `write_content`.
+    """Write the nodes of trees that are not known, and what they need; as `write_content`.
 
     Returns the ids of the nodes by digest. The entries of `content` are not looked at; it has the
     tensors of all new nodes that the catalog does not have.
@@ -73,22 +73,23 @@ def write_nodes(
     Raises:
         ConflictError: a chunk that the save reuses is condemned or deleted.
     """
+    sets = [one for tree in trees for one in tree.sets if one.digest not in known]
     named = {
         entry.tensor_digest
-        for one in tree.sets
-        if one.digest not in known
+        for one in sets
         for entry in one.entries
         if entry.tensor_digest is not None
     }
-    for entry in (e for one in tree.sets if one.digest not in known for e in one.entries):
+    for entry in (entry for one in sets for entry in one.entries):
         check_key(entry.fqn, what="FQN")
         if entry.value is not None:
             check_text(entry.value, what=f"value of {entry.fqn!r}")
+    named |= set(content.aliases.values())
     last = RowsOfTables()
     packs = _write_packs(connection, version, content.packs, last)
     tensors = _write_tensors(connection, content.tensors, named, packs, last)
     _write_aliases(connection, content.aliases, tensors)
-    nodes = write_tree(connection, tree, known, tensors, last)
+    nodes = write_trees(connection, trees, known, tensors, last)
     last.insert(connection)
     return nodes
 

@@ -18,17 +18,17 @@ from dcpstore.catalog.schema import tables
 from dcpstore.catalog.schema.tables import fqn_digest
 from dcpstore.formats.entry_tree import EntrySet, EntryTree
 
-__all__ = ["dictionary", "known_nodes", "write_tree"]
+__all__ = ["dictionary", "known_nodes", "write_trees"]
 
 
-def known_nodes(connection: Connection, tree: EntryTree) -> dict[bytes, int]:
-    """Return the ids of the nodes of a tree that the catalog has, by digest."""
-    return _ids(connection, tables.node, _levels(tree).keys())
+def known_nodes(connection: Connection, trees: Sequence[EntryTree]) -> dict[bytes, int]:
+    """Return the ids of the nodes of these trees that the catalog has, by digest."""
+    return _ids(connection, tables.node, _levels(trees).keys())
 
 
-def write_tree(
+def write_trees(
     connection: Connection,
-    tree: EntryTree,
+    trees: Sequence[EntryTree],
     known: Mapping[bytes, int],
     tensors: Mapping[str, int],
     last: RowsOfTables,
@@ -37,12 +37,12 @@ def write_tree(
 
     Args:
         connection: in the transaction that writes the version.
-        tree: of its entries; it may lack nodes that are known.
-        known: the ids of the nodes that the catalog has, of those that the tree has or names.
+        trees: of entries; they may lack nodes that are known.
+        known: the ids of the nodes that the catalog has, of those that the trees have or name.
         tensors: the ids of all tensors that entries of new sets name, by digest.
         last: takes the rows to which none refer.
     """
-    levels = _levels(tree)
+    levels = _levels(trees)
     new = insert_new(
         connection,
         tables.node,
@@ -52,7 +52,8 @@ def write_tree(
     ids = {**known, **new}
     if raced := levels.keys() - ids.keys():  # another transaction has written them meanwhile
         ids |= _ids(connection, tables.node, raced)
-    sets = [one for one in tree.sets if one.digest in new]
+    sets = {one.digest: one for tree in trees for one in tree.sets if one.digest in new}.values()
+    groups = {one.digest: one for tree in trees for one in (*tree.groups, tree.root)}.values()
     fqns = _write_fqns(connection, sets)
     last.add(
         tables.entry,
@@ -74,7 +75,7 @@ def write_tree(
         ("node", "first", "child"),
         (
             (ids[group.digest], child.first, ids[child.digest])
-            for group in (*tree.groups, tree.root)
+            for group in groups
             if group.digest in new
             for child in group.children
         ),
@@ -94,7 +95,7 @@ def dictionary(
     return ids
 
 
-def _write_fqns(connection: Connection, sets: Sequence[EntrySet]) -> dict[bytes, int]:
+def _write_fqns(connection: Connection, sets: Collection[EntrySet]) -> dict[bytes, int]:
     """Return the ids of the FQNs of these sets, by `fqn_digest`."""
     rows = {
         digest: (digest, entry.fqn, entry.path)
@@ -105,11 +106,14 @@ def _write_fqns(connection: Connection, sets: Sequence[EntrySet]) -> dict[bytes,
     return dictionary(connection, tables.fqn, ("digest", "name", "path"), rows)
 
 
-def _levels(tree: EntryTree) -> dict[bytes, int]:
+def _levels(trees: Sequence[EntryTree]) -> dict[bytes, int]:
     """Return the level of each node, by digest."""
-    levels = {one.digest: 0 for one in tree.sets}
-    levels.update((one.digest, 1) for one in tree.groups)
-    return levels | {tree.root.digest: 2}
+    levels: dict[bytes, int] = {}
+    for tree in trees:
+        levels.update((one.digest, 0) for one in tree.sets)
+        levels.update((one.digest, 1) for one in tree.groups)
+        levels[tree.root.digest] = 2
+    return levels
 
 
 def _ids(connection: Connection, table: Table, digests: Collection[bytes]) -> dict[bytes, int]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from datetime import datetime
 
-from sqlalchemy import Connection, delete, exists, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, exists, insert, select, update
 
-from dcpstore.catalog.db.key_lists import wanted_digests, wanted_names
+from dcpstore.catalog.db.key_lists import wanted_names
 from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.read.stored_pages import find_pages, find_runs
 from dcpstore.catalog.read.versions import id_of_number
@@ -69,19 +69,25 @@ def home(
     runs: Mapping[bytes, str],
 ) -> None:
     """Note in which page nodes and runs lie, where that is one of `pages` and they lie in none."""
-    for key, page in pages.items():
-        if own := [digest for digest, there in nodes.items() if there == key]:
-            wanted = wanted_digests(connection, own)
-            is_own = _node.c.digest.in_(select(wanted.c.digest))
-            connection.execute(
-                update(_node).where(is_own, _node.c.page.is_(None)).values(page=page)
-            )
-        if own := [digest for digest, there in runs.items() if there == key]:
-            starts = wanted_names(connection, {digest.hex()[:20] for digest in own})
-            is_run = hex_start(_tensor.c.digest).in_(starts) & _tensor.c.layout.is_(None)
-            connection.execute(
-                update(_tensor).where(is_run, _tensor.c.page.is_(None)).values(page=page)
-            )
+    of_nodes = [
+        {"held": digest, "at": pages[key]} for digest, key in sorted(nodes.items()) if key in pages
+    ]
+    if of_nodes:
+        is_own = (_node.c.digest == bindparam("held")) & _node.c.page.is_(None)
+        connection.execute(update(_node).where(is_own).values(page=bindparam("at")), of_nodes)
+    of_runs = [
+        {"held": digest, "start": digest.hex()[:20], "at": pages[key]}
+        for digest, key in sorted(runs.items())
+        if key in pages
+    ]
+    if of_runs:
+        is_run = (hex_start(_tensor.c.digest) == bindparam("start")) & (
+            _tensor.c.digest == bindparam("held")
+        )
+        connection.execute(
+            update(_tensor).where(is_run, _tensor.c.page.is_(None)).values(page=bindparam("at")),
+            of_runs,
+        )
 
 
 @writes()
