@@ -158,7 +158,7 @@ class RepositoryWriter(StorageWriter):
                 table,
                 chunk=target.catalog.repository.chunk,
                 # Another rank may have saved the parent: its grids would not fit.
-                parent={} if self._is_alone else entries_of_parent(target, begun.draft)[1],
+                parent={} if self._is_alone else entries_of_parent(target, begun.parent)[1],
                 are_whole=is_whole,
             )
         return [

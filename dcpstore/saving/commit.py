@@ -16,14 +16,14 @@ from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.maintenance.journal import write_journal
 from dcpstore.catalog.maintenance.retention import retain
 from dcpstore.catalog.read.entries import load_entries
-from dcpstore.catalog.read.ref_lookup import find_refs, resolve
+from dcpstore.catalog.read.ref_lookup import resolve
 from dcpstore.catalog.write.operations import Recorded
 from dcpstore.catalog.write.saves import abort_save, begin_save, commit_save
 from dcpstore.core.uids import new_uid
 from dcpstore.core.user import this_user
 from dcpstore.encoding.values import encode_value
 from dcpstore.errors import ConflictError, DcpstoreError, NotFoundError
-from dcpstore.records import EntryRecord, ObjectPath, PackRecord, SentRef, Version, VersionDraft
+from dcpstore.records import EntryRecord, ObjectPath, PackRecord, SentRef, Version
 from dcpstore.saving.plan_exchange import PlanMemory
 from dcpstore.saving.request import SaveRequest, draft_of
 from dcpstore.saving.save_state import SaveState
@@ -55,17 +55,13 @@ class SaveTarget:
     location: str | Path
 
 
-def entries_of_parent(
-    target: SaveTarget, draft: VersionDraft
-) -> tuple[int, Mapping[str, EntryRecord]]:
-    """Return the parent as it is now: its number, and its entries by FQN, whose grids are kept.
+def entries_of_parent(target: SaveTarget, number: int) -> tuple[int, Mapping[str, EntryRecord]]:
+    """Return the number of the parent, and its entries by FQN, whose grids are kept.
 
     Without a parent they are 0 and no entries. The entries of a version that this process saved
     lately come from its cache, in which tensors have no ids.
     """
-    tip = find_refs(target.catalog, [draft.branch]).get(draft.branch)
-    number = draft.parent if tip is None or tip.kind != "branch" else tip.number
-    if number is None:
+    if not number:
         return 0, {}
     try:
         entries = target.memory.entries.get(number)
@@ -109,6 +105,8 @@ class BegunVersion:
     It holds no open catalog, so that torch's writer can keep it from one call to the next.
 
     Attributes:
+        draft: as it was begun.
+        parent: the number of the version that would be its parent as of the begin; 0 for none.
         is_pending: whether it is neither committed nor aborted.
     """
 
@@ -130,7 +128,7 @@ class BegunVersion:
             expect_tip=_number_of(target.catalog, request.expect_tip),
         )
         self._retention = request.retention
-        begin_save(target.catalog, self.draft)
+        self.parent = begin_save(target.catalog, self.draft)
         self.is_pending = True
 
     def commit(

@@ -183,7 +183,7 @@ class Coordinator:
             # Another rank may have saved the parent: its chunk grids would not fit.
             self._parent_number, self._parent = 0, {}
         elif self._parent is None:
-            self._parent_number, self._parent = entries_of_parent(self.target, self._begun.draft)
+            self._parent_number, self._parent = entries_of_parent(self.target, self._begun.parent)
         if shares_tables(self._planner):
             self._plan, replies = reply_to_offers(
                 offers,

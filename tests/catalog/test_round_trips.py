@@ -16,6 +16,7 @@ import torch
 import dcpstore
 from dcpstore import Repository
 from dcpstore.catalog.maintenance.journal import journal_again, unjournaled
+from dcpstore.catalog.write import saves
 from dcpstore.formats.journal_entry import encode_operation, operation_key
 from tests.proxy import Proxy, proxied
 from tests.soundness import Place, assert_sound
@@ -76,6 +77,26 @@ def test_a_tag_and_a_branch(connected: Connected) -> None:
         ("first", 1),
         ("same", 2),
     ]
+
+
+def test_a_load(connected: Connected) -> None:
+    repo, _ = connected
+    for ref in (None, "v1", 2, "main"):
+        with at_most(connected, 6):
+            dcpstore.load(state(0.0), repo, ref)
+
+
+def test_a_save(connected: Connected, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a slow machine the save takes a second, and then its lease is renewed.
+    monkeypatch.setattr(saves, "touch_save", lambda *_: None)
+    repo, _ = connected
+    dcpstore.save(state(1.0), repo)  # the first of a process also reads the entries of the parent
+    with at_most(connected, 16):
+        dcpstore.save(state(1.0), repo)
+    with at_most(connected, 31):
+        dcpstore.save(state(2.0), repo)
+    with at_most(connected, 31):
+        dcpstore.save({**state(2.0), "lr": 0.2}, repo, message="one value")
 
 
 def test_resolving(connected: Connected) -> None:

@@ -77,7 +77,8 @@ def a_link_out_of_the_data_folder(folder: Path) -> None:
 @attack
 def pipes_in_the_place_of_files(folder: Path) -> None:
     repo = Path(saved(folder))
-    for path in [*repo.glob("packs/*/*"), *repo.glob("manifests/*"), *repo.glob("operations/*")]:
+    folders = ("packs/*", "manifests", "pages", "plans", "operations")
+    for path in [path for folder in folders for path in repo.glob(f"{folder}/*")]:
         path.unlink()
         os.mkfifo(path)  # opening one to read waits for a writer
     with dcpstore.open(repo) as opened:

@@ -16,6 +16,8 @@ from dcpstore.catalog.db.url import sqlite_url
 from dcpstore.catalog.schema.revisions import HEAD, is_older
 from dcpstore.catalog.schema.views import VIEWS
 from dcpstore.cli.app import commands
+from dcpstore.formats.first_manifest import FirstManifest
+from dcpstore.formats.manifest import Manifest, decode_manifest, manifest_key
 from dcpstore.maintenance.rebuild import rebuild
 from tests.kept.unpack import unpack
 from tests.kept.write import large, state
@@ -87,6 +89,16 @@ def assert_as_saved(repo: Repository) -> None:
     assert repo.verify(deep=True).damaged == ()
 
 
+def is_first(revision: str) -> bool:
+    """Tell whether a schema is older than manifests of pages."""
+    return revision < "0003"
+
+
+def formats(repo: Repository) -> set[type]:
+    """Return the formats of the manifests of all versions."""
+    return {type(decode_manifest(repo.storage.get(manifest_key(v.uid)))) for v in repo.log()}
+
+
 def test_kept_repository_upgrades_and_rebuilds(kept: str, revision: str, tmp_path: Path) -> None:
     data = tmp_path / "data"
     answered = answers(kept)
@@ -102,7 +114,14 @@ def test_kept_repository_upgrades_and_rebuilds(kept: str, revision: str, tmp_pat
         # Versions of now and of then share their entry sets, and gc takes none of them.
         assert dcpstore.save(state(31), repo, branch="again").nbytes_written == 0
         dcpstore.save(state(40), repo, branch="again")
+        # Manifests of both formats are there until gc has written the old ones again.
+        assert formats(repo) == ({FirstManifest, Manifest} if is_first(revision) else {Manifest})
+        rebuild(data, tmp_path / "between")
+        with dcpstore.open(tmp_path / "between") as rebuilt:
+            assert_as_saved(rebuilt)
+            assert_sound(rebuilt)
         repo.gc(grace="0s", lease="0s")
+        assert formats(repo) == {Manifest}
         repo.gc(grace="0s", lease="0s")
         assert_as_saved(repo)
         assert_sound(repo)

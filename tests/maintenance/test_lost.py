@@ -19,6 +19,7 @@ from dcpstore.formats.manifest import manifest_key
 from dcpstore.maintenance import gc
 from dcpstore.maintenance.rebuild import RebuildReport, rebuild
 from dcpstore.repository import open as open_repository
+from dcpstore.zarr.stored_references import reference_key
 from tests.maintenance.conftest import no_room_for_operations
 from tests.soundness import assert_sound
 
@@ -206,10 +207,10 @@ def test_what_an_unknown_copy_needs_outlives_a_collection(
         assert (report.versions, len(report.unfinished)) == ((1,), 1)
         stored = set(repo.storage.list())
         cleared = repo.gc(grace=NOW, lease=NOW)
-        assert (cleared.cleared, len(cleared.unknown)) == ((), 2)
+        assert (cleared.cleared, len(cleared.unknown)) == ((), 4)  # pack, page, plan, manifest
         assert set(repo.storage.list()) == stored
         damage(folder / manifest_key(report.unfinished[0]))  # then anything may be its own
-        assert len(repo.gc(grace=NOW, lease=NOW).unknown) == 2
+        assert len(repo.gc(grace=NOW, lease=NOW).unknown) == 4
         damage(folder / manifest_key(report.unfinished[0]))
     last.write_bytes(data)  # it was found again
     with rebuilt(folder, f"sqlite:///{folder}-again.db") as (report, repo):
@@ -238,7 +239,8 @@ def test_a_gap_in_the_journal_is_closed(
         assert report.versions == (1, 2, 3)
         assert len(report.problems) == (0 if (how, number) == ("missing", 7) else 1)
         repo.tag("next", 1)
-        assert repo.gc(grace=NOW).cleared == ()
+        cleared = repo.gc(grace=NOW).cleared
+        assert cleared in ((), (reference_key(repo.show().uid),))  # whose tag may be lost
 
 
 def test_a_name_that_claims_too_many_lost_operations_is_not_believed(

@@ -12,6 +12,7 @@ import dcpstore
 from dcpstore import AlreadyExistsError, NotFoundError, Repository
 from dcpstore.catalog.db.url import sqlite_url
 from dcpstore.catalog.maintenance import journal
+from dcpstore.catalog.maintenance import restore as restoring
 from dcpstore.formats.journal_entry import operation_key
 from dcpstore.formats.manifest import manifest_key
 from dcpstore.maintenance import gc as collecting
@@ -57,6 +58,48 @@ def live(repo: Repository) -> None:
     repo.expire(keep_last=2)
     repo.gc()
     repo.gc(grace="0s")
+
+
+def test_a_version_is_lost_with_a_page_of_it_and_not_with_its_plan(
+    place: Place, repo: Repository, tmp_path: Path
+) -> None:
+    state = {"w": torch.arange(100), "lr": 0.1}
+    first = dcpstore.save(state, repo)
+    second = dcpstore.save({**state, "lr": 0.2}, repo)
+    dcpstore.save(state, repo)  # all of it lies in the page of the first
+    data = Path(place.data)
+    (data / f"plans/{first.uid}.json").write_bytes(b"{}")
+    page = data / f"pages/{first.uid}.page"
+    whole = page.read_bytes()
+    page.write_bytes(whole[:-1])
+    report = rebuild(place.data, tmp_path / "new")
+    assert (report.versions, report.lost) == ((2,), (1, 3))
+    lost = [problem for problem in report.problems if f"pages/{first.uid}.page: " in problem]
+    assert len(lost) == 2
+    assert any(problem.startswith(f"plans/{first.uid}.json: ") for problem in report.problems)
+    with open_repository(tmp_path / "new", create=False) as rebuilt:
+        assert torch.equal(rebuilt.read(2)["w"], state["w"])
+        rebuilt.gc(grace="0s")
+        assert rebuilt.verify(deep=True).damaged == ()
+        assert f"pages/{second.uid}.page" in set(rebuilt.storage.list("pages"))
+        assert_sound(rebuilt)
+
+
+def test_many_versions_are_rebuilt_in_batches_and_a_lost_one_takes_no_other_with_it(
+    place: Place, repo: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restoring, "_BATCH", 4)
+    for step in range(10):
+        dcpstore.save({"w": torch.full((5,), step // 2), "kept": torch.arange(9)}, repo, step=step)
+    first = repo.show(5).uid  # the pack of v5 and v6, which no operation names any more
+    (Path(place.data) / "packs" / first / "0-0.pack").unlink()
+    (Path(place.data) / operation_key(6)).unlink()
+    report = rebuild(place.data, tmp_path / "new")
+    assert report.versions == (1, 2, 3, 4, 7, 8, 9, 10)
+    with open_repository(tmp_path / "new", create=False) as rebuilt:
+        for number in report.versions:
+            assert rebuilt.read(number)["w"][0] == (number - 1) // 2
+        assert_sound(rebuilt)
 
 
 def test_rebuilt_and_original_answer_every_view_alike(

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import chain, islice
 from typing import Any
 
 from sqlalchemy import Connection, LargeBinary, Table
 
 from dcpstore.catalog.db.db_errors import driver_errors
+from dcpstore.catalog.db.together import sent_together
 
-__all__ = ["insert_new", "insert_rows"]
+__all__ = ["RowsOfTables", "insert_new", "insert_rows"]
 
 _ROWS = 20_000  # converted at a time, which bounds the memory
+_FEW = 500  # rows that Postgres gets as arrays, in one round trip; COPY takes two
 _AT_ONCE = 50  # rows of one statement; on SQLite a row then costs a third less
 
 Row = Sequence[Any]
@@ -33,12 +36,42 @@ def insert_rows(
     """
     quote = connection.dialect.identifier_preparer.quote
     target = f"{quote(table.name)} ({', '.join(map(quote, names))})"
-    batches = _bound(connection, table, names, rows)
     if connection.dialect.name == "sqlite":
-        for batch in batches:
+        for batch in _bound(connection, table, names, rows):
             _insert(connection, f"INSERT INTO {target} VALUES", list(batch))
-    else:
+        return
+    left = iter(rows)
+    few = list(islice(left, _FEW + 1))
+    if len(few) > _FEW:
+        batches = _bound(connection, table, names, chain(few, left))
         _copy(connection, f"COPY {target} FROM STDIN", chain.from_iterable(batches))
+    for batch in _bound(connection, table, names, few if len(few) <= _FEW else ()):
+        columns = tuple(list(column) for column in zip(*batch, strict=True))
+        source = _unnested(connection, table, names)
+        connection.exec_driver_sql(f"INSERT INTO {target} {source}", columns)
+
+
+class RowsOfTables:
+    """Rows of several tables, which are inserted together at the end; few of them at once."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Table, Sequence[str], list[Row], Iterator[Row]]] = []
+
+    def add(self, table: Table, names: Sequence[str], rows: Iterable[Row]) -> None:
+        """Add rows, as `insert_rows` takes them; tables are filled in the order of these calls."""
+        left = iter(rows)
+        self._parts.append((table, names, list(islice(left, _FEW + 1)), left))
+
+    def insert(self, connection: Connection) -> None:
+        """Insert the rows that were added: few of them in one round trip."""
+        parts = [part for part in self._parts if part[2]]
+        self._parts.clear()
+        if not parts:
+            return
+        are_few = all(len(few) <= _FEW for _, _, few, _ in parts)
+        with sent_together(connection) if are_few else nullcontext():
+            for table, names, few, left in parts:
+                insert_rows(connection, table, names, chain(few, left))
 
 
 def insert_new(
@@ -75,13 +108,18 @@ def insert_new(
             given: list[Any] = [json.dumps(list(zip(*plain, strict=True)))]
             source = f"SELECT {', '.join(values)} FROM json_each(?) WHERE true"
         else:
-            kinds = [table.c[name].type.compile(connection.dialect) for name in names]
-            kinds = [kind.split(" COLLATE")[0] for kind in kinds]
-            source = f"SELECT * FROM unnest({', '.join(f'%s::{kind}[]' for kind in kinds)})"
+            source = _unnested(connection, table, names)
             given = columns
         found = connection.exec_driver_sql(f"{target} {source} {more}", tuple(given))
         ids |= dict(found.all())
     return ids
+
+
+def _unnested(connection: Connection, table: Table, names: Sequence[str]) -> str:
+    """Return Postgres's query of rows of which each column is a parameter, an array."""
+    kinds = [table.c[name].type.compile(connection.dialect) for name in names]
+    arrays = ", ".join(f"%s::{kind.split(' COLLATE')[0]}[]" for kind in kinds)
+    return f"SELECT * FROM unnest({arrays})"
 
 
 def _bound(

@@ -349,8 +349,12 @@ class Database:
             self._was_connected = True
             begin = self._begin_writing(lock) if writes else self._begin_reading()
             connection.execution_options(**{_BEGIN: "" if one else begin, TOGETHER: self.report})
-            with connection.begin():
+            if writes:
+                with connection.begin():
+                    yield connection
+            else:  # begins with its first statement; one that asks nothing sends nothing
                 yield connection
+                connection.commit()
 
     def _begin_reading(self) -> str:
         # So that all queries of the transaction see the same snapshot.

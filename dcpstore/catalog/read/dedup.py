@@ -18,12 +18,13 @@ from sqlalchemy import (
     Text,
     cast,
     func,
+    literal,
     select,
     union_all,
 )
 
-from dcpstore.catalog.db.key_lists import wanted_digests, wanted_ids, wanted_names
-from dcpstore.catalog.db.transactions import reads
+from dcpstore.catalog.db.key_lists import wanted_digests, wanted_names
+from dcpstore.catalog.db.transactions import OpenCatalog, reads_once
 from dcpstore.catalog.read.entries import load_tensors
 from dcpstore.catalog.read.trees import holding_tensors
 from dcpstore.catalog.schema import tables
@@ -33,7 +34,7 @@ from dcpstore.records import ChunkKey, ChunkPlace, TensorRecord
 __all__ = ["find_chunks", "find_encoded", "find_tensors", "known_tensors", "lost_tensors"]
 
 
-@reads
+@reads_once
 def find_chunks(
     connection: Connection, digests: Collection[bytes], codec: str | None = None
 ) -> dict[bytes, ChunkPlace]:
@@ -86,14 +87,15 @@ def _codec_of_chunk() -> ColumnElement[str]:
     return func.coalesce(of_tensor.scalar_subquery(), of_run.limit(1).scalar_subquery())
 
 
-@reads
-def find_encoded(connection: Connection, keys: Collection[ChunkKey]) -> dict[ChunkKey, ChunkPlace]:
+def find_encoded(
+    on: Connection | OpenCatalog, keys: Collection[ChunkKey]
+) -> dict[ChunkKey, ChunkPlace]:
     """Return where those of these chunks lie that the repository holds; one query per codec."""
     return {
         (codec, digest): place
         for codec in dict.fromkeys(codec for codec, _ in keys)
         for digest, place in find_chunks(
-            connection, [digest for own, digest in keys if own == codec], codec
+            on, [digest for own, digest in keys if own == codec], codec
         ).items()
     }
 
@@ -116,28 +118,42 @@ def known_tensors(connection: Connection, digests: Collection[str]) -> dict[str,
     return {digest: found[digest] for digest in digests if digest in found}
 
 
-@reads
-def find_tensors(connection: Connection, digests: Collection[str]) -> dict[str, TensorRecord]:
-    """Return the tensors of these digests or aliases whose packs are all live and intact."""
-    if not digests:
-        return {}
-    alias = tables.alias
-    named = wanted_digests(connection, [bytes.fromhex(digest) for digest in digests])
-    rows = connection.execute(
-        select(alias.c.digest, alias.c.tensor).where(
-            alias.c.digest.in_(select(named.c.digest)), alias.c.tensor.not_in(_lost())
-        )
-    )
-    ids = {row.digest.hex(): row.tensor for row in rows}
-    known = known_tensors(connection, digests)  # a tensor goes before an alias
-    ids |= {digest: tensor_id for digest, (tensor_id, live) in known.items() if live}
-    if not ids:
-        return {}
-    tensors = load_tensors(connection, wanted_ids(connection, set(ids.values())))
+def find_tensors(on: Connection | OpenCatalog, digests: Collection[str]) -> dict[str, TensorRecord]:
+    """Return the tensors of these digests or aliases whose packs are all live and intact.
+
+    Two queries, or one if there are none.
+    """
+    ids = _live_tensors(on, digests)
+    # A tensor never changes. One that gc deletes between the two queries is not found.
+    tensors = load_tensors(on, set(ids.values()))
     return {digest: tensors[held] for digest, held in ids.items() if held in tensors}
 
 
-@reads
+@reads_once
+def _live_tensors(connection: Connection, digests: Collection[str]) -> dict[str, int]:
+    """Return the ids of tensors by their digests or aliases, if their packs are live and intact."""
+    if not digests:
+        return {}
+    alias, tensor = tables.alias, tables.tensor
+    named = wanted_digests(connection, [bytes.fromhex(digest) for digest in digests])
+    rows = connection.execute(
+        union_all(
+            select(alias.c.digest, alias.c.tensor, literal(True).label("is_alias")).where(
+                alias.c.digest.in_(select(named.c.digest)), alias.c.tensor.not_in(_lost())
+            ),
+            select(tensor.c.digest, tensor.c.id, literal(False)).where(
+                hex_start(tensor.c.digest).in_(_wanted_starts(connection, digests)),
+                tensor.c.id.not_in(_lost()),
+            ),
+        )
+    ).all()
+    # A tensor goes before an alias. Others may begin with the same digits.
+    by_digest = {digest.hex(): held for digest, held, is_alias in rows if is_alias}
+    by_digest |= {digest.hex(): held for digest, held, is_alias in rows if not is_alias}
+    return {digest: by_digest[digest] for digest in digests if digest in by_digest}
+
+
+@reads_once
 def lost_tensors(connection: Connection) -> set[str]:
     """Return the digests of all tensors with a chunk in a condemned or damaged pack."""
     tensor = tables.tensor

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Select, select
+from sqlalchemy import Connection, select, true
 
 from dcpstore.catalog.db.key_lists import (
     look_up_each,
@@ -22,7 +22,7 @@ from dcpstore.catalog.db.key_lists import (
     wanted_pairs,
     wanted_ranges,
 )
-from dcpstore.catalog.db.transactions import reads
+from dcpstore.catalog.db.transactions import OpenCatalog, reads, reads_once
 from dcpstore.catalog.read.trees import sets_of, wanted_sets
 from dcpstore.catalog.read.versions import id_of_number
 from dcpstore.catalog.schema import tables
@@ -62,29 +62,66 @@ _SHOWN = 10  # unknown FQNs that one message names
 Pair = tuple[int, int]  # ids of tensors cut by the same grids, old and new
 
 
-def load_tensors(connection: Connection, ids: Select[Any]) -> dict[int, TensorRecord]:
-    """Return the tensors whose ids a query selects, by id; two queries, however many they are."""
-    tensor = tables.tensor
+@reads_once
+def load_tensors(connection: Connection, ids: Collection[int]) -> dict[int, TensorRecord]:
+    """Return the tensors of these ids, by id; runs and unknown ids are left out.
+
+    Raises:
+        CorruptionError: the parts of one are not inside of its shape.
+    """
+    if not ids:
+        return {}
+    tensor, layout = tables.tensor, tables.layout
     rows = connection.execute(
-        select(tensor.c.id, tensor.c.digest, tensor.c.layout).where(
-            tensor.c.id.in_(ids), tensor.c.layout.is_not(None)
-        )
+        select(tensor.c.id, tensor.c.digest, *(layout.c[name] for name in _Layout._fields))
+        .join(layout, layout.c.id == tensor.c.layout)
+        .where(tensor.c.id.in_(wanted_ids(connection, ids)))
     ).all()
-    layouts = _load_layouts(connection, {layout for _, _, layout in rows})
-    return {held: layouts[layout].of(held, digest) for held, digest, layout in rows}
+    layouts: dict[int, _Layout] = {}
+    found = {}
+    for held, digest, *facts in rows:
+        of = layouts.get(facts[0])
+        if of is None:
+            of = layouts[facts[0]] = _checked(_Layout(*facts))
+        found[held] = of.of(held, digest)
+    return found
 
 
-@reads
 def load_entries(
-    connection: Connection, version: int, fqns: Collection[str] | None = None
+    on: Connection | OpenCatalog, version: int, fqns: Collection[str] | None = None
 ) -> list[EntryRecord]:
-    """Return the entries of a version, or those of `fqns`, sorted by FQN.
+    """Return the entries of a version, or those of `fqns`, sorted by FQN; two queries.
 
     Raises:
         NotFoundError: there is no such version, or it lacks some of `fqns`; the message has the
             first of them, with the nearest names.
     """
-    version_id = id_of_number(connection, version)
+    rows = _load_rows(on, version, fqns)
+    missing = set(fqns or ()) - {row[0] for row in rows}
+    if missing or (not rows and fqns is None):
+        _check_missing(on, version, missing)
+    # Layouts never change, so these need not be read as of the same moment.
+    layouts = _load_layouts(on, {row[5] for row in rows} - {None})
+    tensors: dict[int | None, TensorRecord | None] = {None: None}
+    found = []
+    for name, path, kind, held, digest, layout, value in rows:
+        if held not in tensors:
+            tensors[held] = layouts[layout].of(held, digest)
+        found.append(EntryRecord(name, path, kind, tensors[held], value))
+    return sorted(found, key=attrgetter("fqn"))
+
+
+@reads_once
+def _load_rows(
+    connection: Connection, version: int, fqns: Collection[str] | None
+) -> Sequence[tuple[Any, ...]]:
+    """Return (FQN, path, kind, tensor, digest, layout, value) of entries; none of no version."""
+    own = tables.version
+    version_id = (
+        select(own.c.id)
+        .where(own.c.number == version, own.c.expired_at.is_(None))
+        .scalar_subquery()
+    )
     entry, fqn, tensor = tables.entry, tables.fqn, tables.tensor
     query = select(
         fqn.c.name,
@@ -108,17 +145,15 @@ def load_entries(
             .join(fqn, fqn.c.name == place.c.name)
             .join(entry, (entry.c.node == place.c.node) & (entry.c.fqn == fqn.c.id))
         )
-    rows = connection.execute(query.outerjoin(tensor, tensor.c.id == entry.c.tensor)).all()
-    layouts = _load_layouts(connection, {row[5] for row in rows} - {None})
-    tensors: dict[int | None, TensorRecord | None] = {None: None}
-    found = []
-    for name, path, kind, held, digest, layout, value in rows:
-        if held not in tensors:
-            tensors[held] = layouts[layout].of(held, digest)
-        found.append(EntryRecord(name, path, kind, tensors[held], value))
-    if fqns is not None and (missing := set(fqns) - {record.fqn for record in found}):
-        raise _missing_error(connection, version_id, version, missing)
-    return sorted(found, key=attrgetter("fqn"))
+    return connection.execute(query.outerjoin(tensor, tensor.c.id == entry.c.tensor)).all()
+
+
+@reads
+def _check_missing(connection: Connection, version: int, fqns: set[str]) -> None:
+    """Raise NotFoundError if there is no such version, or if there are FQNs that it lacks."""
+    version_id = id_of_number(connection, version)
+    if fqns:
+        raise _missing_error(connection, version_id, version, fqns)
 
 
 class _Layout(NamedTuple):
@@ -146,6 +181,7 @@ class _Layout(NamedTuple):
         )
 
 
+@reads_once
 def _load_layouts(connection: Connection, ids: Collection[int]) -> dict[int, _Layout]:
     """Return layouts by id.
 
@@ -160,28 +196,40 @@ def _load_layouts(connection: Connection, ids: Collection[int]) -> dict[int, _La
             layout.c.id.in_(wanted_ids(connection, ids))
         )
     )
-    found = {row.id: _Layout(*row) for row in rows}
-    for one in found.values():
-        for number, part in enumerate(one.parts):
-            if 0 in part.chunk_shape or any(
-                len(sizes) != len(one.shape)
-                for sizes in (part.offsets, part.shape, part.chunk_shape)
-            ):
-                raise CorruptionError(
-                    f"the catalog is damaged: layout {one.id} has the shape {one.shape}, and its "
-                    f"part {number} the shape {part.shape} in chunks of {part.chunk_shape}; "
-                    "restore it from a backup, or with 'dcpstore rebuild'."
-                )
-    return found
+    return {row.id: _checked(_Layout(*row)) for row in rows}
 
 
-@reads
-def load_chunks(connection: Connection, wanted: Sequence[ChunkRange]) -> list[StoredChunk]:
-    """Return the chunks of these ranges, each once, in the order in which packs hold them."""
+def _checked(layout: _Layout) -> _Layout:
+    """Return a layout; raise CorruptionError if its parts are not inside of its shape."""
+    for number, part in enumerate(layout.parts):
+        if 0 in part.chunk_shape or any(
+            len(sizes) != len(layout.shape)
+            for sizes in (part.offsets, part.shape, part.chunk_shape)
+        ):
+            raise CorruptionError(
+                f"the catalog is damaged: layout {layout.id} has the shape {layout.shape}, and its "
+                f"part {number} the shape {part.shape} in chunks of {part.chunk_shape}; restore it "
+                "from a backup, or with 'dcpstore rebuild'."
+            )
+    return layout
+
+
+def load_chunks(
+    on: Connection | OpenCatalog,
+    wanted: Sequence[ChunkRange],
+    *,
+    tensors: Iterable[TensorRecord] = (),
+) -> list[StoredChunk]:
+    """Return the chunks of these ranges, each once, in the order in which packs hold them.
+
+    One query for small tensors, and one for large ones. `tensors` are those that are known; the
+    others of the ranges cost one query more.
+    """
     ranges = _merged(wanted)
     if not ranges:
         return []
-    grids = _load_grids(connection, {tensor for tensor, *_ in ranges})
+    grids = {tensor.id: chunk_starts(tensor.parts) for tensor in tensors}
+    grids |= _load_grids(on, {tensor for tensor, *_ in ranges} - grids.keys())
     small: list[_Placed] = []
     large: list[_Placed] = []
     for tensor_id, part, first, last in ranges:
@@ -191,7 +239,7 @@ def load_chunks(connection: Connection, wanted: Sequence[ChunkRange]) -> list[St
             placed = tensor_id, begin + first, min(begin + last, end - 1)
             (small if starts[-1] <= RUN else large).append(placed)
     found = []
-    rows = [*_chunks_of_small(connection, small), *_chunks_of_large(connection, large)]
+    rows = [*_chunks_of_small(on, small), *_chunks_of_large(on, large)]
     for held, ordinal, digest, pack, offset, length, checksum in rows:
         part, within = place_of(ordinal, grids[held])
         found.append(StoredChunk(held, part, within, digest, pack, offset, length, checksum))
@@ -201,11 +249,14 @@ def load_chunks(connection: Connection, wanted: Sequence[ChunkRange]) -> list[St
 _NO_CHUNKS = (0,)
 
 
+@reads_once
 def _load_grids(connection: Connection, tensors: Collection[int]) -> dict[int, tuple[int, ...]]:
     """Return by tensor where the chunks of each part begin, counted through all parts.
 
     The last number is that of all chunks. An id that is not of a tensor is left out.
     """
+    if not tensors:
+        return {}
     tensor, layout = tables.tensor, tables.layout
     rows = connection.execute(
         select(tensor.c.id, layout.c.parts)
@@ -230,6 +281,7 @@ def place_of(ordinal: int, starts: Sequence[int]) -> tuple[int, int]:
 _Placed = tuple[int, int, int]  # a tensor, and the first and last of its chunks in all parts
 
 
+@reads_once
 def _chunks_of_small(
     connection: Connection, ranges: Sequence[_Placed]
 ) -> Sequence[tuple[Any, ...]]:
@@ -237,20 +289,31 @@ def _chunks_of_small(
     if not ranges:
         return []
     chunk, pack = tables.chunk, tables.pack
-    look_up_each(connection)
     wanted = wanted_ranges(connection, ranges)
-    return connection.execute(
-        select(chunk.c.tensor, chunk.c.ordinal, *_PLACE)
-        .select_from(wanted)
-        .join(
-            chunk,
-            (chunk.c.tensor == wanted.c.tensor)
-            & chunk.c.ordinal.between(wanted.c.first, wanted.c.last),
-        )
-        .join(pack, pack.c.id == chunk.c.pack)
-    ).all()
+    is_wanted = (chunk.c.tensor == wanted.c.tensor) & chunk.c.ordinal.between(
+        wanted.c.first, wanted.c.last
+    )
+    if connection.dialect.name == "sqlite":
+        query = select(chunk.c.tensor, chunk.c.ordinal, *_PLACE).select_from(wanted)
+        query = query.join(chunk, is_wanted).join(pack, pack.c.id == chunk.c.pack)
+    else:
+        # Until Postgres has statistics of the rows that a save has just written, it would compare
+        # each range with each chunk. With OFFSET it looks each range up.
+        held = select(chunk).where(is_wanted).correlate(wanted).offset(0).lateral("held")
+        key = select(pack.c.key).where(pack.c.id == held.c.pack).scalar_subquery()
+        query = select(
+            held.c.tensor,
+            held.c.ordinal,
+            held.c.digest,
+            key,
+            held.c.offset,
+            held.c.length,
+            held.c.checksum,
+        ).select_from(wanted.join(held, true()))
+    return connection.execute(query).all()
 
 
+@reads
 def _chunks_of_large(
     connection: Connection, ranges: Sequence[_Placed]
 ) -> Sequence[tuple[Any, ...]]:
@@ -287,9 +350,8 @@ _PLACE = (
 )
 
 
-@reads
 def load_whole_tensors(
-    connection: Connection, tensors: Collection[TensorRecord]
+    on: Connection | OpenCatalog, tensors: Collection[TensorRecord]
 ) -> list[NewTensor]:
     """Return stored tensors with all their chunks, as a version that reuses them records them.
 
@@ -303,7 +365,7 @@ def load_whole_tensors(
         for part, grid in enumerate(tensor.parts)
         if grid.size
     ]
-    for chunk in load_chunks(connection, ranges):
+    for chunk in load_chunks(on, ranges, tensors=tensors):
         found[chunk.tensor_id].append(NewChunk(*chunk[1:]))
     for tensor in tensors:
         if len(found[tensor.id]) != chunk_starts(tensor.parts)[-1]:

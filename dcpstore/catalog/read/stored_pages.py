@@ -14,7 +14,7 @@ from typing import NamedTuple
 from sqlalchemy import Connection, func, select
 
 from dcpstore.catalog.db.key_lists import wanted_digests, wanted_ids, wanted_names
-from dcpstore.catalog.db.transactions import reads
+from dcpstore.catalog.db.transactions import reads, reads_once
 from dcpstore.catalog.read.entries import load_shards, load_tensors, load_whole_tensors
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.schema.tables import hex_start
@@ -29,7 +29,7 @@ __all__ = ["StoredPage", "find_pages", "find_plan", "find_runs", "load_page", "l
 _node, _page, _tensor, _plan = tables.node, tables.page, tables.tensor, tables.plan
 
 
-@reads
+@reads_once
 def find_pages(connection: Connection, nodes: Collection[bytes]) -> dict[bytes, str]:
     """Return the keys of the pages that hold these nodes, by digest."""
     if not nodes:
@@ -43,7 +43,7 @@ def find_pages(connection: Connection, nodes: Collection[bytes]) -> dict[bytes, 
     return dict(rows.all())
 
 
-@reads
+@reads_once
 def find_runs(connection: Connection, runs: Collection[bytes]) -> dict[bytes, str]:
     """Return the keys of the pages that hold these runs, by digest."""
     if not runs:
@@ -57,7 +57,7 @@ def find_runs(connection: Connection, runs: Collection[bytes]) -> dict[bytes, st
     return {digest: key for digest, key in rows.all() if digest in runs}
 
 
-@reads
+@reads_once
 def find_plan(connection: Connection, digest: str) -> str | None:
     """Return the key of the object that holds a plan, or None if none does."""
     return connection.scalar(
@@ -162,7 +162,7 @@ def _load_groups(
 
 
 def _load_whole(connection: Connection, ids: Collection[int]) -> list[NewTensor]:
-    records: dict[int, TensorRecord] = load_tensors(connection, wanted_ids(connection, ids))
+    records: dict[int, TensorRecord] = load_tensors(connection, ids)
     try:
         return load_whole_tensors(connection, list(records.values()))
     except ConflictError as error:  # gc cannot have deleted them, within one transaction

@@ -34,7 +34,7 @@ _version, _entry, _run = tables.version, tables.entry, tables.run
 _group, _set = tables.child.alias("group_child"), tables.child.alias("set_child")
 
 
-def sets_of(version: int) -> Select[tuple[int]]:
+def sets_of(version: int | ScalarSelect[Any]) -> Select[tuple[int]]:
     """Return a query of the ids of the entry sets of a version, which is given by id."""
     return sets_below(_root(version))
 
@@ -49,7 +49,7 @@ def sets_below(root: int | ScalarSelect[Any]) -> Select[tuple[int]]:
     )
 
 
-def wanted_sets(version: int, names: Select[Any]) -> CTE:
+def wanted_sets(version: int | ScalarSelect[Any], names: Select[Any]) -> CTE:
     """Return a table (name, node): for each of these FQNs, the set that has it if any has.
 
     Each is found in a few steps down the tree of the version, which is given by id.
@@ -96,5 +96,5 @@ def with_runs(tensors: Select[Any]) -> CompoundSelect[Any]:
     return union_all(tensors, select(_run.c.run).where(_run.c.tensor.in_(tensors)))
 
 
-def _root(version: int) -> ScalarSelect[Any]:
+def _root(version: int | ScalarSelect[Any]) -> ScalarSelect[Any]:
     return select(_version.c.root).where(_version.c.id == version).scalar_subquery()

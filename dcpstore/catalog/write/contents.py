@@ -1,7 +1,7 @@
 """The rows of a finished save: packs, plan, the tree of its entries, tensors with their chunks.
 
-Runs inside the transaction that makes a version visible, after the repository was locked: a tensor
-or pack that is found here cannot disappear before the commit. Invariants: only what the catalog
+Runs inside the transaction that makes a version visible, usually before the repository is locked:
+`saves` says why what is found here is still there at the commit. Invariants: only what the catalog
 does not have is inserted, and the number of statements does not depend on the number of rows.
 """
 
@@ -13,15 +13,16 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
-from dcpstore.catalog.db.bulk_insert import insert_new, insert_rows
+from dcpstore.catalog.db.bulk_insert import RowsOfTables, insert_new, insert_rows
 from dcpstore.catalog.db.key_lists import wanted_ids, wanted_names
 from dcpstore.catalog.read.dedup import known_tensors
 from dcpstore.catalog.read.entries import chunk_starts
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.schema.tables import layout_digest
 from dcpstore.catalog.validation import check_key, check_text
-from dcpstore.catalog.write.forget import forget_chunks, forget_runs, judge_again
+from dcpstore.catalog.write.forget import forget_chunks, forget_runs
 from dcpstore.catalog.write.nodes import dictionary, known_nodes, write_trees
+from dcpstore.catalog.write.operations import lock_repository
 from dcpstore.catalog.write.stale import mark_holders_stale
 from dcpstore.core.digests import RUN, run_digest
 from dcpstore.errors import ConflictError
@@ -84,10 +85,13 @@ def write_nodes(
         if entry.value is not None:
             check_text(entry.value, what=f"value of {entry.fqn!r}")
     named |= set(content.aliases.values())
-    packs = _write_packs(connection, version, content.packs)
-    tensors = _write_tensors(connection, content.tensors, named, packs)
+    last = RowsOfTables()
+    packs = _write_packs(connection, version, content.packs, last)
+    tensors = _write_tensors(connection, content.tensors, named, packs, last)
     _write_aliases(connection, content.aliases, tensors)
-    return write_trees(connection, trees, known, tensors)
+    nodes = write_trees(connection, trees, known, tensors, last)
+    last.insert(connection)
+    return nodes
 
 
 def write_plan(connection: Connection, plan: PlanRecord) -> int:
@@ -114,7 +118,7 @@ def write_plan(connection: Connection, plan: PlanRecord) -> int:
 
 
 def _write_packs(
-    connection: Connection, version: int, packs: Sequence[PackRecord]
+    connection: Connection, version: int, packs: Sequence[PackRecord], last: RowsOfTables
 ) -> dict[str, int]:
     """Insert the packs that a save wrote; return their ids by key."""
     if not packs:
@@ -129,7 +133,7 @@ def _write_packs(
     )
     ids: dict[str, int] = dict(rows.all())
     # Some of their chunks may be unused, if another save wrote the same ones at the same time.
-    judge_again(connection, ids.values())
+    last.add(tables.unjudged, ("pack",), [(held,) for held in ids.values()])
     return ids
 
 
@@ -138,6 +142,7 @@ def _write_tensors(
     tensors: Sequence[NewTensor],
     named: Collection[str],
     packs: Mapping[str, int],
+    last: RowsOfTables,
 ) -> dict[str, int]:
     """Insert the tensors that are new, and move those whose packs are lost.
 
@@ -146,6 +151,7 @@ def _write_tensors(
         tensors: that the save hands over.
         named: the digests of those that new entries name.
         packs: of the save, by key.
+        last: takes the rows to which none refer.
 
     Returns:
         the ids of all these tensors by digest.
@@ -169,13 +175,16 @@ def _write_tensors(
         )
     layouts = _write_layouts(connection, written)
     units = {unit.digest: unit for tensor in written for unit in _units(tensor)}
-    known |= known_tensors(connection, units.keys() - known.keys())  # runs that others have
+    runs = {digest for digest, unit in units.items() if unit.layout is None}
+    known |= known_tensors(connection, runs - known.keys())  # that other tensors have
     ids = {digest: found for digest, (found, _) in known.items()}
     moved = {
         ids[digest]: unit
         for digest, unit in units.items()
         if digest in known and not known[digest][1]
     }
+    if moved:  # rows that other versions have too are changed under the lock only
+        lock_repository(connection)
     old_runs = _forget_places(connection, moved, layouts)
     new = insert_new(
         connection,
@@ -193,8 +202,7 @@ def _write_tensors(
     # Also for known tensors: the manifest, which was written before, names the places in `chunks`.
     packs = {**packs, **_reused_packs(connection, tensors, packs)}
     placed = moved | {held: units[digest.hex()] for digest, held in new.items()}
-    insert_rows(
-        connection,
+    last.add(
         tables.run,
         ("tensor", "ordinal", "run"),
         (
@@ -203,8 +211,7 @@ def _write_tensors(
             for ordinal, digest in enumerate(unit.runs)
         ),
     )
-    insert_rows(
-        connection,
+    last.add(
         tables.chunk,
         ("tensor", "ordinal", "digest", "pack", "offset", "length", "checksum"),
         (
@@ -213,7 +220,9 @@ def _write_tensors(
             for ordinal, c in unit.chunks
         ),
     )
-    forget_runs(connection, old_runs)
+    if old_runs:
+        last.insert(connection)  # of which the tensors that moved may still have some
+        forget_runs(connection, old_runs)
     return ids
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, select
 
-from dcpstore.catalog.db.bulk_insert import insert_new, insert_rows
+from dcpstore.catalog.db.bulk_insert import RowsOfTables, insert_new
 from dcpstore.catalog.db.key_lists import wanted_digests
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.schema.tables import fqn_digest
@@ -31,6 +31,7 @@ def write_trees(
     trees: Sequence[EntryTree],
     known: Mapping[bytes, int],
     tensors: Mapping[str, int],
+    last: RowsOfTables,
 ) -> dict[bytes, int]:
     """Write the nodes that the catalog does not have; return the ids of all, by digest.
 
@@ -39,6 +40,7 @@ def write_trees(
         trees: of entries; they may lack nodes that are known.
         known: the ids of the nodes that the catalog has, of those that the trees have or name.
         tensors: the ids of all tensors that entries of new sets name, by digest.
+        last: takes the rows to which none refer.
     """
     levels = _levels(trees)
     new = insert_new(
@@ -53,8 +55,7 @@ def write_trees(
     sets = {one.digest: one for tree in trees for one in tree.sets if one.digest in new}.values()
     groups = {one.digest: one for tree in trees for one in (*tree.groups, tree.root)}.values()
     fqns = _write_fqns(connection, sets)
-    insert_rows(
-        connection,
+    last.add(
         tables.entry,
         ("node", "fqn", "kind", "tensor", "value"),
         (
@@ -69,8 +70,7 @@ def write_trees(
             for entry in one.entries
         ),
     )
-    insert_rows(
-        connection,
+    last.add(
         tables.child,
         ("node", "first", "child"),
         (

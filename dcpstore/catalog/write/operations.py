@@ -136,10 +136,9 @@ def _insert(
     connection: Connection, first: int, changes: Sequence[Change], *, author: str, at: datetime
 ) -> None:
     common = {"author": author, "created_at": at}
-    connection.execute(
-        insert(tables.operation),
-        [{"number": first + i, **common, **change._asdict()} for i, change in enumerate(changes)],
-    )
+    rows = [{"number": first + i, **common, **change._asdict()} for i, change in enumerate(changes)]
+    # One statement: of several, each would be a round trip within `sent_together`.
+    connection.execute(insert(tables.operation).values(rows))
 
 
 def as_entry(

@@ -543,7 +543,7 @@ def _move_refs(connection: Connection, pending: _Pending, *, is_new_branch: bool
     else:
         connection.execute(update(ref).where(ref.c.name == branch).values(version=pending.id))
     if rows:
-        connection.execute(insert(ref), rows)
+        connection.execute(insert(ref).values(rows))
 
 
 @writes(idempotent=True, lock=LOCK)
@@ -699,11 +699,11 @@ def _commit_copy(
     lock_first: bool,
 ) -> Version:
     pending = _begin_content(connection, uid, lock_first=lock_first)
+    _check_uncopied(connection, draft.uid)  # else its content would be in the way of this one
     written = _write_content(connection, pending, content)
     counters = raise_counters(connection, versions=1, operations=1)
     _check_unraced(connection, pending, counters.last_operation - 1)
-    if known_uids(connection, [draft.uid]):
-        raise ConflictError(f"another process copied the version {draft.uid} meanwhile.")
+    _check_uncopied(connection, draft.uid)
     row = _lock_save(connection, uid)
     if row.status != "pending":
         raise _ended_error(row)
@@ -723,6 +723,11 @@ def _commit_copy(
     change = Change("copy", new=pending.id)
     insert_operations(connection, counters, [change], names, author=draft.author, value=None)
     return load_version(connection, pending.id)
+
+
+def _check_uncopied(connection: Connection, uid: str) -> None:
+    if known_uids(connection, [uid]):
+        raise ConflictError(f"another process copied the version {uid} meanwhile.")
 
 
 @writes()
