@@ -236,13 +236,23 @@ def _uid(folder: str, read: Callable[[str], bytes], version: str) -> str:
     """Return the uid of a version that is given by its number or its uid."""
     if os.path.exists(os.path.join(folder, "manifests", f"{version}.json")):
         return version
-    number = int(version.removeprefix("v"))
+    number = version.removeprefix("v")
     for name in sorted(os.listdir(os.path.join(folder, "operations"))):
-        if name.endswith(".json"):
-            made = json.loads(read(f"operations/{name}")).get("version")
-            if made is not None and made["number"] == number:
+        for operation in _operations(name, read(f"operations/{name}")):
+            made = operation.get("version")
+            if made is not None and str(made["number"]) == number:
                 return str(made["uid"])
-    raise SystemExit(f"{folder!r} names no version {version!r}")
+    raise SystemExit(f"{folder!r} names no version {version!r}; give a number or a uid.")
+
+
+def _operations(name: str, data: bytes) -> list[Json]:
+    """Return the operations in an object of the journal: a single one, or a segment of many."""
+    if name.endswith(".json"):
+        return [json.loads(data)]
+    if name.endswith(".segment"):  # a line, and compressed after it the operations, one a line
+        packed = data.partition(b"\n")[2]
+        return [json.loads(line) for line in zlib.decompress(packed).splitlines()]
+    return []  # a file that another process is writing
 
 
 if __name__ == "__main__":

@@ -46,8 +46,15 @@ def state(step: int) -> dict[str, Any]:
 
 
 def run_script(repo: Repository, *arguments: str) -> Any:
-    """Return what the script in the data folder writes, with no package in reach."""
-    done = subprocess.run(
+    """Return the reference that the script in the data folder writes."""
+    done = end_of_script(repo, *arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def end_of_script(repo: Repository, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Return how the script in the data folder ends, with no package in reach."""
+    return subprocess.run(
         [
             sys.executable,
             "-S",
@@ -61,8 +68,6 @@ def run_script(repo: Repository, *arguments: str) -> Any:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def assert_reads(reference: Any, repo: Repository, ref: str, folder: Path) -> None:
@@ -89,6 +94,21 @@ def test_every_version_opens_in_plain_zarr(repo: Repository, tmp_path: Path) -> 
     assert attributes["step"] == 1
     assert attributes["values"]["step"] == 1
     assert "plain Zarr" not in (tmp_path / "ckpts" / "README.txt").read_text().splitlines()[0]
+
+
+def test_the_script_finds_a_number_in_segments_of_the_journal(repo: Repository) -> None:
+    dcpstore.save(state(0), repo)
+    for i in range(60):
+        repo.tag(f"t{i}")
+    dcpstore.save(state(1), repo)
+    assert any(key.endswith(".segment") for key in repo.storage.list("operations"))
+    for number in (1, 2):
+        assert run_script(repo, str(number)) == repo.references(number)
+    for unknown in ("3", "v0", "best"):
+        done = end_of_script(repo, unknown)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"names no version '{unknown}'; give a number or a uid" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_a_reference_says_where_its_readers_find_the_data(repo: Repository) -> None:
