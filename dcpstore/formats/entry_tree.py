@@ -8,6 +8,9 @@ Where a set begins follows from FQNs only, and only from near ones: a set begins
 the FQN is the smallest among those of its 32 neighbours on each side. So a changed value moves no
 boundary, and a layer that is added moves only the boundaries beside it. Groups are cut in the same
 way, by the first FQN of each set.
+
+The digests of nodes are by the first algorithm, whatever new tensors use: another one moves the
+boundaries and parts old trees from new ones, so it takes a new format of pages.
 Source of cutting at local minima: Bjørner, Blass, Gurevich, "Content-dependent chunking for
 differential compression, the local maximum approach", J. Comput. Syst. Sci. 76 (2010).
 """
@@ -20,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TypeVar
 
-from dcpstore.core.digests import hasher
+from dcpstore.core.digests import FIRST_ALGORITHM, hasher
 from dcpstore.formats import json_fields
 from dcpstore.records import Child, EntrySet, EntryTree, Group, NewEntry
 
@@ -75,14 +78,14 @@ def regrow(tree: EntryTree, changed: Mapping[str, NewEntry]) -> EntryTree:
 
 def entry_set(entries: Sequence[NewEntry]) -> EntrySet:
     """Return the set of these entries, which are sorted by FQN."""
-    digest = hasher(b"dcpstore entry set\n")
+    digest = hasher(b"dcpstore entry set\n", algorithm=FIRST_ALGORITHM)
     digest.update(",".join(map(_as_json, entries)).encode())
     return EntrySet(digest.digest(), entries)
 
 
 def group(children: Sequence[Child]) -> Group:
     """Return the node above these, which are of one level and sorted by their first FQN."""
-    digest = hasher(b"dcpstore entry group\n")
+    digest = hasher(b"dcpstore entry group\n", algorithm=FIRST_ALGORITHM)
     digest.update(b"".join(child.digest for child in children))
     return Group(digest.digest(), children)
 
@@ -119,4 +122,4 @@ def _as_json(entry: NewEntry) -> str:
 
 @lru_cache(1 << 16)
 def _hash(fqn: str) -> int:
-    return int.from_bytes(hasher(fqn.encode()).digest()[:8], "little")
+    return int.from_bytes(hasher(fqn.encode(), algorithm=FIRST_ALGORITHM).digest()[:8], "little")

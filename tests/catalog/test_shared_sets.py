@@ -117,7 +117,7 @@ def save_big(catalog: Catalog, uid: str, tensor: NewTensor) -> TensorRecord:
         tensors=[tensor],
         packs=[PackRecord(f"packs/{uid}/0-0.pack", 10 * len(tensor.chunks))],
     )
-    version = commit_save(catalog, uid, content)
+    version = commit_save(catalog, uid, content).value
     (entry,) = load_entries(catalog, version.number)
     assert entry.tensor is not None
     return entry.tensor

@@ -16,7 +16,7 @@ from dcpstore.core.digests import hasher
 PACKAGE = Path(dcpstore.__file__).parent
 # What it takes to give new contents another algorithm.
 CHANGES = {
-    'ALGORITHM = "blake3"\nALG': 'ALGORITHM = "blake2s"\nALG',
+    '\nALGORITHM = "blake3"': '\nALGORITHM = "blake2s"',
     '{"blake3": blake3}': '{"blake3": blake3, "blake2s": __import__("hashlib").blake2s}',
 }
 TOMORROW = """

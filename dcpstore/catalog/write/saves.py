@@ -117,7 +117,7 @@ _progress = tables.progress
 T = TypeVar("T")
 
 
-class _RacedError(ConflictError):
+class _RacedError(Exception):
     """Gc ran while the content of a version was written: write it again, under the lock."""
 
 
@@ -296,9 +296,10 @@ def _content_first(commit: Callable[[bool], T]) -> T:
     """Commit with the content before the lock, and if that was raced, in the other order."""
     try:
         return commit(False)
+    except _RacedError:
+        pass
     except ConflictError as error:
-        is_refused = isinstance(error.__cause__, IntegrityError)  # a row, by the database
-        if not isinstance(error, _RacedError) and not is_refused:
+        if not isinstance(error.__cause__, IntegrityError):  # else the database refused a row
             raise
     return commit(True)
 
