@@ -17,6 +17,7 @@ from datetime import UTC, datetime, timedelta
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.maintenance.condemn import condemn, find_doomed, find_leftovers, forget_packs
 from dcpstore.catalog.maintenance.journal import check_owner, write_journal
+from dcpstore.catalog.maintenance.preview import preview
 from dcpstore.catalog.write.pages import find_doomed_pages, forget_pages
 from dcpstore.catalog.write.stale import are_stale, tagged_uids
 from dcpstore.core.durations import Duration, as_duration
@@ -95,14 +96,12 @@ def collect(
         write_journal(catalog, storage)
     clock = _steady_clock()
     began = clock()
-    found = condemn(
-        catalog,
-        now=began,
-        grace=grace,
-        lease=lease,
-        live_share=_LIVE_SHARE,
-        author=author,
-        dry_run=dry_run,
+    found = (
+        preview(catalog, now=began, grace=grace, lease=lease, live_share=_LIVE_SHARE)
+        if dry_run
+        else condemn(
+            catalog, now=began, grace=grace, lease=lease, live_share=_LIVE_SHARE, author=author
+        )
     )
     repacked: list[tuple[PackRecord, PackRecord | None]] = [(pack, None) for pack in found.sparse]
     if not dry_run:

@@ -13,6 +13,7 @@ from dcpstore.catalog.maintenance import sweep as sweeping
 from dcpstore.catalog.maintenance.condemn import Condemned, condemn
 from dcpstore.catalog.maintenance.expire import forget_versions
 from dcpstore.catalog.maintenance.fsck import find_faults, packed_chunks
+from dcpstore.catalog.maintenance.preview import preview
 from dcpstore.catalog.read.entries import load_chunks, load_entries, shared_chunks
 from dcpstore.catalog.read.log_filter import list_log
 from dcpstore.catalog.schema import tables
@@ -43,15 +44,10 @@ def added(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
 
 
 def collect(catalog: Catalog, *, dry_run: bool = False) -> Condemned:
-    return condemn(
-        catalog,
-        now=datetime.now(UTC) + timedelta(seconds=1),
-        grace=timedelta(days=1),
-        lease=timedelta(days=1),
-        live_share=0.5,
-        author="",
-        dry_run=dry_run,
-    )
+    now, day = datetime.now(UTC) + timedelta(seconds=1), timedelta(days=1)
+    if dry_run:
+        return preview(catalog, now=now, grace=day, lease=day, live_share=0.5)
+    return condemn(catalog, now=now, grace=day, lease=day, live_share=0.5, author="")
 
 
 def forget(catalog: Catalog, *numbers: int) -> None:

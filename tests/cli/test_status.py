@@ -76,7 +76,6 @@ def test_progress_is_deleted_with_the_save(target: str, catalog: Catalog) -> Non
         lease=day / 2,
         live_share=0.5,
         author="",
-        dry_run=False,
     )
     assert list_running(catalog) == []
     assert ask_database(target, "SELECT count(*) FROM progress") == [(0,)]

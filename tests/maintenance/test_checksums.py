@@ -10,9 +10,9 @@ import torch
 
 import dcpstore
 from dcpstore import Repository
-from dcpstore.catalog.maintenance.condemn import condemn
 from dcpstore.catalog.maintenance.export import load_content
 from dcpstore.catalog.maintenance.fsck import PackedChunk, packed_chunks
+from dcpstore.catalog.maintenance.preview import preview
 from dcpstore.core.checksums import (
     CHECKSUM,
     PIECE,
@@ -99,15 +99,7 @@ def test_checksums_count_as_used_bytes_of_a_pack(repo: Repository) -> None:
     """Else a pack of which everything is used would look sparse, and be repacked for ever."""
     version = dcpstore.save(STATE, repo)
     week = timedelta(weeks=1)
-    found = condemn(
-        repo.catalog,
-        now=version.created_at,
-        grace=week,
-        lease=week,
-        live_share=1.0,
-        author="ada",
-        dry_run=True,
-    )
+    found = preview(repo.catalog, now=version.created_at, grace=week, lease=week, live_share=1.0)
     assert found.sparse == []
 
 

@@ -4,15 +4,29 @@ A tensor is reached from the entries of versions, a pack from the chunks of tens
 at what has changed since the last one: loose nodes, and packs that are new or lost chunks. Every
 step is one transaction that locks the repository, as the commit of a save does. So a pack that a
 save wants to reuse is either still live when the save commits, or makes it fail (invariant 5).
+What a collection would do is computed without the lock (see `preview`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, bindparam, case, delete, exists, func, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    bindparam,
+    case,
+    delete,
+    exists,
+    func,
+    insert,
+    select,
+    true,
+    update,
+)
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.db.key_lists import wanted_names
@@ -36,11 +50,15 @@ from dcpstore.records import ChunkPlace, PackRecord
 __all__ = [
     "Condemned",
     "Place",
+    "check_running",
     "condemn",
     "find_doomed",
     "find_leftovers",
     "forget_packs",
+    "is_crashed",
+    "is_unused",
     "plan_pack",
+    "sparse_packs",
     "switch_pack",
     "unplan_pack",
 ]
@@ -79,7 +97,6 @@ def condemn(
     lease: timedelta,
     live_share: float,
     author: str,
-    dry_run: bool,
 ) -> Condemned:
     """Abort crashed saves, drop forgotten versions and what only they had, condemn unused packs.
 
@@ -92,20 +109,11 @@ def condemn(
         lease: how long a save may be silent before it counts as crashed.
         live_share: a pack of which a smaller share of the bytes is used is `sparse`.
         author: of the operations that record it.
-        dry_run: change nothing; the result is what would happen.
 
     Raises:
         InvalidInputError: a save is running that is older than `grace`.
     """
-    first = _begin(
-        catalog,
-        now=now,
-        grace=grace,
-        lease=lease,
-        live_share=live_share,
-        author=author,
-        dry_run=dry_run,
-    )
+    first = _begin(catalog, now=now, grace=grace, lease=lease, live_share=live_share, author=author)
     found = first.judged
     while found is None:
         found = _go_on(catalog, now=now, lease=lease, live_share=live_share, author=author)
@@ -137,25 +145,17 @@ def _begin(
     lease: timedelta,
     live_share: float,
     author: str,
-    dry_run: bool,
 ) -> _Begun:
-    # A savepoint, so that a dry run does the same work and then rolls it back.
-    with connection.begin_nested() as step:
-        lock_repository(connection)
-        crashed = _abort_crashed(connection, now=now, lease=lease)
-        _check_running(connection, now=now, grace=grace)
-        dropped = drop_forgotten(connection)
-        _forget_plans(connection, now=now)
-        is_last = sweep(connection, now=now)
-        while dry_run and not is_last:
-            is_last = sweep(connection, now=now)
-        judged = None
-        if is_last:
-            judged = _judge(connection, now=now, lease=lease, live_share=live_share)
-        _record(connection, judged, dropped, author=author, now=now)
-        if dry_run:
-            step.rollback()
-        return _Begun(judged, crashed, dropped)
+    lock_repository(connection)
+    crashed = _abort_crashed(connection, now=now, lease=lease)
+    check_running(connection, now=now, grace=grace)
+    dropped = drop_forgotten(connection)
+    _forget_plans(connection, now=now)
+    judged = None
+    if sweep(connection, now=now):
+        judged = _judge(connection, now=now, lease=lease, live_share=live_share)
+    _record(connection, judged, dropped, author=author, now=now)
+    return _Begun(judged, crashed, dropped)
 
 
 @writes()
@@ -392,7 +392,7 @@ def _abort_crashed(connection: Connection, *, now: datetime, lease: timedelta) -
     text = f"it was silent for more than {human_duration(lease)}, so gc treated it as crashed"
     rows = connection.scalars(
         update(_version)
-        .where(_version.c.status == "pending", _version.c.touched_at <= now - lease)
+        .where(is_crashed(now=now, lease=lease))
         .values(status="aborted", error=text)
         .returning(_version.c.uid)
     )
@@ -403,14 +403,26 @@ def _abort_crashed(connection: Connection, *, now: datetime, lease: timedelta) -
     return uids
 
 
-def _check_running(connection: Connection, *, now: datetime, grace: timedelta) -> None:
+def is_crashed(*, now: datetime, lease: timedelta) -> ColumnElement[bool]:
+    """Return the condition that a version is a save that was silent for longer than `lease`."""
+    return (_version.c.status == "pending") & (_version.c.touched_at <= now - lease)
+
+
+def check_running(
+    connection: Connection,
+    *,
+    now: datetime,
+    grace: timedelta,
+    among: ColumnElement[bool] | None = None,
+) -> None:
     """Raise InvalidInputError if a save has run longer than `grace`.
 
-    It may reuse a pack that was condemned and deleted since it looked.
+    It may reuse a pack that was condemned and deleted since it looked. `among` is a condition on
+    versions: only such saves are looked at.
     """
     oldest = connection.execute(
         select(_version.c.started_at, _version.c.author, _version.c.host)
-        .where(_version.c.status == "pending")
+        .where(_version.c.status == "pending", true() if among is None else among)
         .order_by(_version.c.started_at)
         .limit(1)
     ).one_or_none()
@@ -441,7 +453,7 @@ def _judge(
     until its chunks have moved.
     """
     condemned = _condemn(connection, now=now, lease=lease)
-    sparse = _sparse(connection, live_share)
+    sparse = sparse_packs(connection, live_share, among=select(_unjudged.c.pack))
     is_judged = exists().where(
         _pack.c.id == _unjudged.c.pack,
         _pack.c.damage.is_(None) | (_pack.c.status != "live"),
@@ -459,11 +471,9 @@ def _judge(
 
 def _condemn(connection: Connection, *, now: datetime, lease: timedelta) -> list[PackRecord]:
     """Condemn live packs that nothing uses, and announced ones that were not written in time."""
-    unused = _pack.c.id.in_(select(_unjudged.c.pack)) & ~exists().where(_chunk.c.pack == _pack.c.id)
-    lapsed = (_pack.c.status == "planned") & (_pack.c.planned_at <= now - lease)
     rows = connection.execute(
         update(_pack)
-        .where((_pack.c.status == "live") & unused | lapsed)
+        .where(is_unused(now=now, lease=lease, among=select(_unjudged.c.pack)))
         .values(status="condemned", condemned_at=now)
         .returning(_pack.c.key, _pack.c.nbytes, _pack.c.version)
     ).all()
@@ -473,11 +483,40 @@ def _condemn(connection: Connection, *, now: datetime, lease: timedelta) -> list
     return sorted((PackRecord(*row[:2]) for row in rows), key=lambda pack: pack.key)
 
 
-def _sparse(connection: Connection, live_share: float) -> list[PackRecord]:
-    """Return the unjudged packs of which less than `live_share` of the bytes is used."""
+def is_unused(
+    *,
+    now: datetime,
+    lease: timedelta,
+    among: Select[Any],
+    is_kept: ColumnElement[bool] | None = None,
+) -> ColumnElement[bool]:
+    """Return the condition that a pack is live without chunks, or was not written in time.
+
+    Args:
+        now: the time to count from.
+        lease: how long an announced pack may be written.
+        among: a query of the packs to look at, by id.
+        is_kept: a condition on chunks: the others do not count.
+    """
+    used = exists().where(_chunk.c.pack == _pack.c.id, true() if is_kept is None else is_kept)
+    unused = (_pack.c.status == "live") & _pack.c.id.in_(among) & ~used
+    return unused | (_pack.c.status == "planned") & (_pack.c.planned_at <= now - lease)
+
+
+def sparse_packs(
+    connection: Connection,
+    live_share: float,
+    *,
+    among: Select[Any],
+    is_kept: ColumnElement[bool] | None = None,
+) -> list[PackRecord]:
+    """Return the packs of which some bytes, but less than `live_share` of them, are used.
+
+    `among` and `is_kept` are as for `is_unused`.
+    """
     places = (
         select(_chunk.c.pack, _chunk.c.offset, _chunk.c.length)
-        .where(_chunk.c.pack.in_(select(_unjudged.c.pack)))
+        .where(_chunk.c.pack.in_(among), true() if is_kept is None else is_kept)
         .distinct()
         .subquery()
     )

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from sqlalchemy import Connection, Row, Select, delete, select, update
 
 from dcpstore.catalog.db.key_lists import wanted_ids
-from dcpstore.catalog.db.transactions import writes
+from dcpstore.catalog.db.transactions import OpenCatalog, reads, writes
 from dcpstore.catalog.read.ref_lookup import RefRow, refs_of, resolve
 from dcpstore.catalog.read.versions import ancestors, is_visible, load_versions, names_of
 from dcpstore.catalog.schema import tables
@@ -33,6 +33,7 @@ __all__ = [
     "Find",
     "drop_forgotten",
     "expire_slice",
+    "find_forgotten",
     "forget_versions",
 ]
 
@@ -80,9 +81,8 @@ def expire_slice(
     return [row.number for row in going]
 
 
-@writes()
 def forget_versions(
-    connection: Connection,
+    catalog: OpenCatalog,
     refs: Sequence[RefLike],
     *,
     force: bool,
@@ -92,7 +92,7 @@ def forget_versions(
     """Forget the versions that `refs` name, all of them or none; recorded as one operation.
 
     A branch whose tip is forgotten moves back to the nearest ancestor that stays, and is deleted if
-    there is none.
+    there is none. A dry run only reads.
 
     Raises:
         NotFoundError: a ref names nothing.
@@ -100,30 +100,11 @@ def forget_versions(
             (with True its tags are deleted).
     """
     check_text(author, what="author")
-    lock_repository(connection)
-    going = _named(connection, refs)
-    if not going:
-        return ForgetReport((), (), (), dry_run)
-    # A savepoint, so that a dry run does the same work and then rolls it back.
-    with connection.begin_nested() as step:
-        now = datetime.now(UTC)
-        numbers = wanted_ids(connection, [version.number for version in going])
-        query = select(_version.c.id).where(_version.c.number.in_(numbers))
-        ids = wanted_ids(connection, connection.scalars(query).all())
-        _expire(connection, ids, at=now)
-        held = refs_of(connection, ids)
-        tagged = [ref for ref in held if ref.kind == "tag"]
-        if tagged and not force:
-            raise _tagged_error(tagged)
-        moves = [
-            _Move(ref, _nearest_ancestor(connection, ref.id) if ref.kind == "branch" else None)
-            for ref in held
-        ]
-        _apply(connection, moves)
-        detail = {"refs": _as_json(connection, moves)}
-        _record(connection, "forget", going, detail, author=author, at=now)
-        if dry_run:
-            step.rollback()
+    going, moves = (
+        _find_going(catalog, refs, force=force)
+        if dry_run
+        else _forget(catalog, refs, force=force, author=author)
+    )
     return ForgetReport(
         tuple(going),
         tuple(RefRecord(m.ref.name, m.ref.kind, m.ref.number) for m in moves if m.to is None),
@@ -132,16 +113,63 @@ def forget_versions(
     )
 
 
-def drop_forgotten(connection: Connection) -> list[str]:
-    """Drop the entries and plans of forgotten versions; return their uids."""
+@reads
+def _find_going(
+    connection: Connection, refs: Sequence[RefLike], *, force: bool
+) -> tuple[list[Version], list[_Move]]:
+    """Return the versions to forget, by number, and what becomes of their refs."""
+    going = _named(connection, refs)
+    if not going:
+        return [], []
+    ids = _ids_of(connection, going)
+    held = refs_of(connection, ids)
+    tagged = [ref for ref in held if ref.kind == "tag"]
+    if tagged and not force:
+        raise _tagged_error(tagged)
+    return going, [
+        _Move(ref, _nearest_ancestor(connection, ref.id, ids) if ref.kind == "branch" else None)
+        for ref in held
+    ]
+
+
+@writes()
+def _forget(
+    connection: Connection, refs: Sequence[RefLike], *, force: bool, author: str
+) -> tuple[list[Version], list[_Move]]:
+    lock_repository(connection)
+    going, moves = _find_going(connection, refs, force=force)
+    if going:
+        now = datetime.now(UTC)
+        _expire(connection, _ids_of(connection, going), at=now)
+        _apply(connection, moves)
+        detail = {"refs": _as_json(connection, moves)}
+        _record(connection, "forget", going, detail, author=author, at=now)
+    return going, moves
+
+
+def _ids_of(connection: Connection, versions: Sequence[Version]) -> Select[Any]:
+    """Return a query of the ids of versions."""
+    numbers = wanted_ids(connection, [version.number for version in versions])
+    query = select(_version.c.id).where(_version.c.number.in_(numbers))
+    return wanted_ids(connection, connection.scalars(query).all())
+
+
+def find_forgotten(connection: Connection) -> list[tuple[int, str]]:
+    """Return the ids and uids of the forgotten versions, which an undo can bring back."""
     rows = connection.execute(
         select(_version.c.id, _version.c.uid)
         .where(_version.c.status == "expired", _version.c.plan.is_not(None))
         .order_by(_version.c.number)
-    ).all()
+    )
+    return [(row.id, row.uid) for row in rows]
+
+
+def drop_forgotten(connection: Connection) -> list[str]:
+    """Drop the entries and plans of forgotten versions; return their uids."""
+    rows = find_forgotten(connection)
     if rows:
-        _drop(connection, wanted_ids(connection, [row.id for row in rows]))
-    return [row.uid for row in rows]
+        _drop(connection, wanted_ids(connection, [version for version, _ in rows]))
+    return [uid for _, uid in rows]
 
 
 def _named(connection: Connection, refs: Iterable[RefLike]) -> list[Version]:
@@ -195,13 +223,18 @@ def _record(
     record(connection, Change(kind, target, detail=detail), author=author, at=at)
 
 
-def _nearest_ancestor(connection: Connection, version: int) -> tuple[int, int] | None:
-    """Return the id and the number of the nearest ancestor that is not expired, or None."""
+def _nearest_ancestor(
+    connection: Connection, version: int, going: Select[Any]
+) -> tuple[int, int] | None:
+    """Return the id and the number of the nearest ancestor that stays, or None.
+
+    `going` are versions that are about to expire, by id.
+    """
     up = ancestors(version)
     row = connection.execute(
         select(_version.c.id, _version.c.number)
         .join(up, up.c.id == _version.c.id)
-        .where(is_visible())
+        .where(is_visible(), _version.c.id.not_in(going))
         .order_by(up.c.depth)
         .limit(1)
     ).one_or_none()

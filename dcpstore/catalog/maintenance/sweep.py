@@ -54,8 +54,9 @@ def _look_at(connection: Connection, nodes: Collection[int], *, now: datetime) -
         delete(_entry).where(_entry.c.node.in_(gone)).returning(_entry.c.tensor, _entry.c.fqn)
     ).all()
     pages = connection.scalars(delete(_node).where(_node.c.id.in_(gone)).returning(_node.c.page))
-    condemn_unused_pages(connection, set(pages) - {None}, now=now)
-    forget_tensors(connection, {row.tensor for row in entries} - {None})
+    held = set(pages) - {None}
+    held |= forget_tensors(connection, {row.tensor for row in entries} - {None})
+    condemn_unused_pages(connection, held, now=now)  # last: runs name pages too
     _forget_fqns(connection, {row.fqn for row in entries})
 
 

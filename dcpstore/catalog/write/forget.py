@@ -42,22 +42,27 @@ def loosen_nodes(connection: Connection, nodes: Select[Any]) -> None:
     connection.execute(insert(loose).from_select(["node"], new))
 
 
-def forget_tensors(connection: Connection, ids: Collection[int]) -> None:
-    """Delete those of these tensors that no entry names, and the runs that only they had."""
+def forget_tensors(connection: Connection, ids: Collection[int]) -> set[int]:
+    """Delete those of these tensors that no entry names, and the runs that only they had.
+
+    Returns the pages that held these runs.
+    """
     dead = _unused(connection, ids, ~exists().where(tables.entry.c.tensor == _tensor.c.id))
     if not dead:
-        return
+        return set()
     gone = wanted_ids(connection, dead)
     runs = connection.scalars(delete(_run).where(_run.c.tensor.in_(gone)).returning(_run.c.run))
     left = set(runs)
     connection.execute(delete(tables.alias).where(tables.alias.c.tensor.in_(gone)))
     _delete(connection, dead)
-    forget_runs(connection, left)
+    return forget_runs(connection, left)
 
 
-def forget_runs(connection: Connection, ids: Collection[int]) -> None:
-    """Delete those of these runs that no tensor has."""
-    _delete(connection, _unused(connection, ids, ~exists().where(_run.c.run == _tensor.c.id)))
+def forget_runs(connection: Connection, ids: Collection[int]) -> set[int]:
+    """Delete those of these runs that no tensor has; return the pages that held them."""
+    return _delete(
+        connection, _unused(connection, ids, ~exists().where(_run.c.run == _tensor.c.id))
+    )
 
 
 def forget_chunks(connection: Connection, ids: Collection[int]) -> None:
@@ -87,7 +92,10 @@ def _unused(
     return list(connection.scalars(query))
 
 
-def _delete(connection: Connection, ids: Collection[int]) -> None:
-    if ids:
-        forget_chunks(connection, ids)
-        connection.execute(delete(_tensor).where(_tensor.c.id.in_(wanted_ids(connection, ids))))
+def _delete(connection: Connection, ids: Collection[int]) -> set[int]:
+    """Delete tensors or runs and their chunks; return the pages that held runs."""
+    if not ids:
+        return set()
+    forget_chunks(connection, ids)
+    gone = delete(_tensor).where(_tensor.c.id.in_(wanted_ids(connection, ids)))
+    return set(connection.scalars(gone.returning(_tensor.c.page))) - {None}
