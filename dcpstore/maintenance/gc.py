@@ -33,7 +33,11 @@ from dcpstore.zarr.stored_references import keep_reference, reference_key
 __all__ = ["GcReport", "collect"]
 
 _LIVE_SHARE = 0.5  # a pack is repacked if a smaller share of its bytes is used
+_FOLDERS = {"packs": 2, "pages": 1, "plans": 1, "manifests": 1, "references": 1}  # slashes in keys
 _TEMPORARY = ".tmp"
+# Where a killed process may have left a temporary file; a pack is written under its own key.
+_TEMPORARY_IN = {"manifests", "operations", "pages", "plans", "references"}
+_TEMPORARY_OF = ("README.txt.", "references.py.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,11 +204,12 @@ def _clear_leftovers(
     `old` is older than every save that ran when this collection began.
     """
     # Listed before the query: else a save that begins in between would look unknown.
-    keys = [(key, key.split("/")[1].split(".")[0]) for key in _listed(storage)]
+    stored = list(storage.list())
+    keys = [(key, key.split("/")[1].split(".")[0]) for key in stored if _is_of_a_version(key)]
     leftovers, strange = find_leftovers(
         catalog, keys, crashed=crashed, dropped=dropped, expired_before=expired_before
     )
-    leftovers += _half_written(storage, old)
+    leftovers += [key for key in stored if _is_half_written(key, old)]
     uids = dict(keys)
     described = {uid for key, uid in keys if key.startswith("manifests/")}
     # Old and without a manifest: a save or repacking was killed before the catalog recorded it.
@@ -246,26 +251,19 @@ def _named_by(storage: Storage, manifests: Sequence[str]) -> set[str] | None:
     return named
 
 
-_FOLDERS = {"packs": 2, "pages": 1, "plans": 1, "manifests": 1, "references": 1}  # slashes in keys
+def _is_of_a_version(key: str) -> bool:
+    slashes = _FOLDERS.get(key.split("/")[0])
+    return key.count("/") == slashes and not (slashes == 1 and key.endswith(_TEMPORARY))
 
 
-def _listed(storage: Storage) -> list[str]:
-    return [
-        key
-        for folder, slashes in _FOLDERS.items()
-        for key in storage.list(folder)
-        if key.count("/") == slashes and not (slashes == 1 and key.endswith(_TEMPORARY))
-    ]
+def _is_half_written(key: str, before: datetime) -> bool:
+    """Tell whether a key is of a temporary file that a killed process left before a time.
 
-
-def _half_written(storage: Storage, before: datetime) -> list[str]:
-    """Return the keys of temporary files that a killed process left, older than `before`."""
-    return [
-        key
-        for folder in ("manifests", "operations", "pages", "plans", "references")
-        for key in storage.list(folder)
-        if key.endswith(_TEMPORARY) and _is_older(key.split(".")[-2], before)
-    ]
+    Other files that end in ".tmp" may be somebody's own, so only places of ours count.
+    """
+    folder, _, name = key.rpartition("/")
+    is_ours = folder in _TEMPORARY_IN if folder else name.startswith(_TEMPORARY_OF)
+    return is_ours and key.endswith(_TEMPORARY) and _is_older(key.split(".")[-2], before)
 
 
 def _is_older(uid: str, time: datetime) -> bool:

@@ -186,17 +186,23 @@ def test_no_manifest_names_what_goes_of_two_saves_that_wrote_the_same(
     assert named == packs_of(repo)
 
 
-def test_what_died_while_it_wrote_the_journal_or_a_manifest_is_cleared(
-    repo: Repository, save: Save
-) -> None:
+def test_what_died_while_it_wrote_an_object_is_cleared(repo: Repository, save: Save) -> None:
     version = save()
-    keys = ["operations/000000000002.json", manifest_key(version.uid)]
+    keys = [
+        "operations/000000000002.json",
+        manifest_key(version.uid),
+        *(f"{folder}/{version.uid}.x" for folder in ("pages", "plans", "references")),
+        "README.txt",
+        "references.py",
+    ]
     killed = [repo.storage.create(key) for key in keys]
     left = [key for key in repo.storage.list() if key.endswith(".tmp")]
-    assert len(left) == 2
+    assert len(left) == len(keys)
+    repo.storage.put(f"mine.{version.uid}.tmp", b"somebody's own")
     assert repo.gc().cleared == ()  # who writes them may live
     assert set(repo.gc(lease=NOW, grace=NOW).cleared) == set(left)
-    assert not [key for key in repo.storage.list() if key.endswith(".tmp")]
+    (kept,) = [key for key in repo.storage.list() if key.endswith(".tmp")]
+    assert kept.startswith("mine")
     for sink in killed:
         sink.discard()
 
