@@ -252,7 +252,7 @@ def _named_by(storage: Storage, manifests: Sequence[str]) -> set[str] | None:
 
 
 def _is_of_a_version(key: str) -> bool:
-    slashes = _FOLDERS.get(key.split("/")[0])
+    slashes = _FOLDERS.get(key.split("/", maxsplit=1)[0])
     return key.count("/") == slashes and not (slashes == 1 and key.endswith(_TEMPORARY))
 
 
