@@ -197,13 +197,14 @@ def _check_owned(tensor: torch.Tensor) -> None:
         held = tensor.untyped_storage().nbytes()
     except NotImplementedError:  # of a device whose memory torch does not see
         return
+    count = tensor.numel()
     last = (
-        tensor.numel() - 1
+        count - 1
         if tensor.is_contiguous()
         else sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     )
     reached = (int(tensor.storage_offset()) + last + 1) * tensor.itemsize
-    if tensor.numel() and reached > held:
+    if reached > held and count:
         raise InvalidInputError(
             f"a tensor of {tensor.nbytes} bytes reaches to byte {reached} of a storage that has "
             f"{held}: it was freed or resized; give it its memory back first, as FSDP does for "
@@ -221,7 +222,10 @@ def as_bytes(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
         InvalidInputError: it has no plain bytes, as `check_plain` says.
     """
     check_plain(tensor)
-    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.requires_grad:  # numpy refuses it
+        tensor = tensor.detach()
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
     stand_in = _SAME_WIDTH.get(tensor.dtype)
     if stand_in is not None:
         tensor = tensor.view(stand_in)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Mapping
+from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch.distributed.checkpoint import default_planner as torch_planner
@@ -42,7 +43,9 @@ from dcpstore.state.shards import flat_shards, is_sharded, local_shards, no_shar
 from dcpstore.state.tree import FlatPaths, flattened, recorded_paths
 from dcpstore.state.walk import nesting_checked
 
-__all__ = ["BoxResolver", "DefaultSavePlanner", "planner_of", "recorded_by"]
+__all__ = ["KNOWN_ITEMS", "BoxResolver", "DefaultSavePlanner", "planner_of", "recorded_by"]
+
+KNOWN_ITEMS = 1 << 14  # items of earlier plans that a process caches, of about 1 kB each
 
 
 @runtime_checkable
@@ -103,33 +106,23 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
         A tensor of which it holds nothing gives an empty box: so a tensor that no rank holds is
         found.
         """
+        # A subclass may change its items in place: it gets new ones.
+        make = _known_item if type(self) is DefaultSavePlanner else _new_item
         items: list[WriteItem] = []
         for fqn, value in self.state_dict.items():
-            if isinstance(value, torch.Tensor):
-                items += self._tensor_items(fqn, value)
+            if not isinstance(value, torch.Tensor):
+                items.append(make(WriteItemType.BYTE_IO, fqn))
+            elif is_sharded(value):
+                for shard in local_shards(fqn, value) or no_shard(value):
+                    box, described = shard.box, _Described.of(value.size(), shard.data)
+                    self._views[fqn, box.offsets] = shard.data
+                    items.append(make(WriteItemType.SHARD, fqn, box.offsets, box.sizes, described))
             else:
-                items.append(WriteItem(index=MetadataIndex(fqn), type=WriteItemType.BYTE_IO))
+                described = _Described.of(value.size(), value)
+                start = (0,) * len(described.size)
+                items.append(make(WriteItemType.TENSOR, fqn, start, described.size, described))
         self.plan = SavePlan(items, planner_data=self.mappings if self.flatten_state_dict else None)
         return self.plan
-
-    def _tensor_items(self, fqn: str, tensor: torch.Tensor) -> list[WriteItem]:
-        kind = WriteItemType.SHARD if is_sharded(tensor) else WriteItemType.TENSOR
-        items = []
-        for shard in local_shards(fqn, tensor) or no_shard(tensor):
-            offsets = torch.Size(shard.box.offsets)
-            self._views[fqn, shard.box.offsets] = shard.data
-            items.append(
-                WriteItem(
-                    index=MetadataIndex(fqn, offsets),
-                    type=kind,
-                    tensor_data=TensorWriteData(
-                        chunk=ChunkStorageMetadata(offsets, torch.Size(shard.box.sizes)),
-                        properties=TensorProperties.create_from_tensor(shard.data),
-                        size=tensor.size(),
-                    ),
-                )
-            )
-        return items
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Return the plan of each rank, with replicas assigned, and torch's description of all.
@@ -162,7 +155,7 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         """Return the value, or the local view of the box, that `index` names."""
-        # Only boxes of tensors have views; values are looked up in the state.
+        # Only boxes of sharded tensors have views; all else is looked up in the state.
         view = self._views.get((index.fqn, tuple(index.offset or ())))
         return self.state_dict[index.fqn] if view is None else view
 
@@ -179,10 +172,49 @@ class DefaultSavePlanner(torch_planner.DefaultSavePlanner):
         """Return an item's data: a local view without gradient, or torch's bytes of a value."""
         found = self.transform_object(write_item, self.lookup_object(write_item.index))
         # numpy, which reads the bytes, refuses tensors that require a gradient.
-        data: torch.Tensor | io.BytesIO = (
-            found.detach() if isinstance(found, torch.Tensor) else found
-        )
+        has_gradient = isinstance(found, torch.Tensor) and found.requires_grad
+        data: torch.Tensor | io.BytesIO = found.detach() if has_gradient else found
         return data
+
+
+class _Described(NamedTuple):
+    """What the item of a tensor, or of a box of it, says besides the box."""
+
+    size: torch.Size  # of the whole tensor
+    dtype: torch.dtype
+    layout: torch.layout
+    requires_grad: bool
+    is_pinned: bool
+
+    @classmethod
+    def of(cls, size: torch.Size, data: torch.Tensor) -> _Described:
+        return cls(size, data.dtype, data.layout, data.requires_grad, data.is_pinned())
+
+
+def _new_item(
+    kind: WriteItemType,
+    fqn: str,
+    offsets: tuple[int, ...] = (),
+    sizes: tuple[int, ...] = (),
+    described: _Described | None = None,
+) -> WriteItem:
+    """Return the item of a box of a tensor, or if that is not `described`, of a value."""
+    if described is None:
+        return WriteItem(index=MetadataIndex(fqn), type=kind)
+    size, dtype, layout, requires_grad, is_pinned = described
+    start = torch.Size(offsets)
+    data = TensorWriteData(
+        chunk=ChunkStorageMetadata(start, torch.Size(sizes)),
+        properties=TensorProperties(
+            dtype, layout, requires_grad, torch.contiguous_format, is_pinned
+        ),
+        size=size,
+    )
+    return WriteItem(index=MetadataIndex(fqn, start), type=kind, tensor_data=data)
+
+
+# Nearly every save has the items of the last one.
+_known_item = lru_cache(KNOWN_ITEMS)(_new_item)
 
 
 def recorded_by(planner: SavePlanner) -> Mapping[str, ObjectPath]:

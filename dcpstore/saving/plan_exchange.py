@@ -28,7 +28,7 @@ from dcpstore.planning.global_plan import (
     plan_globally,
 )
 from dcpstore.planning.plan_table import GlobalTable, PlanTable
-from dcpstore.planning.save_planner import DefaultSavePlanner
+from dcpstore.planning.save_planner import KNOWN_ITEMS, DefaultSavePlanner
 from dcpstore.records import ChunkDefaults, EntryRecord, EntryTree, ObjectPath
 from dcpstore.saving.digest_exchange import SentBefore
 from dcpstore.saving.layout import Layout, kept_grids, lay_out
@@ -149,6 +149,7 @@ class PlanMemory:
         contents: by the key of a global plan, the tensors of its last save; on the coordinator.
         sent: by the key of a share, the digests that the rank sent with its last version of it.
         gathered: by the key of a global plan, the same of all ranks; on the coordinator.
+        tables: by the ids of the items of a local plan, these items and their table.
     """
 
     def __init__(self) -> None:
@@ -159,6 +160,8 @@ class PlanMemory:
         self.contents: LruCache[bytes, Contents] = LruCache(_VERSIONS)
         self.sent: LruCache[bytes, SentBefore] = LruCache(_PLANS)
         self.gathered: LruCache[bytes, Sequence[SentBefore]] = LruCache(_PLANS)
+        # The items are held so that their ids stay theirs.
+        self.tables: LruCache[object, tuple[Sequence[WriteItem], PlanTable]] = LruCache(_VERSIONS)
 
 
 class LocalPlan:
@@ -184,7 +187,7 @@ class LocalPlan:
         self._sent: SentBefore | None = None  # offered as base: another save may replace the cached
         self._plan = plan
         self._memory = memory
-        self._table = PlanTable.of(plan, buffers) if shares_tables(planner) else None
+        self._table = _table_of(plan, planner, memory, buffers) if shares_tables(planner) else None
         self._buffers = buffers
         self._digest = b"" if self._table is None else self._table.digest
 
@@ -226,6 +229,22 @@ class LocalPlan:
         self.compared = [self._plan.items[i] for i in share.compared.tolist()]
         items = [self._plan.items[i] for i in share.kept.tolist()]
         return dataclasses.replace(self._plan, items=items), share.layouts
+
+
+def _table_of(
+    plan: SavePlan, planner: SavePlanner, memory: PlanMemory, buffers: Collection[str]
+) -> PlanTable:
+    """Return the table of a plan; items that are the same objects as before are not read again."""
+    # A subclass may have changed them in place; and of too many, all are new in each save.
+    if type(planner) is not DefaultSavePlanner or len(plan.items) > KNOWN_ITEMS:
+        return PlanTable.of(plan, buffers)
+    key = tuple(map(id, plan.items)), frozenset(buffers)
+    held = memory.tables.get(key)
+    if held is None:
+        table = PlanTable.of(plan, buffers)
+        memory.tables.put(key, (plan.items, table))
+        return table
+    return dataclasses.replace(held[1], paths=pickle.dumps(plan.planner_data))
 
 
 def shares_tables(planner: SavePlanner) -> TypeGuard[DefaultSavePlanner]:

@@ -90,7 +90,7 @@ class RankData:
         # Asked once, not for each item: isinstance of a protocol looks at every attribute.
         self._resolver = planner if isinstance(planner, BoxResolver) else None
         self._values: dict[str, EncodedValue] = {}
-        self._boxes: dict[str, list[tuple[Box, WriteItem, Array | None]]] = {}
+        self._boxes: list[tuple[Box, WriteItem, Array | None]] = []
         self._digests: list[bytes] = []  # of the chunks digested so far
         self.chunks: list[RawChunk] = []
         for item in plan.items:
@@ -100,7 +100,7 @@ class RankData:
             else:
                 box = item_box(item)
                 array = self._array(item, box)
-                self._boxes.setdefault(fqn, []).append((box, item, array))
+                self._boxes.append((box, item, array))
                 if array is None:
                     self.chunks += _cut(layouts[fqn], box, self._source(item, box))
                 else:
@@ -152,12 +152,15 @@ class RankData:
 
     def held(self, entries: Sequence[EntryRecord]) -> list[LocalBox]:
         """Return this rank's boxes of these stored tensors, to compare their bytes."""
+        by_fqn = {entry.fqn: entry for entry in entries}
         return [
             LocalBox(
-                entry, box, self._source(item, box) if array is None else _source_of(array, box)
+                by_fqn[item.index.fqn],
+                box,
+                self._source(item, box) if array is None else _source_of(array, box),
             )
-            for entry in entries
-            for box, item, array in self._boxes.get(entry.fqn, ())
+            for box, item, array in self._boxes
+            if item.index.fqn in by_fqn
         ]
 
     def _array(self, item: WriteItem, box: Box) -> Array | None:
@@ -166,7 +169,7 @@ class RankData:
             return None
         tensor = self._tensor(item, box)
         try:
-            if tensor.device.type == "cpu":
+            if tensor.is_cpu:
                 return as_bytes(tensor)
             check_plain(tensor)
         except InvalidInputError as error:
@@ -227,7 +230,8 @@ def _is_one_cell(layout: Layout, box: Box) -> bool:
 
 
 def _flat_bytes(array: Array) -> Bytes:
-    return array.reshape(-1).view(np.uint8)
+    flat = array if array.ndim == 1 else array.reshape(-1)
+    return flat.view(np.uint8)
 
 
 def _padded_bytes(source: Source, cell: Box, chunk_shape: tuple[int, ...]) -> Bytes:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -286,7 +287,7 @@ class SaveState:
             planner_data: what the planner stores with the version, as typed JSON.
         """
         nbytes = self.contents.nbytes
-        tree, changed = self._tree, self._find_changed()
+        tree, changed = self._tree, self._changed
         if (
             tree is None
             or len(self._parent) != len(self._layouts) + len(self._values)
@@ -313,7 +314,7 @@ class SaveState:
 
     def records(self) -> Mapping[str, EntryRecord]:
         """Return the entries as a catalog gives them, but for the ids that it gives to tensors."""
-        names, changed = self._layouts.keys() | self._values.keys(), self._find_changed()
+        names, changed = self._layouts.keys() | self._values.keys(), self._changed
         if not changed and names == self._parent.keys():
             return self._parent
         records = {fqn: self._parent[fqn] for fqn in names - changed.keys()}
@@ -338,8 +339,9 @@ class SaveState:
             parts=layout.grids,
         )
 
-    def _find_changed(self) -> dict[str, NewEntry]:
-        """Return the entries that the parent does not have, by FQN."""
+    @cached_property
+    def _changed(self) -> dict[str, NewEntry]:
+        """The entries that the parent does not have, by FQN; asked for once all are looked up."""
         changed = {}
         for fqn, content in self._contents.items():
             old = self._parent.get(fqn)

@@ -57,6 +57,51 @@ def test_a_tensor_is_resolved_to_the_callers_own_memory() -> None:
     assert not data.requires_grad
 
 
+def test_an_unchanged_item_is_the_same_object_again() -> None:
+    state = {"w": torch.ones(2, 3), "lr": 0.5}
+    _, first = planned(state)
+    _, again = planned({"w": torch.zeros(2, 3), "lr": 0.25})
+    assert [one is other for one, other in zip(first.items, again.items, strict=True)] == [True] * 2
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param(torch.ones(2, 3, dtype=torch.int32), id="dtype"),
+        pytest.param(torch.ones(3, 2), id="shape"),
+        pytest.param(torch.ones(2, 3, requires_grad=True), id="gradient"),
+        pytest.param(0.5, id="value"),
+    ],
+)
+def test_a_changed_item_of_the_same_name_is_a_new_one(changed: Any) -> None:
+    _, first = planned({"w": torch.ones(2, 3)})
+    _, again = planned({"w": changed})
+    assert again.items[0] != first.items[0]
+    data = again.items[0].tensor_data
+    if isinstance(changed, torch.Tensor):
+        assert data is not None
+        assert (data.size, data.properties.dtype) == (changed.size(), changed.dtype)
+        assert data.properties.requires_grad == changed.requires_grad
+    else:
+        assert data is None
+
+
+def test_a_planner_of_another_class_gets_items_of_its_own() -> None:
+    class Changing(DefaultSavePlanner):
+        def create_local_plan(self) -> SavePlan:
+            plan = super().create_local_plan()
+            assert plan.items[0].tensor_data is not None
+            plan.items[0].tensor_data.properties.dtype = torch.float16
+            return plan
+
+    state = {"w": torch.ones(2, 3)}
+    planner = Changing()
+    planner.set_up_planner(state, is_coordinator=True)
+    items = [*planner.create_local_plan().items, *planned(state)[1].items]
+    dtypes = [one.tensor_data and one.tensor_data.properties.dtype for one in items]
+    assert dtypes == [torch.float16, torch.float32]
+
+
 def test_a_value_is_resolved_to_torchs_bytes() -> None:
     planner, plan = planned({"v": {"x": [1, None]}}, flatten_state_dict=False)
     data = planner.resolve_data(plan.items[0])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+import torch
 from torch.distributed.checkpoint.planner import SavePlan
 
 from dcpstore.planning.save_planner import DefaultSavePlanner
@@ -85,3 +89,49 @@ def test_new_grids_of_the_parent_replace_those_of_a_cached_plan() -> None:
         assert taken[0][1]["w1"] == first[0][1]["w1"]
     _, taken = plan_together(ranks, plans, parent)
     assert all(cut["w0"].grids == (finer,) for _, cut in taken)
+
+
+class Other(DefaultSavePlanner):
+    """A planner of the caller, which may change its items in place."""
+
+
+def offered(
+    state: dict[str, Any], memory: PlanMemory, planner: type[DefaultSavePlanner], *buffers: str
+) -> bytes:
+    """Return the digest of the plan that a rank offers."""
+    made = planner()
+    made.set_up_planner(state, is_coordinator=True)
+    return LocalPlan(made.create_local_plan(), made, memory, buffers=buffers).offer().digest
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        pytest.param({"b": torch.ones(2), "m": {"a": torch.ones(2, 3).int()}}, id="dtype"),
+        pytest.param({"b": torch.ones(2), "m": {"a": torch.ones(3, 2)}}, id="shape"),
+        pytest.param({"b": torch.ones(2), "m": {"a": 1.5}}, id="kind"),
+        pytest.param({"m": {"a": torch.ones(2, 3)}, "b": torch.ones(2)}, id="order"),
+        pytest.param({"b": torch.ones(2), "m.a": torch.ones(2, 3)}, id="path"),
+        pytest.param({"b": torch.ones(2), "m": {"a": torch.ones(2, 3)}, "c": 1}, id="one more"),
+        pytest.param({"m": {"a": torch.ones(2, 3)}}, id="one less"),
+    ],
+)
+def test_another_plan_of_the_same_names_is_not_taken_for_the_cached_one(
+    state: dict[str, Any],
+) -> None:
+    memory = PlanMemory()
+    first = {"b": torch.ones(2), "m": {"a": torch.ones(2, 3)}}
+    known = offered(first, memory, DefaultSavePlanner)
+    assert offered(first, memory, DefaultSavePlanner) == known == offered(first, memory, Other)
+    assert offered(state, memory, DefaultSavePlanner) == offered(state, PlanMemory(), Other)
+    assert offered(state, memory, DefaultSavePlanner) != known
+    assert offered(first, memory, DefaultSavePlanner, "b") != known
+
+
+def test_items_that_were_changed_in_place_are_read_again() -> None:
+    plan = rows_of(0, 1)
+    memory = PlanMemory()
+    known = LocalPlan(plan, Other(), memory).offer().digest
+    assert plan.items[0].tensor_data is not None
+    plan.items[0].tensor_data.properties.dtype = torch.float16
+    assert LocalPlan(plan, Other(), memory).offer().digest != known
