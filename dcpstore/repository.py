@@ -620,11 +620,14 @@ class Repository:
     ) -> VerifyReport:
         """Look for damage; the report's `.damaged` is empty where all is well.
 
-        What is damaged is marked: no save reuses it, so saving the same content again heals it.
+        A quick check lists the data folder: every object must exist, and packs, pages and plans
+        must have the right size. Of what is new since the last check it also reads the manifests,
+        and checks the rows of the catalog. What is damaged is marked: no save reuses it, so saving
+        the same content again heals it.
 
         Args:
-            deep: also read the journal and every chunk that a version reaches, and compare digests;
-                without it no chunk is read.
+            deep: check the whole catalog, and read the journal and every manifest, page, plan and
+                chunk that a version reaches, and compare digests; without it no chunk is read.
             resume: continue a deep check that was interrupted.
             limit: read at most this many bytes per second.
 

@@ -1,7 +1,10 @@
 """Checks whether a repository is intact: finds damage, and the versions that it touches.
 
-A quick check reads no chunks. It checks the catalog's own rules, that each pack, page and plan
-exists with the right size, and that each manifest is sound. A deep check reads pages, plans, the
+A quick check reads no chunks. It lists the data folder: each pack, page and plan must exist with
+the right size, and each manifest must exist. Of what is new since the last check it also reads the
+manifests, and checks the catalog's own rules. So what grows with the number of versions is a
+listing of four folders, and a row of the catalog for each object in them: no request and no
+statement. A deep check checks the rules in all rows. It reads manifests, pages, plans, the
 journal and every chunk that a version reaches, on all cores, and compares digests; the result of
 each pack is kept in the catalog at once, so an interrupted check can be resumed. Damage is marked:
 no save reuses a damaged chunk, so saving the content again repairs it. gc replaces damaged
@@ -11,6 +14,7 @@ operations in the journal.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -22,17 +26,23 @@ from datetime import UTC, datetime
 
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.maintenance.fsck import (
+    NOTHING,
     PackedChunk,
     PackState,
     Reached,
+    Verified,
     begin_verify,
     end_verify,
     find_faults,
     find_reached,
     held_by_page,
+    is_live,
+    last_verified,
+    list_manifests,
     list_packs,
     list_pages,
     mark_pack,
+    note_verified,
     packed_chunks,
     reached_by_page,
     reached_by_tensor,
@@ -40,7 +50,6 @@ from dcpstore.catalog.maintenance.fsck import (
 from dcpstore.catalog.maintenance.journal import check_owner, journal_again, last_journaled
 from dcpstore.catalog.maintenance.stored_journal import read_journal
 from dcpstore.catalog.read.log_filter import list_log
-from dcpstore.catalog.read.ref_lookup import resolve
 from dcpstore.catalog.write.stale import mark_object_stale, mark_version_stale
 from dcpstore.core.checksums import check_pieces
 from dcpstore.core.progress import ProgressBar
@@ -64,6 +73,8 @@ __all__ = [
     "found_by_quick_check",
     "verify",
 ]
+
+_log = logging.getLogger(__name__)
 
 _SPARE = {"manifest", "page", "plan"}  # the catalog has what these hold, so versions load
 
@@ -142,7 +153,7 @@ def verify(
     resume: bool,
     limit: float | None,
 ) -> VerifyReport:
-    """Check everything; with `deep`, read every chunk.
+    """Check what exists and what is new; with `deep`, check everything and read every chunk.
 
     Args:
         catalog: of the repository.
@@ -152,9 +163,11 @@ def verify(
         limit: most bytes a second to read.
     """
     inspection = _Inspection(catalog, storage)
-    inspection.check_catalog()
+    seen, now = last_verified(catalog)
+    after = NOTHING if deep else seen
+    inspection.check_catalog(after)
     packs = inspection.check_all_packs()
-    manifests = inspection.check_manifests()
+    manifests = inspection.check_manifests(after)
     inspection.check_pages(deep=deep)
     chunks = nbytes = 0
     if deep:
@@ -163,16 +176,26 @@ def verify(
             catalog, storage, packs, resume=resume, limit=limit, found=inspection.found_in_pack
         )
     damaged = inspection.damage()
+    if now != seen and not any(one.kind == "catalog" for one in damaged):
+        _note(catalog, now)
     damaged_numbers = {n for one in damaged if one.kind not in _SPARE for n in one.versions}
     return VerifyReport(
         damaged=damaged,
-        versions=_with_nearest(list_log(catalog), damaged_numbers),
+        versions=_with_nearest(list_log(catalog), damaged_numbers) if damaged_numbers else (),
         packs=len(packs),
         manifests=manifests,
         chunks=chunks,
         nbytes_read=nbytes,
         deep=deep,
     )
+
+
+def _note(catalog: Catalog, seen: Verified) -> None:
+    """Note how far the check came, if that can be written: a catalog may be open to reads only."""
+    try:
+        note_verified(catalog, seen)
+    except DcpstoreError as error:
+        _log.info("the next quick check begins where this one did: %s", error)
 
 
 class _Inspection:
@@ -186,17 +209,20 @@ class _Inspection:
         """Return all damage that was found."""
         return tuple(self._found.values())
 
-    def check_catalog(self) -> None:
-        """Check the catalog's own rules."""
-        for i, fault in enumerate(find_faults(self._catalog)):
+    def check_catalog(self, after: Verified) -> None:
+        """Check the catalog's own rules in what is newer than `after`."""
+        for i, fault in enumerate(find_faults(self._catalog, after)):
             held = [] if fault.tensor is None else reached_by_tensor(self._catalog, fault.tensor)
             self._record("catalog", str(i), fault.text, held)
 
     def check_all_packs(self) -> list[PackState]:
         """Check that every pack exists with its size; return the packs with their damage so far."""
         packs = []
-        for pack in list_packs(self._catalog):
-            damage = self._quick_check(pack)
+        listed = list_packs(self._catalog)
+        sizes = self._storage.sizes("packs")
+        for pack in listed:
+            # What the listing does not show as it must be is asked for by itself.
+            damage = None if sizes.get(pack.key) == pack.nbytes else self._quick_check(pack)
             if damage is None and not found_by_quick_check(pack.damage):
                 damage = pack.damage  # keep the mark: only a deep check can clear it
             if damage is not None:
@@ -207,29 +233,51 @@ class _Inspection:
             packs.append(pack._replace(damage=damage))
         return packs
 
-    def check_manifests(self) -> int:
-        """Check the manifest of every version; return how many there are."""
-        versions = list_log(self._catalog)
-        for version in versions:
-            key = manifest_key(version.uid)
-            try:
-                uid = decode_manifest(self._storage.get(key)).draft.uid
-                reason = None if uid == version.uid else f"it is of version {uid}"
-            except NotFoundError:
-                reason = "it is missing"
-            except (InvalidInputError, CorruptionError) as error:
-                reason = str(error)
-            if reason is not None and self._is_there(version):
-                self._found["manifest", key] = Damage("manifest", key, reason, (version.number,))
-                mark_version_stale(self._catalog, version.number)
-        return len(versions)
+    def check_manifests(self, after: Verified) -> int:
+        """Check that every version has a manifest; return how many there are.
+
+        Those of versions newer than `after` are read, and those that are to be written again.
+        """
+        listed = list_manifests(self._catalog)
+        sizes = self._storage.sizes("manifests")
+        faults: dict[int, tuple[str, str]] = {}
+        for number, uid, is_stale in listed:
+            key = manifest_key(uid)
+            if number > after.version or is_stale or not sizes.get(key):
+                reason = self._manifest_fault(key, uid)
+                if reason is not None:
+                    faults[number] = key, reason
+        # Not those of versions that have expired meanwhile.
+        there = {one.number for one in list_manifests(self._catalog)} if faults else set()
+        for number in sorted(faults.keys() & there, reverse=True):
+            key, reason = faults[number]
+            self._found["manifest", key] = Damage("manifest", key, reason, (number,))
+            mark_version_stale(self._catalog, number)
+        return len(listed)
+
+    def _manifest_fault(self, key: str, uid: str) -> str | None:
+        try:
+            found = decode_manifest(self._storage.get(key)).draft.uid
+        except NotFoundError:
+            return "it is missing"
+        except (InvalidInputError, CorruptionError) as error:
+            return str(error)
+        return None if found == uid else f"it is of version {found}"
 
     def check_pages(self, *, deep: bool) -> None:
         """Check that every page and plan exists with its size, and with `deep` what it holds."""
-        for page in list_pages(self._catalog):
-            reason = self._page_fault(page, deep=deep)
-            # Not one that a collection has deleted, or written again, meanwhile.
-            if reason is None or page not in list_pages(self._catalog):
+        listed = list_pages(self._catalog)
+        sizes = self._storage.sizes("pages") | self._storage.sizes("plans")
+        faults: dict[PackRecord, str] = {}
+        for page in listed:
+            if deep or sizes.get(page.key) != page.nbytes:
+                reason = self._page_fault(page, deep=deep)
+                if reason is not None:
+                    faults[page] = reason
+        # Not one that a collection has deleted, or written again, meanwhile.
+        there = set(list_pages(self._catalog)) if faults else set()
+        for page, reason in faults.items():
+            if page not in there:
                 continue
             kind = "plan" if page.key.startswith("plans/") else "page"
             versions = tuple(reached_by_page(self._catalog, page.key))
@@ -336,28 +384,22 @@ class _Inspection:
 
     def _is_live(self, key: str) -> bool:
         """Tell whether a pack still exists: a collection may have removed it meanwhile."""
-        return any(pack.key == key for pack in list_packs(self._catalog))
-
-    def _is_there(self, version: Version) -> bool:
-        """Tell whether a version still exists: it may have expired meanwhile."""
-        try:
-            return resolve(self._catalog, version.number).uid == version.uid
-        except NotFoundError:
-            return False
+        return is_live(self._catalog, key)
 
 
 def _with_nearest(
     versions: Sequence[Version], damaged_numbers: set[int]
 ) -> tuple[DamagedVersion, ...]:
     parents = {version.number: version.parent for version in versions}
-    intact = sorted(parents.keys() - damaged_numbers)
+    in_order = sorted(parents.keys() - damaged_numbers)
+    intact = set(in_order)
     found = []
     for number in sorted(damaged_numbers & parents.keys()):
         nearest = parents[number]
         while nearest is not None and nearest not in intact:
             nearest = parents.get(nearest)
         if nearest is None and intact:
-            nearest = min(intact, key=_distance_from(number))
+            nearest = min(in_order, key=_distance_from(number))
         found.append(DamagedVersion(number, nearest))
     return tuple(found)
 

@@ -101,6 +101,12 @@ class Storage(Protocol):
         its age, and ".tmp".
         """
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Return the length in bytes of the objects below the folder `prefix`, by key.
+
+        It is one listing. What a link in a folder leads to is left out, though `size` may find it.
+        """
+
     def delete(self, key: str) -> None:
         """Delete an object; one that does not exist is not an error."""
 

@@ -109,6 +109,27 @@ class LocalFolder:
             found += (os.path.relpath(os.path.join(folder, name), self._root) for name in names)
         yield from sorted(found)
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Return the length in bytes of the files below the folder `prefix`, by key."""
+        top = prefix.rstrip("/")
+        self._locate(top)
+        found: dict[str, int] = {}
+        waiting = [top]
+        while waiting:
+            folder = waiting.pop()
+            try:
+                with os.scandir(self._root / folder) as items:
+                    for item in items:
+                        key = f"{folder}/{item.name}"
+                        if item.is_dir(follow_symlinks=False):
+                            waiting.append(key)
+                        elif item.is_file(follow_symlinks=False):
+                            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                                found[key] = item.stat(follow_symlinks=False).st_size
+            except OSError as error:
+                _refuse(error)
+        return found
+
     def delete(self, key: str) -> None:
         """Delete an object, and the folder of its version once that is empty."""
         path = self._locate(key)

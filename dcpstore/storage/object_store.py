@@ -98,6 +98,12 @@ class ObjectStore:
             batches = [*obstore.list(self._backend, folder)]
         yield from sorted(item["path"] for batch in batches for item in batch)
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Return the length in bytes of the objects below the folder `prefix`, by key."""
+        with self._explained("list", prefix):
+            batches = [*obstore.list(self._backend, check_key(prefix.rstrip("/")))]
+        return {item["path"]: item["size"] for batch in batches for item in batch}
+
     def delete(self, key: str) -> None:
         """Delete an object."""
         with self._explained("delete", check_key(key)), contextlib.suppress(FileNotFoundError):

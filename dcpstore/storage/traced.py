@@ -64,6 +64,12 @@ class TracedStorage:
         yield from self._storage.list(prefix)
         self._report(StorageRequest("list", prefix, 0))
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Return the length in bytes of the objects below the folder `prefix`, by key."""
+        found = self._storage.sizes(prefix)
+        self._report(StorageRequest("list", prefix, 0))
+        return found
+
     def delete(self, key: str) -> None:
         """Delete an object."""
         self._storage.delete(key)

@@ -6,7 +6,7 @@ import numpy as np
 
 from dcpstore.catalog.glance import LogLine, glance_at_log
 from dcpstore.catalog.maintenance.export import load_content
-from dcpstore.catalog.maintenance.fsck import list_packs, list_pages
+from dcpstore.catalog.maintenance.fsck import find_faults, list_packs, list_pages
 from dcpstore.catalog.maintenance.stored_journal import read_journal
 from dcpstore.catalog.read.entries import load_chunks, load_entries
 from dcpstore.core.digests import chunk_digest, content_digest
@@ -105,6 +105,7 @@ def as_line(version: Version) -> LogLine:
 def _assert_kept(repo: Repository) -> None:
     """Check that nothing is damaged, gc takes nothing that is reached, the journal is whole."""
     assert repo.verify().damaged == ()
+    assert find_faults(repo.catalog) == []
     reached = {pack.key for pack in list_packs(repo.catalog)}
     reached |= {manifest_key(version.uid) for version in repo.log()}
     report = repo.gc(grace="100w", dry_run=True)

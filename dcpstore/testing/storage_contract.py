@@ -96,6 +96,14 @@ class StorageContract:
         assert len(list(storage.list())) == 4
         assert list(storage.list("pac")) == []
 
+    def test_sizes_are_those_of_one_folder(self, storage: Storage) -> None:
+        storage.put("packs/b/0-0.pack", b"abc")
+        storage.put("packs/a/1-0.pack", b"")
+        storage.put("manifests/a.json", b"x")
+        assert storage.sizes("packs") == {"packs/b/0-0.pack": 3, "packs/a/1-0.pack": 0}
+        assert storage.sizes("packs/b/") == {"packs/b/0-0.pack": 3}
+        assert storage.sizes("pages") == {}
+
     def test_delete_is_done_once_and_may_be_repeated(self, storage: Storage) -> None:
         storage.put(_KEY, b"x")
         storage.put("packs/ab12/1-0.pack", b"y")

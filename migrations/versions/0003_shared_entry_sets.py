@@ -284,6 +284,8 @@ COLUMNS = (
     " WHERE status = 'expired' AND \"plan\" IS NOT NULL",
     'CREATE INDEX ix_plan_page ON "plan" (page)',
     "CREATE INDEX ix_pack_damage ON pack (id) WHERE damage IS NOT NULL",
+    "ALTER TABLE repository ADD COLUMN verified_version BIGINT",
+    "ALTER TABLE repository ADD COLUMN verified_operation BIGINT",
     # The next gc looks at every pack.
     "INSERT INTO unjudged (pack) SELECT id FROM pack WHERE status = 'live'",
 )

@@ -6,33 +6,51 @@ chunk of a damaged pack, so saving a content again repairs it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Select, exists, func, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    SelectBase,
+    exists,
+    func,
+    or_,
+    select,
+    update,
+)
 
 from dcpstore.catalog.db.key_lists import wanted_ids, wanted_sizes
-from dcpstore.catalog.db.transactions import reads, writes
+from dcpstore.catalog.db.transactions import reads, reads_once, writes
 from dcpstore.catalog.read.entries import chunk_starts, place_of
-from dcpstore.catalog.read.trees import holding_tensors, holding_versions
+from dcpstore.catalog.read.trees import holding_tensors, holding_versions, with_runs
+from dcpstore.catalog.read.versions import is_visible
 from dcpstore.catalog.schema import tables
 from dcpstore.core.digests import RUN
 from dcpstore.records import PackRecord
 
 __all__ = [
+    "NOTHING",
     "Fault",
+    "ManifestState",
     "PackState",
     "PackedChunk",
     "Reached",
+    "Verified",
     "begin_verify",
     "end_verify",
     "find_faults",
     "find_reached",
     "held_by_page",
+    "is_live",
+    "last_verified",
+    "list_manifests",
     "list_packs",
     "list_pages",
     "mark_pack",
+    "note_verified",
     "packed_chunks",
     "reached_by_page",
     "reached_by_tensor",
@@ -41,12 +59,33 @@ __all__ = [
 _version, _pack, _chunk = tables.version, tables.pack, tables.chunk
 _SHOWN = 20  # faults of one kind that are reported
 
+# The ids of the rows that are looked at; None is all.
+Among = Select[Any] | None
+
 
 class Fault(NamedTuple):
     """A broken rule of the catalog; `tensor` is the id of the tensor that it concerns, if any."""
 
     text: str
     tensor: int | None = None
+
+
+class Verified(NamedTuple):
+    """How far a check came: the number of the last version and of the last operation."""
+
+    version: int
+    operation: int
+
+
+NOTHING = Verified(0, 0)
+
+
+class ManifestState(NamedTuple):
+    """The number and the uid of a version; `is_stale` if its manifest must be written again."""
+
+    number: int
+    uid: str
+    is_stale: bool
 
 
 class PackState(NamedTuple):
@@ -86,16 +125,59 @@ class Reached(NamedTuple):
 
 
 @reads
-def find_faults(connection: Connection) -> list[Fault]:
-    """Return the broken rules of the catalog; an intact catalog has none."""
+def find_faults(connection: Connection, after: Verified = NOTHING) -> list[Fault]:
+    """Return the broken rules of the catalog; an intact catalog has none.
+
+    With `after`, look only at what was made since: the numbers, and the versions with their refs,
+    packs and trees. So it costs nothing for what was there before.
+    """
+    versions = nodes = tensors = None
+    if after != NOTHING:
+        new = _version.c.number > after.version
+        found = connection.execute(select(_version.c.id, _version.c.root).where(new)).all()
+        if not found:
+            return [*_number_faults(connection, after)]
+        versions = wanted_ids(connection, [row.id for row in found])
+        roots = {row.root for row in found if row.root is not None}
+        nodes, tensors = _below(connection, roots)
     return [
-        *_database_faults(connection),
-        *_ref_faults(connection),
-        *_number_faults(connection),
-        *_pack_faults(connection),
-        *_node_faults(connection),
-        *_tensor_faults(connection),
+        *(_database_faults(connection) if after == NOTHING else ()),
+        *_ref_faults(connection, versions),
+        *_number_faults(connection, after),
+        *_pack_faults(connection, versions),
+        *_root_faults(connection, versions),
+        *_node_faults(connection, nodes),
+        *_tensor_faults(connection, tensors),
     ]
+
+
+@reads_once
+def last_verified(connection: Connection) -> tuple[Verified, Verified]:
+    """Return up to where the last verify found the catalog's rules kept, and what there is now."""
+    row = connection.execute(select(tables.repository)).one()
+    seen = Verified(row.verified_version or 0, row.verified_operation or 0)
+    return seen, Verified(row.last_version, row.last_operation)
+
+
+@writes(idempotent=True, once=True)
+def note_verified(connection: Connection, seen: Verified) -> None:
+    """Note up to where the catalog's rules were found kept."""
+    connection.execute(
+        update(tables.repository).values(
+            verified_version=seen.version, verified_operation=seen.operation
+        )
+    )
+
+
+@reads_once
+def list_manifests(connection: Connection) -> list[ManifestState]:
+    """Return what is known of the manifests of the committed versions, the newest first."""
+    rows = connection.execute(
+        select(_version.c.number, _version.c.uid, _version.c.stale.is_not(None))
+        .where(is_visible())
+        .order_by(_version.c.number.desc())
+    )
+    return [ManifestState(*row) for row in rows]
 
 
 @reads
@@ -107,6 +189,13 @@ def list_packs(connection: Connection) -> list[PackState]:
         .order_by(_pack.c.key)
     )
     return [PackState(*row) for row in rows]
+
+
+@reads_once
+def is_live(connection: Connection, key: str) -> bool:
+    """Tell whether there is a live pack of this key."""
+    found = select(_pack.c.id).where(_pack.c.key == key, _pack.c.status == "live")
+    return connection.execute(found).first() is not None
 
 
 @reads
@@ -269,6 +358,21 @@ def _holders(connection: Connection, chunked: Select[Any]) -> list[Reached]:
     return [Reached(*row) for row in rows]
 
 
+def _below(connection: Connection, roots: Collection[int]) -> tuple[Select[Any], Select[Any]]:
+    """Return the nodes of trees, roots among them, and the tensors of their entries; by id."""
+    child, entry, found = tables.child, tables.entry, set(roots)
+    level: Collection[int] = roots
+    for _ in range(2):  # the groups, then the sets
+        above = wanted_ids(connection, level)
+        level = set(connection.scalars(select(child.c.child).where(child.c.node.in_(above))))
+        found |= level
+    held = select(entry.c.tensor).where(
+        entry.c.node.in_(wanted_ids(connection, level)), entry.c.tensor.is_not(None)
+    )
+    tensors = set(connection.scalars(held))
+    return wanted_ids(connection, found), wanted_ids(connection, tensors)
+
+
 def _database_faults(connection: Connection) -> Iterator[Fault]:
     """Yield what SQLite finds wrong with its file; Postgres always enforces its constraints."""
     if connection.dialect.name != "sqlite":
@@ -281,29 +385,33 @@ def _database_faults(connection: Connection) -> Iterator[Fault]:
         yield Fault(f"a row of {row[0]} refers to a row of {row[2]} that is missing")
 
 
-def _ref_faults(connection: Connection) -> Iterator[Fault]:
+def _number_faults(connection: Connection, after: Verified) -> Iterator[Fault]:
+    repository = connection.execute(select(tables.repository)).one()
+    for table, column, last, seen in (
+        ("operations", tables.operation.c.number, repository.last_operation, after.operation),
+        ("versions", _version.c.number, repository.last_version, after.version),
+    ):
+        count, most = connection.execute(
+            select(func.count(column) + seen, func.max(column)).where(column > seen)
+        ).one()
+        if (count, most or seen) != (last, last):
+            yield Fault(
+                f"there are {count} numbered {table}, up to {most or seen}, and {last} were made"
+            )
+
+
+def _ref_faults(connection: Connection, versions: Among) -> Iterator[Fault]:
     ref = tables.ref
     for row in connection.execute(
         select(ref.c.kind, ref.c.name, _version.c.status)
         .join(_version, _version.c.id == ref.c.version)
-        .where(_version.c.status != "committed")
+        .where(_version.c.status != "committed", *_among(ref.c.version, versions))
         .order_by(ref.c.name)
     ):
         yield Fault(f"the {row.kind} {row.name!r} names a version that is {row.status}")
 
 
-def _number_faults(connection: Connection) -> Iterator[Fault]:
-    repository = connection.execute(select(tables.repository)).one()
-    for table, column, last in (
-        ("operations", tables.operation.c.number, repository.last_operation),
-        ("versions", _version.c.number, repository.last_version),
-    ):
-        count, most = connection.execute(select(func.count(column), func.max(column))).one()
-        if (count, most or 0) != (last, last):
-            yield Fault(f"there are {count} numbered {table}, up to {most}, and {last} were made")
-
-
-def _pack_faults(connection: Connection) -> Iterator[Fault]:
+def _pack_faults(connection: Connection, versions: Among) -> Iterator[Fault]:
     rows = connection.execute(
         select(_pack.c.key, _pack.c.status, func.count().label("chunks"))
         .join(_chunk, _chunk.c.pack == _pack.c.id)
@@ -312,7 +420,8 @@ def _pack_faults(connection: Connection) -> Iterator[Fault]:
                 _pack.c.status != "live",
                 _chunk.c.offset < 0,
                 _chunk.c.offset + _chunk.c.length > _pack.c.nbytes,
-            )
+            ),
+            *_among(_pack.c.version, versions),
         )
         .group_by(_pack.c.key, _pack.c.status)
         .order_by(_pack.c.key)
@@ -322,15 +431,23 @@ def _pack_faults(connection: Connection) -> Iterator[Fault]:
         yield Fault(f"{row.chunks} chunks are outside of pack {row.key!r}, or it is not live")
 
 
-def _node_faults(connection: Connection) -> Iterator[Fault]:
-    """Yield the committed versions without a tree, and the nodes without the children they need."""
+def _root_faults(connection: Connection, versions: Among) -> Iterator[Fault]:
+    """Yield the committed versions without a tree."""
     for number in connection.scalars(
         select(_version.c.number)
-        .where(_version.c.status == "committed", _version.c.root.is_(None))
+        .where(
+            _version.c.status == "committed",
+            _version.c.root.is_(None),
+            *_among(_version.c.id, versions),
+        )
         .order_by(_version.c.number)
         .limit(_SHOWN)
     ):
         yield Fault(f"v{number} has no tree of entries")
+
+
+def _node_faults(connection: Connection, nodes: Among) -> Iterator[Fault]:
+    """Yield the nodes without the children they need."""
     node, child = tables.node, tables.child
     below = node.alias("below")
     # Below a group or a root there are nodes, all of the next level; below a set there are none.
@@ -340,21 +457,26 @@ def _node_faults(connection: Connection) -> Iterator[Fault]:
     )
     for found, level in connection.execute(
         select(node.c.id, node.c.level)
-        .where(has_none | has_other)
+        .where(has_none | has_other, *_among(node.c.id, nodes))
         .order_by(node.c.id)
         .limit(_SHOWN)
     ):
         yield Fault(f"node {found} of level {level} has no children of the level below it")
 
 
-def _tensor_faults(connection: Connection) -> Iterator[Fault]:
+def _tensor_faults(connection: Connection, tensors: Among) -> Iterator[Fault]:
     """Yield the tensors that have more or fewer chunks than their grids have cells."""
     tensor, layout = tables.tensor, tables.layout
     wanted = []
-    for row in connection.execute(select(layout.c.id, layout.c.shape, layout.c.parts)):
+    layouts = None if tensors is None else select(tensor.c.layout).where(tensor.c.id.in_(tensors))
+    for row in connection.execute(
+        select(layout.c.id, layout.c.shape, layout.c.parts).where(*_among(layout.c.id, layouts))
+    ):
         if any(0 in part.chunk_shape or len(row.shape) != len(part.shape) for part in row.parts):
             held = connection.scalars(
-                select(tensor.c.id).where(tensor.c.layout == row.id).order_by(tensor.c.id)
+                select(tensor.c.id)
+                .where(tensor.c.layout == row.id, *_among(tensor.c.id, tensors))
+                .order_by(tensor.c.id)
             )
             for found in held:
                 yield Fault(f"tensor {found} has parts that are not inside of its shape", found)
@@ -364,11 +486,17 @@ def _tensor_faults(connection: Connection) -> Iterator[Fault]:
         return
     expected = wanted_sizes(connection, wanted)
     run = tables.run
-    own = select(_chunk.c.tensor, func.count().label("chunks")).group_by(_chunk.c.tensor).subquery()
+    own = (
+        select(_chunk.c.tensor, func.count().label("chunks"))
+        .where(*_among(_chunk.c.tensor, None if tensors is None else with_runs(tensors)))
+        .group_by(_chunk.c.tensor)
+        .subquery()
+    )
     # The chunks of all runs of a tensor together: a run is full, but for the last.
     in_runs = (
         select(run.c.tensor, func.sum(own.c.chunks).label("chunks"))
         .join(own, own.c.tensor == run.c.run)
+        .where(*_among(run.c.tensor, tensors))
         .group_by(run.c.tensor)
         .subquery()
     )
@@ -379,8 +507,12 @@ def _tensor_faults(connection: Connection) -> Iterator[Fault]:
         .join(expected, expected.c.id == tensor.c.layout)
         .outerjoin(own, own.c.tensor == tensor.c.id)
         .outerjoin(in_runs, in_runs.c.tensor == tensor.c.id)
-        .where(count != expected.c.size)
+        .where(count != expected.c.size, *_among(tensor.c.id, tensors))
         .order_by(tensor.c.id)
     )
     for held, chunks, cells in rows:
         yield Fault(f"tensor {held} has {chunks} chunks of {cells}", held)
+
+
+def _among(column: ColumnElement[Any], ids: SelectBase | None) -> list[ColumnElement[bool]]:
+    return [] if ids is None else [column.in_(ids)]

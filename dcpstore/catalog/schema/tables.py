@@ -399,6 +399,9 @@ repository = Table(
     _number("last_operation"),
     _number("last_journaled"),  # operations up to this one are durable in the data folder too
     Column("verify_began_at", UtcTime),  # of a deep verify that has not finished
+    # Up to which version and operation the last verify found the catalog's rules kept.
+    _number("verified_version", null=True),
+    _number("verified_operation", null=True),
     CheckConstraint("id = 1", name="one_row"),
 )
 
