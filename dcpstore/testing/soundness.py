@@ -106,6 +106,9 @@ def _assert_kept(repo: Repository) -> None:
     """Check that nothing is damaged, gc takes nothing that is reached, the journal is whole."""
     assert repo.verify().damaged == ()
     assert find_faults(repo.catalog) == []
+    labels = {(row.version, row.name): row.value for row in repo.sql("SELECT * FROM labels")}
+    read = {(v.number, name): text for v in repo.log() for name, text in v.labels.items()}
+    assert labels == read  # each is kept twice
     reached = {pack.key for pack in list_packs(repo.catalog)}
     reached |= {manifest_key(version.uid) for version in repo.log()}
     report = repo.gc(grace="100w", dry_run=True)

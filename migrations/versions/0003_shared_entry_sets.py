@@ -55,7 +55,7 @@ OLD_ENTRY = _was("entry", "version", "fqn", "path", "kind", "tensor", "value")
 OLD_TENSOR = _was("tensor", "id", "digest", "algorithm", "dtype", "shape", "codec", "nbytes")
 OLD_PART = _was("part", "tensor", "part", "offsets", "shape", "chunk_shape")
 OLD_CHUNK = _was("chunk", "tensor", "part", "ordinal", "digest")
-VERSION = _was("version", "id", "plan")
+VERSION = _was("version", "id", "plan", "labels")
 
 # ---------------------------------------------------------------------------------------------
 # The tables as they will be. Those whose names are taken are `upgrade_...` until the last step.
@@ -217,6 +217,14 @@ class Tables:
             *node("fk_loose_node", "node"),
             key=("node",),
         )
+        self.label = self._table(
+            "label",
+            sa.Column("version", KEY, nullable=False),
+            sa.Column("name", WORDS, nullable=False),
+            sa.Column("value", WORDS, nullable=False),
+            *self._key_to("version")("fk_label_version", "version"),
+            key=("version", "name"),
+        )
         self.unjudged = self._table(
             "unjudged",
             sa.Column("pack", KEY, autoincrement=False, nullable=False),
@@ -244,8 +252,8 @@ class Tables:
         if self._is_trial:
             return lambda name, column: []
         target = f"upgrade_{table}" if table in TAKEN else table
-        if table == "pack":  # it stays as it is, so it is not among the tables here
-            sa.Table("pack", self.all, sa.Column("id", KEY, primary_key=True), keep_existing=True)
+        if table in ("pack", "version"):  # they stay, so they are not among the tables here
+            sa.Table(table, self.all, sa.Column("id", KEY, primary_key=True), keep_existing=True)
         return lambda name, column: [sa.ForeignKeyConstraint([column], [f"{target}.id"], name=name)]
 
 
@@ -282,6 +290,7 @@ COLUMNS = (
     "CREATE INDEX ix_version_stale ON version (id) WHERE stale IS NOT NULL",
     "CREATE INDEX ix_version_forgotten ON version (id)"
     " WHERE status = 'expired' AND \"plan\" IS NOT NULL",
+    "CREATE INDEX ix_label_name ON label (name, substr(value, 1, 40), version)",
     'CREATE INDEX ix_plan_page ON "plan" (page)',
     "CREATE INDEX ix_pack_damage ON pack (id) WHERE damage IS NOT NULL",
     "ALTER TABLE repository ADD COLUMN verified_version BIGINT",
@@ -433,6 +442,8 @@ class Preparation:
         _run(connection, [f"DROP TABLE {n}" for n in ("entry", "alias", "chunk", "part", "tensor")])
         for name in TAKEN:
             _rename(connection, name)
+        _create(connection, tables.label)
+        _copy_labels(connection, tables.label)
         _index(connection, {name: name for name in TAKEN})
         for some in _portions(gone):
             connection.execute(sa.delete(OLD_TENSOR).where(OLD_TENSOR.c.id.in_(some)))
@@ -832,6 +843,25 @@ def _fill(connection):
             ],
         )
     _run(connection, (*RUNS, *PLACES))
+
+
+def _copy_labels(connection, label):
+    """Write the labels of all versions into their table; those that are damaged stay as text."""
+    query = sa.select(VERSION.c.id, VERSION.c.labels).where(VERSION.c.labels != "{}")
+    last = 0
+    while found := connection.execute(
+        query.where(VERSION.c.id > last).order_by(VERSION.c.id).limit(KEYS)
+    ).all():
+        last = found[-1].id
+        rows = [(id_, name, text) for id_, labels in found for name, text in _labels(labels)]
+        _insert(connection, label, ("version", "name", "value"), rows)
+
+
+def _labels(text):
+    try:
+        return [(name, value) for name, value in json.loads(text).items() if isinstance(value, str)]
+    except (ValueError, AttributeError):
+        return []
 
 
 def _rename(connection, name):

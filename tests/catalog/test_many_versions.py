@@ -191,6 +191,7 @@ def test_a_long_history_costs_no_more(pair: Pair, subtests: pytest.Subtests) -> 
         | logged(since=datetime.now(UTC) - timedelta(hours=1))
         | logged(branch="main")
         | logged(labels={"run": "run-3"})
+        | logged(labels={"run": "absent"})
         | of_the_end(first=10, last=5)
         | of_the_end(first=2000, last=1900)
         | expiring(keep_last=10)
@@ -216,6 +217,7 @@ def test_what_was_saved_and_has_expired_costs_nothing(
         | logged(until=ever)
         | logged(branch="main")
         | logged(labels={"run": "run-3"})
+        | logged(labels={"run": "absent"})
         | expiring(keep_last=10)
         | expiring(keep_every=STEPS)
         | expiring(keep_last=10, keep_best=(METRIC, 3), keep_since="7d"),

@@ -283,6 +283,7 @@ def test_metrics_and_labels_come_later(repo: Repository) -> None:
     assert (version.metrics["accuracy"], len(version.metrics)) == (0.5, 3)
     assert repo.add_metrics(None, {"odd": float("nan")}).metrics.keys() == version.metrics.keys()
     assert repo.add_labels("v1", {"data": "größer"}).labels == {"lr": "1", "data": "größer"}
+    assert [v.number for v in repo.log(labels={"data": "größer"})] == [1]
     before = repo.show("v1"), repo.operations()
     for call, error in (
         (lambda: repo.add_metrics("v1", {"new": 1.0, "loss": 2.5}), AlreadyExistsError),
@@ -297,6 +298,7 @@ def test_metrics_and_labels_come_later(repo: Repository) -> None:
     assert repo.operations() == before[1]
     repo.undo()
     assert repo.show("v1").labels == {"lr": "1"}
+    assert repo.log(labels={"data": "größer"}) == []
     repo.undo()
     assert repo.show("v1").metrics == {"loss": 2.0}
     assert repo.tags() == []
@@ -311,6 +313,15 @@ def test_metrics_and_labels_of_any_library_are_taken_as_a_save_takes_them(
     assert [v.number for v in repo.log(labels={"n": 5})] == [1]
     given = {"t": torch.tensor(0.5), "f": np.float32(2)}
     assert repo.add_metrics("v1", given).metrics == {"t": 0.5, "f": 2.0}
+
+
+def test_labels_may_be_longer_than_an_index_takes(repo: Repository) -> None:
+    long = "größer" * 5_000
+    save(repo, 1, labels={"note": long + "a"})
+    save(repo, 2, labels={"note": long + "b"})
+    for number, end in ((1, "a"), (2, "b")):
+        assert [v.number for v in repo.log(labels={"note": long + end})] == [number]
+    assert repo.log(labels={"note": long}) == []
 
 
 def test_labels_that_no_database_holds_are_refused_at_the_save(repo: Repository) -> None:

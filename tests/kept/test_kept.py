@@ -86,6 +86,7 @@ def assert_as_saved(repo: Repository) -> None:
     version = repo.show("t3")
     assert (version.labels, version.author, version.message) == ({"lr": "3e-4"}, "ada", "step 3")
     assert version.metrics["loss"] == 1 / 4
+    assert version in repo.log(labels={"lr": "3e-4"})
     assert repo.verify(deep=True).damaged == ()
 
 

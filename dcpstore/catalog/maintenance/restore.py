@@ -22,7 +22,7 @@ from dcpstore.catalog.read.trees import with_runs
 from dcpstore.catalog.read.versions import INFO, STATS
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.schema.tables import hex_start
-from dcpstore.catalog.write.annotations import insert_metrics
+from dcpstore.catalog.write.annotations import insert_labels, insert_metrics
 from dcpstore.catalog.write.contents import write_nodes, write_plan
 from dcpstore.catalog.write.forget import judge_again
 from dcpstore.catalog.write.nodes import known_nodes
@@ -219,6 +219,7 @@ def _write_versions(connection: Connection, state: _State) -> dict[str, int]:
             .values({name: bindparam(f"new_{name}") for name in ("parent", "depth", "jump")}),
             list(_lineages(facts, ids)),
         )
+    insert_labels(connection, {ids[row["uid"]]: row["labels"] for row in rows})
     for row, held in zip(rows, metrics, strict=True):
         insert_metrics(connection, ids[row["uid"]], held)
     last = max((int(fact["number"]) for fact in facts), default=0)

@@ -16,20 +16,17 @@ from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import (
-    JSON,
     ColumnElement,
     Connection,
     FromClause,
     Row,
     Select,
-    Text,
     and_,
     case,
     exists,
-    func,
+    literal,
     select,
     true,
-    type_coerce,
     union_all,
 )
 
@@ -61,7 +58,7 @@ __all__ = [
     "list_log",
 ]
 
-_version, _metric, _ref = tables.version, tables.metric, tables.ref
+_version, _metric, _label, _ref = tables.version, tables.metric, tables.label, tables.ref
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -204,7 +201,7 @@ def _conditions(connection: Connection, wanted: LogFilter) -> Iterator[_Conditio
         yield _visible_if(_on_branch(connection, wanted.branch))
     check_labels(wanted.labels)
     for name, text in wanted.labels.items():
-        yield _Condition(_has_label(connection, name, text), None)
+        yield _has_label(name, text)
 
 
 def _visible_if(test: ColumnElement[bool]) -> _Condition:
@@ -303,12 +300,15 @@ def _is_known(
     )
 
 
-def _has_label(connection: Connection, name: str, text: str) -> ColumnElement[bool]:
-    labels = type_coerce(_version.c.labels, Text)
-    if connection.dialect.name == "sqlite":
-        each = func.json_each(labels).table_valued("key", "value", name="label")
-        return select(1).select_from(each).where(each.c.key == name, each.c.value == text).exists()
-    return func.json_extract_path_text(labels.cast(JSON), name) == text
+def _has_label(name: str, text: str) -> _Condition:
+    is_named, start = _label.c.name == name, tables.text_start(_label.c.value)
+    # In the order of the index, for the same reason as in `_compares`. With the whole text too,
+    # SQLite would put it into `start`, and then not know the index of that.
+    ids = select(_label.c.version).where(is_named, start == tables.text_start(literal(text)))
+    return _Condition(
+        exists().where(_label.c.version == _version.c.id, is_named, _label.c.value == text),
+        ids.order_by(_label.c.version),
+    )
 
 
 def _has_tag(connection: Connection, glob: str) -> _Condition:

@@ -298,6 +298,14 @@ def digest_start(digest: ColumnElement[bytes]) -> ColumnElement[bytes]:
     return func.substr(digest, text("1"), text("8"))
 
 
+def text_start(text_: ColumnElement[str] | str) -> ColumnElement[str]:
+    """Return the first 40 characters of a text, by which labels are indexed.
+
+    Postgres indexes no long text.
+    """
+    return func.substr(text_, text("1"), text("40"))
+
+
 def fqn_digest(name: str, path: ObjectPath) -> bytes:
     """Return the 16 bytes by which a row of `fqn` is unique."""
     return _key_of(f"[{json_fields.quoted(name)},{json_fields.path(path)}]")
@@ -485,6 +493,16 @@ metric = Table(
     Index(None, "name", "value"),
     sqlite_with_rowid=False,
 )
+
+label = Table(  # the labels in `version.labels`, by which the log finds versions
+    "label",
+    tables,
+    Column("version", Key, ForeignKey("version.id"), primary_key=True),
+    Column("name", Name, primary_key=True),
+    _words("value"),
+    sqlite_with_rowid=False,
+)
+Index("ix_label_name", label.c.name, text_start(label.c.value), label.c.version)
 
 ref = Table(
     "ref",

@@ -27,12 +27,6 @@ _TAGS = {
     ),
 }
 
-# The labels of a version are one JSON object.
-_LABELS = {
-    "sqlite": "json_each(v.labels)",
-    "postgresql": "json_each_text(CAST(v.labels AS json))",
-}
-
 VIEWS = {
     "history": """
         SELECT v.number AS version, v.uid AS uid, p.number AS parent, v.branch AS branch,
@@ -62,8 +56,8 @@ VIEWS = {
         FROM metric m JOIN version v ON v.id = m.version
         WHERE v.number IS NOT NULL AND v.expired_at IS NULL""",
     "labels": """
-        SELECT v.number AS version, l.key AS name, l.value AS value
-        FROM version v, {labels} l
+        SELECT v.number AS version, l.name AS name, l.value AS value
+        FROM label l JOIN version v ON v.id = l.version
         WHERE v.number IS NOT NULL AND v.expired_at IS NULL""",
     "tensor_history": """
         SELECT f.name AS fqn, v.number AS version, p.number AS parent, v.branch AS branch,
@@ -133,9 +127,7 @@ _CHANGE = """
 
 def query_of(view: str, dialect: str) -> str:
     """Return the query of a view, in the SQL of a database."""
-    return VIEWS[view].format(
-        tags=_TAGS[dialect], labels=_LABELS[dialect], digest=_DIGEST[dialect], change=_CHANGE
-    )
+    return VIEWS[view].format(tags=_TAGS[dialect], digest=_DIGEST[dialect], change=_CHANGE)
 
 
 def create_views(connection: Connection) -> None:

@@ -1,7 +1,8 @@
 """Metrics and labels that are added to a version after its save, by a later evaluation perhaps.
 
 Invariant: they are only added. A value that a version has is never replaced, and only an undo of
-the operation that added it removes it.
+the operation that added it removes it. Labels are in `version.labels`, which is read with the
+version, and in the table `label`, by which versions are found; both always say the same.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, delete, insert, select, update
 
+from dcpstore.catalog.db.bulk_insert import insert_rows
 from dcpstore.catalog.db.transactions import writes
 from dcpstore.catalog.read.ref_lookup import resolve
 from dcpstore.catalog.read.versions import id_of_number, load_version
@@ -20,9 +22,16 @@ from dcpstore.catalog.write.operations import Change, lock_repository, record
 from dcpstore.errors import AlreadyExistsError
 from dcpstore.records import RefLike, Version
 
-__all__ = ["add_labels", "add_metrics", "insert_metrics", "revert_labels", "revert_metrics"]
+__all__ = [
+    "add_labels",
+    "add_metrics",
+    "insert_labels",
+    "insert_metrics",
+    "revert_labels",
+    "revert_metrics",
+]
 
-_version, _metric = tables.version, tables.metric
+_version, _metric, _label = tables.version, tables.metric, tables.label
 T = TypeVar("T", float, str)
 
 
@@ -66,6 +75,7 @@ def add_labels(
         return version
     target = id_of_number(connection, version.number)
     _set_labels(connection, target, {**version.labels, **new})
+    insert_labels(connection, {target: new})
     return _record(connection, target, "labels", new, author=author)
 
 
@@ -76,6 +86,14 @@ def insert_metrics(connection: Connection, version: int, metrics: Mapping[str, f
             insert(_metric),
             [{"version": version, "name": k, "value": float(v)} for k, v in metrics.items()],
         )
+
+
+def insert_labels(connection: Connection, labels: Mapping[int, Mapping[str, str]]) -> None:
+    """Insert labels of versions, by id, which have none of them yet."""
+    rows = (
+        (version, name, text) for version, some in labels.items() for name, text in some.items()
+    )
+    insert_rows(connection, _label, ("version", "name", "value"), rows)
 
 
 def revert_metrics(connection: Connection, version: int, names: Collection[str]) -> None:
@@ -92,6 +110,9 @@ def revert_labels(connection: Connection, version: int, names: Collection[str]) 
     ).scalar_one()
     kept = {name: text for name, text in labels.items() if name not in names}
     _set_labels(connection, version, kept)
+    connection.execute(
+        delete(_label).where(_label.c.version == version, _label.c.name.in_(list(names)))
+    )
 
 
 def _set_labels(connection: Connection, version: int, labels: Mapping[str, str]) -> None:

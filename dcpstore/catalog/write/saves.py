@@ -63,7 +63,7 @@ from dcpstore.catalog.read.versions import (
 )
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import can_be_kept, check_draft
-from dcpstore.catalog.write.annotations import insert_metrics
+from dcpstore.catalog.write.annotations import insert_labels, insert_metrics
 from dcpstore.catalog.write.contents import write_content, write_plan
 from dcpstore.catalog.write.forget import loosen
 from dcpstore.catalog.write.operations import (
@@ -236,7 +236,7 @@ def begin_save(on: Connection | OpenCatalog, draft: VersionDraft) -> int:
 
 
 def _insert_pending(on: Connection | OpenCatalog, draft: VersionDraft, parent: int | None) -> None:
-    insert_pending = _insert_measured if draft.metrics else _insert_plain
+    insert_pending = _insert_annotated if draft.metrics or draft.labels else _insert_plain
     insert_pending(on, draft, parent)
 
 
@@ -268,11 +268,12 @@ def _insert_plain(connection: Connection, draft: VersionDraft, parent: int | Non
 
 
 @writes(find=find_begun)
-def _insert_measured(connection: Connection, draft: VersionDraft, parent: int | None) -> bool:
-    """Insert a pending version with its metrics."""
+def _insert_annotated(connection: Connection, draft: VersionDraft, parent: int | None) -> bool:
+    """Insert a pending version with its metrics and labels."""
     _insert_plain(connection, draft, parent)
     pending = connection.scalars(select(_version.c.id).where(_version.c.uid == draft.uid)).one()
     insert_metrics(connection, pending, draft.metrics)
+    insert_labels(connection, {pending: draft.labels})
     return True
 
 
