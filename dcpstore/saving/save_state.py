@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dcpstore.catalog.catalog import Catalog
-from dcpstore.catalog.read.dedup import find_encoded, find_tensors, lost_tensors
+from dcpstore.catalog.read.dedup import find_encoded, find_tensors, find_tensors_and_lost
 from dcpstore.core.digests import content_digest
 from dcpstore.errors import InvalidInputError
 from dcpstore.formats import json_fields
@@ -189,18 +189,18 @@ class SaveState:
         grids: then only a comparison of bytes shows it.
         """
         self._parent, self._tree = parent, tree
-        # What the parent has under the same FQN need not be looked up, unless it is damaged.
-        lost = lost_tensors(catalog) if parent else set()
-        self._known = {
+        # What the parent has under the same FQN need not be looked up, unless it is lost.
+        unchanged = {
             content.digest: entry.tensor
             for fqn, content in self._contents.items()
             if (entry := parent.get(fqn)) is not None
             and entry.tensor is not None
             and entry.tensor.digest == content.digest
-            and content.digest not in lost
         }
         digests = {content.digest for content in self._contents.values()}
-        self._known |= find_tensors(catalog, digests - self._known.keys())
+        found, lost = find_tensors_and_lost(catalog, digests - unchanged.keys())
+        kept = {digest: held for digest, held in unchanged.items() if digest not in lost}
+        self._known = kept | found | find_tensors(catalog, unchanged.keys() & lost)
         return [
             fqn
             for fqn, content in self._contents.items()

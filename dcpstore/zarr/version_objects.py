@@ -15,7 +15,7 @@ from importlib.resources import files
 from dcpstore.catalog.catalog import Catalog
 from dcpstore.catalog.read.dedup import find_tensors
 from dcpstore.catalog.read.entries import load_whole_tensors
-from dcpstore.catalog.read.stored_pages import StoredPage, find_pages, find_plan, find_runs
+from dcpstore.catalog.read.stored_pages import StoredPage, find_objects, find_runs
 from dcpstore.core.digests import RUN
 from dcpstore.errors import ConflictError
 from dcpstore.formats.entry_tree import EntrySet, EntryTree, Group, grow
@@ -86,14 +86,13 @@ def write_objects(
     """
     uid = uid or draft.uid
     tree = content.tree or grow(content.entries)
-    places = find_pages(catalog, _digests(tree))
+    places, plan = find_objects(catalog, _digests(tree), content.plan.digest)
     sets, groups = _new_nodes(tree, places)
     tensors = _whole_tensors(catalog, content.tensors, sets)
     key = page_key(uid)
     runs = {run.digest for t in tensors.values() if len(t.chunks) > RUN for run in runs_of(t)}
     of_runs = dict.fromkeys(runs, key) | find_runs(catalog, runs)
     written = []
-    plan = find_plan(catalog, content.plan.digest)
     if plan is None:
         plan = plan_key(uid)
         script = files("dcpstore.zarr").joinpath("references.py").read_bytes()

@@ -9,9 +9,10 @@ import pytest
 from sqlalchemy import Connection, delete, select
 
 from dcpstore.catalog.catalog import Catalog
-from dcpstore.catalog.db.bulk_insert import insert_new, insert_rows
+from dcpstore.catalog.db.bulk_insert import insert_rows, insert_unknown
 from dcpstore.catalog.db.database import Database
 from dcpstore.catalog.schema import tables as schema
+from dcpstore.catalog.write.row_ids import RowIds, find_ids
 from dcpstore.errors import ConflictError
 from dcpstore.geometry.grids import Grid
 from tests.servers import new_database
@@ -77,46 +78,81 @@ def test_hard_values_come_back(database: Database, save: Save) -> None:
     database.transact(work, writes=True)
 
 
-def test_only_rows_that_are_new_are_inserted_and_their_ids_returned(database: Database) -> None:
+def test_only_rows_that_are_new_are_inserted(database: Database) -> None:
     def work(connection: Connection) -> None:
-        first = insert_new(connection, schema.layout, NAMES, layouts(HARD[:3]))
-        second = insert_new(connection, schema.layout, NAMES, layouts(HARD))
+        insert_unknown(connection, schema.layout, NAMES, layouts(HARD[:3]))
+        insert_unknown(connection, schema.layout, NAMES, layouts(HARD))
         columns = [schema.layout.c[name] for name in NAMES]
-        assert {*map(tuple, connection.execute(select(*columns)))} == {*layouts(HARD)}
-        ids = connection.execute(select(schema.layout.c.digest, schema.layout.c.id)).all()
-        assert {**first, **second} == dict(ids)
-        assert not first.keys() & second.keys()
-        assert insert_new(connection, schema.layout, NAMES, layouts(HARD)) == {}
-        digests = [(digest, 1) for digest in DIGESTS]
-        assert insert_new(connection, schema.node, ("digest", "level"), digests).keys() == {
-            *DIGESTS
-        }
-        assert insert_new(connection, schema.node, ("digest", "level"), []) == {}
+        stored = [tuple(row) for row in connection.execute(select(*columns))]
+        assert sorted(map(repr, stored)) == sorted(map(repr, layouts(HARD)))
+        insert_unknown(connection, schema.layout, NAMES, [])
 
     database.transact(work, writes=True)
 
 
 @pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
 def test_a_row_that_another_transaction_inserts_is_awaited(database: Database) -> None:
-    found: list[dict[bytes, int]] = []
-
     def insert() -> None:
         database.transact(
-            lambda connection: found.append(
-                insert_new(connection, schema.layout, NAMES, layouts(["a", "b", "c"]))
+            lambda connection: insert_unknown(
+                connection, schema.layout, NAMES, layouts(["a", "b", "c"])
             ),
             writes=True,
         )
 
     with database.write() as connection:
-        kept = insert_new(connection, schema.layout, NAMES, layouts(["b"]))
+        insert_unknown(connection, schema.layout, NAMES, layouts(["b"]))
         thread = threading.Thread(target=insert)
         thread.start()
         thread.join(0.5)
         assert thread.is_alive()
     thread.join()
-    assert kept.keys() == {b"b"}
-    assert found[0].keys() == {b"a", b"c"}
+    with database.write() as connection:
+        assert {*connection.scalars(select(schema.layout.c.digest))} == {b"a", b"b", b"c"}
+
+
+def test_each_row_has_one_id_and_each_new_one_another(database: Database, save: Save) -> None:
+    save()
+
+    def work(connection: Connection) -> None:
+        columns = schema.layout.c.digest, schema.layout.c.id
+        stored = dict(connection.execute(select(*columns)).all())
+        assert stored
+        digests = [*stored, *DIGESTS]
+        layout, fqn, pack, nothing = find_ids(
+            connection,
+            [
+                (schema.layout, digests),
+                (schema.fqn, DIGESTS),
+                (schema.pack, HARD),
+                (schema.tensor, []),
+            ],
+        )
+        assert (layout.known, layout.new.keys()) == (stored, {*DIGESTS})
+        assert len({*stored.values(), *layout.new.values()}) == len(digests)
+        assert (fqn.known, fqn.new.keys(), nothing) == ({}, {*DIGESTS}, RowIds())
+        assert {*pack.new} == {*HARD}
+        rows = [(layout.new[held], held, "blake3", "x", (), "none", 1, ()) for held in DIGESTS]
+        insert_rows(connection, schema.layout, ("id", *NAMES), rows)
+        again, more = (
+            find_ids(connection, [(schema.layout, keys)])[0] for keys in (digests, [b"more"])
+        )
+        assert (again.known, again.new) == ({**stored, **layout.new}, {})
+        assert more.new[b"more"] not in again.known.values()
+
+    database.transact(work, writes=True)
+
+
+def test_the_id_of_a_deleted_tensor_is_not_used_again(database: Database) -> None:
+    tensor = schema.tensor
+    used = []
+    for _ in range(3):
+        with database.write() as connection:
+            (found,) = find_ids(connection, [(tensor, [b"digest"])])
+            insert_rows(connection, tensor, ("id", "digest"), [(found[b"digest"], b"digest")])
+            connection.execute(delete(tensor))
+        used.append(found[b"digest"])
+    assert sorted({*used}) == used
 
 
 def test_inserting_no_rows_is_allowed(database: Database) -> None:

@@ -128,17 +128,17 @@ def test_a_save_that_meant_to_reuse_collected_bytes_fails_and_shows_nothing(
     old = torch.randn(100)
     dcpstore.save({"w": old}, repo)
     dcpstore.save({"w": old + 1}, repo)
-    found = save_state.find_tensors
+    found = save_state.find_tensors_and_lost
 
     def find_and_collect(catalog: Any, digests: Any) -> Any:
         known = found(catalog, digests)
-        monkeypatch.setattr(save_state, "find_tensors", found)
-        assert known
+        monkeypatch.setattr(save_state, "find_tensors_and_lost", found)
+        assert known[0]
         by_another(lambda: repo.expire(keep_last=1))
         by_another(lambda: repo.gc(grace="1h"))
         return known
 
-    monkeypatch.setattr(save_state, "find_tensors", find_and_collect)
+    monkeypatch.setattr(save_state, "find_tensors_and_lost", find_and_collect)
     with pytest.raises(ConflictError, match="again"):
         dcpstore.save({"w": old}, repo)
     assert [v.number for v in repo.log()] == [2]

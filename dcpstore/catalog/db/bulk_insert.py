@@ -7,18 +7,17 @@ statement, and errors are those that any statement raises.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import chain, islice
 from typing import Any
 
-from sqlalchemy import Connection, LargeBinary, Table
+from sqlalchemy import Connection, Table
 
 from dcpstore.catalog.db.db_errors import driver_errors
 from dcpstore.catalog.db.together import sent_together
 
-__all__ = ["RowsOfTables", "insert_new", "insert_rows"]
+__all__ = ["RowsOfTables", "insert_rows", "insert_unknown"]
 
 _ROWS = 20_000  # converted at a time, which bounds the memory
 _FEW = 500  # rows that Postgres gets as arrays, in one round trip; COPY takes two
@@ -74,17 +73,10 @@ class RowsOfTables:
                 insert_rows(connection, table, names, chain(few, left))
 
 
-def insert_new(
-    connection: Connection,
-    table: Table,
-    names: Sequence[str],
-    rows: Iterable[Row],
-    *,
-    returning: str = "id",
-) -> dict[Any, int]:
+def insert_unknown(
+    connection: Connection, table: Table, names: Sequence[str], rows: Iterable[Row]
+) -> None:
     """Insert the rows of which no unique index has one yet.
-
-    Returns the values of a column, by those of the first one.
 
     Another transaction may insert an equal row at the same time: this one waits until that ends.
     Two that insert the same rows in another order would wait for each other, so the caller sorts
@@ -92,27 +84,16 @@ def insert_new(
     """
     quote = connection.dialect.identifier_preparer.quote
     target = f"INSERT INTO {quote(table.name)} ({', '.join(map(quote, names))})"
-    more = f"ON CONFLICT DO NOTHING RETURNING {quote(names[0])}, {quote(returning)}"
-    is_bytes = [isinstance(table.c[name].type, LargeBinary) for name in names]
-    ids: dict[Any, int] = {}
     for batch in _bound(connection, table, names, rows):
-        columns = [list(column) for column in zip(*batch, strict=True)]
         if connection.dialect.name == "sqlite":
-            # JSON has no bytes. `Database` adds the function `from_hex` to each connection.
-            values = [f"json_extract(value, '$[{i}]')" for i in range(len(names))]
-            values = [f"from_hex({v})" if b else v for v, b in zip(values, is_bytes, strict=True)]
-            plain = (
-                [value.hex() for value in column] if b else column
-                for column, b in zip(columns, is_bytes, strict=True)
+            values = f"({', '.join('?' * len(names))})"
+            connection.exec_driver_sql(
+                f"{target} VALUES {values} ON CONFLICT DO NOTHING", list(batch)
             )
-            given: list[Any] = [json.dumps(list(zip(*plain, strict=True)))]
-            source = f"SELECT {', '.join(values)} FROM json_each(?) WHERE true"
         else:
+            columns = tuple(list(column) for column in zip(*batch, strict=True))
             source = _unnested(connection, table, names)
-            given = columns
-        found = connection.exec_driver_sql(f"{target} {source} {more}", tuple(given))
-        ids |= dict(found.all())
-    return ids
+            connection.exec_driver_sql(f"{target} {source} ON CONFLICT DO NOTHING", columns)
 
 
 def _unnested(connection: Connection, table: Table, names: Sequence[str]) -> str:

@@ -58,13 +58,18 @@ def wanted_ids(connection: Connection, ids: Collection[int]) -> Select[Any]:
     return select(_unnested({"id": (BigInteger(), list(ids))}))
 
 
-def wanted_digests(connection: Connection, digests: Collection[bytes]) -> CTE:
-    """Return a table of one column `digest`, of raw bytes; to select from, or to join with."""
+def wanted_digests(
+    connection: Connection, digests: Collection[bytes], *, name: str = "wanted"
+) -> CTE:
+    """Return a table of one column `digest`, of raw bytes; to select from, or to join with.
+
+    Two of one statement have different names.
+    """
     if connection.dialect.name == "sqlite":
         # JSON has no bytes. `Database` adds the function `from_hex` to each connection.
         rows = _json_rows([digest.hex() for digest in digests])
-        return select(func.from_hex(rows.c.value, type_=LargeBinary).label("digest")).cte("wanted")
-    return select(_unnested({"digest": (LargeBinary(), list(digests))})).cte("wanted")
+        return select(func.from_hex(rows.c.value, type_=LargeBinary).label("digest")).cte(name)
+    return select(_unnested({"digest": (LargeBinary(), list(digests))})).cte(name)
 
 
 def wanted_ranges(connection: Connection, ranges: Sequence[tuple[int, int, int]]) -> CTE:

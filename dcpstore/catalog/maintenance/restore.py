@@ -25,7 +25,6 @@ from dcpstore.catalog.schema.tables import hex_start
 from dcpstore.catalog.write.annotations import insert_labels, insert_metrics
 from dcpstore.catalog.write.contents import write_nodes, write_plan
 from dcpstore.catalog.write.forget import judge_again
-from dcpstore.catalog.write.nodes import known_nodes
 from dcpstore.catalog.write.operations import Change, record
 from dcpstore.catalog.write.pages import home
 from dcpstore.catalog.write.stale import mark_objects_stale, new_mark
@@ -440,11 +439,10 @@ def _write_nodes(
     trees = [stored.tree for stored in batch if stored.tree is not None]
     if not trees:
         return known
-    known |= known_nodes(connection, trees)  # those that lie in no page
     tensors = {tensor.digest: tensor for one in batch for tensor in one.content.tensors}
     aliases = {alias: held for one in batch for alias, held in one.content.aliases.items()}
     content = replace(batch[0].content, packs=(), tensors=list(tensors.values()), aliases=aliases)
-    return write_nodes(connection, 0, content, trees, known)  # without packs of a version
+    return write_nodes(connection, content, trees, known)
 
 
 def _write_pages(

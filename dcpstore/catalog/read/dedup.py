@@ -25,13 +25,13 @@ from sqlalchemy import (
 
 from dcpstore.catalog.db.key_lists import wanted_digests, wanted_names
 from dcpstore.catalog.db.transactions import OpenCatalog, reads_once
-from dcpstore.catalog.read.entries import load_tensors
+from dcpstore.catalog.read.entries import as_records, tensor_rows
 from dcpstore.catalog.read.trees import holding_tensors
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.schema.tables import digest_start, hex_start
 from dcpstore.records import ChunkKey, ChunkPlace, TensorRecord
 
-__all__ = ["find_chunks", "find_encoded", "find_tensors", "known_tensors", "lost_tensors"]
+__all__ = ["find_chunks", "find_encoded", "find_tensors", "find_tensors_and_lost", "lost_ids"]
 
 
 @reads_once
@@ -100,65 +100,47 @@ def find_encoded(
     }
 
 
-def known_tensors(connection: Connection, digests: Collection[str]) -> dict[str, tuple[int, bool]]:
-    """Return tensors and runs by hex digest: the id, and whether all their packs are live and
-    intact.
-
-    Aliases are not looked up.
-    """
-    if not digests:
-        return {}
-    tensor = tables.tensor
-    rows = connection.execute(
-        select(tensor.c.digest, tensor.c.id, tensor.c.id.not_in(_lost()).label("live")).where(
-            hex_start(tensor.c.digest).in_(_wanted_starts(connection, digests))
-        )
-    )
-    found = {row.digest.hex(): (row.id, row.live) for row in rows}
-    return {digest: found[digest] for digest in digests if digest in found}
-
-
 def find_tensors(on: Connection | OpenCatalog, digests: Collection[str]) -> dict[str, TensorRecord]:
-    """Return the tensors of these digests or aliases whose packs are all live and intact.
+    """Return the tensors of these digests or aliases whose packs are all live and intact."""
+    return _find(on, digests, with_lost=False)[0] if digests else {}
 
-    Two queries, or one if there are none.
+
+def find_tensors_and_lost(
+    on: Connection | OpenCatalog, digests: Collection[str]
+) -> tuple[dict[str, TensorRecord], set[str]]:
+    """Return what `find_tensors` does, and the digests of all tensors that have a lost chunk.
+
+    A chunk is lost if its pack is condemned or damaged.
     """
-    ids = _live_tensors(on, digests)
-    # A tensor never changes. One that gc deletes between the two queries is not found.
-    tensors = load_tensors(on, set(ids.values()))
-    return {digest: tensors[held] for digest, held in ids.items() if held in tensors}
+    return _find(on, digests, with_lost=True)
 
 
 @reads_once
-def _live_tensors(connection: Connection, digests: Collection[str]) -> dict[str, int]:
-    """Return the ids of tensors by their digests or aliases, if their packs are live and intact."""
-    if not digests:
-        return {}
+def _find(
+    connection: Connection, digests: Collection[str], *, with_lost: bool
+) -> tuple[dict[str, TensorRecord], set[str]]:
     alias, tensor = tables.alias, tables.tensor
     named = wanted_digests(connection, [bytes.fromhex(digest) for digest in digests])
-    rows = connection.execute(
-        union_all(
-            select(alias.c.digest, alias.c.tensor, literal(True).label("is_alias")).where(
-                alias.c.digest.in_(select(named.c.digest)), alias.c.tensor.not_in(_lost())
-            ),
-            select(tensor.c.digest, tensor.c.id, literal(False)).where(
-                hex_start(tensor.c.digest).in_(_wanted_starts(connection, digests)),
-                tensor.c.id.not_in(_lost()),
-            ),
-        )
-    ).all()
+    queries = [
+        tensor_rows(literal("alias"), alias.c.digest)
+        .join(alias, alias.c.tensor == tensor.c.id)
+        .where(alias.c.digest.in_(select(named.c.digest)), alias.c.tensor.not_in(lost_ids())),
+        tensor_rows(literal("own"), tensor.c.digest).where(
+            hex_start(tensor.c.digest).in_(_wanted_starts(connection, digests)),
+            tensor.c.id.not_in(lost_ids()),
+        ),
+    ]
+    if with_lost:
+        of_lost = tensor_rows(literal("lost"), tensor.c.digest)
+        queries.append(of_lost.where(tensor.c.id.in_(lost_ids())))
+    rows = connection.execute(union_all(*queries)).all()
+    records = as_records(row[2:] for row in rows)
+    found: dict[str, dict[str, TensorRecord]] = {"alias": {}, "own": {}, "lost": {}}
+    for kind, digest, held, *_ in rows:
+        found[kind][digest.hex()] = records[held]
     # A tensor goes before an alias. Others may begin with the same digits.
-    by_digest = {digest.hex(): held for digest, held, is_alias in rows if is_alias}
-    by_digest |= {digest.hex(): held for digest, held, is_alias in rows if not is_alias}
-    return {digest: by_digest[digest] for digest in digests if digest in by_digest}
-
-
-@reads_once
-def lost_tensors(connection: Connection) -> set[str]:
-    """Return the digests of all tensors with a chunk in a condemned or damaged pack."""
-    tensor = tables.tensor
-    digests = connection.scalars(select(tensor.c.digest).where(tensor.c.id.in_(_lost())))
-    return {digest.hex() for digest in digests}
+    by_digest = found["alias"] | found["own"]
+    return {d: by_digest[d] for d in digests if d in by_digest}, set(found["lost"])
 
 
 def _wanted_starts(connection: Connection, digests: Collection[str]) -> Select[Any]:
@@ -166,7 +148,7 @@ def _wanted_starts(connection: Connection, digests: Collection[str]) -> Select[A
     return wanted_names(connection, {digest[:20] for digest in digests})
 
 
-def _lost() -> CompoundSelect[Any]:
+def lost_ids() -> CompoundSelect[Any]:
     """Return a query of the tensors and runs with a chunk in a condemned or damaged pack."""
     chunk, pack = tables.chunk, tables.pack
     lost = union_all(  # not by OR, for which SQLite would read all chunks

@@ -13,7 +13,7 @@ from functools import lru_cache
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, select, true
+from sqlalchemy import ColumnElement, Connection, Select, select, true
 
 from dcpstore.catalog.db.key_lists import (
     look_up_each,
@@ -45,6 +45,7 @@ from dcpstore.records import (
 __all__ = [
     "Pair",
     "SharedChunk",
+    "as_records",
     "chunk_starts",
     "load_both",
     "load_chunks",
@@ -56,6 +57,7 @@ __all__ = [
     "load_whole_tensors",
     "place_of",
     "shared_chunks",
+    "tensor_rows",
 ]
 
 _SHOWN = 10  # unknown FQNs that one message names
@@ -71,12 +73,27 @@ def load_tensors(connection: Connection, ids: Collection[int]) -> dict[int, Tens
     """
     if not ids:
         return {}
+    wanted = wanted_ids(connection, ids)
+    return as_records(connection.execute(tensor_rows().where(tables.tensor.c.id.in_(wanted))))
+
+
+def tensor_rows(*first: ColumnElement[Any]) -> Select[Any]:
+    """Return a query of all tensors, for `as_records`; `first` are columns before those."""
     tensor, layout = tables.tensor, tables.layout
-    rows = connection.execute(
-        select(tensor.c.id, tensor.c.digest, *(layout.c[name] for name in _Layout._fields))
+    facts = (layout.c[name] for name in _Layout._fields)
+    return (
+        select(*first, tensor.c.id, tensor.c.digest, *facts)
+        .select_from(tensor)
         .join(layout, layout.c.id == tensor.c.layout)
-        .where(tensor.c.id.in_(wanted_ids(connection, ids)))
-    ).all()
+    )
+
+
+def as_records(rows: Iterable[Sequence[Any]]) -> dict[int, TensorRecord]:
+    """Return the tensors of rows of `tensor_rows`, by id.
+
+    Raises:
+        CorruptionError: the parts of one are not inside of its shape.
+    """
     layouts: dict[int, _Layout] = {}
     found = {}
     for held, digest, *facts in rows:

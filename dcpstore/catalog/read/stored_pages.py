@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, LargeBinary, Select, cast, func, null, select
 
 from dcpstore.catalog.db.key_lists import wanted_digests, wanted_ids, wanted_names
 from dcpstore.catalog.db.transactions import reads, reads_once
@@ -24,7 +24,7 @@ from dcpstore.formats.entry_tree import Child, EntrySet, Group, entry_set, group
 from dcpstore.formats.page import Run, runs_of
 from dcpstore.records import NewEntry, NewTensor, PlanRecord, TensorRecord
 
-__all__ = ["StoredPage", "find_pages", "find_plan", "find_runs", "load_page", "load_plan_of"]
+__all__ = ["StoredPage", "find_objects", "find_pages", "find_runs", "load_page", "load_plan_of"]
 
 _node, _page, _tensor, _plan = tables.node, tables.page, tables.tensor, tables.plan
 
@@ -34,13 +34,16 @@ def find_pages(connection: Connection, nodes: Collection[bytes]) -> dict[bytes, 
     """Return the keys of the pages that hold these nodes, by digest."""
     if not nodes:
         return {}
+    return dict(connection.execute(_pages_of(connection, nodes)).all())
+
+
+def _pages_of(connection: Connection, nodes: Collection[bytes]) -> Select[Any]:
     wanted = wanted_digests(connection, nodes)
-    rows = connection.execute(
+    return (
         select(_node.c.digest, _page.c.key)
         .join(_page, _page.c.id == _node.c.page)
         .where(_node.c.digest.in_(select(wanted.c.digest)))
     )
-    return dict(rows.all())
 
 
 @reads_once
@@ -58,11 +61,19 @@ def find_runs(connection: Connection, runs: Collection[bytes]) -> dict[bytes, st
 
 
 @reads_once
-def find_plan(connection: Connection, digest: str) -> str | None:
-    """Return the key of the object that holds a plan, or None if none does."""
-    return connection.scalar(
-        select(_page.c.key).join(_plan, _plan.c.page == _page.c.id).where(_plan.c.digest == digest)
+def find_objects(
+    connection: Connection, nodes: Collection[bytes], plan: str
+) -> tuple[dict[bytes, str], str | None]:
+    """Return what `find_pages` does, and the key of the object that holds a plan, if any does."""
+    of_plan = (
+        select(cast(null(), LargeBinary), _page.c.key)
+        .join(_plan, _plan.c.page == _page.c.id)
+        .where(_plan.c.digest == plan)
     )
+    rows = connection.execute(_pages_of(connection, nodes).union_all(of_plan))
+    places: dict[bytes | None, str] = dict(rows.all())
+    own = places.pop(None, None)
+    return {node: key for node, key in places.items() if node is not None}, own
 
 
 class StoredPage(NamedTuple):

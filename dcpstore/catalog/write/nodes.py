@@ -1,112 +1,23 @@
 """The rows of a version's tree of entries: nodes, children, entries, and the dictionary of FQNs.
 
 Invariants: a node whose digest is known is not written again, and a transaction writes the rows
-below a node only if it inserted the node itself. So two that write equal nodes at the same time
-both find it whole afterwards.
+below a node only if it inserts the node itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from sqlalchemy import Connection, Table, select
-
-from dcpstore.catalog.db.bulk_insert import RowsOfTables, insert_new
-from dcpstore.catalog.db.key_lists import wanted_digests
+from dcpstore.catalog.db.bulk_insert import RowsOfTables
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.schema.tables import fqn_digest
-from dcpstore.formats.entry_tree import EntrySet, EntryTree
+from dcpstore.catalog.write.row_ids import RowIds
+from dcpstore.formats.entry_tree import EntryTree
 
-__all__ = ["dictionary", "known_nodes", "write_trees"]
-
-
-def known_nodes(connection: Connection, trees: Sequence[EntryTree]) -> dict[bytes, int]:
-    """Return the ids of the nodes of these trees that the catalog has, by digest."""
-    return _ids(connection, tables.node, _levels(trees).keys())
+__all__ = ["add_nodes", "levels_of"]
 
 
-def write_trees(
-    connection: Connection,
-    trees: Sequence[EntryTree],
-    known: Mapping[bytes, int],
-    tensors: Mapping[str, int],
-    last: RowsOfTables,
-) -> dict[bytes, int]:
-    """Write the nodes that the catalog does not have; return the ids of all, by digest.
-
-    Args:
-        connection: in the transaction that writes the version.
-        trees: of entries; they may lack nodes that are known.
-        known: the ids of the nodes that the catalog has, of those that the trees have or name.
-        tensors: the ids of all tensors that entries of new sets name, by digest.
-        last: takes the rows to which none refer.
-    """
-    levels = _levels(trees)
-    new = insert_new(
-        connection,
-        tables.node,
-        ("digest", "level"),
-        sorted((digest, levels[digest]) for digest in levels.keys() - known.keys()),
-    )
-    ids = {**known, **new}
-    if raced := levels.keys() - ids.keys():  # another transaction has written them meanwhile
-        ids |= _ids(connection, tables.node, raced)
-    sets = {one.digest: one for tree in trees for one in tree.sets if one.digest in new}.values()
-    groups = {one.digest: one for tree in trees for one in (*tree.groups, tree.root)}.values()
-    fqns = _write_fqns(connection, sets)
-    last.add(
-        tables.entry,
-        ("node", "fqn", "kind", "tensor", "value"),
-        (
-            (
-                ids[one.digest],
-                fqns[fqn_digest(entry.fqn, entry.path)],
-                entry.kind,
-                entry.tensor_digest and tensors[entry.tensor_digest],
-                entry.value,
-            )
-            for one in sets
-            for entry in one.entries
-        ),
-    )
-    last.add(
-        tables.child,
-        ("node", "first", "child"),
-        (
-            (ids[group.digest], child.first, ids[child.digest])
-            for group in groups
-            if group.digest in new
-            for child in group.children
-        ),
-    )
-    return ids
-
-
-def dictionary(
-    connection: Connection, table: Table, names: Sequence[str], rows: Mapping[bytes, Sequence[Any]]
-) -> dict[bytes, int]:
-    """Return the ids of rows by their digest, which is the first column; insert those missing."""
-    ids = _ids(connection, table, rows.keys())
-    new = sorted(rows.keys() - ids.keys())
-    ids |= insert_new(connection, table, names, (rows[digest] for digest in new))
-    if raced := rows.keys() - ids.keys():  # another transaction has inserted them meanwhile
-        ids |= _ids(connection, table, raced)
-    return ids
-
-
-def _write_fqns(connection: Connection, sets: Collection[EntrySet]) -> dict[bytes, int]:
-    """Return the ids of the FQNs of these sets, by `fqn_digest`."""
-    rows = {
-        digest: (digest, entry.fqn, entry.path)
-        for one in sets
-        for entry in one.entries
-        for digest in [fqn_digest(entry.fqn, entry.path)]
-    }
-    return dictionary(connection, tables.fqn, ("digest", "name", "path"), rows)
-
-
-def _levels(trees: Sequence[EntryTree]) -> dict[bytes, int]:
+def levels_of(trees: Sequence[EntryTree]) -> dict[bytes, int]:
     """Return the level of each node, by digest."""
     levels: dict[bytes, int] = {}
     for tree in trees:
@@ -116,11 +27,65 @@ def _levels(trees: Sequence[EntryTree]) -> dict[bytes, int]:
     return levels
 
 
-def _ids(connection: Connection, table: Table, digests: Collection[bytes]) -> dict[bytes, int]:
-    if not digests:
-        return {}
-    wanted = wanted_digests(connection, digests)
-    rows = connection.execute(
-        select(table.c.digest, table.c.id).where(table.c.digest.in_(select(wanted.c.digest)))
+def add_nodes(
+    last: RowsOfTables,
+    trees: Sequence[EntryTree],
+    levels: Mapping[bytes, int],
+    ids: RowIds,
+    *,
+    fqns: RowIds,
+    tensors: RowIds,
+    homes: Mapping[bytes, int | None],
+) -> None:
+    """Add the new nodes of trees, and what is new below them.
+
+    Args:
+        last: takes the rows.
+        trees: of entries; they may lack nodes that are known.
+        levels: of the nodes that may be new, by digest.
+        ids: of these nodes and of those that they name, by digest.
+        fqns: ids of the FQNs of these sets, by `fqn_digest`.
+        tensors: ids of the tensors that entries of these sets name, by digest.
+        homes: ids of the pages that hold the new nodes, by digest.
+    """
+    new = {held: ids.new[held] for held in sorted(levels.keys() & ids.new.keys())}
+    sets = {one.digest: one for tree in trees for one in tree.sets if one.digest in new}
+    groups = {
+        one.digest: one for tree in trees for one in (*tree.groups, tree.root) if one.digest in new
+    }
+    entries = [(held, entry) for held, one in sets.items() for entry in one.entries]
+    keys = [fqn_digest(entry.fqn, entry.path) for _, entry in entries]
+    names = {key: entry for key, (_, entry) in zip(keys, entries, strict=True) if key in fqns.new}
+    last.add(
+        tables.fqn,
+        ("id", "digest", "name", "path"),
+        [(fqns.new[key], key, names[key].fqn, names[key].path) for key in sorted(names)],
     )
-    return dict(rows.all())
+    last.add(
+        tables.node,
+        ("id", "digest", "level", "page"),
+        [(held, digest, levels[digest], homes.get(digest)) for digest, held in new.items()],
+    )
+    last.add(
+        tables.entry,
+        ("node", "fqn", "kind", "tensor", "value"),
+        (
+            (
+                new[held],
+                fqns[key],
+                entry.kind,
+                entry.tensor_digest and tensors[bytes.fromhex(entry.tensor_digest)],
+                entry.value,
+            )
+            for key, (held, entry) in zip(keys, entries, strict=True)
+        ),
+    )
+    last.add(
+        tables.child,
+        ("node", "first", "child"),
+        (
+            (new[held], child.first, ids[child.digest])
+            for held, group in groups.items()
+            for child in group.children
+        ),
+    )

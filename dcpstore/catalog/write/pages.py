@@ -6,11 +6,12 @@ in the object in which the manifest looks for it. So gc, which keeps what a row 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 
-from sqlalchemy import Connection, bindparam, delete, exists, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, exists, select, update
 
+from dcpstore.catalog.db.bulk_insert import RowsOfTables
 from dcpstore.catalog.db.key_lists import wanted_names
 from dcpstore.catalog.db.transactions import reads, writes
 from dcpstore.catalog.read.stored_pages import find_pages, find_runs
@@ -18,30 +19,42 @@ from dcpstore.catalog.read.versions import id_of_number
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.schema.tables import hex_start
 from dcpstore.catalog.write.operations import lock_repository
+from dcpstore.catalog.write.row_ids import RowIds, find_ids
 from dcpstore.errors import ConflictError
 from dcpstore.records import PackRecord, VersionObjects
 
-__all__ = ["find_doomed_pages", "forget_pages", "home", "home_objects", "write_objects"]
+__all__ = [
+    "add_pages",
+    "find_doomed_pages",
+    "forget_pages",
+    "home",
+    "home_objects",
+    "objects_error",
+    "place_objects",
+]
 
 _page, _node, _tensor = tables.page, tables.node, tables.tensor
 
 
-def write_objects(
-    connection: Connection, version: int, objects: VersionObjects, *, plan: int
+def add_pages(last: RowsOfTables, version: int, written: Sequence[PackRecord], ids: RowIds) -> None:
+    """Add the objects that a save wrote for the version of this id."""
+    last.add(
+        _page,
+        ("id", "key", "nbytes", "version", "status"),
+        [(ids.new[one.key], one.key, one.nbytes, version, "live") for one in written],
+    )
+
+
+def place_objects(
+    connection: Connection, pages: Mapping[str, int], objects: VersionObjects, *, plan: int
 ) -> None:
-    """Note the objects of a version, whose tree and plan have been written; both are given by id.
+    """Note which of the pages that a version wrote hold rows that lie in none.
+
+    Its tree and plan have been written; the plan is given by id, and `pages` are ids by key.
 
     Raises:
         ConflictError: what the manifest names is gone, or lies in the page of another save.
     """
-    pages: dict[str, int] = {}
-    if objects.written:
-        new = insert(_page).returning(_page.c.key, _page.c.id)
-        rows = [
-            {"key": one.key, "nbytes": one.nbytes, "version": version, "status": "live"}
-            for one in objects.written
-        ]
-        pages = dict(connection.execute(new, rows).all())
     home(connection, pages, nodes=objects.nodes, runs=objects.runs)
     table = tables.plan
     if (page := pages.get(objects.plan)) is not None:
@@ -55,10 +68,15 @@ def write_objects(
         or find_pages(connection, objects.nodes) != objects.nodes
         or find_runs(connection, objects.runs) != objects.runs
     ):
-        raise ConflictError(
-            "another save wrote the same entries at the same time, or gc deleted entries that this "
-            "one found. Save again."
-        )
+        raise objects_error()
+
+
+def objects_error() -> ConflictError:
+    """Return the error for what a manifest names and the catalog has elsewhere, or not."""
+    return ConflictError(
+        "another save wrote the same entries at the same time, or gc deleted entries that this "
+        "one found. Save again."
+    )
 
 
 def home(
@@ -101,7 +119,12 @@ def home_objects(connection: Connection, number: int, objects: VersionObjects) -
     lock_repository(connection)
     version = id_of_number(connection, number)
     held = select(tables.version.c.plan).where(tables.version.c.id == version)
-    write_objects(connection, version, objects, plan=connection.execute(held).scalar_one())
+    plan = connection.execute(held).scalar_one()
+    (ids,) = find_ids(connection, [(_page, [one.key for one in objects.written])])
+    last = RowsOfTables()
+    add_pages(last, version, objects.written, ids)
+    last.insert(connection)
+    place_objects(connection, ids.new, objects, plan=plan)
 
 
 @reads

@@ -64,7 +64,7 @@ from dcpstore.catalog.read.versions import (
 from dcpstore.catalog.schema import tables
 from dcpstore.catalog.validation import can_be_kept, check_draft
 from dcpstore.catalog.write.annotations import insert_labels, insert_metrics
-from dcpstore.catalog.write.contents import write_content, write_plan
+from dcpstore.catalog.write.contents import Written, write_content
 from dcpstore.catalog.write.forget import loosen
 from dcpstore.catalog.write.operations import (
     LOCK,
@@ -77,7 +77,6 @@ from dcpstore.catalog.write.operations import (
     raise_counters,
     record,
 )
-from dcpstore.catalog.write.pages import write_objects
 from dcpstore.catalog.write.refs import taken_error
 from dcpstore.errors import ConflictError, DcpstoreError, NotFoundError
 from dcpstore.records import (
@@ -317,7 +316,7 @@ def _commit_save(
     connection: Connection, uid: str, content: VersionContent, lock_first: bool
 ) -> Recorded[Version]:
     pending = _begin_content(connection, uid, lock_first=lock_first)
-    written = _write_content(connection, pending, content)
+    written = write_content(connection, pending.id, content)
     changes = 1 + len(pending.wanted_tags)
     counters = raise_counters(connection, versions=1, operations=changes)
     _check_unraced(connection, pending, counters.last_operation - changes)
@@ -412,27 +411,6 @@ def _begin_content(connection: Connection, uid: str, *, lock_first: bool) -> _Pe
     )
 
 
-class _Written(NamedTuple):
-    """What the row of a version refers to, by id: its plan, and the root of its tree."""
-
-    plan: int
-    root: int
-
-
-def _write_content(connection: Connection, pending: _Pending, content: VersionContent) -> _Written:
-    """Write the content of a pending version, and nothing that others wait for.
-
-    Raises:
-        InvalidInputError: a database cannot store an FQN or a value.
-        ConflictError: a chunk that the save reuses is condemned or deleted.
-    """
-    plan = write_plan(connection, content.plan)
-    root = write_content(connection, pending.id, content)
-    if content.objects is not None:
-        write_objects(connection, pending.id, content.objects, plan=plan)
-    return _Written(plan, root)
-
-
 def _check_unraced(connection: Connection, pending: _Pending, last_operation: int) -> None:
     """Check, under the lock, that gc did nothing since the content was begun.
 
@@ -500,7 +478,7 @@ def _make_visible(
     connection: Connection,
     version: int,
     content: VersionContent,
-    written: _Written,
+    written: Written,
     *,
     number: int,
     parent: Lineage | None,
@@ -702,7 +680,7 @@ def _commit_copy(
 ) -> Version:
     pending = _begin_content(connection, uid, lock_first=lock_first)
     _check_uncopied(connection, draft.uid)  # else its content would be in the way of this one
-    written = _write_content(connection, pending, content)
+    written = write_content(connection, pending.id, content)
     counters = raise_counters(connection, versions=1, operations=1)
     _check_unraced(connection, pending, counters.last_operation - 1)
     _check_uncopied(connection, draft.uid)
