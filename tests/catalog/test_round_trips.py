@@ -90,13 +90,16 @@ def test_a_save(connected: Connected, monkeypatch: pytest.MonkeyPatch) -> None:
     # On a slow machine the save takes a second, and then its lease is renewed.
     monkeypatch.setattr(saves, "touch_save", lambda *_: None)
     repo, _ = connected
-    dcpstore.save(state(1.0), repo)  # the first of a process also reads the entries of the parent
-    with at_most(connected, 16):
-        dcpstore.save(state(1.0), repo)
-    with at_most(connected, 31):
+    with at_most(connected, 18):  # the first of a process also reads the entries of the parent
         dcpstore.save(state(2.0), repo)
-    with at_most(connected, 31):
-        dcpstore.save({**state(2.0), "lr": 0.2}, repo, message="one value")
+    with at_most(connected, 12):
+        dcpstore.save(state(2.0), repo)
+    with at_most(connected, 16):
+        dcpstore.save(state(3.0), repo)
+    with at_most(connected, 16):
+        dcpstore.save({**state(3.0), "lr": 0.2}, repo, message="one value")
+    with at_most(connected, 16):
+        dcpstore.save({**state(4.0), "new": torch.ones(3), "more": 1}, repo)
 
 
 def test_resolving(connected: Connected) -> None:

@@ -128,9 +128,11 @@ def test_each_row_has_one_id_and_each_new_one_another(database: Database, save: 
                 (schema.tensor, []),
             ],
         )
-        assert (layout.known, layout.new.keys()) == (stored, {*DIGESTS})
+        assert layout.known == stored
+        assert {*layout.new} == {*fqn.new} == {*DIGESTS}
         assert len({*stored.values(), *layout.new.values()}) == len(digests)
-        assert (fqn.known, fqn.new.keys(), nothing) == ({}, {*DIGESTS}, RowIds())
+        assert not fqn.known
+        assert nothing == RowIds()
         assert {*pack.new} == {*HARD}
         rows = [(layout.new[held], held, "blake3", "x", (), "none", 1, ()) for held in DIGESTS]
         insert_rows(connection, schema.layout, ("id", *NAMES), rows)
