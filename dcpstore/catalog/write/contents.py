@@ -101,7 +101,7 @@ def write_nodes(
         ConflictError: a chunk that the save reuses is condemned or deleted.
     """
     ids = _write(connection, 0, replace(content, objects=None), trees, known=known)
-    return {**known, **ids.node.known, **ids.node.new}
+    return {**ids.node.known, **ids.node.new}
 
 
 def write_plan(connection: Connection, plan: PlanRecord) -> int:
@@ -159,6 +159,7 @@ def _write(
             ],
         )
     )
+    ids.node.known.update(known)
     # Each known tensor has whether it lies in live packs. One that does not is moved, if the save
     # brings its chunks; otherwise it is lost, like one that the save expected and that is not here.
     lost = {digest for digest in named if not ids.tensor.is_live(bytes.fromhex(digest))}
