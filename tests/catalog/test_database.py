@@ -226,9 +226,12 @@ def test_no_query_scans_a_whole_table(sqlite_catalog: Catalog) -> None:
     assert len(plans) > 15
     fine = {"SCAN each VIRTUAL TABLE INDEX 1:", "SCAN ancestor", "SCAN up", "SCAN CONSTANT ROW"}
     fine.add("SCAN pack USING INDEX ix_pack_damage")  # which has damaged packs only
+    fine.add("SCAN sqlite_sequence")  # of one row
     fine |= {"SCAN extra LEFT-JOIN", "SCAN named"}  # of one version, and of the names of one save
     for statement, steps in plans.items():
         scans = {s for s in steps if s.startswith("SCAN")} - fine - {"SCAN repository"}
+        # A subquery is read whole, but what it reads is a step too.
+        scans = {scan for scan in scans if not scan.startswith("SCAN (subquery-")}
         assert not scans, f"{scans} in {statement}"
         # A chunk or an entry is found by its whole key, never by walking what shares half of it.
         for step in steps:
