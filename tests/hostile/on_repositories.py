@@ -238,8 +238,10 @@ def a_journal_that_names_what_is_no_pack(folder: Path) -> None:
     for number, key in enumerate(("catalog.db", "../x", "manifests/ab.json")):
         repo = saved(folder / str(number))
         entries = journal(repo)
-        for one in entries[1:]:
-            one["version"]["packs"] = [[key, 1]]
+        described = [one["version"] for one in entries if "version" in one]
+        assert described
+        for facts in described:
+            facts["packs"] = [[key, 1]]
         rejournaled(repo, entries)
         report = rebuild(repo, folder / f"new{number}")
         assert report.versions == ()
