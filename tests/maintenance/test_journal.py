@@ -58,7 +58,7 @@ def objects(repo: Repository) -> list[str]:
     return list(repo.storage.list("operations"))
 
 
-def told(repo: Repository) -> list[Any]:
+def listed(repo: Repository) -> list[Any]:
     return sorted(repo.operations(), key=lambda operation: operation.number)
 
 
@@ -109,7 +109,7 @@ def test_a_catalog_is_rebuilt_from_segments(place: Place, repo: Repository, tmp_
     report = rebuild(place.data, tmp_path / "new")
     assert (report.problems, report.lost, report.operations) == ((), (), 2 * SHORTEST + 5)
     with open_repository(tmp_path / "new", create=False) as rebuilt:
-        assert told(rebuilt) == told(repo)
+        assert listed(rebuilt) == listed(repo)
         assert rebuilt.branches() == repo.branches()
         assert_sound(rebuilt)
 
@@ -125,7 +125,7 @@ def test_a_kill_at_any_request_loses_nothing_and_the_next_compaction_tidies(
     with monkeypatch.context() as patch:
         patch.setattr(journal, "_compact", lambda *_: None)
         work(repo, last)
-    want = told(repo)
+    want = listed(repo)
     monkeypatch.setattr(stored_journal, "_AT_ONCE", 1)
     for die_at in itertools.count():
         journal_again(repo.catalog, 1)
@@ -265,7 +265,7 @@ def test_an_intact_copy_is_taken_wherever_it_lies(
     assert report.operations == SHORTEST + 2
     assert [problem.split(":")[0] for problem in report.problems] == [operation_key(9)]
     with open_repository(tmp_path / "new", create=False) as rebuilt:
-        assert told(rebuilt) == told(repo)
+        assert listed(rebuilt) == listed(repo)
         assert rebuilt.verify(deep=True).damaged == ()
 
 
@@ -279,7 +279,7 @@ def test_what_is_whole_in_a_damaged_segment_is_read(
     report = rebuild(place.data, tmp_path / "new")
     assert (report.lost, report.operations, len(report.problems)) == ((), SHORTEST, 1)
     with open_repository(tmp_path / "new", create=False) as rebuilt:
-        assert told(rebuilt) == told(repo)
+        assert listed(rebuilt) == listed(repo)
         assert rebuilt.verify(deep=True).damaged == ()
 
 
